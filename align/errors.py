@@ -1,0 +1,25 @@
+"""The errors a user can act on. The command line prints them as one line and exits with 2."""
+
+
+class AlignError(Exception):
+    """Something the user can mend: the message says what is wrong, where, and what to do."""
+
+
+class ConfigError(AlignError):
+    """A configuration file or a command line that does not describe a run."""
+
+
+class DataError(AlignError):
+    """Rows that cannot be trained on, named by number."""
+
+
+class RewardError(AlignError):
+    """A reward that returned something that is not a score, named with the rows."""
+
+
+class RolloutError(AlignError):
+    """The rollout engine cannot generate, or does not hold the weights that it should."""
+
+
+class TrainingError(AlignError):
+    """A step that must not be taken: no trained token, a non-finite loss, a policy that is not its reference."""

@@ -1,0 +1,62 @@
+"""The one interface of every reward: named scorers of completions."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+
+from align.errors import RewardError
+
+
+@dataclass
+class RewardBatch:
+    """What a reward may look at. All lists have one entry per completion.
+
+    prompts, completions: text, or lists of {"role", "content"} messages for conversational data.
+    prompt_ids, completion_ids: the policy's token ids (the completion includes its end-of-sequence token if it ended).
+    columns: every other column of the dataset, by name.
+    """
+
+    prompts: list
+    completions: list
+    prompt_ids: list[list[int]] | None = None
+    completion_ids: list[list[int]] | None = None
+    columns: dict[str, list] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+
+@dataclass
+class RewardOutput:
+    """scores: float32 [B], one per completion. extras: further float32 [B] tensors by name, logged beside the score
+    (an ensemble returns its members, its mean and its variance there)."""
+
+    scores: torch.Tensor
+    extras: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class Reward(ABC):
+    """A named scorer. Subclasses implement `_score`; callers use `score`, which refuses made-up numbers."""
+
+    name: str
+
+    @abstractmethod
+    def _score(self, batch: RewardBatch) -> RewardOutput: ...
+
+    def score(self, batch: RewardBatch) -> RewardOutput:
+        """Score a batch. Raises `RewardError` naming the reward and the rows on a wrong count or non-finite score."""
+        output = self._score(batch)
+        for name, values in {"score": output.scores, **output.extras}.items():
+            if values.shape != (len(batch),):
+                raise RewardError(
+                    f"reward {self.name!r} returned {name} of shape {tuple(values.shape)} for {len(batch)} completions"
+                )
+            bad = torch.nonzero(~torch.isfinite(values)).flatten().tolist()
+            if bad:
+                raise RewardError(
+                    f"reward {self.name!r} returned a non-finite {name} ({values[bad[0]].item()}) for rows "
+                    f"{bad[:10]}{' ...' if len(bad) > 10 else ''} of the batch; first such completion: "
+                    f"{str(batch.completions[bad[0]])[:200]!r}"
+                )
+        return output
