@@ -1,0 +1,214 @@
+"""What every trainer shares: options that follow the machine, guards, phase times, checkpoints, tables and figures.
+
+`RunOptions` and `TrainerMixin` sit in front of transformers' (or TRL's) configuration and trainer:
+`class XConfig(RunOptions, TrainingArguments)`, `class XTrainer(TrainerMixin, Trainer)`. They are mix-ins so that a
+trainer built on one of TRL's keeps TRL's defaults.
+"""
+
+import logging
+import math
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from transformers import TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
+
+from align.distributed.checkpoints import damage, newest_whole, write_manifest
+from align.errors import ConfigError, TrainingError
+
+logger = logging.getLogger(__name__)
+
+EXTRA_STATE = "align_state_{rank}.pt"
+
+
+def machine_has_cuda() -> bool:
+    return torch.cuda.is_available()
+
+
+@dataclass
+class RunOptions:
+    """Options of every method whose default follows the machine or differs from transformers'."""
+
+    bf16: bool | None = field(
+        default=None, metadata={"help": "bfloat16 mixed precision. Default: on a GPU that has it, off elsewhere."}
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={"help": "Recompute activations in the backward pass. Default: on with a GPU, off on a CPU."},
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many optimiser steps."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "transformers' hiding of non-finite losses; off here: they are errors."}
+    )
+    max_bad_share: float = field(
+        default=0.0,
+        metadata={"help": "Share of unusable rows (empty, malformed, too long) that is dropped with a warning; more is an error."},
+    )
+
+    def __post_init__(self):
+        cuda = machine_has_cuda() and not self.use_cpu
+        if self.bf16 is None:
+            self.bf16 = cuda and not self.fp16 and torch.cuda.is_bf16_supported()
+        if self.gradient_checkpointing is None:
+            self.gradient_checkpointing = cuda
+        if not cuda:
+            self.dataloader_pin_memory = False
+        if not 0 <= self.max_bad_share < 1:
+            raise ConfigError(f"max_bad_share is a share in [0, 1), got {self.max_bad_share}")
+        super().__post_init__()
+
+
+@dataclass
+class BaseConfig(RunOptions, TrainingArguments):
+    """Configuration of the trainers that build on transformers' Trainer directly."""
+
+
+class TrainerMixin:
+    """Guards and bookkeeping in front of a transformers-style trainer."""
+
+    def __init__(self, *args, **kwargs):
+        self._phase_seconds: dict[str, float] = defaultdict(float)
+        self._recorded: dict[str, list[float]] = {}
+        self.resume_state: dict | None = None
+        super().__init__(*args, **kwargs)
+
+    # ---- time and metrics -------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def phase(self, name: str):
+        """Add the time spent inside to `time/<name>` of the next log."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._phase_seconds[name] += time.perf_counter() - start
+
+    def record(self, name: str, value: float, weight: float = 1.0) -> None:
+        """Add to a metric: the next log shows its weighted mean over the steps and ranks since the last one."""
+        entry = self._recorded.setdefault(name, [0.0, 0.0])
+        entry[0] += float(value) * float(weight)
+        entry[1] += float(weight)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        is_eval = any(key.startswith("eval_") for key in logs)
+        if not is_eval:
+            gathered = gather_object([self._recorded])
+            totals: dict[str, list[float]] = {}
+            for rank in gathered:
+                for name, (total, weight) in rank.items():
+                    entry = totals.setdefault(name, [0.0, 0.0])
+                    entry[0] += total
+                    entry[1] += weight
+            logs.update({name: total / weight for name, (total, weight) in totals.items() if weight})
+            logs.update({f"time/{name}": seconds for name, seconds in self._phase_seconds.items()})
+            self._recorded.clear()
+            self._phase_seconds.clear()
+        bad = {name: value for name, value in logs.items() if isinstance(value, float) and not math.isfinite(value)}
+        if bad:
+            raise TrainingError(
+                f"non-finite metrics at step {self.state.global_step}: {bad}. Lower the learning rate, or look at the "
+                f"rows of this step; nothing was saved after the last checkpoint in {self.args.output_dir}."
+            )
+        super().log(logs, start_time)
+
+    # ---- guards -----------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and count is not None and int(torch.as_tensor(count).sum()) == 0:
+            raise TrainingError(
+                f"step {self.state.global_step + 1} would train no token: every label of its {len(batches)} batches "
+                "is masked out. Look at the loss mask with --dry-run."
+            )
+        return batches, count
+
+    def training_step(self, *args, **kwargs):
+        with self.phase("train"):
+            loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"the loss of step {self.state.global_step + 1} is {loss.item()}. Lower the learning rate, or look at "
+                "the rows of this step with --dry-run."
+            )
+        return loss
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def extra_state(self) -> dict:
+        """What a method keeps beyond model, optimiser, scheduler and random states; restored as `resume_state`."""
+        return {}
+
+    def _save_checkpoint(self, model, trial):
+        # Older checkpoints are deleted only once the new one is declared whole.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        run_dir = self._get_output_dir(trial=trial)
+        folder = Path(run_dir) / f"checkpoint-{self.state.global_step}"
+        torch.save(self.extra_state(), folder / EXTRA_STATE.format(rank=self.args.process_index))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_manifest(folder)
+            rotate_checkpoints(
+                run_dir, save_total_limit=limit, best_model_checkpoint=self.state.best_model_checkpoint, use_mtime=True
+            )
+        self.accelerator.wait_for_everyone()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As transformers' `train`; `resume_from_checkpoint=True` takes the newest undamaged checkpoint."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_whole(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise TrainingError(f"nothing to resume: {self.args.output_dir} holds no undamaged checkpoint-<step>")
+        elif resume_from_checkpoint:
+            problem = damage(resume_from_checkpoint)
+            if problem:
+                raise TrainingError(f"cannot resume from {resume_from_checkpoint}: {problem}")
+        if resume_from_checkpoint:
+            path = Path(resume_from_checkpoint) / EXTRA_STATE.format(rank=self.args.process_index)
+            if not path.exists():
+                raise TrainingError(
+                    f"{resume_from_checkpoint} was written by fewer than {self.args.process_index + 1} processes "
+                    f"({path.name} is missing): resume with the number of processes that wrote it"
+                )
+            self.resume_state = torch.load(path, weights_only=False)
+            resume_from_checkpoint = str(resume_from_checkpoint)
+        first_step = self.state.global_step
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        if self.state.global_step == first_step:
+            raise TrainingError(
+                f"no step was trained: {len(self.train_dataset)} rows are fewer than one batch of "
+                f"{self.args.train_batch_size} x {self.args.gradient_accumulation_steps} x {self.args.world_size}"
+            )
+        return output
+
+    # ---- tables and figures -----------------------------------------------------------------------------------------
+
+    def log_table(self, name: str, columns: list[str], rows: list[list]) -> None:
+        """Send a table to wandb, if it reports there. Main process only."""
+        if "wandb" in self.args.report_to and self.is_world_process_zero():
+            import wandb
+
+            table = wandb.Table(columns=columns, data=rows)
+            wandb.log({name: table, "train/global_step": self.state.global_step})
+
+    def log_figure(self, name: str, figure) -> None:
+        """Send a matplotlib figure to wandb and TensorBoard, whichever is reported to. Main process only."""
+        if not self.is_world_process_zero():
+            return
+        if "wandb" in self.args.report_to:
+            import wandb
+
+            wandb.log({name: wandb.Image(figure), "train/global_step": self.state.global_step})
+        if "tensorboard" in self.args.report_to:
+            from torch.utils.tensorboard import SummaryWriter
+
+            with SummaryWriter(self.args.logging_dir) as writer:
+                writer.add_figure(name, figure, self.state.global_step)
