@@ -1,0 +1,284 @@
+"""The evaluation file of a run, `<run>/overoptimization.jsonl`: written while it trains, read back for its curves.
+
+The first line is a header, every further line one evaluation on one fixed set of prompts:
+
+    {"format": "align.overoptimization/1", "name", "method", "proxy", "gold", "seed", "started", "config"}
+    {"step", "kl", "kl_k3", "proxy", "gold", "length", ..., "per_prompt": {"kl": [...], ...}, "samples": [...]}
+
+KL is in nats per sequence (sum over response tokens). A line counts when it is whole: a process killed while it writes
+leaves at most one partial last line, which reading drops with a warning and resuming cuts off.
+"""
+
+import json
+import logging
+import math
+import os
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from align.errors import ConfigError, DataError, TrainingError
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "align.overoptimization/1"
+FILE_NAME = "overoptimization.jsonl"
+HEADER_KEYS = ("format", "name", "method", "proxy", "gold", "seed", "started", "config")
+SCORE_KEYS = ("kl", "kl_k3", "proxy", "gold", "length")
+SAMPLE_KEYS = ("prompt", "completion", "proxy", "gold")
+
+
+@dataclass
+class Run:
+    """One run's evaluations. E evaluations of the same P prompts, in order of step.
+
+    step: int [E]. kl, kl_k3 (nats per sequence), proxy, length (tokens): float [E], means over the prompts.
+    gold: float [E], or None for a run without a gold reward. extras: further float [E] arrays, NaN where not recorded.
+    per_prompt: float [E, P] arrays under the same names. samples: per evaluation, the recorded completions.
+    """
+
+    name: str
+    method: str
+    proxy_name: str
+    gold_name: str | None
+    seed: int
+    started: str
+    config: dict
+    step: np.ndarray
+    kl: np.ndarray
+    kl_k3: np.ndarray
+    proxy: np.ndarray
+    gold: np.ndarray | None
+    length: np.ndarray
+    extras: dict[str, np.ndarray] = field(default_factory=dict)
+    per_prompt: dict[str, np.ndarray] = field(default_factory=dict)
+    samples: list[list[dict]] = field(default_factory=list)
+    path: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+
+class EvalWriter:
+    """Append evaluations to `<run_dir>/overoptimization.jsonl`. Make one in the main process only.
+
+    resume_step: None starts a new file (an old one is kept beside it under another name); a step keeps the records up
+    to and including that step and drops later ones, which belong to training that will be repeated. `last_step` is the
+    step of the newest record kept, so that a trainer knows whether the evaluation at its checkpoint is already there.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        name: str,
+        method: str,
+        proxy: str,
+        gold: str | None,
+        seed: int,
+        config: dict,
+        resume_step: int | None = None,
+    ):
+        self.path = Path(run_dir) / FILE_NAME
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.header = {
+            "format": FORMAT,
+            "name": name,
+            "method": method,
+            "proxy": proxy,
+            "gold": gold,
+            "seed": seed,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "config": config,
+        }
+        self.last_step: int | None = None
+        self._num_prompts: int | None = None
+        lines = [_dump(self.header, self.path)]
+        if resume_step is not None:
+            lines = self._kept_lines(resume_step) or lines
+        elif self.path.exists():
+            old = _free_name(self.path)
+            os.replace(self.path, old)
+            logger.warning("%s is of an earlier run: kept as %s", self.path, old.name)
+        # The whole file is replaced at once, so that a kill here leaves the old file or the new one, never half of one.
+        temporary = self.path.with_suffix(".jsonl.tmp")
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path)
+
+    def _kept_lines(self, resume_step: int) -> list[str]:
+        if not self.path.exists():
+            logger.warning("resuming at step %d, but %s does not exist: its curve starts here", resume_step, self.path)
+            return []
+        header, records = _read_lines(self.path)
+        for key in ("name", "method", "proxy", "gold"):
+            if header[key] != self.header[key]:
+                raise ConfigError(
+                    f"{self.path} is of a run with {key} {header[key]!r}, and this one has {self.header[key]!r}: "
+                    "one curve cannot hold both. Resume with the same setting, or use another output folder"
+                )
+        self.header = header
+        kept = [record for record in records if record["step"] <= resume_step]
+        if len(kept) < len(records):
+            dropped = [record["step"] for record in records[len(kept) :]]
+            logger.info("%s: dropped the evaluations after step %d (steps %s)", self.path, resume_step, dropped)
+        if kept:
+            self.last_step = kept[-1]["step"]
+            self._num_prompts = len(kept[-1]["per_prompt"]["kl"])
+        return [_dump(line, self.path) for line in (header, *kept)]
+
+    def write(self, step: int, *, kl, kl_k3, proxy, gold=None, length, samples: list[dict] | None = None, **extra):
+        """Append the evaluation after `step` optimiser steps.
+
+        kl, kl_k3, proxy, gold, length and extra: one number per prompt (a list or an array [P], the same P prompts at
+        every evaluation); the means are computed here. length and extra may also be single numbers.
+        samples: dicts with prompt, completion, proxy and gold. Raises TrainingError on a number that is not finite.
+        """
+        step = int(step)
+        if self.last_step is not None and step <= self.last_step:
+            raise TrainingError(f"{self.path} already has step {self.last_step}: cannot append step {step}")
+        if (gold is None) != (self.header["gold"] is None):
+            raise TrainingError(
+                f"step {step}: the run's gold reward is {self.header['gold']!r}, and the evaluation "
+                f"{'lacks' if gold is None else 'has'} gold scores"
+            )
+        record: dict = {"step": step}
+        per_prompt = {}
+        num_prompts = self._num_prompts
+        values = {"kl": kl, "kl_k3": kl_k3, "proxy": proxy, "gold": gold, "length": length, **extra}
+        for key, value in values.items():
+            if key in ("step", "per_prompt", "samples"):
+                raise TrainingError(f"an evaluation's own key {key!r} cannot be a metric")
+            if value is None and key == "gold":
+                record[key] = None
+                continue
+            array = np.asarray(value, dtype=np.float64)
+            bad = np.flatnonzero(~np.isfinite(array))
+            if bad.size:
+                raise TrainingError(
+                    f"step {step}: {key} is not finite for prompts {bad[:10].tolist()} "
+                    f"({bad.size} of {array.size}; first value {array.flat[bad[0]]})"
+                )
+            if array.ndim == 0 and key not in ("kl", "kl_k3", "proxy", "gold"):
+                record[key] = float(array)
+                continue
+            if array.ndim != 1 or array.size == 0 or array.size != (num_prompts or array.size):
+                raise TrainingError(
+                    f"step {step}: {key} has shape {array.shape}; the evaluations of a run have one number per prompt, "
+                    f"for the same {num_prompts or 'P'} prompts"
+                )
+            num_prompts = array.size
+            record[key] = float(array.mean())
+            # 8 significant digits are more than float32 holds, in half the bytes.
+            per_prompt[key] = [float(f"{x:.8g}") for x in array.tolist()]
+        record["per_prompt"] = per_prompt
+        record["samples"] = [{key: sample.get(key) for key in SAMPLE_KEYS} for sample in samples or []]
+        data = _dump(record, self.path).encode()
+        with open(self.path, "ab") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        self.last_step, self._num_prompts = step, num_prompts
+
+
+def read_run(path: str | Path) -> Run:
+    """Read the evaluation file of a run (the file, or the run's folder). Raises DataError naming the file and line."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / FILE_NAME
+    if not path.exists():
+        raise DataError(f"{path} does not exist: give a run's folder, or its {FILE_NAME}")
+    header, records = _read_lines(path)
+    if not records:
+        raise DataError(f"{path} holds no evaluation yet (only its header)")
+
+    def column(key: str) -> np.ndarray:
+        return np.array([math.nan if r.get(key) is None else r[key] for r in records], dtype=np.float64)
+
+    known = {"step", "per_prompt", "samples", *SCORE_KEYS}
+    extra_keys = sorted({key for record in records for key in record} - known)
+    shared = set.intersection(*(set(record["per_prompt"]) for record in records))
+    return Run(
+        name=header["name"],
+        method=header["method"],
+        proxy_name=header["proxy"],
+        gold_name=header["gold"],
+        seed=header["seed"],
+        started=header["started"],
+        config=header["config"],
+        step=np.array([record["step"] for record in records], dtype=np.int64),
+        kl=column("kl"),
+        kl_k3=column("kl_k3"),
+        proxy=column("proxy"),
+        gold=None if header["gold"] is None else column("gold"),
+        length=column("length"),
+        extras={key: column(key) for key in extra_keys},
+        per_prompt={key: np.array([r["per_prompt"][key] for r in records]) for key in sorted(shared)},
+        samples=[record["samples"] for record in records],
+        path=path,
+    )
+
+
+def _read_lines(path: Path) -> tuple[dict, list[dict]]:
+    """The header and the records of a file, checked; a partial last line is dropped with a warning."""
+    raw = path.read_bytes().split(b"\n")
+    rest = raw.pop()  # what follows the last newline: nothing, or the start of a line that was never finished
+    if rest:
+        logger.warning("%s: line %d is incomplete (a process was killed while writing it): dropped", path, len(raw) + 1)
+    lines = []
+    for number, line in enumerate(raw, start=1):
+        try:
+            value = json.loads(line.decode(), parse_constant=_refuse_constant)
+        except ValueError as error:
+            raise DataError(f"{path}: line {number} is not valid JSON ({error}): the file is damaged there") from error
+        if not isinstance(value, dict):
+            raise DataError(f"{path}: line {number} is not a JSON object")
+        lines.append(value)
+    if not lines or lines[0].get("format") != FORMAT:
+        found = lines[0].get("format") if lines else None
+        raise DataError(f"{path}: line 1 is not the header of an evaluation file (format {FORMAT!r}, found {found!r})")
+    missing = [key for key in HEADER_KEYS if key not in lines[0]]
+    if missing:
+        raise DataError(f"{path}: the header (line 1) lacks {', '.join(missing)}")
+    for number, record in enumerate(lines[1:], start=2):
+        _check_record(record, lines[0], lines[number - 2] if number > 2 else None, f"{path}: line {number}")
+    return lines[0], lines[1:]
+
+
+def _check_record(record: dict, header: dict, previous: dict | None, where: str) -> None:
+    missing = [key for key in ("step", *SCORE_KEYS, "per_prompt", "samples") if key not in record]
+    if missing:
+        raise DataError(f"{where} lacks {', '.join(missing)}")
+    needed = ["kl", "kl_k3", "proxy"] + (["gold"] if header["gold"] is not None else [])
+    empty = [key for key in needed if record[key] is None or key not in record["per_prompt"]]
+    if empty:
+        raise DataError(f"{where} has no {', '.join(empty)}, or not per prompt")
+    lengths = {key: len(values) for key, values in record["per_prompt"].items()}
+    if previous is not None:
+        if record["step"] <= previous["step"]:
+            raise DataError(f"{where} has step {record['step']} after step {previous['step']}: steps must increase")
+        lengths["the line before"] = len(previous["per_prompt"]["kl"])
+    if len(set(lengths.values())) > 1:
+        raise DataError(f"{where} has different numbers of prompts: {lengths}")
+
+
+def _refuse_constant(name: str):
+    raise ValueError(f"{name} is not a finite number")
+
+
+def _dump(value: dict, path: Path) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise TrainingError(f"cannot write to {path}: {error}; give plain finite numbers, strings, lists") from error
+
+
+def _free_name(path: Path) -> Path:
+    number = 1
+    while (old := path.with_name(f"{path.stem}.{number}.old.jsonl")).exists():
+        number += 1
+    return old
