@@ -1,0 +1,179 @@
+"""Entries of a file and a command line -> the typed configuration of one run."""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cache
+from typing import Any, get_args, get_type_hints
+
+import yaml
+
+from align.config.source import COMMAND_LINE, Entry, apply_overrides, read_file, read_overrides
+from align.errors import ConfigError
+from align.lazy import load
+from align.methods import Method, get_method
+
+REWARD_SECTIONS = ("rewards", "gold_reward")
+
+
+@dataclass
+class DataArguments:
+    """Which rows are trained and evaluated on."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Local .parquet, .jsonl, .json or .csv file or folder, or a hub dataset."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(
+        default="test", metadata={"help": "Split to evaluate on, read only when eval_strategy is not 'no'."}
+    )
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "Other file, folder or hub dataset to evaluate on. Default: dataset_name."}
+    )
+
+
+@dataclass
+class RunConfig:
+    """Everything that one `align <method>` run is made of.
+
+    training: the method's config (a transformers.TrainingArguments). model: trl.ModelConfig. rewards, gold_reward: the
+    nested sections as written (None where absent). entries: what was set, and where.
+    """
+
+    method: Method
+    training: Any
+    model: Any
+    data: DataArguments
+    rewards: Any
+    gold_reward: Any
+    entries: dict[str, Entry]
+
+    def where(self, key: str) -> str:
+        """The place a key was set, for messages; `default` when it was not."""
+        return self.entries[key].where if key in self.entries else "default"
+
+
+def resolve(method_name: str, config_file: str | None, tokens: list[str]) -> RunConfig:
+    """Command line over file over default. Raises ConfigError, one line, on anything that does not describe a run."""
+    method = get_method(method_name)
+    entries = read_file(config_file) if config_file else {}
+    apply_overrides(entries, read_overrides(tokens))
+    stated = entries.pop("method", None)
+    if stated is not None and stated.value != method.name:
+        raise ConfigError(f"{stated.where}: the file is for `align {stated.value}`, the command is `align {method.name}`")
+
+    classes = {"training": load(method.config), "model": load("trl:ModelConfig"), "data": DataArguments}
+    sections = REWARD_SECTIONS if method.rewards else ()
+    _check_keys(entries, [name for cls in classes.values() for name in _fields(cls)] + [*sections], method)
+
+    arguments: dict[str, dict[str, Any]] = {part: {} for part in classes}
+    for key, entry in entries.items():
+        for part, cls in classes.items():
+            if key in _fields(cls):
+                arguments[part][key] = _typed(key, entry, cls)
+    built = {part: _build(cls, arguments[part], config_file) for part, cls in classes.items()}
+    nested = {key: entries[key].value if key in entries else None for key in REWARD_SECTIONS}
+    run = RunConfig(method=method, **built, **nested, entries=entries)
+    _check_required(run, config_file)
+    return run
+
+
+@cache
+def _fields(cls: type) -> dict[str, dataclasses.Field]:
+    return {f.name: f for f in dataclasses.fields(cls) if f.init}
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _check_keys(entries: dict[str, Entry], valid: list[str], method: Method) -> None:
+    problems = []
+    for key, entry in entries.items():
+        if key not in valid:
+            dashes = "--" if entry.where == COMMAND_LINE else ""
+            nearest = difflib.get_close_matches(key, valid, n=1)
+            hint = f"nearest valid: {dashes}{nearest[0]}" if nearest else f"see `align {method.name} --help`"
+            problems.append(f"{entry.where}: unknown key {dashes}{key}; {hint}")
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+def _typed(key: str, entry: Entry, cls: type) -> Any:
+    """The entry's value as the field's type, or ConfigError naming the place."""
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    hint = _hints(cls)[key]
+    enums = [arm for arm in get_args(hint) if isinstance(arm, type) and issubclass(arm, Enum)]
+    if enums:  # transformers writes `Enum | str`: any text would pass here and fail later, without its line
+        hint = enums[0]
+    # an options class of a library is validated by its own constructor
+    adapter = TypeAdapter(hint, config=None if dataclasses.is_dataclass(hint) else ConfigDict(arbitrary_types_allowed=True))
+    # a word that YAML reads as a number or a truth value may be meant as text; one item may be meant as a list
+    candidates = [entry.value] if entry.text is None else [entry.value, entry.text, [entry.text]]
+    problem = ""
+    for candidate in candidates:
+        try:
+            value = adapter.validate_python(candidate)
+        except ValidationError as error:
+            problem = problem or error.errors()[-1]["msg"]
+            continue
+        if isinstance(candidate, bool) and type(value) in (int, float):
+            problem = "Input should be a number"
+            continue
+        choices = _fields(cls)[key].metadata.get("choices")
+        if choices and value is not None and value not in choices:
+            raise ConfigError(f"{entry.where}: {key} must be one of {', '.join(choices)}, not {value!r}")
+        return value
+    shown = entry.text if entry.text is not None else repr(entry.value)
+    problem = problem[0].lower() + problem[1:]
+    raise ConfigError(f"{entry.where}: {key}: {problem} (a value of type {_type_name(hint)}), not {shown!r}")
+
+
+def _type_name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+
+
+def _build(cls: type, arguments: dict[str, Any], config_file: str | None) -> Any:
+    try:
+        return cls(**arguments)
+    except ValueError as error:  # what the __post_init__ of transformers, trl and our configs raise
+        message = " ".join(str(error).split())
+        raise ConfigError(f"{config_file or COMMAND_LINE}: {message}") from error
+
+
+def _check_required(run: RunConfig, config_file: str | None) -> None:
+    required = {"model_name_or_path": run.model.model_name_or_path, "dataset_name": run.data.dataset_name}
+    if run.method.rewards:
+        required["rewards"] = run.rewards
+    missing = [key for key, value in required.items() if not value]
+    if missing:
+        place = f"in {config_file} or on the command line" if config_file else "on the command line or in a --config"
+        raise ConfigError(f"`align {run.method.name}` needs {' and '.join(missing)}: set it {place}")
+
+
+def settings(run: RunConfig) -> dict[str, Any]:
+    """What makes this run differ from the defaults: everything that was set, then what the machine decided."""
+    values: dict[str, Any] = {"method": run.method.name}
+    parts = (run.model, run.data, run.training)
+    for key, entry in run.entries.items():
+        holders = [part for part in parts if key in _fields(type(part))]
+        values[key] = _plain(getattr(holders[0], key)) if holders else entry.value
+    for name, f in _fields(type(run.training)).items():
+        decided = _plain(getattr(run.training, name))
+        if name not in values and f.default is None and decided is not None and f.type in (bool | None, "bool | None"):
+            values[name] = decided
+    return values
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value
+
+
+def write_settings(run: RunConfig, path: str) -> None:
+    """Write `settings(run)` as a file that `align <method> --config` reads back."""
+    with open(path, "w", encoding="utf-8") as file:
+        yaml.safe_dump(settings(run), file, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,60 @@
+"""The one table of training methods, read by the command line, the configs and `align.__getattr__`.
+
+Trainers are named as strings, so that nothing is imported before it is used. A new method is one entry.
+"""
+
+from dataclasses import dataclass
+
+from align.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Method:
+    """One training method.
+
+    trainer, config: `"module:Class"`. data: what one row is, as in `align.data.detect_format` (`"sft"` stands for
+    prompt-completion or language modelling). rewards: whether the file has `rewards:` (and may have `gold_reward:`).
+    """
+
+    name: str
+    trainer: str
+    config: str
+    data: str
+    help: str
+    rewards: bool = False
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method(
+            "sft",
+            trainer="trainers.sft:SFTTrainer",
+            config="trainers.sft:SFTConfig",
+            data="sft",
+            help="supervised fine-tuning on demonstrations",
+        ),
+        Method(
+            "reward",
+            trainer="trainers.reward:RewardTrainer",
+            config="trainers.reward:RewardConfig",
+            data="preference",
+            help="a reward model from preference pairs (Bradley-Terry)",
+        ),
+        Method(
+            "remax",
+            trainer="trainers.remax:ReMaxTrainer",
+            config="trainers.remax:ReMaxConfig",
+            data="prompt_only",
+            help="policy gradient on rewards, with the greedy completion as baseline (ReMax)",
+            rewards=True,
+        ),
+    )
+}
+
+
+def get_method(name: str) -> Method:
+    """The method called `name`; ConfigError naming the valid ones otherwise."""
+    if name not in METHODS:
+        raise ConfigError(f"there is no method {name!r}; the methods are {', '.join(METHODS)}")
+    return METHODS[name]
