@@ -1,0 +1,72 @@
+"""What weighs the log-prob of each token in a policy gradient. All weights are detached."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from align.errors import ConfigError
+from align.objectives.kl import k1, masked_sum
+
+
+def reward_to_go(token_rewards: Tensor, mask: Tensor) -> Tensor:
+    """Suffix sums R_t = sum_{s >= t} r_s over the tokens of the mask, 0 outside it. token_rewards, mask: [B, T]."""
+    rewards = torch.where(mask.bool(), token_rewards, torch.zeros_like(token_rewards))
+    return rewards.flip(-1).cumsum(-1).flip(-1) * mask.bool()
+
+
+def remax_token_weights(
+    rewards: Tensor,
+    greedy_rewards: Tensor,
+    logps: Tensor,
+    ref_logps: Tensor | None,
+    mask: Tensor,
+    *,
+    beta: float,
+    gamma: float = 1.0,
+    reward_clip: float | None = None,
+    kl_mode: Literal["one_step", "to_go", "none"] = "one_step",
+) -> Tensor:
+    """ReMax (Li et al. 2023, arXiv 2310.10505): the greedy completion's reward is the baseline.
+
+    Returns the weights [B, T], detached.
+
+    With A = clip(r - r_greedy, +-reward_clip), L response tokens, t = 0 .. L-1 and d the per-token log-ratio:
+
+        one_step:  w_t = A * gamma^(L-t) - beta * d_t                 (the authors' released trainer)
+        to_go:     w_t = A * gamma^(L-t) - beta * sum_{s>=t} d_s      (KL inside the reward; verl's, at gamma = 1)
+        none:      w_t = A * gamma^(L-t)
+
+    The last token (t = L-1) already carries one gamma: that is the released convention. The *difference* is clipped,
+    not each reward. The baseline carries no KL. Outside the mask the weight is 0.
+
+    Args:
+        rewards, greedy_rewards: [B], one per sampled completion, and that of the greedy completion of its prompt.
+        logps, ref_logps: [B, T] nats, of the policy that sampled and of the reference (None with kl_mode "none").
+        mask: [B, T], 1 on response tokens including the end-of-sequence token.
+    """
+    if kl_mode not in ("one_step", "to_go", "none"):
+        raise ConfigError(f"kl_mode must be one_step, to_go or none, got {kl_mode!r}")
+    valid = mask.bool()
+    advantage = (rewards - greedy_rewards).detach()
+    if reward_clip is not None:
+        advantage = advantage.clamp(-reward_clip, reward_clip)
+    weights = advantage[:, None].expand(mask.shape)
+    if gamma != 1.0:
+        # cumsum counts the response tokens up to and including t, so the exponent is L - (count - 1) = L - t
+        exponent = valid.sum(-1, keepdim=True) - valid.cumsum(-1) + 1
+        weights = weights * gamma ** exponent.to(weights.dtype)
+    if kl_mode != "none":
+        log_ratio = k1(logps, ref_logps).detach()
+        weights = weights - beta * (log_ratio if kl_mode == "one_step" else reward_to_go(log_ratio, mask))
+    return torch.where(valid, weights, torch.zeros_like(weights))
+
+
+def remax_loss(logps: Tensor, weights: Tensor, mask: Tensor, normalizer: float | Tensor | None = None) -> Tensor:
+    """-sum_t w_t * log pi(y_t) / normalizer, a scalar. logps (with gradient), weights, mask: [B, T].
+
+    `normalizer` is the number of tokens of the *global* batch when this batch is one of several micro-batches or ranks;
+    None means the tokens of this mask (the authors' token mean).
+    """
+    total = -masked_sum(weights * logps, mask, dim=-1).sum()
+    return total / (mask.sum() if normalizer is None else normalizer)
