@@ -1,0 +1,196 @@
+"""A table of scored completions: one row per completion, columns for its prompt, its text, proxy scores and a gold
+score.
+
+Scores belong to their row. Nothing is ever looked up by text, so repeated prompts and answers cannot mix up their
+scores.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from align.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+PROMPT_COLUMNS = ("prompt_id", "prompt")
+ID_COLUMNS = ("completion_id",)
+CONFLICT_SD = 0.1  # scores of one text may differ by this share of the column's SD: batching changes the last digits
+
+
+@dataclass
+class ScoreTable:
+    """R rows, P prompts. rows: per prompt, the row numbers of its answers [N_p], in file order.
+
+    scores: column name -> float [R]. prompts, completions: text per row, None where the table has no such column.
+    """
+
+    path: Path
+    rows: list[np.ndarray]
+    scores: dict[str, np.ndarray]
+    prompts: list[str] | None
+    completions: list[str] | None
+
+    def by_prompt(self, column: str) -> list[np.ndarray]:
+        return [self.scores[column][rows] for rows in self.rows]
+
+
+def read_score_table(
+    path: str | Path,
+    *,
+    proxies: Sequence[str],
+    gold: str,
+    prompt: str | None = None,
+    completion: str = "completion",
+    id_column: str | None = None,
+) -> ScoreTable:
+    """Read a .parquet, .csv, .jsonl or .json (list of objects) table and check every row that is used.
+
+    prompt: the column that says which rows share a prompt; default `prompt_id`, else `prompt`. completion: read if
+    there. id_column: an identifier of the answer within its prompt, which may not repeat; default `completion_id` if
+    there. Raises DataError naming the rows (numbered from 0, a header not counted) on missing or non-finite scores,
+    repeated identifiers, one text with two different scores, or a table that holds every row more than once.
+    """
+    path = Path(path)
+    frame = _load(path)
+    prompt = prompt or next((name for name in PROMPT_COLUMNS if name in frame), None)
+    id_column = id_column or next((name for name in ID_COLUMNS if name in frame), None)
+    wanted = {**{name: "proxy" for name in proxies}, gold: "gold", prompt: "prompt", id_column: "id"}
+    wanted.pop(None, None)
+    if prompt is None:
+        raise DataError(f"{path} has neither a prompt_id nor a prompt column (columns: {', '.join(frame)})")
+    for name, role in wanted.items():
+        if name not in frame:
+            raise DataError(f"{path} has no column {name!r} for the {role} (columns: {', '.join(frame)})")
+    if len(frame) == 0:
+        raise DataError(f"{path} has no rows")
+    if gold in proxies:
+        raise DataError(f"{gold!r} is both a proxy and the gold score: a curve of it against itself shows nothing")
+
+    scores = {name: _numbers(frame[name], path) for name in (*proxies, gold)}
+    if scores[gold].std() == 0:
+        raise DataError(f"{path}: column {gold!r} is {scores[gold][0]} in every row: a gold score that never differs")
+    keys = _text(frame[prompt], path)
+    codes = _codes(keys)
+    order = np.argsort(codes, kind="stable")
+    rows = np.split(order, np.flatnonzero(np.diff(codes[order])) + 1)
+    completions = _text(frame[completion], path) if completion in frame else None
+    if id_column is not None:
+        _refuse_repeated_ids(codes, _codes(_text(frame[id_column], path)), id_column, path)
+    elif completions is not None:
+        _check_repeated_answers(codes, _codes(completions), scores, path)
+    texts = _text(frame["prompt"], path) if "prompt" in frame else keys
+    logger.info("%s: %d answers to %d prompts", path, len(frame), len(rows))
+    return ScoreTable(path, rows, scores, texts, completions)
+
+
+def _load(path: Path):
+    """The table as a pandas frame, types as pyarrow infers them (so that the text "NA" stays text)."""
+    import pyarrow as pa
+
+    if not path.is_file():
+        raise DataError(f"{path} does not exist")
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            table = pyarrow.parquet.read_table(path)
+        elif path.suffix == ".csv":
+            from pyarrow import csv
+
+            table = csv.read_csv(path, parse_options=csv.ParseOptions(newlines_in_values=True))
+        elif path.suffix == ".jsonl":
+            with open(path, encoding="utf-8") as file:
+                table = pa.Table.from_pylist([json.loads(line) for line in file if line.strip()])
+        elif path.suffix == ".json":
+            table = pa.Table.from_pylist(json.loads(path.read_text(encoding="utf-8")))
+        else:
+            raise DataError(f"{path}: unknown kind of table {path.suffix!r}; give .parquet, .csv, .jsonl or .json")
+    except (pa.ArrowException, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as {path.suffix}: {error}") from error
+    return table.to_pandas()
+
+
+def _numbers(column, path: Path) -> np.ndarray:
+    import pandas as pd
+
+    values = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64)
+    missing = np.flatnonzero(column.isna().to_numpy())
+    if missing.size:
+        raise DataError(f"{path}: column {column.name!r} is missing (empty or NaN) in {_rows(missing)}")
+    bad = np.flatnonzero(~np.isfinite(values))
+    if bad.size:
+        raise DataError(
+            f"{path}: column {column.name!r} is not a finite number in {_rows(bad)}; the first is {column[bad[0]]!r}"
+        )
+    return values
+
+
+def _text(column, path: Path) -> list[str]:
+    missing = np.flatnonzero(column.isna().to_numpy())
+    if missing.size:
+        raise DataError(f"{path}: column {column.name!r} is missing in {_rows(missing)}")
+    if column.map(lambda value: isinstance(value, str)).all():
+        return column.tolist()
+    # Conversational columns: lists of messages, one text form per conversation.
+    return [v if isinstance(v, str) else json.dumps(_plain(v), ensure_ascii=False) for v in column]
+
+
+def _plain(value):
+    if isinstance(value, np.ndarray):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _codes(values: list[str]) -> np.ndarray:
+    import pandas as pd
+
+    return pd.factorize(np.array(values, dtype=object))[0]
+
+
+def _refuse_repeated_ids(prompts: np.ndarray, ids: np.ndarray, id_column: str, path: Path) -> None:
+    import pandas as pd
+
+    repeated = np.flatnonzero(pd.DataFrame({"prompt": prompts, "id": ids}).duplicated().to_numpy())
+    if repeated.size:
+        raise DataError(f"{path}: {id_column!r} of the same prompt repeats an earlier row in {_rows(repeated)}")
+
+
+def _check_repeated_answers(prompts: np.ndarray, texts: np.ndarray, scores: dict[str, np.ndarray], path: Path) -> None:
+    """A model may well draw an answer twice; then its scores agree, and the copies stay (they are its probability)."""
+    import pandas as pd
+
+    frame = pd.DataFrame({"prompt": prompts, "text": texts, **{f"score {name}": s for name, s in scores.items()}})
+    groups = frame.groupby(["prompt", "text"], sort=False)
+    sizes = groups["prompt"].transform("size").to_numpy()
+    if sizes.min() > 1 and len(frame) > 2 * sizes.max():
+        raise DataError(
+            f"{path}: every answer is there at least twice (first again in "
+            f"{_rows(np.flatnonzero(frame[['prompt', 'text']].duplicated()))}): was the file joined to itself? If "
+            "these are draws of a model, give each an identifier and name its column (completion_id)"
+        )
+    for name, values in scores.items():
+        group = groups[f"score {name}"]
+        spread = (group.transform("max") - group.transform("min")).to_numpy()
+        conflicts = np.flatnonzero(spread > CONFLICT_SD * values.std())
+        if conflicts.size:
+            same = conflicts[(prompts[conflicts] == prompts[conflicts[0]]) & (texts[conflicts] == texts[conflicts[0]])]
+            raise DataError(
+                f"{path}: the same answer to the same prompt has different scores {name!r} in {_rows(same)} "
+                f"({', '.join(f'{values[row]:.6g}' for row in same[:5])}): scores and answers do not belong together, "
+                "or the rows are different answers: then name their identifier (completion_id)"
+            )
+    repeats = int((sizes > 1).sum() - (sizes > 1).any() * len(groups.size()[groups.size() > 1]))
+    if repeats:
+        logger.info("%s: %d of %d answers repeat another one of their prompt (kept)", path, repeats, len(frame))
+
+
+def _rows(numbers: np.ndarray) -> str:
+    shown = ", ".join(str(number) for number in numbers[:10])
+    return f"rows {shown}{f' and {numbers.size - 10} more' if numbers.size > 10 else ''}"

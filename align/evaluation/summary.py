@@ -1,0 +1,287 @@
+"""`summary.json`: every number of a report, in one strict JSON file.
+
+    {"best_of_n": {NAME: {"n", "kl", "proxy", "gold", ...}}, "runs": {NAME: {"step", "kl", "proxy", "gold", ...}},
+     "fits": {"best_of_n": {NAME: ...}, "runs": {NAME: ...}}, "phases": {NAME: seconds}, ...}
+
+Lists of one curve have one length. Beside them: intervals over prompts (`gold_low`, `gold_high`, ...), `unit` (zero
+and one standard deviation of the initial policy's scores), `peak` (see `align.evaluation.peak`), `samples`. A number
+that does not exist (the gold score of a run without one, an unbounded interval) is null; NaN and infinity are refused.
+"""
+
+import json
+import math
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from align.errors import DataError
+from align.evaluation.best_of_n import BonCurve
+from align.evaluation.bootstrap import mean_interval, percentile_interval, resample_weights
+from align.evaluation.fits import FORMS, extrapolation_check, fit_gao_bootstrap
+from align.evaluation.peak import RULE, analyse_peak
+from align.evaluation.records import SCORE_KEYS, Run
+
+FILE_NAME = "summary.json"
+CUT_SHARE = 0.75  # of the largest d: about where the paper cut (6 of 10 nats)
+SAMPLES = 4
+CURVE_KEYS = {"best_of_n": ("n", "kl", "proxy", "gold"), "runs": ("step", "kl", "proxy", "gold")}
+
+
+def build_summary(
+    *,
+    best_of_n: dict[str, BonCurve] | None = None,
+    runs: dict[str, Run] | None = None,
+    phases: dict[str, float] | None = None,
+    setup: dict | None = None,
+    reward_models: list[dict] | None = None,
+    seed: int = 0,
+) -> dict:
+    """The summary of best-of-n curves and runs, by the names under which a report shows them.
+
+    phases: seconds by name. setup: what was run, shown as a table (strings, numbers, lists). reward_models: one dict
+    per model (`name`, `accuracy`, `label_noise`, `pairs`, ... whatever is known), shown as a table. seed: of the
+    bootstrap.
+    """
+    curves, run_entries = {}, {}
+    fits: dict = {"best_of_n": {}, "runs": {}}
+    for name, curve in (best_of_n or {}).items():
+        curves[name] = _bon_entry(curve, seed)
+        fits["best_of_n"][name] = _fits(curve.kl, curve.per_prompt["gold"], curve.gold_sd, seed)
+    for name, run in (runs or {}).items():
+        run_entries[name] = _run_entry(run, seed)
+        unit = run_entries[name]["unit"]["gold_sd"]
+        if run.gold is not None and unit:
+            fits["runs"][name] = _fits(run.per_prompt["kl"], run.per_prompt["gold"], unit, seed)
+    summary = {
+        "best_of_n": curves,
+        "runs": run_entries,
+        "fits": fits,
+        "phases": {name: float(seconds) for name, seconds in (phases or {}).items()},
+        "comparisons": {
+            "best_of_n": _comparisons(
+                {name: curve.per_prompt.get("gold") for name, curve in (best_of_n or {}).items()}, seed
+            ),
+            "runs": _comparisons({name: run.per_prompt.get("gold") for name, run in (runs or {}).items()}, seed),
+        },
+        "verdict_rule": RULE,
+        "setup": setup or {},
+        "reward_models": reward_models or [],
+    }
+    summary = _plain(summary, "summary")
+    validate_summary(summary)
+    return summary
+
+
+def validate_summary(summary: dict, where: str = "summary") -> None:
+    """Raise DataError, naming the place, unless the summary has its keys, equal lengths and finite numbers only."""
+    for key in ("best_of_n", "runs", "fits", "phases"):
+        if not isinstance(summary.get(key), dict):
+            raise DataError(f"{where}: {key!r} is missing or is not an object")
+    _refuse_non_finite(summary, where)
+    for kind, keys in CURVE_KEYS.items():
+        for name, entry in summary[kind].items():
+            missing = [key for key in keys if not isinstance(entry.get(key), list)]
+            if missing:
+                raise DataError(f"{where}: {kind}.{name} lacks the lists {', '.join(missing)}")
+            lengths = {key: len(entry[key]) for key in keys}
+            if len(set(lengths.values())) > 1:
+                raise DataError(f"{where}: the lists of {kind}.{name} differ in length: {lengths}")
+    for name, seconds in summary["phases"].items():
+        if not isinstance(seconds, int | float):
+            raise DataError(f"{where}: phases.{name} is not a number of seconds")
+
+
+def write_summary(folder: str | Path, summary: dict) -> Path:
+    """Write `<folder>/summary.json` (replaced at once) and return its path."""
+    validate_summary(summary)
+    path = Path(folder) / FILE_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".json.tmp")
+    temporary.write_text(json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def read_summary(path: str | Path) -> dict:
+    """Read and check a summary (the file or its folder)."""
+    path = Path(path)
+    path = path / FILE_NAME if path.is_dir() else path
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist") from error
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON: {error}") from error
+    validate_summary(summary, str(path))
+    return summary
+
+
+def _bon_entry(curve: BonCurve, seed: int) -> dict:
+    return {
+        "n": curve.n,
+        **_columns({"kl": curve.kl, "proxy": curve.proxy, "gold": curve.gold}, curve.per_prompt, seed),
+        "proxy_name": curve.proxy_name,
+        "gold_name": curve.gold_name,
+        "prompts": curve.per_prompt["proxy"].shape[1],
+        "answers": list(curve.answers),
+        "unit": {
+            "proxy_zero": curve.proxy[0],
+            "proxy_sd": curve.proxy_sd,
+            "gold_zero": curve.gold[0],
+            "gold_sd": curve.gold_sd,
+        },
+        "peak": _peak_entry("n", curve.n, curve.kl, curve.per_prompt, seed),
+        "notes": curve.notes,
+    }
+
+
+def _run_entry(run: Run, seed: int) -> dict:
+    """The unit of a run is the standard deviation over prompts of the scores of its first evaluation."""
+    per_prompt, has_gold = run.per_prompt, run.gold is not None
+    values = {key: getattr(run, key) for key in SCORE_KEYS}
+    if not has_gold:
+        values["gold"] = [None] * len(run)
+    notes = []
+    if run.step[0] != 0:
+        notes.append(
+            f"the first evaluation is at step {run.step[0]} (KL {run.kl[0]:.3g}), not of the initial policy: gains and "
+            "fits count from there"
+        )
+    if len(run) == 1:
+        notes.append("one evaluation only: no curve")
+    entry = {
+        "step": run.step,
+        **_columns(values, per_prompt, seed),
+        "method": run.method,
+        "proxy_name": run.proxy_name,
+        "gold_name": run.gold_name,
+        "seed": run.seed,
+        "prompts": per_prompt["proxy"].shape[1],
+        "unit": {
+            "proxy_zero": run.proxy[0],
+            "proxy_sd": per_prompt["proxy"][0].std(),
+            "gold_zero": run.gold[0] if has_gold else None,
+            "gold_sd": per_prompt["gold"][0].std() if has_gold else None,
+        },
+        "extras": {key: [None if math.isnan(x) else x for x in value.tolist()] for key, value in run.extras.items()},
+        "peak": _peak_entry("step", run.step, run.kl, per_prompt, seed) if has_gold else None,
+        "notes": notes,
+        "config": run.config,
+    }
+    end = len(run) - 1
+    peak = int(np.argmax(run.gold)) if has_gold else end
+    entry["samples"] = _samples({"start": run.samples[0], "peak": run.samples[peak], "end": run.samples[end]})
+    return entry
+
+
+def _columns(values: dict, per_prompt: dict[str, np.ndarray], seed: int) -> dict:
+    """Each column, followed by its interval where there are values per prompt."""
+    columns = {}
+    for key, value in values.items():
+        columns[key] = value
+        if key in per_prompt and per_prompt[key].shape[1] > 1:
+            columns[f"{key}_low"], columns[f"{key}_high"] = mean_interval(per_prompt[key].T, seed=seed)
+    return columns
+
+
+def _peak_entry(axis: str, axis_values, kl, per_prompt: dict[str, np.ndarray], seed: int) -> dict:
+    peak = asdict(analyse_peak(per_prompt["proxy"], per_prompt["gold"], seed=seed))
+    entry = {}
+    for place in ("start", "peak", "end"):
+        index = peak.pop(place)
+        entry[place] = {
+            "index": index,
+            axis: axis_values[index],
+            "kl": kl[index],
+            "proxy": per_prompt["proxy"][index].mean(),
+            "gold": per_prompt["gold"][index].mean(),
+        }
+    for key, value in peak.items():
+        if key.endswith("_interval"):
+            low, high = (None, None) if value is None else value
+            entry[key.replace("_interval", "_low")], entry[key.replace("_interval", "_high")] = (
+                _finite(low),
+                _finite(high),
+            )
+        else:
+            entry[key] = value
+    return entry
+
+
+def _fits(kl, gold: np.ndarray, unit: float, seed: int) -> dict:
+    """Both forms on one gold curve, and how well each predicts its last quarter from the rest. Null where
+    impossible."""
+    mean_kl = kl.mean(1) if kl.ndim == 2 else kl
+    d, score = np.sqrt(np.maximum(mean_kl, 0)), (gold.mean(1) - gold[0].mean()) / unit
+    fits: dict = {}
+    for form in FORMS:
+        fit = fit_gao_bootstrap(form, kl, gold, unit, seed=seed)
+        fits[form] = None if fit is None else _fit_entry(asdict(fit))
+    fits["extrapolation"] = {form: extrapolation_check(form, d, score, CUT_SHARE * d.max()) for form in FORMS}
+    return fits
+
+
+def _fit_entry(fit: dict) -> dict:
+    for name, (low, high) in (fit.pop("intervals") or {}).items():
+        fit[f"{name}_low"], fit[f"{name}_high"] = low, high
+    fit["peak_kl"] = None if fit["peak_d"] is None else _finite(fit["peak_d"] ** 2)
+    fit["peak_d"], fit["peak_score"] = _finite(fit["peak_d"]), _finite(fit["peak_score"])
+    return fit
+
+
+def _comparisons(gold: dict[str, np.ndarray | None], seed: int) -> dict:
+    """Gold score at the end, against the first curve that has one; prompts resampled separately (never too narrow)."""
+    with_gold = {name: values for name, values in gold.items() if values is not None}
+    if len(with_gold) < 2:
+        return {}
+    base, *others = with_gold
+    ends = {name: values[-1] for name, values in with_gold.items()}
+    means = {
+        name: resample_weights(len(end), seed=seed + number) @ end for number, (name, end) in enumerate(ends.items())
+    }
+    result: dict = {"base": base, "end_gold_minus_base": {}}
+    for name in others:
+        low, high = percentile_interval(means[name] - means[base])
+        result["end_gold_minus_base"][name] = {"value": ends[name].mean() - ends[base].mean(), "low": low, "high": high}
+    return result
+
+
+def _samples(places: dict[str, list[dict]]) -> dict:
+    """A few samples of each place, of the same prompts where there are some."""
+    common = set.intersection(*({sample["prompt"] for sample in samples} for samples in places.values()))
+    return {
+        place: [sample for sample in samples if not common or sample["prompt"] in common][:SAMPLES]
+        for place, samples in places.items()
+    }
+
+
+def _finite(value):
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _plain(value, where: str):
+    """numpy to plain Python, all the way down."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{number}]") for number, item in enumerate(value)]
+    if isinstance(value, np.generic):
+        return value.item()
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    raise DataError(f"{where} is a {type(value).__name__}: a summary holds numbers, strings, lists and objects")
+
+
+def _refuse_non_finite(value, where: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise DataError(f"{where} is {value}: a summary holds finite numbers, and null for one that does not exist")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _refuse_non_finite(item, f"{where}.{key}")
+    if isinstance(value, list):
+        for number, item in enumerate(value):
+            _refuse_non_finite(item, f"{where}[{number}]")
