@@ -5,6 +5,7 @@ import difflib
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import yaml
@@ -39,7 +40,8 @@ class RunConfig:
     """Everything that one `align <method>` run is made of.
 
     training: the method's config (a transformers.TrainingArguments). model: trl.ModelConfig. rewards, gold_reward: the
-    nested sections as written (None where absent). entries: what was set, and where.
+    nested sections as written (None where absent). entries: what was set, and where. given: the same keys with their
+    typed values.
     """
 
     method: Method
@@ -49,6 +51,7 @@ class RunConfig:
     rewards: Any
     gold_reward: Any
     entries: dict[str, Entry]
+    given: dict[str, Any]
 
     def where(self, key: str) -> str:
         """The place a key was set, for messages; `default` when it was not."""
@@ -64,20 +67,36 @@ def resolve(method_name: str, config_file: str | None, tokens: list[str]) -> Run
     if stated is not None and stated.value != method.name:
         raise ConfigError(f"{stated.where}: the file is for `align {stated.value}`, the command is `align {method.name}`")
 
-    classes = {"training": load(method.config), "model": load("trl:ModelConfig"), "data": DataArguments}
+    classes = option_classes(method)
     sections = REWARD_SECTIONS if method.rewards else ()
     _check_keys(entries, [name for cls in classes.values() for name in _fields(cls)] + [*sections], method)
 
     arguments: dict[str, dict[str, Any]] = {part: {} for part in classes}
+    given = {}
     for key, entry in entries.items():
+        given[key] = entry.value
         for part, cls in classes.items():
             if key in _fields(cls):
-                arguments[part][key] = _typed(key, entry, cls)
+                arguments[part][key] = value = _typed(key, entry, cls)
+                given[key] = entry.value if dataclasses.is_dataclass(value) else _plain(value)
     built = {part: _build(cls, arguments[part], config_file) for part, cls in classes.items()}
-    nested = {key: entries[key].value if key in entries else None for key in REWARD_SECTIONS}
-    run = RunConfig(method=method, **built, **nested, entries=entries)
+    nested = {key: given.get(key) for key in REWARD_SECTIONS}
+    run = RunConfig(method=method, **built, **nested, entries=entries, given=given)
     _check_required(run, config_file)
     return run
+
+
+def option_classes(method: Method) -> dict[str, type]:
+    """The dataclasses whose fields are the options of a method."""
+    return {"training": load(method.config), "model": load("trl:ModelConfig"), "data": DataArguments}
+
+
+def own_fields(cls: type) -> list[str]:
+    """The fields that a method's config declares itself, or whose default it changes."""
+    from transformers import TrainingArguments
+
+    added = [c for c in cls.__mro__ if dataclasses.is_dataclass(c) and c not in TrainingArguments.__mro__]
+    return [name for name in _fields(cls) if any(name in c.__dict__.get("__annotations__", {}) for c in added)]
 
 
 @cache
@@ -107,11 +126,13 @@ def _typed(key: str, entry: Entry, cls: type) -> Any:
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
     hint = _hints(cls)[key]
+    choices = list(_fields(cls)[key].metadata.get("choices") or [])
     enums = [arm for arm in get_args(hint) if isinstance(arm, type) and issubclass(arm, Enum)]
     if enums:  # transformers writes `Enum | str`: any text would pass here and fail later, without its line
-        hint = enums[0]
+        choices = [member.value for member in enums[0]]
     # an options class of a library is validated by its own constructor
-    adapter = TypeAdapter(hint, config=None if dataclasses.is_dataclass(hint) else ConfigDict(arbitrary_types_allowed=True))
+    options = None if dataclasses.is_dataclass(hint) else ConfigDict(arbitrary_types_allowed=True)
+    adapter = TypeAdapter(hint, config=options)
     # a word that YAML reads as a number or a truth value may be meant as text; one item may be meant as a list
     candidates = [entry.value] if entry.text is None else [entry.value, entry.text, [entry.text]]
     problem = ""
@@ -124,9 +145,10 @@ def _typed(key: str, entry: Entry, cls: type) -> Any:
         if isinstance(candidate, bool) and type(value) in (int, float):
             problem = "Input should be a number"
             continue
-        choices = _fields(cls)[key].metadata.get("choices")
-        if choices and value is not None and value not in choices:
-            raise ConfigError(f"{entry.where}: {key} must be one of {', '.join(choices)}, not {value!r}")
+        if choices and value is not None and _plain(value) not in choices:
+            near = difflib.get_close_matches(str(value), choices, n=1) if len(choices) > 12 else None
+            valid = f"nearest valid: {near[0]}" if near else f"valid: {', '.join(choices[:12])}"
+            raise ConfigError(f"{entry.where}: {key} cannot be {_plain(value)!r}; {valid}")
         return value
     shown = entry.text if entry.text is not None else repr(entry.value)
     problem = problem[0].lower() + problem[1:]
@@ -152,28 +174,25 @@ def _check_required(run: RunConfig, config_file: str | None) -> None:
     missing = [key for key, value in required.items() if not value]
     if missing:
         place = f"in {config_file} or on the command line" if config_file else "on the command line or in a --config"
-        raise ConfigError(f"`align {run.method.name}` needs {' and '.join(missing)}: set it {place}")
+        raise ConfigError(f"`align {run.method.name}` needs {' and '.join(missing)}, to be set {place}")
 
 
 def settings(run: RunConfig) -> dict[str, Any]:
     """What makes this run differ from the defaults: everything that was set, then what the machine decided."""
-    values: dict[str, Any] = {"method": run.method.name}
-    parts = (run.model, run.data, run.training)
-    for key, entry in run.entries.items():
-        holders = [part for part in parts if key in _fields(type(part))]
-        values[key] = _plain(getattr(holders[0], key)) if holders else entry.value
-    for name, f in _fields(type(run.training)).items():
-        decided = _plain(getattr(run.training, name))
-        if name not in values and f.default is None and decided is not None and f.type in (bool | None, "bool | None"):
-            values[name] = decided
-    return values
+    config = type(run.training)
+    decided = {
+        name: getattr(run.training, name)
+        for name in own_fields(config)
+        if name not in run.given and _fields(config)[name].default is None and _hints(config)[name] == bool | None
+    }
+    return {"method": run.method.name, **run.given, **{k: v for k, v in decided.items() if v is not None}}
 
 
 def _plain(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
 
 
-def write_settings(run: RunConfig, path: str) -> None:
+def write_settings(run: RunConfig, path: str | Path) -> None:
     """Write `settings(run)` as a file that `align <method> --config` reads back."""
     with open(path, "w", encoding="utf-8") as file:
         yaml.safe_dump(settings(run), file, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,137 @@
+"""A memory estimate from the model's config alone: no weight is loaded, and none needs to exist on this machine.
+
+It says whether a run is near or far from fitting, not how many bytes it will take. Counted exactly: weights, gradients
+and optimiser states. Rough: activations (Korthikanti et al. 2022, arXiv 2205.05198, equation 2 without the attention
+scores, which fused attention does not keep: 34 bytes per token, layer and hidden unit in 16 bits, 68 in 32 bits).
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+GIB = 2**30
+LOGITS_CHUNK_BYTES = 4 * (1 << 26)  # align.modeling.logprobs bounds a chunk of float32 logits by this
+
+
+@dataclass
+class Part:
+    """One line of the estimate: what, how many bytes, and how they were counted."""
+
+    name: str
+    bytes: int
+    formula: str
+
+
+@dataclass
+class Shape:
+    """What the estimate needs to know of a model, all from its config.
+
+    parameters, trainable: counts. layers, hidden, vocab: sizes. bytes_per_weight: of the dtype it is loaded in.
+    """
+
+    parameters: int
+    trainable: int
+    layers: int
+    hidden: int
+    vocab: int
+    bytes_per_weight: int
+
+
+@dataclass
+class Estimate:
+    """Bytes of one process on one device, not split by FSDP or ZeRO."""
+
+    parts: list[Part] = field(default_factory=list)
+
+    def add(self, name: str, size: float, formula: str) -> None:
+        self.parts.append(Part(name, round(size), formula))
+
+    @property
+    def total(self) -> int:
+        return sum(part.bytes for part in self.parts)
+
+    def lines(self) -> list[str]:
+        rows = [f"  {part.name:<20} {_size(part.bytes):>10}   {part.formula}" for part in self.parts]
+        return [*rows, f"  {'total':<20} {_size(self.total):>10}   per process, before FSDP or ZeRO split anything"]
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 100 else f"{count / 2**20:.2f} MiB"
+
+
+def model_shape(config, *, dtype: str | None, auto_class, peft_config=None) -> Shape:
+    """Counts from a transformers config; the model is built on the meta device, without storage.
+
+    auto_class: AutoModelForCausalLM or AutoModelForSequenceClassification. dtype: "float32", "bfloat16", "float16",
+    or "auto" for the dtype the config names.
+    """
+    with torch.device("meta"):
+        model = auto_class.from_config(config)
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)
+    text = config.get_text_config()
+    named = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype or "float32")
+    return Shape(
+        parameters=sum(p.numel() for p in model.parameters()),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        vocab=text.vocab_size,
+        bytes_per_weight=named.itemsize,
+    )
+
+
+def optimizer_bytes(optim: str, width: int) -> tuple[int, str]:
+    """Bytes of optimiser state per trained parameter whose weight has `width` bytes, and in words."""
+    if "8bit" in optim:
+        return 2, "two states of 1 byte"
+    if optim.startswith(("adafactor", "sgd", "galore", "apollo", "lomo", "adalomo")):
+        return 0, "little or no state, counted as none"
+    return 2 * width, f"two states of {width} bytes"
+
+
+def estimate(
+    shape: Shape,
+    *,
+    optim: str,
+    mixed: bool,
+    checkpointing: bool,
+    sequences: int,
+    length: int,
+    chunked_logits: bool,
+    reference: bool = False,
+    engine: bool = False,
+    rewards: list[Shape] = (),
+) -> Estimate:
+    """Memory of one training process.
+
+    sequences, length: of one micro-batch. mixed: 16-bit autocast. chunked_logits: the head runs in chunks, else the
+    logits of the whole micro-batch exist. reference: a second frozen copy. engine: a third, of the rollout engine.
+    """
+    out = Estimate()
+    count, width = shape.parameters, shape.bytes_per_weight
+    out.add("weights", count * width, f"{count:,} parameters x {width} bytes")
+    out.add("gradients", shape.trainable * width, f"{shape.trainable:,} trained x {width} bytes")
+    state, words = optimizer_bytes(optim, width)
+    out.add("optimiser states", shape.trainable * state, f"{optim}: {words}")
+    if mixed and width == 4:
+        out.add("16-bit copies", count * 2, "autocast keeps the cast weights during a forward and backward pass")
+    tokens = sequences * length
+    per_unit = 34 if mixed or width == 2 else 68
+    kept = shape.layers * (per_unit // 17 if checkpointing else per_unit) + (per_unit if checkpointing else 0)
+    how = "inputs of each layer, and one layer" if checkpointing else f"{per_unit} bytes x {shape.layers} layers"
+    out.add("activations (rough)", tokens * shape.hidden * kept, f"{tokens:,} tokens x {shape.hidden} x {how}")
+    logits = 4 * tokens * shape.vocab
+    if chunked_logits:
+        logits = min(logits, LOGITS_CHUNK_BYTES)
+    size = "a chunk of the" if chunked_logits else f"{tokens:,} x {shape.vocab:,}"
+    out.add("logits", 3 * logits, f"{size} logits in float32, their softmax and gradient")
+    if reference:
+        out.add("reference model", count * width, "a frozen copy of the weights")
+    if engine:
+        out.add("rollout engine", count * width, "its own copy of the weights; its KV cache comes on top")
+    for i, reward in enumerate(rewards):
+        out.add(f"reward model {i}", reward.parameters * reward.bytes_per_weight, f"{reward.parameters:,} parameters")
+    return out

@@ -1,0 +1,141 @@
+"""`align launch`: the same run on several processes, GPUs or machines. Starts accelerate's launcher; adds nothing to it."""
+
+import argparse
+import importlib.util
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from align.errors import ConfigError
+from align.methods import get_method
+
+HELP = "run a config on several processes, GPUs or machines"
+DESCRIPTION = (
+    "Run a config file on several processes, GPUs or machines, or write the SLURM batch file that does. The method is "
+    "the file's `method:`. Every option that is not listed here goes to the run, as in `align <method>`; they follow "
+    "the file: align launch configs/sft.yaml --setup fsdp2 --num-processes 8 --learning_rate 1e-5"
+)
+SETUPS = ("ddp", "fsdp2", "zero2", "zero3")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="the run's YAML file")
+    parser.add_argument("--method", help="the method, for a file that does not name it")
+    parser.add_argument(
+        "--setup", default="ddp", choices=SETUPS, help="a file of configs/accelerate: how memory is split [ddp]"
+    )
+    parser.add_argument(
+        "--num-processes", type=int, metavar="N", help="processes of all nodes together [the GPUs of this machine]"
+    )
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="number of machines [1]")
+    parser.add_argument("--node-rank", type=int, metavar="R", help="which of the machines this is, from 0")
+    parser.add_argument("--main-address", metavar="HOST", help="address of machine 0")
+    parser.add_argument("--main-port", type=int, default=29500, metavar="PORT", help="a free port of machine 0 [29500]")
+    parser.add_argument("--cpu", action="store_true", help="train on the CPU (gloo); ddp only")
+    parser.add_argument("--slurm", metavar="FILE", help="write a SLURM batch file and run nothing")
+    parser.add_argument("--cpus-per-process", type=int, default=8, metavar="N", help="for the SLURM batch file [8]")
+    parser.add_argument("--dry-run", action="store_true", help="print the exact command and run nothing")
+
+
+def run(args: argparse.Namespace, extra: list[str]) -> int:
+    method = _method(args)
+    _check(args)
+    num_processes = args.num_processes or _count_gpus()
+    if num_processes % args.nodes:
+        raise ConfigError(f"{num_processes} processes do not divide over {args.nodes} nodes; --num-processes is the total")
+    training = ["align", method, "--config", args.config, *extra, *(["--use_cpu", "true"] if args.cpu else [])]
+    if args.slurm:
+        return _write_slurm(args, method, num_processes, training)
+    machines = []
+    if args.nodes > 1:
+        machines = ["--machine_rank", str(args.node_rank), "--main_process_ip", args.main_address]
+    machines += ["--main_process_port", str(args.main_port)]
+    command = [sys.executable, *_launcher(args, num_processes), *machines, "--module", *training]
+    if args.dry_run:
+        print(shlex.join(command))
+        return 0
+    sys.stdout.flush()
+    # The launcher takes the place of this process, so that it gets the signals that the job's owner sends.
+    os.execv(command[0], command)
+
+
+def _launcher(args: argparse.Namespace, num_processes: int) -> list[str]:
+    from align.config import configs_dir
+
+    setup = str(configs_dir() / "accelerate" / f"{args.setup}.yaml")
+    counts = ["--num_processes", str(num_processes), "--num_machines", str(args.nodes)]
+    return ["-m", "accelerate.commands.launch", "--config_file", setup, *counts]
+
+
+def _method(args: argparse.Namespace) -> str:
+    from align.config.source import read_file
+
+    stated = read_file(args.config).get("method")
+    name = args.method or (stated.value if stated else None)
+    if name is None:
+        raise ConfigError(f"{args.config} does not name its method: add a line such as `method: sft`, or give --method")
+    if stated and stated.value != name:
+        raise ConfigError(f"{stated.where}: the file is for {stated.value!r}, --method says {name!r}")
+    return get_method(name).name
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.num_processes is not None and args.num_processes < 1 or args.nodes < 1:
+        raise ConfigError("--num-processes and --nodes count from 1")
+    if args.cpu and args.setup != "ddp":
+        raise ConfigError(f"--cpu runs with --setup ddp only, not {args.setup}")
+    if (args.cpu or args.slurm or args.nodes > 1) and args.num_processes is None:
+        raise ConfigError("give --num-processes, the total over all nodes, with --cpu, --slurm or several --nodes")
+    if args.nodes > 1 and not args.slurm and (args.node_rank is None or args.main_address is None):
+        raise ConfigError("several --nodes need --node-rank and --main-address on each, or --slurm FILE")
+    if args.node_rank is not None and not 0 <= args.node_rank < args.nodes:
+        raise ConfigError(f"--node-rank goes from 0 to {args.nodes - 1} for {args.nodes} node(s), not {args.node_rank}")
+    if args.setup.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(
+            f"--setup {args.setup} needs DeepSpeed, which is not installed: pip install deepspeed (or use --setup fsdp2)"
+        )
+
+
+def _count_gpus() -> int:
+    import torch
+
+    count = torch.cuda.device_count()
+    if count == 0:
+        raise ConfigError("no GPU is found on this machine: add --cpu and --num-processes N to train on its processors")
+    return count
+
+
+def _write_slurm(args: argparse.Namespace, method: str, num_processes: int, training: list[str]) -> int:
+    import jinja2
+
+    from align.config import configs_dir
+
+    if not any(token.startswith(("--resume_from_checkpoint", "--resume-from-checkpoint")) for token in training):
+        training = [*training, "--resume_from_checkpoint", "auto"]  # a requeued job goes on where it was
+    # The variables are the node's: they stay outside the quoting.
+    node = "--machine_rank $SLURM_NODEID --main_process_ip $MAIN_ADDRESS --main_process_port $MAIN_PORT"
+    launcher = shlex.join([sys.executable, *_launcher(args, num_processes)])
+    command = f"{launcher} {node} --module {shlex.join(training)}"
+    template = jinja2.Template(
+        (configs_dir() / "slurm.sbatch.j2").read_text(),
+        trim_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    text = template.render(
+        file=args.slurm,
+        method=method,
+        nodes=args.nodes,
+        per_node=num_processes // args.nodes,
+        cpus_per_process=args.cpus_per_process,
+        cpu=args.cpu,
+        workdir=shlex.quote(os.getcwd()),
+        command=command.replace("'", "'\\''"),
+    )
+    if args.dry_run:
+        print(text, end="")
+        return 0
+    Path(args.slurm).write_text(text)
+    print(f"wrote {args.slurm}; start it with: sbatch {args.slurm}")
+    return 0

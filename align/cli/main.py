@@ -1,0 +1,97 @@
+"""The `align` command: one sub-command per training method, and the tools around them.
+
+Modules of sub-commands have `HELP`, `add_arguments(parser)` and `run(args) -> exit status`, and import what is heavy
+inside `run`, so that `align --help` answers at once.
+"""
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+import traceback
+
+from align.errors import AlignError
+from align.methods import METHODS
+
+TOOLS = {
+    "quickstart": "align.cli.quickstart",
+    "bon": "align.cli.bon",
+    "overoptimization": "align.cli.overoptimization",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all sub-commands. Parsed arguments carry `run`, a function of (arguments, remaining tokens)."""
+    from align.cli import launch, train
+
+    parser = argparse.ArgumentParser(
+        prog="align",
+        description="Align language models with preferences and rewards, and see when a reward stops being trustworthy.",
+        epilog="`align COMMAND --help` lists the options of a command.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and stop")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
+    for name, method in METHODS.items():
+        # --help of a method lists the fields of its config: it is printed by `train.run`, which may import them
+        sub = commands.add_parser(name, help=method.help, add_help=False, allow_abbrev=False)
+        train.add_arguments(sub)
+        sub.set_defaults(run=train.run, parser=sub)
+    sub = commands.add_parser("launch", help=launch.HELP, description=launch.DESCRIPTION, allow_abbrev=False)
+    launch.add_arguments(sub)
+    sub.set_defaults(run=launch.run)
+    for name, path in TOOLS.items():
+        module = importlib.import_module(path)
+        sub = commands.add_parser(name, help=module.HELP, description=module.HELP, allow_abbrev=False)
+        module.add_arguments(sub)
+        sub.set_defaults(run=_no_further_tokens(module.run, sub))
+    for sub in commands.choices.values():
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error (also ALIGN_DEBUG=1)")
+    return parser
+
+
+def _no_further_tokens(run, parser: argparse.ArgumentParser):
+    def checked(args: argparse.Namespace, extra: list[str]) -> int:
+        if extra:
+            parser.error(f"unrecognized arguments: {' '.join(extra)}")
+        return run(args)
+
+    return checked
+
+
+def _set_up_logging() -> None:
+    """Our own messages from INFO (on the first process of several), those of other libraries from WARNING."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    for package in ("align", "trainers", "reward_models"):
+        logging.getLogger(package).setLevel(level)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command. Exit status: 0 done, 2 a mistake the user can mend (one line on stderr), 130 interrupted."""
+    parser = build_parser()
+    args, extra = parser.parse_known_args(argv)
+    if args.version:
+        import align
+
+        print(f"align {align.__version__}")
+        return 0
+    if args.command is None:
+        parser.print_help()
+        return 0
+    _set_up_logging()
+    try:
+        return args.run(args, extra)
+    except AlignError as error:
+        if args.debug or os.environ.get("ALIGN_DEBUG") == "1":
+            traceback.print_exc()
+        print(f"align: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("align: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
