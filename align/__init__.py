@@ -1,6 +1,6 @@
 """Align language models with preferences and rewards, and see when a reward stops being trustworthy.
 
-`from align import SFTTrainer, SFTConfig, RewardEnsemble, make_engine, ...`: every public name is loaded when it is first
+`from align import SFTTrainer, SFTConfig, RewardEnsemble, make_engine, ...`: a public name is loaded when it is first
 used, so `import align` itself is quick and imports neither torch nor transformers.
 
 Importing align sets four environment variables where they are not set, and nothing else: what the libraries below it

@@ -1,4 +1,4 @@
-"""`align launch`: the same run on several processes, GPUs or machines. Starts accelerate's launcher; adds nothing to it."""
+"""`align launch`: one run on several processes, GPUs or machines. Starts accelerate's launcher, adds nothing to it."""
 
 import argparse
 import importlib.util
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
     _check(args)
     num_processes = args.num_processes or _count_gpus()
     if num_processes % args.nodes:
-        raise ConfigError(f"{num_processes} processes do not divide over {args.nodes} nodes; --num-processes is the total")
+        raise ConfigError(f"--num-processes is the total, and {num_processes} do not divide over {args.nodes} nodes")
     training = ["align", method, "--config", args.config, *extra, *(["--use_cpu", "true"] if args.cpu else [])]
     if args.slurm:
         return _write_slurm(args, method, num_processes, training)
@@ -93,7 +93,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--node-rank goes from 0 to {args.nodes - 1} for {args.nodes} node(s), not {args.node_rank}")
     if args.setup.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(
-            f"--setup {args.setup} needs DeepSpeed, which is not installed: pip install deepspeed (or use --setup fsdp2)"
+            f"--setup {args.setup} needs DeepSpeed, which is not installed: pip install deepspeed, or use --setup fsdp2"
         )
 
 

@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="align",
-        description="Align language models with preferences and rewards, and see when a reward stops being trustworthy.",
+        description="Align language models with preferences and rewards; see when a reward stops being trustworthy.",
         epilog="`align COMMAND --help` lists the options of a command.",
         allow_abbrev=False,
     )

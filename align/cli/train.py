@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-from pathlib import Path
 
 from align.methods import get_method
 

@@ -3,12 +3,14 @@
 import argparse
 import dataclasses
 import textwrap
+from enum import Enum
+from typing import Any, get_args
 
-from align.config.resolve import REWARD_SECTIONS, option_classes, own_fields
+from align.config.resolve import REWARD_SECTIONS, hints, option_classes, own_fields
 from align.methods import Method
 
 _REWARDS_HELP = {
-    "rewards": "what is optimised: a list of reward specs, e.g. [{type: classifier, path: runs/reward}] (docs/rewards.md)",
+    "rewards": "what is optimised: a list of specs, as [{type: classifier, path: runs/reward}] (docs/rewards.md)",
     "gold_reward": "one reward spec, scored beside the others at every evaluation and never optimised",
 }
 
@@ -52,9 +54,12 @@ def _add(group: argparse._ArgumentGroup, cls: type, names: list[str] | None = No
             continue
         text = " ".join(str(field.metadata.get("help", "")).split())
         default = "" if field.default in (None, dataclasses.MISSING, "") else f" [{field.default}]".replace("%", "%%")
-        group.add_argument(f"--{field.name}", metavar=_type_name(field.type), help=textwrap.shorten(text, 400) + default)
+        kind = _type_name(hints(cls)[field.name])
+        group.add_argument(f"--{field.name}", metavar=kind, help=textwrap.shorten(text, 400) + default)
 
 
-def _type_name(hint: type | str) -> str:
-    name = hint.__name__ if isinstance(hint, type) else str(hint)
-    return name.replace("typing.", "").replace(" | None", "").rpartition(".")[2].upper() if "[" not in name else "YAML"
+def _type_name(hint: Any) -> str:
+    arms = [arm for arm in get_args(hint) or (hint,) if arm is not type(None)]
+    if all(arm in (bool, int, float, str) for arm in arms):
+        return arms[0].__name__.upper()
+    return "NAME" if any(isinstance(arm, type) and issubclass(arm, Enum) for arm in arms) else "YAML"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_typehints
 
 import yaml
 
@@ -65,7 +65,7 @@ def resolve(method_name: str, config_file: str | None, tokens: list[str]) -> Run
     apply_overrides(entries, read_overrides(tokens))
     stated = entries.pop("method", None)
     if stated is not None and stated.value != method.name:
-        raise ConfigError(f"{stated.where}: the file is for `align {stated.value}`, the command is `align {method.name}`")
+        raise ConfigError(f"{stated.where}: a file for `align {stated.value}`, the command is `align {method.name}`")
 
     classes = option_classes(method)
     sections = REWARD_SECTIONS if method.rewards else ()
@@ -105,8 +105,8 @@ def _fields(cls: type) -> dict[str, dataclasses.Field]:
 
 
 @cache
-def _hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)
+def hints(cls: type) -> dict[str, Any]:
+    return get_typehints(cls)
 
 
 def _check_keys(entries: dict[str, Entry], valid: list[str], method: Method) -> None:
@@ -125,7 +125,7 @@ def _typed(key: str, entry: Entry, cls: type) -> Any:
     """The entry's value as the field's type, or ConfigError naming the place."""
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-    hint = _hints(cls)[key]
+    hint = hints(cls)[key]
     choices = list(_fields(cls)[key].metadata.get("choices") or [])
     enums = [arm for arm in get_args(hint) if isinstance(arm, type) and issubclass(arm, Enum)]
     if enums:  # transformers writes `Enum | str`: any text would pass here and fail later, without its line
@@ -183,7 +183,7 @@ def settings(run: RunConfig) -> dict[str, Any]:
     decided = {
         name: getattr(run.training, name)
         for name in own_fields(config)
-        if name not in run.given and _fields(config)[name].default is None and _hints(config)[name] == bool | None
+        if name not in run.given and _fields(config)[name].default is None and hints(config)[name] == bool | None
     }
     return {"method": run.method.name, **run.given, **{k: v for k, v in decided.items() if v is not None}}
 

@@ -1,0 +1,127 @@
+"""Reading YAML files and overrides: values, lines, and one-line errors."""
+
+import pytest
+
+from align.config.source import COMMAND_LINE, apply_overrides, parse_value, read_file, read_overrides
+from align.errors import ConfigError
+
+
+def write(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def values(entries):
+    return {key: entry.value for key, entry in entries.items()}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("5e-7", 5e-7),
+        ("1E3", 1000.0),
+        (".5", 0.5),
+        ("-3", -3),
+        ("0", 0),
+        ("true", True),
+        ("False", False),
+        ("no", "no"),
+        ("on", "on"),
+        ("null", None),
+        ("~", None),
+        ("", None),
+        ("12:30", "12:30"),
+        ("2024-01-01", "2024-01-01"),
+        ("'5e-7'", "5e-7"),
+        ("[q_proj, 1]", ["q_proj", 1]),
+        ("{type: rule, lambda: 5e-1}", {"type": "rule", "lambda": 0.5}),
+        ("rewards.py:fn", "rewards.py:fn"),
+        ("[unclosed", "[unclosed"),
+        ("@odd", "@odd"),
+    ],
+)
+def test_scalars_follow_yaml_1_2(text, value):
+    parsed = parse_value(text)
+    assert parsed == value and type(parsed) is type(value)
+
+
+def test_entries_know_their_line_and_their_text(tmp_path):
+    path = write(tmp_path, "# comment\n\nlearning_rate: 5e-7\nrewards:\n  - path: x\nrun_name: 007\n")
+    entries = read_file(path)
+    assert [(key, entry.where) for key, entry in entries.items()] == [
+        ("learning_rate", f"{path}, line 3"),
+        ("rewards", f"{path}, line 4"),
+        ("run_name", f"{path}, line 6"),
+    ]
+    assert entries["run_name"].text == "007"
+    assert entries["rewards"].value == [{"path": "x"}]
+
+
+def test_an_empty_file_is_an_empty_config_and_anchors_work(tmp_path):
+    assert read_file(write(tmp_path, "# nothing\n")) == {}
+    entries = read_file(write(tmp_path, "a: &x {k: 1, l: 2}\nb:\n  <<: *x\n  k: 3\n"))
+    assert entries["b"].value == {"k": 3, "l": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\n\na: 2\n", "line 3: key 'a' is already set on line 1"),
+        ("rewards:\n  - path: x\n    name: y\n    path: z\n", "line 4: key 'rewards.0.path' is already set on line 2"),
+        ("a: [1\nb: 2\n", "line 2: not valid YAML: "),
+        ("a: 1\n b: 2\n", "line 2: not valid YAML: "),
+        ("a: !python/name:os.system x\n", "line 1: not valid YAML: could not determine a constructor"),
+        ("- 1\n", "line 1: expected `key: value` lines"),
+    ],
+)
+def test_broken_files_are_one_line_with_the_line_number(tmp_path, text, message):
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError) as error:
+        read_file(path)
+    assert f"{path}, {message}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="there is no config file .*nowhere.yaml"):
+        read_file(tmp_path / "nowhere.yaml")
+
+
+def test_overrides_of_every_form():
+    tokens = "--learning-rate 5e-7 --use_peft --lora_target_modules q_proj v_proj --x=-1 --y -1e-5 --rewards.0.path a:b"
+    found = read_overrides(tokens.split())
+    assert [(key, entry.value) for key, entry in found] == [
+        ("learning_rate", 5e-7),
+        ("use_peft", True),
+        ("lora_target_modules", ["q_proj", "v_proj"]),
+        ("x", -1),
+        ("y", -1e-5),
+        ("rewards.0.path", "a:b"),
+    ]
+    assert {entry.where for _, entry in found} == {COMMAND_LINE}
+
+
+def test_an_argument_that_is_no_option_is_refused_with_a_hint():
+    with pytest.raises(ConfigError, match=r"unexpected argument 'configs/sft.yaml'.*did you mean --config configs/sft.y"):
+        read_overrides(["configs/sft.yaml"])
+
+
+def test_overrides_reach_into_nested_values(tmp_path):
+    path = write(tmp_path, "rewards:\n  - {type: classifier, path: a}\n  - {type: rule}\nseed: 1\nempty:\n")
+    entries = read_file(path)
+    tokens = "--rewards.0.path b --rewards.1.options.k 2 --seed 3 --empty.k 4 --new.k.l 5 --seed 6"
+    apply_overrides(entries, read_overrides(tokens.split()))
+    assert values(entries) == {
+        "rewards": [{"type": "classifier", "path": "b"}, {"type": "rule", "options": {"k": 2}}],
+        "seed": 6,
+        "empty": {"k": 4},
+        "new": {"k": {"l": 5}},
+    }
+
+
+@pytest.mark.parametrize("tokens", ["--rewards.2.path b", "--rewards.first.path b", "--seed.x 1"])
+def test_overrides_that_reach_nowhere_are_refused(tmp_path, tokens):
+    entries = read_file(write(tmp_path, "rewards:\n  - {path: a}\n  - {path: a}\nseed: 1\n"))
+    with pytest.raises(ConfigError, match=f"command line: {tokens.split()[0]}: "):
+        apply_overrides(entries, read_overrides(tokens.split()))

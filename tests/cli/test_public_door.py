@@ -1,0 +1,87 @@
+"""`import align`: quick, lazy, and clear about folders that hide its packages."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import align
+from align.lazy import PackageError, check_not_shadowed, load
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def best_seconds(*command: str, tries: int = 3) -> float:
+    """CPU seconds (user and system) of the quickest of some runs: what the command costs, whatever else is running."""
+    best = float("inf")
+    for _ in range(tries):
+        before = os.times()
+        subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+        after = os.times()
+        spent = after.children_user + after.children_system - before.children_user - before.children_system
+        best = min(best, spent)
+    return best
+
+
+def test_import_takes_less_than_a_fifth_of_a_second():
+    assert best_seconds(sys.executable, "-c", "import align") < 0.2
+
+
+def test_help_takes_less_than_half_a_second():
+    assert best_seconds(sys.executable, "-m", "align", "--help") < 0.5
+
+
+def test_import_loads_nothing_heavy_and_sets_only_what_it_says():
+    code = (
+        "import os, sys; before = dict(os.environ); import align; "
+        "heavy = {'torch', 'transformers', 'numpy', 'yaml', 'trl', 'datasets'} & set(sys.modules); "
+        "print(sorted(heavy), sorted(set(os.environ.items()) - set(before.items())))"
+    )
+    names = ("HF_HUB_DISABLE_TELEMETRY", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK", "WANDB_ERROR_REPORTING")
+    env = {key: value for key, value in os.environ.items() if key not in names}
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    expected = sorted((name, "false" if name == "WANDB_ERROR_REPORTING" else "1") for name in names)
+    assert out.stdout.strip() == f"[] {expected}"
+
+    env["DO_NOT_TRACK"] = "0"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert "DO_NOT_TRACK" not in out.stdout
+
+
+@pytest.mark.parametrize("name", align.__all__)
+def test_every_public_name_loads(name):
+    assert getattr(align, name).__name__ == name
+    assert name in dir(align)
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'SFTrainer'"):
+        align.SFTrainer  # noqa: B018
+
+
+def test_a_folder_that_hides_our_package_is_named_with_the_remedy(tmp_path):
+    mine = tmp_path / "trainers"
+    mine.mkdir()
+    (mine / "__init__.py").write_text("")
+    code = "import align; align.SFTTrainer"
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    last = run.stderr.strip().splitlines()[-1]
+    assert run.returncode == 1
+    assert f"`import trainers` finds {mine}, which hides" in last
+    assert f"put {ROOT} first on PYTHONPATH" in last
+
+
+def test_a_single_file_that_hides_our_package_and_a_missing_package(tmp_path, monkeypatch):
+    (tmp_path / "hiding_module.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(PackageError, match=r"finds .*hiding_module\.py, which hides"):
+        check_not_shadowed("hiding_module", home=ROOT)
+    with pytest.raises(ImportError, match="not installed"):
+        check_not_shadowed("no_such_package_of_ours", home=ROOT)
+
+
+def test_load_by_name():
+    assert load("align.rollout.types:SamplingParams").__name__ == "SamplingParams"
