@@ -1,0 +1,155 @@
+"""What one row must be before it is tokenised: functions that return its parts in one shape, or raise BadRow."""
+
+from typing import Any
+
+from align.data.bad_rows import BadRow
+from align.data.formats import DataFormat
+
+Text = str | list[dict[str, Any]]
+
+# Raw dialogues of the hh-rlhf kind: the answer starts after the last of these.
+TURN_MARKER = "\n\nAssistant:"
+
+
+def prompt_of(row: dict[str, Any], fmt: DataFormat) -> Text:
+    """The prompt of a row in any format that has one."""
+    if fmt.implicit_prompt:
+        return pair_of(row, fmt)[0]
+    return _prompt(row, fmt.conversational)
+
+
+def completion_of(row: dict[str, Any], fmt: DataFormat) -> tuple[Text, Text]:
+    """(prompt, completion) of a prompt-completion or preference row; of the latter the chosen one."""
+    if fmt.kind == "preference":
+        prompt, chosen, _ = pair_of(row, fmt)
+        return prompt, chosen
+    prompt = _prompt(row, fmt.conversational)
+    return prompt, _completion(row["completion"], "completion", prompt, fmt.conversational)
+
+
+def pair_of(row: dict[str, Any], fmt: DataFormat) -> tuple[Text, Text, Text]:
+    """(prompt, chosen, rejected) of a preference row; an implicit prompt is taken out of the two texts."""
+    chosen = _value(row["chosen"], "chosen", fmt.conversational)
+    rejected = _value(row["rejected"], "rejected", fmt.conversational)
+    if _same(chosen, rejected):
+        raise BadRow("chosen equals rejected")
+    if fmt.implicit_prompt:
+        cut = _shared_messages(chosen, rejected) if fmt.conversational else _shared_text(chosen, rejected)
+        if cut == 0:
+            raise BadRow("chosen and rejected share no prompt")
+        row = {**row, "prompt": chosen[:cut]}
+        chosen, rejected = chosen[cut:], rejected[cut:]
+    prompt = _prompt(row, fmt.conversational)
+    return (
+        prompt,
+        _completion(chosen, "chosen", prompt, fmt.conversational),
+        _completion(rejected, "rejected", prompt, fmt.conversational),
+    )
+
+
+def text_of(row: dict[str, Any], fmt: DataFormat) -> Text:
+    """The `text` or `messages` of a language-modelling row."""
+    name = "messages" if "messages" in row else "text"
+    value = _value(row[name], name, fmt.conversational)
+    if fmt.conversational and not any(message["role"] == "assistant" for message in value):
+        raise BadRow("messages has no assistant message")
+    if not fmt.conversational and not value.strip():
+        raise BadRow(f"{name} is empty")
+    return value
+
+
+def template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
+    """TRL's per-row arguments of the chat template. Tools and images cannot be honoured, so they are refused."""
+    for name in ("tools", "images", "image"):
+        if row.get(name):
+            raise BadRow(f"{name} are not supported, only text")
+    return {key: value for key, value in (row.get("chat_template_kwargs") or {}).items() if value is not None}
+
+
+def _prompt(row: dict[str, Any], conversational: bool) -> Text:
+    prompt = _value(row["prompt"], "prompt", conversational)
+    if not conversational:
+        if not prompt.strip():
+            raise BadRow("prompt is empty")
+        return prompt
+    if not prompt[-1]["content"].strip():
+        raise BadRow("prompt ends in an empty message")
+    if prompt[-1]["role"] == "assistant":
+        raise BadRow("prompt ends with an assistant message, so there is nothing to answer")
+    return prompt
+
+
+def _completion(value: Any, name: str, prompt: Text, conversational: bool) -> Text:
+    completion = _value(value, name, conversational)
+    if not conversational:
+        if not completion.strip():
+            raise BadRow(f"{name} is empty")
+        return completion
+    if completion[: len(prompt)] == prompt:
+        raise BadRow(f"{name} repeats the messages of prompt (drop the column prompt, it is then taken from the pair)")
+    if completion[0]["role"] != "assistant":
+        raise BadRow(f"{name} does not start with an assistant message")
+    if not any(message["content"].strip() for message in completion if message["role"] == "assistant"):
+        raise BadRow(f"{name} is empty")
+    return completion
+
+
+def _value(value: Any, name: str, conversational: bool) -> Text:
+    if value is None:
+        raise BadRow(f"{name} is missing")
+    if not conversational:
+        if not isinstance(value, str):
+            raise BadRow(f"{name} has the wrong type ({type(value).__name__} instead of text)")
+        return value
+    if not isinstance(value, list):
+        raise BadRow(f"{name} has the wrong type ({type(value).__name__} instead of a list of messages)")
+    if not value:
+        raise BadRow(f"{name} is empty")
+    return [_message(message, name) for message in value]
+
+
+def _message(message: Any, name: str) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise BadRow(f"{name} has a malformed message ({type(message).__name__} instead of role and content)")
+    if message.get("tool_calls"):
+        raise BadRow(f"{name} has tool calls, which are not supported")
+    for key in ("role", "content"):
+        if message.get(key) is None:
+            raise BadRow(f"{name} has a malformed message (no {key})")
+        if not isinstance(message[key], str):
+            raise BadRow(f"{name} has a malformed message ({key} is {type(message[key]).__name__} instead of text)")
+    # Arrow fills keys that only other rows have with None; templates would take these for given.
+    return {key: item for key, item in message.items() if item is not None}
+
+
+def _same(a: Text, b: Text) -> bool:
+    if isinstance(a, str):
+        return a.strip() == b.strip()
+    return [(m["role"], m["content"].strip()) for m in a] == [(m["role"], m["content"].strip()) for m in b]
+
+
+def _shared_messages(chosen: list, rejected: list) -> int:
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared += 1
+    return shared
+
+
+def _shared_text(chosen: str, rejected: str) -> int:
+    """Length of the shared beginning, moved back so that no word of an answer is in the prompt.
+
+    Two answers often start with the same words, and the characters alone do not tell where the prompt ends: a dialogue
+    ends after the last shared turn marker; anything else before the word in which the texts part.
+    """
+    shared = 0
+    for a, b in zip(chosen, rejected, strict=False):
+        if a != b:
+            break
+        shared += 1
+    turn = chosen.rfind(TURN_MARKER, 0, shared)
+    if turn >= 0:
+        return turn + len(TURN_MARKER)
+    while shared > 0 and not chosen[shared - 1].isspace():
+        shared -= 1
+    # The space belongs to the word that follows it, as tokenizers have it.
+    return len(chosen[:shared].rstrip(" "))

@@ -1,0 +1,71 @@
+"""Batches from token ids. Attention masks come from lengths, never from the pad token's id."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # the label that torch.nn.functional.cross_entropy leaves out
+
+
+def left_pad(ids: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """(input_ids [B, T], attention_mask [B, T]), both int64, each sequence at the right end of its row."""
+    return _pad(ids, pad_id, left=True)
+
+
+def right_pad(ids: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """(input_ids [B, T], attention_mask [B, T]), both int64, each sequence at the left end of its row."""
+    return _pad(ids, pad_id, left=False)
+
+
+def _pad(sequences: Sequence[Sequence[int]], pad_id: int, left: bool) -> tuple[Tensor, Tensor]:
+    width = max(len(sequence) for sequence in sequences)
+    input_ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    for place, sequence in enumerate(sequences):
+        span = slice(width - len(sequence), width) if left else slice(0, len(sequence))
+        input_ids[place, span] = torch.as_tensor(sequence, dtype=torch.long)
+        attention_mask[place, span] = 1
+    return input_ids, attention_mask
+
+
+@dataclass
+class PairCollator:
+    """Rows of `tokenize_pairs` to one right-padded batch, the chosen sequences first, then the rejected in their order.
+
+    input_ids, attention_mask, completion_mask: [2B, T]. With these columns in the data: margin [B] float32, row [B].
+    """
+
+    pad_token_id: int
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
+        completions = [row["chosen_ids"] for row in features] + [row["rejected_ids"] for row in features]
+        prompts = [row["prompt_ids"] for row in features] * 2
+        whole = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
+        input_ids, attention_mask = right_pad(whole, self.pad_token_id)
+        starts = torch.tensor([len(prompt) for prompt in prompts])[:, None]
+        completion_mask = attention_mask * (torch.arange(input_ids.shape[1]) >= starts)
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "completion_mask": completion_mask}
+        if "margin" in features[0]:
+            batch["margin"] = torch.tensor([row["margin"] for row in features], dtype=torch.float32)
+        if "row" in features[0]:
+            batch["row"] = torch.tensor([row["row"] for row in features])
+        return batch
+
+
+@dataclass
+class CompletionCollator:
+    """Rows of `tokenize_completions` to one right-padded batch that a causal language model takes as it is.
+
+    input_ids, attention_mask, labels: [B, T]; labels are -100 outside the completion mask.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
+        input_ids, attention_mask = right_pad([row["input_ids"] for row in features], self.pad_token_id)
+        trained, _ = right_pad([row["completion_mask"] for row in features], 0)
+        labels = input_ids.masked_fill(trained == 0, IGNORED)
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

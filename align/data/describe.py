@@ -1,0 +1,48 @@
+"""One tokenised row as text, with what is trained marked: what `--dry-run` prints."""
+
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LONGEST = 2000  # characters shown of one part
+
+
+def describe_example(tokenized_row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", kind: str) -> str:
+    """Plain text: each part with its token count, decoded with special tokens, marked `trained` or `context`.
+
+    kind: "prompts", "completions" or "pairs", after the function that made the row. A line break in the text is shown
+    as \\n at the end of a line. Print it without rich markup: the text may hold square brackets.
+    """
+    row = tokenized_row
+    if kind == "prompts":
+        parts = [("prompt", row["prompt_ids"], "context")]
+        trained = "the rollouts start here"
+    elif kind == "pairs":
+        parts = [("prompt", row["prompt_ids"], "context")]
+        parts += [(name, row[f"{name}_ids"], "trained") for name in ("chosen", "rejected")]
+        trained = f"{len(row['chosen_ids'])} and {len(row['rejected_ids'])} trained"
+    elif kind == "completions":
+        runs = groupby(zip(row["completion_mask"], row["input_ids"], strict=True), key=lambda item: item[0])
+        parts = [("", [token for _, token in run], "trained" if mask else "context") for mask, run in runs]
+        trained = f"{sum(row['completion_mask'])} trained"
+    else:
+        raise ValueError(f"kind is 'prompts', 'completions' or 'pairs', not {kind!r}")
+    total = sum(len(ids) for _, ids, _ in parts)
+    lines = [f"row {row['row']}: {total} tokens, {trained}"]
+    for name, ids, mark in parts:
+        ending = ""
+        if mark == "trained" and tokenizer.eos_token_id is not None:
+            closed = ids[-1] == tokenizer.eos_token_id
+            ending = f", ends with {tokenizer.eos_token}" if closed else ", no EOS at the end"
+        lines.append(f"{name or mark} ({len(ids)} tokens{ending})")
+        lines += [f"  {mark} | {line}" for line in _lines(tokenizer.decode(ids, skip_special_tokens=False))]
+    return "\n".join(lines)
+
+
+def _lines(text: str) -> list[str]:
+    if len(text) > LONGEST:
+        left_out = len(text) - LONGEST
+        text = f"{text[: LONGEST // 2]} [... {left_out} characters left out ...] {text[-LONGEST // 2 :]}"
+    return text.replace("\n", "\\n\n").splitlines() or [""]

@@ -1,0 +1,141 @@
+"""Which of TRL's dataset formats a dataset has, and its columns in one shape.
+
+A text is a string (standard) or a list of messages with `role` and `content` (conversational). The formats:
+prompt-only (`prompt`), prompt-completion (`prompt`, `completion`), language modelling (`text` or `messages`) and
+preference (`chosen`, `rejected`, and `prompt` or not: then it is the shared beginning of the two).
+"""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from align.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+TEXT_COLUMNS = ("prompt", "completion", "text", "messages", "chosen", "rejected")
+
+# What other collections call these columns: only for the hint in an error, never renamed silently.
+OTHER_NAMES = {
+    "prompt": ("instruction", "question", "query", "input", "context"),
+    "completion": ("response", "answer", "output", "reply", "target"),
+    "messages": ("conversations", "conversation", "dialog", "dialogue"),
+    "chosen": ("preferred", "accepted", "winner", "positive"),
+    "rejected": ("dispreferred", "loser", "negative"),
+    "text": ("content", "body"),
+}
+
+EXPECTED = {
+    "prompts": "'prompt', or a preference set ('chosen' and 'rejected') whose pairs share their beginning",
+    "completions": "'prompt' and 'completion', or 'messages', or 'text', or 'chosen' and 'rejected' (trains chosen)",
+    "pairs": "'chosen' and 'rejected', and 'prompt' unless the two texts share it as their beginning",
+    "any": "'prompt' | 'prompt', 'completion' | 'text' | 'messages' | 'chosen', 'rejected' (with or without 'prompt')",
+}
+
+
+@dataclass(frozen=True)
+class DataFormat:
+    """kind: "prompt_only", "prompt_completion", "language_modeling" or "preference".
+
+    conversational: the texts are lists of messages. implicit_prompt: a preference set whose prompt is the beginning
+    that chosen and rejected share.
+    """
+
+    kind: str
+    conversational: bool
+    implicit_prompt: bool = False
+
+
+def detect_format(dataset: "Dataset", source: str = "") -> DataFormat:
+    """The richest format that the columns allow: preference, then prompt-completion, language modelling, prompt-only.
+
+    Raises DataError when no format fits (naming the columns found, those expected and the nearest), or when a column
+    holds something else than text or messages.
+    """
+    return _format(dataset, ("preference", "prompt_completion", "language_modeling", "prompt_only"), "any", source)
+
+
+def format_for(dataset: "Dataset", use: str, source: str = "") -> DataFormat:
+    """How the dataset serves one use: "prompts" (rollouts), "completions" (SFT) or "pairs" (preferences).
+
+    A preference set serves as prompts too, and its chosen answers as completions.
+    """
+    kinds = {
+        "prompts": ("prompt_only", "preference"),
+        "completions": ("prompt_completion", "language_modeling", "preference"),
+        "pairs": ("preference",),
+    }[use]
+    columns = _columns(dataset, source)
+    if use == "prompts" and {"chosen", "rejected"} <= columns:
+        kinds = ("preference",)  # which knows whether the column `prompt` or the pair holds the whole prompt
+    return _format(dataset, kinds, use, source)
+
+
+def _format(dataset: "Dataset", kinds: Sequence[str], use: str, source: str) -> DataFormat:
+    columns = _columns(dataset, source)
+    needed = {
+        "preference": {"chosen", "rejected"},
+        "prompt_completion": {"prompt", "completion"},
+        "language_modeling": {"messages"} if "messages" in columns else {"text"},
+        "prompt_only": {"prompt"},
+    }
+    for kind in kinds:
+        if needed[kind] <= columns:
+            break
+    else:
+        raise DataError(_missing_columns(columns, use, source))
+    shapes = {name: _is_conversational(dataset, name, source) for name in sorted(needed[kind])}
+    implicit = False
+    if kind == "preference":
+        # A prompt in plain text beside whole conversations is a copy of their first message.
+        implicit = "prompt" not in columns or (shapes["chosen"] and not _is_conversational(dataset, "prompt", source))
+        if not implicit:
+            shapes["prompt"] = _is_conversational(dataset, "prompt", source)
+    if len(set(shapes.values())) > 1:
+        held = ", ".join(f"'{name}' holds {'messages' if talk else 'text'}" for name, talk in shapes.items())
+        raise DataError(f"{source or 'dataset'}: {held}. All must be plain text, or all lists of messages.")
+    return DataFormat(kind, any(shapes.values()), implicit)
+
+
+def _columns(dataset: "Dataset", source: str) -> set[str]:
+    from datasets import Dataset, DatasetDict
+
+    if isinstance(dataset, DatasetDict):
+        raise DataError(f"{source or 'dataset'} has several splits, choose one of: {', '.join(dataset)}.")
+    if not isinstance(dataset, Dataset):
+        raise DataError(
+            f"expected a datasets.Dataset, got {type(dataset).__name__}. Load rows with align.data.load_rows, or build "
+            "them with datasets.Dataset.from_list; streamed datasets are not supported."
+        )
+    return set(dataset.column_names)
+
+
+def _is_conversational(dataset: "Dataset", column: str, source: str) -> bool:
+    """Whether the first value that is not missing is a list. (A column without values is reported row by row later.)"""
+    value, row = next(((value, row) for row, value in enumerate(dataset[column]) if value is not None), ("", 0))
+    if isinstance(value, str | list):
+        return isinstance(value, list)
+    raise DataError(
+        f"{source or 'dataset'}, row {row}: column '{column}' holds {type(value).__name__} ({value!r:.60}), expected "
+        "text or a list of messages. Convert the column, for example with dataset.cast_column or map."
+    )
+
+
+def _missing_columns(columns: set[str], use: str, source: str) -> str:
+    purpose = {"any": "no known format", "prompts": "no prompts", "completions": "no completions to train on"}
+    message = (
+        f"{source or 'dataset'} has {purpose.get(use, 'no preference pairs')}: expected the columns {EXPECTED[use]}; "
+        f"found {', '.join(repr(name) for name in sorted(columns)) or 'none'}."
+    )
+    near = []
+    for name in sorted(columns - set(TEXT_COLUMNS)):
+        match = difflib.get_close_matches(name.lower(), TEXT_COLUMNS, n=1, cutoff=0.75)
+        match += [ours for ours, theirs in OTHER_NAMES.items() if name.lower() in theirs]
+        near += [f"{name!r} -> '{match[0]}'"] if match else []
+    if near:
+        message += f" Rename what is meant: {', '.join(near)}."
+    if "conversations" in columns:
+        message += " Messages with 'from' and 'value' become ours with trl.maybe_convert_to_chatml."
+    return message

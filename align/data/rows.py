@@ -1,0 +1,236 @@
+"""Loading rows from a local file or folder, a saved dataset, or the hub. What is local never needs the network."""
+
+import difflib
+import json
+import logging
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from align.data.formats import TEXT_COLUMNS
+from align.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+
+# The words in a file or folder name that tell its split; the same as those of `datasets`.
+SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+
+# pandas would read the answer "42" as a number and the answer "None" as missing.
+CSV_OPTIONS = {"converters": dict.fromkeys(TEXT_COLUMNS, str), "keep_default_na": False, "na_values": [""]}
+
+
+def load_rows(dataset_name: str | Path, split: str = "train", config: str | None = None) -> "Dataset":
+    """The rows of one split.
+
+    dataset_name: a .parquet, .jsonl, .json or .csv file; a folder of such files; a folder written by
+    `datasets.save_to_disk`; or the name of a dataset on the hub. split: also `datasets`' slices, "train[:1000]".
+    config: the configuration of a hub dataset (its "subset").
+
+    A single file, and a folder whose file names tell no split, is the split "train". Raises DataError when there is no
+    such file, split or configuration, or when a file cannot be read (with the line, for .jsonl).
+    """
+    name = str(dataset_name)
+    path = Path(name).expanduser()
+    if not path.exists():
+        if _looks_local(name):
+            raise DataError(f"there is no file or folder {name!r}.{_nearest(path)}")
+        return _load_hub(name, split, config)
+    if config is not None:
+        raise DataError(f"{name} is local, so config {config!r} has no meaning; name the file or folder itself.")
+    if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
+        dataset = _load_saved(path, split)
+    else:
+        dataset = _load_files(path, split)
+    dataset.info.dataset_name = name  # so that later messages can say where a row comes from
+    return dataset
+
+
+def source_of(dataset: "Dataset", source: str = "") -> str:
+    """What to call a dataset in messages: what the caller says, else where it was loaded from."""
+    return source or dataset.info.dataset_name or "dataset"
+
+
+# ---- local files ----------------------------------------------------------------------------------------------------
+
+
+def _load_files(path: Path, split: str) -> "Dataset":
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    files = _files_by_split(path)
+    for wanted in _split_names(split):
+        if wanted not in files:
+            raise DataError(f"{path} has no split {wanted!r}; it has: {', '.join(sorted(files))}.{_split_hint(path)}")
+    files = {name: files[name] for name in _split_names(split)}
+    every = [file for group in files.values() for file in group]
+    kinds = {BUILDERS[file.suffix.lower()] for file in every}
+    if len(kinds) > 1:
+        raise DataError(f"{path} mixes file types in split {split!r}: {', '.join(file.name for file in every)}.")
+    for file in every:
+        if file.stat().st_size == 0:
+            raise DataError(f"{file} is empty (0 bytes).")
+    kind = kinds.pop()
+    try:
+        dataset = load_dataset(
+            kind,
+            data_files={name: [str(file.resolve()) for file in group] for name, group in files.items()},
+            split=split,
+            **(CSV_OPTIONS if kind == "csv" else {}),
+        )
+        dataset.data.validate(full=True)  # else text that is not UTF-8 fails in the middle of training
+    except (DatasetsError, ValueError) as error:
+        raise DataError(_unreadable(every, error)) from error
+    return dataset
+
+
+def _files_by_split(path: Path) -> dict[str, list[Path]]:
+    if path.is_file():
+        if path.suffix.lower() not in BUILDERS:
+            raise DataError(f"{path} has the suffix {path.suffix!r}; readable are {', '.join(BUILDERS)}.")
+        # "train" is the default split, so it means the file itself whatever the file is called.
+        return {"train": [path]} | {_split_in(path.stem) or "train": [path]}
+    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in BUILDERS and _visible(file, path))
+    if not found:
+        raise DataError(f"the folder {path} holds no {', '.join(BUILDERS)} file.")
+    named: dict[str, list[Path]] = {}
+    for file in found:
+        split = next(filter(None, map(_split_in, [file.stem, *reversed(file.relative_to(path).parts[:-1])])), None)
+        if split:
+            named.setdefault(split, []).append(file)
+    ignored = [file.name for file in found if not any(file in group for group in named.values())]
+    if named and ignored:
+        logger.warning("%s: %s not read, their names tell no split", path, ", ".join(ignored))
+    return named or {"train": found}
+
+
+def _visible(file: Path, folder: Path) -> bool:
+    return not any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
+
+
+def _split_in(name: str) -> str | None:
+    words = re.split(r"[^a-z]+", name.lower())
+    return next((split for split, known in SPLIT_WORDS.items() if any(word in known for word in words)), None)
+
+
+def _split_names(split: str) -> list[str]:
+    """The split names in an instruction of `datasets`, such as "train[:10%]+test"."""
+    return [part.partition("[")[0].strip() for part in split.split("+")]
+
+
+def _split_hint(path: Path) -> str:
+    if path.is_file():
+        return " A file is one split; put files named train.* and test.* into a folder and name the folder."
+    return " Splits come from file names such as train.jsonl and test.jsonl."
+
+
+def _unreadable(files: list[Path], error: Exception) -> str:
+    """What is wrong in which file: for JSON the line that is broken."""
+    for file in files:
+        if BUILDERS[file.suffix.lower()] == "json":
+            with file.open("rb") as opened:
+                is_array = opened.read(1024).lstrip().startswith(b"[")
+            fault = _broken_array(file) if is_array else _broken_line(file)
+            if fault:
+                return fault
+    while error.__cause__ is not None:
+        error = error.__cause__
+    names = ", ".join(str(file) for file in files)
+    return f"{names} cannot be read as {files[0].suffix}: {_first_line(error)}"
+
+
+def _broken_array(file: Path) -> str | None:
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        return f"{file}: not UTF-8 text (byte {error.start}: {error.reason})."
+    except json.JSONDecodeError as error:
+        return f"{file}, line {error.lineno}: not valid JSON: {error.msg}."
+    number, row = next(((number, row) for number, row in enumerate(rows) if not isinstance(row, dict)), (0, None))
+    return f"{file}, item {number}: {type(row).__name__} instead of an object with the columns." if row else None
+
+
+def _broken_line(file: Path) -> str | None:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                return f"{file}, line {number}: not UTF-8 text (byte {error.start} of the line: {error.reason})."
+            except json.JSONDecodeError as error:
+                return f"{file}, line {number}: not valid JSON: {error.msg} (character {error.pos} of the line)."
+            if not isinstance(row, dict):
+                return f"{file}, line {number}: {type(row).__name__} instead of an object with the columns."
+    return None
+
+
+# ---- saved datasets and the hub -------------------------------------------------------------------------------------
+
+
+def _load_saved(path: Path, split: str) -> "Dataset":
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        saved = load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path} looks like a saved dataset but cannot be read: {_first_line(error)}") from error
+    if not isinstance(saved, DatasetDict):
+        if split not in ("train", str(saved.split)):
+            raise DataError(f"{path} is one saved split ({saved.split or 'train'}); there is no split {split!r}.")
+        return saved
+    if split not in saved:
+        raise DataError(
+            f"{path} has no split {split!r}; it has: {', '.join(saved)}. Slices are not read from saved datasets."
+        )
+    return saved[split]
+
+
+def _load_hub(name: str, split: str, config: str | None) -> "Dataset":
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        dataset = load_dataset(name, config, split=split)
+    except (DatasetsError, OSError, ValueError) as error:
+        what = f"dataset {name!r}" + (f", config {config!r}" if config else "") + f", split {split!r}"
+        raise DataError(
+            f"{what}: no such file or folder here.{_nearest(Path(name))} The hub answers: {_first_line(error)}"
+        ) from error
+    dataset.info.dataset_name = name
+    return dataset
+
+
+def _looks_local(name: str) -> bool:
+    """Whether a name that does not exist can only mean a file: hub names are `name` or `owner/name`."""
+    return (
+        Path(name).suffix.lower() in BUILDERS
+        or name.startswith(("/", "./", "../", "~", "."))
+        or name.count("/") > 1
+        or name.endswith("/")
+        or "\\" in name
+    )
+
+
+def _nearest(path: Path) -> str:
+    folder = path.parent
+    while not folder.is_dir():
+        path, folder = folder, folder.parent
+    near = difflib.get_close_matches(path.name, [entry.name for entry in folder.iterdir()], n=1, cutoff=0.5)
+    where = f" The folder {folder.resolve()}"
+    if near:
+        return f"{where} has {near[0]!r}."
+    return f"{where} has nothing named like {path.name!r}."
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
