@@ -1,0 +1,281 @@
+"""Figures of a summary's curves (matplotlib, no display needed). Every function takes entries of `summary.json` by
+name.
+
+Gold is solid and the proxy dashed everywhere; a ring marks the gold peak; bands are 95 % intervals over prompts. KL
+has a square-root scale, because scores are smooth in sqrt(KL) and not in KL.
+"""
+
+import html
+import re
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from align.evaluation.fits import FUNCTIONS
+
+# Okabe and Ito's colours: told apart with any colour vision, and not by colour alone (markers differ too).
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#4D4D4D")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
+PROXY_COLOUR, GOLD_COLOUR = "#D55E00", "#0072B2"
+FORM_LABELS = {"bon": "d(α − β d)", "rl": "d(α − β ln d)"}
+STYLE = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#666666",
+    "axes.labelcolor": "#333333",
+    "axes.grid": True,
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+    "legend.frameon": False,
+    "lines.linewidth": 2,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "align",
+    "figure.dpi": 110,
+}
+SD_LABEL = "score (SD of the initial policy)"
+KL_LABEL = "KL from the initial policy (nats, √ scale)"
+
+
+@contextmanager
+def _style():
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        yield
+
+
+def plot_proxy_and_gold(entries: dict[str, dict], kind: str, *, columns: int = 3):
+    """One panel per curve: what the proxy says (dashed) and what is true (solid), both from 0 in SD of the initial
+    policy.
+
+    entries: `summary["best_of_n"]` or `summary["runs"]`; kind: which of the two. Returns a matplotlib Figure.
+    """
+    from matplotlib.figure import Figure
+
+    with _style():
+        columns = min(columns, len(entries))
+        rows = -(-len(entries) // columns)
+        figure = Figure(
+            figsize=(max(4.2 * columns, 6), (3.9 if kind == "best_of_n" else 3.5) * rows), layout="constrained"
+        )
+        axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
+        for axis, (name, entry) in zip(axes.flat, entries.items(), strict=False):
+            for score, colour, line in (("proxy", PROXY_COLOUR, "--"), ("gold", GOLD_COLOUR, "-")):
+                _band(axis, entry, "kl", score, colour, line, label=_label(score, entry), scaled=True)
+            _kl_axis(axis, entry, kind)
+            _mark_peak(axis, entry, "kl", GOLD_COLOUR, scaled=True, line=True)
+            axis.axhline(0, color="#BBBBBB", linewidth=1, zorder=0)
+            axis.set_title(name, pad=8)
+            axis.legend(loc="upper left", fontsize=8.5, handlelength=2.4)
+        for axis in axes.flat[len(entries) :]:
+            axis.set_axis_off()
+        for axis in axes[:, 0]:
+            axis.set_ylabel(SD_LABEL)
+        return figure
+
+
+def plot_gold(entries: dict[str, dict], kind: str, *, x: str = "kl"):
+    """The gold scores of several curves in one panel, in their own unit, against KL or (x="step") optimiser steps."""
+    from matplotlib.figure import Figure
+
+    with _style():
+        figure = Figure(figsize=(7.6, 4.6), layout="constrained")
+        axis = figure.subplots()
+        for number, (name, entry) in enumerate(with_gold(entries).items()):
+            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+            _band(axis, entry, x, "gold", colour, "-", label=name, marker=marker)
+            _mark_peak(axis, entry, x, colour)
+        if x == "kl":
+            _kl_axis(axis, max(entries.values(), key=lambda entry: max(entry["kl"])), kind)
+        else:
+            axis.set_xlabel("optimiser step")
+        axis.set_ylabel("gold score")
+        axis.legend(title="chosen by" if kind == "best_of_n" else "trained on", alignment="left")
+        return figure
+
+
+def plot_steps(entries: dict[str, dict]):
+    """Proxy, gold and KL of runs against optimiser steps, three panels with one colour per run."""
+    from matplotlib.figure import Figure
+
+    with _style():
+        figure = Figure(figsize=(11, 3.5), layout="constrained")
+        for axis, key in zip(figure.subplots(1, 3), ("proxy", "gold", "kl"), strict=True):
+            for number, (name, entry) in enumerate(entries.items()):
+                if entry[key][0] is None:
+                    continue
+                colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+                scaled = key == "proxy"  # proxies of different runs have different units
+                _band(
+                    axis, entry, "step", key, colour, "--" if scaled else "-", label=name, marker=marker, scaled=scaled
+                )
+                if key == "gold":
+                    _mark_peak(axis, entry, "step", colour)
+            axis.set_title({"proxy": "proxy score (SD from start)", "gold": "gold score", "kl": "KL (nats)"}[key])
+            axis.set_xlabel("optimiser step")
+            if key == "proxy":
+                axis.legend(fontsize=8.5)
+        return figure
+
+
+def plot_fits(entries: dict[str, dict], fits: dict[str, dict], kind: str, *, columns: int = 3):
+    """Measured gold scores against d = sqrt(KL) and both forms of Gao et al.; dotted where a fit extrapolates."""
+    from matplotlib.figure import Figure
+
+    with _style():
+        shown = {name: entry for name, entry in with_gold(entries).items() if name in fits}
+        columns = max(min(columns, len(shown)), 1)
+        rows = max(-(-len(shown) // columns), 1)
+        figure = Figure(figsize=(max(4.2 * columns, 6), 3.5 * rows), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
+        own = "bon" if kind == "best_of_n" else "rl"
+        for axis, (name, entry) in zip(axes.flat, shown.items(), strict=False):
+            d = np.sqrt(np.maximum(entry["kl"], 0))
+            score = _scaled(entry, "gold", entry["gold"])
+            low, high = (_scaled(entry, "gold", entry.get(f"gold_{side}", entry["gold"])) for side in ("low", "high"))
+            errors = np.maximum([score - low, high - score], 0)
+            axis.errorbar(d, score, yerr=errors, fmt="o", color="#333333", markersize=4, linewidth=1, label="measured")
+            for form, colour in (("bon", "#009E73"), ("rl", "#CC79A7")):
+                fit = fits[name][form]
+                if fit is None:
+                    continue
+                curve = np.linspace(1e-3, 1.15 * d.max(), 300)
+                inside = curve <= d.max()
+                values = FUNCTIONS[form](curve, fit["alpha"], fit["beta"])
+                width = 2.4 if form == own else 1.4
+                label = f"{FORM_LABELS[form]}{' (this kind)' if form == own else ''}"
+                axis.plot(curve[inside], values[inside], color=colour, linewidth=width, label=label)
+                axis.plot(curve[~inside], values[~inside], ":", color=colour, linewidth=width)
+                if fit["peak_d"] is not None and fit["peak_d"] <= curve[-1]:
+                    axis.plot(fit["peak_d"], fit["peak_score"], "*", color=colour, markersize=11, zorder=5)
+            axis.axhline(0, color="#BBBBBB", linewidth=1, zorder=0)
+            axis.set_title(name)
+            axis.set_xlabel("d = √KL")
+            axis.legend(fontsize=8.5, loc="best")
+        for axis in axes.flat[len(shown) :]:
+            axis.set_axis_off()
+        axes[0, 0].set_ylabel("gold " + SD_LABEL)
+        return figure
+
+
+def save_figure(figure, stem: str | Path) -> list[Path]:
+    """Write `<stem>.png` and `<stem>.svg`; returns the two paths."""
+    paths = [Path(f"{stem}.png"), Path(f"{stem}.svg")]
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    with _style():
+        figure.savefig(paths[0], dpi=160)
+        figure.savefig(paths[1], metadata={"Date": None})
+    return paths
+
+
+def inline_svg(path: str | Path, label: str) -> str:
+    """A saved figure as an `<svg>` element to put into a page: no XML header, no metadata, a label for screen
+    readers."""
+    svg = Path(path).read_text(encoding="utf-8")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.S)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1).strip()
+
+
+def with_gold(entries: dict[str, dict]) -> dict[str, dict]:
+    return {name: entry for name, entry in entries.items() if entry["gold"] and entry["gold"][0] is not None}
+
+
+def _scaled(entry: dict, score: str, values) -> np.ndarray:
+    """Scores from zero at the initial policy, in its standard deviations (unscaled where that is zero)."""
+    unit = entry["unit"]
+    return (np.asarray(values, dtype=np.float64) - unit[f"{score}_zero"]) / (unit[f"{score}_sd"] or 1.0)
+
+
+def _label(score: str, entry: dict) -> str:
+    name = entry[f"{score}_name"]
+    return score if name in (score, None) else f"{score} ({name})"
+
+
+def _band(
+    axis, entry: dict, x: str, score: str, colour: str, line: str, *, label: str, marker="", scaled=False
+) -> None:
+    if entry[score][0] is None:
+        return
+    keys = [key for key in (score, f"{score}_low", f"{score}_high") if key in entry]
+    values = [_scaled(entry, score, entry[key]) if scaled else np.asarray(entry[key]) for key in keys]
+    every = max(len(values[0]) // 12, 1)  # markers on every point of a long curve hide it
+    axis.plot(entry[x], values[0], line, color=colour, label=label, marker=marker, markersize=4.5, markevery=every)
+    if len(values) == 3:
+        axis.fill_between(entry[x], values[1], values[2], color=colour, alpha=0.16, linewidth=0)
+
+
+def _mark_peak(axis, entry: dict, x: str, colour: str, *, scaled=False, line=False) -> None:
+    if entry.get("peak") is None:
+        return
+    point = entry["peak"]["peak"]
+    gold = _scaled(entry, "gold", point["gold"]) if scaled else point["gold"]
+    axis.plot(
+        point[x],
+        gold,
+        "o",
+        markersize=10,
+        markerfacecolor="white",
+        markeredgecolor=colour,
+        markeredgewidth=2.2,
+        zorder=6,
+        clip_on=False,
+    )
+    if line and point["index"] != entry["peak"]["end"]["index"]:
+        axis.axvline(point[x], color=colour, linewidth=1, linestyle=":", zorder=1)
+        where = f"n = {point['n']}" if "n" in point else f"KL {point['kl']:.2g}"
+        right = axis.transAxes.inverted().transform(axis.transData.transform((point[x], 0)))[0] > 0.55
+        axis.annotate(
+            f"gold peak, {where}",
+            (point[x], 0.02),
+            xycoords=("data", "axes fraction"),
+            xytext=(-5 if right else 5, 0),
+            textcoords="offset points",
+            horizontalalignment="right" if right else "left",
+            fontsize=8.5,
+            color=colour,
+        )
+
+
+def _kl_axis(axis, entry: dict, kind: str) -> None:
+    """A square-root KL axis from 0; for best-of-n with n on top."""
+    largest = max(max(entry["kl"]), axis.dataLim.x1, 1e-6)
+    axis.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+    axis.set_xlim(0, largest * 1.04)
+    ticks = _sqrt_ticks(largest * 1.04)
+    axis.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+    axis.set_xticks([], minor=True)
+    axis.set_xlabel(KL_LABEL)
+    if kind == "best_of_n":
+        top = axis.twiny()
+        top.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+        top.set_xlim(axis.get_xlim())
+        # Labels of small n would overlap: from n = 4 on there is room.
+        pairs = [(kl, n) for n, kl in zip(entry["n"], entry["kl"], strict=True)]
+        pairs = pairs[:1] + pairs[1::2] if len(pairs) > 7 else pairs
+        top.set_xticks([kl for kl, _ in pairs], labels=[str(n) for _, n in pairs])
+        top.set_xlabel("n (answers to choose from)", fontsize=9)
+        top.grid(False)
+        top.spines["top"].set_visible(True)
+
+
+def _sqrt_ticks(largest: float) -> list[float]:
+    """Round numbers from 0, at least a tenth of the axis apart on a square-root scale, chosen from the right."""
+    ticks = [np.inf]
+    for exponent in range(int(np.floor(np.log10(largest))), -6, -1):
+        for factor in (8, 6, 5, 4, 3, 2, 1.5, 1):
+            tick = factor * 10.0**exponent
+            if tick <= largest and np.sqrt(ticks[-1] / largest) - np.sqrt(tick / largest) > 0.1 < np.sqrt(
+                tick / largest
+            ):
+                ticks.append(tick)
+    return [0.0, *ticks[:0:-1]]

@@ -1,0 +1,218 @@
+"""The report: one HTML file that holds everything it shows, readable offline. Its numbers are those of
+`summary.json`."""
+
+import logging
+import math
+import os
+from pathlib import Path
+
+from align.evaluation.summary import write_summary
+
+logger = logging.getLogger(__name__)
+
+TEMPLATE = "report.html.j2"
+PLACES = {"start": "Before training", "peak": "At the gold peak", "end": "At the end"}
+BADGES = {"over-optimised": "bad", "collapsed": "bad", "not over-optimised": "good", "too little data": "unknown"}
+GLOSSARY = (
+    ("Proxy score", "the learned reward that is being optimised; it has seen few and noisy labels."),
+    ("Gold score", "the reward that counts, never shown to the training; here it only judges."),
+    ("KL", "how far a policy has moved from the initial policy, in nats per completion (sum over its tokens)."),
+    ("d", "the square root of KL, in which scores bend smoothly."),
+    (
+        "Best-of-n",
+        "draw n completions, keep the one with the highest proxy score. Its KL is ln n − (n−1)/n; where completions "
+        "repeat or tie, the true KL is smaller. Scores are the unbiased estimate over all subsets of the drawn ones.",
+    ),
+    ("Ensemble", "several reward models as one: their mean, the worst of them, or mean − λ · variance."),
+    ("SD of the initial policy", "one standard deviation of a score over the initial policy's completions: a unit that "
+     "makes proxy and gold comparable."),
+    ("Gold peak", "the evaluation with the highest mean gold score. Gain: from the start to the peak. Drop: from the "
+     "peak to the end, also as a share of the gain."),
+    ("Interval", "95 % bootstrap over prompts. Chance between training seeds is not in it."),
+    ("α, β", "the two coefficients of a fitted form (Gao et al. 2022): the slope at the start, and how fast "
+     "optimisation eats it. Their unit is SD of the initial gold score."),
+    ("Best-of-n and training", "do not compare their KL: the two spend it very differently."),
+)  # fmt: skip
+
+
+def write_outputs(folder: str | Path, summary: dict, *, title: str, intro: str | list[str]) -> list[Path]:
+    """Write `summary.json`, the figures (PNG and SVG) and `report.html` into one folder; returns report and summary."""
+    folder = Path(folder)
+    path = write_summary(folder, summary)
+    return [write_report(folder / "report.html", title=title, intro=intro, summary=summary), path]
+
+
+def write_report(path: str | Path, *, title: str, intro: str | list[str], summary: dict) -> Path:
+    """Write the report of a summary (see `align.evaluation.summary.build_summary`), and its figures into `figures/`.
+
+    intro: one or several paragraphs of plain text. Everything else that is shown is in the summary. Returns the path.
+    """
+    import jinja2
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figures = render_figures(summary, path.parent / "figures")
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("align.evaluation"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(num=number, pct=percent, span=span, pct_span=percent_span, seconds=seconds, cell=cell)
+    html = environment.get_template(TEMPLATE).render(
+        title=title,
+        intro=[intro] if isinstance(intro, str) else intro,
+        s=summary,
+        figures={name: jinja2.utils.markupsafe.Markup(svg) for name, svg in figures.items()},
+        kinds={"runs": "step", "best_of_n": "n"},
+        own_form={"runs": "rl", "best_of_n": "bon"},
+        form_names={"rl": "d(α − β ln d)", "bon": "d(α − β d)"},
+        sentences={kind: {n: sentence(e, kind) for n, e in summary[kind].items()} for kind in ("runs", "best_of_n")},
+        comparisons={kind: comparison(summary, kind) for kind in ("runs", "best_of_n")},
+        notes={kind: _notes(summary[kind]) for kind in ("runs", "best_of_n")},
+        samples={name: sample_grid(entry) for name, entry in summary["runs"].items()},
+        model_columns=list(dict.fromkeys(key for model in summary["reward_models"] for key in model)),
+        badges=BADGES,
+        places=PLACES,
+        glossary=GLOSSARY,
+    )
+    temporary = path.with_suffix(".html.tmp")
+    temporary.write_text(html, encoding="utf-8")
+    os.replace(temporary, path)
+    logger.info("report: %s", path)
+    return path
+
+
+def render_figures(summary: dict, folder: str | Path) -> dict[str, str]:
+    """Draw the figures that the summary has curves for, save each as PNG and SVG, and return the SVG by name."""
+    from align.evaluation import plots
+
+    figures = {}
+    for kind in ("runs", "best_of_n"):
+        entries = {name: entry for name, entry in summary[kind].items() if len(entry["kl"]) > 1}
+        if not entries:
+            continue
+        figures[f"{kind}_proxy_and_gold"] = plots.plot_proxy_and_gold(entries, kind)
+        if kind == "runs":
+            figures["runs_steps"] = plots.plot_steps(entries)
+        with_gold = plots.with_gold(entries)
+        if with_gold:
+            figures[f"{kind}_gold"] = plots.plot_gold(with_gold, kind)
+        fitted = {name: e for name, e in with_gold.items() if any(_fit(summary, kind, name, f) for f in ("bon", "rl"))}
+        if fitted:
+            figures[f"{kind}_fits"] = plots.plot_fits(fitted, summary["fits"][kind], kind)
+    svgs = {}
+    for name, figure in figures.items():
+        _, svg = plots.save_figure(figure, Path(folder) / name)
+        svgs[name] = plots.inline_svg(svg, label=name.replace("_", " "))
+    return svgs
+
+
+def _fit(summary: dict, kind: str, name: str, form: str) -> dict | None:
+    return summary["fits"].get(kind, {}).get(name, {}).get(form)
+
+
+def sentence(entry: dict, kind: str) -> str:
+    """What happened on one curve, in words."""
+    peak = entry["peak"]
+    if peak is None:
+        return "No gold reward was scored, so over-optimisation cannot be seen."
+    start, top, end = peak["start"], peak["peak"], peak["end"]
+    axis = f"n = {top['n']}" if kind == "best_of_n" else f"step {top['step']}, KL {number(top['kl'])}"
+    if top["index"] == end["index"]:
+        return (
+            f"The gold score rose from {number(start['gold'])} to {number(end['gold'])}, its highest value, at the end."
+        )
+    if peak["drop_share"] is None:
+        return f"The gold score fell from the start, from {number(start['gold'])} to {number(end['gold'])}."
+    change = peak["proxy_change"]
+    return (
+        f"The gold score rose from {number(start['gold'])} to its peak of {number(top['gold'])} ({axis}) and ended at "
+        f"{number(end['gold'])}: {percent(peak['drop_share'])} of the gain lost. After the peak the proxy score "
+        f"{'rose' if change >= 0 else 'fell'} by {number(abs(change))}."
+    )
+
+
+def comparison(summary: dict, kind: str) -> list[str]:
+    """The gold score at the end, against the first curve."""
+    found = summary.get("comparisons", {}).get(kind) or {}
+    lines = []
+    for name, difference in found.get("end_gold_minus_base", {}).items():
+        low, high, value = difference["low"], difference["high"], difference["value"]
+        sure = low > 0 or high < 0
+        lines.append(
+            f"{name} ends {number(abs(value))} gold {'above' if value >= 0 else 'below'} {found['base']} "
+            f"({span(low, high)}{'' if sure else '; the interval includes 0: not told apart'})."
+        )
+    return lines
+
+
+def sample_grid(entry: dict) -> dict:
+    """The samples of a run by prompt: `places` (columns) and `rows` of {"prompt", "samples" (one per place, or
+    None)}."""
+    peak = entry["peak"]
+    places = ["start", "end"] if peak is None or peak["peak"]["index"] == peak["end"]["index"] else list(PLACES)
+    rows: dict[tuple, list] = {}
+    for column, place in enumerate(places):
+        seen: dict[str, int] = {}
+        for sample in entry["samples"][place]:
+            prompt = cell(sample["prompt"])
+            seen[prompt] = seen.get(prompt, 0) + 1
+            rows.setdefault((prompt, seen[prompt]), [None] * len(places))[column] = sample
+    return {"places": places, "rows": [{"prompt": prompt, "samples": row} for (prompt, _), row in rows.items()]}
+
+
+def _notes(entries: dict[str, dict]) -> dict[str, list[str]]:
+    """Each note once, with the curves that it is about."""
+    notes: dict[str, list[str]] = {}
+    for name, entry in entries.items():
+        for note in entry["notes"]:
+            notes.setdefault(note, []).append(name)
+    return notes
+
+
+def number(value) -> str:
+    """Three significant digits; integers as they are; a dash for a number that does not exist."""
+    if value is None:
+        return "–"
+    if isinstance(value, int) or float(value).is_integer() and abs(value) < 1e6:
+        return f"{int(value):,}"
+    if not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.2e}".replace("-", "−")
+    digits = max(2 - math.floor(math.log10(abs(value))), 0)
+    return f"{value:,.{digits}f}".replace("-", "−")
+
+
+def percent(value) -> str:
+    return "–" if value is None else f"{100 * value:.0f} %".replace("-", "−")
+
+
+def span(low, high) -> str:
+    """An interval; an end that does not exist is unbounded; empty when there is none."""
+    if low is None and high is None:
+        return ""
+    return f"{'−∞' if low is None else number(low)} … {'∞' if high is None else number(high)}"
+
+
+def percent_span(low, high) -> str:
+    if low is None and high is None:
+        return ""
+    return f"{'−∞' if low is None else percent(low)} … {'∞' if high is None else percent(high)}"
+
+
+def seconds(value: float) -> str:
+    return f"{value:.1f} s" if value < 90 else f"{int(value) // 60} min {int(value) % 60:02d} s"
+
+
+def cell(value) -> str:
+    """A value of a configuration or a table, as text."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool | str):
+        return str(value)
+    if isinstance(value, int | float):
+        return number(value)
+    if isinstance(value, list):
+        return ", ".join(cell(item) for item in value)
+    return ", ".join(f"{key} {cell(item)}" for key, item in value.items())
