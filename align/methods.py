@@ -12,8 +12,9 @@ from align.errors import ConfigError
 class Method:
     """One training method.
 
-    trainer, config: `"module:Class"`. data: what one row is, as in `align.data.detect_format` (`"sft"` stands for
-    prompt-completion or language modelling). rewards: whether the file has `rewards:` (and may have `gold_reward:`).
+    trainer, config: `"module:Class"`. data: what rows are made into, `"prompts"`, `"completions"` or `"pairs"` (the
+    functions `align.data.tokenize_*`). model: `"policy"` (a causal language model) or `"classifier"` (one score).
+    rewards: whether the file has `rewards:` (and may have `gold_reward:`).
     """
 
     name: str
@@ -21,6 +22,7 @@ class Method:
     config: str
     data: str
     help: str
+    model: str = "policy"
     rewards: bool = False
 
 
@@ -31,21 +33,22 @@ METHODS = {
             "sft",
             trainer="trainers.sft:SFTTrainer",
             config="trainers.sft:SFTConfig",
-            data="sft",
+            data="completions",
             help="supervised fine-tuning on demonstrations",
         ),
         Method(
             "reward",
             trainer="trainers.reward:RewardTrainer",
             config="trainers.reward:RewardConfig",
-            data="preference",
+            data="pairs",
+            model="classifier",
             help="a reward model from preference pairs (Bradley-Terry)",
         ),
         Method(
             "remax",
             trainer="trainers.remax:ReMaxTrainer",
             config="trainers.remax:ReMaxConfig",
-            data="prompt_only",
+            data="prompts",
             help="policy gradient on rewards, with the greedy completion as baseline (ReMax)",
             rewards=True,
         ),

@@ -100,15 +100,16 @@ def estimate(
     checkpointing: bool,
     sequences: int,
     length: int,
-    chunked_logits: bool,
+    logits: str,
     reference: bool = False,
     engine: bool = False,
-    rewards: list[Shape] = (),
+    rewards: dict[str, Shape] | None = None,
 ) -> Estimate:
     """Memory of one training process.
 
-    sequences, length: of one micro-batch. mixed: 16-bit autocast. chunked_logits: the head runs in chunks, else the
-    logits of the whole micro-batch exist. reference: a second frozen copy. engine: a third, of the rollout engine.
+    sequences, length: of one micro-batch. mixed: 16-bit autocast. logits: "whole" (of all tokens at once), "chunked" or
+    "none". reference: there is a second, frozen copy of the model. engine: the rollout engine has a copy of its own.
+    rewards: reward models by name.
     """
     out = Estimate()
     count, width = shape.parameters, shape.bytes_per_weight
@@ -123,15 +124,16 @@ def estimate(
     kept = shape.layers * (per_unit // 17 if checkpointing else per_unit) + (per_unit if checkpointing else 0)
     how = "inputs of each layer, and one layer" if checkpointing else f"{per_unit} bytes x {shape.layers} layers"
     out.add("activations (rough)", tokens * shape.hidden * kept, f"{tokens:,} tokens x {shape.hidden} x {how}")
-    logits = 4 * tokens * shape.vocab
-    if chunked_logits:
-        logits = min(logits, LOGITS_CHUNK_BYTES)
-    size = "a chunk of the" if chunked_logits else f"{tokens:,} x {shape.vocab:,}"
-    out.add("logits", 3 * logits, f"{size} logits in float32, their softmax and gradient")
+    whole = 4 * tokens * shape.vocab
+    if logits == "whole":
+        out.add("logits", 3 * whole, f"{tokens:,} x {shape.vocab:,} in float32, their softmax and gradient")
+    elif logits == "chunked":
+        out.add("logits", 3 * min(whole, LOGITS_CHUNK_BYTES), "one chunk in float32, its softmax and gradient")
     if reference:
         out.add("reference model", count * width, "a frozen copy of the weights")
     if engine:
         out.add("rollout engine", count * width, "its own copy of the weights; its KV cache comes on top")
-    for i, reward in enumerate(rewards):
-        out.add(f"reward model {i}", reward.parameters * reward.bytes_per_weight, f"{reward.parameters:,} parameters")
+    for name, reward in (rewards or {}).items():
+        count, width = reward.parameters, reward.bytes_per_weight
+        out.add("reward model", count * width, f"{name}: {count:,} parameters x {width} bytes")
     return out

@@ -1,17 +1,23 @@
-"""`align sft`, `align reward`, `align remax` ...: build what the resolved config names, train, save."""
+"""`align sft`, `align reward`, `align remax` ...: resolve the config, train, save."""
 
 import argparse
 import logging
+from pathlib import Path
 
+from align.config.resolve import RunConfig, resolve, write_settings
+from align.errors import ConfigError
 from align.methods import get_method
 
 logger = logging.getLogger(__name__)
+
+SETTINGS_FILE = "align_config.yaml"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command itself; the keys of the config are read by `align.config.resolve`."""
     parser.add_argument("--config", metavar="FILE", help="a YAML file with any of the keys below")
     parser.add_argument("--dry-run", action="store_true", help="show what would be trained on, and how, then stop")
+    parser.add_argument("--processes", type=int, metavar="N", help="with --dry-run: count for N processes")
     parser.add_argument("--help", "-h", action="store_true", help="show this and stop")
 
 
@@ -22,11 +28,42 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
 
         print(format_help(get_method(args.command), args.parser))
         return 0
-    from align.config.resolve import resolve
-
+    if args.processes is not None and not (args.dry_run and args.processes > 0):
+        raise ConfigError("--processes N (from 1) goes with --dry-run; `align launch` starts several processes")
     config = resolve(args.command, args.config, extra)
     if args.dry_run:
         from align.cli.dry_run import dry_run
 
-        return dry_run(config)
+        return dry_run(config, args.processes)
+    train(config)
     return 0
+
+
+def train(config: RunConfig) -> None:
+    """Train, and save the model and the resolved config in `output_dir`."""
+    from align.cli import build
+
+    output_dir = Path(config.training.output_dir)
+    trainer = build.trainer(config)
+    if trainer.is_world_process_zero():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_settings(config, output_dir / SETTINGS_FILE)
+    trainer.train(resume_from_checkpoint=resume_from(config.training.resume_from_checkpoint, output_dir))
+    trainer.save_model(str(output_dir))
+    if trainer.is_world_process_zero():
+        print(f"saved the model, its tokenizer and {SETTINGS_FILE} in {output_dir}")
+
+
+def resume_from(value: str | None, output_dir: Path) -> str | bool | None:
+    """What `Trainer.train` takes: True for the newest whole checkpoint, a folder, or None to start from the beginning.
+
+    `auto` is True where `output_dir` holds a whole checkpoint and None where it does not: for jobs that are requeued.
+    """
+    word = value.lower() if value is not None else "false"
+    if word == "auto":
+        from align.distributed.checkpoints import newest_whole
+
+        found = newest_whole(output_dir)
+        logger.info("resuming from %s", found or f"the beginning: {output_dir} holds no whole checkpoint yet")
+        return str(found) if found else None
+    return {"true": True, "false": None}.get(word, value)

@@ -103,7 +103,7 @@ def test_overrides_of_every_form():
 
 
 def test_an_argument_that_is_no_option_is_refused_with_a_hint():
-    with pytest.raises(ConfigError, match=r"unexpected argument 'configs/sft.yaml'.*did you mean --config configs/sft.y"):
+    with pytest.raises(ConfigError, match=r"unexpected argument 'configs/sft.yaml'.*did you mean --config configs/s"):
         read_overrides(["configs/sft.yaml"])
 
 

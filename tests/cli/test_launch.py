@@ -72,9 +72,8 @@ def test_slurm_file(config, capsys, tmp_path, monkeypatch):
     # bash reads it, and what `srun` gets to run is one argument in which the run's own quotes survived
     assert subprocess.run(["bash", "-n", "job.sbatch"]).returncode == 0
     (srun,) = [line for line in lines if line.startswith("srun ")]
-    shown = subprocess.run(
-        ["bash", "-c", f"srun() {{ printf '%s\\n' \"$@\"; }}; {srun.removesuffix(' &')}"], capture_output=True, text=True
-    ).stdout.splitlines()
+    script = f"srun() {{ printf '%s\\n' \"$@\"; }}; {srun.removesuffix(' &')}"
+    shown = subprocess.run(["bash", "-c", script], capture_output=True, text=True).stdout.splitlines()
     assert shown[:3] == ["--kill-on-bad-exit=1", "bash", "-c"] and len(shown) == 4
     words = subprocess.run(["bash", "-c", f"printf '%s\\n' {shown[3]}"], capture_output=True, text=True).stdout
     assert "it's" in words.splitlines()
@@ -91,8 +90,8 @@ def test_slurm_file_follows_the_given_resume_and_processors(config, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--num-processes", 15, "--nodes", 2, "--slurm", "x"], "--num-processes is the total, and 15 do not divide over 2"),
-        (["--num-processes", 16, "--nodes", 2], "several --nodes need --node-rank and --main-address on each, or --slurm"),
+        (["--num-processes", 15, "--nodes", 2, "--slurm", "x"], "and 15 do not divide over 2 nodes"),
+        (["--num-processes", 16, "--nodes", 2], "several --nodes need --node-rank and --main-address on each"),
         (["--nodes", 2, "--slurm", "x"], "give --num-processes"),
         (["--cpu"], "give --num-processes"),
         (["--cpu", "--num-processes", 2, "--setup", "fsdp2"], "--cpu runs with --setup ddp only"),

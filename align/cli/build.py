@@ -1,0 +1,121 @@
+"""The parts of a run, made from its resolved config: rows, tokenizer, model, adapter, rewards, trainer."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from align.config.resolve import RunConfig
+from align.errors import AlignError, ConfigError
+from align.lazy import load
+
+LOADERS = {
+    "policy": "align.modeling.load:load_policy",
+    "classifier": "align.modeling.load:load_sequence_classifier",
+}
+
+
+def train_rows(run: RunConfig):
+    return load("align.data:load_rows")(run.data.dataset_name, run.data.dataset_train_split, run.data.dataset_config)
+
+
+def eval_rows(run: RunConfig):
+    """The rows to evaluate on, None where the run does not evaluate."""
+    if run.training.eval_strategy == "no" and not run.given.get("eval_on_start"):
+        return None
+    other = run.data.eval_dataset_name
+    config = None if other else run.data.dataset_config
+    return load("align.data:load_rows")(other or run.data.dataset_name, run.data.dataset_test_split, config)
+
+
+def tokenizer(run: RunConfig):
+    return load("align.modeling.load:load_tokenizer")(run.model.model_name_or_path, revision=run.model.model_revision)
+
+
+def peft_config(run: RunConfig):
+    """The LoRA config, None without `use_peft`."""
+    return load("trl:get_peft_config")(run.model)
+
+
+def model(run: RunConfig):
+    """The model that is trained, without its adapter."""
+    options: dict[str, Any] = {"revision": run.model.model_revision}
+    if "dtype" in run.given:
+        options["dtype"] = run.model.dtype
+    quantization = load("trl:get_quantization_config")(run.model)
+    if quantization is not None:
+        options |= {"quantization_config": quantization, "device_map": load("trl:get_kbit_device_map")()}
+    if run.method.model == "classifier":
+        options["head_seed"] = run.training.seed
+    return load(LOADERS[run.method.model])(
+        run.model.model_name_or_path, attn_implementation=run.model.attn_implementation, **options
+    )
+
+
+def model_config(run: RunConfig):
+    """The model's transformers config; that of the base model for the folder of an adapter."""
+    path = Path(run.model.model_name_or_path)
+    if (path / "adapter_config.json").exists():
+        base = load("peft:PeftConfig").from_pretrained(str(path)).base_model_name_or_path
+        return pretrained_config(base, "base model of the adapter")
+    return pretrained_config(run.model.model_name_or_path, "model", revision=run.model.model_revision)
+
+
+def pretrained_config(name: str, what: str, **options):
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot load the config of the {what} {name!r}: {str(error).splitlines()[0]}") from error
+
+
+def rewards(run: RunConfig, key: str, tokenizer) -> list:
+    """The rewards of a section (`rewards` or `gold_reward`), built; an error names the place of the section."""
+    build_reward = load("reward_models.build:build_reward")
+    specs = getattr(run, key)
+    built = []
+    for i, spec in enumerate(specs if isinstance(specs, list) else [specs]):
+        try:
+            built.append(build_reward(spec, tokenizer=tokenizer))
+        except AlignError as error:
+            name = f"{key}.{i}" if isinstance(specs, list) else key
+            raise ConfigError(f"{run.where(key)}: {name}: {error}") from error
+    return built
+
+
+def classifier_paths(spec: Any) -> list[str]:
+    """Folders and hub names of the reward models in a nested spec, each once, in order."""
+    if isinstance(spec, list):
+        found = [path for item in spec for path in classifier_paths(item)]
+    elif isinstance(spec, dict):
+        own = [spec["path"]] if spec.get("type") == "classifier" and "path" in spec else []
+        found = own + classifier_paths(spec.get("members", []))
+    else:
+        found = [spec] if isinstance(spec, str) and ":" not in spec else []
+    return list(dict.fromkeys(found))
+
+
+def uses_vllm(backend: str) -> bool:
+    return backend == "vllm" or (backend == "auto" and importlib.util.find_spec("vllm") is not None)
+
+
+def trainer(run: RunConfig):
+    """The method's trainer, ready to train."""
+    train, evaluate = train_rows(run), eval_rows(run)
+    if evaluate is None:
+        run.training.eval_on_start = False
+    text = tokenizer(run)
+    options: dict[str, Any] = {}
+    if run.method.rewards:
+        options["reward"] = rewards(run, "rewards", text)
+        if run.gold_reward is not None:
+            options["gold_reward"] = rewards(run, "gold_reward", text)
+    return load(run.method.trainer)(
+        model=model(run),
+        args=run.training,
+        train_dataset=train,
+        eval_dataset=evaluate,
+        processing_class=text,
+        peft_config=peft_config(run),
+        **options,
+    )

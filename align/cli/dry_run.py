@@ -1,0 +1,173 @@
+"""`align <method> --dry-run`: everything up to the first training step that needs no weights, then stop.
+
+Printed in the order in which it can fail, so that a machine without the network or without the data shows as much as
+it can: config, one step, tokenizer and rows, first example, steps of the run, memory.
+"""
+
+import inspect
+import math
+from typing import Any
+
+import yaml
+
+from align.cli import build
+from align.cli.estimate import Shape, estimate, model_shape
+from align.config.resolve import RunConfig, settings
+from align.errors import ConfigError
+
+
+def dry_run(run: RunConfig, processes: int | None = None) -> int:
+    """Print what `run` would do with `processes` processes (default: as many as this one belongs to)."""
+    processes = processes or run.training.world_size
+    _title(f"align {run.method.name}: dry run, nothing is trained")
+    print(_config_text(run), end="")
+    _title("one step")
+    print(step_text(run, processes))
+    tokenizer = build.tokenizer(run)
+    config = build.model_config(run)
+    _title("data")
+    rows, report = tokenize(run, build.train_rows(run), tokenizer)
+    print(report.summary())
+    _title("first example")
+    print(_example_text(run, rows[0], tokenizer))
+    _title("steps")
+    print(steps_text(run, len(rows), processes))
+    _title("memory (an estimate from the model's config, no weights are loaded)")
+    print("\n".join(_memory(run, config, rows).lines()))
+    return 0
+
+
+def _title(text: str) -> None:
+    print(f"\n### {text}")
+
+
+def _config_text(run: RunConfig) -> str:
+    """The settings that differ from the defaults, as YAML, each with the place it was set."""
+    lines = []
+    for key, value in settings(run).items():
+        text = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True).rstrip("\n").split("\n")
+        where = run.entries[key].where if key in run.entries else "the command" if key == "method" else "this machine"
+        text[0] = f"{text[0]:<56} # {where}"
+        lines += text
+    return "\n".join(lines) + "\n"
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+
+def tokenize(run: RunConfig, rows, tokenizer) -> tuple[Any, Any]:
+    """The tokenised rows and what was found in them (`align.data.BadRows`), with the trainer's own function.
+
+    Its options have the names of the config's fields, so those that the config has are passed on.
+    """
+    import align.data
+
+    function = getattr(align.data, f"tokenize_{run.method.data}")
+    names = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    options = {name: getattr(run.training, name) for name in names if hasattr(run.training, name)}
+    report = align.data.BadRows()
+    return function(rows, tokenizer, report=report, **options), report
+
+
+def _example_text(run: RunConfig, row: dict, tokenizer) -> str:
+    from align.data import describe_example
+
+    return describe_example(row, tokenizer, run.method.data)
+
+
+# ---- arithmetic -----------------------------------------------------------------------------------------------------
+
+UNITS = {"prompts": "prompts", "completions": "sequences", "pairs": "pairs"}
+
+
+def global_batch(run: RunConfig, processes: int) -> int:
+    """Rows of one optimiser step."""
+    training = run.training
+    return training.per_device_train_batch_size * training.gradient_accumulation_steps * processes
+
+
+def step_text(run: RunConfig, processes: int) -> str:
+    """One line: where the rows of an optimiser step come from, and how many sequences they become."""
+    training, unit = run.training, UNITS[run.method.data]
+    rows = global_batch(run, processes)
+    text = (
+        f"{training.per_device_train_batch_size} {unit} per device x {training.gradient_accumulation_steps} "
+        f"accumulated x {processes} {'process' if processes == 1 else 'processes'} = {rows} {unit}"
+    )
+    if run.method.data == "prompts":
+        text += f" x {training.num_generations} samples -> {rows * training.num_generations} sequences"
+    elif run.method.data == "pairs":
+        text += f" -> {2 * rows} sequences"
+    return f"{text} -> 1 optimiser step"
+
+
+def steps_text(run: RunConfig, rows: int, processes: int) -> str:
+    """One line: rows -> steps per epoch -> steps in all. ConfigError when the rows do not fill one step."""
+    training, unit = run.training, UNITS[run.method.data]
+    batch = global_batch(run, processes)
+    if rows < batch:
+        raise ConfigError(
+            f"{rows} {unit} do not fill one step of {batch}: lower per_device_train_batch_size "
+            f"({training.per_device_train_batch_size}), gradient_accumulation_steps "
+            f"({training.gradient_accumulation_steps}) or the number of processes ({processes})"
+        )
+    micro = training.per_device_train_batch_size * processes
+    batches = rows // micro if training.dataloader_drop_last else math.ceil(rows / micro)
+    per_epoch = math.ceil(batches / training.gradient_accumulation_steps)
+    if training.max_steps > 0:
+        total, epochs = training.max_steps, f"{training.max_steps / per_epoch:.2f} epochs"
+    else:
+        total, epochs = math.ceil(training.num_train_epochs * per_epoch), f"{training.num_train_epochs:g} epochs"
+    text = f"{rows} {unit} -> {per_epoch} steps per epoch -> {total} optimiser steps in {epochs}"
+    left = rows % batch
+    return f"{text}; the last step of an epoch has {left} {unit}" if left and per_epoch > rows // batch else text
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+def _memory(run: RunConfig, config, rows):
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    training, data = run.training, run.method.data
+    peft_config = build.peft_config(run)
+    classifier = run.method.model == "classifier"
+    auto_class = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    shape = model_shape(config, dtype=run.model.dtype, auto_class=auto_class, peft_config=peft_config)
+    sequences, length = training.per_device_train_batch_size, longest(rows, data)
+    if data == "pairs":
+        sequences *= 2
+    elif data == "prompts":
+        sequences, length = sequences * training.num_generations, length + training.max_completion_length
+    on_policy = data == "prompts"
+    return estimate(
+        shape,
+        optim=training.optim.value,
+        mixed=bool(training.bf16 or training.fp16),
+        checkpointing=bool(training.gradient_checkpointing),
+        sequences=sequences,
+        length=length,
+        logits="none" if classifier else "chunked" if on_policy else "whole",
+        reference=on_policy and peft_config is None,
+        engine=on_policy and build.uses_vllm(training.rollout_backend),
+        rewards=reward_shapes(run) if run.method.rewards else {},
+    )
+
+
+def longest(rows, data: str) -> int:
+    """Tokens of the longest row of a tokenised dataset."""
+    if data != "pairs":
+        return max(map(len, rows["prompt_ids" if data == "prompts" else "input_ids"]))
+    parts = zip(rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"], strict=True)
+    return max(len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in parts)
+
+
+def reward_shapes(run: RunConfig) -> dict[str, Shape]:
+    """Sizes of the reward models that the specs name, by path, from their configs."""
+    from transformers import AutoModelForSequenceClassification
+
+    shapes = {}
+    for path in build.classifier_paths([run.rewards, run.gold_reward]):
+        config = build.pretrained_config(path, "reward model")
+        shapes[path] = model_shape(config, dtype="float32", auto_class=AutoModelForSequenceClassification)
+    return shapes

@@ -1,0 +1,123 @@
+"""The memory estimate against what a tiny model really takes."""
+
+import gc
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Qwen2Config
+
+from align.cli.estimate import GIB, Estimate, estimate, model_shape, optimizer_bytes
+
+ROWS, LENGTH = 4, 64
+ACTIVATIONS_WITHIN = 2.5  # the rough part: estimated and measured bytes differ by at most this factor
+
+
+def config(**changes):
+    sizes = {
+        "vocab_size": 512,
+        "hidden_size": 128,
+        "intermediate_size": 344,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+    }
+    return Qwen2Config(**{**sizes, **changes})
+
+
+def part(result: Estimate, name: str) -> int:
+    (found,) = [part.bytes for part in result.parts if part.name.startswith(name)]
+    return found
+
+
+def estimated(shape, **changes):
+    defaults = {
+        "optim": "adamw_torch",
+        "mixed": False,
+        "checkpointing": False,
+        "sequences": ROWS,
+        "length": LENGTH,
+        "logits": "whole",
+    }
+    return estimate(shape, **{**defaults, **changes})
+
+
+def train_one_step(model):
+    """One AdamW step; the bytes of weights, gradients, optimiser states, and those kept between forward and backward."""
+    kept = {}
+
+    def keep(tensor):
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable)
+    ids = torch.randint(0, 512, (ROWS, LENGTH))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    optimizer.step()
+    states = sum(v.nbytes for state in optimizer.state.values() for v in state.values() if v.dim() > 0)
+    return {
+        "weights": sum(p.nbytes for p in model.parameters()),
+        "gradients": sum(p.grad.nbytes for p in trainable),
+        "optimiser states": states,
+        "kept": sum(kept.values()),
+    }
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_weights_gradients_and_optimiser_states_are_exact(lora):
+    peft_config = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
+    shape = model_shape(config(), dtype="float32", auto_class=AutoModelForCausalLM, peft_config=peft_config)
+    model = AutoModelForCausalLM.from_config(config())
+    model = get_peft_model(model, peft_config) if lora else model
+    measured = train_one_step(model)
+    result = estimated(shape)
+    for name in ("weights", "gradients", "optimiser states"):
+        assert part(result, name) == measured[name], name
+
+
+@pytest.mark.parametrize("changes", [{}, {"vocab_size": 4096}, {"num_hidden_layers": 8, "hidden_size": 64}])
+def test_activations_and_logits_are_within_the_stated_factor(changes):
+    shape = model_shape(config(**changes), dtype="float32", auto_class=AutoModelForCausalLM)
+    measured = train_one_step(AutoModelForCausalLM.from_config(config(**changes)))["kept"]
+    result = estimated(shape)
+    guess = part(result, "activations") + part(result, "logits")
+    print(f"{changes}: estimated {guess:,} measured {measured:,} ratio {guess / measured:.2f}")
+    assert 1 / ACTIVATIONS_WITHIN < guess / measured < ACTIVATIONS_WITHIN
+
+
+def test_no_storage_is_needed_for_a_model_larger_than_the_machine():
+    huge = config(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, vocab_size=128_000)
+    shape = model_shape(huge, dtype="bfloat16", auto_class=AutoModelForCausalLM)
+    assert 60e9 < shape.parameters < 100e9
+    assert part(estimated(shape), "weights") == 2 * shape.parameters
+    gc.collect()
+
+
+def test_a_classifier_has_one_output_and_no_logits():
+    shape = model_shape(config(num_labels=1), dtype="float32", auto_class=AutoModelForSequenceClassification)
+    model = AutoModelForSequenceClassification.from_config(config(num_labels=1))
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert not [part for part in estimated(shape, logits="none").parts if part.name == "logits"]
+
+
+def test_what_else_a_run_holds_is_counted():
+    shape = model_shape(config(), dtype="float32", auto_class=AutoModelForCausalLM)
+    plain = estimated(shape)
+    full = estimated(shape, reference=True, engine=True, rewards={"runs/reward": shape}, logits="chunked")
+    assert full.total == plain.total + 3 * 4 * shape.parameters  # so few logits are one chunk
+    assert estimated(shape, checkpointing=True).total < plain.total
+    lines = full.lines()
+    assert lines[-1].split()[0] == "total" and "runs/reward" in lines[-2]
+    assert sum(part.bytes for part in full.parts) == full.total < GIB
+
+
+@pytest.mark.parametrize(
+    ("optim", "width", "expected"), [("adamw_torch_fused", 4, 8), ("adamw_torch", 2, 4), ("adamw_8bit", 4, 2), ("sgd", 4, 0)]
+)
+def test_optimiser_bytes(optim, width, expected):
+    assert optimizer_bytes(optim, width)[0] == expected
