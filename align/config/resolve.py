@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args, get_typehints
+from typing import Any, get_args, get_type_hints
 
 import yaml
 
@@ -54,8 +54,11 @@ class RunConfig:
     given: dict[str, Any]
 
     def where(self, key: str) -> str:
-        """The place a key was set, for messages; `default` when it was not."""
-        return self.entries[key].where if key in self.entries else "default"
+        """The place a key (`seed`, or `rewards.0.path`) was set, for messages; `default` when it was not."""
+        head = key.partition(".")[0]
+        if head not in self.entries:
+            return "default"
+        return self.entries[head].nested.get(key, self.entries[head].where)
 
 
 def resolve(method_name: str, config_file: str | None, tokens: list[str]) -> RunConfig:
@@ -82,6 +85,8 @@ def resolve(method_name: str, config_file: str | None, tokens: list[str]) -> Run
     built = {part: _build(cls, arguments[part], config_file) for part, cls in classes.items()}
     nested = {key: given.get(key) for key in REWARD_SECTIONS}
     run = RunConfig(method=method, **built, **nested, entries=entries, given=given)
+    for key in sections:
+        _check_reward(key, nested[key], run)
     _check_required(run, config_file)
     return run
 
@@ -106,7 +111,7 @@ def _fields(cls: type) -> dict[str, dataclasses.Field]:
 
 @cache
 def hints(cls: type) -> dict[str, Any]:
-    return get_typehints(cls)
+    return get_type_hints(cls)
 
 
 def _check_keys(entries: dict[str, Entry], valid: list[str], method: Method) -> None:
@@ -119,6 +124,24 @@ def _check_keys(entries: dict[str, Entry], valid: list[str], method: Method) -> 
             problems.append(f"{entry.where}: unknown key {dashes}{key}; {hint}")
     if problems:
         raise ConfigError("; ".join(problems))
+
+
+def _check_reward(path: str, spec: Any, run: RunConfig) -> None:
+    """Keys of the reward specs in a section, so that they too are refused with their line and before any loading."""
+    if isinstance(spec, list):
+        for i, item in enumerate(spec):
+            _check_reward(f"{path}.{i}", item, run)
+    elif isinstance(spec, dict):
+        keys = load("reward_models.build:KEYS")
+        kind = spec.get("type")
+        if kind not in keys:
+            raise ConfigError(f"{run.where(path)}: {path}: type must be one of {', '.join(keys)}, not {kind!r}")
+        for key in spec:
+            if key != "type" and key not in keys[kind]:
+                nearest = difflib.get_close_matches(str(key), keys[kind], n=1)
+                hint = f"nearest valid: {nearest[0]}" if nearest else f"valid: {', '.join(keys[kind])}"
+                raise ConfigError(f"{run.where(f'{path}.{key}')}: unknown key {path}.{key} of a {kind} reward; {hint}")
+        _check_reward(f"{path}.members", spec.get("members"), run)
 
 
 def _typed(key: str, entry: Entry, cls: type) -> Any:

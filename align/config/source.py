@@ -6,7 +6,7 @@ Scalars follow YAML 1.2's core schema (what YAML users expect, and JSON): `5e-7`
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,15 @@ COMMAND_LINE = "command line"
 
 @dataclass
 class Entry:
-    """One value: `value` as parsed, `text` as written (scalars and the command line only), `where` it was written."""
+    """One value: `value` as parsed, `text` as written (scalars and the command line only), `where` it was written.
+
+    nested: the places of the keys inside a nested value, by dotted path (`rewards.0.path`).
+    """
 
     value: Any
     text: str | None
     where: str
+    nested: dict[str, str] = field(default_factory=dict)
 
 
 class _CoreLoader(yaml.SafeLoader):
@@ -60,12 +64,14 @@ def read_file(path: str | Path) -> dict[str, Entry]:
             return {}
         if not isinstance(root, yaml.MappingNode):
             raise ConfigError(f"{path}, line 1: expected `key: value` lines")
-        _check_duplicates(root, path, "")
+        places: dict[str, str] = {}
+        _find_keys(root, path, "", places)
         entries = {}
         for key, node in root.value:
             text = node.value if isinstance(node, yaml.ScalarNode) else None
             value = loader.construct_object(node, deep=True)
-            entries[str(key.value)] = Entry(value, text, f"{path}, line {key.start_mark.line + 1}")
+            nested = {name: place for name, place in places.items() if name.startswith(f"{key.value}.")}
+            entries[str(key.value)] = Entry(value, text, places[str(key.value)], nested)
         return entries
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
@@ -74,19 +80,19 @@ def read_file(path: str | Path) -> dict[str, Entry]:
         loader.dispose()
 
 
-def _check_duplicates(node: yaml.Node, path: Path, prefix: str) -> None:
+def _find_keys(node: yaml.Node, path: Path, prefix: str, places: dict[str, str]) -> None:
+    """The place of every key by its dotted path; ConfigError when a mapping has a key twice."""
     if isinstance(node, yaml.SequenceNode):
         for i, child in enumerate(node.value):
-            _check_duplicates(child, path, f"{prefix}{i}.")
+            _find_keys(child, path, f"{prefix}{i}.", places)
     elif isinstance(node, yaml.MappingNode):
-        seen: dict[str, int] = {}
         for key, child in node.value:
-            line = key.start_mark.line + 1
             name = f"{prefix}{key.value}"
-            if name in seen and key.value != "<<":
-                raise ConfigError(f"{path}, line {line}: key {name!r} is already set on line {seen[name]}")
-            seen[name] = line
-            _check_duplicates(child, path, f"{name}.")
+            place = f"{path}, line {key.start_mark.line + 1}"
+            if name in places and key.value != "<<":
+                raise ConfigError(f"{place}: key {name!r} is already set on line {places[name].rpartition(' ')[2]}")
+            places[name] = place
+            _find_keys(child, path, f"{name}.", places)
 
 
 def read_overrides(tokens: list[str]) -> list[tuple[str, Entry]]:
@@ -127,6 +133,7 @@ def apply_overrides(entries: dict[str, Entry], overrides: Iterable[tuple[str, En
         if head not in entries or entries[head].value is None:
             entries[head] = Entry({}, None, COMMAND_LINE)
         entries[head].text = None
+        entries[head].nested[key] = COMMAND_LINE
         _set_nested(entries[head].value, rest, entry.value, key)
 
 
