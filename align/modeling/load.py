@@ -15,13 +15,18 @@ logger = logging.getLogger(__name__)
 
 
 def load_tokenizer(model: str | Path | nn.Module, **kwargs):
-    """The tokenizer of a folder, a hub name or a loaded model. Without a padding token it pads with the end token."""
+    """The tokenizer of a folder, a hub name or a loaded model.
+
+    Without a padding token it pads with the end token. An encoder's CLS and SEP serve as BOS and EOS where it has none.
+    """
     from transformers import AutoTokenizer
 
     source = str(model) if isinstance(model, (str, Path)) else model.config._name_or_path
     if not source:
         raise ConfigError("the model was not loaded from anywhere: pass its tokenizer as processing_class")
     tokenizer = _from_pretrained(AutoTokenizer, source, "tokenizer", **kwargs)
+    if tokenizer.eos_token_id is None and tokenizer.sep_token_id is not None:
+        tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of {source} has no end-of-sequence token: completions could never end")
     if tokenizer.pad_token_id is None:
@@ -66,14 +71,16 @@ def load_sequence_classifier(
     peft_config=None,
     pad_token_id: int | None = None,
     head_seed: int = 0,
+    fresh_head: bool = True,
     **kwargs,
 ) -> nn.Module:
     """A model with one scalar output (`AutoModelForSequenceClassification`, num_labels=1), causal or encoder.
 
     A head that the checkpoint does not hold is drawn from N(0, 1/(d+1)), d its input width (Stiennon et al. 2020), with
-    `head_seed`: members of an ensemble differ in it. A head that the checkpoint holds is left alone. `pad_token_id` is
-    set in the config where it has none. With `peft_config` the head is trained and saved in full beside the adapter.
-    Raises `ConfigError` for a checkpoint with more than one label. The rest as in `load_policy`.
+    `head_seed`: members of an ensemble differ in it. A head that the checkpoint holds is left alone; with
+    `fresh_head=False` it must hold one. `pad_token_id` is set in the config where it has none. With `peft_config` the
+    head is trained and saved in full beside the adapter. Raises `ConfigError` for a checkpoint with more than one
+    label, or without a head where it must have one. The rest as in `load_policy`.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -87,7 +94,7 @@ def load_sequence_classifier(
             "AutoPeftModelForSequenceClassification",
             source,
             {**options, "num_labels": 1},
-            head_seed=head_seed,
+            head_seed=head_seed if fresh_head else None,
         )
     if model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = pad_token_id
@@ -189,7 +196,7 @@ def _from_pretrained(auto_class, source: str, what: str, **kwargs):
         raise ConfigError(f"cannot load the {what} {source!r}: {str(error).strip().splitlines()[0]}") from error
 
 
-def _load(auto_class, peft_class: str, source: str, options: dict, head_seed: int | None = None) -> nn.Module:
+def _load(auto_class, peft_class: str, source: str, options: dict, **head) -> nn.Module:
     if (Path(source) / "adapter_config.json").exists():
         import peft
 
@@ -197,10 +204,12 @@ def _load(auto_class, peft_class: str, source: str, options: dict, head_seed: in
         logger.info("%s holds an adapter: it is merged into its base model", source)
         return model.merge_and_unload()
     model, report = _from_pretrained(auto_class, source, "model", output_loading_info=True, **options)
-    if head_seed is not None:
+    if head:
         name = head_name(model)
         if f"{name}.weight" in report["missing_keys"]:
-            _init_head(model.get_submodule(name), head_seed)
+            if head["head_seed"] is None:
+                raise ConfigError(f"{source} is no reward model: it holds no weights for its score ({name})")
+            _init_head(model.get_submodule(name), head["head_seed"])
     return model
 
 

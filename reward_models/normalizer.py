@@ -1,0 +1,59 @@
+"""The offset and scale of a reward model, which pairwise training leaves arbitrary, fitted once and saved beside it."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from align.errors import RewardError
+
+FILE_NAME = "reward_normalizer.json"
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """score -> (score - mean) / std. `fitted_on` says in words on which `count` answers it was fitted."""
+
+    mean: float
+    std: float
+    count: int
+    fitted_on: str
+
+    @classmethod
+    def fit(cls, scores: Tensor, fitted_on: str) -> "Normalizer":
+        """Mean and unbiased standard deviation of `scores` [N] (Coste et al.: all answers of the validation pairs)."""
+        scores = scores.double().flatten()
+        if scores.numel() < 2:
+            raise RewardError(f"a normaliser needs at least two scores, got {scores.numel()} from {fitted_on}")
+        if not torch.isfinite(scores).all():
+            raise RewardError(f"non-finite scores among the {scores.numel()} from {fitted_on}: nothing can be fitted")
+        mean, std = scores.mean().item(), scores.std(correction=1).item()
+        if std <= 1e-6 * max(abs(mean), 1e-6):
+            raise RewardError(
+                f"all {scores.numel()} scores from {fitted_on} are {mean:.6g}: the model tells nothing apart"
+            )
+        return cls(mean, std, scores.numel(), fitted_on)
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        return (scores - self.mean) / self.std
+
+    def save(self, folder: str | Path) -> Path:
+        path = Path(folder) / FILE_NAME
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        return path
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Normalizer | None":
+        """The normaliser saved beside a model, or None. Raises `RewardError` for a file that is not one."""
+        path = Path(folder) / FILE_NAME
+        if not path.exists():
+            return None
+        try:
+            saved = cls(**json.loads(path.read_text()))
+        except (TypeError, json.JSONDecodeError) as error:
+            raise RewardError(f"{path} is not a saved normaliser ({error}): fit it again or delete it") from error
+        if not saved.std > 0:
+            raise RewardError(f"{path}: std must be > 0, got {saved.std}")
+        return saved

@@ -1,0 +1,145 @@
+import pytest
+import torch
+
+from align.errors import ConfigError, RewardError
+from reward_models.base import Reward, RewardBatch, RewardOutput
+from reward_models.build import build_reward
+from reward_models.classifier import ClassifierReward
+from reward_models.ensemble import RewardEnsemble, ensemble_members, load_ensemble, save_ensemble
+from reward_models.normalizer import Normalizer
+from reward_models.rules import RuleReward
+from tests.reward_models import worlds
+
+BATCH = RewardBatch(["w1 w2", "w3", "w4"], ["w7", "w8 w9", "w2 w2"])
+
+
+class Fixed(Reward):
+    def __init__(self, *scores, name="fixed"):
+        self.scores, self.name = torch.tensor(scores), name
+
+    def _score(self, batch):
+        return RewardOutput(self.scores)
+
+
+def two(completions):
+    return [2.0] * len(completions)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    for i in range(3):
+        (tmp_path / f"member_{i}").mkdir()
+        worlds.reward_folder(tmp_path / f"member_{i}", seed=i, scale=10.0**i)
+    save_ensemble(tmp_path, [f"member_{i}" for i in range(3)])
+    return tmp_path
+
+
+def normalise(folder):
+    for member in ensemble_members(folder):
+        scores = ClassifierReward(str(member), normalize=False).score(BATCH).scores
+        Normalizer.fit(scores, "the three").save(member)
+
+
+def test_rules_and_extras():
+    members = [Fixed(1.0, 0.0, 3.0), Fixed(3.0, 0.0, -3.0)]
+    output = RewardEnsemble(members, "uwo", lambda_=0.5).score(BATCH)
+    assert output.scores.tolist() == [1.5, 0.0, -4.5]
+    assert output.extras["variance"].tolist() == [1.0, 0.0, 9.0]
+    assert output.extras["mean"].tolist() == [2.0, 0.0, 0.0]
+    assert output.extras["member/1"].tolist() == [3.0, 0.0, -3.0]
+    assert RewardEnsemble(members, "wco").score(BATCH).scores.tolist() == [1.0, 0.0, -3.0]
+    assert RewardEnsemble(members, "mean").score(BATCH).scores.tolist() == [2.0, 0.0, 0.0]
+    assert RewardEnsemble(members, "uwo", lambda_=0.5, ddof=1).score(BATCH).scores.tolist() == [1.0, 0.0, -9.0]
+
+
+def test_saved_ensemble(saved):
+    with pytest.raises(RewardError, match="normalize is true"):
+        load_ensemble(saved, "uwo", lambda_=0.5)
+    raw = load_ensemble(saved, "wco", normalize=False).score(BATCH)
+    assert raw.extras["member/2"].abs().max() > 10 * raw.extras["member/0"].abs().max()
+    normalise(saved)
+    ensemble = load_ensemble(saved, "uwo", lambda_=0.5)
+    output = ensemble.score(BATCH)
+    assert ensemble.name == saved.name and len(ensemble.members) == 3
+    for i in range(3):
+        assert output.extras[f"member/{i}"].mean().abs() < 1e-5
+    torch.testing.assert_close(output.scores, output.extras["mean"] - 0.5 * output.extras["variance"])
+
+
+def test_classifiers_on_no_common_scale_are_refused(saved):
+    members = [ClassifierReward(str(member)) for member in ensemble_members(saved)]
+    with pytest.raises(RewardError, match="wco compares .* member_0, member_1, member_2 have no normaliser"):
+        RewardEnsemble(members, "wco")
+    RewardEnsemble(members, "wco", normalize=False)
+    RewardEnsemble(members, "mean")
+
+
+def test_a_member_that_fails_is_named():
+    with pytest.raises(RewardError, match="'b' returned a non-finite score"):
+        RewardEnsemble([Fixed(1, 2, 3, name="a"), Fixed(1, float("nan"), 3, name="b")], "mean").score(BATCH)
+    with pytest.raises(RewardError, match="reward 'rm': .*at least two members"):
+        RewardEnsemble([Fixed(1)], "uwo", lambda_=1, name="rm")
+    with pytest.raises(RewardError, match="needs lambda"):
+        RewardEnsemble([Fixed(1), Fixed(2)])
+
+
+def test_damaged_folders(saved, tmp_path):
+    with pytest.raises(RewardError, match="is not a saved ensemble"):
+        ensemble_members(saved / "member_0")
+    (saved / "member_1").rename(saved / "gone")
+    with pytest.raises(RewardError, match="names members that are not there: .*member_1"):
+        ensemble_members(saved)
+    with pytest.raises(RewardError, match="has no folder member_1"):
+        save_ensemble(saved, ["member_0", "member_1"])
+
+
+# ---- build_reward
+
+
+def test_build(saved):
+    normalise(saved)
+    member = str(saved / "member_0")
+    assert isinstance(build_reward(member), ClassifierReward) and build_reward(member).normalized
+    assert build_reward({"type": "classifier", "path": member, "name": "helpful"}).name == "helpful"
+    assert isinstance(build_reward(f"{__name__}:two"), RuleReward)
+    assert build_reward({"type": "rule", "function": f"{__name__}:two", "name": "b"}).name == "b"
+    assert build_reward(two).name == "two"
+    fixed = Fixed(1.0)
+    assert build_reward(fixed) is fixed
+    mixed = build_reward(
+        {"type": "ensemble", "name": "rm", "aggregation": "uwo", "lambda": 0.5, "members": [member, f"{__name__}:two"]}
+    )
+    assert mixed.name == "rm" and mixed.score(BATCH).extras["member/1"].tolist() == [2.0, 2.0, 2.0]
+    whole = build_reward({"type": "ensemble", "path": str(saved), "aggregation": "wco"})
+    assert len(whole.members) == 3 and all(m.normalized for m in whole.members)
+    raw = build_reward({"type": "ensemble", "path": str(saved), "aggregation": "wco", "normalize": False})
+    assert not any(m.normalized for m in raw.members)
+    assert build_reward(member, tokenizer=worlds.tokenizer()).shares_ids
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"type": "classifer", "path": "x"}, "type must be one of classifier, rule, ensemble, got 'classifer'"),
+        ({"path": "x"}, "type must be one of"),
+        ({"type": "classifier", "pth": "x"}, "unknown key 'pth' \\(nearest valid: path\\)"),
+        ({"type": "classifier", "name": "x"}, "needs 'path'"),
+        ({"type": "rule", "function": "nowhere:f", "zz": 1}, "unknown key 'zz' \\(valid: function, name\\)"),
+        ({"type": "ensemble", "aggregation": "mean"}, "either members .* or path"),
+        ({"type": "ensemble", "members": ["a:b"]}, "needs 'aggregation'"),
+        ({"type": "ensemble", "aggregation": "mean", "members": {}}, "members must be a list"),
+        ({"type": "ensemble", "aggregation": "uwo", "members": ["json:dumps"] * 2}, "needs lambda"),
+        ("", "a reward is empty"),
+        (3, "a mapping or a text, got int"),
+        ("/nowhere/at/all", "cannot load"),
+    ],
+)
+def test_specs_that_describe_nothing(spec, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        build_reward(spec)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_ensemble_folder_is_no_classifier(saved):
+    with pytest.raises(ConfigError, match="holds an ensemble: write {type: ensemble"):
+        build_reward(str(saved))
