@@ -44,7 +44,7 @@ def estimated(shape, **changes):
 
 
 def train_one_step(model):
-    """One AdamW step; the bytes of weights, gradients, optimiser states, and those kept between forward and backward."""
+    """One AdamW step; the bytes of weights, gradients, optimiser states, and kept for the backward pass."""
     kept = {}
 
     def keep(tensor):
@@ -117,7 +117,8 @@ def test_what_else_a_run_holds_is_counted():
 
 
 @pytest.mark.parametrize(
-    ("optim", "width", "expected"), [("adamw_torch_fused", 4, 8), ("adamw_torch", 2, 4), ("adamw_8bit", 4, 2), ("sgd", 4, 0)]
+    ("optim", "width", "expected"),
+    [("adamw_torch_fused", 4, 8), ("adamw_torch", 2, 4), ("adamw_8bit", 4, 2), ("sgd", 4, 0)],
 )
 def test_optimiser_bytes(optim, width, expected):
     assert optimizer_bytes(optim, width)[0] == expected
