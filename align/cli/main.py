@@ -30,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Align language models with preferences and rewards; see when a reward stops being trustworthy.",
         epilog="`align COMMAND --help` lists the options of a command.",
         allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=20, width=110),
     )
     parser.add_argument("--version", action="store_true", help="print the version and stop")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")

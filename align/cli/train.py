@@ -3,10 +3,13 @@
 import argparse
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from align.config.resolve import RunConfig, resolve, write_settings
 from align.errors import ConfigError
 from align.methods import get_method
+
+if TYPE_CHECKING:
+    from align.config.resolve import RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +33,8 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
         return 0
     if args.processes is not None and not (args.dry_run and args.processes > 0):
         raise ConfigError("--processes N (from 1) goes with --dry-run; `align launch` starts several processes")
+    from align.config.resolve import resolve
+
     config = resolve(args.command, args.config, extra)
     if args.dry_run:
         from align.cli.dry_run import dry_run
@@ -39,9 +44,10 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
     return 0
 
 
-def train(config: RunConfig) -> None:
+def train(config: "RunConfig") -> None:
     """Train, and save the model and the resolved config in `output_dir`."""
     from align.cli import build
+    from align.config.resolve import write_settings
 
     output_dir = Path(config.training.output_dir)
     trainer = build.trainer(config)
