@@ -1,47 +1,230 @@
 """The one door to completions: trainers, best-of-n and evaluation all ask a `RolloutEngine`."""
 
 import logging
+import math
+import random
+import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from align.errors import ConfigError
-from align.rollout.types import PushReport, Rollout, SamplingParams
+from align.errors import ConfigError, RolloutError
+from align.rollout.seeds import derive_seed
+from align.rollout.types import Completion, PushReport, Request, Rollout, SamplingParams
 
 logger = logging.getLogger(__name__)
 
 
 class RolloutEngine(ABC):
-    """Token ids in, token ids with log-probs out.
+    """Token ids in, token ids with log-probs out, from a copy of the weights that only `push` changes.
 
     `weight_version` counts the pushes: 0 for the weights that the engine started with, then the version given to
-    `push`. Every `Rollout` carries it.
+    `push`. Every `Rollout` carries it. A back-end provides `_complete` and `_load_weights`; all else is shared, so that
+    seeds, checks and the probe mean the same everywhere.
     """
 
     name: str
-    weight_version: int = 0
+
+    def __init__(self, model, tokenizer=None, *, max_model_len: int, seed: int = 0, sync_tolerance: float | None = None):
+        from align.modeling.logprobs import language_model
+        from align.rollout.probe import default_tolerance
+
+        core = language_model(model)
+        text_config = core.config.get_text_config()
+        check_length(text_config, max_model_len)
+        self.max_model_len = max_model_len
+        self.vocab_size = text_config.vocab_size
+        self.eos_token_ids = end_tokens(core, tokenizer)
+        self.sync_tolerance = default_tolerance(core.dtype) if sync_tolerance is None else sync_tolerance
+        self.seed = seed
+        self.calls = 0
+        self.weight_version = 0
+        self.closed = False
+
+    # ---- what a back-end provides -----------------------------------------------------------------------------------
 
     @abstractmethod
+    def _complete(self, requests: list[Request], progress: bool) -> list[list[Completion]]:
+        """The completions of each request, in order."""
+
+    @abstractmethod
+    def _load_weights(self, model) -> None:
+        """Copy the weights of `model` into the engine."""
+
+    def _free(self) -> None:
+        """Give back what the back-end holds."""
+
+    # ---- what users call --------------------------------------------------------------------------------------------
+
     def generate(
-        self, prompts: list[list[int]], params: SamplingParams | list[SamplingParams]
+        self, prompts: list[list[int]], params: SamplingParams | list[SamplingParams], *, progress: bool = False
     ) -> list[Rollout]:
         """Complete `prompts` (lists of token ids), in order; `params` is one for all or one per prompt.
 
-        The caller's random states (torch, numpy, python) are left as they were. Unseeded requests draw from the
-        engine's own generator, which `state_dict` and `load_state_dict` save and restore.
+        The caller's random states (torch, numpy, python) are left as they were. Requests without a seed get one from
+        (engine seed, number of earlier calls that needed one, index of the prompt), so their draws do not depend on what
+        else is in the call; `state_dict` and `load_state_dict` carry the count over to a resumed run.
+        Raises `RolloutError` for a prompt that cannot be completed, by index.
         """
+        requests = self._requests(prompts, params)
+        if not requests:
+            return []
+        with preserved_random_states():
+            completions = self._complete(requests, progress)
+        check_logprobs(completions)
+        return [Rollout(r.prompt_ids, c, self.weight_version) for r, c in zip(requests, completions, strict=True)]
 
-    @abstractmethod
     def push(self, model, version: int) -> PushReport:
         """Give the engine the weights of `model` (a transformers model, or a PEFT model) and prove that it has them.
 
-        Raises `RolloutError` when the log-probs of a probe differ from the trainer's by more than the tolerance.
+        With sharded weights (FSDP2, ZeRO-3) every rank must call this. The model is left as it was: adapters are merged
+        into copies. Raises `RolloutError` when the log-probs of a probe differ from the model's by more than the
+        tolerance.
         """
+        self._check_open()
+        start = time.perf_counter()
+        with preserved_random_states():
+            self._load_weights(model)
+        self.weight_version = version
+        loaded = time.perf_counter()
+        probe = self.verify(model)
+        end = time.perf_counter()
+        details = {
+            "load_seconds": loaded - start,
+            "probe_seconds": end - loaded,
+            "probe_mean_abs_diff": probe.mean_abs_diff,
+            "probe_tokens": probe.tokens,
+        }
+        return PushReport(version, end - start, probe.max_abs_diff, details)
 
-    @abstractmethod
+    def verify(self, model):
+        """Compare the engine's log-probs of a few fixed prompts with those of `model`; returns a `Probe`.
+
+        Raises `RolloutError` when they differ by more than `sync_tolerance`. The engine's own draws are not touched.
+        """
+        from align.rollout.probe import compare, probe_requests
+
+        self._check_open()
+        requests = probe_requests(self.vocab_size, self.max_model_len)
+        with preserved_random_states():
+            completions = self._complete(requests, progress=False)
+            probe = compare(model, requests, completions)
+        if not probe.max_abs_diff <= self.sync_tolerance:  # a NaN must fail too
+            raise RolloutError(
+                f"the {self.name} engine does not hold the trainer's weights: the log-probs of {probe.tokens} probe tokens "
+                f"differ by up to {probe.max_abs_diff:.3g} (mean {probe.mean_abs_diff:.3g}, allowed "
+                f"{self.sync_tolerance:.3g}) although the engine counts weight version {self.weight_version}. Either a "
+                "push was missed, or the back-end computes this model differently; then set rollout_backend: transformers, "
+                "or raise sync_tolerance if the difference is rounding"
+            )
+        return probe
+
     def state_dict(self) -> dict:
-        """What a resumed run needs to draw the same completions."""
+        """What a resumed run needs to draw the same completions (the weights come by `push`)."""
+        return {"seed": self.seed, "calls": self.calls}
 
-    @abstractmethod
-    def load_state_dict(self, state: dict) -> None: ...
+    def load_state_dict(self, state: dict) -> None:
+        self.seed, self.calls = state["seed"], state["calls"]
 
     def close(self) -> None:
-        """Free what the engine holds."""
+        """Free what the engine holds. It cannot be used afterwards."""
+        if not self.closed:
+            self.closed = True
+            self._free()
+
+    # ---- requests ---------------------------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise RolloutError(f"this {self.name} engine was closed: make a new one")
+
+    def _requests(self, prompts: list[list[int]], params: SamplingParams | list[SamplingParams]) -> list[Request]:
+        self._check_open()
+        if isinstance(params, SamplingParams):
+            params = [params] * len(prompts)
+        if len(params) != len(prompts):
+            raise RolloutError(f"{len(params)} sampling parameters were given for {len(prompts)} prompts: one for all, or one each")
+        call = self.calls
+        requests = []
+        for index, (ids, own) in enumerate(zip(prompts, params, strict=True)):
+            self._check_prompt(index, ids, own)
+            if own.greedy:
+                seed = None
+            elif own.seed is not None:
+                seed = derive_seed("request", own.seed)
+            else:
+                seed = derive_seed("engine", self.seed, call, index)
+                self.calls = call + 1
+            stop_ids = self.eos_token_ids
+            if own.stop_token_ids:
+                stop_ids = tuple(dict.fromkeys((*stop_ids, *own.stop_token_ids)))
+            requests.append(Request(ids, own, seed, stop_ids))
+        return requests
+
+    def _check_prompt(self, index: int, ids: list[int], params: SamplingParams) -> None:
+        if not ids:
+            raise RolloutError(f"prompt {index} of this call is empty: a completion needs at least one token before it")
+        if len(ids) + params.max_tokens > self.max_model_len:
+            raise RolloutError(
+                f"prompt {index} of this call has {len(ids)} tokens, and with max_tokens={params.max_tokens} that is more "
+                f"than the engine's max_model_len={self.max_model_len}: shorten the prompt or the completion, or make the "
+                "engine with a larger max_model_len"
+            )
+        if min(ids) < 0 or max(ids) >= self.vocab_size:
+            bad = next(token for token in ids if not 0 <= token < self.vocab_size)
+            raise RolloutError(
+                f"prompt {index} of this call has token id {bad}, outside the model's vocabulary of {self.vocab_size}: "
+                "was it made by the model's own tokenizer?"
+            )
+
+
+def check_length(text_config, max_model_len: int) -> None:
+    """Refuse sequences longer than the positions the model was made for (rotary models would silently degrade)."""
+    limit = getattr(text_config, "max_position_embeddings", None)  # absent where positions are unlimited (ALiBi)
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    scaled = rope.get("rope_type", "default") != "default"  # then the back-end knows how far it reaches
+    if limit is not None and max_model_len > limit and not scaled:
+        raise ConfigError(
+            f"max_model_len={max_model_len} (prompt and completion) is more than the {limit} positions of the model: lower "
+            "max_prompt_length or max_completion_length"
+        )
+
+
+def end_tokens(core, tokenizer) -> tuple[int, ...]:
+    """Every token id that ends a completion: the tokenizer's and those of the model's generation config.
+
+    Chat models list several (end of turn, end of text), and the tokenizer knows one of them.
+    """
+    ids = []
+    for source in (tokenizer, getattr(core, "generation_config", None)):
+        own = None if source is None else source.eos_token_id
+        ids += own if isinstance(own, list) else [own] if own is not None else []
+    if not ids:
+        logger.warning("neither the tokenizer nor the model names an end token: completions end at max_tokens only")
+    return tuple(dict.fromkeys(ids))
+
+
+def check_logprobs(completions: list[list[Completion]]) -> None:
+    for index, group in enumerate(completions):
+        for completion in group:
+            if completion.logprobs is not None and not math.isfinite(sum(completion.logprobs)):
+                raise RolloutError(
+                    f"the log-probs of the completion of prompt {index} are not finite: the model's weights or logits are "
+                    "broken (a diverged run, or float16 overflow)"
+                )
+
+
+@contextmanager
+def preserved_random_states() -> Iterator[None]:
+    """Leave the random states of torch, numpy and python as they are found: vLLM draws from all of them."""
+    import numpy as np
+    import torch
+
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

@@ -4,13 +4,17 @@ from dataclasses import dataclass, field
 
 from align.errors import ConfigError
 
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0  # vLLM silently raises smaller ones to 0.01 and refuses larger ones
+
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How one prompt is completed. `temperature=0` is greedy decoding; then `n` must be 1.
 
     `top_p` and `top_k` truncate the sampling distribution, so the returned log-probs are those of the truncated
-    distribution: leave them off (1.0 and 0) for training.
+    distribution: leave them off (1.0 and 0) for training. Before `min_tokens` tokens, no token that ends the completion
+    can be drawn, which the log-probs show too. `seed` fixes the draws of this request whatever else is in the call;
+    the `n` samples differ all the same. A completion ends with the model's end tokens or one of `stop_token_ids`.
     """
 
     max_tokens: int
@@ -25,19 +29,27 @@ class SamplingParams:
     def __post_init__(self):
         if self.max_tokens < 1 or self.n < 1:
             raise ConfigError(f"sampling needs max_tokens >= 1 and n >= 1, got {self.max_tokens} and {self.n}")
-        if self.temperature < 0:
-            raise ConfigError(f"temperature must be >= 0 (0 is greedy), got {self.temperature}")
+        if not (self.temperature == 0 or MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE):
+            raise ConfigError(
+                f"temperature must be 0 (greedy) or between {MIN_TEMPERATURE} and {MAX_TEMPERATURE}, got {self.temperature}"
+            )
         if self.greedy and self.n != 1:
             raise ConfigError(f"greedy decoding (temperature 0) gives one completion; n={self.n} would repeat it")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be in (0, 1], got {self.top_p} (1 is off)")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k must be >= 0, got {self.top_k} (0 is off)")
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise ConfigError(f"min_tokens must be in [0, max_tokens={self.max_tokens}], got {self.min_tokens}")
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
 
 
-@dataclass
+@dataclass(slots=True)
 class Completion:
-    """One completion: the token ids up to and including the end-of-sequence token, and their log-probs.
+    """One completion: the token ids up to and including the token that ended it, and their log-probs.
 
     `logprobs[t]` is the natural log of the probability with which token t was drawn (after temperature, top-p and
     top-k); None for greedy requests. `finish_reason` is "stop" (ended by itself) or "length" (cut at max_tokens).
@@ -48,7 +60,7 @@ class Completion:
     finish_reason: str
 
 
-@dataclass
+@dataclass(slots=True)
 class Rollout:
     """The completions of one prompt, and the version of the weights that made them."""
 
@@ -57,9 +69,23 @@ class Rollout:
     weight_version: int
 
 
+@dataclass(slots=True)
+class Request:
+    """What a back-end gets: a checked prompt, its parameters, the seed of its first sample (sample j has seed + j; None
+    for greedy) and every token id that ends it."""
+
+    prompt_ids: list[int]
+    params: SamplingParams
+    seed: int | None
+    stop_ids: tuple[int, ...]
+
+
 @dataclass
 class PushReport:
-    """What a weight push cost and the proof that it arrived."""
+    """What a weight push cost and the proof that it arrived.
+
+    details: load_seconds, probe_seconds, probe_mean_abs_diff and probe_tokens.
+    """
 
     weight_version: int
     seconds: float

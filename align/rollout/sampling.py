@@ -1,0 +1,69 @@
+"""Drawing tokens when every row of a batch has its own parameters."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from align.rollout.types import SamplingParams
+
+
+def processed_logps(logits: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Tensor:
+    """log-probs [B, V] of the distribution that is drawn from; `logits` [B, V] float, the rest [B] or None (off).
+
+    As in vLLM: temperature first, then the `top_k` most likely tokens, then of what is left the smallest set whose
+    probability reaches `top_p`; what remains is renormalised. A row with top_k = V or top_p = 1 is not cut.
+    """
+    logits = logits / temperature[:, None]
+    if top_k is not None or top_p is not None:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        if top_k is not None:
+            places = torch.arange(ordered.shape[-1], device=ordered.device)
+            ordered = ordered.masked_fill(places >= top_k[:, None], -torch.inf)
+        if top_p is not None:
+            probs = ordered.softmax(-1)
+            before = probs.cumsum(-1) - probs
+            ordered = ordered.masked_fill((before >= top_p[:, None]) & (top_p < 1)[:, None], -torch.inf)
+        logits = torch.empty_like(ordered).scatter_(-1, order, ordered)
+    return logits.log_softmax(-1)
+
+
+class RowSampler:
+    """Draws one token per row and step. A row's draws depend on its own seed alone, not on its neighbours."""
+
+    def __init__(
+        self, params: list[SamplingParams], seeds: list[int | None], stop_ids: list[tuple[int, ...]], vocab_size: int, device
+    ):
+        self.params, self.stop_ids = params, stop_ids
+        tensor = lambda values: torch.tensor(values, device=device)  # noqa: E731
+        self.greedy = tensor([p.greedy for p in params])
+        self.temperature = tensor([p.temperature or 1.0 for p in params])
+        self.top_k = tensor([p.top_k or vocab_size for p in params]) if any(p.top_k for p in params) else None
+        self.top_p = tensor([p.top_p for p in params]) if any(p.top_p < 1 for p in params) else None
+        uniforms = np.zeros((len(params), max(p.max_tokens for p in params)))
+        for row, (own, seed) in enumerate(zip(params, seeds, strict=True)):
+            if seed is not None:
+                uniforms[row, : own.max_tokens] = np.random.default_rng(seed).random(own.max_tokens)
+        self.uniforms = torch.from_numpy(uniforms).to(device)
+        self.min_tokens = max(p.min_tokens for p in params)
+
+    def select(self, rows: list[int]) -> None:
+        """Keep only these rows."""
+        self.params = [self.params[i] for i in rows]
+        self.stop_ids = [self.stop_ids[i] for i in rows]
+        for name in ("greedy", "temperature", "top_k", "top_p", "uniforms"):
+            if (values := getattr(self, name)) is not None:
+                setattr(self, name, values[rows])
+
+    def draw(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Tokens [B] and their log-probs [B] from logits [B, V]; `step` counts the tokens drawn before."""
+        if step < self.min_tokens:
+            for row, params in enumerate(self.params):
+                if step < params.min_tokens:
+                    logits[row, list(self.stop_ids[row])] = -torch.inf
+        logps = processed_logps(logits, self.temperature, self.top_k, self.top_p)
+        # inverse of the distribution function; float64, because float32 sums lose the tail of a large vocabulary
+        cdf = logps.exp().cumsum(-1, dtype=torch.float64)
+        point = self.uniforms[:, step, None] * cdf[:, -1:]
+        drawn = torch.searchsorted(cdf, point, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+        tokens = torch.where(self.greedy, logits.argmax(-1), drawn)
+        return tokens, logps.gather(-1, tokens[:, None]).squeeze(-1)

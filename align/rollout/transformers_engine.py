@@ -1,0 +1,149 @@
+"""Rollouts with transformers alone: runs wherever the model runs."""
+
+import copy
+import inspect
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from align.modeling.logprobs import language_model
+from align.rollout.engine import RolloutEngine
+from align.rollout.sampling import RowSampler
+from align.rollout.types import Completion, Request
+from align.rollout.weights import named_weights
+
+
+class TransformersEngine(RolloutEngine):
+    """Batched decoding with a key-value cache; rows that have ended are dropped from the batch.
+
+    The engine holds its own copy of the weights, on the model's device, although the trainer's model is at hand:
+    rollouts between two pushes must come from the pushed weights, as with every other back-end, or `weight_version`
+    would lie as soon as the optimiser has stepped. It costs the memory of the weights once more.
+    `max_num_seqs`: sequences decoded at a time.
+    """
+
+    name = "transformers"
+
+    def __init__(self, model, tokenizer=None, *, max_model_len, seed=0, max_num_seqs=256, sync_tolerance=None):
+        super().__init__(model, tokenizer, max_model_len=max_model_len, seed=seed, sync_tolerance=sync_tolerance)
+        self.max_num_seqs = max_num_seqs
+        self._model = empty_copy(language_model(model))
+        accepted = inspect.signature(self._model.forward).parameters
+        self._takes_positions = "position_ids" in accepted
+        self._options = {"use_cache": True, **({"logits_to_keep": 1} if "logits_to_keep" in accepted else {})}
+        self._load_weights(model)
+
+    @torch.no_grad()
+    def _load_weights(self, model) -> None:
+        own = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
+        for name, tensor in named_weights(model):
+            own[name].copy_(tensor)
+
+    def _free(self) -> None:
+        self._model = None
+
+    @torch.inference_mode()
+    def _complete(self, requests: list[Request], progress: bool) -> list[list[Completion]]:
+        from tqdm.auto import tqdm
+
+        rows = [_Row(request, sample) for request in requests for sample in range(request.params.n)]
+        by_length = sorted(rows, key=lambda row: len(row.request.prompt_ids))  # neighbours need little padding
+        with tqdm(total=len(rows), desc="Generating", disable=not progress) as bar:
+            for start in range(0, len(rows), self.max_num_seqs):
+                batch = by_length[start : start + self.max_num_seqs]
+                self._decode(batch)
+                bar.update(len(batch))
+        done = iter(rows)
+        return [[next(done).completion() for _ in range(request.params.n)] for request in requests]
+
+    def _decode(self, rows: list["_Row"]) -> None:
+        device = self._model.device
+        input_ids, mask = left_padded([row.request.prompt_ids for row in rows], device)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        sampler = RowSampler(
+            [row.request.params for row in rows],
+            [row.seed for row in rows],
+            [row.request.stop_ids for row in rows],
+            self.vocab_size,
+            _sampling_device(device),
+        )
+        cache, step = None, 0
+        while True:
+            inputs = {"input_ids": input_ids, "attention_mask": mask, "past_key_values": cache, **self._options}
+            if self._takes_positions:
+                # rows that have ended but are still in the batch must not run past the last position
+                inputs["position_ids"] = positions.clamp(max=self.max_model_len - 1)
+            output = self._model(**inputs)
+            cache = output.past_key_values
+            tokens, logps = sampler.draw(output.logits[:, -1].to(_sampling_device(device)).float(), step)
+            for row, token, logp in zip(rows, tokens.tolist(), logps.tolist(), strict=True):
+                row.append(token, logp)
+            running = [i for i, row in enumerate(rows) if row.finish_reason is None]
+            if not running:
+                return
+            tokens = tokens.to(device)
+            if len(running) <= len(rows) // 2:  # halving: the copying of the cache costs at most one cache in all
+                rows = [rows[i] for i in running]
+                sampler.select(running)
+                index = torch.tensor(running, device=device)
+                cache.batch_select_indices(index)
+                tokens, mask = tokens[index], mask[index]
+            input_ids = tokens[:, None]
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            positions = mask.sum(-1, keepdim=True) - 1
+            step += 1
+
+
+@dataclass
+class _Row:
+    """One sample of one request, while it grows."""
+
+    request: Request
+    sample: int
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    @property
+    def seed(self) -> int | None:
+        return None if self.request.seed is None else self.request.seed + self.sample
+
+    def append(self, token: int, logp: float) -> None:
+        if self.finish_reason is not None:
+            return
+        self.tokens.append(token)
+        self.logprobs.append(logp)
+        if token in self.request.stop_ids:
+            self.finish_reason = "stop"
+        elif len(self.tokens) == self.request.params.max_tokens:
+            self.finish_reason = "length"
+
+    def completion(self) -> Completion:
+        return Completion(self.tokens, None if self.request.params.greedy else self.logprobs, self.finish_reason)
+
+
+def _sampling_device(device: torch.device) -> torch.device:
+    return torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
+
+
+def left_padded(prompts: list[list[int]], device) -> tuple[Tensor, Tensor]:
+    """input_ids and attention_mask [B, T], padded on the left with 0s."""
+    width = max(map(len, prompts))
+    input_ids = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+    return input_ids, mask
+
+
+def empty_copy(core: nn.Module) -> nn.Module:
+    """A model of the same architecture, device and dtype, in eval mode, with weights still to be loaded.
+
+    Not a deep copy: that would take adapters, hooks and shards along.
+    """
+    from transformers.initialization import no_init_weights
+
+    config = copy.deepcopy(core.config)
+    with no_init_weights(), torch.device(core.device):
+        model = type(core)._from_config(config, dtype=core.dtype)
+    model.tie_weights()  # part of the initialisation that was skipped
+    return model.requires_grad_(False).eval()

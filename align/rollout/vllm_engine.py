@@ -1,0 +1,206 @@
+"""Rollouts with vLLM, in the trainer's process, on CPUs and CUDA GPUs."""
+
+import copy
+import json
+import logging
+import tempfile
+import weakref
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from align.errors import ConfigError, RolloutError
+from align.modeling.logprobs import language_model
+from align.rollout.engine import RolloutEngine
+from align.rollout.types import Completion, Request
+from align.rollout.vllm_process import ProcessGroups, contained_start, end
+from align.rollout.weights import check_supported, named_weights
+
+logger = logging.getLogger(__name__)
+
+GIB = 1 << 30
+CPU_BLOCK = 128  # tokens per block of vLLM's key-value cache on CPUs
+CPU_MEMORY_SHARE = 0.25  # of the free memory, at most, for the key-value cache
+USE_TRANSFORMERS = "set rollout_backend: transformers"
+
+
+class VLLMEngine(RolloutEngine):
+    """One vLLM engine per process, fed by `push`.
+
+    It starts from the model's configuration alone, with random weights; the first push replaces them, so no checkpoint
+    is written and a start goes through the same code, and the same probe, as every later push.
+    """
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        model,
+        tokenizer=None,
+        *,
+        max_model_len,
+        seed=0,
+        max_num_seqs=256,
+        kv_cache_gib=None,
+        gpu_memory_utilization=0.3,
+        sync_tolerance=None,
+    ):
+        super().__init__(model, tokenizer, max_model_len=max_model_len, seed=seed, sync_tolerance=sync_tolerance)
+        check_supported(model)
+        core = language_model(model)
+        groups = ProcessGroups()
+        with contained_start():
+            import vllm
+            from vllm.platforms import current_platform
+
+            self._on_cpu = current_platform.is_cpu()
+            check_model(core, self._on_cpu)
+            options = {
+                "max_model_len": max_model_len,
+                "max_num_seqs": max_num_seqs,
+                "dtype": str(core.dtype).removeprefix("torch."),
+                "load_format": "dummy",
+                "skip_tokenizer_init": True,
+                "generation_config": "vllm",  # not the model's: end tokens and defaults are ours
+                "logprobs_mode": "processed_logprobs",
+                "disable_log_stats": True,
+                "seed": 0,
+            }
+            if self._on_cpu:
+                options["enforce_eager"] = True
+                options["kv_cache_memory_bytes"] = kv_cache_bytes(core, max_model_len, max_num_seqs, kv_cache_gib)
+            else:
+                options["gpu_memory_utilization"] = gpu_memory_utilization
+                if kv_cache_gib is not None:
+                    options["kv_cache_memory_bytes"] = int(kv_cache_gib * GIB)
+                if dist.is_initialized():
+                    options["distributed_executor_backend"] = "external_launcher"  # each rank on its own GPU
+            try:
+                with tempfile.TemporaryDirectory() as folder:
+                    write_config(core, folder)
+                    self._llm = vllm.LLM(folder, **options)
+            except (ValueError, RuntimeError, NotImplementedError) as error:
+                from vllm.distributed import cleanup_dist_env_and_memory
+
+                with groups.during_end():
+                    cleanup_dist_env_and_memory()
+                raise RolloutError(f"vLLM could not start for {type(core).__name__}: {error}\n{USE_TRANSFORMERS}") from error
+            groups.after_start()
+        # Runs at the latest when the interpreter ends, and before vLLM's own, which would destroy the trainer's group.
+        self._finalizer = weakref.finalize(self, end, self._llm, groups)
+        self._load_weights(model)
+
+    def _load_weights(self, model) -> None:
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_weights(model)})
+        if self._on_cpu:
+            self._llm.apply_model(repack_heads)
+
+    def _complete(self, requests: list[Request], progress: bool) -> list[list[Completion]]:
+        if self._llm.llm_engine.has_unfinished_requests():
+            raise RolloutError("an interrupted call left unfinished requests in the vLLM engine: make a new one")
+        # Keys and values of earlier weights must not be used again, and a call must not depend on the calls before it.
+        self._llm.reset_prefix_cache()
+        prompts = [{"prompt_token_ids": request.prompt_ids} for request in requests]
+        # Without the stance, vLLM's two compiled helpers (sampling, rank of the token) cost 6 to 30 s on their first use
+        # on a CPU and gain nothing. It does not touch what the trainer compiles.
+        with torch.compiler.set_stance("force_eager") if self._on_cpu else nullcontext():
+            outputs = self._llm.generate(prompts, [vllm_params(r) for r in requests], use_tqdm=progress)
+        return [[completion(o, r) for o in out.outputs] for r, out in zip(requests, outputs, strict=True)]
+
+    def _free(self) -> None:
+        self._llm = None
+        self._finalizer()
+
+
+def vllm_params(request: Request):
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    params = request.params
+    return SamplingParams(
+        n=params.n,
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        seed=request.seed,
+        max_tokens=params.max_tokens,
+        min_tokens=params.min_tokens,
+        stop_token_ids=list(request.stop_ids),
+        logprobs=None if params.greedy else 0,  # 0: of the drawn token only
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        skip_clone=True,  # each request has its own object
+    )
+
+
+def completion(output, request: Request) -> Completion:
+    logprobs = None if request.params.greedy else output.logprobs.logprobs
+    return Completion(list(output.token_ids), logprobs, output.finish_reason)
+
+
+def repack_heads(model) -> None:
+    """Make the output heads use the new weights on CPUs (runs inside vLLM).
+
+    Its CPU kernels work on a packed copy of each weight. `reload_weights` packs anew what it loads, but a head that
+    shares its weight with the input embedding is not loaded itself and would go on with the old one.
+    """
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+
+
+def write_config(core, folder: str) -> None:
+    """The model's configuration, as vLLM reads it from a checkpoint folder."""
+    config = copy.deepcopy(core.config)
+    config.architectures = [type(core).__name__.removeprefix("FSDP")]  # FSDP2 renames the class
+    config.dtype = core.dtype
+    # not save_pretrained: see that it is written on every rank and without the model's own code
+    (Path(folder) / "config.json").write_text(json.dumps(json.loads(config.to_json_string(use_diff=False))))
+
+
+def check_model(core, on_cpu: bool) -> None:
+    """Refuse what vLLM cannot run before it takes seconds to say so in its own words."""
+    if core.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ConfigError(f"vLLM does not run {core.dtype} models: load the model in float32, or {USE_TRANSFORMERS}")
+    if not on_cpu:
+        return
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    size, sizes = head_size(core.config.get_text_config()), CPUAttentionBackend.get_supported_head_sizes()
+    if size not in sizes:
+        raise ConfigError(
+            f"vLLM on CPUs cannot run attention heads of size {size} (only {', '.join(map(str, sizes))}): "
+            f"{USE_TRANSFORMERS}"
+        )
+
+
+def head_size(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def kv_cache_bytes(core, max_model_len: int, max_num_seqs: int, kv_cache_gib: float | None) -> int:
+    """Size of the key-value cache on CPUs: `kv_cache_gib` if given; else room for `max_num_seqs` sequences of full length,
+    within a share of the free memory. vLLM queues the sequences that do not fit; one of full length must."""
+    import psutil
+
+    config = core.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    token = 2 * config.num_hidden_layers * heads * head_size(config) * core.dtype.itemsize
+    one = -(-max_model_len // CPU_BLOCK) * CPU_BLOCK * token
+    if kv_cache_gib is not None:
+        size = int(kv_cache_gib * GIB)
+    else:
+        size = min(one * max_num_seqs, int(psutil.virtual_memory().available * CPU_MEMORY_SHARE))
+    if size < one:
+        raise ConfigError(
+            f"the key-value cache of the rollout engine ({size / GIB:.2f} GiB) has no room for one sequence of "
+            f"max_model_len={max_model_len} tokens ({one / GIB:.2f} GiB): lower max_model_len, or give it more memory"
+        )
+    logger.info("vLLM key-value cache: %.2f GiB, room for %d sequences of full length", size / GIB, size // one)
+    return size
