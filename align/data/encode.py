@@ -60,9 +60,7 @@ def render_pair(
     return start, [whole[len(start) :] for whole in wholes]
 
 
-def encode(
-    tokenizer: "PreTrainedTokenizerBase", rows: list[tuple[str, list[str]]], *, add_bos: bool
-) -> list[Encoded]:
+def encode(tokenizer: "PreTrainedTokenizerBase", rows: list[tuple[str, list[str]]], *, add_bos: bool) -> list[Encoded]:
     """Token ids of (prompt, completions) texts, without EOS.
 
     The prompt is tokenised alone and each completion in its context, so that the ids of both together are those of the
@@ -159,13 +157,16 @@ def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 
 def _ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
+    if not texts:
+        return []  # tokenizers fail on an empty batch
     # Special tokens are placed by us: some tokenizers would end every prompt with EOS.
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
 def _ids_apart(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """Ids of a text that continues another: after a line break, as some tokenizers put a space before a first word."""
-    if text == "":
-        return []
-    anchor, whole, alone = _ids(tokenizer, ["\n", "\n" + text, text])
-    return whole[len(anchor) :] if anchor and whole[: len(anchor)] == anchor else alone
+    """Ids of a text that continues another: after an anchor, as some tokenizers put a space before a first word."""
+    for anchor in ("\n", "."):
+        start, whole = _ids(tokenizer, [anchor, anchor + text])
+        if start and whole[: len(start)] == start:
+            return whole[len(start) :]
+    return _ids(tokenizer, [text])[0]

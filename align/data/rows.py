@@ -164,7 +164,7 @@ def _broken_line(file: Path) -> str | None:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8"))
+                row = json.loads(line.decode("utf-8").rstrip())
             except UnicodeDecodeError as error:
                 return f"{file}, line {number}: not UTF-8 text (byte {error.start} of the line: {error.reason})."
             except json.JSONDecodeError as error:

@@ -1,0 +1,313 @@
+"""BOS, EOS, the prompt/completion boundary, length limits, and what survives tokenisation."""
+
+import pytest
+from datasets import Dataset
+
+from align.data import BadRows, tokenize_completions, tokenize_pairs, tokenize_prompts
+from align.errors import DataError
+
+PAIR = {"prompt": "Human: hi\n\nAssistant:", "chosen": " yes", "rejected": " no"}
+
+
+def pair_ids(tokenizer, max_length=200, **columns):
+    (row,) = tokenize_pairs(Dataset.from_list([{**PAIR, **columns}]), tokenizer, max_length=max_length)
+    return row
+
+
+def prompt_ids(tokenizer, prompt):
+    (row,) = tokenize_prompts(Dataset.from_list([{"prompt": prompt}]), tokenizer, max_prompt_length=None)
+    return row["prompt_ids"]
+
+
+def notes_of(tokenize, row, tokenizer, **options):
+    report = BadRows()
+    tokenize(Dataset.from_list([row]), tokenizer, report=report, **options)
+    assert not report.reasons
+    return list(report.notes)
+
+
+# ---- BOS and EOS ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_bos_once_in_front_and_eos_once_at_the_end(make_tokenizer, bos):
+    tokenizer = make_tokenizer(bos=bos)
+    row = pair_ids(tokenizer)
+    start = "<bos>" if bos else ""
+    assert tokenizer.decode(row["prompt_ids"]) == start + PAIR["prompt"]
+    assert tokenizer.decode(row["chosen_ids"]) == " yes<eos>"
+    assert tokenizer.decode(row["rejected_ids"]) == " no<eos>"
+
+
+def test_bos_in_the_text_is_not_doubled(tokenizer):
+    ids = prompt_ids(tokenizer, "<bos>hi")
+    assert ids == prompt_ids(tokenizer, "hi")
+    assert ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_eos_in_the_text_is_not_doubled(tokenizer):
+    for chosen in (" yes<eos>", " yes<eos>\n", " yes<eos><eos>"):
+        assert pair_ids(tokenizer, chosen=chosen)["chosen_ids"] == pair_ids(tokenizer)["chosen_ids"]
+
+
+def test_a_tokenizer_that_ends_texts_with_eos_does_not_end_prompts(make_tokenizer):
+    row = pair_ids(make_tokenizer(bos=True, adds_eos=True))
+    assert row["prompt_ids"] == pair_ids(make_tokenizer(bos=True))["prompt_ids"]
+    assert row["chosen_ids"] == pair_ids(make_tokenizer(bos=True))["chosen_ids"]
+
+
+def test_special_tokens_inside_a_text_are_noted(tokenizer):
+    noted = notes_of(tokenize_pairs, {**PAIR, "chosen": " yes<eos> no"}, tokenizer, max_length=99)
+    assert noted == ["chosen has <eos> inside its text"]
+    noted = notes_of(tokenize_prompts, {"prompt": "a<bos>b"}, tokenizer, max_prompt_length=99)
+    assert noted == ["prompt has <bos> inside its text"]
+
+
+def test_eos_is_trained_when_it_is_also_the_pad_token(make_tokenizer):
+    from align.data import CompletionCollator, PairCollator
+
+    tokenizer = make_tokenizer(pad_is_eos=True)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    rows = [{"prompt": "hi", "completion": " yes"}, {"prompt": "hi", "completion": " yes yes yes"}]
+    done = tokenize_completions(Dataset.from_list(rows), tokenizer, max_length=99)
+    labels = CompletionCollator(tokenizer.pad_token_id)(list(done))["labels"]
+    assert [(row == tokenizer.eos_token_id).sum().item() for row in labels] == [1, 1]
+    batch = PairCollator(tokenizer.pad_token_id)([pair_ids(tokenizer, chosen=" yes yes")])
+    trained = batch["input_ids"][batch["completion_mask"] == 1]
+    assert (trained == tokenizer.eos_token_id).sum() == 2
+
+
+def test_no_eos_token_is_an_error_only_where_completions_are_trained(make_tokenizer):
+    tokenizer = make_tokenizer(eos=None)
+    tokenize_prompts(Dataset.from_list([PAIR]), tokenizer, max_prompt_length=None)
+    for tokenize in (tokenize_pairs, tokenize_completions):
+        with pytest.raises(DataError, match="no EOS token"):
+            tokenize(Dataset.from_list([PAIR]), tokenizer, max_length=None)
+
+
+# ---- the boundary ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("style", ["bytes", "metaspace"])
+@pytest.mark.parametrize("prompt, completion", [("Answer:", " yes"), ("Answer: ", "yes"), ("sk", "y"), ("a\n", "\nb")])
+def test_training_and_rollouts_share_the_prompt_and_the_text_survives(make_tokenizer, style, prompt, completion):
+    tokenizer = make_tokenizer(style=style)
+    row = pair_ids(tokenizer, prompt=prompt, chosen=completion)
+    assert row["prompt_ids"] == prompt_ids(tokenizer, prompt)
+    assert tokenizer.decode(row["prompt_ids"] + row["chosen_ids"]).strip() == f"{prompt}{completion}<eos>"
+
+
+def test_a_merge_over_the_boundary_is_noted(tokenizer):
+    rows = {"prompt": "Answer: ", "completion": "yes"}, {"prompt": "Answer:", "completion": " yes"}
+    noted = [notes_of(tokenize_completions, row, tokenizer, max_length=99) for row in rows]
+    assert noted == [["prompt and completion would merge into one token, so the completion is tokenised apart"], []]
+
+
+# ---- length limits --------------------------------------------------------------------------------------------------
+
+
+def test_a_long_completion_is_cut_without_eos_and_noted(tokenizer):
+    full = pair_ids(tokenizer, chosen=" yes yes yes")
+    length = len(full["prompt_ids"])
+    for room in (1, 2, 3):
+        cut = pair_ids(tokenizer, chosen=" yes yes yes", max_length=length + room)
+        assert cut["chosen_ids"] == full["chosen_ids"][:room]
+        assert tokenizer.eos_token_id not in cut["chosen_ids"]
+        assert cut["prompt_ids"] == full["prompt_ids"]
+    assert pair_ids(tokenizer, chosen=" yes yes yes", max_length=length + 4)["chosen_ids"] == full["chosen_ids"]
+    noted = notes_of(tokenize_pairs, {**PAIR, "chosen": " yes yes"}, tokenizer, max_length=length + 2)
+    assert noted == [f"chosen is cut at max_length={length + 2}"]
+
+
+def test_a_prompt_is_never_cut(tokenizer):
+    length = len(prompt_ids(tokenizer, PAIR["prompt"]))
+    rows = Dataset.from_list([PAIR])
+    assert len(tokenize_prompts(rows, tokenizer, max_prompt_length=length)[0]["prompt_ids"]) == length
+    with pytest.raises(DataError, match=f"longer than max_prompt_length={length - 1} tokens"):
+        tokenize_prompts(rows, tokenizer, max_prompt_length=length - 1)
+
+
+def test_a_long_demonstration_is_cut_at_the_end(tokenizer):
+    row = {"prompt": "hi", "completion": " yes yes yes"}
+    (whole,) = tokenize_completions(Dataset.from_list([row]), tokenizer, max_length=None)
+    (cut,) = tokenize_completions(Dataset.from_list([row]), tokenizer, max_length=4)
+    assert cut["input_ids"] == whole["input_ids"][:4] and cut["completion_mask"] == whole["completion_mask"][:4]
+    assert notes_of(tokenize_completions, row, tokenizer, max_length=4) == ["sequence is cut at max_length=4"]
+
+
+# ---- what comes out -------------------------------------------------------------------------------------------------
+
+
+def test_completions_mask_the_prompt(tokenizer):
+    (row,) = tokenize_completions(Dataset.from_list([{"prompt": "hi", "completion": " yes"}]), tokenizer, max_length=9)
+    assert tokenizer.decode(row["input_ids"]) == "<bos>hi yes<eos>"
+    assert row["completion_mask"] == [0, 0, 0, 1, 1]
+
+
+def test_text_is_trained_whole_but_for_bos(tokenizer):
+    (row,) = tokenize_completions(Dataset.from_list([{"text": "yes yes"}]), tokenizer, max_length=9)
+    assert tokenizer.decode(row["input_ids"]) == "<bos>yes yes<eos>"
+    assert row["completion_mask"] == [0, 1, 1, 1]
+
+
+def test_sft_on_pairs_trains_the_chosen_completion(tokenizer):
+    (row,) = tokenize_completions(Dataset.from_list([PAIR]), tokenizer, max_length=99)
+    assert tokenizer.decode(row["input_ids"]) == f"<bos>{PAIR['prompt']} yes<eos>"
+
+
+def test_pairs_serve_as_prompts_whatever_their_completions(tokenizer):
+    (row,) = tokenize_prompts(
+        Dataset.from_list([{**PAIR, "chosen": "", "rejected": ""}]), tokenizer, max_prompt_length=99
+    )
+    assert row["prompt_ids"] == pair_ids(tokenizer)["prompt_ids"] and row["prompt"] == PAIR["prompt"]
+
+
+def test_an_implicit_prompt_is_taken_out(tokenizer):
+    explicit = pair_ids(tokenizer)
+    chosen, rejected = PAIR["prompt"] + PAIR["chosen"], PAIR["prompt"] + PAIR["rejected"]
+    implicit = Dataset.from_list([{"chosen": chosen, "rejected": rejected}])
+    (row,) = tokenize_pairs(implicit, tokenizer, max_length=99)
+    assert row == explicit
+    (row,) = tokenize_prompts(implicit, tokenizer, max_prompt_length=99)
+    assert (row["prompt"], row["prompt_ids"]) == (PAIR["prompt"], explicit["prompt_ids"])
+
+
+@pytest.mark.parametrize(
+    "chosen, rejected, prompt",
+    [
+        ("The sky is blue.", "The sky is black.", "The sky is"),
+        ("The sky is blue.", "The sky isn't blue.", "The sky"),
+        ("a\nb c", "a\nb d", "a\nb"),
+        ("\n\nHuman: hi\n\nAssistant: I think so", "\n\nHuman: hi\n\nAssistant: I know", "\n\nHuman: hi\n\nAssistant:"),
+    ],
+)
+def test_an_implicit_prompt_ends_before_the_answers_begin(tokenizer, chosen, rejected, prompt):
+    row = tokenize_pairs(Dataset.from_list([{"chosen": chosen, "rejected": rejected}]), tokenizer, max_length=99)[0]
+    assert row["prompt"] == prompt
+    assert row["prompt"] + row["chosen"] == chosen and row["prompt"] + row["rejected"] == rejected
+
+
+def test_other_columns_and_row_numbers_survive(tokenizer):
+    rows = [
+        {**PAIR, "margin": 0.5, "tags": ["a"]},
+        {**PAIR, "chosen": "", "margin": 1.0, "tags": []},
+        {**PAIR, "margin": 2.0},
+    ]
+    done = tokenize_pairs(Dataset.from_list(rows), tokenizer, max_length=99, max_bad_share=0.5)
+    assert done["row"][:] == [0, 2] and done["margin"][:] == [0.5, 2.0] and done["tags"][:] == [["a"], None]
+    # Rows picked from a numbered set keep their numbers.
+    again = tokenize_prompts(done.select([1]), tokenizer, max_prompt_length=99)
+    assert again["row"][:] == [2]
+
+
+def test_the_result_does_not_depend_on_the_neighbours(tokenizer):
+    rows = [{**PAIR, "chosen": " yes" * (1 + n % 30)} for n in range(1200)]
+    done = tokenize_pairs(Dataset.from_list(rows), tokenizer, max_length=500, max_bad_share=0.1)
+    for number in (0, 7, 1100):
+        (alone,) = tokenize_pairs(Dataset.from_list([rows[number]]), tokenizer, max_length=500)
+        assert alone["chosen_ids"] == done[number]["chosen_ids"]
+
+
+# ---- chat templates -------------------------------------------------------------------------------------------------
+
+USER, YES, NO = (
+    [{"role": role, "content": text}] for role, text in (("user", "hi"), ("assistant", "yes"), ("assistant", "no"))
+)
+PROMPT_TEXT = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_conversational_pairs(chat_tokenizer):
+    for row in ({"prompt": USER, "chosen": YES, "rejected": NO}, {"chosen": USER + YES, "rejected": USER + NO}):
+        (done,) = tokenize_pairs(Dataset.from_list([row]), chat_tokenizer, max_length=99)
+        assert chat_tokenizer.decode(done["prompt_ids"]) == PROMPT_TEXT
+        # The template writes a line break after <|im_end|>; a rollout stops before it.
+        assert chat_tokenizer.decode(done["chosen_ids"]) == "yes<|im_end|>"
+        (prompt,) = tokenize_prompts(Dataset.from_list([row]), chat_tokenizer, max_prompt_length=99)
+        assert prompt["prompt_ids"] == done["prompt_ids"] and prompt["prompt"] == USER
+
+
+def test_a_template_that_brings_bos_gets_no_second_one(make_tokenizer, chat_tokenizer):
+    tokenizer = make_tokenizer(bos=True, eos="<|im_end|>", template="<bos>" + chat_tokenizer.chat_template)
+    (row,) = tokenize_pairs(
+        Dataset.from_list([{"prompt": USER, "chosen": YES, "rejected": NO}]), tokenizer, max_length=99
+    )
+    assert tokenizer.decode(row["prompt_ids"]) == "<bos>" + PROMPT_TEXT
+    twice = make_tokenizer(bos=True, eos="<|im_end|>", template="<bos><bos>" + chat_tokenizer.chat_template)
+    with pytest.raises(DataError, match="prompt starts with BOS twice"):
+        tokenize_prompts(Dataset.from_list([{"prompt": USER}]), twice, max_prompt_length=99)
+
+
+def test_a_template_that_does_not_end_answers_with_eos(make_tokenizer, chat_tokenizer):
+    tokenizer = make_tokenizer(eos="<eos>", template=chat_tokenizer.chat_template)
+    row = {"prompt": USER, "completion": YES}
+    (done,) = tokenize_completions(Dataset.from_list([row]), tokenizer, max_length=99)
+    assert tokenizer.decode(done["input_ids"]) == PROMPT_TEXT + "yes<|im_end|>\n<eos>"
+    assert notes_of(tokenize_completions, row, tokenizer, max_length=99) == [
+        "the chat template does not end an answer with EOS (<eos>), which was added"
+    ]
+
+
+def test_messages_without_a_chat_template(tokenizer):
+    with pytest.raises(DataError, match="has no chat template. Use the tokenizer of a chat model"):
+        tokenize_prompts(Dataset.from_list([{"prompt": USER}]), tokenizer, max_prompt_length=99)
+
+
+def test_a_template_whose_answers_do_not_follow_its_generation_prompt(make_tokenizer):
+    template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
+    tokenizer = make_tokenizer(template=template)
+    with pytest.raises(DataError, match="does not render the prompt as the beginning of prompt"):
+        tokenize_pairs(Dataset.from_list([{"prompt": USER, "chosen": YES, "rejected": NO}]), tokenizer, max_length=99)
+    with pytest.raises(DataError, match="does not render the prompt as the beginning of prompt"):
+        tokenize_completions(Dataset.from_list([{"messages": USER + YES}]), tokenizer, max_length=99)
+
+
+def test_a_template_that_refuses_a_row(make_tokenizer):
+    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}x"
+    rows = Dataset.from_list([{"prompt": [{"role": "system", "content": "s"}, *USER]}])
+    with pytest.raises(DataError, match=r"the chat template refuses the messages \(no system role\): 1 \(row 0\)"):
+        tokenize_prompts(rows, make_tokenizer(template=template), max_prompt_length=99)
+
+
+def test_template_arguments_of_a_row(make_tokenizer):
+    tokenizer = make_tokenizer(template="{{ messages[0]['content'] }}{% if thinking %}!{% endif %}")
+    rows = [{"prompt": USER, "chat_template_kwargs": {"thinking": flag}} for flag in (True, False)]
+    done = tokenize_prompts(Dataset.from_list(rows), tokenizer, max_prompt_length=9)
+    assert [tokenizer.decode(ids) for ids in done["prompt_ids"]] == ["hi!", "hi"]
+
+
+CONVERSATION = [{"messages": USER + YES + [{"role": "user", "content": "sky?"}] + NO + USER}]
+
+
+def trained_text(row, tokenizer):
+    runs = []
+    for token, mask, before in zip(
+        row["input_ids"], row["completion_mask"], [0, *row["completion_mask"]], strict=False
+    ):
+        if mask:
+            runs += [[]] if not before else []
+            runs[-1].append(token)
+    return [tokenizer.decode(run) for run in runs]
+
+
+def test_only_the_assistant_is_trained_with_and_without_generation_markers(chat_tokenizer, marked_tokenizer):
+    rows = Dataset.from_list(CONVERSATION)
+    (plain,) = tokenize_completions(rows, chat_tokenizer, max_length=99)
+    (marked,) = tokenize_completions(rows, marked_tokenizer, max_length=99)
+    assert plain == marked
+    assert trained_text(plain, chat_tokenizer) == ["yes<|im_end|>", "no<|im_end|>"]
+    # Nothing after the last answer is kept.
+    assert chat_tokenizer.decode(plain["input_ids"]).endswith("sky?<|im_end|>\n<|im_start|>assistant\nno<|im_end|>")
+
+
+def test_all_messages_are_trained_on_request(chat_tokenizer):
+    (row,) = tokenize_completions(
+        Dataset.from_list(CONVERSATION), chat_tokenizer, max_length=99, assistant_only_loss=False
+    )
+    assert set(row["completion_mask"]) == {1}
+
+
+def test_a_generation_block_that_leaves_eos_out_is_noted(make_tokenizer, marked_tokenizer):
+    template = marked_tokenizer.chat_template.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
+    tokenizer = make_tokenizer(eos="<|im_end|>", template=template)
+    noted = notes_of(tokenize_completions, CONVERSATION[0], tokenizer, max_length=99)
+    assert noted == ["the EOS of the last answer is not trained: the template's generation block ends before it"]
