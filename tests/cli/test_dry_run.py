@@ -1,0 +1,125 @@
+"""`--dry-run`: what it prints, that it needs no network for local files, and what it refuses."""
+
+import pytest
+
+from align.cli.dry_run import longest, steps_text
+from align.cli.main import main
+from align.config.resolve import resolve
+
+
+def sections(text: str) -> dict[str, str]:
+    parts = text.split("\n### ")[1:]
+    return {part.partition("\n")[0].split(",")[0].split(" (")[0]: part.partition("\n")[2] for part in parts}
+
+
+def run(capsys, *arguments) -> dict[str, str]:
+    assert main([*map(str, arguments), "--dry-run"]) == 0
+    return sections(capsys.readouterr().out)
+
+
+def test_sft(tiny_model, demonstrations, tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text(f"method: sft\nmodel_name_or_path: {tiny_model}\nmax_length: 64\nnum_train_epochs: 2\n")
+    tokens = ["--dataset_name", demonstrations, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 3]
+    shown = run(capsys, "sft", "--config", config, *tokens)
+    assert list(shown) == ["align sft: dry run", "one step", "data", "first example", "steps", "memory"]
+    lines = shown["align sft: dry run"].splitlines()
+    assert lines[0].split("#")[0].strip() == "method: sft"
+    (line,) = [line for line in lines if line.startswith("max_length: 64")]
+    assert line.endswith(f"# {config}, line 3")
+    (line,) = [line for line in lines if line.startswith("gradient_accumulation_steps: 3")]
+    assert line.endswith("# command line")
+    assert shown["one step"] == (
+        "2 sequences per device x 3 accumulated x 1 process = 6 sequences -> 1 optimiser step\n"
+    )
+    assert "12 of 12 rows can be trained on" in shown["data"]
+    assert "context | What is 0 plus 0?" in shown["first example"]
+    assert "trained |  It is 0.<eos>" in shown["first example"]
+    assert shown["steps"] == "12 sequences -> 2 steps per epoch -> 4 optimiser steps in 2 epochs\n"
+    memory = {line.split("  ")[1].strip(): line for line in shown["memory"].splitlines()}
+    assert {"weights", "gradients", "optimiser states", "logits", "total"} <= set(memory)
+
+
+def test_reward_with_lora(tiny_model, pairs, capsys):
+    tokens = ["--model_name_or_path", tiny_model, "--dataset_name", pairs, "--max_length", 64]
+    lora = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj"]
+    shown = run(capsys, "reward", *tokens, *lora, "--per_device_train_batch_size", 4, "--max_steps", 5)
+    assert shown["one step"] == (
+        "4 pairs per device x 1 accumulated x 1 process = 4 pairs -> 8 sequences -> 1 optimiser step\n"
+    )
+    assert "trained |  It is 1.<eos>" in shown["first example"]
+    assert shown["steps"] == "12 pairs -> 3 steps per epoch -> 5 optimiser steps in 1.67 epochs\n"
+    counts = {line.split()[0]: line for line in shown["memory"].splitlines()}
+    # rank 16 on two 32x32 matrices of two layers, and the trained head of 32 weights
+    assert f"{2 * 2 * 16 * 64 + 32:,} trained" in counts["gradients"]
+
+
+def test_remax_counts_for_several_processes(tiny_model, prompts, rule, capsys):
+    tokens = ["--model_name_or_path", tiny_model, "--dataset_name", prompts, "--max_completion_length", 8]
+    shape = ["--per_device_train_batch_size", 1, "--num_generations", 4, "--num_train_epochs", 1, "--processes", 5]
+    shown = run(capsys, "remax", *tokens, "--rewards.0", rule, *shape)
+    assert shown["one step"] == (
+        "1 prompts per device x 1 accumulated x 5 processes = 5 prompts x 4 samples -> 20 sequences "
+        "-> 1 optimiser step\n"
+    )
+    assert shown["steps"] == (
+        "12 prompts -> 3 steps per epoch -> 3 optimiser steps in 1 epochs; the last step of an epoch has 2 prompts\n"
+    )
+    assert "the rollouts start here" in shown["first example"]
+    assert "reference model" in shown["memory"]
+
+
+def test_a_bad_row_is_named(tiny_model, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": " b"}\n{"prompt": "a", "completion": ""}\n')
+    tokens = ["--model_name_or_path", tiny_model, "--dataset_name", rows, "--per_device_train_batch_size", 1]
+    assert main(["sft", *map(str, tokens), "--dry-run"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("align: error: ") and "1 of 2 rows" in error and "row 1" in error
+    shown = run(capsys, "sft", *tokens, "--max_bad_share", 0.5)
+    assert "1 of 2 rows can be trained on" in shown["data"]
+
+
+def test_rows_that_do_not_fill_a_step_are_refused(tiny_model, prompts, rule, capsys):
+    tokens = ["--model_name_or_path", tiny_model, "--dataset_name", prompts, "--rewards.0", rule]
+    assert main(["remax", *map(str, tokens), "--gradient_accumulation_steps", "4", "--dry-run"]) == 2
+    assert "12 prompts do not fill one step of 32: lower per_device_train_batch_size (8)" in capsys.readouterr().err
+
+
+def test_without_the_hub_the_config_is_shown_and_the_rest_is_one_line(prompts, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # else it tries for half a minute
+    tokens = ["--model_name_or_path", "Qwen/Qwen2.5-0.5B-Instruct", "--dataset_name", prompts]
+    assert main(["sft", *tokens, "--learning_rate", "5e-7", "--dry-run"]) == 2
+    shown = capsys.readouterr()
+    assert list(sections(shown.out)) == ["align sft: dry run", "one step"]
+    assert "learning_rate: 5.0e-07" in shown.out
+    assert shown.err.splitlines()[-1].startswith("align: error: cannot load the tokenizer 'Qwen/Qwen2.5-0.5B-Instruct'")
+
+
+def test_processes_goes_with_dry_run(capsys):
+    assert main(["sft", "--processes", "2"]) == 2
+    assert "goes with --dry-run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "processes", "expected"),
+    [
+        (100, "--per_device_train_batch_size 4 --gradient_accumulation_steps 2 --num_train_epochs 3", 1, (13, 39)),
+        (100, "--per_device_train_batch_size 4 --gradient_accumulation_steps 2 --num_train_epochs 0.5", 2, (7, 4)),
+        (100, "--per_device_train_batch_size 8 --dataloader_drop_last --num_train_epochs 1", 1, (12, 12)),
+        (96, "--per_device_train_batch_size 8 --max_steps 7", 3, (4, 7)),
+    ],
+)
+def test_steps_of_a_run(rows, options, processes, expected, tiny_model, demonstrations):
+    base = ["--model_name_or_path", str(tiny_model), "--dataset_name", demonstrations]
+    config = resolve("sft", None, [*base, *options.split()])
+    text = steps_text(config, rows, processes)
+    per_epoch, total = expected
+    assert f"-> {per_epoch} steps per epoch -> {total} optimiser steps" in text
+
+
+def test_longest():
+    rows = {"prompt_ids": [[1, 2], [1]], "chosen_ids": [[1], [1, 2, 3]], "rejected_ids": [[1], [1]]}
+    assert longest(rows, "prompts") == 2
+    assert longest(rows, "pairs") == 4
+    assert longest({"input_ids": [[1], [1, 2, 3]]}, "completions") == 3

@@ -1,0 +1,84 @@
+"""`align sft`, `align reward` and `align remax` from the command line: what they train, save and resume."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from align.cli.dry_run import steps_text
+from align.cli.main import main
+from align.cli.train import SETTINGS_FILE, resume_from
+from align.config.resolve import resolve, settings
+
+SMALL = "--per_device_train_batch_size 3 --gradient_accumulation_steps 2 --learning_rate 1e-3 --use_cpu --seed 3"
+
+
+def train(method, output_dir, *arguments) -> Path:
+    assert main([method, *map(str, arguments), "--output_dir", str(output_dir), *SMALL.split()]) == 0
+    return output_dir
+
+
+def state(folder: Path) -> dict:
+    return json.loads((folder / "trainer_state.json").read_text())
+
+
+def test_sft_trains_saves_and_resumes(tiny_model, demonstrations, tmp_path, capsys):
+    base = ["--model_name_or_path", tiny_model, "--dataset_name", demonstrations, "--max_length", 64]
+    base += ["--save_steps", 1, "--eval_strategy", "epoch", "--eval_dataset_name", demonstrations]
+    base += ["--dataset_test_split", "train[:4]", "--num_train_epochs", 2, "--logging_steps", 1]
+    folder = train("sft", tmp_path / "run", *base)
+    assert str(folder) in capsys.readouterr().out
+    run = resolve("sft", str(folder / SETTINGS_FILE), [])
+    assert settings(run)["seed"] == 3 and settings(run)["dataset_test_split"] == "train[:4]"
+    whole = state(folder / "checkpoint-4")
+    # the dry run counted the steps that the trainer did
+    assert f"-> {whole['max_steps']} optimiser steps" in steps_text(run, 12, 1)
+    assert [entry["eval_loss"] > 0 for entry in whole["log_history"] if "eval_loss" in entry] == [True, True]
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert AutoTokenizer.from_pretrained(folder).eos_token == "<eos>"
+    first = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    for name in ("checkpoint-4", "checkpoint-3"):
+        for file in (folder / name).iterdir():
+            file.unlink()
+        (folder / name).rmdir()
+    train("sft", folder, *base, "--resume_from_checkpoint", "auto")
+    again = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert all((first[key] == again[key]).all() for key in first)
+    steps = [entry["step"] for entry in state(folder / "checkpoint-4")["log_history"] if "loss" in entry]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_reward_and_then_remax_on_it(tiny_model, pairs, prompts, rule, tmp_path):
+    base = ["--model_name_or_path", tiny_model, "--max_steps", 2, "--save_strategy", "no"]
+    lora = ["--use_peft", "--lora_target_modules", "all-linear", "--lora_r", 2]
+    reward = train("reward", tmp_path / "reward", *base, "--dataset_name", pairs, "--max_length", 64)
+
+    rewards = f"[{{type: classifier, path: {reward}, name: proxy}}]"
+    base += ["--dataset_name", prompts, "--rewards", rewards, "--gold_reward", rule]
+    base += ["--rollout_backend", "transformers"]
+    base += ["--eval_strategy", "steps", "--eval_steps", 1, "--eval_dataset_name", prompts]
+    base += ["--dataset_test_split", "train[:3]", "--max_completion_length", 6, "--max_prompt_length", 64]
+    run = train("remax", tmp_path / "remax", *base, *lora)
+    header, *records = [json.loads(line) for line in (run / "overoptimization.jsonl").read_text().splitlines()]
+    assert (header["method"], header["proxy"], header["gold"]) == ("remax", "proxy", "short")
+    assert [record["step"] for record in records] == [0, 1, 2]
+    assert (run / "adapter_config.json").exists()
+
+
+def test_an_error_in_a_reward_names_its_place(tiny_model, prompts, tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text("rewards:\n  - {type: rule, function: 'nowhere.py:fn'}\n")
+    tokens = ["--model_name_or_path", str(tiny_model), "--dataset_name", prompts]
+    assert main(["remax", "--config", str(config), *tokens]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"align: error: {config}, line 1: rewards.0: ") and "nowhere.py" in error
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(None, None), ("true", True), ("True", True), ("false", None), ("a/b", "a/b"), ("auto", None)],
+)
+def test_resume_from(value, expected, tmp_path):
+    assert resume_from(value, tmp_path) is expected or resume_from(value, tmp_path) == expected
