@@ -1,15 +1,18 @@
 """`align bon`: best-of-n curves, from a table of scored completions or from a model and rewards."""
 
 import argparse
+import logging
 import time
 
 from align.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
 HELP = "best-of-n curves: a table of scored completions, or a model plus rewards"
 INTRO = (
     "From n completions of the initial policy, the one with the highest proxy score is kept; a gold score judges the "
-    "choice. The larger n, the harder the proxy is optimised: it is over-optimised from where the gold score of what it "
-    "chooses falls."
+    "choice. The larger n, the harder the proxy is optimised. It is over-optimised from where the gold score of its "
+    "choice falls."
 )
 
 
@@ -75,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
         )
         for name, scores in selections.items()
     }
+    for note in dict.fromkeys(note for curve in curves.values() for note in curve.notes):
+        logger.warning("%s: %s", args.table, note)
     setup = {
         "table": str(args.table),
         "rows": len(table.scores[args.gold]),

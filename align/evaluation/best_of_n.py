@@ -1,6 +1,5 @@
 """The best-of-n curve: what the proxy picks, and what the gold reward thinks of it, against KL."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -8,8 +7,6 @@ import numpy as np
 
 from align.errors import DataError
 from align.objectives.best_of_n import bon_expected, bon_kl
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -101,8 +98,6 @@ def bon_curve(
     if tied:
         share = tied / counts.sum()
         notes.append(f"{share:.1%} of the answers tie with another of their prompt: the true KL is below the formula's")
-    for note in notes:
-        logger.warning("best-of-n %s: %s", name, note)
     return BonCurve(
         name=name,
         proxy_name=proxy_name or name,

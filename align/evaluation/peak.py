@@ -20,9 +20,9 @@ RULE = (
 class Peak:
     """Start, peak and end of a curve (indices of evaluations) and what happened between them. gold in its own unit.
 
-    gain = gold at the peak - at the start; drop = gold at the peak - at the end; drop_share = drop / gain (None
-    without a gain). proxy_change = proxy at the end - at the peak. Intervals are 95 %, over prompts; None with fewer
-    than 2 prompts.
+    gain = gold at the peak - at the start; drop = gold at the peak - at the end; drop_share = drop / gain (None without
+    a gain). proxy_change = proxy at the end - at the peak. Intervals are 95 %, over prompts; None where nothing follows
+    the peak, or with fewer than 2 prompts.
     """
 
     start: int
@@ -53,6 +53,9 @@ def analyse_peak(proxy, gold, *, seed: int = 0) -> Peak:
     result = Peak(0, peak, end, gain, drop, None, drop_share, None, proxy_change, None, "too little data")
     if end == 0 or num_prompts < 2:
         return result
+    if peak == end:
+        result.verdict = "not over-optimised"
+        return result
 
     held_out = _held_out_peaks(gold, seed)
     columns = np.arange(num_prompts)
@@ -64,7 +67,7 @@ def analyse_peak(proxy, gold, *, seed: int = 0) -> Peak:
     if drop_share is not None:
         # A resample without a gain has no share: it counts as an unbounded one, of the sign of its fall.
         with np.errstate(divide="ignore", invalid="ignore"):
-            shares = np.where(gains > 0, drops / gains, np.copysign(np.inf, drops))
+            shares = np.where(gains > 0, drops / gains, np.where(drops == 0, 0.0, np.copysign(np.inf, drops)))
         result.drop_share_interval = _pair(shares)
     changes = weights @ (proxy[end] - proxy[held_out, columns])
     result.proxy_change_interval = _pair(changes)

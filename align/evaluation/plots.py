@@ -18,6 +18,7 @@ from align.evaluation.fits import FUNCTIONS
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#4D4D4D")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 PROXY_COLOUR, GOLD_COLOUR = "#D55E00", "#0072B2"
+WIDTHS = {1: 6.5, 2: 10.5, 3: 12.6}  # inches, by panels side by side
 FORM_LABELS = {"bon": "d(α − β d)", "rl": "d(α − β ln d)"}
 STYLE = {
     "font.family": "sans-serif",
@@ -36,7 +37,10 @@ STYLE = {
     "axes.axisbelow": True,
     "xtick.color": "#555555",
     "ytick.color": "#555555",
-    "legend.frameon": False,
+    "legend.frameon": True,
+    "legend.facecolor": "white",
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.85,
     "lines.linewidth": 2,
     "svg.fonttype": "path",
     "svg.hashsalt": "align",
@@ -54,7 +58,7 @@ def _style():
         yield
 
 
-def plot_proxy_and_gold(entries: dict[str, dict], kind: str, *, columns: int = 3):
+def plot_proxy_and_gold(entries: dict[str, dict], kind: str):
     """One panel per curve: what the proxy says (dashed) and what is true (solid), both from 0 in SD of the initial
     policy.
 
@@ -63,11 +67,9 @@ def plot_proxy_and_gold(entries: dict[str, dict], kind: str, *, columns: int = 3
     from matplotlib.figure import Figure
 
     with _style():
-        columns = min(columns, len(entries))
+        columns = _columns(len(entries))
         rows = -(-len(entries) // columns)
-        figure = Figure(
-            figsize=(max(4.2 * columns, 6), (3.9 if kind == "best_of_n" else 3.5) * rows), layout="constrained"
-        )
+        figure = Figure(figsize=(WIDTHS[columns], (3.9 if kind == "best_of_n" else 3.5) * rows), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
         for axis, (name, entry) in zip(axes.flat, entries.items(), strict=False):
             for score, colour, line in (("proxy", PROXY_COLOUR, "--"), ("gold", GOLD_COLOUR, "-")):
@@ -89,7 +91,7 @@ def plot_gold(entries: dict[str, dict], kind: str, *, x: str = "kl"):
     from matplotlib.figure import Figure
 
     with _style():
-        figure = Figure(figsize=(7.6, 4.6), layout="constrained")
+        figure = Figure(figsize=(10, 4.4), layout="constrained")
         axis = figure.subplots()
         for number, (name, entry) in enumerate(with_gold(entries).items()):
             colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
@@ -128,15 +130,15 @@ def plot_steps(entries: dict[str, dict]):
         return figure
 
 
-def plot_fits(entries: dict[str, dict], fits: dict[str, dict], kind: str, *, columns: int = 3):
+def plot_fits(entries: dict[str, dict], fits: dict[str, dict], kind: str):
     """Measured gold scores against d = sqrt(KL) and both forms of Gao et al.; dotted where a fit extrapolates."""
     from matplotlib.figure import Figure
 
     with _style():
         shown = {name: entry for name, entry in with_gold(entries).items() if name in fits}
-        columns = max(min(columns, len(shown)), 1)
-        rows = max(-(-len(shown) // columns), 1)
-        figure = Figure(figsize=(max(4.2 * columns, 6), 3.5 * rows), layout="constrained")
+        columns = _columns(len(shown))
+        rows = -(-len(shown) // columns)
+        figure = Figure(figsize=(WIDTHS[columns], 3.5 * rows), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
         own = "bon" if kind == "best_of_n" else "rl"
         for axis, (name, entry) in zip(axes.flat, shown.items(), strict=False):
@@ -173,8 +175,9 @@ def save_figure(figure, stem: str | Path) -> list[Path]:
     paths = [Path(f"{stem}.png"), Path(f"{stem}.svg")]
     paths[0].parent.mkdir(parents=True, exist_ok=True)
     with _style():
-        figure.savefig(paths[0], dpi=160)
         figure.savefig(paths[1], metadata={"Date": None})
+        figure.set_layout_engine("none")  # the layout is made: a second time would cost as much as the drawing
+        figure.savefig(paths[0], dpi=160)
     return paths
 
 
@@ -194,6 +197,11 @@ def _scaled(entry: dict, score: str, values) -> np.ndarray:
     """Scores from zero at the initial policy, in its standard deviations (unscaled where that is zero)."""
     unit = entry["unit"]
     return (np.asarray(values, dtype=np.float64) - unit[f"{score}_zero"]) / (unit[f"{score}_sd"] or 1.0)
+
+
+def _columns(panels: int) -> int:
+    """Panels side by side: three, or two where three would leave one panel alone."""
+    return 2 if panels == 4 else min(panels, 3)
 
 
 def _label(score: str, entry: dict) -> str:

@@ -142,8 +142,8 @@ def comparison(summary: dict, kind: str) -> list[str]:
         low, high, value = difference["low"], difference["high"], difference["value"]
         sure = low > 0 or high < 0
         lines.append(
-            f"{name} ends {number(abs(value))} gold {'above' if value >= 0 else 'below'} {found['base']} "
-            f"({span(low, high)}{'' if sure else '; the interval includes 0: not told apart'})."
+            f"At the end, the gold score of {name} is {number(abs(value))} {'above' if value >= 0 else 'below'} that of "
+            f"{found['base']} (difference {span(low, high)}{'' if sure else ': not told apart from 0'})."
         )
     return lines
 

@@ -227,6 +227,7 @@ def _fit_entry(fit: dict) -> dict:
     for name, (low, high) in (fit.pop("intervals") or {}).items():
         fit[f"{name}_low"], fit[f"{name}_high"] = low, high
     fit["peak_kl"] = None if fit["peak_d"] is None else _finite(fit["peak_d"] ** 2)
+    fit["kl_max"] = fit["d_max"] ** 2
     fit["peak_d"], fit["peak_score"] = _finite(fit["peak_d"]), _finite(fit["peak_score"])
     return fit
 
