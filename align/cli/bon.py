@@ -1,8 +1,10 @@
-"""`align bon`: best-of-n curves, from a table of scored completions or from a model and rewards."""
+"""`align bon`: best-of-n curves, from a table of scored completions, or from completions that are scored or drawn
+first."""
 
 import argparse
 import logging
 import time
+from pathlib import Path
 
 from align.errors import ConfigError
 
@@ -17,27 +19,48 @@ INTRO = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("table", nargs="?", metavar="TABLE", help="scored completions: .parquet, .csv, .jsonl, .json")
-    parser.add_argument("--proxy", action="append", metavar="COLUMN", help="a proxy score of the table (repeatable)")
-    parser.add_argument("--gold", default="gold", metavar="COLUMN", help="the gold score of the table [gold]")
-    parser.add_argument(
-        "--prompt_column", metavar="COLUMN", help="rows of one prompt share it [prompt_id, else prompt]"
+    parser.add_argument("table", nargs="?", metavar="TABLE", help="completions: .parquet, .csv, .jsonl or .json")
+    add = parser.add_argument_group("columns of the table").add_argument
+    add("--proxy", action="append", default=[], metavar="COLUMN", help="a proxy score (repeatable)")
+    add("--gold", default="gold", metavar="COLUMN", help="the gold score [gold]")
+    add("--prompt_column", metavar="COLUMN", help="rows of one prompt share it [prompt_id, else prompt]")
+    add("--completion_column", default="completion", metavar="COLUMN", help="the text [completion]")
+    add("--id_column", metavar="COLUMN", help="identifies an answer of a prompt [completion_id if there]")
+
+    add = parser.add_argument_group("scoring first").add_argument
+    add(
+        "--rewards",
+        nargs="+",
+        default=[],
+        metavar="REWARD",
+        help="score the completions with these: a classifier's folder, file.py:function, or '{type: ensemble, ...}'",
     )
-    parser.add_argument("--completion_column", default="completion", metavar="COLUMN", help="[completion]")
-    parser.add_argument(
-        "--id_column", metavar="COLUMN", help="identifies an answer of a prompt [completion_id if there]"
-    )
-    parser.add_argument(
+    add("--gold_reward", metavar="REWARD", help="score the column --gold with this")
+
+    add = parser.add_argument_group("drawing the completions first (instead of TABLE)").add_argument
+    add("--model", metavar="PATH", help="folder or hub name of the policy")
+    add("--prompts", metavar="DATA", help="a dataset with prompts: a file, a folder or a hub name")
+    add("--split", default="train", help="its split [train]")
+    add("--num_prompts", type=int, default=128, metavar="N", help="the first so many prompts [128]")
+    add("--max_prompt_length", type=int, default=512, metavar="N", help="longer prompts are an error [512]")
+    add("--max_completion_length", type=int, default=256, metavar="N", help="[256]")
+    add("--temperature", type=float, default=1.0, metavar="T", help="[1.0]")
+    add("--top_p", type=float, default=1.0, metavar="P", help="[1.0]")
+    add("--backend", default="auto", choices=("auto", "vllm", "transformers"), help="the rollout engine [auto]")
+
+    add = parser.add_argument_group("curves and report").add_argument
+    add(
         "--ensemble",
         action="append",
+        default=[],
         metavar="RULE",
-        help="also choose by all proxies together: mean, wco or uwo:LAMBDA (repeatable; members are standardised)",
+        help="choose by all proxies together: mean, wco or uwo:LAMBDA (repeatable; members are standardised first)",
     )
-    parser.add_argument("--n", type=int, metavar="N", help="the largest n [what every prompt has; with --model 64]")
-    parser.add_argument("--min_answers", type=int, metavar="N", help="leave out prompts with fewer answers")
-    parser.add_argument("--output_dir", default="outputs/bon", metavar="DIR", help="[%(default)s]")
-    parser.add_argument("--title", default="Best-of-n", help="title of the report")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap, and of sampling with --model [0]")
+    add("--n", type=int, metavar="N", help="the largest n [what every prompt has]; with --model, draws per prompt [64]")
+    add("--min_answers", type=int, metavar="N", help="leave out prompts with fewer completions")
+    add("--output_dir", default="outputs/bon", metavar="DIR", help="[%(default)s]")
+    add("--title", default="Best-of-n", help="title of the report")
+    add("--seed", type=int, default=0, help="of the bootstrap, and of drawing [0]")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,25 +70,28 @@ def run(args: argparse.Namespace) -> int:
     from align.evaluation.score_table import read_score_table
     from align.evaluation.summary import build_summary
 
-    if args.table is None:
-        raise ConfigError("give a table of scored completions")
-    if not args.proxy:
-        raise ConfigError("give the proxy score's column: --proxy COLUMN (repeat it for several)")
-    if args.n is not None and args.n < 2:
-        raise ConfigError(f"--n must be at least 2, got {args.n}")
+    _check(args)
+    phases = {}
+    started = time.perf_counter()
+    path, proxies = args.table, list(args.proxy)
+    if args.rewards:
+        path, scored = _score(args)
+        proxies += scored
+        phases["draw and score" if args.model else "score"] = time.perf_counter() - started
     started = time.perf_counter()
     table = read_score_table(
-        args.table,
-        proxies=args.proxy,
+        path,
+        proxies=proxies,
         gold=args.gold,
         prompt=args.prompt_column,
         completion=args.completion_column,
         id_column=args.id_column,
     )
-    read = time.perf_counter()
-    selections = {name: table.scores[name] for name in args.proxy}
-    for rule in args.ensemble or []:
-        selections[rule] = ensemble_scores([table.scores[name] for name in args.proxy], rule)
+    phases["read"] = time.perf_counter() - started
+    started = time.perf_counter()
+    selections = {name: table.scores[name] for name in proxies}
+    for rule in args.ensemble:
+        selections[rule] = ensemble_scores([table.scores[name] for name in proxies], rule)
     gold = table.by_prompt(args.gold)
     curves = {
         name: bon_curve(
@@ -79,18 +105,10 @@ def run(args: argparse.Namespace) -> int:
         for name, scores in selections.items()
     }
     for note in dict.fromkeys(note for curve in curves.values() for note in curve.notes):
-        logger.warning("%s: %s", args.table, note)
-    setup = {
-        "table": str(args.table),
-        "rows": len(table.scores[args.gold]),
-        "prompts": len(table.rows),
-        "proxy scores": list(args.proxy),
-        "ensembles": list(args.ensemble or []),
-        "gold score": args.gold,
-        "bootstrap seed": args.seed,
-    }
-    summary = build_summary(best_of_n=curves, setup=setup, seed=args.seed)
-    summary["phases"] = {"read": read - started, "curves and fits": time.perf_counter() - read}
+        logger.warning("%s: %s", path, note)
+    summary = build_summary(best_of_n=curves, setup=_setup(args, table, proxies), seed=args.seed)
+    phases["curves and fits"] = time.perf_counter() - started
+    summary["phases"] = phases
     paths = write_outputs(args.output_dir, summary, title=args.title, intro=INTRO)
     print_summary(summary, paths)
     return 0
@@ -109,10 +127,78 @@ def ensemble_scores(members: list, rule: str):
     except ValueError as error:
         raise ConfigError(f"--ensemble {rule}: {weight!r} is not a number; the form is uwo:0.5") from error
     if len(members) < 2:
-        raise ConfigError(f"--ensemble {rule} needs at least two --proxy columns")
+        raise ConfigError(f"--ensemble {rule} needs at least two proxies")
     scores = np.stack(members)
     spread = scores.std(axis=1, keepdims=True)
     if not spread.all():
         raise ConfigError(f"--ensemble {rule}: proxy number {int(np.argmin(spread)) + 1} has one score for all answers")
     standardised = (scores - scores.mean(axis=1, keepdims=True)) / spread
     return aggregate(torch.from_numpy(standardised), kind, lambda_=lambda_).scores.numpy()
+
+
+def _check(args: argparse.Namespace) -> None:
+    if (args.table is None) == (args.model is None):
+        raise ConfigError("give either a table of completions, or --model and --prompts to draw them")
+    if args.model is not None:
+        lacking = [name for name in ("prompts", "rewards", "gold_reward") if not getattr(args, name)]
+        if lacking:
+            raise ConfigError(f"--model needs {', '.join('--' + name for name in lacking)} too")
+        if args.proxy:
+            raise ConfigError("--proxy names a column of a table; with --model, name --rewards")
+    elif args.gold_reward and not args.rewards:
+        raise ConfigError(
+            "--gold_reward needs --rewards: with scores in the table, name the columns --proxy and --gold"
+        )
+    if not args.proxy and not args.rewards:
+        raise ConfigError("give the proxy score's column: --proxy COLUMN, or --rewards to score the completions first")
+    if args.n is not None and args.n < 2:
+        raise ConfigError(f"--n must be at least 2, got {args.n}")
+
+
+def _score(args: argparse.Namespace) -> tuple[Path, list[str]]:
+    """Score (and with --model draw) the completions; the scored table's path and its new proxy columns."""
+    from align.evaluation.scoring import build_rewards, sample_table, score_table
+
+    output = Path(args.output_dir) / "scores.parquet"
+    names: list[str] = []
+
+    def rewards_of(tokenizer=None) -> dict:
+        rewards = build_rewards(args.rewards, args.gold_reward, gold_name=args.gold, tokenizer=tokenizer)
+        names.extend(name for name in rewards if name != args.gold)
+        return rewards
+
+    if args.model is None:
+        prompt = args.prompt_column or "prompt"
+        return score_table(args.table, rewards_of(), output, prompt=prompt, completion=args.completion_column), names
+    args.n = args.n or 64
+    path = sample_table(
+        args.model,
+        args.prompts,
+        rewards_of,
+        output,
+        n=args.n,
+        num_prompts=args.num_prompts,
+        split=args.split,
+        max_prompt_length=args.max_prompt_length,
+        max_completion_length=args.max_completion_length,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        backend=args.backend,
+        seed=args.seed,
+    )
+    return path, names
+
+
+def _setup(args: argparse.Namespace, table, proxies: list[str]) -> dict:
+    source = {"table": str(args.table)}
+    if args.model is not None:
+        keys = ("model", "prompts", "temperature", "top_p", "max_completion_length", "backend", "seed")
+        source = {key: getattr(args, key) for key in keys}
+    return {
+        **source,
+        "completions": len(table.scores[args.gold]),
+        "distinct prompts": len(table.rows),
+        "proxy scores": proxies,
+        "ensembles": args.ensemble or "none",
+        "gold score": args.gold_reward or args.gold,
+    }

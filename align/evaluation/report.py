@@ -59,7 +59,9 @@ def write_report(path: str | Path, *, title: str, intro: str | list[str], summar
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(num=number, pct=percent, span=span, pct_span=percent_span, seconds=seconds, cell=cell)
+    environment.filters.update(
+        num=number, pct=percent, span=span, pct_span=percent_span, seconds=seconds, cell=cell, text=text
+    )
     html = environment.get_template(TEMPLATE).render(
         title=title,
         intro=[intro] if isinstance(intro, str) else intro,
@@ -142,8 +144,8 @@ def comparison(summary: dict, kind: str) -> list[str]:
         low, high, value = difference["low"], difference["high"], difference["value"]
         sure = low > 0 or high < 0
         lines.append(
-            f"At the end, the gold score of {name} is {number(abs(value))} {'above' if value >= 0 else 'below'} that of "
-            f"{found['base']} (difference {span(low, high)}{'' if sure else ': not told apart from 0'})."
+            f"At the end, the gold score of {name} is {number(abs(value))} {'above' if value >= 0 else 'below'} that "
+            f"of {found['base']} (difference {span(low, high)}{'' if sure else ': not told apart from 0'})."
         )
     return lines
 
@@ -157,7 +159,7 @@ def sample_grid(entry: dict) -> dict:
     for column, place in enumerate(places):
         seen: dict[str, int] = {}
         for sample in entry["samples"][place]:
-            prompt = cell(sample["prompt"])
+            prompt = text(sample["prompt"])
             seen[prompt] = seen.get(prompt, 0) + 1
             rows.setdefault((prompt, seen[prompt]), [None] * len(places))[column] = sample
     return {"places": places, "rows": [{"prompt": prompt, "samples": row} for (prompt, _), row in rows.items()]}
@@ -203,6 +205,15 @@ def percent_span(low, high) -> str:
 
 def seconds(value: float) -> str:
     return f"{value:.1f} s" if value < 90 else f"{int(value) // 60} min {int(value) % 60:02d} s"
+
+
+def text(value: str | list[dict]) -> str:
+    """A prompt or a completion: text as it is, a single message's content, or "role: content" lines."""
+    if isinstance(value, str):
+        return value
+    if len(value) == 1:
+        return value[0]["content"]
+    return "\n".join(f"{message['role']}: {message['content']}" for message in value)
 
 
 def cell(value) -> str:

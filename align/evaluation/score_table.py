@@ -56,7 +56,7 @@ def read_score_table(
     repeated identifiers, one text with two different scores, or a table that holds every row more than once.
     """
     path = Path(path)
-    frame = _load(path)
+    frame = load_table(path)
     prompt = prompt or next((name for name in PROMPT_COLUMNS if name in frame), None)
     id_column = id_column or next((name for name in ID_COLUMNS if name in frame), None)
     wanted = {**{name: "proxy" for name in proxies}, gold: "gold", prompt: "prompt", id_column: "id"}
@@ -88,7 +88,7 @@ def read_score_table(
     return ScoreTable(path, rows, scores, texts, completions)
 
 
-def _load(path: Path):
+def load_table(path: Path):
     """The table as a pandas frame, types as pyarrow infers them (so that the text "NA" stays text)."""
     import pyarrow as pa
 

@@ -251,9 +251,9 @@ def _comparisons(gold: dict[str, np.ndarray | None], seed: int) -> dict:
 
 def _samples(places: dict[str, list[dict]]) -> dict:
     """A few samples of each place, of the same prompts where there are some."""
-    common = set.intersection(*({sample["prompt"] for sample in samples} for samples in places.values()))
+    common = set.intersection(*({json.dumps(s["prompt"]) for s in samples} for samples in places.values()))
     return {
-        place: [sample for sample in samples if not common or sample["prompt"] in common][:SAMPLES]
+        place: [s for s in samples if not common or json.dumps(s["prompt"]) in common][:SAMPLES]
         for place, samples in places.items()
     }
 

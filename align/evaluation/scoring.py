@@ -1,0 +1,168 @@
+"""From a model or a table of completions to a table of scored completions, which `align bon` reads."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from align.errors import ConfigError, DataError
+from align.lazy import load
+
+logger = logging.getLogger(__name__)
+
+PROMPTS_AT_ONCE = 16
+ROWS_AT_ONCE = 256
+
+
+def build_rewards(specs: list[str], gold: str | None, *, gold_name: str, tokenizer=None) -> dict:
+    """Rewards by column name from command-line specs: a classifier's folder, "file.py:function", or "{type: ...}"
+    (YAML).
+
+    The gold reward, if any, is the last one, under `gold_name`. Raises ConfigError for two of one name.
+    """
+    build_reward = load("reward_models.build:build_reward")
+    rewards: dict = {}
+    for spec in specs:
+        reward = build_reward(_parsed(spec), tokenizer=tokenizer)
+        if reward.name in rewards or reward.name == gold_name:
+            raise ConfigError(f"two scores are named {reward.name!r}: name one of them, {{type: ..., name: other}}")
+        rewards[reward.name] = reward
+    if gold is not None:
+        rewards[gold_name] = build_reward(_parsed(gold), tokenizer=tokenizer)
+    return rewards
+
+
+def score_table(path: str | Path, rewards: dict, output: str | Path, *, prompt: str, completion: str) -> Path:
+    """Score the completions of a table; write it with one more column per reward to `output` (parquet)."""
+    from align.evaluation.score_table import load_table
+
+    frame = load_table(Path(path))
+    for column in (prompt, completion):
+        if column not in frame:
+            raise DataError(f"{path} has no column {column!r} (columns: {', '.join(frame)})")
+    taken = [name for name in rewards if name in frame]
+    if taken:
+        raise ConfigError(
+            f"{path} already has a column {taken[0]!r}: name the reward otherwise, or use --proxy {taken[0]}"
+        )
+    reward_batch = load("reward_models.base:RewardBatch")
+    others = [column for column in frame if column not in (prompt, completion)]
+
+    def batches() -> Iterator[tuple[dict[str, list], object]]:
+        for start in range(0, len(frame), ROWS_AT_ONCE):
+            rows = {name: frame[name].iloc[start : start + ROWS_AT_ONCE].tolist() for name in frame}
+            columns = {name: rows[name] for name in others}
+            yield rows, reward_batch(prompts=rows[prompt], completions=rows[completion], columns=columns)
+
+    return _write(batches(), rewards, output, total=len(frame))
+
+
+def sample_table(
+    model: str,
+    prompts: str,
+    rewards_of_tokenizer,
+    output: str | Path,
+    *,
+    n: int,
+    num_prompts: int | None,
+    split: str = "train",
+    max_prompt_length: int = 512,
+    max_completion_length: int = 256,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    backend: str = "auto",
+    seed: int = 0,
+) -> Path:
+    """Draw n completions for every prompt from a model, score them, write the table to `output` (parquet).
+
+    prompts: a dataset as in `align.data.load_rows`, any format with prompts. rewards_of_tokenizer: a function of the
+    model's tokenizer that returns the rewards by name (see `build_rewards`). Columns: prompt_id (row of the dataset),
+    completion_id, prompt, completion, finish_reason, and one per reward.
+    """
+    from align.data import load_rows, tokenize_prompts
+    from align.modeling.load import load_policy, load_tokenizer
+    from align.rollout import SamplingParams, make_engine
+
+    tokenizer = load_tokenizer(model)
+    rewards = rewards_of_tokenizer(tokenizer)
+    rows = load_rows(prompts, split)
+    if num_prompts is not None and num_prompts < len(rows):
+        logger.info("%s: the first %d of %d prompts", prompts, num_prompts, len(rows))
+        rows = rows.select(range(num_prompts))
+    dataset = tokenize_prompts(rows, tokenizer, max_prompt_length=max_prompt_length, source=prompts)
+    params = SamplingParams(max_tokens=max_completion_length, n=n, temperature=temperature, top_p=top_p)
+    engine = make_engine(
+        load_policy(model),
+        tokenizer,
+        backend=backend,
+        max_model_len=max_prompt_length + max_completion_length,
+        seed=seed,
+    )
+    reward_batch = load("reward_models.base:RewardBatch")
+
+    def batches() -> Iterator[tuple[dict[str, list], object]]:
+        for start in range(0, len(dataset), PROMPTS_AT_ONCE):
+            chunk = [dataset[i] for i in range(start, min(start + PROMPTS_AT_ONCE, len(dataset)))]
+            rollouts = engine.generate([row["prompt_ids"] for row in chunk], params)
+            pairs = [(row, c, i) for row, r in zip(chunk, rollouts, strict=True) for i, c in enumerate(r.completions)]
+            texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for _, c, _ in pairs]
+            chat = isinstance(chunk[0]["prompt"], list)
+            batch = reward_batch(
+                prompts=[row["prompt"] for row, _, _ in pairs],
+                completions=[[{"role": "assistant", "content": text}] if chat else text for text in texts],
+                prompt_ids=[row["prompt_ids"] for row, _, _ in pairs],
+                completion_ids=[c.token_ids for _, c, _ in pairs],
+                columns={
+                    name: [row[name] for row, _, _ in pairs]
+                    for name in chunk[0]
+                    if name not in ("prompt", "prompt_ids", "row")
+                },
+            )
+            columns = {
+                "prompt_id": [row["row"] for row, _, _ in pairs],
+                "completion_id": [i for _, _, i in pairs],
+                "prompt": batch.prompts,
+                "completion": texts,
+                "finish_reason": [c.finish_reason for _, c, _ in pairs],
+            }
+            yield columns, batch
+
+    try:
+        return _write(batches(), rewards, output, total=len(dataset) * n)
+    finally:
+        engine.close()
+
+
+def _write(batches: Iterator, rewards: dict, output: str | Path, *, total: int) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from tqdm import tqdm
+
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_suffix(".tmp")
+    writer = None
+    with tqdm(total=total, unit="completion", desc="scoring") as progress:
+        for columns, batch in batches:
+            scores = {name: reward.score(batch).scores.tolist() for name, reward in rewards.items()}
+            table = pa.table({**columns, **scores}, schema=writer.schema if writer else None)
+            writer = writer or pq.ParquetWriter(temporary, table.schema)
+            writer.write_table(table)
+            progress.update(len(batch))
+    if writer is None:
+        raise DataError(f"no completion to score for {output}")
+    writer.close()
+    temporary.replace(output)
+    logger.info("scored completions: %s", output)
+    return output
+
+
+def _parsed(spec: str):
+    """A text stays a text; "{...}" is a YAML mapping."""
+    import yaml
+
+    if not spec.lstrip().startswith("{"):
+        return spec
+    try:
+        return yaml.safe_load(spec)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the reward {spec!r} is not a YAML mapping: {error}") from error
