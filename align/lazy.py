@@ -8,6 +8,7 @@ from typing import Any
 from align.errors import AlignError
 
 _HOME = Path(__file__).resolve().parent.parent  # the folder that holds align/, trainers/ and reward_models/
+_SIBLINGS = ("trainers", "reward_models")  # names general enough that a user's own folder may have them
 
 
 class PackageError(AlignError, ImportError):
@@ -22,7 +23,8 @@ def load(path: str) -> Any:
     """
     module, _, attribute = path.partition(":")
     package = module.partition(".")[0]
-    check_not_shadowed(package)
+    if package in _SIBLINGS:
+        check_not_shadowed(package)
     return getattr(importlib.import_module(module), attribute)
 
 

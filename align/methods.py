@@ -14,7 +14,8 @@ class Method:
 
     trainer, config: `"module:Class"`. data: what rows are made into, `"prompts"`, `"completions"` or `"pairs"` (the
     functions `align.data.tokenize_*`). model: `"policy"` (a causal language model) or `"classifier"` (one score).
-    rewards: whether the file has `rewards:` (and may have `gold_reward:`).
+    rewards: whether the file has `rewards:` (and may have `gold_reward:`). ensemble: what trains several models, for a
+    method that has the key `ensemble_size`.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Method:
     help: str
     model: str = "policy"
     rewards: bool = False
+    ensemble: str | None = None
 
 
 METHODS = {
@@ -42,6 +44,7 @@ METHODS = {
             config="trainers.reward:RewardConfig",
             data="pairs",
             model="classifier",
+            ensemble="trainers.reward:train_reward_ensemble",
             help="a reward model from preference pairs (Bradley-Terry)",
         ),
         Method(

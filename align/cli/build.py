@@ -100,7 +100,7 @@ def uses_vllm(backend: str) -> bool:
 
 
 def trainer(run: RunConfig):
-    """The method's trainer, ready to train."""
+    """The method's trainer, ready to train one model."""
     train, evaluate = train_rows(run), eval_rows(run)
     if evaluate is None:
         run.training.eval_on_start = False
@@ -118,4 +118,23 @@ def trainer(run: RunConfig):
         processing_class=text,
         peft_config=peft_config(run),
         **options,
+    )
+
+
+def train_ensemble(run: RunConfig, resume: bool) -> Path:
+    """Train the members of an ensemble; return the folder that holds them. With `resume`, finished ones are kept."""
+    not_default = [key for key in ("dtype", "attn_implementation", "model_revision") if key in run.given]
+    not_default = [key for key in not_default if not (key == "dtype" and run.model.dtype == "float32")]
+    if not_default or load("trl:get_quantization_config")(run.model) is not None:
+        keys = ", ".join(not_default or ["load_in_4bit, load_in_8bit"])
+        raise ConfigError(f"{keys} cannot be set with ensemble_size > 1: members are loaded in float32")
+    return load(run.method.ensemble)(
+        run.model.model_name_or_path,
+        run.training,
+        train_rows(run),
+        eval_rows(run),
+        tokenizer(run),
+        members=run.ensemble.ensemble_size,
+        peft_config=peft_config(run),
+        resume=resume,
     )

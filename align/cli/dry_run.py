@@ -127,13 +127,10 @@ def steps_text(run: RunConfig, rows: int, processes: int) -> str:
 
 
 def _memory(run: RunConfig, config, rows):
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
     training, data = run.training, run.method.data
     peft_config = build.peft_config(run)
     classifier = run.method.model == "classifier"
-    auto_class = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
-    shape = model_shape(config, dtype=run.model.dtype, auto_class=auto_class, peft_config=peft_config)
+    shape = model_shape(config, dtype=run.model.dtype, classifier=classifier, peft_config=peft_config)
     sequences, length = training.per_device_train_batch_size, longest(rows, data)
     if data == "pairs":
         sequences *= 2
@@ -164,10 +161,8 @@ def longest(rows, data: str) -> int:
 
 def reward_shapes(run: RunConfig) -> dict[str, Shape]:
     """Sizes of the reward models that the specs name, by path, from their configs."""
-    from transformers import AutoModelForSequenceClassification
-
     shapes = {}
     for path in build.classifier_paths([run.rewards, run.gold_reward]):
         config = build.pretrained_config(path, "reward model")
-        shapes[path] = model_shape(config, dtype="float32", auto_class=AutoModelForSequenceClassification)
+        shapes[path] = model_shape(config, dtype="float32", classifier=True)
     return shapes

@@ -59,18 +59,23 @@ def _size(count: int) -> str:
     return f"{count / GIB:.2f} GiB" if count >= GIB / 100 else f"{count / 2**20:.2f} MiB"
 
 
-def model_shape(config, *, dtype: str | None, auto_class, peft_config=None) -> Shape:
+def model_shape(config, *, dtype: str | None, classifier: bool = False, peft_config=None) -> Shape:
     """Counts from a transformers config; the model is built on the meta device, without storage.
 
-    auto_class: AutoModelForCausalLM or AutoModelForSequenceClassification. dtype: "float32", "bfloat16", "float16",
-    or "auto" for the dtype the config names.
+    classifier: with one score in the place of the language-model head. dtype: "float32", "bfloat16", "float16", or
+    "auto" for the dtype the config names.
     """
-    with torch.device("meta"):
-        model = auto_class.from_config(config)
-        if peft_config is not None:
-            from peft import get_peft_model
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-            model = get_peft_model(model, peft_config)
+    from align.modeling.load import load_policy, load_sequence_classifier
+
+    with torch.device("meta"):
+        if classifier:
+            config.num_labels = 1
+            model = AutoModelForSequenceClassification.from_config(config)
+            model = load_sequence_classifier(model, peft_config=peft_config)
+        else:
+            model = load_policy(AutoModelForCausalLM.from_config(config), peft_config=peft_config)
     text = config.get_text_config()
     named = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype or "float32")
     return Shape(

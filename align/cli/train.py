@@ -50,14 +50,21 @@ def train(config: "RunConfig") -> None:
     from align.config.resolve import write_settings
 
     output_dir = Path(config.training.output_dir)
-    trainer = build.trainer(config)
-    if trainer.is_world_process_zero():
+    main_process = config.training.process_index == 0
+    if main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         write_settings(config, output_dir / SETTINGS_FILE)
-    trainer.train(resume_from_checkpoint=resume_from(config.training.resume_from_checkpoint, output_dir))
-    trainer.save_model(str(output_dir))
-    if trainer.is_world_process_zero():
-        print(f"saved the model, its tokenizer and {SETTINGS_FILE} in {output_dir}")
+    resume = config.training.resume_from_checkpoint
+    if config.ensemble is not None and config.ensemble.ensemble_size > 1:
+        build.train_ensemble(config, resume=resume is not None and resume.lower() in ("true", "auto"))
+        what = f"the {config.ensemble.ensemble_size} members of the ensemble"
+    else:
+        trainer = build.trainer(config)
+        trainer.train(resume_from_checkpoint=resume_from(resume, output_dir))
+        trainer.save_model(str(output_dir))
+        what = "the model, its tokenizer"
+    if main_process:
+        print(f"saved {what} and {SETTINGS_FILE} in {output_dir}")
 
 
 def resume_from(value: str | None, output_dir: Path) -> str | bool | None:

@@ -36,6 +36,8 @@ def format_help(method: Method, parser: argparse.ArgumentParser) -> str:
     )
     group = shown.add_argument_group(f"method ({classes['training'].__name__})")
     _add(group, classes["training"], own)
+    if method.ensemble:
+        _add(group, classes["ensemble"])
     if method.rewards:
         for name in REWARD_SECTIONS:
             group.add_argument(f"--{name}", metavar="YAML", help=_REWARDS_HELP[name])

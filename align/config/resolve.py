@@ -36,12 +36,25 @@ class DataArguments:
 
 
 @dataclass
+class EnsembleArguments:
+    """How many models are trained."""
+
+    ensemble_size: int = field(
+        default=1, metadata={"help": "Train so many members that differ in seed, in output_dir/member_<i>."}
+    )
+
+    def __post_init__(self):
+        if self.ensemble_size < 1:
+            raise ConfigError(f"ensemble_size counts from 1, got {self.ensemble_size}")
+
+
+@dataclass
 class RunConfig:
     """Everything that one `align <method>` run is made of.
 
     training: the method's config (a transformers.TrainingArguments). model: trl.ModelConfig. rewards, gold_reward: the
     nested sections as written (None where absent). entries: what was set, and where. given: the same keys with their
-    typed values.
+    typed values. ensemble: for methods that can train several models.
     """
 
     method: Method
@@ -52,6 +65,7 @@ class RunConfig:
     gold_reward: Any
     entries: dict[str, Entry]
     given: dict[str, Any]
+    ensemble: EnsembleArguments | None = None
 
     def where(self, key: str) -> str:
         """The place a key (`seed`, or `rewards.0.path`) was set, for messages; `default` when it was not."""
@@ -93,7 +107,8 @@ def resolve(method_name: str, config_file: str | None, tokens: list[str]) -> Run
 
 def option_classes(method: Method) -> dict[str, type]:
     """The dataclasses whose fields are the options of a method."""
-    return {"training": load(method.config), "model": load("trl:ModelConfig"), "data": DataArguments}
+    classes = {"training": load(method.config), "model": load("trl:ModelConfig"), "data": DataArguments}
+    return {**classes, "ensemble": EnsembleArguments} if method.ensemble else classes
 
 
 def own_fields(cls: type) -> list[str]:

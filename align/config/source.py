@@ -124,14 +124,14 @@ def read_overrides(tokens: list[str]) -> list[tuple[str, Entry]]:
 
 
 def apply_overrides(entries: dict[str, Entry], overrides: Iterable[tuple[str, Entry]]) -> None:
-    """Set values in place; a dotted key reaches into nested lists and mappings."""
+    """Set values in place; a dotted key reaches into nested lists and mappings, and may add one item to a list."""
     for key, entry in overrides:
         head, *rest = key.split(".")
         if not rest:
             entries[head] = entry
             continue
         if head not in entries or entries[head].value is None:
-            entries[head] = Entry({}, None, COMMAND_LINE)
+            entries[head] = Entry([] if rest[0] == "0" else {}, None, COMMAND_LINE)
         entries[head].text = None
         entries[head].nested[key] = COMMAND_LINE
         _set_nested(entries[head].value, rest, entry.value, key)
@@ -140,9 +140,11 @@ def apply_overrides(entries: dict[str, Entry], overrides: Iterable[tuple[str, En
 def _set_nested(container: Any, parts: list[str], value: Any, key: str) -> None:
     part, *rest = parts
     if isinstance(container, list):
-        if not part.isdigit() or int(part) >= len(container):
+        if not part.isdigit() or int(part) > len(container):
             raise ConfigError(f"{COMMAND_LINE}: --{key}: {part!r} is not an index of a list of {len(container)}")
         part = int(part)
+        if part == len(container):
+            container.append({})
     elif not isinstance(container, dict):
         raise ConfigError(f"{COMMAND_LINE}: --{key}: there is nothing below {container!r} to set {part!r} in")
     if not rest:

@@ -110,17 +110,19 @@ def test_an_argument_that_is_no_option_is_refused_with_a_hint():
 def test_overrides_reach_into_nested_values(tmp_path):
     path = write(tmp_path, "rewards:\n  - {type: classifier, path: a}\n  - {type: rule}\nseed: 1\nempty:\n")
     entries = read_file(path)
-    tokens = "--rewards.0.path b --rewards.1.options.k 2 --seed 3 --empty.k 4 --new.k.l 5 --seed 6"
+    tokens = "--rewards.0.path b --rewards.1.options.k 2 --rewards.2.path c --seed 3 --seed 6"
+    tokens += " --empty.k 4 --new.k.l 5 --list.0 d"
     apply_overrides(entries, read_overrides(tokens.split()))
     assert values(entries) == {
-        "rewards": [{"type": "classifier", "path": "b"}, {"type": "rule", "options": {"k": 2}}],
+        "rewards": [{"type": "classifier", "path": "b"}, {"type": "rule", "options": {"k": 2}}, {"path": "c"}],
         "seed": 6,
         "empty": {"k": 4},
         "new": {"k": {"l": 5}},
+        "list": ["d"],
     }
 
 
-@pytest.mark.parametrize("tokens", ["--rewards.2.path b", "--rewards.first.path b", "--seed.x 1"])
+@pytest.mark.parametrize("tokens", ["--rewards.3.path b", "--rewards.first.path b", "--seed.x 1"])
 def test_overrides_that_reach_nowhere_are_refused(tmp_path, tokens):
     entries = read_file(write(tmp_path, "rewards:\n  - {path: a}\n  - {path: a}\nseed: 1\n"))
     with pytest.raises(ConfigError, match=f"command line: {tokens.split()[0]}: "):

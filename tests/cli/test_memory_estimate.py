@@ -71,7 +71,7 @@ def train_one_step(model):
 @pytest.mark.parametrize("lora", [False, True])
 def test_weights_gradients_and_optimiser_states_are_exact(lora):
     peft_config = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
-    shape = model_shape(config(), dtype="float32", auto_class=AutoModelForCausalLM, peft_config=peft_config)
+    shape = model_shape(config(), dtype="float32", peft_config=peft_config)
     model = AutoModelForCausalLM.from_config(config())
     model = get_peft_model(model, peft_config) if lora else model
     measured = train_one_step(model)
@@ -82,7 +82,7 @@ def test_weights_gradients_and_optimiser_states_are_exact(lora):
 
 @pytest.mark.parametrize("changes", [{}, {"vocab_size": 4096}, {"num_hidden_layers": 8, "hidden_size": 64}])
 def test_activations_and_logits_are_within_the_stated_factor(changes):
-    shape = model_shape(config(**changes), dtype="float32", auto_class=AutoModelForCausalLM)
+    shape = model_shape(config(**changes), dtype="float32")
     measured = train_one_step(AutoModelForCausalLM.from_config(config(**changes)))["kept"]
     result = estimated(shape)
     guess = part(result, "activations") + part(result, "logits")
@@ -92,21 +92,21 @@ def test_activations_and_logits_are_within_the_stated_factor(changes):
 
 def test_no_storage_is_needed_for_a_model_larger_than_the_machine():
     huge = config(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, vocab_size=128_000)
-    shape = model_shape(huge, dtype="bfloat16", auto_class=AutoModelForCausalLM)
+    shape = model_shape(huge, dtype="bfloat16")
     assert 60e9 < shape.parameters < 100e9
     assert part(estimated(shape), "weights") == 2 * shape.parameters
     gc.collect()
 
 
 def test_a_classifier_has_one_output_and_no_logits():
-    shape = model_shape(config(num_labels=1), dtype="float32", auto_class=AutoModelForSequenceClassification)
+    shape = model_shape(config(num_labels=1), dtype="float32", classifier=True)
     model = AutoModelForSequenceClassification.from_config(config(num_labels=1))
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     assert not [part for part in estimated(shape, logits="none").parts if part.name == "logits"]
 
 
 def test_what_else_a_run_holds_is_counted():
-    shape = model_shape(config(), dtype="float32", auto_class=AutoModelForCausalLM)
+    shape = model_shape(config(), dtype="float32")
     plain = estimated(shape)
     full = estimated(shape, reference=True, engine=True, rewards={"runs/reward": shape}, logits="chunked")
     assert full.total == plain.total + 3 * 4 * shape.parameters  # so few logits are one chunk

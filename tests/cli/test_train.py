@@ -67,6 +67,16 @@ def test_reward_and_then_remax_on_it(tiny_model, pairs, prompts, rule, tmp_path)
     assert (run / "adapter_config.json").exists()
 
 
+def test_an_ensemble_of_reward_models(tiny_model, pairs, tmp_path, capsys):
+    base = ["--model_name_or_path", tiny_model, "--dataset_name", pairs, "--max_length", 64, "--max_steps", 1]
+    folder = train("reward", tmp_path / "rm", *base, "--ensemble_size", 2, "--save_strategy", "no")
+    assert "the 2 members of the ensemble" in capsys.readouterr().out
+    assert (folder / "member_0" / "model.safetensors").exists() and (folder / "member_1" / "model.safetensors").exists()
+    assert (folder / "ensemble.json").exists()
+    assert main(["reward", *map(str, base), "--ensemble_size", "2", "--dtype", "bfloat16", "--use_cpu"]) == 2
+    assert "dtype cannot be set with ensemble_size > 1" in capsys.readouterr().err
+
+
 def test_an_error_in_a_reward_names_its_place(tiny_model, prompts, tmp_path, capsys):
     config = tmp_path / "run.yaml"
     config.write_text("rewards:\n  - {type: rule, function: 'nowhere.py:fn'}\n")
