@@ -53,7 +53,8 @@ class BadRows:
 
     def summary(self) -> str:
         """One line per reason and per note, with counts and the first row numbers."""
-        lines = [f"{self.source}: {self.total - self.bad} of {self.total} rows can be trained on"]
+        head = f"{self.source}: {self.total - self.bad} of {self.total} rows can be used"
+        lines = [head + (" (rows count from 0)" if self.reasons or self.notes else "")]
         lines += [f"  dropped: {_with_rows(reason, self.reasons[reason])}" for reason in self.counts]
         lines += [f"  kept:    {_with_rows(text, rows)}" for text, rows in self.notes.items()]
         return "\n".join(lines)
@@ -65,17 +66,18 @@ class BadRows:
         if self.bad == self.total or self.share > max_bad_share:
             raise DataError(self._refusal(max_bad_share))
         if self.reasons or self.notes:
-            logger.warning("%s (rows count from 0)", self.summary())
+            logger.warning("%s", self.summary())
 
     def _refusal(self, max_bad_share: float) -> str:
         found = "; ".join(_with_rows(reason, self.reasons[reason]) for reason in self.counts)
         message = f"{self.source}: {self.bad} of {self.total} rows cannot be used (rows count from 0): {found}. "
         if self.bad == self.total:
             return message + "No row is left: see docs/data.md for the columns and limits that a method expects."
+        raise_limit = ", raise the length limit" if any("max_" in reason for reason in self.reasons) else ""
         enough = math.ceil(1e4 * self.share) / 1e4
         return message + (
             f"max_bad_share={max_bad_share:g} allows {math.floor(max_bad_share * self.total)}. Mend or remove these "
-            f"rows, or drop them with max_bad_share={enough:g} or more."
+            f"rows{raise_limit}, or drop them with max_bad_share={enough:g} or more."
         )
 
 
