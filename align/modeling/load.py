@@ -96,12 +96,12 @@ def load_sequence_classifier(
             {**options, "num_labels": 1},
             head_seed=head_seed if fresh_head else None,
         )
+    head = head_name(model).split(".")[0]
     if model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = pad_token_id
     if peft_config is not None:
         peft_config = copy.deepcopy(peft_config)
         peft_config.task_type = "SEQ_CLS"
-        head = head_name(model).split(".")[0]
         peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or ()), head})
     return _with_adapter(model, peft_config)
 
@@ -203,14 +203,32 @@ def _load(auto_class, peft_class: str, source: str, options: dict, **head) -> nn
         model = _from_pretrained(getattr(peft, peft_class), source, "adapter", **options)
         logger.info("%s holds an adapter: it is merged into its base model", source)
         return model.merge_and_unload()
-    model, report = _from_pretrained(auto_class, source, "model", output_loading_info=True, **options)
-    if head:
-        name = head_name(model)
-        if f"{name}.weight" in report["missing_keys"]:
-            if head["head_seed"] is None:
-                raise ConfigError(f"{source} is no reward model: it holds no weights for its score ({name})")
-            _init_head(model.get_submodule(name), head["head_seed"])
+    if not head:
+        return _from_pretrained(auto_class, source, "model", **options)
+    with _only_errors_from_transformers():  # a missing head is expected; what else is missing is said below
+        model, report = _from_pretrained(auto_class, source, "model", output_loading_info=True, **options)
+    name, missing = head_name(model), set(report["missing_keys"])
+    if f"{name}.weight" in missing:
+        if head["head_seed"] is None:
+            raise ConfigError(f"{source} is no reward model: it holds no weights for its score ({name})")
+        logger.info("%s has no score head: %s is drawn with seed %d", source, name, head["head_seed"])
+        _init_head(model.get_submodule(name), head["head_seed"])
+    others = sorted(key for key in missing if not key.startswith(f"{name}."))
+    if others:
+        logger.warning("%s holds no weights for %s: they are new, drawn at random", source, ", ".join(others))
     return model
+
+
+@contextmanager
+def _only_errors_from_transformers():
+    from transformers.utils import logging as transformers_logging
+
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def _init_head(head: nn.Linear, seed: int) -> None:

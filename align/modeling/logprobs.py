@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from align.errors import TrainingError
+
 logger = logging.getLogger(__name__)
 
 CHUNK_VALUES = 1 << 26  # logits per chunk when chunk_size is None: 256 MiB in float32
@@ -67,6 +69,11 @@ def language_model(model: nn.Module) -> nn.Module:
     from accelerate.utils import extract_model_from_parallel
     from peft import PeftModel
 
+    if isinstance(model, nn.DataParallel):
+        raise TrainingError(
+            "several GPUs in one process (torch.nn.DataParallel) are not supported: start one process per GPU with "
+            "`align launch`, or show one GPU with CUDA_VISIBLE_DEVICES"
+        )
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     return model.get_base_model() if isinstance(model, PeftModel) else model
 

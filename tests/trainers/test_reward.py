@@ -1,0 +1,322 @@
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+
+from align.data.noise import flip_labels, save_flips
+from align.errors import ConfigError, DataError
+from reward_models.base import RewardBatch
+from reward_models.classifier import ClassifierReward
+from reward_models.ensemble import load_ensemble
+from reward_models.normalizer import Normalizer
+from tests.modeling import tiny
+from tests.reward_models import worlds
+from trainers.reward import RewardConfig, RewardTrainer, train_reward_ensemble
+
+GOOD = 6  # w0 .. w5 are good words
+
+
+def pairs(count: int, seed: int = 0, **columns) -> Dataset:
+    rng, rows = random.Random(seed), []
+    while len(rows) < count:
+        a, b = sorted(([rng.randrange(30) for _ in range(rng.randint(3, 9))] for _ in range(2)), key=quality)
+        if quality(a) < quality(b):
+            prompt = text(rng.randrange(30) for _ in range(rng.randint(1, 4)))
+            rows.append({"prompt": f"{prompt} ", "chosen": text(b), "rejected": text(a), **columns})
+    return Dataset.from_list(rows)
+
+
+def quality(words):
+    return sum(w < GOOD for w in words)
+
+
+def text(words):
+    return " ".join(f"w{w}" for w in words)
+
+
+@pytest.fixture(scope="module")
+def trunk(tmp_path_factory):
+    """A causal language model without a score head, float32."""
+    folder = tmp_path_factory.mktemp("lm")
+    tiny.causal(dtype=torch.float32, initializer_range=0.1, hidden_size=32, num_hidden_layers=1).save_pretrained(folder)
+    worlds.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bert")
+    tiny.classifier("bert", dtype=torch.float32, initializer_range=0.1).bert.save_pretrained(folder)
+    worlds.tokenizer(encoder=True).save_pretrained(folder)
+    return str(folder)
+
+
+def config(folder, **options) -> RewardConfig:
+    defaults = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 16,
+        "num_train_epochs": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 5,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return RewardConfig(**{**defaults, **options})
+
+
+def logged(trainer, key):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+@pytest.mark.parametrize("kind", ["causal", "encoder", "causal LoRA"])
+def test_trains_saves_and_scores_alike(kind, trunk, encoder, tmp_path):
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if "LoRA" in kind else None
+    trainer = RewardTrainer(
+        encoder if kind == "encoder" else trunk,
+        config(tmp_path, eval_strategy="epoch", num_train_epochs=6),
+        pairs(160),
+        pairs(60, seed=1),
+        peft_config=lora,
+    )
+    trainer.train()
+    trainer.save_model()
+    assert logged(trainer, "eval_rewards/accuracies")[-1] > 0.7
+    assert logged(trainer, "loss")[-1] < logged(trainer, "loss")[0] / 2 and len(logged(trainer, "eval_loss")) == 6
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "loss", "time/train"):
+        assert logged(trainer, name)
+    reward = ClassifierReward(str(tmp_path), device="cpu")
+    batch = RewardBatch(["w7 w8"] * 3, ["w1 w2 w3", "w9", "w20 w21 w22 w23"])
+    own = ClassifierReward(
+        trainer.model, tokenizer=trainer.processing_class, normalizer=trainer.normalizer, device="cpu"
+    )
+    torch.testing.assert_close(reward.score(batch).scores, own.score(batch).scores, rtol=0, atol=1e-4)
+    assert reward.score(batch).scores.argmax() == 0
+    normaliser = Normalizer.load(tmp_path)
+    assert normaliser.fitted_on == "both answers of 60 evaluation pairs" and normaliser.count == 120
+
+
+def test_transformers_loads_what_we_save(trunk, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    trainer = RewardTrainer(trunk, config(tmp_path, num_train_epochs=1), pairs(32), pairs(10, seed=1))
+    trainer.train()
+    trainer.save_model()
+    reward = ClassifierReward(str(tmp_path), normalize=False, device="cpu")
+    sequences = reward.sequences(RewardBatch(["w1", "w2 w3"], ["w4", "w5 w6 w7"]))
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    ids = torch.tensor([sequences[0] + [0] * 3, sequences[1]])
+    scores = model(input_ids=ids, attention_mask=(ids != 0).long()).logits[:, 0]
+    torch.testing.assert_close(reward.score_ids(sequences), scores, rtol=0, atol=1e-5)
+
+
+def first_step(trunk, folder, batch, accumulation, data, **options):
+    args = config(
+        folder,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        max_steps=2,
+        logging_steps=1,
+        learning_rate=1e-3,
+        center_rewards_coefficient=0.01,
+        score_l2_coefficient=0.01,
+        **options,
+    )
+    trainer = RewardTrainer(trunk, args, data, data)
+    trainer.train()
+    return [torch.tensor(logged(trainer, key)[:2]) for key in ("loss", "grad_norm", "rewards/margins")]
+
+
+def test_batch_times_accumulation_does_not_matter(trunk, tmp_path):
+    data = pairs(16)
+    expected = first_step(trunk, tmp_path, 8, 1, data)
+    for batch, accumulation in ((4, 2), (1, 8)):
+        actual = first_step(trunk, tmp_path, batch, accumulation, data)
+        for a, b in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_the_last_step_of_an_epoch_is_a_mean_too(trunk, tmp_path):
+    """13 pairs in steps of 8 leave 5: two micro-batches of 4 and 1 weigh as one batch of 5."""
+    data = pairs(13)
+    losses = [first_step(trunk, tmp_path, b, a, data)[0] for b, a in ((8, 1), (4, 2))]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
+
+
+def _rank(rank, trunk, folder, queue):
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29547"
+    )
+    torch.set_num_threads(1)
+    values = first_step(trunk, folder, 4, 1, pairs(13), ddp_backend="gloo")
+    saved = Normalizer.load(folder) if rank == 0 else None
+    queue.put((rank, [v.tolist() for v in values], saved))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_are_one(trunk, tmp_path):
+    expected = first_step(trunk, tmp_path, 8, 1, pairs(13))
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    torch.multiprocessing.spawn(_rank, args=(trunk, str(tmp_path / "two"), queue), nprocs=2, join=False)
+    results = sorted(queue.get(timeout=120) for _ in range(2))
+    for (loss, norm, margins), rank in ((values, rank) for rank, values, _ in results):
+        torch.testing.assert_close(torch.tensor(loss[:1]), expected[0][:1], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(torch.tensor(norm[:1]), expected[1][:1], rtol=1e-5, atol=1e-6)
+        if rank == 0:
+            torch.testing.assert_close(torch.tensor(margins[:1]), expected[2][:1], rtol=1e-5, atol=1e-6)
+
+
+def test_margin_and_conversations(trunk, tmp_path):
+    data = pairs(32)
+    chat = data.map(
+        lambda row: {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "chosen": [{"role": "assistant", "content": row["chosen"]}],
+            "rejected": [{"role": "assistant", "content": row["rejected"]}],
+        },
+        remove_columns=data.column_names,
+        keep_in_memory=True,
+    )
+    losses = []
+    for margin in (0.0, 3.0):
+        rows = chat.add_column("margin", [margin] * 32)
+        trainer = RewardTrainer(trunk, config(tmp_path, max_steps=1, logging_steps=1), rows, rows)
+        trainer.train()
+        losses += logged(trainer, "loss")
+    assert losses[1] > losses[0] + 1.0
+
+
+def test_without_an_evaluation_set_the_normaliser_says_so(trunk, tmp_path, caplog):
+    trainer = RewardTrainer(trunk, config(tmp_path, num_train_epochs=1, normalizer_pairs=20), pairs(40))
+    trainer.train()
+    assert trainer.normalizer.fitted_on == "both answers of 20 training pairs"
+    assert "no evaluation set" in caplog.text
+
+
+def test_ensemble(trunk, tmp_path):
+    args = config(tmp_path / "rm", num_train_epochs=1)
+    folder = train_reward_ensemble(trunk, args, pairs(48), pairs(20, seed=1), members=2)
+    ensemble = load_ensemble(folder, "uwo", lambda_=0.5, device="cpu")
+    batch = RewardBatch(["w1", "w2"], ["w3 w4", "w20 w9"])
+    output = ensemble.score(batch)
+    assert not torch.allclose(output.extras["member/0"], output.extras["member/1"])
+    assert json.loads((folder / "ensemble.json").read_text())["members"] == ["member_0", "member_1"]
+    # the heads are those of the seeds, and a single run with the second seed is the second member
+    single = RewardTrainer(
+        trunk, config(tmp_path / "one", num_train_epochs=1, seed=args.seed + 1), pairs(48), pairs(20, seed=1)
+    )
+    single.train()
+    single.save_model()
+    alone = ClassifierReward(str(tmp_path / "one"), device="cpu").score(batch).scores
+    torch.testing.assert_close(alone, output.extras["member/1"], rtol=0, atol=1e-5)
+    # a finished member is kept, an unfinished one is trained
+    before = (folder / "member_0" / "model.safetensors").stat().st_mtime_ns
+    (folder / "member_1" / "reward_normalizer.json").unlink()
+    train_reward_ensemble(trunk, args, pairs(48), pairs(20, seed=1), members=2, resume=True)
+    assert (folder / "member_0" / "model.safetensors").stat().st_mtime_ns == before
+    assert Normalizer.load(folder / "member_1") is not None
+
+
+def test_resume_is_exact(trunk, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 8, "per_device_train_batch_size": 8}
+    data = pairs(30)
+    whole = RewardTrainer(trunk, config(tmp_path / "a", **options), data, data)
+    whole.train()
+    resumed = RewardTrainer(trunk, config(tmp_path / "a", **options), data, data)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert whole.normalizer == resumed.normalizer
+
+
+def test_wandb_offline(trunk, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    args = config(tmp_path / "run", num_train_epochs=1, report_to="wandb", eval_strategy="epoch")
+    trainer = RewardTrainer(trunk, args, pairs(32), pairs(10, seed=1))
+    trainer.train()
+    import wandb
+
+    wandb.finish()
+    (media,) = tmp_path.glob("wandb/offline-run-*/files/media")
+    (table,) = media.glob("table/**/*.json")
+    content = json.loads(table.read_text())
+    assert content["columns"][1:4] == ["prompt", "chosen", "rejected"] and len(content["data"]) == 8
+    assert content["data"][0][2].endswith("</s>")
+    assert list(media.glob("images/**/*.png"))
+
+
+def test_label_noise(tmp_path):
+    data = pairs(40)
+    noisy, rows = flip_labels(data, 0.25, seed=3)
+    assert len(rows) == 10 and rows == sorted(set(rows)) and rows == flip_labels(data, 0.25, seed=3)[1]
+    assert rows != flip_labels(data, 0.25, seed=4)[1]
+    for i in range(40):
+        assert (noisy[i]["chosen"] == data[i]["rejected"]) == (i in rows)
+        assert noisy[i]["prompt"] == data[i]["prompt"]
+    save_flips(tmp_path / "flips.json", rows, share=0.25, seed=3)
+    assert json.loads((tmp_path / "flips.json").read_text())["rows"] == rows
+    with pytest.raises(DataError, match="in \\[0, 1\\]"):
+        flip_labels(data, 1.5, seed=0)
+    with pytest.raises(DataError, match="no preference pairs to flip"):
+        flip_labels(data.select_columns(["prompt"]), 0.1, seed=0)
+
+
+def test_errors(trunk, tmp_path):
+    with pytest.raises(ConfigError, match="must not be negative"):
+        config(tmp_path, score_l2_coefficient=-1.0)
+    with pytest.raises(DataError, match="no preference pairs: expected the columns 'chosen' and 'rejected'"):
+        RewardTrainer(trunk, config(tmp_path), Dataset.from_dict({"prompt": ["a"], "completion": ["b"]}))
+    with pytest.raises(ConfigError, match="no linear layer with one output"):
+        RewardTrainer(tiny.causal(), config(tmp_path), pairs(4), processing_class=worlds.tokenizer())
+    with pytest.raises(ConfigError, match="at least one member"):
+        train_reward_ensemble(trunk, config(tmp_path), pairs(4), members=0)
+
+
+HH = (
+    Path(os.environ.get("ALIGN_SHARED_DATA", Path(__file__).parents[2] / "../shared/data"))
+    / "hh_harmless_pairs.parquet"
+)
+
+
+@pytest.mark.skipif(not HH.exists(), reason=f"needs {HH} (set ALIGN_SHARED_DATA to its folder)")
+def test_on_real_pairs(tmp_path):
+    from align.data import load_rows
+
+    folder = real_text_model(
+        tmp_path / "lm", [row["prompt"] + row["chosen"] for row in load_rows(HH).select(range(200))]
+    )
+    rows = load_rows(HH)
+    args = config(tmp_path / "rm", max_steps=8, per_device_train_batch_size=8, max_length=256, max_bad_share=0.5)
+    trainer = RewardTrainer(folder, args, rows.select(range(200)), rows.select(range(200, 240)))
+    trainer.train()
+    trainer.save_model()
+    reward = ClassifierReward(str(tmp_path / "rm"), device="cpu")
+    row = rows[0]
+    scores = reward.score(RewardBatch([row["prompt"]] * 2, [row["chosen"], row["rejected"]])).scores
+    assert torch.isfinite(scores).all() and scores[0] != scores[1]
+
+
+def real_text_model(folder, texts):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers.trainers import BpeTrainer
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = BpeTrainer(
+        vocab_size=800, special_tokens=["<pad>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>").save_pretrained(folder)
+    tiny.causal(dtype=torch.float32, vocab_size=800, max_position_embeddings=1024).save_pretrained(folder)
+    return str(folder)

@@ -1,0 +1,264 @@
+"""Reward models from preference pairs (Bradley-Terry), alone or as an ensemble that differs in head and data order."""
+
+import copy
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from align.data.collate import PairCollator
+from align.data.tokenize import tokenize_pairs
+from align.errors import ConfigError
+from align.modeling.load import disable_dropout, load_sequence_classifier, load_tokenizer
+from align.modeling.scores import sequence_scores
+from align.objectives.reward_model import bradley_terry_loss, centering, score_l2
+from reward_models.ensemble import save_ensemble
+from reward_models.normalizer import FILE_NAME as NORMALIZER_FILE
+from reward_models.normalizer import Normalizer
+from trainers.base import BaseConfig, TrainerMixin
+
+logger = logging.getLogger(__name__)
+
+TOKENIZED = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+
+@dataclass
+class RewardConfig(BaseConfig):
+    """Options of reward-model training. Batch sizes count pairs."""
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate of AdamW."})
+    max_length: int | None = field(
+        default=1024, metadata={"help": "Prompt and completion together, in tokens; longer completions are cut."}
+    )
+    center_rewards_coefficient: float | None = field(
+        default=None, metadata={"help": "Weight of (s+ + s-)^2, which pulls the mean score to 0; 0.01 is usual."}
+    )
+    score_l2_coefficient: float = field(
+        default=0.0, metadata={"help": "Weight of (s+^2 + s-^2)/2, which keeps the scores small; 0.001 in the papers."}
+    )
+    disable_dropout: bool = field(default=True, metadata={"help": "Train without dropout."})
+    normalizer_pairs: int = field(
+        default=1000,
+        metadata={"help": "Without an evaluation set, the normaliser is fitted on at most so many training pairs."},
+    )
+    num_logged_pairs: int = field(default=8, metadata={"help": "Pairs shown per evaluation in the tracker; 0: none."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.score_l2_coefficient < 0 or (self.center_rewards_coefficient or 0) < 0:
+            raise ConfigError("score_l2_coefficient and center_rewards_coefficient must not be negative")
+        if self.normalizer_pairs < 1:
+            raise ConfigError("normalizer_pairs must be at least 1")
+
+
+class RewardTrainer(TrainerMixin, Trainer):
+    """Bradley-Terry on pairs; a column `margin` is subtracted from the score difference.
+
+    The score is that of the last real token, the EOS. After training the normaliser is fitted on the evaluation pairs
+    (without any: on training pairs, and the log says so) and saved with the model.
+
+    Args:
+        model: a folder or hub name (a causal model or an encoder; a missing head is drawn with `args.seed`), or a
+            loaded classifier with one label.
+        train_dataset, eval_dataset: preference pairs in TRL's formats, or the output of `tokenize_pairs`.
+        peft_config: trains an adapter and the head.
+    """
+
+    _tag_names = ["align", "reward-model"]
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        args: RewardConfig,
+        train_dataset,
+        eval_dataset=None,
+        processing_class=None,
+        peft_config=None,
+        callbacks=None,
+        optimizers=(None, None),
+    ):
+        processing_class = processing_class or load_tokenizer(model)
+        model = load_sequence_classifier(
+            model, peft_config=peft_config, pad_token_id=processing_class.pad_token_id, head_seed=args.seed
+        )
+        # transformers finds the last token by it, so what others load must know it
+        model.config.get_text_config().pad_token_id = processing_class.pad_token_id
+        if args.disable_dropout:
+            disable_dropout(model)
+        self.normalizer: Normalizer | None = None
+        self._predictions: np.ndarray | None = None
+        train_dataset = tokenized_pairs(train_dataset, processing_class, args)
+        if eval_dataset is not None:
+            eval_dataset = tokenized_pairs(eval_dataset, processing_class, args)
+        args.remove_unused_columns = False
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=PairCollator(processing_class.pad_token_id),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=self._eval_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.model_accepts_loss_kwargs = True  # the loss is normalised by the global count of pairs, not by Trainer
+
+    # ---- loss -------------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        pairs = torch.tensor([sum(len(batch["input_ids"]) // 2 for batch in batches)], device=device)
+        return batches, self.accelerator.gather(pairs).sum()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        chosen, rejected, losses = self._pair_losses(model, inputs)
+        margins = (chosen - rejected).detach()
+        for name, values in {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": margins,
+            "rewards/accuracies": margins > 0,
+        }.items():
+            self.record(name, values.detach().float().mean().item(), len(values))
+        # The count is of all ranks, and DDP averages the gradients over them.
+        return losses.sum() * self.accelerator.num_processes / num_items_in_batch
+
+    def _pair_losses(self, model, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores of chosen and rejected, and the loss of each pair, [B] each."""
+        chosen, rejected = sequence_scores(model, inputs["input_ids"], inputs["attention_mask"]).chunk(2)
+        losses = bradley_terry_loss(chosen, rejected, inputs.get("margin"))
+        if self.args.center_rewards_coefficient:
+            losses = losses + self.args.center_rewards_coefficient * centering(chosen, rejected)
+        if self.args.score_l2_coefficient:
+            losses = losses + self.args.score_l2_coefficient * score_l2(chosen, rejected)
+        return chosen, rejected, losses
+
+    # ---- evaluation -------------------------------------------------------------------------------------------------
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            values = torch.stack(self._pair_losses(model, inputs), dim=-1)
+        return None, values, values[:, 0]  # the loss is averaged over pairs in _eval_metrics; labels are not looked at
+
+    def _eval_metrics(self, prediction) -> dict[str, float]:
+        self._predictions = prediction.predictions
+        chosen, rejected, losses = self._predictions.T
+        return {
+            "loss": float(losses.mean()),
+            "rewards/chosen": float(chosen.mean()),
+            "rewards/rejected": float(rejected.mean()),
+            "rewards/margins": float((chosen - rejected).mean()),
+            "rewards/accuracies": float((chosen > rejected).mean()),
+        }
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if {"wandb", "tensorboard"} & set(self.args.report_to) and eval_dataset is None:
+            self._log_pairs()
+        return metrics
+
+    def _log_pairs(self) -> None:
+        import matplotlib.pyplot as plt
+
+        decode = self.processing_class.decode
+        rows = self.eval_dataset.select(range(min(self.args.num_logged_pairs, len(self.eval_dataset))))
+        columns = ["step", "prompt", "chosen", "rejected", "score chosen", "score rejected"]
+        table = [
+            [self.state.global_step, *(decode(row[name]) for name in TOKENIZED), float(values[0]), float(values[1])]
+            for row, values in zip(rows, self._predictions, strict=False)
+        ]
+        if table:
+            self.log_table("completions", columns, table)
+        figure, axis = plt.subplots(figsize=(5, 3), layout="constrained")
+        axis.hist([self._predictions[:, 0], self._predictions[:, 1]], bins=30, label=["chosen", "rejected"])
+        axis.set(xlabel="score", ylabel="answers", title=f"step {self.state.global_step}")
+        axis.legend()
+        self.log_figure("eval/scores", figure)
+        plt.close(figure)
+
+    # ---- normaliser -------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        output = super().train(resume_from_checkpoint, **kwargs)
+        self.fit_normalizer()
+        return output
+
+    def fit_normalizer(self) -> Normalizer:
+        """Score both answers of the evaluation pairs, or of some training pairs, and keep their mean and deviation."""
+        pairs = self.eval_dataset
+        what = "evaluation"
+        if pairs is None:
+            count = min(self.args.normalizer_pairs, len(self.train_dataset))
+            pairs = self.train_dataset.select(np.random.default_rng(0).permutation(len(self.train_dataset))[:count])
+            what = "training"
+            logger.warning("no evaluation set: the normaliser is fitted on %d training pairs", count)
+        values = self.predict(pairs).predictions[:, :2]
+        self.normalizer = Normalizer.fit(torch.from_numpy(values), f"both answers of {len(pairs)} {what} pairs")
+        logger.info("normaliser: mean %.4g, deviation %.4g", self.normalizer.mean, self.normalizer.std)
+        return self.normalizer
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if self.normalizer is not None and self.args.should_save:
+            self.normalizer.save(output_dir or self.args.output_dir)
+
+
+def tokenized_pairs(dataset, tokenizer, args: RewardConfig):
+    """The columns that training needs; a dataset that is tokenised already is taken as it is."""
+    if not set(TOKENIZED) <= set(dataset.column_names):
+        dataset = tokenize_pairs(dataset, tokenizer, max_length=args.max_length, max_bad_share=args.max_bad_share)
+    return dataset.select_columns([c for c in (*TOKENIZED, "margin", "row") if c in dataset.column_names])
+
+
+def train_reward_ensemble(
+    model: str | Path,
+    args: RewardConfig,
+    train_dataset,
+    eval_dataset=None,
+    processing_class=None,
+    *,
+    members: int = 5,
+    peft_config=None,
+    callbacks=None,
+    resume: bool = False,
+) -> Path:
+    """Train `members` reward models on the same pairs, tokenised once; member i has seed `args.seed + i`.
+
+    The seed draws the head and the order of the data, nothing else (Coste et al. 2023). Saves
+    `args.output_dir/member_<i>` and ensemble.json, and returns that folder, for `load_ensemble` or a reward of type
+    ensemble. With `resume` a member that is already saved whole is kept, whatever settings it was trained with.
+    """
+    if members < 1:
+        raise ConfigError(f"an ensemble needs at least one member, got {members}")
+    processing_class = processing_class or load_tokenizer(model)
+    train_dataset = tokenized_pairs(train_dataset, processing_class, args)
+    if eval_dataset is not None:
+        eval_dataset = tokenized_pairs(eval_dataset, processing_class, args)
+    folder = Path(args.output_dir)
+    for i in range(members):
+        member = folder / f"member_{i}"
+        if resume and (member / NORMALIZER_FILE).exists():
+            logger.info("%s is there and kept", member)
+            continue
+        member_args = copy.deepcopy(args)
+        member_args.output_dir = str(member)
+        member_args.seed = member_args.data_seed = args.seed + i
+        trainer = RewardTrainer(
+            str(model),
+            member_args,
+            train_dataset,
+            eval_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            callbacks=callbacks,
+        )
+        trainer.train()
+        trainer.save_model()
+    save_ensemble(folder, [f"member_{i}" for i in range(members)])
+    return folder
