@@ -7,6 +7,9 @@ from align.data.formats import DataFormat
 
 Text = str | list[dict[str, Any]]
 
+REPEATED = "repeats the prompt (drop the column prompt, it is then taken from the pair)"
+SHORT = 20  # characters: two answers may well begin with a prompt that is shorter
+
 # Raw dialogues of the hh-rlhf kind: the answer starts after the last of these.
 TURN_MARKER = "\n\nAssistant:"
 
@@ -40,6 +43,8 @@ def pair_of(row: dict[str, Any], fmt: DataFormat) -> tuple[Text, Text, Text]:
         row = {**row, "prompt": chosen[:cut]}
         chosen, rejected = chosen[cut:], rejected[cut:]
     prompt = _prompt(row, fmt.conversational)
+    if not fmt.conversational and len(prompt) >= SHORT and chosen.startswith(prompt) and rejected.startswith(prompt):
+        raise BadRow(f"chosen {REPEATED}")
     return (
         prompt,
         _completion(chosen, "chosen", prompt, fmt.conversational),
@@ -86,7 +91,7 @@ def _completion(value: Any, name: str, prompt: Text, conversational: bool) -> Te
             raise BadRow(f"{name} is empty")
         return completion
     if completion[: len(prompt)] == prompt:
-        raise BadRow(f"{name} repeats the messages of prompt (drop the column prompt, it is then taken from the pair)")
+        raise BadRow(f"{name} {REPEATED}")
     if completion[0]["role"] != "assistant":
         raise BadRow(f"{name} does not start with an assistant message")
     if not any(message["content"].strip() for message in completion if message["role"] == "assistant"):

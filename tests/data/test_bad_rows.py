@@ -60,6 +60,13 @@ def test_every_bad_pair_is_named_with_its_reason(tokenizer):
     }
 
 
+def test_whole_dialogues_beside_their_prompt(tokenizer):
+    long = "\n\nHuman: hello there\n\nAssistant:"
+    rows = [GOOD, {"prompt": long, "chosen": f"{long} yes", "rejected": f"{long} no"}]
+    found = reasons(tokenize_pairs, rows, tokenizer, max_prompt_length=None, max_length=200)
+    assert found == {1: "chosen repeats the prompt (drop the column prompt, it is then taken from the pair)"}
+
+
 def test_the_wrong_type_in_one_row(tokenizer, tmp_path):
     from align.data import load_rows
 
@@ -89,7 +96,7 @@ def test_bad_messages(chat_tokenizer):
         {**good, "chosen": None},
     ]
     found = reasons(tokenize_pairs, rows, chat_tokenizer)
-    assert found.pop(8).startswith("chosen repeats the messages of prompt")
+    assert found.pop(8).startswith("chosen repeats the prompt (drop the column prompt")
     assert found == {
         1: "prompt is empty",
         2: "prompt ends in an empty message",
@@ -165,7 +172,7 @@ def test_the_share_decides_between_an_error_and_dropping(tokenizer, caplog):
     )
     kept = tokenize_pairs(data, tokenizer, max_length=60, max_bad_share=0.1, source="pairs.jsonl")
     assert kept["row"][:] == list(range(18))
-    assert "pairs.jsonl: 18 of 20 rows can be used (rows count from 0)" in caplog.text
+    assert "pairs.jsonl: 18 of 20 rows can be trained on (rows count from 0)" in caplog.text
     assert "dropped: chosen is empty: 2 (rows 18, 19)" in caplog.text
 
 
@@ -200,7 +207,7 @@ def test_many_rows_are_counted_and_the_first_named():
     assert report.bad == 11 and report.share == 0.11
     assert report.first_rows("prompt is empty") == [50, 51, 52, 53, 54]
     assert report.summary().splitlines() == [
-        "pairs.jsonl: 89 of 100 rows can be used (rows count from 0)",
+        "pairs.jsonl: 89 of 100 rows can be trained on (rows count from 0)",
         "  dropped: prompt is empty: 10 (rows 50, 51, 52, 53, 54, ...)",
         "  dropped: chosen is empty: 1 (row 3)",
         "  kept:    chosen is cut at max_length=8: 1 (row 1)",
