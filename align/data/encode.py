@@ -85,18 +85,15 @@ def encode(tokenizer: "PreTrainedTokenizerBase", rows: list[tuple[str, list[str]
 
 
 def encode_conversation(
-    messages: Messages, tokenizer: "PreTrainedTokenizerBase", options: dict, assistant_only: bool
+    messages: Messages, tokenizer: "PreTrainedTokenizerBase", options: dict
 ) -> tuple[list[int], list[int]]:
-    """(ids, mask) of a whole conversation up to its last assistant message; the mask is 1 on trained tokens.
+    """(ids, mask) of a whole conversation up to its last assistant message; the mask is 1 on the trained tokens.
 
     The assistant's tokens come from the template's generation markers; without markers from rendering the conversation
     up to each answer. A line break that a template writes after an answer's EOS is not trained.
     """
     last = max(place for place, message in enumerate(messages) if message["role"] == "assistant")
     messages = messages[: last + 1]
-    if not assistant_only:
-        ids = _ids(tokenizer, [render(messages, tokenizer, options)])[0]
-        return ids, [0 if place == 0 and token == tokenizer.bos_token_id else 1 for place, token in enumerate(ids)]
     if re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
         render(messages, tokenizer, options)  # a template that refuses is a bad row
         out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True, **options)

@@ -75,15 +75,14 @@ def tokenize_completions(
     *,
     max_length: int | None,
     max_bad_share: float = 0.0,
-    assistant_only_loss: bool = True,
     source: str = "",
     report: BadRows | None = None,
 ) -> "Dataset":
     """Demonstrations for SFT: columns `input_ids`, `completion_mask` (1 on trained tokens), `row`, and every other.
 
     Trained are: the completion of prompt-completion rows; the chosen completion of preference rows; every token of
-    `text`; the assistant's messages of `messages` (all messages with `assistant_only_loss=False`). Longer sequences are
-    cut at `max_length` tokens and counted; a row that would keep no trained token is bad.
+    `text`; the assistant's messages of `messages`. Longer sequences are cut at `max_length` tokens and counted; a row
+    that would keep no trained token is bad.
 
     Otherwise as `tokenize_prompts`.
     """
@@ -95,7 +94,7 @@ def tokenize_completions(
 
     def prepare_conversation(row: Columns) -> tuple[tuple, Columns]:
         messages, options = checks.text_of(row, fmt), checks.template_kwargs(row)
-        return encode_conversation(messages, tokenizer, options, assistant_only_loss), {}
+        return encode_conversation(messages, tokenizer, options), {}
 
     def finish_conversation(encoded: tuple[list[int], list[int]], note: Note) -> Columns:
         ids, mask = encoded

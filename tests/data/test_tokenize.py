@@ -299,13 +299,6 @@ def test_only_the_assistant_is_trained_with_and_without_generation_markers(chat_
     assert chat_tokenizer.decode(plain["input_ids"]).endswith("sky?<|im_end|>\n<|im_start|>assistant\nno<|im_end|>")
 
 
-def test_all_messages_are_trained_on_request(chat_tokenizer):
-    (row,) = tokenize_completions(
-        Dataset.from_list(CONVERSATION), chat_tokenizer, max_length=99, assistant_only_loss=False
-    )
-    assert set(row["completion_mask"]) == {1}
-
-
 def test_a_generation_block_that_leaves_eos_out_is_noted(make_tokenizer, marked_tokenizer):
     template = marked_tokenizer.chat_template.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
     tokenizer = make_tokenizer(eos="<|im_end|>", template=template)
