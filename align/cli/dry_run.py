@@ -4,7 +4,6 @@ Printed in the order in which it can fail, so that a machine without the network
 it can: config, one step, tokenizer and rows, first example, steps of the run, memory.
 """
 
-import inspect
 import math
 from typing import Any
 
@@ -55,17 +54,17 @@ def _config_text(run: RunConfig) -> str:
 # ---- data -----------------------------------------------------------------------------------------------------------
 
 
-def tokenize(run: RunConfig, rows, tokenizer) -> tuple[Any, Any]:
-    """The tokenised rows and what was found in them (`align.data.BadRows`), with the trainer's own function.
+LENGTH_LIMIT = {"prompts": "max_prompt_length", "completions": "max_length", "pairs": "max_length"}
 
-    Its options have the names of the config's fields, so those that the config has are passed on.
-    """
+
+def tokenize(run: RunConfig, rows, tokenizer) -> tuple[Any, Any]:
+    """The tokenised rows and what was found in them (`align.data.BadRows`): the trainers' own functions and options."""
     import align.data
 
     function = getattr(align.data, f"tokenize_{run.method.data}")
-    names = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    options = {name: getattr(run.training, name) for name in names if hasattr(run.training, name)}
+    limit = LENGTH_LIMIT[run.method.data]
     report = align.data.BadRows()
+    options = {limit: getattr(run.training, limit), "max_bad_share": run.training.max_bad_share}
     return function(rows, tokenizer, report=report, **options), report
 
 
@@ -115,10 +114,11 @@ def steps_text(run: RunConfig, rows: int, processes: int) -> str:
     batches = rows // micro if training.dataloader_drop_last else math.ceil(rows / micro)
     per_epoch = math.ceil(batches / training.gradient_accumulation_steps)
     if training.max_steps > 0:
-        total, epochs = training.max_steps, f"{training.max_steps / per_epoch:.2f} epochs"
+        total, epochs = training.max_steps, training.max_steps / per_epoch
     else:
-        total, epochs = math.ceil(training.num_train_epochs * per_epoch), f"{training.num_train_epochs:g} epochs"
-    text = f"{rows} {unit} -> {per_epoch} steps per epoch -> {total} optimiser steps in {epochs}"
+        total, epochs = math.ceil(training.num_train_epochs * per_epoch), training.num_train_epochs
+    words = "1 epoch" if epochs == 1 else f"{epochs:.4g} epochs"
+    text = f"{rows} {unit} -> {per_epoch} steps per epoch -> {total} optimiser steps in {words}"
     left = rows % batch
     return f"{text}; the last step of an epoch has {left} {unit}" if left and per_epoch > rows // batch else text
 
@@ -144,7 +144,7 @@ def _memory(run: RunConfig, config, rows):
         checkpointing=bool(training.gradient_checkpointing),
         sequences=sequences,
         length=length,
-        logits="none" if classifier else "chunked" if on_policy else "whole",
+        logits=not classifier,
         reference=on_policy and peft_config is None,
         engine=on_policy and build.uses_vllm(training.rollout_backend),
         rewards=reward_shapes(run) if run.method.rewards else {},

@@ -1,8 +1,9 @@
 """A memory estimate from the model's config alone: no weight is loaded, and none needs to exist on this machine.
 
 It says whether a run is near or far from fitting, not how many bytes it will take. Counted exactly: weights, gradients
-and optimiser states. Rough: activations (Korthikanti et al. 2022, arXiv 2205.05198, equation 2 without the attention
-scores, which fused attention does not keep: 34 bytes per token, layer and hidden unit in 16 bits, 68 in 32 bits).
+and optimiser states. Rough: activations. A layer with h hidden and i inner units keeps about 16 h + 4 i numbers per
+token for its backward pass: norms 6 h, projections and rotary embedding 10 h, gated MLP 4 i (counted in Qwen2 and Llama
+layers with fused attention, which keeps no scores). Under 16-bit autocast the norms stay in 32 bits.
 """
 
 from dataclasses import dataclass, field
@@ -26,13 +27,15 @@ class Part:
 class Shape:
     """What the estimate needs to know of a model, all from its config.
 
-    parameters, trainable: counts. layers, hidden, vocab: sizes. bytes_per_weight: of the dtype it is loaded in.
+    parameters, trainable: counts. layers, hidden, inner (of the MLP), vocab: sizes. bytes_per_weight: of the dtype it
+    is loaded in.
     """
 
     parameters: int
     trainable: int
     layers: int
     hidden: int
+    inner: int
     vocab: int
     bytes_per_weight: int
 
@@ -56,7 +59,7 @@ class Estimate:
 
 
 def _size(count: int) -> str:
-    return f"{count / GIB:.2f} GiB" if count >= GIB / 100 else f"{count / 2**20:.2f} MiB"
+    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.2f} MiB"
 
 
 def model_shape(config, *, dtype: str | None, classifier: bool = False, peft_config=None) -> Shape:
@@ -83,6 +86,7 @@ def model_shape(config, *, dtype: str | None, classifier: bool = False, peft_con
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
+        inner=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,  # GPT-2 has no such key
         vocab=text.vocab_size,
         bytes_per_weight=named.itemsize,
     )
@@ -105,16 +109,16 @@ def estimate(
     checkpointing: bool,
     sequences: int,
     length: int,
-    logits: str,
+    logits: bool,
     reference: bool = False,
     engine: bool = False,
     rewards: dict[str, Shape] | None = None,
 ) -> Estimate:
     """Memory of one training process.
 
-    sequences, length: of one micro-batch. mixed: 16-bit autocast. logits: "whole" (of all tokens at once), "chunked" or
-    "none". reference: there is a second, frozen copy of the model. engine: the rollout engine has a copy of its own.
-    rewards: reward models by name.
+    sequences, length: of one micro-batch. mixed: 16-bit autocast. logits: there is a language-model head; it
+    runs in chunks. reference: there is a second, frozen copy of the model. engine: the rollout engine has a copy of its
+    own. rewards: reward models by name.
     """
     out = Estimate()
     count, width = shape.parameters, shape.bytes_per_weight
@@ -125,15 +129,16 @@ def estimate(
     if mixed and width == 4:
         out.add("16-bit copies", count * 2, "autocast keeps the cast weights during a forward and backward pass")
     tokens = sequences * length
-    per_unit = 34 if mixed or width == 2 else 68
-    kept = shape.layers * (per_unit // 17 if checkpointing else per_unit) + (per_unit if checkpointing else 0)
-    how = "inputs of each layer, and one layer" if checkpointing else f"{per_unit} bytes x {shape.layers} layers"
-    out.add("activations (rough)", tokens * shape.hidden * kept, f"{tokens:,} tokens x {shape.hidden} x {how}")
-    whole = 4 * tokens * shape.vocab
-    if logits == "whole":
-        out.add("logits", 3 * whole, f"{tokens:,} x {shape.vocab:,} in float32, their softmax and gradient")
-    elif logits == "chunked":
-        out.add("logits", 3 * min(whole, LOGITS_CHUNK_BYTES), "one chunk in float32, its softmax and gradient")
+    number = 2 if mixed or width == 2 else 4
+    layer = number * (10 * shape.hidden + 4 * shape.inner) + (4 if mixed else number) * 6 * shape.hidden
+    if checkpointing:
+        kept, how = shape.layers * number * shape.hidden + layer, f"{shape.layers} layer inputs and one layer"
+    else:
+        kept, how = shape.layers * layer, f"{shape.layers} layers x {layer:,} bytes"
+    out.add("activations (rough)", tokens * kept, f"{tokens:,} tokens x {how}")
+    if logits:
+        chunk = min(4 * tokens * shape.vocab, LOGITS_CHUNK_BYTES)
+        out.add("logits", 3 * chunk, "at most one chunk in float32, its softmax and its gradient")
     if reference:
         out.add("reference model", count * width, "a frozen copy of the weights")
     if engine:

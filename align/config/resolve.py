@@ -95,7 +95,8 @@ def resolve(method_name: str, config_file: str | None, tokens: list[str]) -> Run
         for part, cls in classes.items():
             if key in _fields(cls):
                 arguments[part][key] = value = _typed(key, entry, cls)
-                given[key] = entry.value if dataclasses.is_dataclass(value) else _plain(value)
+                as_written = dataclasses.is_dataclass(value) or type(entry.value) is int and entry.value == value
+                given[key] = entry.value if as_written else _plain(value)
     built = {part: _build(cls, arguments[part], config_file) for part, cls in classes.items()}
     nested = {key: given.get(key) for key in REWARD_SECTIONS}
     run = RunConfig(method=method, **built, **nested, entries=entries, given=given)

@@ -32,7 +32,7 @@ def test_sft(tiny_model, demonstrations, tmp_path, capsys):
     assert shown["one step"] == (
         "2 sequences per device x 3 accumulated x 1 process = 6 sequences -> 1 optimiser step\n"
     )
-    assert "12 of 12 rows can be trained on" in shown["data"]
+    assert "12 of 12 rows can be" in shown["data"]
     assert "context | What is 0 plus 0?" in shown["first example"]
     assert "trained |  It is 0.<eos>" in shown["first example"]
     assert shown["steps"] == "12 sequences -> 2 steps per epoch -> 4 optimiser steps in 2 epochs\n"
@@ -48,7 +48,7 @@ def test_reward_with_lora(tiny_model, pairs, capsys):
         "4 pairs per device x 1 accumulated x 1 process = 4 pairs -> 8 sequences -> 1 optimiser step\n"
     )
     assert "trained |  It is 1.<eos>" in shown["first example"]
-    assert shown["steps"] == "12 pairs -> 3 steps per epoch -> 5 optimiser steps in 1.67 epochs\n"
+    assert shown["steps"] == "12 pairs -> 3 steps per epoch -> 5 optimiser steps in 1.667 epochs\n"
     counts = {line.split()[0]: line for line in shown["memory"].splitlines()}
     # rank 16 on two 32x32 matrices of two layers, and the trained head of 32 weights
     assert f"{2 * 2 * 16 * 64 + 32:,} trained" in counts["gradients"]
@@ -63,7 +63,7 @@ def test_remax_counts_for_several_processes(tiny_model, prompts, rule, capsys):
         "-> 1 optimiser step\n"
     )
     assert shown["steps"] == (
-        "12 prompts -> 3 steps per epoch -> 3 optimiser steps in 1 epochs; the last step of an epoch has 2 prompts\n"
+        "12 prompts -> 3 steps per epoch -> 3 optimiser steps in 1 epoch; the last step of an epoch has 2 prompts\n"
     )
     assert "the rollouts start here" in shown["first example"]
     assert "reference model" in shown["memory"]
@@ -77,7 +77,7 @@ def test_a_bad_row_is_named(tiny_model, tmp_path, capsys):
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("align: error: ") and "1 of 2 rows" in error and "row 1" in error
     shown = run(capsys, "sft", *tokens, "--max_bad_share", 0.5)
-    assert "1 of 2 rows can be trained on" in shown["data"]
+    assert "1 of 2 rows can be" in shown["data"]
 
 
 def test_rows_that_do_not_fill_a_step_are_refused(tiny_model, prompts, rule, capsys):
