@@ -77,7 +77,7 @@ def plot_proxy_and_gold(entries: dict[str, dict], kind: str):
             _kl_axis(axis, entry, kind)
             _mark_peak(axis, entry, "kl", GOLD_COLOUR, scaled=True, line=True)
             axis.axhline(0, color="#BBBBBB", linewidth=1, zorder=0)
-            axis.set_title(name, pad=8)
+            axis.set_title(name, pad=22 if kind == "best_of_n" else 8)
             axis.legend(loc="upper left", fontsize=8.5, handlelength=2.4)
         for axis in axes.flat[len(entries) :]:
             axis.set_axis_off()
@@ -176,7 +176,7 @@ def save_figure(figure, stem: str | Path) -> list[Path]:
     paths[0].parent.mkdir(parents=True, exist_ok=True)
     with _style():
         figure.savefig(paths[1], metadata={"Date": None})
-        figure.set_layout_engine("none")  # the layout is made: a second time would cost as much as the drawing
+        figure.set_layout_engine(None)  # the layout is made; making it again would cost as much as the drawing
         figure.savefig(paths[0], dpi=160)
     return paths
 
@@ -264,16 +264,14 @@ def _kl_axis(axis, entry: dict, kind: str) -> None:
     axis.set_xticks([], minor=True)
     axis.set_xlabel(KL_LABEL)
     if kind == "best_of_n":
-        top = axis.twiny()
-        top.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
-        top.set_xlim(axis.get_xlim())
-        # Labels of small n would overlap: from n = 4 on there is room.
-        pairs = [(kl, n) for n, kl in zip(entry["n"], entry["kl"], strict=True)]
+        # A second axis would say the same and take as long to draw as the whole panel.
+        pairs = list(zip(entry["n"], entry["kl"], strict=True))
         pairs = pairs[:1] + pairs[1::2] if len(pairs) > 7 else pairs
-        top.set_xticks([kl for kl, _ in pairs], labels=[str(n) for _, n in pairs])
-        top.set_xlabel("n (answers to choose from)", fontsize=9)
-        top.grid(False)
-        top.spines["top"].set_visible(True)
+        above = axis.get_xaxis_transform()
+        for n, kl in pairs:
+            label, side = ("n = 1", "left") if n == 1 else (str(n), "center")
+            axis.text(kl, 1.025, label, transform=above, horizontalalignment=side, fontsize=9, color="#555555")
+        axis.plot([kl for _, kl in pairs], [1.0] * len(pairs), "|", transform=above, color="#666666", clip_on=False)
 
 
 def _sqrt_ticks(largest: float) -> list[float]:
@@ -282,8 +280,7 @@ def _sqrt_ticks(largest: float) -> list[float]:
     for exponent in range(int(np.floor(np.log10(largest))), -6, -1):
         for factor in (8, 6, 5, 4, 3, 2, 1.5, 1):
             tick = factor * 10.0**exponent
-            if tick <= largest and np.sqrt(ticks[-1] / largest) - np.sqrt(tick / largest) > 0.1 < np.sqrt(
-                tick / largest
-            ):
+            place, right = np.sqrt(tick / largest), np.sqrt(ticks[-1] / largest)
+            if tick <= largest and 0.1 < place < right - 0.1:
                 ticks.append(tick)
     return [0.0, *ticks[:0:-1]]

@@ -125,7 +125,7 @@ def _numbers(column, path: Path) -> np.ndarray:
     bad = np.flatnonzero(~np.isfinite(values))
     if bad.size:
         raise DataError(
-            f"{path}: column {column.name!r} is not a finite number in {_rows(bad)}; the first is {column[bad[0]]!r}"
+            f"{path}: column {column.name!r} is not a finite number in {_rows(bad)}; the first is {column[bad[0]]}"
         )
     return values
 

@@ -90,13 +90,8 @@ def sample_table(
         rows = rows.select(range(num_prompts))
     dataset = tokenize_prompts(rows, tokenizer, max_prompt_length=max_prompt_length, source=prompts)
     params = SamplingParams(max_tokens=max_completion_length, n=n, temperature=temperature, top_p=top_p)
-    engine = make_engine(
-        load_policy(model),
-        tokenizer,
-        backend=backend,
-        max_model_len=max_prompt_length + max_completion_length,
-        seed=seed,
-    )
+    longest = max(len(ids) for ids in dataset["prompt_ids"]) + max_completion_length
+    engine = make_engine(load_policy(model), tokenizer, backend=backend, max_model_len=longest, seed=seed)
     reward_batch = load("reward_models.base:RewardBatch")
 
     def batches() -> Iterator[tuple[dict[str, list], object]]:

@@ -37,7 +37,7 @@ def write_run(
     )  # fmt: skip
     level = rng.normal(size=prompts)  # some prompts are easier
     for index in range(steps + 1):
-        kl = max_kl * (index / steps) ** 1.5
+        kl = max_kl * (index / max(steps, 1)) ** 1.5
         d = np.sqrt(kl)
         proxy = 0.2 + 1.3 * d - 0.06 * d**2 + level + noise * rng.normal(size=prompts)
         scores = 1.0 + gao_rl(d, alpha, beta) + level + noise * rng.normal(size=prompts)

@@ -1,0 +1,111 @@
+"""Tables of scored completions: every kind of file, and every kind of bad row named by its number."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from align.errors import DataError
+from align.evaluation.score_table import read_score_table
+
+
+def frame(**changes):
+    rows = {
+        "prompt": ["sea", "sea", "hill", "sea", "hill"],
+        "completion": ["a", "b", "a", "NA", "c"],
+        "rm": [0.1, 0.2, 0.3, 0.4, 0.5],
+        "gold": [1.0, 2.0, 3.0, 4.0, 5.0],
+    }
+    return pd.DataFrame({**rows, **changes})
+
+
+def save(table, path):
+    if path.suffix == ".parquet":
+        table.to_parquet(path)
+    elif path.suffix == ".csv":
+        table.to_csv(path, index=False)
+    else:
+        table.to_json(path, orient="records", lines=path.suffix == ".jsonl")
+    return path
+
+
+def read(path, **options):
+    return read_score_table(path, **{"proxies": ["rm"], "gold": "gold", **options})
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl", ".json"])
+def test_scores_belong_to_their_row(tmp_path, suffix):
+    table = read(save(frame(), tmp_path / f"scores{suffix}"))
+    assert [rows.tolist() for rows in table.rows] == [[0, 1, 3], [2, 4]]
+    assert [s.tolist() for s in table.by_prompt("rm")] == [[0.1, 0.2, 0.4], [0.3, 0.5]]
+    assert [s.tolist() for s in table.by_prompt("gold")] == [[1, 2, 4], [3, 5]]
+    assert table.completions[3] == "NA" and table.prompts[2] == "hill"
+
+
+def test_prompt_id_comes_before_prompt(tmp_path):
+    path = save(frame(prompt_id=[7, 7, 8, 8, 8], completion=list("abcde")), tmp_path / "t.parquet")
+    assert [rows.tolist() for rows in read(path).rows] == [[0, 1], [2, 3, 4]]
+    assert [rows.tolist() for rows in read(path, prompt="prompt").rows] == [[0, 1, 3], [2, 4]]
+
+
+def test_conversations_are_prompts_too(tmp_path):
+    chats = [[{"role": "user", "content": text}] for text in frame()["prompt"]]
+    assert [rows.tolist() for rows in read(save(frame(prompt=chats), tmp_path / "t.parquet")).rows] == [
+        [0, 1, 3],
+        [2, 4],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rm": [0.1, None, 0.3, float("nan"), 0.5]}, "column 'rm' is missing .* in rows 1, 3"),
+        ({"gold": [1, 2, 3, 4, float("inf")]}, "column 'gold' is not a finite number in rows 4; the first is inf"),
+        ({"gold": ["1", "2", "three", "4", "5"]}, "column 'gold' is not a finite number in rows 2; the first is three"),
+        ({"prompt": ["sea", None, "hill", "sea", "hill"]}, "column 'prompt' is missing in rows 1"),
+        ({"completion": ["a", "b", "a", "b", "c"]}, "same answer .* different scores 'rm' in rows 1, 3"),
+        ({"completion_id": [0, 1, 0, 1, 1]}, "'completion_id' of the same prompt repeats an earlier row in rows 3"),
+        ({"gold": [1.0] * 5}, "a gold score that never differs"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, changes, message):
+    with pytest.raises(DataError, match=message):
+        read(save(frame(**changes), tmp_path / "t.parquet"))
+
+
+def test_many_bad_rows_are_counted(tmp_path):
+    table = pd.concat([frame()] * 6, ignore_index=True)
+    table["rm"] = None
+    with pytest.raises(DataError, match="rows 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 20 more"):
+        read(save(table, tmp_path / "t.parquet"))
+
+
+def test_repeated_draws_stay_and_a_doubled_file_is_refused(tmp_path):
+    drawn_twice = frame(completion=["a", "b", "a", "b", "c"], rm=[0.1, 0.2, 0.3, 0.2, 0.5], gold=[1, 2, 3, 2, 5])
+    assert len(read(save(drawn_twice, tmp_path / "t.parquet")).rows[0]) == 3
+    doubled = pd.concat([frame(), frame()], ignore_index=True)
+    with pytest.raises(DataError, match="at least twice .first again in rows 5, 6, 7, 8, 9"):
+        read(save(doubled, tmp_path / "d.parquet"))
+    named = doubled.assign(completion_id=range(10))
+    assert sum(len(rows) for rows in read(save(named, tmp_path / "n.parquet")).rows) == 10
+
+
+def test_columns_and_files_that_are_not_there(tmp_path):
+    path = save(frame(), tmp_path / "t.csv")
+    with pytest.raises(DataError, match="no column 'reward' for the proxy .columns: prompt, completion, rm, gold"):
+        read(path, proxies=["reward"])
+    with pytest.raises(DataError, match="neither a prompt_id nor a prompt column"):
+        read(save(frame().drop(columns="prompt"), tmp_path / "p.csv"))
+    with pytest.raises(DataError, match="both a proxy and the gold score"):
+        read(path, gold="rm")
+    with pytest.raises(DataError, match="does not exist"):
+        read(tmp_path / "nowhere.csv")
+    with pytest.raises(DataError, match="unknown kind of table '.xlsx'"):
+        (tmp_path / "t.xlsx").write_text("")
+        read(tmp_path / "t.xlsx")
+    (tmp_path / "torn.csv").write_text("prompt,rm,gold\na,1\n")
+    with pytest.raises(DataError, match="cannot be read as .csv"):
+        read(tmp_path / "torn.csv")
+    (tmp_path / "torn.jsonl").write_text(json.dumps({"prompt": "a"}) + '\n{"prompt": ')
+    with pytest.raises(DataError, match="cannot be read as .jsonl"):
+        read(tmp_path / "torn.jsonl")
