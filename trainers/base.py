@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from transformers import TrainingArguments
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 
 from align.distributed.checkpoints import damage, newest_whole, write_manifest
@@ -163,6 +165,7 @@ class TrainerMixin:
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As transformers' `train`; `resume_from_checkpoint=True` takes the newest undamaged checkpoint."""
+        first_step = 0
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_whole(self.args.output_dir)
             if resume_from_checkpoint is None:
@@ -179,14 +182,16 @@ class TrainerMixin:
                     f"({path.name} is missing): resume with the number of processes that wrote it"
                 )
             self.resume_state = torch.load(path, weights_only=False)
+            first_step = TrainerState.load_from_json(Path(resume_from_checkpoint) / "trainer_state.json").global_step
             resume_from_checkpoint = str(resume_from_checkpoint)
-        first_step = self.state.global_step
         output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         if self.state.global_step == first_step:
-            raise TrainingError(
-                f"no step was trained: {len(self.train_dataset)} rows are fewer than one batch of "
-                f"{self.args.train_batch_size} x {self.args.gradient_accumulation_steps} x {self.args.world_size}"
-            )
+            if first_step < self.state.max_steps or first_step == 0:
+                raise TrainingError(
+                    f"no step was trained after step {first_step} of {self.state.max_steps}: {len(self.train_dataset)} "
+                    "training rows do not reach one more batch"
+                )
+            logger.warning("%s is finished already: no step was left to train", resume_from_checkpoint)
         return output
 
     # ---- tables and figures -----------------------------------------------------------------------------------------
@@ -207,8 +212,6 @@ class TrainerMixin:
             import wandb
 
             wandb.log({name: wandb.Image(figure), "train/global_step": self.state.global_step})
-        if "tensorboard" in self.args.report_to:
-            from torch.utils.tensorboard import SummaryWriter
-
-            with SummaryWriter(self.args.logging_dir) as writer:
-                writer.add_figure(name, figure, self.state.global_step)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                callback.tb_writer.add_figure(name, figure, self.state.global_step)

@@ -1,0 +1,28 @@
+"""`align quickstart`: the whole way through the library on the embedded toy world."""
+
+import argparse
+import logging
+
+HELP = "the whole way on a toy world: SFT, reward ensemble, best-of-n, ReMax, report (minutes on a CPU)"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output_dir", default=None, help="default: runs/quickstart-seed<seed>")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--small", action="store_true", help="a smaller version that only shows that everything runs")
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from align.quickstart.settings import FULL, SMALL
+
+    console = Console()
+    for name in ("align", "trainers", "reward_models"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    console.print("loading torch, transformers and the rollout engine ...")
+    from align.quickstart.run import run_quickstart
+
+    name = f"runs/quickstart-seed{args.seed}{'-small' if args.small else ''}"
+    run_quickstart(args.output_dir or name, SMALL if args.small else FULL, args.seed, console)
+    return 0

@@ -1,0 +1,1 @@
+"""The whole library in one run on the toy world: `align quickstart`."""

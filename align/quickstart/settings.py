@@ -1,0 +1,50 @@
+"""How large the quickstart is."""
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes and learning rates of one quickstart. Lengths in tokens (one word each)."""
+
+    sft_rows_per_prompt: int = 16
+    sft_learning_rate: float = 5e-3
+    train_prompts: int = 256
+    eval_prompts: int = 128
+    pairs: int = 1000
+    eval_pairs: int = 300
+    label_noise: float = 0.25
+    members: int = 5
+    reward_epochs: int = 3
+    reward_learning_rate: float = 1e-3
+    uncertainty_weight: float = 0.5
+    bon_prompts: int = 64
+    bon_n: int = 512
+    prompts_per_step: int = 64
+    steps: int = 100
+    eval_every: int = 10
+    eval_samples: int = 2
+    learning_rate: float = 1e-3
+    beta: float = 0.01
+    max_prompt_length: int = 12
+    max_completion_length: int = 17
+
+    def fingerprint(self, seed: int) -> dict:
+        return {"seed": seed, **asdict(self)}
+
+
+FULL = Settings()
+SMALL = Settings(
+    sft_rows_per_prompt=4,
+    pairs=200,
+    eval_pairs=60,
+    members=3,
+    reward_epochs=1,
+    bon_prompts=8,
+    bon_n=32,
+    prompts_per_step=16,
+    steps=6,
+    eval_every=2,
+    eval_prompts=24,
+    eval_samples=1,
+)

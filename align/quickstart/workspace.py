@@ -1,0 +1,52 @@
+"""The quickstart's folder: what each finished phase left, so that a second start continues after it."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from align.errors import ConfigError
+
+
+class Workspace:
+    """`<folder>/<phase>/` holds a phase's files, `<folder>/phases.json` the results and seconds of the finished ones."""
+
+    def __init__(self, folder: str | Path, fingerprint: dict):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.state_path = self.folder / "phases.json"
+        if self.state_path.exists():
+            self.state = json.loads(self.state_path.read_text())
+            if self.state["settings"] != fingerprint:
+                raise ConfigError(
+                    f"{self.folder} holds a quickstart with other settings: choose another --output_dir, or delete it"
+                )
+        else:
+            self.state = {"settings": fingerprint, "phases": {}}
+            self._save()
+
+    def path(self, *parts: str) -> Path:
+        path = self.folder.joinpath(*parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def finished(self, phase: str) -> bool:
+        return phase in self.state["phases"]
+
+    def run(self, phase: str, function: Callable[[], dict]) -> dict:
+        """The result of `function` (JSON values), or what it returned when the phase was finished earlier."""
+        if not self.finished(phase):
+            start = time.perf_counter()
+            result = function()
+            self.state["phases"][phase] = {"seconds": time.perf_counter() - start, "result": result}
+            self._save()
+        return self.state["phases"][phase]["result"]
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return {name: phase["seconds"] for name, phase in self.state["phases"].items()}
+
+    def _save(self) -> None:
+        temporary = self.state_path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.state, indent=1, allow_nan=False))
+        temporary.rename(self.state_path)
