@@ -62,11 +62,13 @@ def _no_further_tokens(run, parser: argparse.ArgumentParser):
 
 
 def _set_up_logging() -> None:
-    """Our own messages from INFO (on the first process of several), those of other libraries from WARNING."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    """Our own messages from INFO (on the first process of several); other libraries keep their own handlers."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
     for package in ("align", "trainers", "reward_models"):
-        logging.getLogger(package).setLevel(level)
+        logger = logging.getLogger(package)
+        logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+        logger.handlers[:] = [handler]
 
 
 def main(argv: list[str] | None = None) -> int:

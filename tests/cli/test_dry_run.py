@@ -2,7 +2,8 @@
 
 import pytest
 
-from align.cli.dry_run import longest, steps_text
+from align.cli import build
+from align.cli.dry_run import longest, steps_text, tokenize
 from align.cli.main import main
 from align.config.resolve import resolve
 
@@ -123,3 +124,22 @@ def test_longest():
     assert longest(rows, "prompts") == 2
     assert longest(rows, "pairs") == 4
     assert longest({"input_ids": [[1], [1, 2, 3]]}, "completions") == 3
+
+
+@pytest.mark.parametrize("method", ["sft", "reward", "remax"])
+def test_the_rows_are_those_of_the_trainer(method, tiny_model, demonstrations, pairs, prompts, rule, tmp_path):
+    rows = {"sft": demonstrations, "reward": pairs, "remax": prompts}[method]
+    tokens = ["--model_name_or_path", str(tiny_model), "--dataset_name", rows, "--output_dir", str(tmp_path / "run")]
+    # so short that some sequences are cut
+    tokens += ["--max_prompt_length", "32", "--rewards.0", rule] if method == "remax" else ["--max_length", "28"]
+    config = resolve(method, None, tokens)
+    shown, _ = tokenize(config, build.train_rows(config), build.tokenizer(config))
+    trained = build.trainer(config).train_dataset
+    assert len(shown) == len(trained) == 12
+    for ours, theirs in zip(shown, trained, strict=True):
+        if method == "sft":
+            assert ours["input_ids"] == theirs["input_ids"]
+            assert ours["completion_mask"] == [int(label != -100) for label in theirs["labels"]]
+        else:
+            names = ["prompt_ids"] if method == "remax" else ["prompt_ids", "chosen_ids", "rejected_ids"]
+            assert [ours[name] for name in names] == [theirs[name] for name in names]
