@@ -18,9 +18,14 @@ def print_summary(summary: dict, paths=()) -> None:
         if not summary[kind]:
             continue
         table = Table(
-            title=f"{title}: gold score", title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+            title=f"{title}: gold score",
+            title_justify="left",
+            header_style="bold",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            padding=(0, 1, 0, 0),
         )
-        table.add_column(name_title, overflow="fold")
+        table.add_column(name_title, overflow="fold", min_width=12)
         for column in ("start", "peak", "end", f"at {axis}", "at KL", "lost"):
             table.add_column(column, justify="right", no_wrap=True)
         table.add_column("verdict", no_wrap=True)

@@ -12,7 +12,13 @@ logger = logging.getLogger(__name__)
 
 TEMPLATE = "report.html.j2"
 PLACES = {"start": "Before training", "peak": "At the gold peak", "end": "At the end"}
-BADGES = {"over-optimised": "bad", "collapsed": "bad", "not over-optimised": "good", "too little data": "unknown"}
+BADGES = {
+    "over-optimised": "bad",
+    "collapsed": "bad",
+    "not over-optimised": "good",
+    "unclear": "unknown",
+    "too little data": "unknown",
+}
 GLOSSARY = (
     ("Proxy score", "the learned reward that is being optimised; it has seen few and noisy labels."),
     ("Gold score", "the reward that counts, never shown to the training; here it only judges."),

@@ -113,6 +113,14 @@ def test_a_noisy_plateau_is_seldom_called_a_fall():
     assert wrong <= 8 and naive >= 15
 
 
+def test_a_fall_that_chance_could_make_is_unclear():
+    rng = np.random.default_rng(0)
+    gold = np.array([0.0, 1.0, 0.7])[:, None] + 3 * rng.normal(size=(3, 20))
+    peak = analyse_peak(np.arange(3.0)[:, None] + np.zeros((3, 20)), gold)
+    assert peak.peak == 1 and peak.drop_share > 0.1 and peak.drop_interval[0] <= 0
+    assert peak.verdict == "unclear"
+
+
 def test_collapse_and_falls_without_a_gain():
     rng = np.random.default_rng(0)
     gold = np.array([0.0, 2.0, 1.0])[:, None] + 0.1 * rng.normal(size=(3, 30))
