@@ -115,7 +115,8 @@ def test_a_noisy_plateau_is_seldom_called_a_fall():
 
 def test_a_fall_that_chance_could_make_is_unclear():
     rng = np.random.default_rng(0)
-    gold = np.array([0.0, 1.0, 0.7])[:, None] + 3 * rng.normal(size=(3, 20))
+    noise = 3 * rng.normal(size=(3, 20))
+    gold = np.array([0.0, 1.0, 0.7])[:, None] + noise - noise.mean(1, keepdims=True)
     peak = analyse_peak(np.arange(3.0)[:, None] + np.zeros((3, 20)), gold)
     assert peak.peak == 1 and peak.drop_share > 0.1 and peak.drop_interval[0] <= 0
     assert peak.verdict == "unclear"
