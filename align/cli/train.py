@@ -47,30 +47,34 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
 def train(config: "RunConfig") -> None:
     """Train, and save the model and the resolved config in `output_dir`."""
     from align.cli import build
+    from align.config.resolve import settings
 
+    values = settings(config)
     output_dir = Path(config.training.output_dir)
+    main_process = config.training.process_index == 0
     resume = config.training.resume_from_checkpoint
     if config.ensemble is not None and config.ensemble.ensemble_size > 1:
+        if main_process:
+            save_settings(values, output_dir)
         build.train_ensemble(config, resume=resume is not None and resume.lower() in ("true", "auto"))
         what = f"the {config.ensemble.ensemble_size} members of the ensemble"
     else:
         trainer = build.trainer(config)
-        save_settings(config, output_dir)
+        if main_process:
+            save_settings(values, output_dir)
         trainer.train(resume_from_checkpoint=resume_from(resume, output_dir))
         trainer.save_model(str(output_dir))
         what = "the model, its tokenizer"
-    save_settings(config, output_dir)
-    if config.training.process_index == 0:
+    if main_process:
         print(f"saved {what} and {SETTINGS_FILE} in {output_dir}")
 
 
-def save_settings(config: "RunConfig", output_dir: Path) -> None:
-    """Write the resolved config beside the model, on the first process."""
+def save_settings(values: dict, output_dir: Path) -> None:
+    """Write the resolved config beside the model."""
     from align.config.resolve import write_settings
 
-    if config.training.process_index == 0:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_settings(config, output_dir / SETTINGS_FILE)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_settings(values, output_dir / SETTINGS_FILE)
 
 
 def resume_from(value: str | None, output_dir: Path) -> str | bool | None:

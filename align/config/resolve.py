@@ -217,7 +217,10 @@ def _check_required(run: RunConfig, config_file: str | None) -> None:
 
 
 def settings(run: RunConfig) -> dict[str, Any]:
-    """What makes this run differ from the defaults: everything that was set, then what the machine decided."""
+    """What makes this run differ from the defaults: everything that was set, then what the machine decided.
+
+    Call it before a trainer is built: trainers change their config.
+    """
     config = type(run.training)
     decided = {
         name: getattr(run.training, name)
@@ -231,7 +234,7 @@ def _plain(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
 
 
-def write_settings(run: RunConfig, path: str | Path) -> None:
-    """Write `settings(run)` as a file that `align <method> --config` reads back."""
+def write_settings(values: dict[str, Any], path: str | Path) -> None:
+    """Write what `settings` returned as a file that `align <method> --config` reads back."""
     with open(path, "w", encoding="utf-8") as file:
-        yaml.safe_dump(settings(run), file, sort_keys=False, allow_unicode=True)
+        yaml.safe_dump(values, file, sort_keys=False, allow_unicode=True)

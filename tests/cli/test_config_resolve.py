@@ -153,7 +153,7 @@ def test_settings_are_written_and_read_back(file, tmp_path):
     tokens = "--rewards.0.path b --learning_rate 5e-7 --lr_scheduler_type cosine --report_to none --max_steps 1e3"
     run = resolve("remax", file("rewards:\n  - {type: classifier, path: a}\nrun_name: 007\n"), tokens.split())
     path = tmp_path / "align_config.yaml"
-    write_settings(run, path)
+    write_settings(settings(run), path)
     again = resolve("remax", str(path), [])
     assert settings(again) == settings(run)
     assert again.training.to_dict() | {"logging_dir": None} == run.training.to_dict() | {"logging_dir": None}
