@@ -62,6 +62,8 @@ class ClassifierReward(Reward):
             )
         self.model = model.to(self.device).eval()
         self.normalizer = self._choose_normalizer(source, normalize, normalizer)
+        # models without learnt positions may name no limit
+        self.longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self.batch_size = batch_size
         self.max_length = max_length
         self.policy_tokenizer = policy_tokenizer
@@ -131,8 +133,7 @@ class ClassifierReward(Reward):
         where = f"reward {self.name!r}, row {row} of the batch"
         if not prompt and not completion:
             raise RewardError(f"{where}: prompt and completion are empty")
-        limit = self.max_length or self.model.config.get_text_config().to_dict().get("max_position_embeddings")
-        length = len(prompt) + len(completion)
+        limit, length = self.max_length or self.longest, len(prompt) + len(completion)
         if limit is None or length <= limit:
             return prompt + completion
         if self.max_length is None:

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 
+from align.data.encode import render_pair
 from align.errors import RewardError
 from align.objectives import kl
 from align.objectives.advantages import remax_loss, remax_token_weights, reward_to_go
 from align.objectives.best_of_n import bon_expected, bon_kl, bon_weights
 from align.objectives.ensemble import aggregate
 from align.objectives.reward_model import bradley_terry_loss, score_l2
+from tests.reward_models.worlds import tokenizer as word_tokenizer
 
 FOLDER = Path(os.environ.get("ALIGN_VECTORS", Path(__file__).parent / "vectors"))
 CHECKS = {}
@@ -143,6 +145,23 @@ def get_reward(inputs, outputs):
     # released: with one member the variance is uninitialised memory
     with pytest.raises(RewardError, match="at least two members"):
         aggregate(scores[:1], "uwo", lambda_=inputs["uwo_lambda"])
+
+
+@covers("ens_prompt_format")
+def the_reward_model_sees_the_instruction(inputs, outputs):
+    """Released: the gold model's template lost everything after its first line. Ours is the chat template, whole."""
+    template = (
+        "{% for m in messages %}{{ '<|prompter|>' if m.role == 'user' else '<|assistant|>' }}{{ m.content }}"
+        "<|endoftext|>{% endfor %}{{ '<|assistant|>' if add_generation_prompt else '' }}"
+    )
+    tokenizer = word_tokenizer(template=template)
+    entry = inputs["entry"]
+    prompt = [{"role": "user", "content": f"{entry['instruction']}\n{entry['input']}"}]
+    answers = [[{"role": "assistant", "content": answer}] for answer in entry["answers"]]
+    start, completions = render_pair(prompt, answers, tokenizer, {})
+    expected_start, expected_answers, end = outputs["proxy"]
+    assert start == expected_start and completions == [answer + end for answer in expected_answers]
+    assert entry["instruction"] in start and entry["instruction"] not in outputs["gold_as_coded"][0]
 
 
 # ---- best-of-n

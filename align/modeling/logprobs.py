@@ -174,7 +174,7 @@ def _compose(outer: Callable, inner: Callable, x: Tensor) -> Tensor:
 
 def logit_transform(config) -> Callable[[Tensor], Tensor]:
     """What the architecture does between its head and its logits: Granite's and Cohere's scale, Gemma's soft cap."""
-    text = config.get_text_config().to_dict()
+    text = vars(config.get_text_config())  # only some architectures have these
     scale = text.get("logit_scale") or 1.0
     if text.get("logits_scaling"):
         scale = scale / text["logits_scaling"]

@@ -8,10 +8,11 @@ from reward_models.normalizer import Normalizer
 from tests.modeling import tiny
 from tests.reward_models import worlds
 
-PROMPTS = ["w1 w2", "w3", "w1 w4 w5 w6", "w1 w2", "w9"]
+PROMPTS = ["w1 w2 ", "w3 ", "w1 w4 w5 w6 ", "w1 w2 ", "w9 "]  # words are split at spaces
 COMPLETIONS = ["w7", "w8 w9 w10 w11 w12 w13", "w2", "w7 w7 w7", "w20 w21"]
 CHAT = RewardBatch(
-    [[{"role": "user", "content": p}] for p in PROMPTS], [[{"role": "assistant", "content": c}] for c in COMPLETIONS]
+    [[{"role": "user", "content": p.strip()}] for p in PROMPTS],
+    [[{"role": "assistant", "content": c}] for c in COMPLETIONS],
 )
 TEXT = RewardBatch(PROMPTS, COMPLETIONS)
 
@@ -109,7 +110,7 @@ def test_normalizer_errors(tmp_path):
 
 def test_length(tmp_path):
     folder = worlds.reward_folder(tmp_path)
-    long = RewardBatch(["w1 " * 60 + "w2"], ["w3 w4"])
+    long = RewardBatch(["w1 " * 60 + "w2 "], ["w3 w4"])
     with pytest.raises(RewardError, match="row 0 of the batch: 65 tokens, and the model takes 64"):
         ClassifierReward(folder).score(RewardBatch(["w1 " * 62], ["w3 w4"]))
     assert len(ClassifierReward(folder).sequences(long)[0]) == 64

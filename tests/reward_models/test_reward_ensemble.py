@@ -10,7 +10,7 @@ from reward_models.normalizer import Normalizer
 from reward_models.rules import RuleReward
 from tests.reward_models import worlds
 
-BATCH = RewardBatch(["w1 w2", "w3", "w4"], ["w7", "w8 w9", "w2 w2"])
+BATCH = RewardBatch(["w1 w2 ", "w3 ", "w4 "], ["w7", "w8 w9", "w2 w2"])
 
 
 class Fixed(Reward):
