@@ -18,7 +18,6 @@ from align.evaluation.fits import FUNCTIONS
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#4D4D4D")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 PROXY_COLOUR, GOLD_COLOUR = "#D55E00", "#0072B2"
-WIDTHS = {1: 6.5, 2: 10.5, 3: 12.6}  # inches, by panels side by side
 FORM_LABELS = {"bon": "d(α − β d)", "rl": "d(α − β ln d)"}
 STYLE = {
     "font.family": "sans-serif",
@@ -64,13 +63,8 @@ def plot_proxy_and_gold(entries: dict[str, dict], kind: str):
 
     entries: `summary["best_of_n"]` or `summary["runs"]`; kind: which of the two. Returns a matplotlib Figure.
     """
-    from matplotlib.figure import Figure
-
     with _style():
-        columns = _columns(len(entries))
-        rows = -(-len(entries) // columns)
-        figure = Figure(figsize=(WIDTHS[columns], (3.9 if kind == "best_of_n" else 3.5) * rows), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
+        figure, axes = _panels(len(entries), sharey=True, above=0.55 if kind == "best_of_n" else 0.32)
         for axis, (name, entry) in zip(axes.flat, entries.items(), strict=False):
             for score, colour, line in (("proxy", PROXY_COLOUR, "--"), ("gold", GOLD_COLOUR, "-")):
                 _band(axis, entry, "kl", score, colour, line, label=_label(score, entry), scaled=True)
@@ -88,11 +82,9 @@ def plot_proxy_and_gold(entries: dict[str, dict], kind: str):
 
 def plot_gold(entries: dict[str, dict], kind: str, *, x: str = "kl"):
     """The gold scores of several curves in one panel, in their own unit, against KL or (x="step") optimiser steps."""
-    from matplotlib.figure import Figure
-
     with _style():
-        figure = Figure(figsize=(10, 4.4), layout="constrained")
-        axis = figure.subplots()
+        figure, axes = _panels(1, width=10, height=3.6, above=0.32 if kind == "best_of_n" and x == "kl" else 0.15)
+        axis = axes[0, 0]
         for number, (name, entry) in enumerate(with_gold(entries).items()):
             colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
             _band(axis, entry, x, "gold", colour, "-", label=name, marker=marker)
@@ -108,11 +100,9 @@ def plot_gold(entries: dict[str, dict], kind: str, *, x: str = "kl"):
 
 def plot_steps(entries: dict[str, dict]):
     """Proxy, gold and KL of runs against optimiser steps, three panels with one colour per run."""
-    from matplotlib.figure import Figure
-
     with _style():
-        figure = Figure(figsize=(11, 3.5), layout="constrained")
-        for axis, key in zip(figure.subplots(1, 3), ("proxy", "gold", "kl"), strict=True):
+        figure, axes = _panels(3, above=0.32)
+        for axis, key in zip(axes.flat, ("proxy", "gold", "kl"), strict=True):
             for number, (name, entry) in enumerate(entries.items()):
                 if entry[key][0] is None:
                     continue
@@ -132,14 +122,9 @@ def plot_steps(entries: dict[str, dict]):
 
 def plot_fits(entries: dict[str, dict], fits: dict[str, dict], kind: str):
     """Measured gold scores against d = sqrt(KL) and both forms of Gao et al.; dotted where a fit extrapolates."""
-    from matplotlib.figure import Figure
-
     with _style():
         shown = {name: entry for name, entry in with_gold(entries).items() if name in fits}
-        columns = _columns(len(shown))
-        rows = -(-len(shown) // columns)
-        figure = Figure(figsize=(WIDTHS[columns], 3.5 * rows), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
+        figure, axes = _panels(len(shown), sharey=True, above=0.32)
         own = "bon" if kind == "best_of_n" else "rl"
         for axis, (name, entry) in zip(axes.flat, shown.items(), strict=False):
             d = np.sqrt(np.maximum(entry["kl"], 0))
@@ -176,7 +161,6 @@ def save_figure(figure, stem: str | Path) -> list[Path]:
     paths[0].parent.mkdir(parents=True, exist_ok=True)
     with _style():
         figure.savefig(paths[1], metadata={"Date": None})
-        figure.set_layout_engine(None)  # the layout is made; making it again would cost as much as the drawing
         figure.savefig(paths[0], dpi=160)
     return paths
 
@@ -199,9 +183,30 @@ def _scaled(entry: dict, score: str, values) -> np.ndarray:
     return (np.asarray(values, dtype=np.float64) - unit[f"{score}_zero"]) / (unit[f"{score}_sd"] or 1.0)
 
 
-def _columns(panels: int) -> int:
-    """Panels side by side: three, or two where three would leave one panel alone."""
-    return 2 if panels == 4 else min(panels, 3)
+def _panels(count: int, *, sharey=False, above: float, width: float | None = None, height: float = 2.8):
+    """A figure of `count` equal panels and its axes [rows, columns]; `above`: inches for titles over each panel.
+
+    Margins are set in inches: matplotlib's layout engines take as long as the drawing.
+    """
+    from matplotlib.figure import Figure
+
+    columns = 2 if count == 4 else min(count, 3)  # three would leave the fourth alone
+    rows = -(-count // columns)
+    width = width or {1: 6.5, 2: 10.5, 3: 12.6}[columns]
+    left, right, below, between = 0.68, 0.2, 0.55, 0.18 if sharey else 0.62
+    figure = Figure(figsize=(width, rows * (height + below + above)))
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=sharey)
+    panel = (width - left - right - (columns - 1) * between) / columns
+    total = figure.get_figheight()
+    figure.subplots_adjust(
+        left=left / width,
+        right=1 - right / width,
+        bottom=below / total,
+        top=1 - above / total,
+        wspace=between / panel,
+        hspace=(above + below) / height,
+    )
+    return figure, axes
 
 
 def _label(score: str, entry: dict) -> str:

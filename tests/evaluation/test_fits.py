@@ -62,7 +62,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say(form):
     alpha, beta, hits = 1.1, 0.37, np.zeros(3)
     truth = (alpha, beta, fits.PEAKS[form](alpha, beta)[0])
     d = np.concatenate([[0.0], D])
-    trials = 60
+    trials = 40
     for trial in range(trials):
         rng = np.random.default_rng(trial)
         gold = (
@@ -76,7 +76,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say(form):
         for i, name in enumerate(("alpha", "beta", "peak_d")):
             low, high = fit.intervals[name]
             hits[i] += (low is None or low <= truth[i]) and (high is None or truth[i] <= high)
-    assert np.all(hits >= 0.85 * trials), hits
+    assert np.all(hits >= 0.825 * trials), hits
     assert hits.sum() < 3 * trials  # intervals that never miss would be too wide
 
 
