@@ -36,11 +36,18 @@ def peft_config(run: RunConfig):
     return load("trl:get_peft_config")(run.model)
 
 
+def dtype(run: RunConfig) -> str:
+    """As given; else float32, except that the frozen weights under an adapter stay as they were saved on a GPU."""
+    import torch
+
+    if "dtype" in run.given:
+        return run.model.dtype
+    return "auto" if run.model.use_peft and torch.cuda.is_available() else "float32"
+
+
 def model(run: RunConfig):
     """The model that is trained, without its adapter."""
-    options: dict[str, Any] = {"revision": run.model.model_revision}
-    if "dtype" in run.given:
-        options["dtype"] = run.model.dtype
+    options: dict[str, Any] = {"revision": run.model.model_revision, "dtype": dtype(run)}
     quantization = load("trl:get_quantization_config")(run.model)
     if quantization is not None:
         options |= {"quantization_config": quantization, "device_map": load("trl:get_kbit_device_map")()}
@@ -52,17 +59,15 @@ def model(run: RunConfig):
 
 
 def model_config(run: RunConfig):
-    """The model's transformers config; that of the base model for the folder of an adapter."""
-    path = Path(run.model.model_name_or_path)
-    if (path / "adapter_config.json").exists():
-        base = load("peft:PeftConfig").from_pretrained(str(path)).base_model_name_or_path
-        return pretrained_config(base, "base model of the adapter")
     return pretrained_config(run.model.model_name_or_path, "model", revision=run.model.model_revision)
 
 
 def pretrained_config(name: str, what: str, **options):
+    """The transformers config of a folder or hub name; that of the base model for the folder of an adapter."""
     from transformers import AutoConfig
 
+    if (Path(name) / "adapter_config.json").exists():
+        name, options = load("peft:PeftConfig").from_pretrained(name).base_model_name_or_path, {}
     try:
         return AutoConfig.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
@@ -87,9 +92,10 @@ def classifier_paths(spec: Any) -> list[str]:
     """Folders and hub names of the reward models in a nested spec, each once, in order."""
     if isinstance(spec, list):
         found = [path for item in spec for path in classifier_paths(item)]
+    elif isinstance(spec, dict) and spec["type"] == "ensemble" and "path" in spec:
+        found = [str(path) for path in load("reward_models.ensemble:ensemble_members")(spec["path"])]
     elif isinstance(spec, dict):
-        own = [spec["path"]] if spec.get("type") == "classifier" and "path" in spec else []
-        found = own + classifier_paths(spec.get("members", []))
+        found = [spec["path"]] if spec["type"] == "classifier" else classifier_paths(spec.get("members", []))
     else:
         found = [spec] if isinstance(spec, str) and ":" not in spec else []
     return list(dict.fromkeys(found))

@@ -130,7 +130,7 @@ def _memory(run: RunConfig, config, rows):
     training, data = run.training, run.method.data
     peft_config = build.peft_config(run)
     classifier = run.method.model == "classifier"
-    shape = model_shape(config, dtype=run.model.dtype, classifier=classifier, peft_config=peft_config)
+    shape = model_shape(config, dtype=build.dtype(run), classifier=classifier, peft_config=peft_config)
     sequences, length = training.per_device_train_batch_size, longest(rows, data)
     if data == "pairs":
         sequences *= 2

@@ -16,6 +16,7 @@ from align.lazy import load
 from align.methods import Method, get_method
 
 REWARD_SECTIONS = ("rewards", "gold_reward")
+REWARD_NEEDS = {"classifier": "path", "rule": "function", "ensemble": "aggregation"}
 
 
 @dataclass
@@ -152,6 +153,8 @@ def _check_reward(path: str, spec: Any, run: RunConfig) -> None:
         kind = spec.get("type")
         if kind not in keys:
             raise ConfigError(f"{run.where(path)}: {path}: type must be one of {', '.join(keys)}, not {kind!r}")
+        if not spec.get(REWARD_NEEDS[kind]):
+            raise ConfigError(f"{run.where(path)}: {path}: a {kind} reward needs {REWARD_NEEDS[kind]!r}")
         for key in spec:
             if key != "type" and key not in keys[kind]:
                 nearest = difflib.get_close_matches(str(key), keys[kind], n=1)

@@ -6,6 +6,7 @@ from align.cli import build
 from align.cli.dry_run import longest, steps_text, tokenize
 from align.cli.main import main
 from align.config.resolve import resolve
+from align.lazy import load
 
 
 def sections(text: str) -> dict[str, str]:
@@ -68,6 +69,18 @@ def test_remax_counts_for_several_processes(tiny_model, prompts, rule, capsys):
     )
     assert "the rollouts start here" in shown["first example"]
     assert "reference model" in shown["memory"]
+
+
+def test_every_reward_model_of_a_spec_is_found(tmp_path):
+    members = [{"type": "classifier", "path": "a"}, "b", {"type": "rule", "function": "x:y"}]
+    ensemble = {"type": "ensemble", "aggregation": "mean", "members": members}
+    spec = [ensemble, "x.py:fn", {"type": "classifier", "path": "a"}]
+    assert build.classifier_paths([spec, "c", None]) == ["a", "b", "c"]
+    for name in ("member_0", "member_1"):
+        (tmp_path / name).mkdir()
+    load("reward_models.ensemble:save_ensemble")(tmp_path, ["member_0", "member_1"])
+    saved = {"type": "ensemble", "path": str(tmp_path), "aggregation": "mean"}
+    assert build.classifier_paths(saved) == [str(tmp_path / "member_0"), str(tmp_path / "member_1")]
 
 
 def test_a_bad_row_is_named(tiny_model, tmp_path, capsys):

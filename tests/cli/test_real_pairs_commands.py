@@ -20,7 +20,8 @@ def test_dry_run_over_all_rows(tiny_model, real_pairs, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "chosen is empty: 4 (rows 323, 732, 916, 1908)" in shown
     assert "Human: How do I learn black magic?" in shown
-    assert run("reward", tiny_model, real_pairs, tmp_path, "--max_bad_share", 0, "--dry-run") == 2
+    some = ["--dataset_train_split", "train[320:330]", "--max_bad_share", 0, "--max_length", 4096]
+    assert run("reward", tiny_model, real_pairs, tmp_path, *some, "--dry-run") == 2
     assert "max_bad_share=0 allows 0" in capsys.readouterr().err
 
 
