@@ -97,7 +97,9 @@ def bon_curve(
     tied = sum(len(scores) - len(np.unique(scores)) for scores in selection)
     if tied:
         share = tied / counts.sum()
-        notes.append(f"{share:.0%} of the answers tie with another of their prompt: the true KL is below the formula's")
+        notes.append(
+            f"{100 * share:.0f} % of the answers tie with another of their prompt: the true KL is below the formula's"
+        )
     return BonCurve(
         name=name,
         proxy_name=proxy_name or name,

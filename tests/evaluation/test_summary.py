@@ -34,7 +34,7 @@ def summary(tmp_path_factory):
         best_of_n=curves,
         runs=runs,
         phases={"sft": 12.34, "reward models": 100.0},
-        setup={"policy": "tiny <i>", "seed": 5, "label noise": 0.25, "versions": {"torch": "2.13.0"}},
+        setup={"policy": "tiny <i>", "seed": 5, "label noise": 0.25, "layers": {"heads": 2}},
         reward_models=[{"name": "rm0", "accuracy": 0.7123, "label_noise": 0.25}, {"name": "rm1", "accuracy": 0.69}],
     )
 
@@ -56,6 +56,7 @@ def test_keys_and_lengths(summary):
     assert summary["phases"] == {"sft": 12.34, "reward models": 100.0}
     assert summary["runs"]["blind"]["gold"] == [None] * 21 and summary["runs"]["blind"]["peak"] is None
     assert set(summary["fits"]["runs"]) == {"single <b>", "uwo"}
+    assert summary["versions"]["numpy"] == np.__version__
 
 
 def test_numbers_are_those_of_the_curves(summary):
@@ -179,7 +180,7 @@ def test_the_report_shows_every_headline_number(summary, page):
                 shown.append(report.span(difference["low"], difference["high"]))
     for samples in summary["runs"]["uwo"]["samples"].values():
         shown += [sample["completion"] for sample in samples]
-    shown += ["12.3 s", "1 min 40 s", "0.712", "tiny <i>", "torch 2.13.0", "learning_rate"]
+    shown += ["12.3 s", "1 min 40 s", "0.712", "tiny <i>", "heads 2", "learning_rate"]
     missing = [value for value in shown if value not in text]
     assert not missing
 
