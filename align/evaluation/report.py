@@ -20,7 +20,7 @@ BADGES = {
     "too little data": "unknown",
 }
 GLOSSARY = (
-    ("Proxy score", "the reward that is optimised, usually a learned model: right only near the data that it has seen."),
+    ("Proxy score", "the reward that is optimised, usually a learned model: right only near its data."),
     ("Gold score", "the reward that counts, never shown to the training; here it only judges."),
     ("KL", "how far a policy has moved from the initial policy, in nats per completion (sum over its tokens)."),
     ("d", "the square root of KL, in which scores bend smoothly."),
