@@ -13,8 +13,8 @@ RULE = (
     f"{100 * MIN_DROP_SHARE:.0f} % of what it had gained, and by more than chance (the 95 % interval of the fall is "
     "above 0), while the proxy score does not fall by more than chance. collapsed: the gold score falls so, and the "
     "proxy falls too. unclear: it falls so far, but by no more than chance would. not over-optimised: it falls less, "
-    "or not at all. The interval takes the peak from other prompts than those on which it measures the fall: luck at the "
-    "highest point is not a fall."
+    "or not at all. The interval takes the peak from other prompts than those on which it measures the fall: luck at "
+    "the highest point is not a fall."
 )
 
 
