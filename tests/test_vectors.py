@@ -15,6 +15,7 @@ import torch
 
 from align.data.encode import render_pair
 from align.errors import RewardError
+from align.evaluation import fits
 from align.objectives import kl
 from align.objectives.advantages import remax_loss, remax_token_weights, reward_to_go
 from align.objectives.best_of_n import bon_expected, bon_kl, bon_weights
@@ -207,6 +208,16 @@ def gold_follows_the_ensemble(inputs, outputs):
             close(bon_expected(selection[None], values[None], ns)[0], np.array(outputs[name])[:, column])
     gold_curve, released = bon_expected(wco[None], gold[None], ns)[0], np.array(outputs["wco_as_released"])[:, 0]
     assert gold_curve[-1] - released[-1] > 2.9
+
+
+@covers("gao_forms")
+def forms_of_gao(inputs, outputs):
+    bon, rl = (inputs["alpha_bon"], inputs["beta_bon"]), (inputs["alpha_rl"], inputs["beta_rl"])
+    close(fits.gao_bon(inputs["d"], *bon), outputs["R_bon"])
+    close(fits.gao_rl(inputs["d"], *rl), outputs["R_rl"])
+    close(fits.gao_bon_peak(*bon), outputs["bon_opt"])
+    close(fits.gao_rl_peak(*rl), outputs["rl_opt"])
+    close([fits.gao_bon_zero(*bon), fits.gao_rl_zero(*rl)], [outputs["bon_zero"], outputs["rl_zero"]])
 
 
 # ---- the folder

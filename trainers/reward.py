@@ -249,6 +249,7 @@ def train_reward_ensemble(
         member_args = copy.deepcopy(args)
         member_args.output_dir = str(member)
         member_args.seed = member_args.data_seed = args.seed + i
+        member_args.run_name = f"{args.run_name or folder.name}-member_{i}"
         trainer = RewardTrainer(
             str(model),
             member_args,
@@ -260,5 +261,15 @@ def train_reward_ensemble(
         )
         trainer.train()
         trainer.save_model()
-    save_ensemble(folder, [f"member_{i}" for i in range(members)])
+        _finish_tracking(member_args)
+    if args.process_index == 0:
+        save_ensemble(folder, [f"member_{i}" for i in range(members)])
     return folder
+
+
+def _finish_tracking(args: RewardConfig) -> None:
+    """End this member's wandb run: the next member starts again at step 0, which an open run would drop."""
+    if "wandb" in args.report_to and args.process_index == 0:
+        import wandb
+
+        wandb.finish()
