@@ -130,7 +130,7 @@ def test_rewards_are_nested_and_can_be_overridden(file):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("  - a.py:f\n  - type: rule\n    function: b\n    nam: c\n", "line 7: unknown key rewards.1.nam of a rule reward"),
+        ("  - a.py:f\n  - type: rule\n    function: b\n    nam: c\n", "line 7: unknown key rewards.1.nam of a rule"),
         ("  - {type: classifier, name: a}\n", "line 3: rewards.0: a classifier reward needs 'path'"),
         ("  - {type: clasifier, path: a}\n", "line 3: rewards.0: type must be one of classifier, rule, ensemble, not"),
         (
