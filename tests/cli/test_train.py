@@ -73,7 +73,8 @@ def test_an_ensemble_of_reward_models(tiny_model, pairs, tmp_path, capsys):
     assert "the 2 members of the ensemble" in capsys.readouterr().out
     assert (folder / "member_0" / "model.safetensors").exists() and (folder / "member_1" / "model.safetensors").exists()
     assert (folder / "ensemble.json").exists()
-    assert main(["reward", *map(str, base), "--ensemble_size", "2", "--dtype", "bfloat16", "--use_cpu"]) == 2
+    other = ["--output_dir", str(tmp_path / "other"), "--dtype", "bfloat16", "--use_cpu"]
+    assert main(["reward", *map(str, base), "--ensemble_size", "2", *other]) == 2
     assert "dtype cannot be set with ensemble_size > 1" in capsys.readouterr().err
 
 
