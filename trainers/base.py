@@ -7,6 +7,7 @@ trainer built on one of TRL's keeps TRL's defaults.
 
 import logging
 import math
+import shutil
 import time
 from collections import defaultdict
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
+from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import TrainerState
@@ -49,7 +51,10 @@ class RunOptions:
     )
     max_bad_share: float = field(
         default=0.0,
-        metadata={"help": "Share of unusable rows (empty, malformed, too long) that is dropped with a warning; more is an error."},
+        metadata={
+            "help": "Share of unusable rows (empty, malformed, too long) that is dropped with a warning; more is an "
+            "error."
+        },
     )
 
     def __post_init__(self):
@@ -77,7 +82,12 @@ class TrainerMixin:
         self._phase_seconds: dict[str, float] = defaultdict(float)
         self._recorded: dict[str, list[float]] = {}
         self.resume_state: dict | None = None
+        self.resume_step: int | None = None
         super().__init__(*args, **kwargs)
+        if self.args.data_seed is None:
+            # Left alone, accelerate shuffles by the seed that torch was given last, by whomever, and a resumed run
+            # might see other batches.
+            self.accelerator.dataloader_config.data_seed = self.args.seed
 
     # ---- time and metrics -------------------------------------------------------------------------------------------
 
@@ -110,17 +120,29 @@ class TrainerMixin:
             logs.update({f"time/{name}": seconds for name, seconds in self._phase_seconds.items()})
             self._recorded.clear()
             self._phase_seconds.clear()
+            if self.args.fp16 and not math.isfinite(logs.get("grad_norm", 0.0)):
+                del logs["grad_norm"]  # the loss scaler skipped this step and lowers its scale: that is how it works
+        self._check_finite(logs)
+        super().log(logs, start_time)
+        self._check_finite(self.state.log_history[-1])  # with what TRL has added
+
+    def _check_finite(self, logs: dict) -> None:
         bad = {name: value for name, value in logs.items() if isinstance(value, float) and not math.isfinite(value)}
         if bad:
             raise TrainingError(
                 f"non-finite metrics at step {self.state.global_step}: {bad}. Lower the learning rate, or look at the "
                 f"rows of this step; nothing was saved after the last checkpoint in {self.args.output_dir}."
             )
-        super().log(logs, start_time)
 
     # ---- guards -----------------------------------------------------------------------------------------------------
 
+    @property
+    def finished(self) -> bool:
+        return self.state.global_step >= self.state.max_steps
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
+        if self.finished:  # transformers resumes a finished run with one more step if it ended within an epoch
+            return [], None
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches and count is not None and int(torch.as_tensor(count).sum()) == 0:
             raise TrainingError(
@@ -146,14 +168,18 @@ class TrainerMixin:
         return {}
 
     def _save_checkpoint(self, model, trial):
+        self._check_weights()
+        run_dir = self._get_output_dir(trial=trial)
+        folder = Path(run_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save and folder.exists():  # a damaged one, or one of an earlier run: nothing of it may stay
+            shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()
         # Older checkpoints are deleted only once the new one is declared whole.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
-        run_dir = self._get_output_dir(trial=trial)
-        folder = Path(run_dir) / f"checkpoint-{self.state.global_step}"
         torch.save(self.extra_state(), folder / EXTRA_STATE.format(rank=self.args.process_index))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -163,36 +189,69 @@ class TrainerMixin:
             )
         self.accelerator.wait_for_everyone()
 
+    def _check_weights(self) -> None:
+        """Refuse to save weights that no run could go on from (the newest checkpoint is the one that is resumed)."""
+        local = [p.to_local() if isinstance(p, DTensor) else p for p in self.model.parameters() if p.requires_grad]
+        if not torch.stack([p.detach().isfinite().all() for p in local]).all():
+            raise TrainingError(
+                f"the weights are not finite after step {self.state.global_step}: no checkpoint is written. Lower the "
+                "learning rate, and resume from the last checkpoint"
+            )
+
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As transformers' `train`; `resume_from_checkpoint=True` takes the newest undamaged checkpoint."""
-        first_step = 0
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = newest_whole(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise TrainingError(f"nothing to resume: {self.args.output_dir} holds no undamaged checkpoint-<step>")
-        elif resume_from_checkpoint:
-            problem = damage(resume_from_checkpoint)
-            if problem:
-                raise TrainingError(f"cannot resume from {resume_from_checkpoint}: {problem}")
-        if resume_from_checkpoint:
-            path = Path(resume_from_checkpoint) / EXTRA_STATE.format(rank=self.args.process_index)
-            if not path.exists():
+        checkpoint = self._checkpoint(resume_from_checkpoint)
+        self.resume_state = self.resume_step = None
+        if checkpoint is not None:
+            self._read_checkpoint(checkpoint)
+        eval_on_start = self.args.eval_on_start
+        # The evaluation at a checkpoint's step was made before the checkpoint was, if one was due.
+        self.args.eval_on_start = eval_on_start and checkpoint is None
+        try:
+            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        finally:
+            self.args.eval_on_start = eval_on_start
+        if self.state.global_step == (self.resume_step or 0):
+            if checkpoint is None or not self.finished:
                 raise TrainingError(
-                    f"{resume_from_checkpoint} was written by fewer than {self.args.process_index + 1} processes "
-                    f"({path.name} is missing): resume with the number of processes that wrote it"
+                    f"no step was trained after step {self.state.global_step} of {self.state.max_steps}: "
+                    f"{len(self.train_dataset)} training rows do not reach one more batch"
                 )
-            self.resume_state = torch.load(path, weights_only=False)
-            first_step = TrainerState.load_from_json(Path(resume_from_checkpoint) / "trainer_state.json").global_step
-            resume_from_checkpoint = str(resume_from_checkpoint)
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
-        if self.state.global_step == first_step:
-            if first_step < self.state.max_steps or first_step == 0:
-                raise TrainingError(
-                    f"no step was trained after step {first_step} of {self.state.max_steps}: {len(self.train_dataset)} "
-                    "training rows do not reach one more batch"
-                )
-            logger.warning("%s is finished already: no step was left to train", resume_from_checkpoint)
+            logger.warning("%s is finished already: no step was left to train", checkpoint)
         return output
+
+    def _checkpoint(self, wanted: str | bool | None) -> str | None:
+        """The folder to resume from, checked; None to start from the beginning."""
+        output_dir = self.args.output_dir
+        if not wanted:
+            old = sorted(path.name for path in Path(output_dir).glob("checkpoint-*"))
+            if old and self.is_world_process_zero():
+                logger.warning(
+                    "training starts from the beginning, and %s holds %s of an earlier run: resuming later could take "
+                    "them for this run's. Delete them, or use another output_dir",
+                    output_dir,
+                    ", ".join(old),
+                )
+            return None
+        if wanted is True:
+            newest = newest_whole(output_dir)
+            if newest is None:
+                raise TrainingError(f"nothing to resume: {output_dir} holds no undamaged checkpoint-<step>")
+            return str(newest)
+        problem = damage(wanted)
+        if problem:
+            raise TrainingError(f"cannot resume from {wanted}: {problem}")
+        return str(wanted)
+
+    def _read_checkpoint(self, checkpoint: str) -> None:
+        path = Path(checkpoint) / EXTRA_STATE.format(rank=self.args.process_index)
+        if not path.exists():
+            raise TrainingError(
+                f"{checkpoint} was written by fewer than {self.args.process_index + 1} processes ({path.name} is "
+                "missing): resume with the number of processes that wrote it"
+            )
+        self.resume_state = torch.load(path, weights_only=True)
+        self.resume_step = TrainerState.load_from_json(Path(checkpoint) / "trainer_state.json").global_step
 
     # ---- tables and figures -----------------------------------------------------------------------------------------
 

@@ -1,31 +1,35 @@
 """The one on-policy loop: prompts -> rollouts -> rewards -> baseline -> reference -> micro-batches -> update.
 
 `OnPolicyTrainer` is transformers' Trainer whose batches are made by the policy itself: `get_batch_samples`, which
-collects the micro-batches of one optimiser step, samples all of them in one engine call. Methods plug in two things:
-`requests` (what to sample for a prompt, the baseline included) and `token_weights` (the advantages).
+collects the micro-batches of one optimiser step, samples all of them in one engine call. Methods plug in three things:
+`requests` (what to sample for a prompt, the baseline included), `set_baselines` and `token_weights` (the advantages).
+
+Every draw is seeded by (seed, step, place of the prompt in the step's global batch), so a run does not depend on how
+its batches are cut into processes and micro-batches, nor on where it was resumed.
 """
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from torch.nn.functional import pad
+from transformers import Trainer, set_seed
 
-from align.data.tokenize import tokenize_prompts
 from align.errors import ConfigError, TrainingError
 from align.modeling.load import disable_dropout, load_policy, load_tokenizer, reference_of
-from align.modeling.logprobs import token_logps
+from align.modeling.logprobs import language_model, token_logps
 from align.objectives.advantages import remax_loss
 from align.objectives.kl import k1, k3, masked_sum
 from align.rollout.engine import RolloutEngine
+from align.rollout.seeds import derive_seed
 from align.rollout.types import SamplingParams
 from trainers.base import BaseConfig, TrainerMixin
-from trainers.policy_evaluation import PolicyEvaluation
+from trainers.policy_evaluation import CurveFigure, PolicyEvaluation, eval_prompts
 from trainers.rewards import RewardColumns
-from trainers.rollouts import Sample, collate, make_samples, split
+from trainers.rollouts import Sample, collate, make_samples, split, tokenized_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -69,12 +73,15 @@ class OnPolicyConfig(BaseConfig):
 
 
 class OnPolicyTrainer(PolicyEvaluation, TrainerMixin, Trainer):
-    """The loop. Subclasses implement `requests` and `token_weights`.
+    """The loop. Subclasses implement `token_weights`, and `requests` and `set_baselines` where they need more.
 
     Args:
-        model: a model, a folder or a hub name. reward: a `Reward`, a spec (see docs/rewards.md) or a list of them.
-        gold_reward: scored in evaluations only, never trained on. ref_model: defaults to the policy as it starts (with
-        LoRA: the adapter switched off). engine: a `RolloutEngine`; by default one is made from the policy.
+        model: a model, a folder or a hub name.
+        reward: a `Reward`, a function, a spec (docs/rewards.md) or a list of them.
+        train_dataset, eval_dataset: prompts (docs/data.md); other columns go to the rewards.
+        gold_reward: scored in evaluations only, never trained on.
+        ref_model: the reference; by default the policy as it starts (with LoRA: the adapter switched off).
+        engine: a `RolloutEngine` to use, and to leave open; by default one is made from the policy.
     """
 
     _tag_names = ["align"]
@@ -95,6 +102,7 @@ class OnPolicyTrainer(PolicyEvaluation, TrainerMixin, Trainer):
         engine: RolloutEngine | None = None,
     ):
         processing_class = processing_class or load_tokenizer(model)
+        set_seed(args.seed)  # a new adapter is drawn at random
         model = load_policy(model, peft_config=peft_config)
         if args.disable_dropout:
             disable_dropout(model)
@@ -103,30 +111,26 @@ class OnPolicyTrainer(PolicyEvaluation, TrainerMixin, Trainer):
         self.check_start = ref_model is None
         self.reference = reference_of(model, ref_model)
         self.engine = engine
+        self.owns_engine = engine is None
+        self.engine_step: int | None = None  # whose weights the engine has, as far as this trainer knows
         self.eval_writer = None
-        tokenize = {
-            "tokenizer": processing_class,
-            "max_prompt_length": args.max_prompt_length,
-            "max_bad_share": args.max_bad_share,
-        }
-        train_dataset = tokenize_prompts(train_dataset, **tokenize)
-        if eval_dataset is not None:
-            eval_dataset = tokenize_prompts(eval_dataset, **tokenize)
-            if args.num_eval_prompts is not None:
-                eval_dataset = eval_dataset.select(range(min(args.num_eval_prompts, len(eval_dataset))))
         args.remove_unused_columns = False
+        if eval_dataset is None:
+            args.eval_on_start = False
         super().__init__(
             model=model,
             args=args,
             data_collator=list,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=tokenized_prompts(train_dataset, processing_class, args),
+            eval_dataset=None if eval_dataset is None else eval_prompts(eval_dataset, processing_class, args),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = True  # the losses are normalised by the global count, not by Trainer
         self.reference.prepare(self.accelerator)
+        # Before the trackers' own callbacks: TensorBoard closes its writer there.
+        self.callback_handler.callbacks.insert(0, CurveFigure(self))
 
     # ---- what a method plugs in -------------------------------------------------------------------------------------
 
@@ -150,17 +154,27 @@ class OnPolicyTrainer(PolicyEvaluation, TrainerMixin, Trainer):
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
     def train(self, *args, **kwargs):
-        self.print_arithmetic()
-        return super().train(*args, **kwargs)
+        self.check_arithmetic()
+        self.engine_step, self.eval_writer = None, None  # the weights and the curve may be another run's
+        output = super().train(*args, **kwargs)
+        self.engine_step = None  # the best checkpoint may have been loaded
+        return output
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """One optimiser step's micro-batches, sampled by the policy as it is now."""
-        prompts = [prompt for batch in islice(epoch_iterator, num_batches) for prompt in batch]
+        if self.finished:  # as in TrainerMixin
+            return [], None
+        prompts, places = [], []
+        for number, batch in enumerate(islice(epoch_iterator, num_batches)):
+            # accelerate deals whole batches to the processes in turn
+            first = (number * self.args.world_size + self.args.process_index) * self.args.train_batch_size
+            prompts += batch
+            places += range(first, first + len(batch))
         if not prompts:
             return [], None
         self.sync_engine()
         with self.phase("generate"):
-            samples, extra = self.roll_out(prompts)
+            samples, extra = self.roll_out(prompts, places)
         with self.phase("score"):
             self.rewards.fill(samples + [sample for group in extra for sample in group])
             self.set_baselines(samples, extra)
@@ -174,11 +188,19 @@ class OnPolicyTrainer(PolicyEvaluation, TrainerMixin, Trainer):
         count = self.accelerator.gather(torch.tensor([count], device=device)).sum()
         return [collate(batch, self.pad_token_id) for batch in batches], count
 
-    def roll_out(self, prompts: list[dict]) -> tuple[list[Sample], list[list[Sample]]]:
-        """One engine call for all requests of all prompts; returns the trained samples and, per prompt, the others."""
+    def roll_out(self, prompts: list[dict], places: list[int]) -> tuple[list[Sample], list[list[Sample]]]:
+        """One engine call for all requests of all prompts; returns the trained samples and, per prompt, the others.
+
+        places: of the prompts in the global batch of this step.
+        """
         requests = self.requests()
         rollouts = self.engine.generate(
-            [prompt["prompt_ids"] for prompt in prompts for _ in requests], [*requests] * len(prompts)
+            [prompt["prompt_ids"] for prompt in prompts for _ in requests],
+            [
+                replace(request, seed=derive_seed(self.args.seed, "train", self.state.global_step, place, number))
+                for place in places
+                for number, request in enumerate(requests)
+            ],
         )
         samples, extra = [], []
         for i, prompt in enumerate(prompts):
@@ -193,20 +215,36 @@ class OnPolicyTrainer(PolicyEvaluation, TrainerMixin, Trainer):
     def fill_reference(self, samples: list[Sample]) -> None:
         """Reference log-probs of each sample's completion, at the sampling temperature."""
         batch = self._prepare_inputs(collate(samples, self.pad_token_id))
-        ref_logps = self.reference.logps(batch["input_ids"], batch["attention_mask"], self.args.temperature).cpu()
+        ref_logps = self.reference.logps(
+            batch["input_ids"],
+            batch["attention_mask"],
+            self.args.temperature,
+            mask=pad(batch["completion_mask"], (1, 0)),
+        ).cpu()
         for i, sample in enumerate(samples):
             end = len(sample.prompt["prompt_ids"]) + sample.length - 1
             sample.ref_logps = ref_logps[i, end - sample.length : end]
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        logps = token_logps(
-            model, inputs["input_ids"], inputs["attention_mask"], temperature=self.args.temperature
+    def policy_logps(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs at the sampling temperature and entropies (nats) of the completions' tokens, [B, T-1] each, 0
+        outside them."""
+        return token_logps(
+            model,
+            batch["input_ids"],
+            batch["attention_mask"],
+            temperature=self.args.temperature,
+            mask=pad(batch["completion_mask"], (1, 0)),
+            return_entropy=True,
         )
-        mask = inputs["completion_mask"]
-        self.record_logps(logps.detach(), inputs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        logps, entropy = self.policy_logps(model, inputs)
+        self.check_logps(logps.detach(), inputs)
+        self.record_logps(logps.detach(), entropy, inputs)
         weights = self.token_weights(logps.detach(), inputs)
         # The count is of all ranks, and DDP averages the gradients over them.
-        return remax_loss(logps, weights, mask, normalizer=num_items_in_batch) * self.accelerator.num_processes
+        loss = remax_loss(logps, weights, inputs["completion_mask"], normalizer=num_items_in_batch)
+        return loss * self.accelerator.num_processes
 
     # ---- engine and state -------------------------------------------------------------------------------------------
 
@@ -218,49 +256,78 @@ class OnPolicyTrainer(PolicyEvaluation, TrainerMixin, Trainer):
     def sync_engine(self) -> None:
         """Make the engine, if there is none yet, and give it the weights of this step."""
         step = self.state.global_step
+        if self.engine is not None and self.engine_step == step:
+            return
+        model = self.accelerator.unwrap_model(self.model)
         with self.phase("sync"):
             if self.engine is None:
                 from align.rollout import make_engine
 
                 self.engine = make_engine(
-                    self.accelerator.unwrap_model(self.model),
+                    model,
                     self.processing_class,
                     backend=self.args.rollout_backend,
                     max_model_len=self.args.max_prompt_length + self.args.max_completion_length,
-                    seed=self.args.seed + 1000 * self.args.process_index,
+                    seed=self.args.seed,
                     gpu_memory_utilization=self.args.vllm_gpu_memory_utilization,
                 )
-                if self.resume_state:
-                    self.engine.load_state_dict(self.resume_state["engine"])
                 self.engine.weight_version = step
-            elif self.engine.weight_version != step:
-                report = self.engine.push(self.accelerator.unwrap_model(self.model), step)
+            else:
+                report = self.engine.push(model, step)
                 self.record("rollout/probe_max_abs_diff", report.probe_max_abs_diff)
-
-    def extra_state(self) -> dict:
-        return {"engine": self.engine.state_dict()}
+        self.engine_step = step
 
     def close(self) -> None:
-        """Free the rollout engine. The trainer can go on: it makes a new one when it needs it."""
-        if self.engine is not None:
+        """Free the rollout engine that the trainer made. It can go on: it makes a new one when it needs it."""
+        if self.engine is not None and self.owns_engine:
             self.engine.close()
-            self.engine = None
+            self.engine = self.engine_step = None
 
-    def print_arithmetic(self) -> None:
+    def check_arithmetic(self) -> None:
+        """Say what a step is made of; raises `ConfigError` when there are fewer prompts than one step takes."""
         args = self.args
         prompts = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         if len(self.train_dataset) < prompts:
             raise ConfigError(
-                f"{len(self.train_dataset)} prompts are fewer than the {prompts} of one step (per_device_train_batch_size "
-                f"{args.train_batch_size} x gradient_accumulation_steps {args.gradient_accumulation_steps} x "
-                f"{args.world_size} processes): lower one of them"
+                f"{len(self.train_dataset)} prompts are fewer than the {prompts} of one step "
+                f"(per_device_train_batch_size {args.train_batch_size} x gradient_accumulation_steps "
+                f"{args.gradient_accumulation_steps} x {args.world_size} processes): lower one of them"
             )
-        logger.info(
-            "each step: %d prompts x %d samples -> %d sequences -> 1 optimiser step",
-            prompts,
-            args.num_generations,
-            prompts * args.num_generations,
-        )
+        if self.is_world_process_zero():
+            logger.info(
+                "each step: %d prompts x %d samples -> %d sequences -> 1 optimiser step",
+                prompts,
+                args.num_generations,
+                prompts * args.num_generations,
+            )
+
+    # ---- guards -----------------------------------------------------------------------------------------------------
+
+    @property
+    def logp_tolerance(self) -> float:
+        """The largest difference of log-probs, in nats, that is taken for rounding."""
+        exact = self.accelerator.mixed_precision == "no" and language_model(self.model).dtype == torch.float32
+        return 1e-3 if exact else 0.3
+
+    def check_logps(self, logps: torch.Tensor, batch: dict[str, torch.Tensor]) -> None:
+        """The policy that is trained must be the one that sampled, and at step 0 also the reference."""
+        mask, tolerance = batch["completion_mask"], self.logp_tolerance
+        gap = ((logps - batch["engine_logps"]) * mask).abs().sum() / mask.sum()
+        self.record("rollout/mean_abs_logp_diff", gap, mask.sum())
+        if not gap <= tolerance:
+            raise TrainingError(
+                f"step {self.state.global_step + 1}: the log-probs of the rollouts differ by {gap:.4f} nats per token "
+                f"between the {self.engine.name} engine and the trainer (allowed {tolerance}). Does something change "
+                "the weights or the logits outside the trainer? Compare with rollout_backend: transformers"
+            )
+        if self.state.global_step == 0 and self.check_start:
+            worst = ((logps - batch["ref_logps"]) * mask).abs().max()
+            if not worst <= tolerance:
+                raise TrainingError(
+                    f"before the first step the policy and its reference differ by {worst:.4f} nats on one token "
+                    f"(allowed {tolerance}): the reference is not the model that training starts from. Pass ref_model, "
+                    "or merge the adapter that the policy starts with"
+                )
 
     # ---- metrics ----------------------------------------------------------------------------------------------------
 
@@ -272,21 +339,9 @@ class OnPolicyTrainer(PolicyEvaluation, TrainerMixin, Trainer):
             self.record("completions/mean_length", sample.length)
             self.record("completions/clipped_ratio", sample.truncated)
 
-    def record_logps(self, logps: torch.Tensor, batch: dict[str, torch.Tensor]) -> None:
+    def record_logps(self, logps: torch.Tensor, entropy: torch.Tensor, batch: dict[str, torch.Tensor]) -> None:
         mask = batch["completion_mask"]
-        rows = len(mask)
-        kl = masked_sum(k1(logps, batch["ref_logps"]), mask, dim=-1)
-        self.record("kl", kl.mean(), rows)
-        self.record("kl_k3", masked_sum(k3(logps, batch["ref_logps"]), mask, dim=-1).mean(), rows)
-        self.record("logps/mean", (logps * mask).sum() / mask.sum(), mask.sum())
-        gap = ((logps - batch["engine_logps"]) * mask).abs()
-        self.record("rollout/mean_abs_logp_diff", gap.sum() / mask.sum(), mask.sum())
-        if self.state.global_step == 0 and self.check_start:
-            worst = ((logps - batch["ref_logps"]) * mask).abs().max().item()
-            tolerance = 1e-3 if logps.dtype == torch.float32 and not self.args.bf16 and not self.args.fp16 else 0.3
-            if worst > tolerance:
-                raise TrainingError(
-                    f"before the first step the policy and its reference differ by {worst:.4f} nats on one token "
-                    f"(tolerance {tolerance}): the reference is not the model that training starts from. Pass ref_model, "
-                    "or merge the adapter that the policy starts with."
-                )
+        for name, estimator in (("kl", k1), ("kl_k3", k3)):
+            self.record(name, masked_sum(estimator(logps, batch["ref_logps"]), mask, dim=-1).mean(), len(mask))
+        for name, values in (("entropy", entropy), ("logps/mean", logps)):
+            self.record(name, (values * mask).sum() / mask.sum(), mask.sum())

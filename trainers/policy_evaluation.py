@@ -3,21 +3,22 @@
 import logging
 from dataclasses import fields
 from enum import Enum
+from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
-from align.modeling.logprobs import token_logps
+from align.errors import ConfigError
 from align.objectives.kl import k1, k3, masked_sum
 from align.rollout.seeds import derive_seed
 from align.rollout.types import SamplingParams
-from trainers.rollouts import Sample, collate, make_samples, split
+from trainers.rollouts import Sample, as_text, collate, make_samples, split, tokenized_prompts
 
 logger = logging.getLogger(__name__)
 
-
 TRAINING = ("learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs", "per_device_train_batch_size")
+METRICS = ("kl", "kl_k3", "entropy", "proxy", "gold", "length")
 
 
 def run_options(args) -> dict:
@@ -27,6 +28,13 @@ def run_options(args) -> dict:
     return {name: str(value) if isinstance(value, Enum) else value for name, value in options.items()}
 
 
+def eval_prompts(dataset, tokenizer, args):
+    """The first `num_eval_prompts` prompts, tokenised."""
+    dataset = tokenized_prompts(dataset, tokenizer, args)
+    count = len(dataset) if args.num_eval_prompts is None else min(args.num_eval_prompts, len(dataset))
+    return dataset.select(range(count))
+
+
 class PolicyEvaluation:
     """The `evaluate` of on-policy trainers. Writes `overoptimization.jsonl` in the output folder."""
 
@@ -34,23 +42,30 @@ class PolicyEvaluation:
         """Sample from the policy at the training temperature on the evaluation prompts, score, and log the means.
 
         The requests are seeded by prompt and sample only, so evaluations do not move the training run's randomness and
-        two steps are compared on the same draws.
+        two steps are compared on the same draws. The evaluation file takes what training and, after it, calls without
+        `eval_dataset` (raw or tokenised prompts, all of which are used) evaluate, once per step.
         """
+        dataset = self.eval_dataset
+        if eval_dataset is not None:
+            dataset = tokenized_prompts(eval_dataset, self.processing_class, self.args)
+        if dataset is None:
+            raise ConfigError("there is nothing to evaluate on: pass eval_dataset")
         self.sync_engine()
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         world, rank = self.args.world_size, self.args.process_index
-        indices = list(range(rank, len(dataset), world))
+        # Every process gets as many, some of them twice: sharded models (FSDP2, ZeRO-3) must run in step.
+        indices = [(i * world + rank) % len(dataset) for i in range(-(-len(dataset) // world))]
         with self.phase("evaluate"):
             rows = self.evaluate_prompts([dataset[i] for i in indices], indices)
-        rows = sorted((row for part in gather_object([rows]) for row in part), key=lambda row: row["index"])
+        by_index = {row["index"]: row for part in gather_object([rows]) for row in part}
+        rows = [by_index[i] for i in range(len(dataset))]
         metrics = {
             f"{metric_key_prefix}_{name}": sum(row[name] for row in rows) / len(rows)
-            for name in ("kl", "kl_k3", "proxy", "gold", "length")
+            for name in METRICS
             if rows[0][name] is not None
         }
-        if self.is_world_process_zero():
-            self.write_evaluation(rows)
         self.log(metrics)
+        if self.is_world_process_zero() and eval_dataset is None:
+            self.write_evaluation(rows)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -72,90 +87,86 @@ class PolicyEvaluation:
             for i, rollout in enumerate(rollouts)
         ]
         self.rewards.fill(samples)
-        gold = self.gold.totals(samples) if self.gold is not None else None
-        kl, kl_k3 = self.kl_of(samples)
+        columns = self.kl_and_entropy(samples)
+        columns["proxy"] = [sample.score for sample in samples]
+        columns["gold"] = self.gold.totals(samples) if self.gold is not None else None
+        columns["length"] = [sample.length for sample in samples]
         rows = []
         for i, index in enumerate(indices):
-            own = range(i * count, (i + 1) * count)
-            mean = lambda values, own=own: sum(values[j] for j in own) / count  # noqa: E731
-            rows.append(
-                {
-                    "index": index,
-                    "kl": mean(kl),
-                    "kl_k3": mean(kl_k3),
-                    "proxy": mean([sample.score for sample in samples]),
-                    "gold": mean(gold) if gold is not None else None,
-                    "length": mean([sample.length for sample in samples]),
-                    "prompt": prompts[i]["prompt"],
-                    "completion": samples[own[0]].completion,
-                    "completion_proxy": samples[own[0]].score,
-                    "completion_gold": gold[own[0]] if gold is not None else None,
-                }
-            )
+            own = slice(i * count, (i + 1) * count)
+            means = {name: None if column is None else sum(column[own]) / count for name, column in columns.items()}
+            first = {
+                "prompt": prompts[i]["prompt"],
+                "completion": samples[i * count].completion,
+                "proxy": samples[i * count].score,
+                "gold": None if self.gold is None else columns["gold"][i * count],
+            }
+            rows.append({"index": index, **means, "sample": first})
         return rows
 
     @torch.no_grad()
-    def kl_of(self, samples: list[Sample]) -> tuple[list[float], list[float]]:
-        """k1 and k3 per sequence, nats, in the order of the samples."""
-        model = self.model
+    def kl_and_entropy(self, samples: list[Sample]) -> dict[str, list[float]]:
+        """k1 and k3 per sequence (`kl`, `kl_k3`) and the mean entropy of its tokens, nats, in the order of the
+        samples."""
+        model = self.model  # not the DDP wrapper, whose buffers would be broadcast; with FSDP2 this is the sharded one
         was_training = model.training
         model.eval()
+        found = {}
         size = self.args.per_device_eval_batch_size
-        order = {id(sample): i for i, sample in enumerate(samples)}
-        first, third = [0.0] * len(samples), [0.0] * len(samples)
-        for part in split(samples, max(1, len(samples) // size)):
+        for part in split(samples, -(-len(samples) // size)):
             self.fill_reference(part)
             batch = self._prepare_inputs(collate(part, self.pad_token_id))
-            logps = token_logps(
-                model, batch["input_ids"], batch["attention_mask"], temperature=self.args.temperature
-            )
+            logps, entropy = self.policy_logps(model, batch)
             mask = batch["completion_mask"]
-            for values, estimator in ((first, k1), (third, k3)):
-                sums = masked_sum(estimator(logps, batch["ref_logps"]), mask, dim=-1).tolist()
-                for sample, value in zip(part, sums, strict=True):
-                    values[order[id(sample)]] = value
+            sums = [masked_sum(e(logps, batch["ref_logps"]), mask, dim=-1) for e in (k1, k3)]
+            values = torch.stack([*sums, masked_sum(entropy, mask, dim=-1) / mask.sum(-1)], dim=-1)
+            found |= {id(sample): row for sample, row in zip(part, values.tolist(), strict=True)}
         model.train(was_training)
-        return first, third
+        columns = zip(*(found[id(sample)] for sample in samples), strict=True)
+        return dict(zip(("kl", "kl_k3", "entropy"), columns, strict=True))
 
     def write_evaluation(self, rows: list[dict]) -> None:
         from align.evaluation.records import EvalWriter
 
-        args = self.args
+        args, step = self.args, self.state.global_step
         if self.eval_writer is None:
+            if not self.is_in_train:
+                return  # the file is of a training run, and one in this folder must not be touched
             self.eval_writer = EvalWriter(
                 args.output_dir,
-                name=args.run_name or args.output_dir.rstrip("/").split("/")[-1],
+                name=args.run_name or Path(args.output_dir).name,
                 method=type(self).__name__.removesuffix("Trainer").lower(),
                 proxy=self.rewards.name,
                 gold=self.gold.name if self.gold is not None else None,
                 seed=args.seed,
                 config=run_options(args),
-                resume_step=self.state.global_step - 1 if self.resume_state else None,
+                resume_step=self.resume_step,
             )
-        samples = [
-            {
-                "prompt": row["prompt"],
-                "completion": row["completion"],
-                "proxy": row["completion_proxy"],
-                "gold": row["completion_gold"],
-            }
-            for row in rows[: args.num_logged_completions]
-        ]
-        has_gold = rows[0]["gold"] is not None
-        self.eval_writer.write(
-            self.state.global_step,
-            kl=[row["kl"] for row in rows],
-            kl_k3=[row["kl_k3"] for row in rows],
-            proxy=[row["proxy"] for row in rows],
-            gold=[row["gold"] for row in rows] if has_gold else None,
-            length=[row["length"] for row in rows],
-            samples=samples,
-        )
-        self.log_table(
-            "completions",
-            ["step", "prompt", "completion", "proxy", "gold"],
-            [
-                [self.state.global_step, str(s["prompt"]), str(s["completion"]), s["proxy"], s["gold"]]
-                for s in samples
-            ],
-        )
+        if self.eval_writer.last_step is not None and step <= self.eval_writer.last_step:
+            return  # this step is there already, from the same draws
+        samples = [row["sample"] for row in rows[: args.num_logged_completions]]
+        columns = {name: [row[name] for row in rows] for name in METRICS if rows[0][name] is not None}
+        self.eval_writer.write(step, samples=samples, **columns)
+        if samples:
+            table = [[step, as_text(s["prompt"]), as_text(s["completion"]), s["proxy"], s["gold"]] for s in samples]
+            self.log_table("completions", ["step", "prompt", "completion", "proxy", "gold"], table)
+
+
+class CurveFigure(TrainerCallback):
+    """At the end of training, sends the run's curve (proxy and gold score against KL) to the trackers."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_end(self, args, state, control, **kwargs):
+        writer = self.trainer.eval_writer
+        if writer is None or writer.last_step is None or not {"wandb", "tensorboard"} & set(args.report_to):
+            return
+        from align.evaluation.plots import plot_proxy_and_gold
+        from align.evaluation.records import read_run
+        from align.evaluation.summary import build_summary
+
+        run = read_run(writer.path)
+        if len(run) > 1:
+            entries = build_summary(runs={run.name: run})["runs"]
+            self.trainer.log_figure("overoptimization", plot_proxy_and_gold(entries, "runs"))

@@ -44,10 +44,9 @@ class ReMaxTrainer(OnPolicyTrainer):
         for i, sample in enumerate(samples):
             (greedy,) = extra[i // self.args.num_generations]
             sample.baseline = greedy.score
-            sample.same_as_greedy = sample.completion_ids == greedy.completion_ids
             self.record("remax/greedy_reward", greedy.score)
             self.record("remax/advantage", sample.score - greedy.score)
-            self.record("remax/same_as_greedy", sample.same_as_greedy)
+            self.record("remax/same_as_greedy", sample.completion_ids == greedy.completion_ids)
             self.record("remax/length_minus_greedy", sample.length - greedy.length)
 
     def token_weights(self, logps: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:

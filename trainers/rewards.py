@@ -20,7 +20,7 @@ class RewardColumns:
         self.names = [reward.name for reward in self.rewards]
         if len(set(self.names)) != len(self.names):
             raise ConfigError(f"two rewards have the same name in {self.names}: give each its own `name`")
-        self.weights = weights or [1.0] * len(self.rewards)
+        self.weights = [1.0] * len(self.rewards) if weights is None else weights
         if len(self.weights) != len(self.rewards):
             raise ConfigError(f"{len(self.weights)} reward_weights for {len(self.rewards)} rewards {self.names}")
 
@@ -30,12 +30,13 @@ class RewardColumns:
 
     def fill(self, samples: list[Sample]) -> None:
         """Score every sample once with every reward; fills rewards, extras and score."""
-        scores = self.scores(samples)
-        for i, sample in enumerate(samples):
-            for reward, output in scores.items():
-                sample.rewards[reward] = output.scores[i].item()
-                for name, values in output.extras.items():
-                    sample.extras[f"{reward}/{name}"] = values[i].item()
+        for name, output in self.scores(samples).items():
+            for sample, score in zip(samples, output.scores.tolist(), strict=True):
+                sample.rewards[name] = score
+            for key, values in output.extras.items():
+                for sample, value in zip(samples, values.tolist(), strict=True):
+                    sample.extras[f"{name}/{key}"] = value
+        for sample in samples:
             sample.score = sum(w * sample.rewards[name] for w, name in zip(self.weights, self.names, strict=True))
 
     def scores(self, samples: list[Sample]) -> dict:
@@ -55,7 +56,5 @@ class RewardColumns:
     def totals(self, samples: list[Sample]) -> list[float]:
         """The weighted sum only, leaving the samples as they are (for a gold reward)."""
         scores = self.scores(samples)
-        return [
-            sum(w * scores[name].scores[i].item() for w, name in zip(self.weights, self.names, strict=True))
-            for i in range(len(samples))
-        ]
+        columns = [scores[name].scores.tolist() for name in self.names]
+        return [sum(w * x for w, x in zip(self.weights, row, strict=True)) for row in zip(*columns, strict=True)]

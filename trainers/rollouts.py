@@ -1,9 +1,10 @@
-"""Samples: what one rollout becomes on its way from the engine to a loss."""
+"""Prompts and samples: what the rows of the data become on their way through the engine to a loss."""
 
 from dataclasses import dataclass, field
 
 import torch
 
+from align.data.tokenize import tokenize_prompts
 from align.errors import RolloutError
 from align.rollout.types import Completion
 
@@ -27,12 +28,20 @@ class Sample:
     extras: dict[str, float] = field(default_factory=dict)
     score: float = 0.0
     baseline: float = 0.0
-    same_as_greedy: bool = False
     ref_logps: torch.Tensor | None = None
 
     @property
     def length(self) -> int:
         return len(self.completion_ids)
+
+
+def tokenized_prompts(dataset, tokenizer, args):
+    """Prompts as the loop takes them; a dataset that is tokenised already is taken as it is."""
+    if "prompt_ids" in dataset.column_names:
+        return dataset
+    return tokenize_prompts(
+        dataset, tokenizer, max_prompt_length=args.max_prompt_length, max_bad_share=args.max_bad_share
+    )
 
 
 def decode(tokenizer, prompt: dict, completion: Completion) -> str | list[dict]:
@@ -41,11 +50,16 @@ def decode(tokenizer, prompt: dict, completion: Completion) -> str | list[dict]:
     return [{"role": "assistant", "content": text}] if isinstance(prompt["prompt"], list) else text
 
 
+def as_text(value: str | list[dict]) -> str:
+    """A prompt or completion as one readable text, conversational or not."""
+    return value if isinstance(value, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in value)
+
+
 def make_samples(tokenizer, prompt: dict, completions: list[Completion], weight_version: int) -> list[Sample]:
     """The samples of one prompt. Raises `RolloutError` naming the row when a completion has no token at all."""
     for completion in completions:
         if not completion.token_ids:
-            raise RolloutError(f"the engine returned a completion without a token for the prompt of row {prompt['row']}")
+            raise RolloutError(f"the engine returned an empty completion for the prompt of row {prompt['row']}")
     return [
         Sample(
             prompt=prompt,
@@ -60,10 +74,10 @@ def make_samples(tokenizer, prompt: dict, completions: list[Completion], weight_
 
 
 def collate(samples: list[Sample], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Samples -> right-padded tensors. All but the first two are aligned with `token_logps`: [B, T-1], the entry t being
-    about token t+1.
+    """Samples -> right-padded tensors.
 
-    input_ids, attention_mask: [B, T] prompt and completion. completion_mask: [B, T-1], 1 on completion tokens.
+    input_ids, attention_mask: [B, T] prompt and completion.
+    completion_mask: [B, T-1], 1 where the token that follows is one of the completion: aligned with `token_logps`.
     ref_logps, engine_logps: [B, T-1], 0 outside the completion (absent when the samples have none).
     score, baseline: [B].
     """
@@ -97,7 +111,9 @@ def collate(samples: list[Sample], pad_token_id: int) -> dict[str, torch.Tensor]
 def split(samples: list[Sample], batches: int) -> list[list[Sample]]:
     """Sort by length and cut into `batches` of equal size (to within one), so that little is padded."""
     if len(samples) < batches:
-        raise RolloutError(f"{len(samples)} samples cannot fill {batches} micro-batches: lower gradient_accumulation_steps")
+        raise RolloutError(
+            f"{len(samples)} samples cannot fill {batches} micro-batches: lower gradient_accumulation_steps"
+        )
     ordered = sorted(samples, key=lambda sample: len(sample.prompt["prompt_ids"]) + sample.length)
     bounds = [round(i * len(ordered) / batches) for i in range(batches + 1)]
     return [ordered[bounds[i] : bounds[i + 1]] for i in range(batches)]

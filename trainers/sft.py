@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 import trl
 from torch import nn
 
@@ -25,11 +26,20 @@ class SFTConfig(RunOptions, trl.SFTConfig):
         owned = {"completion_only_loss": None, "assistant_only_loss": False, "dataset_kwargs": None, "eos_token": None}
         changed = [name for name, default in owned.items() if getattr(self, name) != default]
         if changed:
-            raise ConfigError(f"{', '.join(changed)}: the loss mask follows from the dataset's format, see docs/data.md")
+            raise ConfigError(
+                f"{', '.join(changed)}: the loss mask follows from the dataset's format, see docs/data.md"
+            )
 
 
 class SFTTrainer(TrainerMixin, trl.SFTTrainer):
-    """Fine-tune on prompt-completion or language-modeling rows; of preference rows, on the chosen completions."""
+    """Fine-tune on prompt-completion or language-modeling rows; of preference rows, on the chosen completions.
+
+    Args:
+        model: a model, a folder or a hub name.
+        train_dataset, eval_dataset: demonstrations in TRL's formats (docs/data.md), or the output of
+            `tokenize_completions`.
+        peft_config: trains an adapter.
+    """
 
     _tag_names = ["align", "sft"]
 
@@ -45,20 +55,32 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         optimizers=(None, None),
     ):
         processing_class = processing_class or load_tokenizer(model)
-        tokenize = {"tokenizer": processing_class, "max_length": args.max_length, "max_bad_share": args.max_bad_share}
-        train_dataset = tokenize_completions(train_dataset, **tokenize)
-        if eval_dataset is not None:
-            eval_dataset = tokenize_completions(eval_dataset, **tokenize)
+        if not isinstance(model, nn.Module):
+            # the frozen weights under an adapter stay as they were saved on a GPU; TRL adds the adapter
+            dtype = "auto" if peft_config is not None and torch.cuda.is_available() else None
+            model = load_policy(model, dtype=dtype)
         # TRL makes the labels from `completion_mask`, and packs where asked
         args.completion_only_loss = True
         super().__init__(
-            model=load_policy(model),
+            model=model,
             args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=tokenized_completions(train_dataset, processing_class, args),
+            eval_dataset=None if eval_dataset is None else tokenized_completions(eval_dataset, processing_class, args),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
             peft_config=peft_config,
         )
 
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """As transformers' `evaluate`; `eval_dataset` is tokenised as the training rows are."""
+        if eval_dataset is not None:
+            eval_dataset = tokenized_completions(eval_dataset, self.processing_class, self.args)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+
+def tokenized_completions(dataset, tokenizer, args: SFTConfig):
+    """Rows as TRL's trainer takes them; a dataset that is tokenised already is taken as it is."""
+    if "input_ids" in dataset.column_names:
+        return dataset
+    return tokenize_completions(dataset, tokenizer, max_length=args.max_length, max_bad_share=args.max_bad_share)
