@@ -7,7 +7,7 @@ import trl
 from torch import nn
 
 from align.data.tokenize import tokenize_completions
-from align.errors import ConfigError
+from align.errors import ConfigError, DataError
 from align.modeling.load import load_policy, load_tokenizer
 from trainers.base import RunOptions, TrainerMixin
 
@@ -80,7 +80,12 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
 
 
 def tokenized_completions(dataset, tokenizer, args: SFTConfig):
-    """Rows as TRL's trainer takes them; a dataset that is tokenised already is taken as it is."""
-    if "input_ids" in dataset.column_names:
-        return dataset
-    return tokenize_completions(dataset, tokenizer, max_length=args.max_length, max_bad_share=args.max_bad_share)
+    """Rows as TRL's trainer takes them. A dataset that is tokenised already is taken as it is, unless it has a row
+    without a trained token: TRL would drop that without a word."""
+    if "input_ids" not in dataset.column_names:
+        return tokenize_completions(dataset, tokenizer, max_length=args.max_length, max_bad_share=args.max_bad_share)
+    if "completion_mask" in dataset.column_names:
+        empty = [row for row, mask in enumerate(dataset["completion_mask"]) if not any(mask[1:])]
+        if empty:
+            raise DataError(f"{len(empty)} tokenised rows train no token: rows {empty[:10]}")
+    return dataset

@@ -1,0 +1,125 @@
+import copy
+
+import pytest
+import torch
+from conftest import demonstrations, logged, sft_config, tiny_model
+from datasets import Dataset
+from peft import LoraConfig
+
+from align.errors import ConfigError, DataError, TrainingError
+from align.modeling.load import load_policy
+from align.modeling.logprobs import token_logps
+from trainers.sft import SFTTrainer
+
+LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+
+
+def logps(model, rows) -> torch.Tensor:
+    ids = torch.tensor([rows[0]["input_ids"]])
+    return token_logps(model.eval(), ids, torch.ones_like(ids)).detach()
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
+def test_it_learns_saves_and_loads(lora, policy, tmp_path):
+    args = sft_config(
+        tmp_path,
+        max_steps=30,
+        per_device_train_batch_size=16,
+        learning_rate=2e-2 if lora else 5e-3,
+        eval_strategy="steps",
+        eval_steps=15,
+        gradient_checkpointing=lora,  # with frozen embeddings the gradient must find its way all the same
+    )
+    trainer = SFTTrainer(
+        policy, args, demonstrations(96), demonstrations(32, seed=1), peft_config=LoraConfig(**LORA) if lora else None
+    )
+    trainer.train()
+    losses = logged(trainer, "loss")
+    assert losses[-1] < losses[0] - (0.3 if lora else 1.0), losses
+    assert min(logged(trainer, "grad_norm")) > 0
+    assert logged(trainer, "eval_loss")[-1] < losses[0]
+    assert {"mean_token_accuracy", "time/train"} <= set(trainer.state.log_history[0])
+    trainer.save_model()
+    assert (tmp_path / "adapter_model.safetensors").exists() == lora
+    saved = load_policy(str(tmp_path))
+    difference = (logps(saved, trainer.train_dataset) - logps(trainer.model, trainer.train_dataset)).abs().max()
+    assert difference < (1e-5 if lora else 1e-7)  # merging rounds
+    assert (logps(load_policy(policy), trainer.train_dataset) - logps(saved, trainer.train_dataset)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
+def test_batch_times_accumulation_does_not_matter(lora, policy, tmp_path):
+    """13 rows: the second step has 5, which the cuts divide unevenly."""
+    data = demonstrations(13)
+
+    def steps(batch, accumulation):
+        args = sft_config(tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)
+        trainer = SFTTrainer(policy, args, data, peft_config=LoraConfig(**LORA) if lora else None)
+        trainer.train()
+        return torch.tensor([logged(trainer, "loss"), logged(trainer, "grad_norm")])
+
+    expected = steps(8, 1)
+    for cut in ((4, 2), (1, 8)):
+        torch.testing.assert_close(steps(*cut), expected, rtol=1e-5, atol=0)
+
+
+def test_only_completions_are_trained(tokenizer, policy, tmp_path):
+    """The loss is the mean negative log-prob of completion tokens and EOS, computed here token by token."""
+    data = demonstrations(8)
+    trainer = SFTTrainer(policy, sft_config(tmp_path, max_steps=1), data)
+    trainer.train()
+    model, nll, count = load_policy(policy).eval(), 0.0, 0
+    for row in data:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        ids = torch.tensor([prompt + tokenizer(row["completion"])["input_ids"] + [tokenizer.eos_token_id]])
+        each = model(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[len(prompt) - 1 :]
+        nll, count = nll - each.sum().item(), count + len(each)
+    assert logged(trainer, "loss")[0] == pytest.approx(nll / count, rel=1e-4)
+
+
+def test_an_evaluation_set_given_later_is_tokenised_alike(policy, tmp_path):
+    data = demonstrations(16, seed=1)
+    trainer = SFTTrainer(policy, sft_config(tmp_path), demonstrations(16), data)
+    assert trainer.evaluate()["eval_loss"] == trainer.evaluate(data)["eval_loss"]
+
+
+def test_a_tokenizer_without_padding_token(tokenizer, tmp_path):
+    bare = copy.deepcopy(tokenizer)
+    bare.pad_token = None
+    trainer = SFTTrainer(tiny_model(tokenizer), sft_config(tmp_path), demonstrations(16), processing_class=bare)
+    trainer.train()
+    padded = SFTTrainer(tiny_model(tokenizer), sft_config(tmp_path), demonstrations(16), processing_class=tokenizer)
+    padded.train()
+    assert logged(trainer, "loss") == pytest.approx(logged(padded, "loss"), rel=1e-6)
+
+
+def test_a_step_that_trains_no_token_is_an_error(policy, tmp_path):
+    trainer = SFTTrainer(policy, sft_config(tmp_path), demonstrations(8))
+    collate = trainer.data_collator
+    trainer.data_collator = lambda rows: {**collate(rows), "labels": torch.full_like(collate(rows)["labels"], -100)}
+    with pytest.raises(TrainingError, match="step 1 would train no token"):
+        trainer.train()
+
+
+def test_a_row_that_trains_no_token_is_an_error(policy, tmp_path):
+    with pytest.raises(DataError, match="completion is empty"):
+        SFTTrainer(policy, sft_config(tmp_path), Dataset.from_dict({"prompt": ["tell me : "], "completion": [""]}))
+    tokenised = Dataset.from_dict({"input_ids": [[5, 6, 7]] * 3, "completion_mask": [[0, 0, 1], [1, 0, 0], [0, 0, 0]]})
+    with pytest.raises(DataError, match=r"rows \[1, 2\]"):
+        SFTTrainer(policy, sft_config(tmp_path), tokenised)
+
+
+def test_a_loss_that_is_not_finite_is_an_error(tokenizer, tmp_path):
+    model = tiny_model(tokenizer)
+    with torch.no_grad():
+        model.lm_head.weight[7] = torch.inf
+    trainer = SFTTrainer(model, sft_config(tmp_path), demonstrations(8), processing_class=tokenizer)
+    with pytest.raises(TrainingError, match="the loss of step 1 is"):
+        trainer.train()
+
+
+def test_options_that_follow_from_the_data_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="assistant_only_loss: the loss mask follows from"):
+        sft_config(tmp_path, assistant_only_loss=True)
+    with pytest.raises(ConfigError, match="max_bad_share is a share"):
+        sft_config(tmp_path, max_bad_share=1.5)
