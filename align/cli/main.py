@@ -83,6 +83,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 0
+    # vLLM on a CPU generates up to ten times slower when idle OpenMP threads spin; read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _set_up_logging()
     try:
         return args.run(args, extra)

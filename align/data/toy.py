@@ -1,17 +1,18 @@
 """The embedded toy world: a language of some seventy words in which rewards can be over-optimised for real.
 
-A prompt asks for one of six topics. The reference text answers in two to eight words drawn from a fixed mixture: words of
-the topic, of other topics, courtesies, filler, rude words. A language model trained on it is mediocre and diverse. Three
-gold objectives pull in different directions:
+A prompt asks for one of six topics. The reference text answers in two to eight words of one writer, who is focused on
+the topic or drifts to others, and is polite, plain or rude. A language model trained on it is mediocre and diverse, and
+its hidden states know which writer it imitates, as those of real models know what kind of text they are in. Three gold
+objectives pull in different directions:
 
     helpfulness  distinct words of the topic, less repetitions and words of other topics; wants long answers
     courtesy     a courtesy, rude words count against; every courtesy takes the place of a topic word
     brevity      a penalty on every word after the eighth; wants short answers
 
-`gold` is their sum. It is linear in no word count: the first courtesy helps, the second does nothing and every further one
-hurts; a topic word helps once; length is free up to eight words, which the reference text never exceeds. A reward model
-that learns from few noisy comparisons of such answers, in which more courtesies, more topic words and more words were
-mostly better, extrapolates: that is how it is over-optimised.
+`gold` is their sum. It is linear in no word count: the first courtesy helps, the second does nothing and every further
+one hurts; a topic word helps once; length is free up to eight words, which the reference text never exceeds. A reward
+model that learns from few noisy comparisons of such answers, in which more courtesies, more topic words and more words
+were mostly better, extrapolates: that is how it is over-optimised.
 
 Everything is deterministic under its seed, and nothing here needs torch.
 """
@@ -30,19 +31,35 @@ TOPICS = {
 POLITE = ["thanks", "please", "gladly"]
 FILLER = ["well", "so", "like", "maybe", "also", "really"]
 RUDE = ["stupid", "boring", "ugly"]
-REQUESTS = ["tell me about", "describe", "write about", "explain", "what is in", "say something on", "sum up", "show me"]
-AUDIENCES = ["", "for a child", "for a friend", "for my class", "in brief", "again", "today", "for fun"]
-MAX_WORDS = 16
+REQUESTS = [
+    "tell me about",
+    "describe",
+    "write about",
+    "explain",
+    "what is in",
+    "say something on",
+    "sum up",
+    "show me",
+]
+AUDIENCES = ["", "for a child", "for a friend", "for my class", "in brief", "once more", "today", "just for fun"]
 
 TOPIC_OF = {word: topic for topic, words in TOPICS.items() for word in words}
-# How often a word of the reference text is of each kind.
-MIXTURE = {"topic": 0.42, "other": 0.18, "polite": 0.10, "filler": 0.18, "rude": 0.12}
+# The reference text has writers of two habits and three moods; an answer keeps both. Shares of words by kind:
+HABITS = {"focused": {"topic": 0.85, "other": 0.03}, "drifting": {"topic": 0.25, "other": 0.50}}
+HABIT_SHARES = [0.6, 0.4]
+MOODS = {
+    "polite": {"polite": 0.8, "rude": 0.0},
+    "plain": {"polite": 0.1, "rude": 0.1},
+    "rude": {"polite": 0.0, "rude": 0.8},
+}
+MOOD_SHARES = [0.35, 0.35, 0.3]
+SIDE_REMARKS = 0.3  # share of words that show the mood (or are filler) rather than the habit
 
 
 def prompts() -> list[dict]:
     """All 384 prompts: {"prompt": text, "topic": name}. They end in a space: prompt + completion is the whole text."""
     return [
-        {"prompt": " ".join(f"{request} the {topic} {audience} :".split()) + " ", "topic": topic}
+        {"prompt": " ".join(f"{audience} {request} the {topic} :".split()) + " ", "topic": topic}
         for topic in TOPICS
         for request in REQUESTS
         for audience in AUDIENCES
@@ -60,11 +77,18 @@ def split_prompts(seed: int, *sizes: int) -> list[list[dict]]:
 
 
 def reference_answer(topic: str, rng: random.Random) -> str:
-    """One answer of the reference text: 2 to 8 words drawn from the mixture."""
+    """One answer of the reference text: 2 to 8 words of one writer."""
     others = [word for word, of in TOPIC_OF.items() if of != topic]
-    pools = {"topic": TOPICS[topic], "other": others, "polite": POLITE, "filler": FILLER, "rude": RUDE}
-    kinds = rng.choices(list(MIXTURE), weights=list(MIXTURE.values()), k=rng.randint(2, 8))
-    return " ".join(rng.choice(pools[kind]) for kind in kinds)
+    pools = {"topic": TOPICS[topic], "other": others, "polite": POLITE, "rude": RUDE, "filler": FILLER}
+    (habit,) = rng.choices(list(HABITS.values()), weights=HABIT_SHARES)
+    (mood,) = rng.choices(list(MOODS.values()), weights=MOOD_SHARES)
+    words = []
+    for _ in range(rng.randint(2, 8)):
+        shares = mood if rng.random() < SIDE_REMARKS else habit
+        kinds = [*shares, "filler"]
+        (kind,) = rng.choices(kinds, weights=[*shares.values(), 1 - sum(shares.values())])
+        words.append(rng.choice(pools[kind]))
+    return " ".join(words)
 
 
 def reference_text(rows: list[dict], per_prompt: int, seed: int) -> list[dict]:
@@ -77,10 +101,11 @@ def reference_text(rows: list[dict], per_prompt: int, seed: int) -> list[dict]:
 
 
 def helpfulness(topic: str, completion: str) -> float:
-    """+1 per distinct word of the topic, -0.5 per repeated one, -0.5 per word of another topic."""
+    """+1 per distinct word of the topic (-1.5 if none), -0.5 per repeated one, -0.5 per word of another topic."""
     counts = Counter(word for word in completion.split() if TOPIC_OF.get(word) == topic)
     others = sum(1 for word in completion.split() if word in TOPIC_OF and TOPIC_OF[word] != topic)
-    return len(counts) - 0.5 * (sum(counts.values()) - len(counts)) - 0.5 * others
+    distinct = len(counts) or -1.5
+    return distinct - 0.5 * (sum(counts.values()) - len(counts)) - 0.5 * others
 
 
 def courtesy(topic: str, completion: str) -> float:

@@ -67,7 +67,7 @@ def sft(space: Workspace, settings: Settings, seed: int, handle: PhaseHandle) ->
     args = align.SFTConfig(
         output_dir=str(space.path("sft")),
         num_train_epochs=1,
-        per_device_train_batch_size=64,
+        per_device_train_batch_size=32,
         learning_rate=settings.sft_learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=5,

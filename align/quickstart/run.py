@@ -1,6 +1,6 @@
 """`align quickstart`, phase by phase."""
 
-import logging
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -16,8 +16,6 @@ from align.quickstart import phases
 from align.quickstart.progress import PhaseProgress
 from align.quickstart.settings import Settings
 from align.quickstart.workspace import Workspace
-
-logger = logging.getLogger(__name__)
 
 # Seconds on two cores, for the estimate of the time left only.
 EXPECTED = {
@@ -40,12 +38,13 @@ def run_quickstart(folder: str | Path, settings: Settings, seed: int, console: C
         "best-of-n": phases.best_of_n,
         **{f"ReMax: {name}": partial(phases.remax, name) for name in phases.RUNS},
     }
+    log = space.folder / "quickstart.log"  # the trainers' metrics
     with PhaseProgress(EXPECTED, console) as progress:
         for name, function in steps.items():
             if space.finished(name):
                 progress.skip(name)
                 continue
-            with progress.phase(name) as handle:
+            with progress.phase(name) as handle, log.open("a") as file, redirect_stdout(file):
                 space.run(name, partial(function, space, settings, seed, handle))
         with progress.phase("report"):
             summary = summarise(space, settings, seed)
@@ -108,9 +107,8 @@ def bon_curves(space: Workspace, settings: Settings) -> dict:
 
 TITLE = "Quickstart: aligned with a learned reward, over-optimised, and then not"
 INTRO = [
-    "A small language model is fine-tuned on a toy world, reward models are trained on noisy preferences between its own "
-    "answers, and the model is then optimised against them in two ways: by picking the best of n answers, and by ReMax. "
-    "The gold reward, the toy world's true objective, is scored beside but never trained on.",
-    "Watch where gold and proxy part: from there on the model is earning reward, not getting better. Optimising a single "
-    "reward model parts first; an ensemble that subtracts its members' disagreement holds longer.",
+    "A small language model is fine-tuned on a toy world, reward models are trained on noisy preferences between its "
+    "own answers, and the model is then optimised against them in two ways: by picking the best of n answers, and by "
+    "ReMax. The gold reward, the toy world's true objective, is scored beside but never trained on.",
+    "Watch where gold and proxy part: from there on the model is earning reward, not getting better.",
 ]

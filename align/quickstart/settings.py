@@ -7,22 +7,22 @@ from dataclasses import asdict, dataclass
 class Settings:
     """Sizes and learning rates of one quickstart. Lengths in tokens (one word each)."""
 
-    sft_rows_per_prompt: int = 16
+    sft_rows_per_prompt: int = 32
     sft_learning_rate: float = 5e-3
     train_prompts: int = 256
     eval_prompts: int = 128
-    pairs: int = 1000
+    pairs: int = 2000
     eval_pairs: int = 300
     label_noise: float = 0.25
     members: int = 5
     reward_epochs: int = 3
-    reward_learning_rate: float = 1e-3
+    reward_learning_rate: float = 2e-3
     uncertainty_weight: float = 0.5
-    bon_prompts: int = 64
+    bon_prompts: int = 32
     bon_n: int = 512
     prompts_per_step: int = 64
-    steps: int = 100
-    eval_every: int = 10
+    steps: int = 64
+    eval_every: int = 8
     eval_samples: int = 2
     learning_rate: float = 1e-3
     beta: float = 0.01

