@@ -164,7 +164,8 @@ class TrainerMixin:
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def extra_state(self) -> dict:
-        """What a method keeps beyond model, optimiser, scheduler and random states; restored as `resume_state`."""
+        """What a method keeps beyond model, optimiser, scheduler and random states: tensors and plain values. A resumed
+        run finds it in `resume_state`."""
         return {}
 
     def _save_checkpoint(self, model, trial):
@@ -180,7 +181,8 @@ class TrainerMixin:
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
-        torch.save(self.extra_state(), folder / EXTRA_STATE.format(rank=self.args.process_index))
+        state = {"model_only": self.args.save_only_model, "method": self.extra_state()}
+        torch.save(state, folder / EXTRA_STATE.format(rank=self.args.process_index))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             write_manifest(folder)
@@ -250,7 +252,13 @@ class TrainerMixin:
                 f"{checkpoint} was written by fewer than {self.args.process_index + 1} processes ({path.name} is "
                 "missing): resume with the number of processes that wrote it"
             )
-        self.resume_state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True)
+        if state["model_only"]:
+            raise TrainingError(
+                f"{checkpoint} was written with save_only_model: it has no optimiser state to resume with. It can be "
+                "the model of a new run"
+            )
+        self.resume_state = state["method"]
         self.resume_step = TrainerState.load_from_json(Path(checkpoint) / "trainer_state.json").global_step
 
     # ---- tables and figures -----------------------------------------------------------------------------------------

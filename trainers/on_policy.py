@@ -27,7 +27,7 @@ from align.rollout.engine import RolloutEngine
 from align.rollout.seeds import derive_seed
 from align.rollout.types import SamplingParams
 from trainers.base import BaseConfig, TrainerMixin
-from trainers.policy_evaluation import CurveFigure, PolicyEvaluation, eval_prompts
+from trainers.policy_evaluation import Curve, PolicyEvaluation, eval_prompts
 from trainers.rewards import RewardColumns
 from trainers.rollouts import Sample, collate, make_samples, split, tokenized_prompts
 
@@ -130,7 +130,7 @@ class OnPolicyTrainer(PolicyEvaluation, TrainerMixin, Trainer):
         self.model_accepts_loss_kwargs = True  # the losses are normalised by the global count, not by Trainer
         self.reference.prepare(self.accelerator)
         # Before the trackers' own callbacks: TensorBoard closes its writer there.
-        self.callback_handler.callbacks.insert(0, CurveFigure(self))
+        self.callback_handler.callbacks.insert(0, Curve(self))
 
     # ---- what a method plugs in -------------------------------------------------------------------------------------
 
@@ -172,6 +172,8 @@ class OnPolicyTrainer(PolicyEvaluation, TrainerMixin, Trainer):
             places += range(first, first + len(batch))
         if not prompts:
             return [], None
+        if self.state.global_step == self.resume_step:
+            self.check_reference()
         self.sync_engine()
         with self.phase("generate"):
             samples, extra = self.roll_out(prompts, places)
@@ -328,6 +330,23 @@ class OnPolicyTrainer(PolicyEvaluation, TrainerMixin, Trainer):
                     f"(allowed {tolerance}): the reference is not the model that training starts from. Pass ref_model, "
                     "or merge the adapter that the policy starts with"
                 )
+
+    def extra_state(self) -> dict:
+        return {"reference": self.reference_probe()}
+
+    def reference_probe(self) -> torch.Tensor:
+        """Log-probs of fixed tokens under the reference, [15]: they tell one reference from another."""
+        vocabulary = language_model(self.model).config.get_text_config().vocab_size
+        ids = torch.randint(vocabulary, (1, 16), generator=torch.Generator().manual_seed(0)).to(self.args.device)
+        return self.reference.logps(ids, torch.ones_like(ids))[0].cpu()
+
+    def check_reference(self) -> None:
+        gap = (self.reference_probe() - self.resume_state["reference"]).abs().max()
+        if not gap <= self.logp_tolerance:
+            raise TrainingError(
+                f"the reference is not the one of the run that is resumed (their log-probs differ by up to {gap:.3f} "
+                "nats): start the trainer from the same model as at first, not from the checkpoint"
+            )
 
     # ---- metrics ----------------------------------------------------------------------------------------------------
 

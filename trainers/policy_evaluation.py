@@ -125,26 +125,28 @@ class PolicyEvaluation:
         columns = zip(*(found[id(sample)] for sample in samples), strict=True)
         return dict(zip(("kl", "kl_k3", "entropy"), columns, strict=True))
 
-    def write_evaluation(self, rows: list[dict]) -> None:
+    def open_evaluation_file(self) -> None:
         from align.evaluation.records import EvalWriter
 
-        args, step = self.args, self.state.global_step
+        args = self.args
+        self.eval_writer = EvalWriter(
+            args.output_dir,
+            name=args.run_name or Path(args.output_dir).name,
+            method=type(self).__name__.removesuffix("Trainer").lower(),
+            proxy=self.rewards.name,
+            gold=self.gold.name if self.gold is not None else None,
+            seed=args.seed,
+            config=run_options(args),
+            resume_step=self.resume_step,
+        )
+
+    def write_evaluation(self, rows: list[dict]) -> None:
+        step = self.state.global_step
         if self.eval_writer is None:
-            if not self.is_in_train:
-                return  # the file is of a training run, and one in this folder must not be touched
-            self.eval_writer = EvalWriter(
-                args.output_dir,
-                name=args.run_name or Path(args.output_dir).name,
-                method=type(self).__name__.removesuffix("Trainer").lower(),
-                proxy=self.rewards.name,
-                gold=self.gold.name if self.gold is not None else None,
-                seed=args.seed,
-                config=run_options(args),
-                resume_step=self.resume_step,
-            )
+            return  # before training: a file in this folder is another run's
         if self.eval_writer.last_step is not None and step <= self.eval_writer.last_step:
             return  # this step is there already, from the same draws
-        samples = [row["sample"] for row in rows[: args.num_logged_completions]]
+        samples = [row["sample"] for row in rows[: self.args.num_logged_completions]]
         columns = {name: [row[name] for row in rows] for name in METRICS if rows[0][name] is not None}
         self.eval_writer.write(step, samples=samples, **columns)
         if samples:
@@ -152,11 +154,16 @@ class PolicyEvaluation:
             self.log_table("completions", ["step", "prompt", "completion", "proxy", "gold"], table)
 
 
-class CurveFigure(TrainerCallback):
-    """At the end of training, sends the run's curve (proxy and gold score against KL) to the trackers."""
+class Curve(TrainerCallback):
+    """Opens the evaluation file when training begins (what is wrong with it is said then, not after the first steps),
+    and at the end sends its curve, proxy and gold score against KL, to the trackers."""
 
     def __init__(self, trainer):
         self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and self.trainer.eval_dataset is not None:
+            self.trainer.open_evaluation_file()
 
     def on_train_end(self, args, state, control, **kwargs):
         writer = self.trainer.eval_writer

@@ -194,7 +194,8 @@ def test_the_evaluation_file(policy, tmp_path):
         assert run.per_prompt[name].mean(1) == pytest.approx(logged(trainer, f"eval_{name}"), rel=1e-6, abs=1e-9)
     assert all(len(samples) == 3 for samples in run.samples)
     first = run.samples[0][0]
-    assert first["prompt"] == trainer.eval_dataset[0]["prompt"] and first["proxy"] == run.per_prompt["proxy"][0, 0]
+    assert first["prompt"] == trainer.eval_dataset[0]["prompt"]
+    assert first["proxy"] == pytest.approx(run.per_prompt["proxy"][0, 0])
 
 
 def test_evaluations_after_training(policy, tmp_path):
