@@ -25,7 +25,9 @@ class RolloutEngine(ABC):
 
     name: str
 
-    def __init__(self, model, tokenizer=None, *, max_model_len: int, seed: int = 0, sync_tolerance: float | None = None):
+    def __init__(
+        self, model, tokenizer=None, *, max_model_len: int, seed: int = 0, sync_tolerance: float | None = None
+    ):
         from align.modeling.logprobs import language_model
         from align.rollout.probe import default_tolerance
 
@@ -51,6 +53,7 @@ class RolloutEngine(ABC):
     def _load_weights(self, model) -> None:
         """Copy the weights of `model` into the engine."""
 
+    @abstractmethod
     def _free(self) -> None:
         """Give back what the back-end holds."""
 
@@ -62,9 +65,9 @@ class RolloutEngine(ABC):
         """Complete `prompts` (lists of token ids), in order; `params` is one for all or one per prompt.
 
         The caller's random states (torch, numpy, python) are left as they were. Requests without a seed get one from
-        (engine seed, number of earlier calls that needed one, index of the prompt), so their draws do not depend on what
-        else is in the call; `state_dict` and `load_state_dict` carry the count over to a resumed run.
-        Raises `RolloutError` for a prompt that cannot be completed, by index.
+        (engine seed, number of earlier calls that needed one, index of the prompt), so their draws do not depend on
+        what else is in the call; `state_dict` and `load_state_dict` carry the count over to a resumed run. `progress`
+        shows a bar. Raises `RolloutError` for a prompt that cannot be completed, by index.
         """
         requests = self._requests(prompts, params)
         if not requests:
@@ -111,11 +114,11 @@ class RolloutEngine(ABC):
             probe = compare(model, requests, completions)
         if not probe.max_abs_diff <= self.sync_tolerance:  # a NaN must fail too
             raise RolloutError(
-                f"the {self.name} engine does not hold the trainer's weights: the log-probs of {probe.tokens} probe tokens "
-                f"differ by up to {probe.max_abs_diff:.3g} (mean {probe.mean_abs_diff:.3g}, allowed "
-                f"{self.sync_tolerance:.3g}) although the engine counts weight version {self.weight_version}. Either a "
-                "push was missed, or the back-end computes this model differently; then set rollout_backend: transformers, "
-                "or raise sync_tolerance if the difference is rounding"
+                f"the {self.name} engine does not hold the trainer's weights: the log-probs of {probe.tokens} probe "
+                f"tokens differ by up to {probe.max_abs_diff:.3g} (mean {probe.mean_abs_diff:.3g}, allowed "
+                f"{self.sync_tolerance:.3g}) although the engine counts weight version {self.weight_version}. Either "
+                "a push was missed, or the back-end computes this model differently: then set rollout_backend: "
+                "transformers, or raise sync_tolerance if the difference is rounding"
             )
         return probe
 
@@ -143,7 +146,9 @@ class RolloutEngine(ABC):
         if isinstance(params, SamplingParams):
             params = [params] * len(prompts)
         if len(params) != len(prompts):
-            raise RolloutError(f"{len(params)} sampling parameters were given for {len(prompts)} prompts: one for all, or one each")
+            raise RolloutError(
+                f"{len(params)} sampling parameters for {len(prompts)} prompts: give one for all, or one for each"
+            )
         call = self.calls
         requests = []
         for index, (ids, own) in enumerate(zip(prompts, params, strict=True)):
@@ -166,9 +171,9 @@ class RolloutEngine(ABC):
             raise RolloutError(f"prompt {index} of this call is empty: a completion needs at least one token before it")
         if len(ids) + params.max_tokens > self.max_model_len:
             raise RolloutError(
-                f"prompt {index} of this call has {len(ids)} tokens, and with max_tokens={params.max_tokens} that is more "
-                f"than the engine's max_model_len={self.max_model_len}: shorten the prompt or the completion, or make the "
-                "engine with a larger max_model_len"
+                f"prompt {index} of this call has {len(ids)} tokens, and with max_tokens={params.max_tokens} that is "
+                f"more than the engine's max_model_len={self.max_model_len}: shorten the prompt or the completion, or "
+                "make the engine with a larger max_model_len"
             )
         if min(ids) < 0 or max(ids) >= self.vocab_size:
             bad = next(token for token in ids if not 0 <= token < self.vocab_size)
@@ -185,8 +190,8 @@ def check_length(text_config, max_model_len: int) -> None:
     scaled = rope.get("rope_type", "default") != "default"  # then the back-end knows how far it reaches
     if limit is not None and max_model_len > limit and not scaled:
         raise ConfigError(
-            f"max_model_len={max_model_len} (prompt and completion) is more than the {limit} positions of the model: lower "
-            "max_prompt_length or max_completion_length"
+            f"max_model_len={max_model_len} (prompt and completion) is more than the {limit} positions of the model: "
+            "lower max_prompt_length or max_completion_length"
         )
 
 
@@ -209,8 +214,8 @@ def check_logprobs(completions: list[list[Completion]]) -> None:
         for completion in group:
             if completion.logprobs is not None and not math.isfinite(sum(completion.logprobs)):
                 raise RolloutError(
-                    f"the log-probs of the completion of prompt {index} are not finite: the model's weights or logits are "
-                    "broken (a diverged run, or float16 overflow)"
+                    f"the log-probs of the completion of prompt {index} are not finite: the model's weights or logits "
+                    "are broken (a diverged run, or float16 overflow)"
                 )
 
 

@@ -29,8 +29,8 @@ def choose_backend(backend: str = "auto") -> str:
         logger.info("rollouts use vLLM, which is installed (rollout_backend: transformers does without)")
         return "vllm"
     logger.warning(
-        "rollouts use transformers, because vLLM is not installed. That is slower for long or uneven completions. To have "
-        "vLLM: %s. Set rollout_backend: transformers to keep this without the warning",
+        "rollouts use transformers, because vLLM is not installed. That is slower for long or uneven completions. To "
+        "have vLLM: %s. Set rollout_backend: transformers to keep this without the warning",
         INSTALL,
     )
     return "transformers"
@@ -60,9 +60,16 @@ def make_engine(
         kv_cache_gib: size of vLLM's key-value cache; None computes it on CPUs and leaves it to vLLM on GPUs.
         gpu_memory_utilization: vLLM's share of the GPU's memory, weights included. Not used on CPUs.
         sync_tolerance: the largest difference of log-probs, in nats, between engine and trainer that is taken for
-            rounding; None: 1e-3 in float32, 0.3 in bfloat16 and float16.
+            rounding; None: 1e-3 in float32, 0.3 in bfloat16, 0.1 in float16.
     """
-    shared = {"max_model_len": max_model_len, "seed": seed, "max_num_seqs": max_num_seqs, "sync_tolerance": sync_tolerance}
+    if max_num_seqs < 1:
+        raise ConfigError(f"max_num_seqs must be at least 1, got {max_num_seqs}")
+    shared = {
+        "max_model_len": max_model_len,
+        "seed": seed,
+        "max_num_seqs": max_num_seqs,
+        "sync_tolerance": sync_tolerance,
+    }
     if choose_backend(backend) == "vllm":
         from align.rollout.vllm_engine import VLLMEngine
 

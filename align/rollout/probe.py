@@ -14,9 +14,10 @@ TEMPERATURE = 0.7  # not 1: an engine that returns log-probs without the tempera
 TOKENS = 12
 PROMPT_LENGTHS = (3, 24, 150)  # 150: longer than a block of the prefix cache (128 tokens on CPUs)
 
-# float32: 2e-5 was measured between vLLM and transformers on sharply peaked models. Half precision: up to 0.19 was
-# measured on such models (0.015 on a freshly initialised one), so the probe sees only gross differences there.
-TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.3}
+# Measured between engine and trainer on Llamas of 4 layers, width 256, weights N(0, s^2), s = 0.05 and 0.1: float32
+# 4e-6 and 1e-5, bfloat16 0.06 and 0.4, float16 0.009 and 0.1, with both back-ends (a usual initialisation: s = 0.02).
+# So in half precision the probe sees only gross differences: other weights altogether differ by 1 and more.
+TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,12 @@ class RowSampler:
     """Draws one token per row and step. A row's draws depend on its own seed alone, not on its neighbours."""
 
     def __init__(
-        self, params: list[SamplingParams], seeds: list[int | None], stop_ids: list[tuple[int, ...]], vocab_size: int, device
+        self,
+        params: list[SamplingParams],
+        seeds: list[int | None],
+        stop_ids: list[tuple[int, ...]],
+        vocab_size: int,
+        device: torch.device,
     ):
         self.params, self.stop_ids = params, stop_ids
         tensor = lambda values: torch.tensor(values, device=device)  # noqa: E731

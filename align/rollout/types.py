@@ -31,7 +31,8 @@ class SamplingParams:
             raise ConfigError(f"sampling needs max_tokens >= 1 and n >= 1, got {self.max_tokens} and {self.n}")
         if not (self.temperature == 0 or MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE):
             raise ConfigError(
-                f"temperature must be 0 (greedy) or between {MIN_TEMPERATURE} and {MAX_TEMPERATURE}, got {self.temperature}"
+                f"temperature must be 0 (greedy) or between {MIN_TEMPERATURE} and {MAX_TEMPERATURE}, "
+                f"got {self.temperature}"
             )
         if self.greedy and self.n != 1:
             raise ConfigError(f"greedy decoding (temperature 0) gives one completion; n={self.n} would repeat it")

@@ -1,12 +1,10 @@
 """Rollouts with vLLM, in the trainer's process, on CPUs and CUDA GPUs."""
 
 import copy
-import json
 import logging
 import tempfile
 import weakref
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,8 +13,8 @@ from align.errors import ConfigError, RolloutError
 from align.modeling.logprobs import language_model
 from align.rollout.engine import RolloutEngine
 from align.rollout.types import Completion, Request
-from align.rollout.vllm_process import ProcessGroups, contained_start, end
-from align.rollout.weights import check_supported, named_weights
+from align.rollout.vllm_process import shut_down, starting
+from align.rollout.weights import check_supported, checkpoint_weights
 
 logger = logging.getLogger(__name__)
 
@@ -50,50 +48,24 @@ class VLLMEngine(RolloutEngine):
         super().__init__(model, tokenizer, max_model_len=max_model_len, seed=seed, sync_tolerance=sync_tolerance)
         check_supported(model)
         core = language_model(model)
-        groups = ProcessGroups()
-        with contained_start():
-            import vllm
-            from vllm.platforms import current_platform
-
-            self._on_cpu = current_platform.is_cpu()
-            check_model(core, self._on_cpu)
-            options = {
-                "max_model_len": max_model_len,
-                "max_num_seqs": max_num_seqs,
-                "dtype": str(core.dtype).removeprefix("torch."),
-                "load_format": "dummy",
-                "skip_tokenizer_init": True,
-                "generation_config": "vllm",  # not the model's: end tokens and defaults are ours
-                "logprobs_mode": "processed_logprobs",
-                "disable_log_stats": True,
-                "seed": 0,
-            }
-            if self._on_cpu:
-                options["enforce_eager"] = True
-                options["kv_cache_memory_bytes"] = kv_cache_bytes(core, max_model_len, max_num_seqs, kv_cache_gib)
-            else:
-                options["gpu_memory_utilization"] = gpu_memory_utilization
-                if kv_cache_gib is not None:
-                    options["kv_cache_memory_bytes"] = int(kv_cache_gib * GIB)
-                if dist.is_initialized():
-                    options["distributed_executor_backend"] = "external_launcher"  # each rank on its own GPU
-            try:
-                with tempfile.TemporaryDirectory() as folder:
-                    write_config(core, folder)
-                    self._llm = vllm.LLM(folder, **options)
-            except (ValueError, RuntimeError, NotImplementedError) as error:
-                from vllm.distributed import cleanup_dist_env_and_memory
-
-                with groups.during_end():
-                    cleanup_dist_env_and_memory()
-                raise RolloutError(f"vLLM could not start for {type(core).__name__}: {error}\n{USE_TRANSFORMERS}") from error
-            groups.after_start()
+        try:
+            with starting():
+                self._llm, self._on_cpu = start_llm(
+                    core,
+                    max_model_len=max_model_len,
+                    max_num_seqs=max_num_seqs,
+                    kv_cache_gib=kv_cache_gib,
+                    gpu_memory_utilization=gpu_memory_utilization,
+                )
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            reason = f"vLLM could not start for {type(core).__name__}: {error}"
+            raise RolloutError(f"{reason}\nIf it cannot run this model, {USE_TRANSFORMERS}") from error
         # Runs at the latest when the interpreter ends, and before vLLM's own, which would destroy the trainer's group.
-        self._finalizer = weakref.finalize(self, end, self._llm, groups)
+        self._finalizer = weakref.finalize(self, shut_down, self._llm)
         self._load_weights(model)
 
     def _load_weights(self, model) -> None:
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_weights(model)})
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checkpoint_weights(model)})
         if self._on_cpu:
             self._llm.apply_model(repack_heads)
 
@@ -103,8 +75,8 @@ class VLLMEngine(RolloutEngine):
         # Keys and values of earlier weights must not be used again, and a call must not depend on the calls before it.
         self._llm.reset_prefix_cache()
         prompts = [{"prompt_token_ids": request.prompt_ids} for request in requests]
-        # Without the stance, vLLM's two compiled helpers (sampling, rank of the token) cost 6 to 30 s on their first use
-        # on a CPU and gain nothing. It does not touch what the trainer compiles.
+        # Without the stance, vLLM's two compiled helpers (sampling, rank of the token) cost 6 to 30 s on their first
+        # use on a CPU and gain nothing. It does not touch what the trainer compiles.
         with torch.compiler.set_stance("force_eager") if self._on_cpu else nullcontext():
             outputs = self._llm.generate(prompts, [vllm_params(r) for r in requests], use_tqdm=progress)
         return [[completion(o, r) for o in out.outputs] for r, out in zip(requests, outputs, strict=True)]
@@ -112,6 +84,39 @@ class VLLMEngine(RolloutEngine):
     def _free(self) -> None:
         self._llm = None
         self._finalizer()
+
+
+def start_llm(core, *, max_model_len, max_num_seqs, kv_cache_gib, gpu_memory_utilization):
+    """A `vllm.LLM` with the architecture of `core` and random weights, and whether it runs on a CPU."""
+    import vllm
+    from vllm.platforms import current_platform
+
+    on_cpu = current_platform.is_cpu()
+    check_model(core, on_cpu)
+    options = {
+        "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs,
+        "dtype": str(core.dtype).removeprefix("torch."),
+        "load_format": "dummy",
+        "model_impl": "vllm",
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",  # not the model's: end tokens and defaults are ours
+        "logprobs_mode": "processed_logprobs",
+        "disable_log_stats": True,
+        "seed": 0,  # of draws that no request here makes: each has its own
+    }
+    if on_cpu:
+        options["enforce_eager"] = True
+        options["kv_cache_memory_bytes"] = kv_cache_bytes(core, max_model_len, max_num_seqs, kv_cache_gib)
+    else:
+        options["gpu_memory_utilization"] = gpu_memory_utilization
+        if kv_cache_gib is not None:
+            options["kv_cache_memory_bytes"] = int(kv_cache_gib * GIB)
+        if dist.is_initialized():
+            options["distributed_executor_backend"] = "external_launcher"  # each rank on its own GPU
+    with tempfile.TemporaryDirectory() as folder:
+        write_config(core, folder)
+        return vllm.LLM(folder, **options), on_cpu
 
 
 def vllm_params(request: Request):
@@ -158,16 +163,25 @@ def repack_heads(model) -> None:
 def write_config(core, folder: str) -> None:
     """The model's configuration, as vLLM reads it from a checkpoint folder."""
     config = copy.deepcopy(core.config)
-    config.architectures = [type(core).__name__.removeprefix("FSDP")]  # FSDP2 renames the class
+    config.architectures = [architecture(core)]
     config.dtype = core.dtype
-    # not save_pretrained: see that it is written on every rank and without the model's own code
-    (Path(folder) / "config.json").write_text(json.dumps(json.loads(config.to_json_string(use_diff=False))))
+    config.save_pretrained(folder)
+
+
+def architecture(core) -> str:
+    return type(core).__name__.removeprefix("FSDP")  # FSDP2 renames the class
 
 
 def check_model(core, on_cpu: bool) -> None:
     """Refuse what vLLM cannot run before it takes seconds to say so in its own words."""
+    import vllm
+
     if core.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ConfigError(f"vLLM does not run {core.dtype} models: load the model in float32, or {USE_TRANSFORMERS}")
+    # For the others vLLM runs transformers' own model and rewrites its class for that: the trainer's would break.
+    entry = vllm.ModelRegistry.models.get(architecture(core))
+    if entry is None or vars(entry).get("module_name", "").endswith(".transformers"):
+        raise ConfigError(f"vLLM has no implementation of its own for {architecture(core)}: {USE_TRANSFORMERS}")
     if not on_cpu:
         return
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
@@ -185,8 +199,8 @@ def head_size(config) -> int:
 
 
 def kv_cache_bytes(core, max_model_len: int, max_num_seqs: int, kv_cache_gib: float | None) -> int:
-    """Size of the key-value cache on CPUs: `kv_cache_gib` if given; else room for `max_num_seqs` sequences of full length,
-    within a share of the free memory. vLLM queues the sequences that do not fit; one of full length must."""
+    """Size of the key-value cache on CPUs: `kv_cache_gib` if given; else room for `max_num_seqs` sequences of full
+    length, within a share of the free memory. vLLM queues the sequences that do not fit; one of full length must."""
     import psutil
 
     config = core.config.get_text_config()

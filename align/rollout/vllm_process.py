@@ -1,13 +1,13 @@
-"""What an in-process vLLM engine does to the process that it lives in, and how that is undone.
+"""What in-process vLLM engines do to the process that they live in, and how that is undone.
 
 Starting one re-seeds torch, numpy and python, replaces `torch.set_num_threads` and two functions of `torch.accelerator`
 by ones that do nothing (on CPUs), writes environment variables that child processes would inherit (LD_PRELOAD,
 LOCAL_WORLD_SIZE, TORCHINDUCTOR_...) and initialises `torch.distributed`. Ending one destroys the default process group,
-even if that is the trainer's.
+even if that is the trainer's, or if another engine lives on. Not undone: memory stays bound to the NUMA node of the
+process (on CPUs), and objects alive at the start are exempt from garbage collection until the last engine is closed.
 """
 
 import gc
-import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -18,84 +18,114 @@ import torch.distributed as dist
 
 from align.rollout.engine import preserved_random_states
 
-# In process, or the trainer's tensors could not be handed over. And no call home: see `VLLM_NO_USAGE_STATS` in its docs.
-STARTING = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-DEFAULTS = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
+FORCED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # in process, or the trainer's tensors could not be handed over
+# Errors only: a start warns ten times of what is meant to be (no tokenizer, eager mode), and each push of tied weights.
+DEFAULTS = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+REPLACED = ((torch, "set_num_threads"), (torch.accelerator, "synchronize"), (torch.accelerator, "empty_cache"))
 
-# They warn of what is meant to be: there is no tokenizer to warm up, and threads are set by the trainer.
-NOISY = ("vllm.renderers.base", "vllm.v1.worker.cpu_worker")
+
+class _Shared:
+    """vLLM keeps its process groups in globals, so all engines of a process share them.
+
+    Where the trainer has a process group, they are one-rank groups inside it, which all ranks must make together. Where
+    there is none, vLLM makes a default group of one process. It is hidden once the engine stands (a single process
+    never communicates through it), so that `torch.distributed.is_initialized()` tells the truth and the trainer can
+    still initialise its own.
+    """
+
+    engines = 0
+    hidden_group: dist.ProcessGroup | None = None
+    functions: list = []  # vLLM's in place of those in REPLACED
 
 
 @contextmanager
-def contained_start() -> Iterator[None]:
-    """Undo what starting an engine does to the process. vLLM caches its own settings before the variables go."""
-    environment, threads = dict(os.environ), torch.get_num_threads()
-    replaced = [(torch, "set_num_threads"), (torch.accelerator, "synchronize"), (torch.accelerator, "empty_cache")]
-    originals = [(owner, name, getattr(owner, name)) for owner, name in replaced]
-    levels = {name: logging.getLogger(name).level for name in NOISY}
-    os.environ.update(STARTING)
-    for name, value in DEFAULTS.items():
-        os.environ.setdefault(name, value)
-    for name in NOISY:
-        logging.getLogger(name).setLevel(logging.ERROR)
+def starting() -> Iterator[None]:
+    """Undo what making a `vllm.LLM` inside this context does to the process. vLLM caches its own environment variables
+    before they go. Counts the engine if all went well, else removes what a failed start leaves behind."""
+    environment, functions, group = dict(os.environ), _get_functions(), dist.group.WORLD
+    threads = torch.get_num_threads()
+    os.environ.update({**DEFAULTS, **environment, **FORCED})
+    if _Shared.engines and not _groups_alive():
+        _destroy_groups()  # vLLM does not know that they are gone
+    if _Shared.hidden_group is not None:
+        dist.group.WORLD = _Shared.hidden_group
     try:
         with preserved_random_states(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
+        _Shared.engines += 1
     finally:
-        for owner, name, original in originals:
-            setattr(owner, name, original)
+        if group is None:
+            _Shared.hidden_group = dist.group.WORLD
+        dist.group.WORLD = group
+        _Shared.functions = _get_functions()
+        _set_functions(functions)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
         os.environ.update(environment)
+        if _Shared.engines == 0:
+            _destroy_groups()
 
 
-class ProcessGroups:
-    """Keeps vLLM's process groups and the trainer's apart.
+def shut_down(llm) -> None:
+    """Shut a `vllm.LLM` down and free what it held."""
+    from vllm.v1.engine import core
 
-    Where the trainer has a group, vLLM makes its own one-rank groups inside it, which all ranks must do together.
-    Where there is none, vLLM makes a default group of one process; it is hidden once the engine stands (a single
-    process never communicates through it), so that `torch.distributed.is_initialized()` tells the truth and the trainer
-    can still initialise its own.
-    """
-
-    def __init__(self):
-        self._hidden = None
-        self._had_group = dist.is_initialized()
-
-    def after_start(self) -> None:
-        if not self._had_group and dist.is_initialized():
-            self._hidden, dist.group.WORLD = dist.group.WORLD, None
-
-    @contextmanager
-    def during_end(self) -> Iterator[None]:
-        """Let vLLM destroy its own groups and no other."""
-        destroy = dist.destroy_process_group
-        if self._hidden is not None and not dist.is_initialized():
-            dist.group.WORLD = self._hidden  # the only default group is vLLM's: it may destroy it as it wants to
-            yield
-            return
-        alive = dist.is_initialized()  # if the trainer's group is gone, its subgroups went with it
-
-        def destroy_own(group=None):
-            group = group or self._hidden
-            if group is not None and alive:
-                destroy(group)
-
-        dist.destroy_process_group = destroy_own
-        try:
-            yield
-        finally:
-            dist.destroy_process_group = destroy
-
-
-def end(llm, groups: ProcessGroups) -> None:
-    """Shut a `vllm.LLM` down and free what it held. Also run at interpreter exit, before vLLM's own clean-up."""
-    with groups.during_end(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    functions, cleanup = _get_functions(), core.cleanup_dist_env_and_memory
+    core.cleanup_dist_env_and_memory = lambda: None  # it would destroy the groups of the trainer and of other engines
+    _set_functions(_Shared.functions)
+    try:
         llm.llm_engine.engine_core.shutdown()
+    finally:
+        core.cleanup_dist_env_and_memory = cleanup
+        _set_functions(functions)
+    _Shared.engines -= 1
+    if _Shared.engines == 0:
+        _destroy_groups()
     gc.collect()
+
+
+def _destroy_groups() -> None:
+    """Let vLLM destroy its own process groups and no other."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    hidden, _Shared.hidden_group = _Shared.hidden_group, None
+    trainers, destroy = dist.group.WORLD, dist.destroy_process_group
+    if trainers is None and _alive(hidden):
+        dist.group.WORLD = hidden  # the only default group: vLLM may destroy it with all that hangs on it
+
+    def destroy_own(group=None):
+        group = group or hidden
+        if _alive(group):
+            destroy(group)
+
+    dist.destroy_process_group = destroy_own
+    try:
+        cleanup_dist_env_and_memory()
+    finally:
+        dist.destroy_process_group, dist.group.WORLD = destroy, trainers
+
+
+def _alive(group) -> bool:
+    """Whether a process group still exists: destroying the default group destroys every other."""
+    try:
+        return group is not None and len(dist.get_process_group_ranks(group)) > 0
+    except KeyError:
+        return False
+
+
+def _groups_alive() -> bool:
+    from vllm.distributed import get_world_group
+
+    return _alive(get_world_group().cpu_group)
+
+
+def _get_functions() -> list:
+    return [getattr(owner, name) for owner, name in REPLACED]
+
+
+def _set_functions(functions: list) -> None:
+    for (owner, name), function in zip(REPLACED, functions, strict=True):
+        setattr(owner, name, function)

@@ -15,13 +15,32 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every parameter and persistent buffer of the transformers model inside `model`, tied ones once.
 
     The tensors stay valid after the iterator has moved on (vLLM collects the parts of a fused layer before it copies
-    them), and may be the model's own: do not write to them. Adapters are merged into a copy, one layer at a time. Merging
-    them in place and back would lose bits of the frozen weights at every push in half precision: 1.3 % rms after 1,000.
-    Sharded parameters (FSDP2, ZeRO-3) are gathered one by one, so every rank must run the iterator to its end.
+    them), and may be the model's own: do not write to them. Adapters are merged into a copy, one layer at a time:
+    merging them in place and back would lose bits of the frozen weights at every push in half precision (1.3 % rms
+    after 1,000). Sharded parameters (FSDP2, ZeRO-3) are gathered one by one, so every rank must run the iterator to its
+    end.
     """
     check_supported(model)
     core = language_model(model)
     return _walk(core, "", {id(p) for p in core.parameters()})
+
+
+def checkpoint_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """`named_weights` with the names and layout of the model's checkpoint files, which is what vLLM reads.
+
+    transformers holds a few architectures otherwise in memory (mixtures of experts: all experts of a layer in one
+    tensor). Their weights are converted all together, so they are all collected first; others stay a stream.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import revert_weight_conversion
+
+    core = language_model(model)
+    conversions = vars(core).get("_weight_conversions")  # set by from_pretrained
+    if conversions is None:
+        conversions = get_model_conversion_mapping(core, add_legacy=False)
+    if not conversions:
+        return named_weights(model)
+    return iter(revert_weight_conversion(core, dict(named_weights(model))).items())
 
 
 def check_supported(model: nn.Module) -> None:
@@ -41,8 +60,8 @@ def check_supported(model: nn.Module) -> None:
     embeddings = (core.get_input_embeddings(), core.get_output_embeddings())
     if core.config.get_text_config().tie_word_embeddings and any(_is_adapted(module) for module in embeddings):
         raise ConfigError(
-            "the model ties its input and output embeddings, and an adapter on one of them would untie them in the rollout "
-            "engine: leave embed_tokens and lm_head out of lora_target_modules and lora_modules_to_save"
+            "the model ties its input and output embeddings, and an adapter on one of them would untie them in the "
+            "rollout engine: leave embed_tokens and lm_head out of lora_target_modules and lora_modules_to_save"
         )
 
 

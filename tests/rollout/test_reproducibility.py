@@ -1,0 +1,157 @@
+"""The same draws again: whatever else is in the call, in a resumed run, and without touching anybody else's draws."""
+
+import os
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from rollout_models import VLLM_INSTALLED, is_greedy, llama, needs_vllm, never_ending, prompts
+
+from align.errors import RolloutError
+from align.rollout import SamplingParams
+from align.rollout.seeds import derive_seed
+
+SAMPLED = SamplingParams(max_tokens=12)
+
+
+def tokens(rollouts) -> list[list[list[int]]]:
+    return [[c.token_ids for c in r.completions] for r in rollouts]
+
+
+def test_draws_do_not_depend_on_what_else_is_in_the_call(make):
+    model, ids = never_ending(llama()), prompts([4, 50, 7, 20])
+    alone = make(model, seed=5).generate(ids[:1], SAMPLED)
+    together = make(model, seed=5).generate(ids, [SAMPLED, SamplingParams(20, n=3), SAMPLED, SAMPLED])
+    assert tokens(together)[:1] == tokens(alone)
+
+
+def test_a_seeded_request_is_drawn_the_same_everywhere(engine):
+    ids = prompts([4, 50, 7])
+    seeded = SamplingParams(max_tokens=12, n=2, seed=11)
+    calls = engine.calls
+    alone = tokens(engine.generate(ids[2:], seeded))
+    among = tokens(engine.generate(ids, [seeded, SamplingParams(3, temperature=0), seeded]))
+    assert among[2:] == alone
+    assert engine.calls == calls  # such calls do not move the engine's own draws
+
+
+def test_two_calls_and_two_seeds_draw_differently(make):
+    model, ids = never_ending(llama()), prompts([4])
+    engine, other = make(model, seed=1), make(model, seed=2)
+    first, second = tokens(engine.generate(ids, SAMPLED)), tokens(engine.generate(ids, SAMPLED))
+    assert first != second
+    assert tokens(other.generate(ids, SAMPLED)) not in (first, second)
+
+
+def test_a_resumed_engine_goes_on_with_the_same_draws(make):
+    first, second, ids = never_ending(llama(0)), never_ending(llama(1)), prompts([4, 150])
+    engine = make(first, seed=9)
+    engine.generate(ids, SAMPLED)
+    state = engine.state_dict()
+    engine.push(second, 1)
+    expected = [engine.generate(ids, SAMPLED), engine.generate(ids, SAMPLED)]
+    resumed = make(second, seed=12345)
+    resumed.load_state_dict(state)
+    resumed.push(second, 1)
+    assert [resumed.generate(ids, SAMPLED), resumed.generate(ids, SAMPLED)] == expected
+
+
+def test_seeds_are_spread_and_stable():
+    assert derive_seed("engine", 0, 0, 0) == 4283829292330496264
+    seeds = {derive_seed("engine", 0, call, index) for call in range(40) for index in range(25)}
+    assert len(seeds) == 1000 and all(0 <= seed < 1 << 62 for seed in seeds)
+
+
+def random_states():
+    numpy_state = [np.asarray(x).tolist() for x in np.random.get_state()[1:]]
+    return random.getstate(), torch.get_rng_state().tolist(), numpy_state
+
+
+def test_the_process_is_left_as_it_was(make):
+    """Two engines one after another: random states, threads, environment, torch's functions, process group."""
+    before = (
+        random_states(),
+        dict(os.environ),
+        torch.get_num_threads(),
+        torch.set_num_threads,
+        torch.accelerator.synchronize,
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+        dist.is_initialized(),
+    )
+    model = never_ending(llama())
+    for version in range(2):
+        engine = make(model)
+        engine.generate(prompts([3, 5]), SAMPLED)
+        engine.push(llama(1), version)
+        engine.generate(prompts([3, 5]), SAMPLED)
+        engine.close()
+        engine.close()
+        with pytest.raises(RolloutError, match="closed"):
+            engine.generate(prompts([3]), SAMPLED)
+        with pytest.raises(RolloutError, match="closed"):
+            engine.push(model, 1)
+    after = (
+        random_states(),
+        dict(os.environ),
+        torch.get_num_threads(),
+        torch.set_num_threads,
+        torch.accelerator.synchronize,
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+        dist.is_initialized(),
+    )
+    assert after == before
+
+
+def test_the_trainer_can_make_its_process_group_beside_the_engine(make, tmp_path):
+    engine = make(never_ending(llama()))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        engine.generate(prompts([3]), SAMPLED)
+        engine.push(llama(1), 1)
+        engine.close()
+        ones = torch.ones(2)
+        dist.all_reduce(ones)
+        assert dist.is_initialized() and ones.tolist() == [1, 1]
+    finally:
+        dist.destroy_process_group()
+
+
+def test_closing_one_of_two_engines_leaves_the_other_working(make):
+    models, ids = [never_ending(llama(seed)) for seed in (0, 1)], prompts([3, 40])
+    first, second = make(models[0]), make(models[1])
+    first.close()
+    for rollout in second.generate(ids, SamplingParams(8, temperature=0)):
+        assert is_greedy(models[1], rollout.prompt_ids, rollout.completions[0].token_ids)
+    second.push(models[0], 1)
+    third = make(models[1])
+    second.close()
+    third.verify(models[1])
+    third.push(models[0], 1)
+
+
+@needs_vllm
+def test_training_goes_on_after_an_engine_was_made(make):
+    model = llama()
+    make(model)
+    compiled = torch.compile(lambda x: x * 2 + 1, backend="eager")  # the trainer's own compilation still works
+    assert compiled(torch.ones(2)).tolist() == [3, 3]
+    ids = torch.tensor(prompts([12]))
+    model(ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_two_ranks_each_have_their_engines():
+    """Their gloo group survives the engines; each rank's engine holds its rank's model, or the gathered shards."""
+    script = os.path.join(os.path.dirname(__file__), "two_ranks.py")
+    backends = ["transformers", "vllm"] if VLLM_INSTALLED else ["transformers"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *backends]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    for backend in backends:
+        assert result.stdout.count(f"{backend} done") == 2
