@@ -97,7 +97,7 @@ def reference_text(rows: list[dict], per_prompt: int, seed: int) -> list[dict]:
     return [{**row, "completion": reference_answer(row["topic"], rng)} for row in rows for _ in range(per_prompt)]
 
 
-# ---- the three gold objectives ----------------------------------------------------------------------------------------
+# ---- the three gold objectives ---------------------------------------------------------------------------------------
 
 
 def helpfulness(topic: str, completion: str) -> float:

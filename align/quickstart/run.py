@@ -30,6 +30,9 @@ EXPECTED = {
 
 def run_quickstart(folder: str | Path, settings: Settings, seed: int, console: Console) -> Path:
     """Run or continue the quickstart in `folder`; returns the path of the report."""
+    import torch
+
+    torch.set_num_threads(1)  # models this small gain nothing from a second thread and lose much on a busy machine
     space = Workspace(folder, settings.fingerprint(seed))
     steps = {
         "supervised fine-tuning": phases.sft,

@@ -1,0 +1,116 @@
+"""`align quickstart --small`: killed, started again, and what it leaves behind."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from align.errors import ConfigError
+from align.evaluation.summary import read_summary
+from align.quickstart.phases import RUNS
+from align.quickstart.progress import PhaseProgress
+from align.quickstart.workspace import Workspace
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(folder: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "align", "quickstart", "--small", "--output_dir", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def killed_and_continued(tmp_path_factory):
+    """The folder of a quickstart that was killed in its third phase, and the output of the start that finished it."""
+    folder = tmp_path_factory.mktemp("quickstart") / "run"
+    first = start(folder)
+    state = folder / "phases.json"
+    deadline = time.monotonic() + 300
+    while not (state.exists() and "preference pairs" in json.loads(state.read_text())["phases"]):
+        assert first.poll() is None, first.communicate()[0]
+        assert time.monotonic() < deadline, "the first two phases took more than five minutes"
+        time.sleep(0.2)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    before = {path: path.stat().st_mtime_ns for path in (folder / "data").iterdir()}
+    before[folder / "sft" / "model.safetensors"] = (folder / "sft" / "model.safetensors").stat().st_mtime_ns
+    second = start(folder)
+    output = second.communicate(timeout=600)[0]
+    assert second.returncode == 0, output
+    return folder, before, output
+
+
+def test_continues_after_the_last_finished_phase(killed_and_continued):
+    folder, before, output = killed_and_continued
+    assert "supervised fine-tuning: finished earlier, kept" in output
+    assert "preference pairs: finished earlier, kept" in output
+    assert "[3/8] reward models" in output
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_the_engine_is_vllm_where_it_is_installed():
+    from align.rollout.make import choose_backend
+
+    installed = importlib.util.find_spec("vllm") is not None
+    assert choose_backend("auto") == ("vllm" if installed else "transformers")
+
+
+def test_summary_and_report(killed_and_continued):
+    folder, _, output = killed_and_continued
+    summary = read_summary(folder)
+    assert set(summary["runs"]) == set(RUNS)
+    assert {"single proxy", "ensemble mean", "worst case", "uncertainty-weighted"} < set(summary["best_of_n"])
+    for run in summary["runs"].values():
+        assert run["step"] == [0, 2, 4, 6] and abs(run["kl"][0]) < 1e-5
+    gold = summary["best_of_n"]["gold itself"]
+    assert gold["n"][0] == 1 and gold["gold"] == pytest.approx(gold["proxy"])
+    assert sorted(gold["gold"]) == gold["gold"]  # choosing by gold can only help
+    assert len(summary["reward_models"]) == 3
+    assert set(summary["phases"]) == {
+        "supervised fine-tuning", "preference pairs", "reward models", "best-of-n", *(f"ReMax: {name}" for name in RUNS)
+    }  # fmt: skip
+    report = (folder / "report.html").read_text()
+    assert "report.html" in output
+    for name in RUNS:
+        assert name in report
+
+
+def test_the_label_noise_is_the_stored_one(killed_and_continued):
+    folder, _, _ = killed_and_continued
+    rows = {
+        name: [json.loads(line) for line in (folder / "data" / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("train_pairs", "train_pairs_noisy")
+    }
+    flipped = json.loads((folder / "data" / "flipped_labels.json").read_text())
+    assert len(flipped["rows"]) == round(0.25 * len(rows["train_pairs"]))
+    for i, (clean, noisy) in enumerate(zip(rows["train_pairs"], rows["train_pairs_noisy"], strict=True)):
+        assert (clean["chosen"] == noisy["rejected"]) == (i in set(flipped["rows"]))
+
+
+def test_other_settings_in_the_same_folder_are_refused(tmp_path):
+    Workspace(tmp_path, {"seed": 0})
+    with pytest.raises(ConfigError, match="other settings"):
+        Workspace(tmp_path, {"seed": 1})
+
+
+def test_time_left_follows_the_pace(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("align.quickstart.progress.time.perf_counter", lambda: now[0])
+    progress = PhaseProgress({"a": 10.0, "b": 30.0}, Console(file=(tmp_path / "out").open("w")))
+    assert progress.left(0.0, "a") == 40.0
+    now[0] = 20.0  # half of the expected pace
+    assert progress.left(1.0, "a") == pytest.approx(60.0)
+    with progress.phase("a"):
+        pass
+    now[0] = 50.0
+    assert progress.left(0.5, "b") == pytest.approx(30.0)
