@@ -4,26 +4,50 @@ import pytest
 from rollout_models import llama, needs_vllm, never_ending
 
 from align.rollout import make_engine
+from align.rollout.engine import end_tokens
 
 BACKENDS = ["transformers", pytest.param("vllm", marks=needs_vllm)]
 
 
-@pytest.fixture(scope="module", params=BACKENDS)
+@pytest.fixture(scope="session", params=BACKENDS)
 def backend(request) -> str:
     return request.param
 
 
-@pytest.fixture(scope="module")
-def engine(backend):
-    """One engine per back-end for all tests that only generate; its model never ends by itself."""
-    made = make_engine(never_ending(llama()), backend=backend, max_model_len=256, seed=7)
+@pytest.fixture(scope="session")
+def shared(backend):
+    """Engines by (tied, dtype), each started once: starting and ending vLLM takes seconds."""
+    made = {}
     yield made
-    made.close()
+    for engine in made.values():
+        engine.close()
+
+
+@pytest.fixture
+def holding(backend, shared):
+    """holding(model, seed=0): an engine with the model's weights, as if it were new. One at a time of a kind."""
+
+    def give(model, seed: int = 0):
+        key = (model.config.tie_word_embeddings, model.dtype)
+        if key in shared:
+            shared[key].push(model, 0)
+            shared[key].load_state_dict({"seed": seed, "calls": 0})
+        else:
+            shared[key] = make_engine(model, backend=backend, max_model_len=256, seed=seed)
+        shared[key].eos_token_ids = end_tokens(model, None)
+        return shared[key]
+
+    return give
+
+
+@pytest.fixture
+def engine(holding):
+    return holding(never_ending(llama()), seed=7)
 
 
 @pytest.fixture
 def make(backend):
-    """Engines that are closed when the test ends."""
+    """New engines, closed when the test ends."""
     made = []
 
     def build(model, tokenizer=None, **options):

@@ -90,8 +90,8 @@ def ending_model(last: int):
     return model
 
 
-def test_the_end_token_ends_and_is_part_of_the_completion(make):
-    engine = make(ending_model(last=12))
+def test_the_end_token_ends_and_is_part_of_the_completion(holding):
+    engine = holding(ending_model(last=12))
     params = [
         SamplingParams(20, temperature=0),
         SamplingParams(3, temperature=0),

@@ -22,10 +22,10 @@ def follows(model, ids, completions) -> bool:
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_a_push_changes_what_is_generated_and_matches_the_model(make, tied):
+def test_a_push_changes_what_is_generated_and_matches_the_model(holding, tied):
     ids = prompts([4, 30, 140])
     first, second = (never_ending(llama(seed, tie_word_embeddings=tied)) for seed in (0, 1))
-    engine = make(first)
+    engine = holding(first)
     before = greedy(engine, ids)
     assert follows(first, ids, before)
     for version, model in enumerate([second, first, second], start=1):
@@ -38,17 +38,17 @@ def test_a_push_changes_what_is_generated_and_matches_the_model(make, tied):
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_stale_weights_are_detected(make, tied):
+def test_stale_weights_are_detected(holding, tied):
     first, second = (llama(seed, tie_word_embeddings=tied) for seed in (0, 1))
-    engine = make(first)
+    engine = holding(first)
     with pytest.raises(RolloutError, match="differ by up to .* weight version 0"):
         engine.verify(second)
     engine.verify(first)
 
 
-def test_a_small_change_of_one_weight_is_detected(make):
+def test_a_small_change_of_one_weight_is_detected(holding):
     model = llama()
-    engine = make(model)
+    engine = holding(model)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.mul_(1.05)
     with pytest.raises(RolloutError, match="does not hold the trainer's weights"):
@@ -56,9 +56,9 @@ def test_a_small_change_of_one_weight_is_detected(make):
     engine.push(model, 1)
 
 
-def test_the_engine_keeps_its_weights_while_the_trainers_change(make):
+def test_the_engine_keeps_its_weights_while_the_trainers_change(holding):
     model = never_ending(llama())
-    engine, ids = make(model), prompts([4, 20])
+    engine, ids = holding(model), prompts([4, 20])
     before = greedy(engine, ids)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -66,10 +66,10 @@ def test_the_engine_keeps_its_weights_while_the_trainers_change(make):
     assert greedy(engine, ids) == before
 
 
-def test_a_prompt_longer_than_a_block_is_not_answered_from_the_old_cache(make):
+def test_a_prompt_longer_than_a_block_is_not_answered_from_the_old_cache(holding):
     ids = prompts([200, 200, 230])
     first, second = never_ending(llama(0)), never_ending(llama(1))
-    engine = make(first)
+    engine = holding(first)
     greedy(engine, ids)  # fills the prefix cache
     engine.push(second, 1)
     assert follows(second, ids, greedy(engine, ids))
@@ -97,9 +97,9 @@ def lora(model, **options):
     ],
     ids=["lora", "dora", "rslora", "modules_to_save", "embeddings"],
 )
-def test_adapters_are_merged_without_touching_the_model(make, options):
+def test_adapters_are_merged_without_touching_the_model(holding, options):
     base = never_ending(llama())
-    engine, ids = make(base), prompts([4, 30])
+    engine, ids = holding(base), prompts([4, 30])
     without = greedy(engine, ids)
     model = lora(base, **options)
     if "modules_to_save" in options:
@@ -121,11 +121,11 @@ def test_an_engine_starts_from_an_adapter_model_with_a_tied_base(make):
     assert follows(model, ids, greedy(engine, ids))
 
 
-def test_pushing_bfloat16_adapters_often_leaves_the_base_as_it_was(make):
+def test_pushing_bfloat16_adapters_often_leaves_the_base_as_it_was(holding):
     model = lora(never_ending(llama(dtype=torch.bfloat16)))
     base = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
     held = base.detach().clone()
-    engine = make(model)
+    engine = holding(model)
     for version in range(1, 6):
         assert engine.push(model, version).probe_max_abs_diff < 0.3
     assert torch.equal(base, held)
@@ -137,29 +137,30 @@ def test_an_adapter_on_tied_embeddings_is_refused(make):
         make(model)
 
 
-def test_the_probe_leaves_the_trainer_and_the_draws_alone(make):
+def test_the_probe_leaves_the_trainer_and_the_draws_alone(holding):
     model = never_ending(llama())
     model.model.layers[0].eval()
     modes = [module.training for module in model.modules()]
     params, ids = SamplingParams(8), prompts([4, 9])
-    undisturbed, probed = make(model, seed=3), make(model, seed=3)
-    expected = [undisturbed.generate(ids, params) for _ in range(2)]
-    got = [probed.generate(ids, params)]
-    probed.verify(model)
-    probed.push(model, 0)
-    got.append(probed.generate(ids, params))
+    engine = holding(model, seed=3)
+    expected = [engine.generate(ids, params) for _ in range(2)]
+    engine = holding(model, seed=3)
+    got = [engine.generate(ids, params)]
+    engine.verify(model)
+    engine.push(model, 0)
+    got.append(engine.generate(ids, params))
     assert got == expected
     assert [module.training for module in model.modules()] == modes
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_the_probe_sees_through_accelerates_mixed_precision(make):
+def test_the_probe_sees_through_accelerates_mixed_precision(holding):
     from accelerate import Accelerator
 
     model = llama()
     prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
     assert "forward" in vars(prepared)
-    engine = make(prepared)
+    engine = holding(prepared)
     assert engine.push(prepared, 1).probe_max_abs_diff < 1e-4
     assert "forward" in vars(prepared)
 
