@@ -275,6 +275,8 @@ class TrainerMixin:
         """Send a matplotlib figure to wandb and TensorBoard, whichever is reported to. Main process only."""
         if not self.is_world_process_zero():
             return
+        import matplotlib.pyplot  # noqa: F401  (wandb and TensorBoard take for granted that somebody has)
+
         if "wandb" in self.args.report_to:
             import wandb
 
