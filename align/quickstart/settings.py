@@ -15,14 +15,14 @@ class Settings:
     eval_pairs: int = 300
     label_noise: float = 0.25
     members: int = 5
-    reward_epochs: int = 3
+    reward_epochs: int = 2
     reward_learning_rate: float = 2e-3
     uncertainty_weight: float = 0.5
     bon_prompts: int = 32
     bon_n: int = 512
     prompts_per_step: int = 64
-    steps: int = 64
-    eval_every: int = 8
+    steps: int = 48
+    eval_every: int = 6
     eval_samples: int = 2
     learning_rate: float = 1e-3
     beta: float = 0.01
