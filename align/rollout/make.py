@@ -29,8 +29,8 @@ def choose_backend(backend: str = "auto") -> str:
         logger.info("rollouts use vLLM, which is installed (rollout_backend: transformers does without)")
         return "vllm"
     logger.warning(
-        "rollouts use transformers, because vLLM is not installed. That is slower for long or uneven completions. To "
-        "have vLLM: %s. Set rollout_backend: transformers to keep this without the warning",
+        "rollouts use transformers, because vLLM is not installed. It is faster; to install it: %s. Set "
+        "rollout_backend: transformers to stay as it is, without this warning",
         INSTALL,
     )
     return "transformers"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from align.errors import ConfigError
 from align.modeling.logprobs import language_model, token_logps
 from align.rollout.types import Completion, Request, SamplingParams
 
@@ -30,6 +31,8 @@ class Probe:
 
 
 def default_tolerance(dtype: torch.dtype) -> float:
+    if dtype not in TOLERANCE:
+        raise ConfigError(f"rollouts do not run {dtype} models: load the model in float32, bfloat16 or float16")
     return TOLERANCE[dtype]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from align.errors import ConfigError
 from align.modeling.logprobs import language_model
 from align.rollout.engine import RolloutEngine
 from align.rollout.sampling import RowSampler
@@ -28,6 +29,8 @@ class TransformersEngine(RolloutEngine):
     def __init__(self, model, tokenizer=None, *, max_model_len, seed=0, max_num_seqs=256, sync_tolerance=None):
         super().__init__(model, tokenizer, max_model_len=max_model_len, seed=seed, sync_tolerance=sync_tolerance)
         self.max_num_seqs = max_num_seqs
+        if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            raise ConfigError("the transformers rollout engine does not work with DeepSpeed ZeRO-3: use FSDP2 or vLLM")
         self._model = empty_copy(language_model(model))
         accepted = inspect.signature(self._model.forward).parameters
         self._takes_positions = "position_ids" in accepted

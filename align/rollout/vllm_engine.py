@@ -107,6 +107,8 @@ def start_llm(core, *, max_model_len, max_num_seqs, kv_cache_gib, gpu_memory_uti
     }
     if on_cpu:
         options["enforce_eager"] = True
+        # vLLM takes back the draw of a seeded request whose prompt is processed in parts, which raises on CPUs
+        options["enable_chunked_prefill"] = False
         options["kv_cache_memory_bytes"] = kv_cache_bytes(core, max_model_len, max_num_seqs, kv_cache_gib)
     else:
         options["gpu_memory_utilization"] = gpu_memory_utilization

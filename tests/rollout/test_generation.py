@@ -54,6 +54,14 @@ def test_truncated_logprobs_are_renormalised_over_what_can_be_drawn(engine, mode
     assert len(drawn) > 1
 
 
+def test_a_call_with_more_prompt_tokens_than_one_scheduling_step_takes(engine, model):
+    ids = prompts([150] * 40, seed=1)  # vLLM processes at most 4,096 prompt tokens at once on CPUs
+    for rollout in engine.generate(ids, SamplingParams(3)):
+        (completion,) = rollout.completions
+        expected = own_logps(model, rollout.prompt_ids, completion.token_ids, 1.0)
+        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=0, atol=1e-4)
+
+
 def test_samples_of_one_prompt_differ(engine):
     (rollout,) = engine.generate(prompts([6]), SamplingParams(10, n=8, seed=3))
     assert len({tuple(c.token_ids) for c in rollout.completions}) == 8

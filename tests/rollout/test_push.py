@@ -3,11 +3,11 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from rollout_models import EOS, is_greedy, llama, never_ending, prompts
+from rollout_models import EOS, is_greedy, llama, needs_vllm, never_ending, prompts
 from torch import nn
 
 from align.errors import ConfigError, RolloutError
-from align.rollout import SamplingParams
+from align.rollout import SamplingParams, make_engine, vllm_engine
 
 GREEDY = SamplingParams(max_tokens=16, temperature=0)
 
@@ -44,6 +44,22 @@ def test_stale_weights_are_detected(holding, tied):
     with pytest.raises(RolloutError, match="differ by up to .* weight version 0"):
         engine.verify(second)
     engine.verify(first)
+
+
+@needs_vllm
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_the_probe_finds_weights_that_arrived_in_part(tied, monkeypatch):
+    """Without what we do beside vLLM's own reload a push must fail: the head stays, or the keys and values do."""
+    engine = make_engine(llama(0, tie_word_embeddings=tied), backend="vllm", max_model_len=256)
+    if tied:
+        monkeypatch.setattr(vllm_engine, "repack_heads", lambda model: None)
+    else:
+        monkeypatch.setattr(engine._llm, "reset_prefix_cache", lambda: True)
+    with pytest.raises(RolloutError, match="weight version 1"):
+        engine.push(llama(1, tie_word_embeddings=tied), 1)
+    monkeypatch.undo()
+    engine.push(llama(1, tie_word_embeddings=tied), 2)
+    engine.close()
 
 
 def test_a_small_change_of_one_weight_is_detected(holding):

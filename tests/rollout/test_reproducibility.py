@@ -12,7 +12,7 @@ import torch.distributed as dist
 from rollout_models import VLLM_INSTALLED, is_greedy, llama, needs_vllm, never_ending, prompts
 
 from align.errors import RolloutError
-from align.rollout import SamplingParams
+from align.rollout import SamplingParams, make_engine
 from align.rollout.seeds import derive_seed
 
 SAMPLED = SamplingParams(max_tokens=12)
@@ -27,6 +27,19 @@ def test_draws_do_not_depend_on_what_else_is_in_the_call(holding):
     alone = holding(model, seed=5).generate(ids[:1], SAMPLED)
     together = holding(model, seed=5).generate(ids, [SAMPLED, SamplingParams(20, n=3), SAMPLED, SAMPLED])
     assert tokens(together)[:1] == tokens(alone)
+
+
+@needs_vllm
+def test_draws_do_not_depend_on_the_room_in_the_cache():
+    """With room for two and a half sequences, vLLM interrupts sequences and takes them up again."""
+    model, ids = never_ending(llama()), prompts([120] * 8)
+    params = SamplingParams(30, n=2)  # each sequence grows from one block of 128 tokens into two
+    drawn = []
+    for kv_cache_gib in (None, 5 * 128 / 2**20):  # 1 KiB per token
+        engine = make_engine(model, backend="vllm", max_model_len=256, kv_cache_gib=kv_cache_gib)
+        drawn.append(tokens(engine.generate(ids, params)))
+        engine.close()
+    assert drawn[0] == drawn[1]
 
 
 def test_a_seeded_request_is_drawn_the_same_everywhere(engine):
