@@ -5,6 +5,7 @@
 trainer built on one of TRL's keeps TRL's defaults.
 """
 
+import functools
 import logging
 import math
 import shutil
@@ -28,6 +29,15 @@ from align.errors import ConfigError, TrainingError
 logger = logging.getLogger(__name__)
 
 EXTRA_STATE = "align_state_{rank}.pt"
+
+
+@functools.cache
+def let_torch_load_to_numbered_cpus() -> None:
+    """With several processes on CPUs, transformers loads the optimiser's state to the device "cpu:0", which
+    `torch.load` does not know."""
+    torch.serialization.register_package(
+        0, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+    )
 
 
 def machine_has_cuda() -> bool:
@@ -259,6 +269,7 @@ class TrainerMixin:
                 "the model of a new run"
             )
         self.resume_state = state["method"]
+        let_torch_load_to_numbered_cpus()
         self.resume_step = TrainerState.load_from_json(Path(checkpoint) / "trainer_state.json").global_step
 
     # ---- tables and figures -----------------------------------------------------------------------------------------

@@ -4,8 +4,10 @@ from dataclasses import dataclass, field
 
 import torch
 import trl
+from accelerate.utils import gather_object
 from torch import nn
 
+from align.data.collate import IGNORED
 from align.data.tokenize import tokenize_completions
 from align.errors import ConfigError, DataError
 from align.modeling.load import load_policy, load_tokenizer
@@ -77,6 +79,22 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         if eval_dataset is not None:
             eval_dataset = tokenized_completions(eval_dataset, self.processing_class, self.args)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """With the loss per trained token of the whole set: transformers' mean of the batches' means depends on how the
+        rows are cut into batches. (Rows that fill up the last batch of several processes count twice.)"""
+        self._eval_loss, self._eval_tokens = 0.0, 0
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        losses, tokens = zip(*gather_object([(self._eval_loss, self._eval_tokens)]), strict=True)
+        output.metrics[f"{metric_key_prefix}_loss"] = sum(losses) / sum(tokens)
+        return output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        tokens = inputs["labels"][..., 1:].ne(IGNORED).sum().item()
+        self._eval_loss += loss.item() * tokens
+        self._eval_tokens += tokens
+        return loss, logits, labels
 
 
 def tokenized_completions(dataset, tokenizer, args: SFTConfig):

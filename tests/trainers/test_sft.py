@@ -83,6 +83,16 @@ def test_an_evaluation_set_given_later_is_tokenised_alike(policy, tmp_path):
     assert trainer.evaluate()["eval_loss"] == trainer.evaluate(data)["eval_loss"]
 
 
+def test_the_evaluation_loss_is_per_token(policy, tmp_path):
+    """However the rows are cut into batches, and equal to the loss of a step on the same rows."""
+    data, losses = demonstrations(7, seed=1), []
+    for size in (7, 3, 1):
+        trainer = SFTTrainer(policy, sft_config(tmp_path, per_device_eval_batch_size=size, max_steps=1), data, data)
+        losses.append(trainer.evaluate()["eval_loss"])
+    trainer.train()
+    assert losses == pytest.approx(logged(trainer, "loss") * 3, rel=1e-5)
+
+
 def test_a_tokenizer_without_padding_token(tokenizer, tmp_path):
     bare = copy.deepcopy(tokenizer)
     bare.pad_token = None

@@ -1,0 +1,63 @@
+"""SFT and ReMax with one global batch of 8, on one process or two. Run as a script: policy, folder, back-end."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from conftest import demonstrations, parameters, prompts, remax_config, sft_config, wanted_words
+
+from trainers.remax import ReMaxTrainer
+from trainers.sft import SFTTrainer
+
+KEYS = ("loss", "grad_norm", "eval_loss", "eval_kl", "eval_gold", "reward", "kl", "entropy", "completions/mean_length")
+
+
+def train(policy: str, folder: Path, world: int, backend: str = "transformers") -> dict[str, dict]:
+    """What was logged, the evaluation file's records and the final weights, by method. 24 rows: three steps per epoch;
+    5 prompts to evaluate on, which two processes cannot share evenly."""
+    options = {
+        "per_device_train_batch_size": 4 // world,
+        "gradient_accumulation_steps": 2,
+        "per_device_eval_batch_size": 2,
+        "max_steps": 4,
+        "learning_rate": 5e-3,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
+
+    def sft():
+        return SFTTrainer(policy, sft_config(folder / "sft", **options), demonstrations(24), demonstrations(8, seed=1))
+
+    def remax():
+        args = remax_config(folder / "remax", num_generations=2, rollout_backend=backend, **options)
+        return ReMaxTrainer(
+            policy, wanted_words, args, prompts(24), prompts(5, seed=1), gold_reward="align.data.toy:gold"
+        )
+
+    found = {}
+    for name, make in {"sft": sft, "remax": remax, "remax resumed": remax}.items():
+        trainer = make()
+        trainer.train(folder / "remax" / "checkpoint-2" if "resumed" in name else None)
+        logs = trainer.state.log_history
+        found[name] = {
+            "logs": {key: [entry[key] for entry in logs if key in entry] for key in KEYS},
+            "weights": parameters(trainer.model),
+        }
+        if name != "sft":
+            trainer.close()
+            trainer.accelerator.wait_for_everyone()
+            lines = (folder / "remax" / "overoptimization.jsonl").read_text().splitlines()
+            found[name]["evaluations"] = [json.loads(line) for line in lines[1:]]
+    return found
+
+
+if __name__ == "__main__":
+    policy, folder, backend = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+    found = train(policy, folder, 2, backend)
+    rank = dist.get_rank()
+    torch.save(found, folder / f"rank{rank}.pt")
+    dist.destroy_process_group()

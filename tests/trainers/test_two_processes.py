@@ -1,0 +1,60 @@
+"""Two processes (gloo) train what one trains: same losses, gradient norms, rollouts, evaluations and weights."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_same
+from on_ranks import KEYS, train
+
+
+@pytest.fixture(scope="module")
+def runs(policy, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    one = train(policy, folder / "one", 1)
+    (folder / "two").mkdir()
+    script = Path(__file__).parent / "on_ranks.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*command, policy, str(folder / "two"), "transformers"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+    return one, *(torch.load(folder / "two" / f"rank{rank}.pt") for rank in (0, 1))
+
+
+@pytest.mark.parametrize("method", ["sft", "remax"])
+def test_two_processes_are_one(runs, method):
+    one, first, second = (run[method] for run in runs)
+    assert len(one["logs"]["loss"]) == len(one["logs"]["grad_norm"]) == 4
+    for key in KEYS:
+        torch.testing.assert_close(
+            torch.tensor(first["logs"][key]), torch.tensor(one["logs"][key]), rtol=1e-4, atol=1e-5, msg=key
+        )
+    assert_same(first["weights"], second["weights"])
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(first["weights"][name], weight, rtol=0, atol=2e-4, msg=name)
+
+
+def test_they_write_one_evaluation_file(runs):
+    one, first, second = (run["remax"]["evaluations"] for run in runs)
+    assert [record["step"] for record in one] == [0, 2, 4] and first == second
+    for ours, record in zip(one, first, strict=True):
+        assert [s["completion"] for s in ours["samples"]] == [s["completion"] for s in record["samples"]]
+        for name in ("kl", "kl_k3", "proxy", "gold", "length", "entropy"):
+            assert len(record["per_prompt"][name]) == 5
+            assert record["per_prompt"][name] == pytest.approx(ours["per_prompt"][name], rel=1e-3, abs=1e-4)
+
+
+def test_they_resume_exactly(runs):
+    for run in runs:
+        assert_same(run["remax resumed"]["weights"], run["remax"]["weights"])
+        assert run["remax resumed"]["logs"] == run["remax"]["logs"]
+        assert run["remax resumed"]["evaluations"] == run["remax"]["evaluations"]
