@@ -170,7 +170,17 @@ def test_the_probe_leaves_the_trainer_and_the_draws_alone(holding):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_the_probe_sees_through_accelerates_mixed_precision(holding):
+@pytest.fixture
+def fresh_accelerator_state():
+    """accelerate keeps one precision per process; trainers of other tests may have set theirs."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+def test_the_probe_sees_through_accelerates_mixed_precision(holding, fresh_accelerator_state):
     from accelerate import Accelerator
 
     model = llama()
