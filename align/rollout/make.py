@@ -16,7 +16,7 @@ INSTALL = (
 
 
 def choose_backend(backend: str = "auto") -> str:
-    """"vllm" or "transformers". "auto" is vLLM where it is installed. Raises `ConfigError` for what is not there."""
+    """The back-end: vllm or transformers; "auto" is vLLM where installed. Raises `ConfigError` for an absent one."""
     if backend not in BACKENDS:
         raise ConfigError(f"unknown rollout backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     installed = importlib.util.find_spec("vllm") is not None

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from align.errors import ConfigError, RolloutError
 from align.modeling.logprobs import language_model
-from align.rollout.engine import RolloutEngine
+from align.rollout.engine import RolloutEngine, preserved_random_states
 from align.rollout.types import Completion, Request
 from align.rollout.vllm_process import shut_down, starting
 from align.rollout.weights import check_supported, checkpoint_weights
@@ -25,7 +25,7 @@ USE_TRANSFORMERS = "set rollout_backend: transformers"
 
 
 class VLLMEngine(RolloutEngine):
-    """One vLLM engine per process, fed by `push`.
+    """A vLLM engine in this process. On CUDA with several ranks, each rank has one on its own GPU.
 
     It starts from the model's configuration alone, with random weights; the first push replaces them, so no checkpoint
     is written and a start goes through the same code, and the same probe, as every later push.
@@ -62,7 +62,8 @@ class VLLMEngine(RolloutEngine):
             raise RolloutError(f"{reason}\nIf it cannot run this model, {USE_TRANSFORMERS}") from error
         # Runs at the latest when the interpreter ends, and before vLLM's own, which would destroy the trainer's group.
         self._finalizer = weakref.finalize(self, shut_down, self._llm)
-        self._load_weights(model)
+        with preserved_random_states():
+            self._load_weights(model)
 
     def _load_weights(self, model) -> None:
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checkpoint_weights(model)})
