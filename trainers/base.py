@@ -191,7 +191,11 @@ class TrainerMixin:
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
-        state = {"model_only": self.args.save_only_model, "method": self.extra_state()}
+        state = {
+            "model_only": self.args.save_only_model,
+            "processes": self.args.world_size,
+            "method": self.extra_state(),
+        }
         torch.save(state, folder / EXTRA_STATE.format(rank=self.args.process_index))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -204,7 +208,7 @@ class TrainerMixin:
     def _check_weights(self) -> None:
         """Refuse to save weights that no run could go on from (the newest checkpoint is the one that is resumed)."""
         local = [p.to_local() if isinstance(p, DTensor) else p for p in self.model.parameters() if p.requires_grad]
-        if not torch.stack([p.detach().isfinite().all() for p in local]).all():
+        if not all(p.detach().isfinite().all() for p in local):
             raise TrainingError(
                 f"the weights are not finite after step {self.state.global_step}: no checkpoint is written. Lower the "
                 "learning rate, and resume from the last checkpoint"
@@ -267,6 +271,14 @@ class TrainerMixin:
             raise TrainingError(
                 f"{checkpoint} was written with save_only_model: it has no optimiser state to resume with. It can be "
                 "the model of a new run"
+            )
+        if state["processes"] != self.args.world_size:
+            logger.warning(
+                "%s was written by %d processes, and %d go on from it: the run is the same, up to rounding, only if a "
+                "step's batch is, and without dropout",
+                checkpoint,
+                state["processes"],
+                self.args.world_size,
             )
         self.resume_state = state["method"]
         let_torch_load_to_numbered_cpus()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from conftest import demonstrations, parameters, prompts, remax_config, sft_config, wanted_words
+from tiny_runs import demonstrations, parameters, prompts, remax_config, sft_config, wanted_words
 
 from trainers.remax import ReMaxTrainer
 from trainers.sft import SFTTrainer
@@ -14,9 +14,9 @@ from trainers.sft import SFTTrainer
 KEYS = ("loss", "grad_norm", "eval_loss", "eval_kl", "eval_gold", "reward", "kl", "entropy", "completions/mean_length")
 
 
-def train(policy: str, folder: Path, world: int, backend: str = "transformers") -> dict[str, dict]:
-    """What was logged, the evaluation file's records and the final weights, by method. 24 rows: three steps per epoch;
-    5 prompts to evaluate on, which two processes cannot share evenly."""
+def makers(policy: str, folder: Path, world: int, backend: str = "transformers") -> dict:
+    """A function that makes the trainer, by method. 24 rows: three steps per epoch; 5 prompts to evaluate on, which two
+    processes cannot share evenly."""
     options = {
         "per_device_train_batch_size": 4 // world,
         "gradient_accumulation_steps": 2,
@@ -34,12 +34,16 @@ def train(policy: str, folder: Path, world: int, backend: str = "transformers") 
 
     def remax():
         args = remax_config(folder / "remax", num_generations=2, rollout_backend=backend, **options)
-        return ReMaxTrainer(
-            policy, wanted_words, args, prompts(24), prompts(5, seed=1), gold_reward="align.data.toy:gold"
-        )
+        data = prompts(24), prompts(5, seed=1)
+        return ReMaxTrainer(policy, wanted_words, args, *data, gold_reward="align.data.toy:gold")
 
+    return {"sft": sft, "remax": remax, "remax resumed": remax}
+
+
+def train(policy: str, folder: Path, world: int, backend: str = "transformers") -> dict[str, dict]:
+    """What was logged, the evaluation file's records and the final weights, by method."""
     found = {}
-    for name, make in {"sft": sft, "remax": remax, "remax resumed": remax}.items():
+    for name, make in makers(policy, folder, world, backend).items():
         trainer = make()
         trainer.train(folder / "remax" / "checkpoint-2" if "resumed" in name else None)
         logs = trainer.state.log_history

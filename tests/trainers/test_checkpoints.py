@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
+from peft import LoraConfig
+from tiny_runs import (
     assert_same,
     demonstrations,
     logged,
@@ -17,7 +18,6 @@ from conftest import (
     sft_config,
     wanted_words,
 )
-from peft import LoraConfig
 from transformers import TrainerCallback
 
 from align.errors import TrainingError
@@ -102,11 +102,11 @@ def test_a_finished_run_is_left_alone(finished, tmp_path, caplog):
 
 
 def test_a_finished_run_can_be_made_longer(policy, tmp_path):
-    """Constant learning rate: four steps and four more are eight."""
-    options = {"lr_scheduler_type": "constant", "eval_steps": 2}
+    """Constant learning rate: two steps and two more are four."""
+    options = {"lr_scheduler_type": "constant", "eval_steps": 2, "max_steps": 4}
     straight = remax(policy, tmp_path / "straight", **options)
     straight.train()
-    remax(policy, tmp_path / "run", max_steps=4, **options).train()
+    remax(policy, tmp_path / "run", **{**options, "max_steps": 2}).train()
     resumed = remax(policy, tmp_path / "run", **options)
     resumed.train(resume_from_checkpoint=True)
     assert_same(parameters(resumed.model), parameters(straight.model))
@@ -128,11 +128,11 @@ def test_a_killed_run_resumes_with_vllm(policy, tmp_path):
     """Evaluated after the checkpoint and before the kill: those records are made again, and are the same. One engine
     serves all three trainers, and gets the weights of each when it is first used."""
     engine = make_engine(load_policy(policy), load_tokenizer(policy), backend="vllm", max_model_len=22)
-    options = {"engine": engine, "max_steps": 5, "eval_steps": 1}
+    options = {"engine": engine, "max_steps": 4, "eval_steps": 1}
     straight = remax(policy, tmp_path / "straight", **options)
     straight.train()
     killed = remax(policy, tmp_path / "run", **options)
-    killed.add_callback(Kill(4))
+    killed.add_callback(Kill(4))  # before the evaluation and the checkpoint of this step
     with pytest.raises(KeyboardInterrupt):
         killed.train()
     assert len(evaluations(tmp_path / "run")) == 4

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from conftest import QUIET, logged, needs_vllm, parameters, prompts, remax_config, tiny_model, wanted_words
 from peft import LoraConfig, get_peft_model
+from tiny_runs import QUIET, logged, needs_vllm, parameters, prompts, remax_config, tiny_model, wanted_words
 from transformers import TrainerCallback
 
 from align.errors import ConfigError, DataError, RewardError, TrainingError
@@ -129,8 +129,10 @@ def test_the_trained_policy_must_be_the_one_that_sampled(policy, tmp_path):
         trainer.train()
 
 
-@pytest.mark.parametrize("backend", ["transformers", pytest.param("vllm", marks=[needs_vllm, pytest.mark.vllm])])
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
+@pytest.mark.parametrize(
+    "backend, lora",
+    [("transformers", False), ("transformers", True), pytest.param("vllm", True, marks=[needs_vllm, pytest.mark.vllm])],
+)
 def test_rollouts_come_from_the_pushed_weights(backend, lora, policy, tmp_path):
     """At temperature 0.7, after steps that move the weights a lot, and with adapters merged on the way."""
     args = remax_config(
@@ -243,7 +245,7 @@ def test_several_samples_per_prompt_are_averaged(policy, tmp_path):
 
 def test_the_kl_is_that_of_the_policies(policy, tokenizer, tmp_path):
     """k3 and k1 estimate the same; with many samples both agree with the exact KL of the first token."""
-    args = remax_config(tmp_path, max_completion_length=1, eval_num_generations=400, temperature=0.8)
+    args = remax_config(tmp_path, max_completion_length=1, eval_num_generations=200, temperature=0.8)
     other = tiny_model(tokenizer, seed=1)
     trainer = ReMaxTrainer(policy, wanted_words, args, prompts(16), prompts(4, seed=1), ref_model=other)
     found, exact = trainer.evaluate(), []
@@ -252,7 +254,7 @@ def test_the_kl_is_that_of_the_policies(policy, tokenizer, tmp_path):
         p, q = p.log_softmax(-1), q.log_softmax(-1)
         exact.append((p.exp() * (p - q)).sum().item())
     exact = sum(exact) / len(exact)
-    assert found["eval_kl"] == pytest.approx(exact, rel=0.1) and found["eval_kl_k3"] == pytest.approx(exact, rel=0.1)
+    assert found["eval_kl"] == pytest.approx(exact, rel=0.15) and found["eval_kl_k3"] == pytest.approx(exact, rel=0.15)
 
 
 def test_without_evaluation_prompts(policy, tmp_path):

@@ -3,9 +3,9 @@ import itertools
 
 import pytest
 import torch
-from conftest import logged, needs_vllm, prompts, remax_config, tiny_model, wanted_words
 from datasets import Dataset
 from peft import LoraConfig
+from tiny_runs import logged, needs_vllm, prompts, remax_config, tiny_model, wanted_words
 
 from align.errors import ConfigError
 from align.rollout.transformers_engine import TransformersEngine
@@ -250,6 +250,19 @@ def test_conversations(tokenizer, tmp_path):
     prompt, completion, topic = seen[0]
     assert [turn["role"] for turn in prompt] == ["user"] and topic in prompt[0]["content"]
     assert [turn["role"] for turn in completion] == ["assistant"] and "<eos>" not in completion[0]["content"]
+
+
+def test_a_tokenizer_without_padding_token(tokenizer, tmp_path):
+    losses = []
+    for pad_token in ("<pad>", None):
+        own = copy.deepcopy(tokenizer)
+        own.pad_token = pad_token
+        trainer = ReMaxTrainer(
+            tiny_model(tokenizer), wanted_words, remax_config(tmp_path), prompts(16), processing_class=own
+        )
+        trainer.train()
+        losses.append(logged(trainer, "loss"))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_options_are_checked(tmp_path):

@@ -8,7 +8,7 @@ import sys
 from collections import defaultdict
 
 import pytest
-from conftest import demonstrations, logged, prompts, remax_config, sft_config, wanted_words
+from tiny_runs import demonstrations, logged, prompts, remax_config, sft_config, wanted_words
 
 from trainers.remax import ReMaxTrainer
 from trainers.sft import SFTTrainer

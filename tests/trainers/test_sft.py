@@ -2,9 +2,9 @@ import copy
 
 import pytest
 import torch
-from conftest import demonstrations, logged, sft_config, tiny_model
 from datasets import Dataset
 from peft import LoraConfig
+from tiny_runs import demonstrations, logged, sft_config, tiny_model
 
 from align.errors import ConfigError, DataError, TrainingError
 from align.modeling.load import load_policy

@@ -7,13 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same
-from on_ranks import KEYS, train
+from on_ranks import KEYS, makers, train
+from tiny_runs import assert_same
 
 
 @pytest.fixture(scope="module")
-def runs(policy, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def runs(policy, folder):
     one = train(policy, folder / "one", 1)
     (folder / "two").mkdir()
     script = Path(__file__).parent / "on_ranks.py"
@@ -58,3 +62,11 @@ def test_they_resume_exactly(runs):
         assert_same(run["remax resumed"]["weights"], run["remax"]["weights"])
         assert run["remax resumed"]["logs"] == run["remax"]["logs"]
         assert run["remax resumed"]["evaluations"] == run["remax"]["evaluations"]
+
+
+def test_one_process_goes_on_where_two_stopped(runs, policy, folder, caplog):
+    trainer = makers(policy, folder / "other", 1)["sft"]()
+    trainer.train(resume_from_checkpoint=folder / "two" / "sft" / "checkpoint-2")
+    assert "was written by 2 processes, and 1 go on from it" in caplog.text
+    for name, weight in runs[0]["sft"]["weights"].items():
+        torch.testing.assert_close(trainer.model.get_parameter(name), weight, rtol=0, atol=2e-4, msg=name)
