@@ -15,3 +15,16 @@ def policy(tokenizer, tmp_path_factory) -> str:
     tiny_model(tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture
+def wandb_offline(tmp_path, monkeypatch):
+    """wandb writes into tmp_path/wandb and sends nothing."""
+    for name, value in {"MODE": "offline", "SILENT": "true", "DIR": str(tmp_path)}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    import wandb
+
+    wandb.teardown()  # a run that this process had before would keep the new one's files in its own folder
+    yield tmp_path
+    wandb.finish()
+    wandb.teardown()

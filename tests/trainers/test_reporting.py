@@ -16,18 +16,6 @@ from trainers.sft import SFTTrainer
 GOLD = {"type": "rule", "function": "align.data.toy:gold", "name": "gold"}
 
 
-@pytest.fixture
-def offline(tmp_path, monkeypatch):
-    """wandb writes into tmp_path/wandb and sends nothing."""
-    for name, value in {"MODE": "offline", "SILENT": "true", "DIR": str(tmp_path)}.items():
-        monkeypatch.setenv(f"WANDB_{name}", value)
-    import wandb
-
-    yield tmp_path
-    wandb.finish()
-    wandb.teardown()  # or the next run of this process would go to the same folder
-
-
 def wandb_history(folder) -> tuple[list[dict], str]:
     """The logged rows of the one offline run under `folder`, and the folder of its files."""
     import wandb
@@ -66,14 +54,14 @@ def leveldb_records(data: bytes) -> list[bytes]:
     return records
 
 
-def test_remax_in_wandb_and_tensorboard(policy, offline):
-    folder = offline / "run"
+def test_remax_in_wandb_and_tensorboard(policy, wandb_offline):
+    folder = wandb_offline / "run"
     args = remax_config(
         folder, max_steps=4, eval_strategy="steps", eval_steps=2, report_to=["wandb", "tensorboard"], run_name="toy run"
     )
     trainer = ReMaxTrainer(policy, wanted_words, args, prompts(16), prompts(10, seed=1), gold_reward=GOLD)
     trainer.train()
-    rows, files = wandb_history(offline)
+    rows, files = wandb_history(wandb_offline)
     by_step = defaultdict(dict)
     for row in rows:
         by_step[row["train/global_step"]] |= row
@@ -106,11 +94,11 @@ def test_remax_in_wandb_and_tensorboard(policy, offline):
     assert [event.value for event in board.Scalars("eval/gold")] == pytest.approx(logged(trainer, "eval_gold"))
 
 
-def test_sft_in_wandb(policy, offline):
-    args = sft_config(offline / "run", max_steps=3, report_to="wandb", eval_strategy="steps", eval_steps=3)
+def test_sft_in_wandb(policy, wandb_offline):
+    args = sft_config(wandb_offline / "run", max_steps=3, report_to="wandb", eval_strategy="steps", eval_steps=3)
     trainer = SFTTrainer(policy, args, demonstrations(16), demonstrations(8, seed=1))
     trainer.train()
-    rows, _ = wandb_history(offline)
+    rows, _ = wandb_history(wandb_offline)
     assert [row["train/loss"] for row in rows if "train/loss" in row] == pytest.approx(logged(trainer, "loss"))
     assert [row["eval/loss"] for row in rows if "eval/loss" in row] == pytest.approx(logged(trainer, "eval_loss"))
     assert [row["train/global_step"] for row in rows] == sorted(row["train/global_step"] for row in rows)

@@ -234,10 +234,8 @@ def test_resume_is_exact(trunk, tmp_path):
     assert whole.normalizer == resumed.normalizer
 
 
-def test_wandb_offline(trunk, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+def test_wandb_offline(trunk, wandb_offline):
+    tmp_path = wandb_offline
     args = config(tmp_path / "run", num_train_epochs=1, report_to="wandb", eval_strategy="epoch")
     trainer = RewardTrainer(trunk, args, pairs(32), pairs(10, seed=1))
     trainer.train()
