@@ -1,0 +1,76 @@
+"""Log-probs of the completion tokens of preference pairs, whatever the layout of the batch."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from align.modeling.logprobs import token_logps
+
+
+@dataclass
+class PairTokens:
+    """Values per completion token, left-aligned, 0 outside the mask. Rows: B chosen, then B rejected in their order.
+
+    logps: [2B, L], log pi(y_t | x, y_<t), natural log, EOS included; float32 (float64 for a float64 model).
+    mask: [2B, L], bool.
+    kl: [2B, L], KL(ref(.|x, y_<t) || pi(.|x, y_<t)) over the whole vocabulary in nats; None where it was not asked for.
+    """
+
+    logps: Tensor
+    mask: Tensor
+    kl: Tensor | None = None
+
+
+class Completions(NamedTuple):
+    """Where a batch holds its completion tokens; [2B, L] each, left-aligned, B chosen rows and then B rejected.
+
+    ids: the tokens. mask: bool. sources: the position that predicts the token (the one before it), counted through the
+    flattened [rows * T] positions of the batch; 0 outside the mask.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    sources: Tensor
+
+
+def pair_tokens(model: nn.Module, batch: dict[str, Tensor], *, chunk_size: int | None = None) -> PairTokens:
+    """Log-probs of the completions of a batch of pairs, differentiable.
+
+    Args:
+        model: a causal language model, bare or wrapped (PEFT, DDP, FSDP2).
+        batch: of `PairCollator`.
+        chunk_size: tokens per chunk of logits, as in `token_logps`.
+    """
+    places = completions(batch)
+    values = token_logps(
+        model, batch["input_ids"], batch["attention_mask"], mask=batch["completion_mask"], chunk_size=chunk_size
+    )
+    whole = nn.functional.pad(values, (0, 1))  # the last position of a row predicts nothing
+    return PairTokens(logps=at_completions(whole, places), mask=places.mask)
+
+
+def completions(batch: dict[str, Tensor]) -> Completions:
+    """The completion tokens of a batch of pairs."""
+    input_ids, wanted = batch["input_ids"], batch["completion_mask"].bool()
+    lengths = wanted.sum(-1)
+    columns = torch.argsort(wanted.logical_not().to(torch.uint8), dim=-1, stable=True)[:, : int(lengths.max())]
+    mask = torch.arange(columns.shape[1], device=columns.device) < lengths[:, None]
+    starts = torch.arange(len(columns), device=columns.device)[:, None] * input_ids.shape[1]
+    return Completions(input_ids.gather(-1, columns), mask, torch.where(mask, starts + columns - 1, 0))
+
+
+def at_completions(values: Tensor, places: Completions) -> Tensor:
+    """Values of every position [rows, T, ...] to the completion tokens they predict: [2B, L, ...], 0 outside the mask.
+
+    This is how anything that a model computes per position (a hidden state, an activation, a mask) is lined up with
+    `PairTokens`: the entry for token y_t is taken at the position before it, which has seen x and y_<t.
+    """
+    taken = values.flatten(0, 1)[places.sources]
+    return taken.masked_fill(~places.mask.view(*places.mask.shape, *[1] * (taken.dim() - 2)), 0)
+
+
+def pair_count(batch: dict[str, Tensor]) -> int:
+    """Pairs in a batch, whatever its layout."""
+    return len(batch["completion_mask"]) // 2
