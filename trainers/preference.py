@@ -174,8 +174,8 @@ class PreferenceTrainer(TrainerMixin, Trainer):
 
     def reference_tokens(self, batch: dict[str, Tensor]) -> PairTokens:
         """The reference's tokens of a batch, without gradient."""
-        with self.phase("reference"), torch.no_grad(), self.reference._policy_switched():
-            return pair_tokens(self.reference.model, batch, chunk_size=self.args.chunk_size)
+        with self.phase("reference"), self.reference.active() as model:
+            return pair_tokens(model, batch, chunk_size=self.args.chunk_size)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         policy, reference = self.forward(model, inputs)

@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -145,24 +145,21 @@ class Reference:
         else:
             self.model = accelerator.prepare_model(self.model, evaluation_mode=True)
 
-    @torch.no_grad()
     def logps(self, input_ids: Tensor, attention_mask: Tensor, temperature: float = 1.0, **options) -> Tensor:
         """As `token_logps`, under the reference: [B, T-1]."""
+        with self.active() as model:
+            return token_logps(model, input_ids, attention_mask, temperature=temperature, **options)
+
+    @contextmanager
+    def active(self):
+        """The model that is the reference, for whatever runs inside: in eval mode, adapter off, without gradients."""
         training = self.model.training
         self.model.eval()
         try:
-            with self._policy_switched():
-                return token_logps(self.model, input_ids, attention_mask, temperature=temperature, **options)
+            with torch.no_grad(), self.model.disable_adapter() if self.adapter_off else nullcontext():
+                yield self.model
         finally:
             self.model.train(training)
-
-    @contextmanager
-    def _policy_switched(self):
-        if not self.adapter_off:
-            yield
-            return
-        with self.model.disable_adapter():
-            yield
 
 
 def reference_of(model: nn.Module, ref_model: str | Path | nn.Module | None = None) -> Reference:
