@@ -21,7 +21,7 @@ _EXPORTS = {
     "SFTConfig": "trainers.sft:SFTConfig",
     "RewardTrainer": "trainers.reward:RewardTrainer",
     "RewardConfig": "trainers.reward:RewardConfig",
-    "train_reward_ensemble": "trainers.reward:train_reward_ensemble",
+    "train_reward_ensemble": "trainers.reward_ensemble:train_reward_ensemble",
     "ReMaxTrainer": "trainers.remax:ReMaxTrainer",
     "ReMaxConfig": "trainers.remax:ReMaxConfig",
     # rewards

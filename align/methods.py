@@ -44,7 +44,7 @@ METHODS = {
             config="trainers.reward:RewardConfig",
             data="pairs",
             model="classifier",
-            ensemble="trainers.reward:train_reward_ensemble",
+            ensemble="trainers.reward_ensemble:train_reward_ensemble",
             help="a reward model from preference pairs (Bradley-Terry)",
         ),
         Method(

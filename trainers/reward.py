@@ -1,9 +1,7 @@
-"""Reward models from preference pairs (Bradley-Terry), alone or as an ensemble that differs in head and data order."""
+"""Reward models from preference pairs (Bradley-Terry)."""
 
-import copy
 import logging
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,8 +14,6 @@ from align.errors import ConfigError
 from align.modeling.load import disable_dropout, load_sequence_classifier, load_tokenizer
 from align.modeling.scores import sequence_scores
 from align.objectives.reward_model import bradley_terry_loss, centering, score_l2
-from reward_models.ensemble import save_ensemble
-from reward_models.normalizer import FILE_NAME as NORMALIZER_FILE
 from reward_models.normalizer import Normalizer
 from trainers.base import BaseConfig, TrainerMixin
 
@@ -214,62 +210,3 @@ def tokenized_pairs(dataset, tokenizer, args: RewardConfig):
     if not set(TOKENIZED) <= set(dataset.column_names):
         dataset = tokenize_pairs(dataset, tokenizer, max_length=args.max_length, max_bad_share=args.max_bad_share)
     return dataset.select_columns([c for c in (*TOKENIZED, "margin", "row") if c in dataset.column_names])
-
-
-def train_reward_ensemble(
-    model: str | Path,
-    args: RewardConfig,
-    train_dataset,
-    eval_dataset=None,
-    processing_class=None,
-    *,
-    members: int = 5,
-    peft_config=None,
-    callbacks=None,
-    resume: bool = False,
-) -> Path:
-    """Train `members` reward models on the same pairs, tokenised once; member i has seed `args.seed + i`.
-
-    The seed draws the head and the order of the data, nothing else (Coste et al. 2023). Saves
-    `args.output_dir/member_<i>` and ensemble.json, and returns that folder, for `load_ensemble` or a reward of type
-    ensemble. With `resume` a member that is already saved whole is kept, whatever settings it was trained with.
-    """
-    if members < 1:
-        raise ConfigError(f"an ensemble needs at least one member, got {members}")
-    processing_class = processing_class or load_tokenizer(model)
-    train_dataset = tokenized_pairs(train_dataset, processing_class, args)
-    if eval_dataset is not None:
-        eval_dataset = tokenized_pairs(eval_dataset, processing_class, args)
-    folder = Path(args.output_dir)
-    for i in range(members):
-        member = folder / f"member_{i}"
-        if resume and (member / NORMALIZER_FILE).exists():
-            logger.info("%s is there and kept", member)
-            continue
-        member_args = copy.deepcopy(args)
-        member_args.output_dir = str(member)
-        member_args.seed = member_args.data_seed = args.seed + i
-        member_args.run_name = f"{args.run_name or folder.name}-member_{i}"
-        trainer = RewardTrainer(
-            str(model),
-            member_args,
-            train_dataset,
-            eval_dataset,
-            processing_class=processing_class,
-            peft_config=peft_config,
-            callbacks=callbacks,
-        )
-        trainer.train()
-        trainer.save_model()
-        _finish_tracking(member_args)
-    if args.process_index == 0:
-        save_ensemble(folder, [f"member_{i}" for i in range(members)])
-    return folder
-
-
-def _finish_tracking(args: RewardConfig) -> None:
-    """End this member's wandb run: the next member starts again at step 0, which an open run would drop."""
-    if "wandb" in args.report_to and args.process_index == 0:
-        import wandb
-
-        wandb.finish()

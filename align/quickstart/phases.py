@@ -154,7 +154,7 @@ def reward_models(space: Workspace, settings: Settings, seed: int, handle: Phase
         **_quiet(),
     )
     evaluation = _rows(space.path("data", "eval_pairs.jsonl"))
-    train_ensemble = load("trainers.reward:train_reward_ensemble")
+    train_ensemble = load("trainers.reward_ensemble:train_reward_ensemble")
     folder = train_ensemble(
         space.path("sft"),
         args,

@@ -16,7 +16,8 @@ from reward_models.ensemble import load_ensemble
 from reward_models.normalizer import Normalizer
 from tests.modeling import tiny, wrapped
 from tests.reward_models import worlds
-from trainers.reward import RewardConfig, RewardTrainer, train_reward_ensemble
+from trainers.reward import RewardConfig, RewardTrainer
+from trainers.reward_ensemble import train_reward_ensemble
 
 GOOD = 6  # w0 .. w5 are good words
 
