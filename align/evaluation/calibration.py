@@ -1,0 +1,85 @@
+"""Calibration of pairwise rewards: whether a margin that says "70 % sure" is right 70 % of the time.
+
+Bradley-Terry reads a margin m = s_chosen - s_rejected as P(chosen is better) = sigmoid(m). Seen without the label, the
+model prefers the higher score with confidence sigmoid(|m|), from 0.5 to 1; it is right where m > 0, wrong where m < 0,
+and half right at a tie.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+BINS = 10
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """The reliability curve in B bins of equal width over [0.5, 1].
+
+    edges: float [B + 1]. count: int [B], pairs per bin. confidence, accuracy: float [B], means over the pairs of the
+    bin; NaN where it is empty. ece: the expected calibration error, sum_b count_b / N |accuracy_b - confidence_b|
+    (Naeini et al. 2015; Guo et al. 2017, eq. 3), from 0 (calibrated) to 1.
+    """
+
+    edges: np.ndarray
+    count: np.ndarray
+    confidence: np.ndarray
+    accuracy: np.ndarray
+    ece: float
+
+
+def reliability(margins, bins: int = BINS) -> Reliability:
+    """The reliability curve of margins [N], chosen minus rejected score in the unit in which sigmoid(m) is meant.
+
+    Raises ValueError for no margin or a non-finite one: the caller knows which rows they are.
+    """
+    margins = np.asarray(margins, dtype=np.float64)
+    if margins.size == 0 or not np.isfinite(margins).all():
+        raise ValueError(f"reliability needs finite margins and at least one, got {margins.size}")
+    confidence, correct = pair_confidence(margins)
+    edges = np.linspace(0.5, 1.0, bins + 1)
+    place = np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, bins - 1)  # a bin holds its lower edge
+    count = np.bincount(place, minlength=bins)
+    with np.errstate(invalid="ignore"):  # 0 / 0 in an empty bin
+        mean_confidence = np.bincount(place, confidence, bins) / count
+        mean_accuracy = np.bincount(place, correct, bins) / count
+    gaps = np.abs(mean_accuracy - mean_confidence)
+    ece = float(np.nansum(count * gaps) / margins.size)
+    return Reliability(edges, count, mean_confidence, mean_accuracy, ece)
+
+
+def expected_calibration_error(margins, bins: int = BINS) -> float:
+    """`reliability(margins, bins).ece`."""
+    return reliability(margins, bins).ece
+
+
+def pair_confidence(margins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(confidence, correct), float [N] each: sigmoid(|m|), and 1, 0 or, for a tie, 0.5."""
+    return 1 / (1 + np.exp(-np.abs(margins))), (np.sign(margins) + 1) / 2
+
+
+def best_scale(margins) -> float | None:
+    """The factor a > 0 that makes the labels of margins [N] most likely under sigmoid(a m): temperature 1 / a (Guo et
+    al. 2017, section 4.2).
+
+    It is what separates "not a probability at all" (a rule, an ensemble's aggregate) from "wrong by a constant factor".
+    None where there is no such number: every pair is right (the likelihood grows without end) or the margins are
+    negative on average (a = 0 is best).
+    """
+    margins = np.asarray(margins, dtype=np.float64)
+    size = np.abs(margins).max(initial=0.0)
+    if margins.size == 0 or margins.mean() <= 0 or margins.min() >= 0:
+        return None
+    unit = margins / size
+
+    def slope(scale: float) -> float:
+        """Derivative of the mean log-likelihood: positive below the optimum, negative above; monotone."""
+        return float(np.mean(unit / (1 + np.exp(np.clip(scale * unit, -700, 700)))))
+
+    low, high = 0.0, 1.0
+    while slope(high) > 0:
+        low, high = high, 2 * high
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(middle) > 0 else (low, middle)
+    return (low + high) / 2 / size

@@ -1,0 +1,71 @@
+"""Calibration: counted by hand, and on margins whose true probability is known."""
+
+import math
+
+import numpy as np
+import pytest
+
+from align.evaluation.calibration import best_scale, expected_calibration_error, reliability
+
+
+def logit(p):
+    return math.log(p / (1 - p))
+
+
+def test_by_hand():
+    # two bins, [0.5, 0.75) and [0.75, 1]: confidences 0.6 (right), 0.7 (wrong), 0.5 (a tie) | 0.9 (right), 0.8 (wrong)
+    margins = [logit(0.6), -logit(0.7), 0.0, logit(0.9), -logit(0.8)]
+    curve = reliability(margins, bins=2)
+    assert curve.edges.tolist() == [0.5, 0.75, 1.0] and curve.count.tolist() == [3, 2]
+    assert curve.confidence == pytest.approx([0.6, 0.85]) and curve.accuracy == pytest.approx([0.5, 0.5])
+    assert curve.ece == pytest.approx(3 / 5 * 0.1 + 2 / 5 * 0.35)
+    assert expected_calibration_error(margins, bins=2) == curve.ece
+
+
+def test_against_a_loop():
+    margins = np.random.default_rng(0).normal(0.4, 1.5, 500)
+    bins = 10
+    total = 0.0
+    for b in range(bins):
+        low, high = 0.5 + b * 0.05, 0.5 + (b + 1) * 0.05
+        inside = [m for m in margins if low <= 1 / (1 + math.exp(-abs(m))) < high or (b == bins - 1 and abs(m) > 40)]
+        if inside:
+            right = sum(m > 0 for m in inside) / len(inside)
+            sure = sum(1 / (1 + math.exp(-abs(m))) for m in inside) / len(inside)
+            total += len(inside) / len(margins) * abs(right - sure)
+    assert expected_calibration_error(margins) == pytest.approx(total)
+
+
+def test_calibrated_margins_have_no_error_and_doubled_ones_do():
+    rng = np.random.default_rng(1)
+    size = rng.exponential(1.0, 100_000)
+    margins = np.where(rng.random(size.shape) < 1 / (1 + np.exp(-size)), size, -size)
+    assert expected_calibration_error(margins) < 0.01
+    assert expected_calibration_error(2 * margins) > 0.05
+    assert best_scale(margins) == pytest.approx(1.0, abs=0.03)
+    assert best_scale(2 * margins) == pytest.approx(0.5, abs=0.015)
+
+
+def test_sure_and_right_is_zero_and_sure_and_wrong_is_one():
+    assert expected_calibration_error([50.0, 60.0]) == pytest.approx(0.0)
+    assert expected_calibration_error([-50.0, -60.0]) == pytest.approx(1.0)
+    assert expected_calibration_error([0.0, 0.0]) == pytest.approx(0.0)  # undecided, and half right
+    empty = reliability([50.0])
+    assert math.isnan(empty.accuracy[0]) and empty.count.sum() == 1
+
+
+def test_best_scale_is_the_maximum_of_the_likelihood_or_does_not_exist():
+    margins = np.array([300.0, -100.0, 50.0, 80.0, -20.0])
+    scale = best_scale(margins)
+
+    def loss(a):
+        return np.logaddexp(0, -a * margins).sum()
+
+    assert all(loss(scale) < loss(scale * factor) for factor in (0.5, 0.9, 1.1, 2))
+    assert best_scale([1.0, 2.0]) is None and best_scale([-2.0, 1.0]) is None and best_scale([0.0, 0.0]) is None
+
+
+@pytest.mark.parametrize("margins", [[], [1.0, math.nan], [math.inf]])
+def test_numbers_that_are_no_margins_are_refused(margins):
+    with pytest.raises(ValueError, match="finite margins"):
+        reliability(margins)
