@@ -8,6 +8,7 @@ micro-batches and processes.
 
 import logging
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 import torch
@@ -150,7 +151,9 @@ class PreferenceTrainer(TrainerMixin, Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """One optimiser step. transformers counts `num_batches` of them, so the last carries all micro-batches."""
-        groups, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.finished:  # as in TrainerMixin
+            return [], None
+        groups = list(islice(epoch_iterator, num_batches))
         if not groups:
             return [], None
         pairs = torch.tensor([sum(len(group.rows) for group in groups)], device=device)
@@ -163,6 +166,9 @@ class PreferenceTrainer(TrainerMixin, Trainer):
         for column in self.columns:
             batch[column] = torch.tensor([row[column] for row in rows], dtype=torch.float32)
         return batch
+
+    def floating_point_ops(self, inputs: list[dict]) -> int:
+        return sum(super(PreferenceTrainer, self).floating_point_ops(batch) for batch in inputs)
 
     def training_step(self, model, inputs: list[dict], num_items_in_batch=None):
         total = torch.zeros((), device=self.args.device)
