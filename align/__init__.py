@@ -29,6 +29,7 @@ _EXPORTS = {
     "RewardBatch": "reward_models.base:RewardBatch",
     "RewardOutput": "reward_models.base:RewardOutput",
     "ClassifierReward": "reward_models.classifier:ClassifierReward",
+    "ImplicitReward": "reward_models.implicit:ImplicitReward",
     "RuleReward": "reward_models.rules:RuleReward",
     "RewardEnsemble": "reward_models.ensemble:RewardEnsemble",
     "build_reward": "reward_models.build:build_reward",

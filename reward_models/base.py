@@ -1,6 +1,7 @@
 """The one interface of every reward: named scorers of completions."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +16,7 @@ class RewardBatch:
     prompts, completions: text, or lists of {"role", "content"} messages for conversational data.
     prompt_ids, completion_ids: the policy's token ids (the completion includes its end-of-sequence token if it ended).
     columns: every other column of the dataset, by name.
+    rows: the numbers of the dataset's rows that the prompts come from, for errors.
     """
 
     prompts: list
@@ -22,9 +24,34 @@ class RewardBatch:
     prompt_ids: list[list[int]] | None = None
     completion_ids: list[list[int]] | None = None
     columns: dict[str, list] = field(default_factory=dict)
+    rows: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self.completions)
+
+    def row_name(self, place: int) -> str:
+        """What an error calls the completion at `place`."""
+        of_dataset = "" if self.rows is None else f" (row {self.rows[place]} of the dataset)"
+        return f"row {place} of the batch{of_dataset}"
+
+    def row_names(self, places: Sequence[int]) -> str:
+        """What an error calls several completions: the first ten."""
+        more = " ..." if len(places) > 10 else ""
+        of_dataset = (
+            "" if self.rows is None else f" ({[self.rows[place] for place in places[:10]]}{more} of the dataset)"
+        )
+        return f"rows {list(places[:10])}{more} of the batch{of_dataset}"
+
+    def select(self, places: Sequence[int]) -> "RewardBatch":
+        """The completions at `places`, in that order."""
+
+        def take(values):
+            return None if values is None else [values[place] for place in places]
+
+        columns = {name: take(values) for name, values in self.columns.items()}
+        return RewardBatch(
+            *map(take, (self.prompts, self.completions, self.prompt_ids, self.completion_ids)), columns, take(self.rows)
+        )
 
 
 @dataclass
@@ -55,8 +82,7 @@ class Reward(ABC):
             bad = torch.nonzero(~torch.isfinite(values)).flatten().tolist()
             if bad:
                 raise RewardError(
-                    f"reward {self.name!r} returned a non-finite {name} ({values[bad[0]].item()}) for rows "
-                    f"{bad[:10]}{' ...' if len(bad) > 10 else ''} of the batch; first such completion: "
-                    f"{str(batch.completions[bad[0]])[:200]!r}"
+                    f"reward {self.name!r} returned a non-finite {name} ({values[bad[0]].item()}) for "
+                    f"{batch.row_names(bad)}; first such completion: {str(batch.completions[bad[0]])[:200]!r}"
                 )
         return output

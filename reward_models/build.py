@@ -8,10 +8,12 @@ from align.errors import ConfigError, RewardError
 from reward_models.base import Reward
 from reward_models.classifier import ClassifierReward
 from reward_models.ensemble import FILE_NAME, RewardEnsemble, ensemble_members
+from reward_models.implicit import ImplicitReward
 from reward_models.rules import RuleReward
 
 KEYS = {
-    "classifier": ("path", "name", "normalize", "max_length", "batch_size", "dtype", "device"),
+    "classifier": ("path", "name", "normalize", "max_length", "batch_tokens", "batch_size", "dtype", "device"),
+    "implicit": ("path", "reference", "beta", "name", "max_length", "batch_tokens", "dtype", "device"),
     "rule": ("function", "name"),
     "ensemble": ("members", "path", "aggregation", "lambda", "ddof", "name", "normalize"),
 }
@@ -54,6 +56,12 @@ def _classifier(options: dict, tokenizer, device) -> Reward:
     return ClassifierReward(path, policy_tokenizer=tokenizer, **options)
 
 
+def _implicit(options: dict, tokenizer, device) -> Reward:
+    path = _required("implicit", options, "path")
+    options = {"device": device, **{k: v for k, v in options.items() if k != "path"}}
+    return ImplicitReward(path, policy_tokenizer=tokenizer, **options)
+
+
 def _rule(options: dict, tokenizer, device) -> Reward:
     return RuleReward(_required("rule", options, "function"), name=options.get("name"))
 
@@ -85,7 +93,7 @@ def _raw(member: Any) -> Any:
     return member
 
 
-_BUILDERS = {"classifier": _classifier, "rule": _rule, "ensemble": _ensemble}
+_BUILDERS = {"classifier": _classifier, "implicit": _implicit, "rule": _rule, "ensemble": _ensemble}
 
 
 def _check_keys(kind: str, options: dict) -> None:

@@ -1,19 +1,19 @@
 """Rewards that are sequence classifiers with one output."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from align.data.bad_rows import BadRow
+from align.data.batching import length_batches
 from align.data.collate import right_pad
-from align.data.encode import check_tokenizer, close, encode, render_pair
-from align.errors import DataError, RewardError
+from align.errors import ConfigError, RewardError
 from align.modeling.load import load_sequence_classifier, load_tokenizer
 from align.modeling.scores import sequence_scores
 from reward_models.base import Reward, RewardBatch, RewardOutput
 from reward_models.normalizer import Normalizer
+from reward_models.sequences import SequenceEncoder, longest_input
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,7 +33,8 @@ class ClassifierReward(Reward):
         normalize: True requires the normaliser saved beside the model, False ignores it, None uses it if it is there.
         normalizer: one to use instead of the saved one.
         max_length: longer sequences lose the start of their prompt. Default: they are an error.
-        batch_size: sequences per forward pass, of similar length.
+        batch_tokens: padded tokens per forward pass, of sequences of similar length. batch_size: at most so many
+            sequences.
         device, dtype: by default the GPU and the saved dtype where there is a GPU, else the CPU and float32.
     """
 
@@ -47,27 +48,30 @@ class ClassifierReward(Reward):
         normalize: bool | None = None,
         normalizer: Normalizer | None = None,
         max_length: int | None = None,
-        batch_size: int = 32,
+        batch_tokens: int | None = None,
+        batch_size: int | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
     ):
         source = None if isinstance(model, nn.Module) else str(model)
         self.name = name or (Path(source).name if source else "reward")
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device, dtype = scoring_device(device, dtype)
         self.tokenizer = tokenizer or load_tokenizer(model)
         if source:
-            dtype = dtype or ("auto" if self.device.type == "cuda" else "float32")
             model = load_sequence_classifier(
                 source, dtype=dtype, pad_token_id=self.tokenizer.pad_token_id, fresh_head=False
             )
         self.model = model.to(self.device).eval()
         self.normalizer = self._choose_normalizer(source, normalize, normalizer)
-        # models without learnt positions may name no limit
-        self.longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        self.batch_size = batch_size
-        self.max_length = max_length
-        self.policy_tokenizer = policy_tokenizer
-        self.shares_ids = policy_tokenizer is not None and same_tokenizer(self.tokenizer, policy_tokenizer)
+        self.batch_tokens, self.batch_size = scoring_tokens(self.device, batch_tokens), batch_size
+        self.encoder = SequenceEncoder(
+            self.name,
+            self.tokenizer,
+            policy_tokenizer=policy_tokenizer,
+            vocabulary=self.model.get_input_embeddings().num_embeddings,
+            longest=longest_input(self.model),
+            max_length=max_length,
+        )
 
     @property
     def normalized(self) -> bool:
@@ -76,12 +80,10 @@ class ClassifierReward(Reward):
     def score_ids(self, sequences: list[list[int]]) -> Tensor:
         """Normalised scores [B], float32 on the CPU, of whole sequences (prompt and completion) of this tokenizer."""
         scores = torch.empty(len(sequences), dtype=torch.float64)
-        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         training = self.model.training
         self.model.eval()
         try:
-            for start in range(0, len(order), self.batch_size):
-                rows = order[start : start + self.batch_size]
+            for rows in length_batches(list(map(len, sequences)), self.batch_tokens, self.batch_size):
                 ids, mask = right_pad([sequences[i] for i in rows], self.tokenizer.pad_token_id)
                 with torch.no_grad():
                     scores[rows] = sequence_scores(self.model, ids.to(self.device), mask.to(self.device)).double().cpu()
@@ -92,58 +94,14 @@ class ClassifierReward(Reward):
     def _score(self, batch: RewardBatch) -> RewardOutput:
         return RewardOutput(self.score_ids(self.sequences(batch)))
 
-    # ---- from completions to token ids ------------------------------------------------------------------------------
-
     def sequences(self, batch: RewardBatch) -> list[list[int]]:
         """The token ids that are scored, prompt and completion, one list per completion."""
-        if self.shares_ids and batch.prompt_ids is not None and batch.completion_ids is not None:
-            pairs = list(zip(batch.prompt_ids, batch.completion_ids, strict=True))
-        else:
-            pairs = self._encode(batch)
-        return [self._fit(row, list(prompt), list(completion)) for row, (prompt, completion) in enumerate(pairs)]
+        return [prompt + completion for prompt, completion in self.encoder(batch)]
 
-    def _encode(self, batch: RewardBatch) -> list[tuple[list[int], list[int]]]:
-        conversational = len(batch) > 0 and not isinstance(batch.prompts[0], str)
-        try:
-            check_tokenizer(self.tokenizer, conversational, needs_eos=True)
-        except DataError as error:
-            raise RewardError(f"reward {self.name!r}: {error}") from error
-        texts = []
-        for row, (prompt, completion) in enumerate(zip(batch.prompts, batch.completions, strict=True)):
-            try:
-                texts.append(
-                    render_pair(prompt, [completion], self.tokenizer, {}) if conversational else (prompt, [completion])
-                )
-            except BadRow as reason:
-                raise RewardError(f"reward {self.name!r}, row {row} of the batch: {reason}") from reason
-        encoded = encode(self.tokenizer, texts, add_bos=not conversational)
-        ended = self._ended(batch)
-        return [(e.prompt_ids, self._end(e.completions[0], end)) for e, end in zip(encoded, ended, strict=True)]
-
-    def _ended(self, batch: RewardBatch) -> list[bool]:
-        if self.policy_tokenizer is None or batch.completion_ids is None:
-            return [True] * len(batch)
-        return [ids[-1:] == [self.policy_tokenizer.eos_token_id] for ids in map(list, batch.completion_ids)]
-
-    def _end(self, ids: list[int], ended: bool) -> list[int]:
-        closed = close(ids, self.tokenizer)
-        return closed if ended else closed[:-1]
-
-    def _fit(self, row: int, prompt: list[int], completion: list[int]) -> list[int]:
-        where = f"reward {self.name!r}, row {row} of the batch"
-        if not prompt and not completion:
-            raise RewardError(f"{where}: prompt and completion are empty")
-        limit, length = self.max_length or self.longest, len(prompt) + len(completion)
-        if limit is None or length <= limit:
-            return prompt + completion
-        if self.max_length is None:
-            raise RewardError(
-                f"{where}: {length} tokens, and the model takes {limit}. Generate shorter, or set max_length: {limit} "
-                "to cut the start of long prompts."
-            )
-        if len(completion) > limit:
-            raise RewardError(f"{where}: the completion alone has {len(completion)} tokens, max_length is {limit}")
-        return prompt[length - limit :] + completion
+    @property
+    def shares_ids(self) -> bool:
+        """Whether the policy's token ids are scored as they are."""
+        return self.encoder.shares_ids
 
     def _choose_normalizer(self, source: str | None, normalize: bool | None, given: Normalizer | None):
         saved = given or (Normalizer.load(source) if source else None)
@@ -155,8 +113,14 @@ class ClassifierReward(Reward):
         return None if normalize is False else saved
 
 
-def same_tokenizer(a: "PreTrainedTokenizerBase", b: "PreTrainedTokenizerBase") -> bool:
-    """Whether token ids and rendered prompts of one mean the same to the other."""
-    return a is b or (
-        a.get_vocab() == b.get_vocab() and a.eos_token_id == b.eos_token_id and a.chat_template == b.chat_template
-    )
+def scoring_device(device: str | torch.device | None, dtype: str | torch.dtype | None) -> tuple[torch.device, Any]:
+    """(device, dtype of weights that are loaded): the GPU and the saved dtype where there is a GPU, else float32."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return device, dtype or ("auto" if device.type == "cuda" else "float32")
+
+
+def scoring_tokens(device: torch.device, batch_tokens: int | None) -> int:
+    """Padded tokens of one forward pass without gradients, unless given."""
+    if batch_tokens is not None and batch_tokens < 1:
+        raise ConfigError(f"batch_tokens must be at least 1, got {batch_tokens}")
+    return batch_tokens or (32768 if device.type == "cuda" else 4096)

@@ -3,8 +3,9 @@ import torch
 
 from align.errors import ConfigError, RewardError
 from reward_models.base import RewardBatch
-from reward_models.classifier import ClassifierReward, same_tokenizer
+from reward_models.classifier import ClassifierReward
 from reward_models.normalizer import Normalizer
+from reward_models.sequences import same_tokenizer
 from tests.modeling import tiny
 from tests.reward_models import worlds
 

@@ -1,0 +1,19 @@
+"""Which sequences go through a model together: those of similar length, at most so many padded tokens at a time."""
+
+from collections.abc import Sequence
+
+
+def length_batches(lengths: Sequence[int], max_tokens: int, max_rows: int | None = None) -> list[list[int]]:
+    """Row numbers in batches, longest rows first, so that what does not fit in memory fails at once.
+
+    A batch has at most `max_tokens` tokens, padding counted, and at most `max_rows` rows; a row longer than
+    `max_tokens` is a batch of its own. Every row is in exactly one batch. lengths: tokens of each row.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    batches, start = [], 0
+    while start < len(order):
+        rows = max(max_tokens // max(lengths[order[start]], 1), 1)
+        rows = min(rows, max_rows or rows)
+        batches.append(order[start : start + rows])
+        start += rows
+    return batches

@@ -1,0 +1,148 @@
+"""Rewards that two language models imply: what a policy was trained to prefer over its reference."""
+
+import logging
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from align.data.batching import length_batches
+from align.data.collate import right_pad
+from align.errors import ConfigError, RewardError
+from align.modeling.load import load_policy, load_tokenizer, reference_of
+from align.modeling.logprobs import token_logps
+from reward_models.base import Reward, RewardBatch, RewardOutput
+from reward_models.classifier import scoring_device, scoring_tokens
+from reward_models.sequences import Pair, SequenceEncoder, longest_input
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+class ImplicitReward(Reward):
+    """beta * (log pi(y|x) - log pi_ref(y|x)), summed over the completion's tokens, its EOS included.
+
+    The reward that a DPO policy fits, up to a term of the prompt alone (Rafailov et al. 2023, eq. 5), so scores of
+    different prompts are on no common scale. MODPO's margins are such rewards (Zhou et al. 2023). The score of a
+    completion depends on nothing else in the batch.
+
+    Args:
+        model: the policy: a folder, hub name or loaded causal model. A folder with a LoRA adapter, or a loaded PEFT
+            model, needs no reference: it is its own base, with the adapter switched off.
+        reference: folder, hub name or loaded model. beta: that of the training; only scales the score.
+        tokenizer: by default the model's own. policy_tokenizer: of the model whose token ids come in.
+        max_length: longer sequences lose the start of their prompt. Default: they are an error.
+        batch_tokens: padded tokens per forward pass, of sequences of similar length.
+        device, dtype: by default the GPU and the saved dtype where there is a GPU, else the CPU and float32.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | nn.Module,
+        *,
+        reference: str | Path | nn.Module | None = None,
+        beta: float = 0.1,
+        name: str | None = None,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+        policy_tokenizer: "PreTrainedTokenizerBase | None" = None,
+        max_length: int | None = None,
+        batch_tokens: int | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+    ):
+        source = None if isinstance(model, nn.Module) else str(model)
+        self.name = name or (Path(source).name if source else "implicit")
+        if not (math.isfinite(beta) and beta > 0):
+            raise ConfigError(f"reward {self.name!r}: beta must be > 0, got {beta}")
+        self.beta = beta
+        self.device, dtype = scoring_device(device, dtype)
+        self.tokenizer = tokenizer or load_tokenizer(model)
+        self.model = _load(model, dtype, keep_adapter=reference is None).to(self.device).eval()
+        if reference is None and not _has_adapter(self.model):
+            raise ConfigError(
+                f"reward {self.name!r}: {source or type(self.model).__name__} has no adapter to switch off, so name "
+                "the reference that it was trained against"
+            )
+        if reference is not None:
+            _check_same_vocabulary(self.name, self.tokenizer, reference)
+            reference = _load(reference, dtype, keep_adapter=False).to(self.device)
+        self.reference = reference_of(self.model, reference)
+        self.batch_tokens = scoring_tokens(self.device, batch_tokens)
+        self.encoder = SequenceEncoder(
+            self.name,
+            self.tokenizer,
+            policy_tokenizer=policy_tokenizer,
+            vocabulary=self.model.get_input_embeddings().num_embeddings,
+            longest=longest_input(self.model),
+            max_length=max_length,
+        )
+
+    def score_ids(self, pairs: list[Pair]) -> Tensor:
+        """Scores [B], float32 on the CPU, of (prompt_ids, completion_ids) of this model's tokenizer."""
+        scores = torch.empty(len(pairs), dtype=torch.float64)
+        training = self.model.training
+        self.model.eval()
+        try:
+            for rows in length_batches([len(p) + len(c) for p, c in pairs], self.batch_tokens):
+                scores[rows] = self._log_ratios([pairs[row] for row in rows])
+        finally:
+            self.model.train(training)
+        return (self.beta * scores).float()
+
+    @torch.no_grad()
+    def _log_ratios(self, pairs: list[Pair]) -> Tensor:
+        ids, attention = right_pad(
+            [[*prompt, *completion] for prompt, completion in pairs], self.tokenizer.pad_token_id
+        )
+        starts = torch.tensor([len(prompt) for prompt, _ in pairs])[:, None]
+        completion = attention * (torch.arange(ids.shape[1]) >= starts)
+        ids, attention, completion = (x.to(self.device) for x in (ids, attention, completion))
+        logps = token_logps(self.model, ids, attention, mask=completion)
+        ref_logps = self.reference.logps(ids, attention, mask=completion)
+        return (logps.double() - ref_logps.double()).sum(-1).cpu()
+
+    def _score(self, batch: RewardBatch) -> RewardOutput:
+        pairs = self.encoder(batch)
+        for row, (prompt, completion) in enumerate(pairs):
+            if not prompt or not completion:
+                what = "prompt" if not prompt else "completion"
+                raise RewardError(
+                    f"reward {self.name!r}, {batch.row_name(row)}: the {what} is empty, so there is no log-prob of the "
+                    "completion given the prompt"
+                )
+        return RewardOutput(self.score_ids(pairs))
+
+
+def _load(model: str | Path | nn.Module, dtype, *, keep_adapter: bool) -> nn.Module:
+    """A causal model; with `keep_adapter` the adapter of a folder is not merged, so that it can be switched off."""
+    if isinstance(model, nn.Module):
+        return model
+    if not (keep_adapter and (Path(model) / "adapter_config.json").exists()):
+        return load_policy(model, dtype=dtype)
+    from peft import PeftConfig, PeftModel
+
+    base = PeftConfig.from_pretrained(str(model)).base_model_name_or_path
+    logger.info("%s is an adapter of %s, which is its reference", model, base)
+    return PeftModel.from_pretrained(load_policy(base, dtype=dtype), str(model))
+
+
+def _has_adapter(model: nn.Module) -> bool:
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
+
+
+def _check_same_vocabulary(name: str, tokenizer, reference: str | Path | nn.Module) -> None:
+    """The two models must read the same ids as the same tokens."""
+    if isinstance(reference, nn.Module):
+        return
+    other = load_tokenizer(reference)
+    if other.get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(
+            f"reward {name!r}: the reference {reference} has another vocabulary than the model, so their log-probs are "
+            "of different tokens. Name the model that training started from"
+        )

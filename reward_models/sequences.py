@@ -1,0 +1,121 @@
+"""From completions to the token ids that a reward model reads."""
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from align.data.bad_rows import BadRow
+from align.data.encode import check_tokenizer, close, encode, render_pair
+from align.errors import DataError, RewardError
+from reward_models.base import RewardBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Pair = tuple[list[int], list[int]]
+
+
+class SequenceEncoder:
+    """Prompt and completion as the token ids of one model, the completion closed by one EOS.
+
+    Texts go through this model's own tokenizer and chat template, as the trainers encode them. Where the policy's
+    tokenizer is known, a completion that was cut stays without EOS; where it is the same as this model's, the policy's
+    ids are taken as they are.
+
+    name: of the reward, for errors. vocabulary: number of the model's embeddings. longest: tokens that the model takes,
+    None for no limit. max_length: longer sequences lose the start of their prompt; None: they are an error.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        policy_tokenizer: "PreTrainedTokenizerBase | None" = None,
+        vocabulary: int | None = None,
+        longest: int | None = None,
+        max_length: int | None = None,
+    ):
+        self.name, self.tokenizer, self.policy_tokenizer = name, tokenizer, policy_tokenizer
+        self.vocabulary, self.longest, self.max_length = vocabulary, longest, max_length
+        self.shares_ids = policy_tokenizer is not None and same_tokenizer(tokenizer, policy_tokenizer)
+
+    def __call__(self, batch: RewardBatch) -> list[Pair]:
+        """(prompt_ids, completion_ids) of each completion. Raises `RewardError` naming the row."""
+        if self.shares_ids and batch.prompt_ids is not None and batch.completion_ids is not None:
+            pairs = zip(batch.prompt_ids, batch.completion_ids, strict=True)
+        else:
+            pairs = self._encode(batch)
+        fitted = []
+        for row, (prompt, completion) in enumerate(pairs):
+            try:
+                fitted.append(self._fit(list(prompt), list(completion)))
+            except BadRow as reason:
+                raise RewardError(f"reward {self.name!r}, {batch.row_name(row)}: {reason}") from reason
+        return fitted
+
+    def _encode(self, batch: RewardBatch) -> list[Pair]:
+        conversational = len(batch) > 0 and not isinstance(batch.prompts[0], str)
+        try:
+            check_tokenizer(self.tokenizer, conversational, needs_eos=True)
+        except DataError as error:
+            raise RewardError(f"reward {self.name!r}: {error}") from error
+        texts = []
+        for row, (prompt, completion) in enumerate(zip(batch.prompts, batch.completions, strict=True)):
+            try:
+                texts.append(
+                    render_pair(prompt, [completion], self.tokenizer, {}) if conversational else (prompt, [completion])
+                )
+            except BadRow as reason:
+                raise RewardError(f"reward {self.name!r}, {batch.row_name(row)}: {reason}") from reason
+        encoded = encode(self.tokenizer, texts, add_bos=not conversational)
+        ended = self._ended(batch)
+        return [(e.prompt_ids, self._end(e.completions[0], end)) for e, end in zip(encoded, ended, strict=True)]
+
+    def _ended(self, batch: RewardBatch) -> list[bool]:
+        if self.policy_tokenizer is None or batch.completion_ids is None:
+            return [True] * len(batch)
+        return [ids[-1:] == [self.policy_tokenizer.eos_token_id] for ids in map(list, batch.completion_ids)]
+
+    def _end(self, ids: list[int], ended: bool) -> list[int]:
+        closed = close(ids, self.tokenizer)
+        return closed if ended else closed[:-1]
+
+    def _fit(self, prompt: list[int], completion: list[int]) -> Pair:
+        if not prompt and not completion:
+            raise BadRow("prompt and completion are empty")
+        if self.vocabulary is not None and max(prompt + completion) >= self.vocabulary:
+            raise BadRow(
+                f"token {max(prompt + completion)}, and the model knows {self.vocabulary} tokens: the tokenizer is not "
+                "this model's"
+            )
+        limit, length = self.max_length or self.longest, len(prompt) + len(completion)
+        if limit is None or length <= limit:
+            return prompt, completion
+        if self.max_length is None:
+            raise BadRow(
+                f"{length} tokens, and the model takes {limit}. Generate shorter, or set max_length: {limit} to cut "
+                "the start of long prompts."
+            )
+        if len(completion) > limit:
+            raise BadRow(f"the completion alone has {len(completion)} tokens, max_length is {limit}")
+        return prompt[length - limit :], completion
+
+
+def same_tokenizer(a: "PreTrainedTokenizerBase", b: "PreTrainedTokenizerBase") -> bool:
+    """Whether token ids and rendered prompts of one mean the same to the other."""
+    return a is b or (
+        a.get_vocab() == b.get_vocab() and a.eos_token_id == b.eos_token_id and a.chat_template == b.chat_template
+    )
+
+
+def longest_input(model: nn.Module) -> int | None:
+    """Tokens that a model takes at most, None where its config names no limit.
+
+    RoBERTa and its kin count positions from their padding token's id + 1, so they take fewer than they have positions.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # not every architecture has one
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return limit - module.padding_idx - 1
+    return limit
