@@ -90,6 +90,7 @@ class TrainerMixin:
 
     def __init__(self, *args, **kwargs):
         self._phase_seconds: dict[str, float] = defaultdict(float)
+        self._seconds_within = 0.0  # of the phases that ended within the one that is open
         self._recorded: dict[str, list[float]] = {}
         self.resume_state: dict | None = None
         self.resume_step: int | None = None
@@ -103,12 +104,15 @@ class TrainerMixin:
 
     @contextmanager
     def phase(self, name: str):
-        """Add the time spent inside to `time/<name>` of the next log."""
-        start = time.perf_counter()
+        """Add the time spent inside to `time/<name>` of the next log. A phase within it is counted there only."""
+        start, within_outer = time.perf_counter(), self._seconds_within
+        self._seconds_within = 0.0
         try:
             yield
         finally:
-            self._phase_seconds[name] += time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            self._phase_seconds[name] += seconds - self._seconds_within
+            self._seconds_within = within_outer + seconds
 
     def record(self, name: str, value: float, weight: float = 1.0) -> None:
         """Add to a metric: the next log shows its weighted mean over the steps and ranks since the last one."""

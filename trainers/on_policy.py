@@ -20,7 +20,7 @@ from transformers import Trainer, set_seed
 
 from align.errors import ConfigError, TrainingError
 from align.modeling.load import disable_dropout, load_policy, load_tokenizer, reference_of
-from align.modeling.logprobs import language_model, token_logps
+from align.modeling.logprobs import token_logps
 from align.objectives.advantages import remax_loss
 from align.objectives.kl import k1, k3, masked_sum
 from align.rollout.engine import RolloutEngine
@@ -28,6 +28,7 @@ from align.rollout.seeds import derive_seed
 from align.rollout.types import SamplingParams
 from trainers.base import BaseConfig, TrainerMixin
 from trainers.policy_evaluation import Curve, PolicyEvaluation, eval_prompts
+from trainers.reference_checks import ReferenceChecks
 from trainers.rewards import RewardColumns
 from trainers.rollouts import Sample, collate, make_samples, split, tokenized_prompts
 
@@ -72,7 +73,7 @@ class OnPolicyConfig(BaseConfig):
             raise ConfigError("num_generations and eval_num_generations must be at least 1")
 
 
-class OnPolicyTrainer(PolicyEvaluation, TrainerMixin, Trainer):
+class OnPolicyTrainer(PolicyEvaluation, ReferenceChecks, TrainerMixin, Trainer):
     """The loop. Subclasses implement `token_weights`, and `requests` and `set_baselines` where they need more.
 
     Args:
@@ -305,12 +306,6 @@ class OnPolicyTrainer(PolicyEvaluation, TrainerMixin, Trainer):
 
     # ---- guards -----------------------------------------------------------------------------------------------------
 
-    @property
-    def logp_tolerance(self) -> float:
-        """The largest difference of log-probs, in nats, that is taken for rounding."""
-        exact = self.accelerator.mixed_precision == "no" and language_model(self.model).dtype == torch.float32
-        return 1e-3 if exact else 0.3
-
     def check_logps(self, logps: torch.Tensor, batch: dict[str, torch.Tensor]) -> None:
         """The policy that is trained must be the one that sampled, and at step 0 also the reference."""
         mask, tolerance = batch["completion_mask"], self.logp_tolerance
@@ -323,30 +318,10 @@ class OnPolicyTrainer(PolicyEvaluation, TrainerMixin, Trainer):
                 "the weights or the logits outside the trainer? Compare with rollout_backend: transformers"
             )
         if self.state.global_step == 0 and self.check_start:
-            worst = ((logps - batch["ref_logps"]) * mask).abs().max()
-            if not worst <= tolerance:
-                raise TrainingError(
-                    f"before the first step the policy and its reference differ by {worst:.4f} nats on one token "
-                    f"(allowed {tolerance}): the reference is not the model that training starts from. Pass ref_model, "
-                    "or merge the adapter that the policy starts with"
-                )
+            self.check_same_start(logps, batch["ref_logps"], mask)
 
     def extra_state(self) -> dict:
         return {"reference": self.reference_probe()}
-
-    def reference_probe(self) -> torch.Tensor:
-        """Log-probs of fixed tokens under the reference, [15]: they tell one reference from another."""
-        vocabulary = language_model(self.model).config.get_text_config().vocab_size
-        ids = torch.randint(vocabulary, (1, 16), generator=torch.Generator().manual_seed(0)).to(self.args.device)
-        return self.reference.logps(ids, torch.ones_like(ids))[0].cpu()
-
-    def check_reference(self) -> None:
-        gap = (self.reference_probe() - self.resume_state["reference"]).abs().max()
-        if not gap <= self.logp_tolerance:
-            raise TrainingError(
-                f"the reference is not the one of the run that is resumed (their log-probs differ by up to {gap:.3f} "
-                "nats): start the trainer from the same model as at first, not from the checkpoint"
-            )
 
     # ---- metrics ----------------------------------------------------------------------------------------------------
 
