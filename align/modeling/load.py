@@ -114,6 +114,16 @@ def head_name(model: nn.Module) -> str:
     return names[-1]
 
 
+def draw_head(head: nn.Linear, seed: int) -> None:
+    """Weights from N(0, 1/(d+1)), d the input width (Stiennon et al. 2020), bias 0."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1) ** 0.5
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        if head.bias is not None:
+            head.bias.zero_()
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout to 0. Dropout makes a policy differ from its rollouts and from its reference."""
     for module in model.modules():
@@ -209,7 +219,7 @@ def _load(auto_class, peft_class: str, source: str, options: dict, **head) -> nn
         if head["head_seed"] is None:
             raise ConfigError(f"{source} is no reward model: it holds no weights for its score ({name})")
         logger.info("%s has no score head: %s is drawn with seed %d", source, name, head["head_seed"])
-        _init_head(model.get_submodule(name), head["head_seed"])
+        draw_head(model.get_submodule(name), head["head_seed"])
     others = sorted(key for key in missing if not key.startswith(f"{name}."))
     if others:
         logger.warning("%s holds no weights for %s: they are new, drawn at random", source, ", ".join(others))
@@ -226,15 +236,6 @@ def _only_errors_from_transformers():
         yield
     finally:
         transformers_logging.set_verbosity(before)
-
-
-def _init_head(head: nn.Linear, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1) ** 0.5
-    with torch.no_grad():
-        head.weight.copy_(weight)
-        if head.bias is not None:
-            head.bias.zero_()
 
 
 def _loading_options(dtype, attn_implementation: str | None, peft_config, kwargs: dict) -> dict:

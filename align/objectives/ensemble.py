@@ -8,58 +8,73 @@ from torch import Tensor
 
 from align.errors import RewardError
 
-RULES = ("mean", "wco", "uwo")
+RULES = ("mean", "wco", "uwo", "lcb", "quantile")
+WEIGHTED = {"uwo": "the variance (the paper used 0.5 and 0.1)", "lcb": "the standard deviation"}
 
 
 @dataclass
 class Aggregate:
-    """scores: the aggregated reward [B]. mean, variance: over the members [B], the variance with the ddof asked for."""
+    """scores: the aggregated reward [B]. mean, variance: over the members [B], the variance with the ddof asked for
+    and None for a single member, which has none."""
 
     scores: Tensor
     mean: Tensor
-    variance: Tensor
+    variance: Tensor | None
 
 
-def check_rule(rule: str, members: int, lambda_: float | None, ddof: int) -> None:
-    """Raise `RewardError` for a rule that does not exist or cannot be computed with this many members."""
+def check_rule(rule: str, members: int, lambda_: float | None, ddof: int, quantile: float | None = None) -> None:
+    """Raise `RewardError` for a rule that does not exist, that cannot be computed with this many members, that lacks
+    its parameter, or that has none of the parameters given."""
     if rule not in RULES:
         raise RewardError(f"unknown aggregation {rule!r}: one of {', '.join(RULES)}")
     if members < 1:
         raise RewardError("an ensemble needs at least one member")
     if ddof not in (0, 1):
         raise RewardError(f"ddof must be 0 (population variance, the paper's) or 1 (unbiased), got {ddof!r}")
-    if rule == "uwo":
+    if rule in WEIGHTED:
         if lambda_ is None:
-            raise RewardError("aggregation uwo needs lambda, the weight of the variance (the paper used 0.5 and 0.1)")
-        if lambda_ < 0:
-            raise RewardError(f"lambda must be >= 0 (it is subtracted times the variance), got {lambda_}")
+            raise RewardError(f"aggregation {rule} needs lambda, the weight of {WEIGHTED[rule]}")
+        if not lambda_ >= 0:
+            raise RewardError(f"lambda must be >= 0 (it is subtracted times the spread), got {lambda_}")
         if members == 1:
-            raise RewardError("aggregation uwo needs at least two members: one member has no variance")
+            raise RewardError(f"aggregation {rule} needs at least two members: one member has no variance")
     elif lambda_ is not None:
-        raise RewardError(f"lambda belongs to aggregation uwo; {rule} has none, so {lambda_} would be ignored")
+        raise RewardError(f"lambda belongs to uwo and lcb; {rule} has none, so {lambda_} would be ignored")
+    if rule == "quantile":
+        if quantile is None or not 0 <= quantile <= 1:
+            raise RewardError(f"aggregation quantile needs quantile, a number in [0, 1], got {quantile}")
+    elif quantile is not None:
+        raise RewardError(f"quantile belongs to aggregation quantile; {rule} has none, so {quantile} would be ignored")
     if ddof >= members:
         raise RewardError(f"the variance with ddof={ddof} needs more than {members} member(s)")
 
 
-def aggregate(scores: Tensor, rule: str, *, lambda_: float | None = None, ddof: int = 0) -> Aggregate:
+def aggregate(
+    scores: Tensor, rule: str, *, lambda_: float | None = None, ddof: int = 0, quantile: float | None = None
+) -> Aggregate:
     """Aggregate member scores [K, B] into one score per completion [B].
 
-        mean  R = (1/K) sum_i R_i
-        wco   R = min_i R_i                                (worst case)
-        uwo   R = mean_i R_i - lambda * var_i R_i          (uncertainty-weighted; *variance*, not deviation: eq. 5)
+        mean      R = (1/K) sum_i R_i
+        wco       R = min_i R_i                             (worst case)
+        uwo       R = mean_i R_i - lambda * var_i R_i       (uncertainty-weighted; *variance*, not deviation: eq. 5)
+        lcb       R = mean_i R_i - lambda * sqrt(var_i R_i) (lower confidence bound)
+        quantile  R = the quantile of R_1 .. R_K, interpolated linearly between members; 0 is wco, 0.5 the median
 
-    lambda has the unit 1/reward, so members must be on one scale first. ddof=0 is the paper's population variance;
-    their released PPO code used ddof=1, which for K members equals lambda * K/(K-1) here. lambda=0 is the mean.
+    lambda has the unit 1/reward with uwo and none with lcb. Members must be on one scale first. ddof=0 is the paper's
+    population variance; their released PPO code used ddof=1, which for K members equals lambda * K/(K-1) here (lcb:
+    lambda * sqrt(K/(K-1))). lambda=0 is the mean. ddof also applies to the variance that is returned with every rule.
     """
     if scores.dim() != 2:
         raise RewardError(f"member scores must be [members, completions], got shape {tuple(scores.shape)}")
-    check_rule(rule, scores.shape[0], lambda_, ddof)
+    check_rule(rule, scores.shape[0], lambda_, ddof, quantile)
     mean = scores.mean(0)
-    variance = torch.var(scores, dim=0, correction=ddof)
+    variance = torch.var(scores, dim=0, correction=ddof) if scores.shape[0] > 1 else None
     if rule == "mean":
         combined = mean
     elif rule == "wco":
         combined = scores.amin(0)
+    elif rule == "quantile":
+        combined = torch.quantile(scores, quantile, dim=0)
     else:
-        combined = mean - lambda_ * variance
+        combined = mean - lambda_ * (variance if rule == "uwo" else variance.sqrt())
     return Aggregate(combined, mean, variance)

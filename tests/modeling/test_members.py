@@ -1,0 +1,116 @@
+"""One model that holds several members scores as the members do one by one."""
+
+import copy
+
+import pytest
+import torch
+import transformers as tf
+
+from align.errors import ConfigError
+from align.modeling.members import (
+    Members,
+    layer_list,
+    member_parameters,
+    member_scores,
+    member_state,
+    share_trunk,
+)
+from align.modeling.scores import sequence_scores
+from tests.modeling import tiny
+
+SMALL = {
+    "vocab_size": tiny.VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
+    "num_attention_heads": 2, "max_position_embeddings": 64, "pad_token_id": tiny.PAD, "bos_token_id": 1,
+    "eos_token_id": 1, "num_labels": 1, "initializer_range": 0.5,
+}  # fmt: skip
+DISTIL = {"vocab_size": tiny.VOCAB, "dim": 16, "hidden_dim": 24, "n_layers": 3, "n_heads": 2, "pad_token_id": 0}
+GPT2 = {"vocab_size": tiny.VOCAB, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 64, "pad_token_id": tiny.PAD}
+CONFIGS = {
+    "llama": lambda: tf.LlamaConfig(**SMALL),
+    "qwen2": lambda: tf.Qwen2Config(**SMALL, num_key_value_heads=1),
+    "gemma2": lambda: tf.Gemma2Config(**SMALL, num_key_value_heads=1, head_dim=8, sliding_window=4),
+    "gpt_neox": lambda: tf.GPTNeoXConfig(**SMALL),
+    "gpt2": lambda: tf.GPT2Config(**GPT2, num_labels=1, bos_token_id=1, eos_token_id=1, initializer_range=0.5),
+    "bert": lambda: tf.BertConfig(**SMALL),
+    "roberta": lambda: tf.RobertaConfig(**SMALL),
+    "distilbert": lambda: tf.DistilBertConfig(**DISTIL, num_labels=1, initializer_range=0.5),
+}
+
+
+def classifier(kind):
+    torch.manual_seed(0)
+    return tf.AutoModelForSequenceClassification.from_config(CONFIGS[kind]()).double().eval()
+
+
+def shake(model):
+    """Members that differ everywhere."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameters in member_parameters(model, 3):
+            for p in parameters:
+                p += 0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+
+
+@pytest.mark.parametrize("upper", [1, 2])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_shared_trunk_scores_as_its_members(kind, upper):
+    plain = classifier(kind)
+    joint = share_trunk(copy.deepcopy(plain), [5, 6, 7], upper)
+    ids, mask = tiny.rows((7, 3, 5))
+    started = member_scores(joint, ids, mask, 3)
+    assert started.shape == (3, 3) and not torch.allclose(started[0], started[1])  # heads differ
+    shake(joint)
+    scores = member_scores(joint, ids, mask, 3)
+    for i in range(3):
+        alone = copy.deepcopy(plain)
+        alone.load_state_dict(member_state(joint, i))
+        torch.testing.assert_close(scores[i], sequence_scores(alone, ids, mask), rtol=0, atol=1e-10)
+    left = member_scores(joint, *tiny.rows((7, 3, 5), side="left"), 3)
+    torch.testing.assert_close(left, scores, rtol=0, atol=1e-10)
+    one = member_scores(joint, ids[1:2, :3], mask[1:2, :3], 3)
+    torch.testing.assert_close(one, scores[:, 1:2], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_gradients_stay_with_their_member(kind):
+    joint = share_trunk(classifier(kind), [5, 6, 7], 1)
+    ids, mask = tiny.rows((7, 3, 5))
+    member_scores(joint, ids, mask, 3)[1].sum().backward()
+    touched = [any(p.grad is not None and p.grad.any() for p in own) for own in member_parameters(joint, 3)]
+    assert touched == [False, True, False]
+    shared = {name for name, p in joint.named_parameters() if ".members." not in name}
+    assert shared and not any(joint.get_parameter(name).requires_grad for name in shared)
+    trained = share_trunk(classifier(kind), [5, 6, 7], 1, train_trunk=True)
+    assert all(p.requires_grad for p in trained.parameters())
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    gradients = []
+    for checkpointing in (False, True):
+        joint = share_trunk(classifier("llama"), [5, 6], 2, train_trunk=True).train()
+        if checkpointing:
+            joint.gradient_checkpointing_enable({"use_reentrant": False})
+        member_scores(joint, *tiny.rows((7, 3, 5)), 2).square().sum().backward()
+        gradients.append([p.grad for p in joint.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_is_copied():
+    joint = share_trunk(classifier("gpt2"), [0, 1], 1)
+    copied = {name for name, module in joint.named_modules() if isinstance(module, Members)}
+    assert copied == {"transformer.h.2", "transformer.ln_f", "score"}
+
+
+def test_refused():
+    with pytest.raises(ConfigError, match="3 layers: each member can have 1 to 2 upper layers of its own, got 3"):
+        share_trunk(classifier("llama"), [0, 1], 3)
+    bart = tf.BartConfig(
+        vocab_size=40, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, num_labels=1,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="BartForSequenceClassification has no single list of 2 layers"):
+        layer_list(tf.AutoModelForSequenceClassification.from_config(bart))
+    albert = tf.AlbertConfig(**{**SMALL, "embedding_size": 8})
+    with pytest.raises(ConfigError, match="use separate members"):
+        layer_list(tf.AutoModelForSequenceClassification.from_config(albert))
