@@ -31,13 +31,13 @@ def load(folder: Path):
             shape_is_known = name is not None and isinstance(entry.get("inputs"), dict) and "outputs" in entry
             assert shape_is_known, f"{path}, entry {number} ({name}): needs name or id, inputs and outputs"
             entry["inputs"] = {key: resolve(value, content.get("common", {})) for key, value in entry["inputs"].items()}
-            entries.append((name, entry))
+            entries.append((name, {"common": content.get("common", {}), **entry}))
     return entries
 
 
 def resolve(value, common: dict):
     is_reference = isinstance(value, str) and value.startswith("common.")
-    # an expression over the shared tensors ("common.logp + 2.0") stays text, for the check that will cover it
+    # an expression over the shared tensors ("common.logp + 2.0") stays text; its check asks for `common`
     return common.get(value.removeprefix("common."), value) if is_reference else value
 
 

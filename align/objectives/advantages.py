@@ -7,12 +7,7 @@ from torch import Tensor
 
 from align.errors import ConfigError
 from align.objectives.kl import k1, masked_sum
-
-
-def reward_to_go(token_rewards: Tensor, mask: Tensor) -> Tensor:
-    """Suffix sums R_t = sum_{s >= t} r_s over the tokens of the mask, 0 outside it. token_rewards, mask: [B, T]."""
-    rewards = torch.where(mask.bool(), token_rewards, torch.zeros_like(token_rewards))
-    return rewards.flip(-1).cumsum(-1).flip(-1) * mask.bool()
+from align.objectives.returns import reward_to_go
 
 
 def remax_token_weights(

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from align.errors import ConfigError
-from align.objectives.advantages import remax_loss, remax_token_weights, reward_to_go
+from align.objectives.advantages import remax_loss, remax_token_weights
+from align.objectives.returns import reward_to_go
 
 REWARDS, GREEDY = torch.tensor([3.0, -9.0]), torch.tensor([1.0, 0.0])
 LOGPS = torch.tensor([[-1.0, -2.0, -3.0], [-0.5, -0.5, -7.0]])

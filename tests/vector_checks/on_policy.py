@@ -3,7 +3,8 @@
 import torch
 
 from align.objectives import kl
-from align.objectives.advantages import remax_loss, remax_token_weights, reward_to_go
+from align.objectives.advantages import remax_loss, remax_token_weights
+from align.objectives.returns import reward_to_go
 from tests.vector_checks.registry import close, covers, t64
 
 

@@ -1,0 +1,115 @@
+"""Losses of the policy and of the critic, per token, and how tokens are put together.
+
+Aggregation is its own function with an explicit normaliser, so that micro-batches and ranks add up to the loss of the
+whole batch.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from align.errors import ConfigError
+from align.objectives.kl import masked_mean, masked_sum
+
+AGGREGATIONS = ("token_mean", "sequence_sum", "sequence_mean", "constant")
+MAX_LOG_RATIO = 20.0  # e^20 is far outside any trust region: beyond it only overflow would be added
+
+
+@dataclass
+class PolicyLoss:
+    """losses: [B, T], with gradient, 0 outside the mask. The rest is detached: ratio [B, T]; clipped and dual_clipped
+    [B, T] bool, tokens whose loss the clip (the dual clip) decides; approx_kl, the mean of k1 of old against new."""
+
+    losses: Tensor
+    ratio: Tensor
+    clipped: Tensor
+    dual_clipped: Tensor
+    approx_kl: Tensor
+
+
+def clipped_policy_loss(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    ratio_level: Literal["token", "sequence", "sequence_mean"] = "token",
+) -> PolicyLoss:
+    """PPO's clipped surrogate (Schulman et al. 2017, arXiv 1707.06347, eq. 7): max(-A rho, -A clip(rho, 1-l, 1+h)).
+
+    Args:
+        logps (with gradient), old_logps, advantages, mask: [B, T].
+        clip_low, clip_high: different for DAPO's "clip higher".
+        dual_clip: c > 1 caps the loss of a negative advantage at -A * c (Ye et al. 2020, arXiv 1912.09729).
+        ratio_level: token; "sequence" exp(sum_t log rho_t), the ratio of RLOO in TRL; "sequence_mean" exp(mean_t log
+            rho_t), the length-normalised one of GSPO (Zheng et al. 2025, arXiv 2507.18071).
+    """
+    if dual_clip is not None and dual_clip <= 1:
+        raise ConfigError(f"dual_clip must be above 1, got {dual_clip}")
+    valid = mask.bool()
+    token_log_ratio = torch.where(valid, logps - old_logps, torch.zeros_like(logps))
+    log_ratio = token_log_ratio
+    if ratio_level != "token":
+        log_ratio = token_log_ratio.sum(-1, keepdim=True)
+        if ratio_level == "sequence_mean":
+            log_ratio = log_ratio / valid.sum(-1, keepdim=True).clamp(min=1)
+        log_ratio = log_ratio.expand(mask.shape)
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    plain = -advantages * ratio
+    bounded = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+    losses = torch.maximum(plain, bounded)
+    clipped = valid & (bounded > plain)
+    dual_clipped = torch.zeros_like(valid)
+    if dual_clip is not None:
+        cap = -advantages * dual_clip
+        dual_clipped = valid & (advantages < 0) & (losses > cap)
+        losses = torch.where(advantages < 0, torch.minimum(losses, cap), losses)
+    losses = torch.where(valid, losses, torch.zeros_like(losses))
+    approx_kl = masked_mean(-token_log_ratio.detach(), mask)
+    return PolicyLoss(losses, torch.where(valid, ratio, 1.0).detach(), clipped, dual_clipped, approx_kl)
+
+
+def value_losses(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float | None = 0.2
+) -> tuple[Tensor, Tensor]:
+    """0.5 * max((V - R)^2, (V_clip - R)^2) with V_clip = V_old + clip(V - V_old, +-clip): losses, clipped, [B, T] each.
+
+    values (with gradient), old_values, returns, mask: [B, T] (or [B, T, H] with H heads, mask [B, T, 1]). clip None:
+    the plain squared error.
+    """
+    valid = mask.bool().expand(values.shape)
+    losses = (values - returns).square()
+    clipped = torch.zeros_like(valid)
+    if clip is not None:
+        bounded = (old_values + (values - old_values).clamp(-clip, clip) - returns).square()
+        clipped = valid & (bounded > losses)
+        losses = torch.maximum(losses, bounded)
+    return torch.where(valid, losses / 2, torch.zeros_like(losses)), clipped
+
+
+def aggregate_tokens(losses: Tensor, mask: Tensor, how: str, normalizer: float | Tensor | None = None) -> Tensor:
+    """One number from token losses [B, T], the sum below over `normalizer`.
+
+    how             sum                                       normalizer None means
+    token_mean      of all tokens                             the tokens of this mask (DAPO, verl)
+    sequence_sum    of all tokens                             the sequences (the policy gradient itself)
+    sequence_mean   of each sequence's mean                   the sequences (GRPO)
+    constant        of all tokens                             not allowed: give B * the longest length (Dr. GRPO)
+
+    When this is one of several micro-batches or ranks, `normalizer` is the count of the whole optimiser step.
+    """
+    if how not in AGGREGATIONS:
+        raise ConfigError(f"loss aggregation must be one of {', '.join(AGGREGATIONS)}, got {how!r}")
+    sums = masked_sum(losses, mask)
+    if how == "sequence_mean":
+        sums = sums / mask.bool().sum(-1).clamp(min=1)
+    if normalizer is None:
+        if how == "constant":
+            raise ConfigError("the aggregation 'constant' needs its constant: the largest number of tokens of a batch")
+        normalizer = mask.bool().sum() if how == "token_mean" else mask.bool().any(-1).sum()
+    return sums.sum() / normalizer
