@@ -4,6 +4,7 @@ With l_t = log pi_train(y_t) - log pi_engine(y_t), rho_t = e^l_t. All results ar
 does not enter.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -73,10 +74,7 @@ def keep_mask(
     k2 = l^2 / 2 and k3 = e^l - 1 - l (engine's KL to the trainer, samples from the engine) are bounded by high alone.
     """
     if estimator == "k1":
-        value, bounds = (
-            log_ratio,
-            (None if low is None else torch.tensor(low).log().item(), torch.tensor(high).log().item()),
-        )
+        value, bounds = log_ratio, (None if low is None else math.log(low), math.log(high))
     elif low is not None:
         raise ConfigError(f"rejection by {estimator} has an upper bound only")
     else:
