@@ -50,7 +50,7 @@ KL_LABEL = "KL from the initial policy (nats, √ scale)"
 
 
 @contextmanager
-def _style():
+def style():
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
@@ -63,8 +63,8 @@ def plot_proxy_and_gold(entries: dict[str, dict], kind: str):
 
     entries: `summary["best_of_n"]` or `summary["runs"]`; kind: which of the two. Returns a matplotlib Figure.
     """
-    with _style():
-        figure, axes = _panels(len(entries), sharey=True, above=0.55 if kind == "best_of_n" else 0.32)
+    with style():
+        figure, axes = panels(len(entries), sharey=True, above=0.55 if kind == "best_of_n" else 0.32)
         for axis, (name, entry) in zip(axes.flat, entries.items(), strict=False):
             for score, colour, line in (("proxy", PROXY_COLOUR, "--"), ("gold", GOLD_COLOUR, "-")):
                 _band(axis, entry, "kl", score, colour, line, label=_label(score, entry), scaled=True)
@@ -82,8 +82,8 @@ def plot_proxy_and_gold(entries: dict[str, dict], kind: str):
 
 def plot_gold(entries: dict[str, dict], kind: str, *, x: str = "kl"):
     """The gold scores of several curves in one panel, in their own unit, against KL or (x="step") optimiser steps."""
-    with _style():
-        figure, axes = _panels(1, width=10, height=3.6, above=0.32 if kind == "best_of_n" and x == "kl" else 0.15)
+    with style():
+        figure, axes = panels(1, width=10, height=3.6, above=0.32 if kind == "best_of_n" and x == "kl" else 0.15)
         axis = axes[0, 0]
         for number, (name, entry) in enumerate(with_gold(entries).items()):
             colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
@@ -100,8 +100,8 @@ def plot_gold(entries: dict[str, dict], kind: str, *, x: str = "kl"):
 
 def plot_steps(entries: dict[str, dict]):
     """Proxy, gold and KL of runs against optimiser steps, three panels with one colour per run."""
-    with _style():
-        figure, axes = _panels(3, above=0.32)
+    with style():
+        figure, axes = panels(3, above=0.32)
         for axis, key in zip(axes.flat, ("proxy", "gold", "kl"), strict=True):
             for number, (name, entry) in enumerate(entries.items()):
                 if entry[key][0] is None:
@@ -122,9 +122,9 @@ def plot_steps(entries: dict[str, dict]):
 
 def plot_fits(entries: dict[str, dict], fits: dict[str, dict], kind: str):
     """Measured gold scores against d = sqrt(KL) and both forms of Gao et al.; dotted where a fit extrapolates."""
-    with _style():
+    with style():
         shown = {name: entry for name, entry in with_gold(entries).items() if name in fits}
-        figure, axes = _panels(len(shown), sharey=True, above=0.32)
+        figure, axes = panels(len(shown), sharey=True, above=0.32)
         own = "bon" if kind == "best_of_n" else "rl"
         for axis, (name, entry) in zip(axes.flat, shown.items(), strict=False):
             d = np.sqrt(np.maximum(entry["kl"], 0))
@@ -159,7 +159,7 @@ def save_figure(figure, stem: str | Path) -> list[Path]:
     """Write `<stem>.png` and `<stem>.svg`; returns the two paths."""
     paths = [Path(f"{stem}.png"), Path(f"{stem}.svg")]
     paths[0].parent.mkdir(parents=True, exist_ok=True)
-    with _style():
+    with style():
         figure.savefig(paths[1], metadata={"Date": None})
         figure.savefig(paths[0], dpi=160)
     return paths
@@ -183,7 +183,7 @@ def _scaled(entry: dict, score: str, values) -> np.ndarray:
     return (np.asarray(values, dtype=np.float64) - unit[f"{score}_zero"]) / (unit[f"{score}_sd"] or 1.0)
 
 
-def _panels(count: int, *, sharey=False, above: float, width: float | None = None, height: float = 2.8):
+def panels(count: int, *, sharey=False, above: float, width: float | None = None, height: float = 2.8):
     """A figure of `count` equal panels and its axes [rows, columns]; `above`: inches for titles over each panel.
 
     Margins are set in inches: matplotlib's layout engines take as long as the drawing.

@@ -53,26 +53,15 @@ def write_report(path: str | Path, *, title: str, intro: str | list[str], summar
 
     intro: one or several paragraphs of plain text. Everything else that is shown is in the summary. Returns the path.
     """
-    import jinja2
-
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figures = render_figures(summary, path.parent / "figures")
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("align.evaluation"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        num=number, pct=percent, span=span, pct_span=percent_span, seconds=seconds, cell=cell, text=text
-    )
-    html = environment.get_template(TEMPLATE).render(
+    return render_page(
+        path,
+        TEMPLATE,
         title=title,
         intro=[intro] if isinstance(intro, str) else intro,
         s=summary,
-        figures={name: jinja2.utils.markupsafe.Markup(svg) for name, svg in figures.items()},
+        figures=figures,
         kinds={"runs": "step", "best_of_n": "n"},
         own_form={"runs": "rl", "best_of_n": "bon"},
         form_names={"rl": "d(α − β ln d)", "bon": "d(α − β d)"},
@@ -86,11 +75,41 @@ def write_report(path: str | Path, *, title: str, intro: str | list[str], summar
         places=PLACES,
         glossary=GLOSSARY,
     )
+
+
+def render_page(path: Path, template: str, *, figures: dict[str, str], **context) -> Path:
+    """Write one page that holds everything it shows. figures: `<svg>` elements by name, see `draw`."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("align.evaluation"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        num=number, pct=percent, span=span, pct_span=percent_span, seconds=seconds, cell=cell, text=text
+    )
+    svgs = {name: jinja2.utils.markupsafe.Markup(svg) for name, svg in figures.items()}
+    html = environment.get_template(template).render(figures=svgs, **context)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".html.tmp")
     temporary.write_text(html, encoding="utf-8")
     os.replace(temporary, path)
     logger.info("report: %s", path)
     return path
+
+
+def draw(figures: dict, folder: str | Path) -> dict[str, str]:
+    """Save matplotlib figures as PNG and SVG, and return each as an `<svg>` element for a page, by name."""
+    from align.evaluation import plots
+
+    svgs = {}
+    for name, figure in figures.items():
+        _, svg = plots.save_figure(figure, Path(folder) / name)
+        svgs[name] = plots.inline_svg(svg, label=name.replace("_", " "))
+    return svgs
 
 
 def render_figures(summary: dict, folder: str | Path) -> dict[str, str]:
@@ -111,11 +130,7 @@ def render_figures(summary: dict, folder: str | Path) -> dict[str, str]:
         fitted = {name: e for name, e in with_gold.items() if any(_fit(summary, kind, name, f) for f in ("bon", "rl"))}
         if fitted:
             figures[f"{kind}_fits"] = plots.plot_fits(fitted, summary["fits"][kind], kind)
-    svgs = {}
-    for name, figure in figures.items():
-        _, svg = plots.save_figure(figure, Path(folder) / name)
-        svgs[name] = plots.inline_svg(svg, label=name.replace("_", " "))
-    return svgs
+    return draw(figures, folder)
 
 
 def _fit(summary: dict, kind: str, name: str, form: str) -> dict | None:

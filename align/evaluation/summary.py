@@ -10,7 +10,6 @@ that does not exist (the gold score of a run without one, an unbounded interval)
 
 import json
 import math
-import os
 import platform
 from dataclasses import asdict
 from importlib import metadata
@@ -24,6 +23,7 @@ from align.evaluation.bootstrap import mean_interval, percentile_interval, resam
 from align.evaluation.fits import FORMS, extrapolation_check, fit_gao_bootstrap
 from align.evaluation.peak import RULE, analyse_peak
 from align.evaluation.records import SCORE_KEYS, Run
+from align.evaluation.strict_json import finite, plain, refuse_non_finite, write_json
 
 FILE_NAME = "summary.json"
 CUT_SHARE = 0.75  # of the largest d: about where the paper cut (6 of 10 nats)
@@ -70,10 +70,10 @@ def build_summary(
         },
         "verdict_rule": RULE,
         "setup": setup or {},
-        "versions": _versions(),
+        "versions": package_versions(),
         "reward_models": reward_models or [],
     }
-    summary = _plain(summary, "summary")
+    summary = plain(summary, "summary")
     validate_summary(summary)
     return summary
 
@@ -83,7 +83,7 @@ def validate_summary(summary: dict, where: str = "summary") -> None:
     for key in ("best_of_n", "runs", "fits", "phases"):
         if not isinstance(summary.get(key), dict):
             raise DataError(f"{where}: {key!r} is missing or is not an object")
-    _refuse_non_finite(summary, where)
+    refuse_non_finite(summary, where)
     for kind, keys in CURVE_KEYS.items():
         for name, entry in summary[kind].items():
             missing = [key for key in keys if not isinstance(entry.get(key), list)]
@@ -100,12 +100,7 @@ def validate_summary(summary: dict, where: str = "summary") -> None:
 def write_summary(folder: str | Path, summary: dict) -> Path:
     """Write `<folder>/summary.json` (replaced at once) and return its path."""
     validate_summary(summary)
-    path = Path(folder) / FILE_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-    return path
+    return write_json(Path(folder) / FILE_NAME, summary)
 
 
 def read_summary(path: str | Path) -> dict:
@@ -122,7 +117,7 @@ def read_summary(path: str | Path) -> dict:
     return summary
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     versions = {"Python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -216,8 +211,8 @@ def _peak_entry(axis: str, axis_values, kl, per_prompt: dict[str, np.ndarray], s
         if key.endswith("_interval"):
             low, high = (None, None) if value is None else value
             entry[key.replace("_interval", "_low")], entry[key.replace("_interval", "_high")] = (
-                _finite(low),
-                _finite(high),
+                finite(low),
+                finite(high),
             )
         else:
             entry[key] = value
@@ -240,9 +235,9 @@ def _fits(kl, gold: np.ndarray, unit: float, seed: int) -> dict:
 def _fit_entry(fit: dict) -> dict:
     for name, (low, high) in (fit.pop("intervals") or {}).items():
         fit[f"{name}_low"], fit[f"{name}_high"] = low, high
-    fit["peak_kl"] = None if fit["peak_d"] is None else _finite(fit["peak_d"] ** 2)
+    fit["peak_kl"] = None if fit["peak_d"] is None else finite(fit["peak_d"] ** 2)
     fit["kl_max"] = fit["d_max"] ** 2
-    fit["peak_d"], fit["peak_score"] = _finite(fit["peak_d"]), _finite(fit["peak_score"])
+    fit["peak_d"], fit["peak_score"] = finite(fit["peak_d"]), finite(fit["peak_score"])
     return fit
 
 
@@ -270,33 +265,3 @@ def _samples(places: dict[str, list[dict]]) -> dict:
         place: [s for s in samples if not common or json.dumps(s["prompt"]) in common][:SAMPLES]
         for place, samples in places.items()
     }
-
-
-def _finite(value):
-    return value if value is not None and math.isfinite(value) else None
-
-
-def _plain(value, where: str):
-    """numpy to plain Python, all the way down."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if isinstance(value, list | tuple):
-        return [_plain(item, f"{where}[{number}]") for number, item in enumerate(value)]
-    if isinstance(value, np.generic):
-        return value.item()
-    if value is None or isinstance(value, str | bool | int | float):
-        return value
-    raise DataError(f"{where} is a {type(value).__name__}: a summary holds numbers, strings, lists and objects")
-
-
-def _refuse_non_finite(value, where: str) -> None:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise DataError(f"{where} is {value}: a summary holds finite numbers, and null for one that does not exist")
-    if isinstance(value, dict):
-        for key, item in value.items():
-            _refuse_non_finite(item, f"{where}.{key}")
-    if isinstance(value, list):
-        for number, item in enumerate(value):
-            _refuse_non_finite(item, f"{where}[{number}]")
