@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from align.errors import TrainingError
+from align.errors import ConfigError, TrainingError
 
 
 def leave_one_out(scores: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def group_relative(scores: Tensor, *, scale: Literal["group", "batch", "none"] =
         return centred / (scores.detach().std() + eps)
     if scale == "group":
         return centred / (scores.detach().std(-1, keepdim=True) + eps)
-    raise TrainingError(f"scale must be group, batch or none, got {scale!r}")
+    raise ConfigError(f"scale must be group, batch or none, got {scale!r}")
 
 
 def length_weighted(scores: Tensor, lengths: Tensor) -> Tensor:
