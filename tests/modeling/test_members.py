@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 import transformers as tf
+from peft import LoraConfig, PeftModel
 
 from align.errors import ConfigError
+from align.modeling.member_lora import adapter_parameters, add_member_adapters, load_adapter, save_adapter
 from align.modeling.members import (
     Members,
     layer_list,
@@ -100,6 +102,86 @@ def test_what_is_copied():
     joint = share_trunk(classifier("gpt2"), [0, 1], 1)
     copied = {name for name, module in joint.named_modules() if isinstance(module, Members)}
     assert copied == {"transformer.h.2", "transformer.ln_f", "score"}
+
+
+# ---- LoRA
+
+TARGETS = {
+    "gpt2": ["c_attn"],
+    "gpt_neox": "all-linear",
+    "bert": "all-linear",
+    "roberta": ["query", "value"],
+    "distilbert": ["q_lin", "ffn.lin1"],
+}
+
+
+def lora(kind, **options):
+    defaults = {"r": 2, "lora_alpha": 6, "target_modules": TARGETS.get(kind, ["q_proj", "up_proj"])}
+    return LoraConfig(**{**defaults, **options})
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_adapters_on_one_model_score_as_peft_does(kind, tmp_path):
+    config = lora(kind, **({"layers_to_transform": [1, 2]} if kind == "qwen2" else {}))
+    config.fan_in_fan_out = kind == "gpt2"
+    joint = add_member_adapters(classifier(kind), config, [5, 6, 7])
+    joint.double()
+    with torch.no_grad():
+        for p in adapter_parameters(joint):
+            p += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()), dtype=p.dtype)
+    for ids, mask in (tiny.rows((7, 3, 5)), tiny.rows((7, 3, 5), side="left"), tiny.rows((4,))):
+        scores = member_scores(joint, ids, mask, 3)
+        assert not torch.allclose(scores[0], scores[1])
+        for i in range(3):
+            save_adapter(joint, i, config, tmp_path / f"member_{i}")
+            alone = PeftModel.from_pretrained(classifier(kind), tmp_path / f"member_{i}").double().eval()
+            torch.testing.assert_close(scores[i], sequence_scores(alone, ids, mask), rtol=0, atol=1e-6)
+    fresh = add_member_adapters(classifier(kind), config, [1, 2, 3]).double()
+    for i in range(3):
+        load_adapter(fresh, i, tmp_path / f"member_{i}")
+    torch.testing.assert_close(member_scores(fresh, ids, mask, 3), scores, rtol=0, atol=0)
+
+
+def test_adapters_start_at_nothing_and_train_alone():
+    plain = classifier("llama")
+    joint = add_member_adapters(copy.deepcopy(plain), lora("llama"), [5, 6, 7]).double()
+    ids, mask = tiny.rows((7, 3, 5))
+    head = joint.score.members[1].weight
+    hidden = plain.model(input_ids=ids, attention_mask=mask).last_hidden_state[torch.arange(3), mask.sum(1) - 1]
+    torch.testing.assert_close(member_scores(joint, ids, mask, 3)[1], hidden @ head[0], rtol=0, atol=1e-10)
+    trained = {name for name, p in joint.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in joint.named_parameters() if "lora_" in name or "score." in name}
+    member_scores(joint, ids, mask, 3)[1].sum().backward()
+    for p in adapter_parameters(joint)[1::2]:  # B; the gradient of A is 0 while B is
+        assert p.grad[1].any() and not p.grad[0].any() and not p.grad[2].any()
+    a = adapter_parameters(joint)[0]
+    assert not torch.equal(a[0], a[1]) and a.abs().max() <= a.shape[-1] ** -0.5
+
+
+def test_recomputed_adapters_have_the_same_gradients():
+    gradients = []
+    for checkpointing in (False, True):
+        joint = add_member_adapters(classifier("llama"), lora("llama"), [5, 6]).double().train()
+        if checkpointing:
+            joint.gradient_checkpointing_enable({"use_reentrant": False})
+        member_scores(joint, *tiny.rows((7, 3, 5)), 2).square().sum().backward()
+        gradients.append([p.grad for p in joint.parameters() if p.requires_grad])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_refused_lora(tmp_path):
+    with pytest.raises(ConfigError, match="plain LoRA only: leave bias, use_dora out"):
+        add_member_adapters(classifier("llama"), lora("llama", use_dora=True, bias="all"), [0, 1])
+    with pytest.raises(ConfigError, match="must be inside of the layers .*: model.embed_tokens"):
+        add_member_adapters(classifier("llama"), lora("llama", target_modules=["embed_tokens", "q_proj"]), [0, 1])
+    with pytest.raises(ConfigError, match="LoRA cannot be added to LlamaForSequenceClassification: Target modules"):
+        add_member_adapters(classifier("llama"), lora("llama", target_modules=["nothing"]), [0, 1])
+    joint = add_member_adapters(classifier("llama"), lora("llama"), [0, 1])
+    save_adapter(joint, 0, lora("llama"), tmp_path)
+    other = add_member_adapters(classifier("llama"), lora("llama", r=3), [0, 1])
+    with pytest.raises(ConfigError, match="not an adapter of the same shape"):
+        load_adapter(other, 1, tmp_path)
 
 
 def test_refused():
