@@ -1,0 +1,98 @@
+"""A name for what a reward computes: it changes whenever the reward's weights, settings or code do."""
+
+import functools
+import hashlib
+import inspect
+import marshal
+import types
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from align.errors import RewardError
+
+PLACES = ("device",)  # attributes that say where something is computed, not what
+
+
+def fingerprint(value: Any) -> str:
+    """A hexadecimal digest of `value`: a reward, or anything that one is made of.
+
+    Models count by their weights and configuration, tokenizers by vocabulary and template, functions by the text of
+    their file and by what they have bound. Raises `RewardError` for a value whose meaning cannot be read off (an open
+    connection, say).
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    _add(digest.update, value, set(), set())
+    return digest.hexdigest()
+
+
+def _add(write, value: Any, above: set[int], models: set[int]) -> None:
+    """above: ids of the objects that hold `value`, so that a circle ends. models: ids of those read already."""
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, Path, Enum, torch.dtype)):
+        write(f"{type(value).__name__}:{value!r};".encode())
+        return
+    if id(value) in above | models:
+        write(b"again;")
+        return
+    above = above | {id(value)}
+    if isinstance(value, nn.Module):
+        models.add(id(value))
+    write(f"{type(value).__module__}.{type(value).__qualname__}(".encode())
+    for name, part in _parts(value):
+        write(f"{name}=".encode())
+        if isinstance(part, memoryview):
+            write(part)
+        else:
+            _add(write, part, above, models)
+    write(b")")
+
+
+def _parts(value: Any):
+    """(name, part) of everything that makes `value` what it is."""
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    if isinstance(value, torch.Tensor):
+        plain = value.detach().cpu().contiguous()
+        yield from [("shape", str(tuple(plain.shape))), ("dtype", plain.dtype)]
+        yield "bytes", memoryview(plain.flatten().view(torch.uint8).numpy())
+    elif isinstance(value, nn.Module):
+        yield from sorted(value.state_dict().items())
+        if isinstance(getattr(value, "config", None), PretrainedConfig):
+            yield "config", value.config
+    elif isinstance(value, PretrainedConfig):
+        yield "json", value.to_json_string(use_diff=False)
+    elif isinstance(value, PreTrainedTokenizerBase):
+        yield from [("vocabulary", sorted(value.get_vocab().items())), ("template", value.chat_template)]
+        yield "special", sorted((key, str(token)) for key, token in value.special_tokens_map.items())
+    elif isinstance(value, functools.partial):
+        yield from [("func", value.func), ("args", value.args), ("keywords", value.keywords)]
+    elif isinstance(value, types.MethodType):
+        yield from [("self", value.__self__), ("func", value.__func__)]
+    elif isinstance(value, types.FunctionType):
+        yield from [("name", value.__qualname__), ("code", _code(value)), ("defaults", value.__defaults__)]
+        yield from [("keywords", value.__kwdefaults__), ("bound", [c.cell_contents for c in value.__closure__ or ()])]
+    elif isinstance(value, (types.BuiltinFunctionType, type)):
+        yield "name", f"{value.__module__}.{value.__qualname__}"
+    elif isinstance(value, dict):
+        yield from sorted(((str(key), part) for key, part in value.items()), key=lambda item: item[0])
+    elif isinstance(value, (list, tuple)):
+        yield from enumerate(value)
+    elif isinstance(value, (set, frozenset)):
+        yield from enumerate(sorted(map(fingerprint, value)))
+    elif hasattr(value, "__dict__"):
+        yield "code", _code(type(value))
+        yield from sorted((name, part) for name, part in vars(value).items() if name not in PLACES)
+    else:
+        raise RewardError(f"a {type(value).__name__} has no fingerprint: nothing tells when it changes")
+
+
+def _code(thing: Any) -> str | bytes:
+    """The text of the file that `thing` was written in (what it calls is mostly there too), or its byte code."""
+    try:
+        return Path(inspect.getsourcefile(thing)).read_text(encoding="utf-8")
+    except (TypeError, OSError):
+        code = getattr(thing, "__code__", None)
+        return "" if code is None else marshal.dumps(code, 2)  # later formats depend on reference counts

@@ -1,0 +1,156 @@
+"""MODPO: preference optimisation of a weighted sum of objectives (Zhou et al. 2023), as one stable supervised loss."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from align.errors import ConfigError
+from align.modeling.load import load_tokenizer
+from align.modeling.pairs import PairTokens
+from align.objectives.modpo import LOSS_TYPES, check_weight, modpo_loss, modpo_rewards
+from reward_models.margins import COLUMNS, MarginRewards
+from trainers.preference import PreferenceConfig, PreferenceTrainer
+
+SWEEP = "sweep"
+
+
+@dataclass
+class WeightOptions:
+    """Which objectives there are and what each counts. Mixed into the config of a method with weights."""
+
+    objective: str = field(
+        default="preference", metadata={"help": "Name of the objective that the pairs of the dataset are about."}
+    )
+    weights: dict[str, float] | str | None = field(
+        default=None,
+        metadata={"help": "One weight per objective, {preference: 0.5, short: 0.5}; or `sweep`: train the front."},
+    )
+    sweep_points: int | None = field(
+        default=None, metadata={"help": "Points of a sweep between two objectives. Default: 5."}
+    )
+    sweep_min_weight: float | None = field(
+        default=None, metadata={"help": "Smallest weight of `objective` in a sweep, > 0. Default: 0.1."}
+    )
+    interpolate: int | None = field(
+        default=None, metadata={"help": "Further points between neighbours of a sweep, by interpolating their weights."}
+    )
+
+    def check_weights(self) -> None:
+        only_sweep = {name: getattr(self, name) for name in ("sweep_points", "sweep_min_weight", "interpolate")}
+        given = [name for name, value in only_sweep.items() if value is not None]
+        if isinstance(self.weights, str) and self.weights != SWEEP:
+            raise ConfigError(f"weights is a mapping from objective to weight, or `sweep`, got {self.weights!r}")
+        if isinstance(self.weights, dict):
+            if given:
+                raise ConfigError(f"{', '.join(given)}: only for `weights: sweep`")
+            bad = {name: weight for name, weight in self.weights.items() if not math.isfinite(weight)}
+            if bad:
+                raise ConfigError(f"weights must be finite numbers, got {bad}")
+        if self.sweep_points is not None and self.sweep_points < 2:
+            raise ConfigError(f"a sweep has at least 2 points, got sweep_points {self.sweep_points}")
+        if self.sweep_min_weight is not None and not 0 < self.sweep_min_weight < 1:
+            raise ConfigError(f"sweep_min_weight must be between 0 and 1, got {self.sweep_min_weight}")
+        if self.interpolate is not None and self.interpolate < 1:
+            raise ConfigError(f"interpolate counts the points between two neighbours, from 1, got {self.interpolate}")
+
+    def weights_of(self, others: list[str]) -> tuple[float, list[float]]:
+        """The weight of `objective`, and those of the other objectives in their order. ConfigError unless `weights`
+        names exactly these."""
+        if not isinstance(self.weights, dict):
+            raise ConfigError(
+                f"one policy has one weight per objective: weights: {{{self.objective}: 0.5, ...}}, got "
+                f"{self.weights!r} (a sweep is trained by `align modpo` or train_front)"
+            )
+        if self.objective in others:
+            raise ConfigError(
+                f"{self.objective!r} is the name of the pairs' own objective and of another one: set `objective`, or "
+                "give the reward another `name`"
+            )
+        expected = [self.objective, *others]
+        if sorted(expected) != sorted(self.weights):
+            raise ConfigError(f"the objectives are {expected}, and weights are given for {list(self.weights)}")
+        return self.weights[self.objective], [self.weights[name] for name in others]
+
+
+@dataclass
+class MODPOConfig(WeightOptions, PreferenceConfig):
+    """Options of MODPO. The effective KL strength is beta / weight of `objective`."""
+
+    loss_type: str = field(default="sigmoid", metadata={"help": "sigmoid or hinge.", "choices": list(LOSS_TYPES)})
+    margin_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the margin rewards' scores, which runs may share. Default: output_dir/margins."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.loss_type not in LOSS_TYPES:
+            raise ConfigError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {self.loss_type!r}")
+        self.check_weights()
+
+    @property
+    def margin_folder(self) -> Path:
+        return Path(self.margin_cache_dir or Path(self.output_dir) / "margins")
+
+
+class MODPOTrainer(PreferenceTrainer):
+    """Train on one objective's pairs, with the other objectives as margin rewards, for one weight vector.
+
+    Args:
+        reward: of every other objective: a `Reward`, a function, a spec (docs/rewards.md), a list of them, or
+            `MarginRewards`. Their names, and `args.objective`, are the names in `args.weights`. They are scored once
+            per dataset and kept in `args.margin_cache_dir`.
+    """
+
+    _tag_names = ["align", "modpo"]
+    columns = COLUMNS
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        reward: Any,
+        args: MODPOConfig,
+        train_dataset,
+        eval_dataset=None,
+        processing_class=None,
+        **kwargs,
+    ):
+        processing_class = processing_class or load_tokenizer(model)
+        self.margins = reward
+        if not isinstance(reward, MarginRewards):
+            self.margins = MarginRewards(reward, processing_class, args.margin_folder)
+        self.weight, self.margin_weights = args.weights_of(self.margins.names)
+        check_weight(self.weight, f"the trained objective {args.objective!r}")
+        super().__init__(model, args, train_dataset, eval_dataset, processing_class, **kwargs)
+        self.margins.free()
+
+    def prepare_dataset(self, dataset, name: str):
+        return self.margins.add_to(dataset)
+
+    def losses(
+        self, policy: PairTokens, reference: PairTokens, batch: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        logps, ref_logps = policy.logps.sum(-1), reference.logps.sum(-1)
+        margins = torch.cat([batch[column] for column in COLUMNS])
+        options = {"weight": self.weight, "margin_weights": torch.tensor(self.margin_weights), "beta": self.args.beta}
+        chosen, rejected = modpo_rewards(logps, ref_logps, margins, **options).chunk(2)
+        return modpo_loss(chosen, rejected, self.args.loss_type), {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+            "rewards/accuracies": chosen > rejected,
+            **self.agreement((logps - ref_logps).detach(), margins),
+        }
+
+    def agreement(self, log_ratios: Tensor, margins: Tensor) -> dict[str, Tensor]:
+        """For every objective, whether the policy prefers the completion that this objective prefers, per pair (0.5
+        where the objective finds both as good). log_ratios: [2B]; margins: [2B, M]."""
+        policy = torch.sub(*log_ratios.chunk(2)).sign()
+        found = {self.args.objective: policy}
+        for name, column in zip(self.margins.names, margins.unbind(-1), strict=True):
+            found[name] = policy * torch.sub(*column.chunk(2)).sign()
+        return {f"agreement/{name}": (1 + signs) / 2 for name, signs in found.items()}
