@@ -80,11 +80,11 @@ class MarginRewards:
         """Tokenised pairs with the columns `chosen_margin_rewards` and `rejected_margin_rewards`, lists [M] each."""
         from datasets import Features, List, Value
 
-        rows = rows_fingerprint(dataset)
-        scores = torch.stack([self._scores(number, dataset, rows) for number in range(len(self.names))], dim=-1)
         present = [column for column in COLUMNS if column in dataset.column_names]
         if present:
             raise ConfigError(f"the data has a column {present[0]!r} already: margin rewards are computed, remove it")
+        rows = rows_fingerprint(dataset)
+        scores = torch.stack([self._scores(number, dataset, rows) for number in range(len(self.names))], dim=-1)
         for column, values in zip(COLUMNS, scores.unbind(1), strict=True):
             feature = Features({column: List(Value("float32"), length=len(self.names))})[column]
             dataset = dataset.add_column(column, values.tolist(), feature=feature)
