@@ -1,0 +1,114 @@
+"""Soups: one policy from several that started at the same base, by adding up what each has learnt.
+
+theta(w) = base + sum_k w_k (theta_k - base)      (rewarded soups, Rame et al. 2023, arXiv 2306.04488)
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from align.errors import ConfigError
+from align.modeling.load import load_policy, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def make_soup(folders: Sequence[str | Path], weights: Sequence[float], output_dir: str | Path) -> Path:
+    """Write the soup of saved policies, with their tokenizer, to `output_dir`, and return that.
+
+    LoRA adapters of one base become one adapter whose delta is exactly `sum_k w_k B_k A_k`: their factors are set side
+    by side, so its rank is the sum of theirs. (Averaging the factors A and B would add cross terms.) Whole models are
+    averaged weight by weight; their weights must sum to 1. Raises ConfigError for policies that have no exact soup.
+    """
+    folders, output_dir = [Path(folder) for folder in folders], Path(output_dir)
+    if not folders or len(folders) != len(weights):
+        raise ConfigError(f"a soup needs one weight per policy, got {len(folders)} policies and {len(weights)} weights")
+    are_adapters = {(folder / "adapter_config.json").exists() for folder in folders}
+    if len(are_adapters) > 1:
+        raise ConfigError(f"a soup is of adapters or of whole models, not of both: {', '.join(map(str, folders))}")
+    if are_adapters.pop():
+        _adapter_soup(folders, weights, output_dir)
+    else:
+        _model_soup(folders, weights, output_dir)
+    load_tokenizer(folders[0]).save_pretrained(output_dir)
+    return output_dir
+
+
+def concatenate(factors: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Factors (A [sum r, in], B [out, sum r]) of `sum_k w_k B_k A_k`, from those of its terms, (A_k [r_k, in], B_k)."""
+    a = torch.cat([a.float() for a, _ in factors], dim=0)
+    b = torch.cat([w * b.float() for w, (_, b) in zip(weights, factors, strict=True)], dim=1)
+    return a, b
+
+
+# ---- adapters -------------------------------------------------------------------------------------------------------
+
+
+def _adapter_soup(folders: list[Path], weights: Sequence[float], output_dir: Path) -> None:
+    from peft import LoraConfig, PeftConfig
+    from peft.utils import load_peft_weights
+    from safetensors.torch import save_file
+
+    configs = [PeftConfig.from_pretrained(str(folder)) for folder in folders]
+    for folder, config in zip(folders, configs, strict=True):
+        _check_adapter(folder, config, configs[0])
+    states = [load_peft_weights(str(folder), device="cpu") for folder in folders]
+    if any(state.keys() != states[0].keys() for state in states):
+        raise ConfigError(f"the adapters change different layers: {', '.join(map(str, folders))}")
+    soup: dict[str, Tensor] = {}
+    scaled = [weight * _scale(config) for weight, config in zip(weights, configs, strict=True)]
+    for name in states[0]:
+        if "lora_A" in name or "lora_embedding_A" in name:
+            other = name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
+            soup[name], soup[other] = concatenate([(state[name], state[other]) for state in states], scaled)
+    left = sorted(states[0].keys() - soup.keys())
+    if left:
+        raise ConfigError(f"{folders[0]} holds {left[0]}, which is no factor of LoRA: its soup would not be exact")
+    config: LoraConfig = configs[0]
+    config.r = config.lora_alpha = sum(other.r for other in configs)  # scale 1: the scales are in B
+    config.use_rslora, config.lora_dropout, config.inference_mode = False, 0.0, True
+    output_dir.mkdir(parents=True, exist_ok=True)
+    save_file({name: values.contiguous() for name, values in soup.items()}, output_dir / "adapter_model.safetensors")
+    config.save_pretrained(str(output_dir))
+
+
+def _check_adapter(folder: Path, config, first) -> None:
+    from peft import LoraConfig
+
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(f"{folder} is an adapter of type {config.peft_type}: only LoRA has exact soups")
+    if config.base_model_name_or_path != first.base_model_name_or_path:
+        raise ConfigError(
+            f"{folder} is an adapter of {config.base_model_name_or_path}, the first one of "
+            f"{first.base_model_name_or_path}: a soup is of adapters of one base"
+        )
+    exact = {"use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "bias": "none"}
+    given = [name for name, value in exact.items() if getattr(config, name) not in (value, [])]
+    if given:
+        raise ConfigError(f"{folder} is an adapter with {', '.join(given)}, which has no exact soup")
+
+
+def _scale(config) -> float:
+    return config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+
+
+# ---- whole models ---------------------------------------------------------------------------------------------------
+
+
+def _model_soup(folders: list[Path], weights: Sequence[float], output_dir: Path) -> None:
+    if abs(sum(weights) - 1) > 1e-6:
+        raise ConfigError(f"the weights of a soup of whole models sum to 1, got {list(weights)}")
+    model = load_policy(folders[0], dtype="auto")
+    total = {name: weights[0] * values.float() for name, values in model.state_dict().items()}
+    for folder, weight in zip(folders[1:], weights[1:], strict=True):
+        state = load_policy(folder, dtype="auto").state_dict()
+        shapes, others = ({name: v.shape for name, v in s.items()} for s in (total, state))
+        if shapes != others:
+            raise ConfigError(f"{folder} and {folders[0]} are models of different shapes: a soup is of one base")
+        for name, values in state.items():
+            total[name] += weight * values.float()
+    model.load_state_dict({name: values.to(model.state_dict()[name].dtype) for name, values in total.items()})
+    model.save_pretrained(output_dir)
