@@ -1,37 +1,32 @@
 """The one loop for offline preference pairs: pairs -> policy and reference log-probs -> losses per pair -> update.
 
 A method is a subclass that says what its losses are (`losses`); it may also override `forward` (other inputs than the
-two models' token log-probs), `columns` and `prepare_dataset` (further inputs per pair), and the three class attributes
-that say what its losses need. The loss of an optimiser step is the mean over all of its pairs, whatever the
-micro-batches and processes.
+two models' token log-probs), `columns` and `prepare_dataset` (further inputs per pair), and the attributes that say
+what its losses need. The loss of an optimiser step is the mean over all of its pairs, whatever the micro-batches and
+processes.
 """
 
 import logging
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, set_seed
 
 from align.data.collate import PairCollator
-from align.data.tokenize import tokenize_pairs
 from align.errors import ConfigError, TrainingError
-from align.modeling.load import disable_dropout, load_policy, load_tokenizer, reference_of
+from align.modeling.load import disable_dropout, load_policy, load_tokenizer
 from align.modeling.pairs import PairTokens, pair_tokens
 from trainers.base import BaseConfig, TrainerMixin
+from trainers.pair_batches import PairRows, similar_lengths, split_to
+from trainers.pair_data import IDS, numbered_pairs
+from trainers.pair_evaluation import PairEvaluation
+from trainers.pair_reference import PairReference
+from trainers.reference_cache import COLUMNS as REF_COLUMNS
 
 logger = logging.getLogger(__name__)
-
-TOKENIZED = ("prompt_ids", "chosen_ids", "rejected_ids")
-
-
-class PairRows:
-    """The rows of one batch as they are in the dataset; no list, or accelerate would walk through every token."""
-
-    def __init__(self, rows: list[dict]):
-        self.rows = rows
 
 
 @dataclass
@@ -46,6 +41,24 @@ class PreferenceConfig(BaseConfig):
     ref_model_name_or_path: str | None = field(
         default=None, metadata={"help": "The reference. Default: the policy as it starts (LoRA: the adapter off)."}
     )
+    precompute_ref_log_probs: bool = field(
+        default=False,
+        metadata={"help": "Compute the reference's log-probs once, before training, and keep them on disk."},
+    )
+    precompute_ref_batch_size: int | None = field(
+        default=None, metadata={"help": "Pairs per batch of that. Default: as in training or evaluation."}
+    )
+    ref_log_probs_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of these log-probs, which runs may share. Default: output_dir/ref_log_probs."},
+    )
+    tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Cut an optimiser step's pairs into micro-batches of at most so many tokens, padding counted, "
+            "instead of per_device_train_batch_size pairs. Does not change the loss."
+        },
+    )
     chunk_size: int | None = field(
         default=None, metadata={"help": "Tokens per chunk of logits. Default: bounded by memory (256 MiB)."}
     )
@@ -58,9 +71,15 @@ class PreferenceConfig(BaseConfig):
         super().__post_init__()
         if self.beta <= 0:
             raise ConfigError(f"beta must be > 0, got {self.beta}")
+        for name in ("precompute_ref_batch_size", "tokens_per_batch", "chunk_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"{name} counts from 1, got {getattr(self, name)}")
+        given = [n for n in ("precompute_ref_batch_size", "ref_log_probs_dir") if getattr(self, n) is not None]
+        if given and not self.precompute_ref_log_probs:
+            raise ConfigError(f"{', '.join(given)}: only with precompute_ref_log_probs")
 
 
-class PreferenceTrainer(TrainerMixin, Trainer):
+class PreferenceTrainer(PairEvaluation, PairReference, TrainerMixin, Trainer):
     """The loop. Subclasses implement `losses`.
 
     Args:
@@ -75,9 +94,12 @@ class PreferenceTrainer(TrainerMixin, Trainer):
     # ---- what a method says of its losses ---------------------------------------------------------------------------
 
     columns: tuple[str, ...] = ()
-    """Numeric columns of the dataset that go into the batch as float32 tensors [B]."""
+    """Numeric columns of the dataset that go into the batch as float32 tensors [B, ...]."""
     needs_reference = True
     """False: no reference is loaded, and `losses` gets None for it. May be a property that looks at `self.args`."""
+    needs_reference_model = False
+    """True: `forward` takes more from the reference than the log-probs of the tokens, so that these alone, computed
+    beforehand, are not enough."""
     across_pairs = False
     """True: the loss of a pair depends on the others of its batch. A micro-batch is then exactly one per-device batch
     of `per_device_train_batch_size` pairs, in the order of the data."""
@@ -113,39 +135,66 @@ class PreferenceTrainer(TrainerMixin, Trainer):
         optimizers=(None, None),
     ):
         processing_class = processing_class or load_tokenizer(model)
-        set_seed(args.seed)  # a new adapter is drawn at random
         self.args = args
+        ref_model = self._reference_given(ref_model)
+        set_seed(args.seed)  # a new adapter is drawn at random
         model = load_policy(model, peft_config=peft_config)
         if args.disable_dropout:
             disable_dropout(model)
-        ref_model = ref_model or args.ref_model_name_or_path
-        self.reference = reference_of(model, ref_model) if self.needs_reference else None
         self.collator = PairCollator(processing_class.pad_token_id)
-        self._eval_names: tuple[str, ...] = ()
-        self._predictions: np.ndarray | None = None
+        self.check_start = ref_model is None
         args.remove_unused_columns = False
         super().__init__(
             model=model,
             args=args,
             data_collator=PairRows,
-            train_dataset=self._prepared(train_dataset, processing_class, "train"),
-            eval_dataset=None if eval_dataset is None else self._prepared(eval_dataset, processing_class, "eval"),
+            train_dataset=self._tokenized(train_dataset, processing_class),
+            eval_dataset=None if eval_dataset is None else self._tokenized(eval_dataset, processing_class),
             processing_class=processing_class,
-            compute_metrics=self._eval_metrics,
+            compute_metrics=self.pair_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = True  # the loss is normalised by the global count of pairs, not by Trainer
-        if self.reference is not None:
-            self.reference.prepare(self.accelerator)
+        self.reference = None
+        if self.needs_reference:
+            self.set_reference(ref_model)
+        self.train_dataset = self._prepared(self.train_dataset, "train")
+        if self.eval_dataset is not None:
+            self.eval_dataset = self._prepared(self.eval_dataset, "eval")
+        if args.precompute_ref_log_probs and not self.reference.adapter_off:
+            self.reference = None  # what it was for is on disk
 
-    def _prepared(self, dataset, tokenizer, name: str):
-        if not set(TOKENIZED) <= set(dataset.column_names):
-            args = self.args
-            dataset = tokenize_pairs(dataset, tokenizer, max_length=args.max_length, max_bad_share=args.max_bad_share)
+    def _reference_given(self, ref_model: str | nn.Module | None) -> str | nn.Module | None:
+        """The model that serves as reference if one is named; ConfigError for options that would be ignored."""
+        args = self.args
+        if ref_model is not None and args.ref_model_name_or_path is not None:
+            raise ConfigError("the reference is named twice, by ref_model and by ref_model_name_or_path")
+        ref_model = ref_model or args.ref_model_name_or_path
+        if not self.needs_reference and (ref_model is not None or args.precompute_ref_log_probs):
+            raise ConfigError(
+                "this loss has no reference: leave out ref_model, ref_model_name_or_path and precompute_ref_log_probs"
+            )
+        if self.needs_reference_model and args.precompute_ref_log_probs:
+            raise ConfigError(
+                "precompute_ref_log_probs: this loss compares whole distributions with the reference's at every token, "
+                "so log-probs of the tokens alone are not enough"
+            )
+        if self.across_pairs and args.tokens_per_batch is not None:
+            raise ConfigError(
+                "tokens_per_batch: this loss depends on which pairs are in a micro-batch together, so a micro-batch is "
+                "per_device_train_batch_size pairs"
+            )
+        return ref_model
+
+    def _tokenized(self, dataset, tokenizer):
+        args = self.args
+        return numbered_pairs(dataset, tokenizer, max_length=args.max_length, max_bad_share=args.max_bad_share)
+
+    def _prepared(self, dataset, name: str):
         dataset = self.prepare_dataset(dataset, name)
-        wanted = (*TOKENIZED, "row", *self.columns)
-        return dataset.select_columns([column for column in wanted if column in dataset.column_names])
+        dataset = dataset.select_columns([*IDS, "row", *self.columns])
+        return self.with_cached_reference(dataset, name) if self.args.precompute_ref_log_probs else dataset
 
     # ---- batches ----------------------------------------------------------------------------------------------------
 
@@ -153,18 +202,35 @@ class PreferenceTrainer(TrainerMixin, Trainer):
         """One optimiser step. transformers counts `num_batches` of them, so the last carries all micro-batches."""
         if self.finished:  # as in TrainerMixin
             return [], None
-        groups = list(islice(epoch_iterator, num_batches))
+        groups = [batch.rows for batch in islice(epoch_iterator, num_batches)]
         if not groups:
             return [], None
-        pairs = torch.tensor([sum(len(group.rows) for group in groups)], device=device)
-        batches = [self.collate(group.rows) for group in groups]
-        return [[]] * (len(groups) - 1) + [batches], self.accelerator.gather(pairs).sum()
+        if self.state.global_step == self.resume_step:
+            self.check_reference()
+        batches = groups if self.across_pairs else self.micro_batches([row for group in groups for row in group])
+        mine = torch.tensor([[sum(map(len, groups)), len(batches)]], device=device)
+        pairs, most = self.accelerator.gather(mine).unbind(-1)
+        if not self.across_pairs:
+            batches = split_to(batches, int(most.max()))
+        return [[]] * (len(groups) - 1) + [[self.collate(rows) for rows in batches]], pairs.sum()
+
+    def micro_batches(self, rows: list[dict]) -> list[list[dict]]:
+        """The pairs of one optimiser step in micro-batches of similar length."""
+        limit = self.args.tokens_per_batch
+        pairs = None if limit else self.args.train_batch_size
+        return similar_lengths(rows, [self.tokens_of(row) for row in rows], max_pairs=pairs, max_tokens=limit)
+
+    def tokens_of(self, row: dict) -> int:
+        """Tokens that a pair takes in a batch."""
+        return 2 * (len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])))
 
     def collate(self, rows: list[dict]) -> dict[str, Tensor]:
-        """One micro-batch: the collator's tensors, and the method's columns."""
+        """One micro-batch: the collator's tensors, the method's columns and the cached reference."""
         batch = self.collator(rows)
         for column in self.columns:
             batch[column] = torch.tensor([row[column] for row in rows], dtype=torch.float32)
+        if REF_COLUMNS[0] in rows[0]:
+            batch["ref_logps"] = right_pad_values([row[column] for column in REF_COLUMNS for row in rows])
         return batch
 
     def floating_point_ops(self, inputs: list[dict]) -> int:
@@ -172,47 +238,60 @@ class PreferenceTrainer(TrainerMixin, Trainer):
 
     def training_step(self, model, inputs: list[dict], num_items_in_batch=None):
         total = torch.zeros((), device=self.args.device)
-        for batch in inputs:
-            total += super().training_step(model, batch, num_items_in_batch)
+        for number, batch in enumerate(inputs, start=1):
+            with nullcontext() if number == len(inputs) else self._no_sync(model):
+                total += super().training_step(model, batch, num_items_in_batch)
         return total
+
+    @contextmanager
+    def _no_sync(self, model):
+        """Gradients are summed over processes, and DeepSpeed takes its step, after the last micro-batch."""
+        state = self.accelerator.gradient_state
+        before = state.sync_gradients
+        state._set_sync_gradients(False)
+        try:
+            with self.accelerator.no_sync(model):
+                yield
+        finally:
+            state._set_sync_gradients(before)
 
     # ---- loss -------------------------------------------------------------------------------------------------------
 
-    def reference_tokens(self, batch: dict[str, Tensor]) -> PairTokens:
-        """The reference's tokens of a batch, without gradient."""
-        with self.phase("reference"), self.reference.active() as model:
-            return pair_tokens(model, batch, chunk_size=self.args.chunk_size)
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        policy, reference = self.forward(model, inputs)
-        losses, metrics = self.losses(policy, reference, inputs)
-        self._check_losses(losses, inputs)
-        for name, values in metrics.items():
-            self.record(name, values.detach().float().mean().item(), len(values))
+        values = self.pair_values(model, inputs)
+        losses = values.pop("loss")
+        means = torch.stack([column.detach().float().mean() for column in values.values()]).tolist()
+        for name, mean in zip(values, means, strict=True):
+            self.record(name, mean, len(losses))
         # The count is of all ranks, and DDP averages the gradients over them.
         return losses.sum() * self.accelerator.num_processes / num_items_in_batch
 
-    def _check_losses(self, losses: Tensor, batch: dict[str, Tensor]) -> None:
+    def pair_values(self, model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        policy, reference = self.forward(model, batch)
+        if self.check_start and model.training and self.state.global_step == 0 and reference is not None:
+            self.check_same_start(policy.logps.detach(), reference.logps, policy.mask)
+        losses, metrics = self.losses(policy, reference, batch)
         finite = losses.detach().isfinite()
         if not finite.all():
-            where = f"rows {batch['row'][~finite].tolist()}" if "row" in batch else f"{(~finite).sum()} pairs"
             raise TrainingError(
-                f"step {self.state.global_step + 1}: the loss is not finite on {where}. Lower the learning rate, or "
-                "look at these rows"
+                f"step {self.state.global_step + 1}: the loss is not finite on rows {batch['row'][~finite].tolist()}. "
+                "Look at these rows, or lower the learning rate"
             )
+        return {"loss": losses, **metrics}
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        batch = self._prepare_inputs(self.collate(inputs.rows))
-        with torch.no_grad():
-            policy, reference = self.forward(model, batch)
-            losses, metrics = self.losses(policy, reference, batch)
-        self._check_losses(losses, batch)
-        self._eval_names = ("loss", *metrics)
-        values = torch.stack([losses.float(), *(v.float() for v in metrics.values())], dim=-1)
-        return None, values, values[:, 0]  # the means over pairs are taken in _eval_metrics; labels are not looked at
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """As transformers' `evaluate`; `eval_dataset` is prepared as the trainer's own is."""
+        if eval_dataset is not None:
+            eval_dataset = self._prepared(self._tokenized(eval_dataset, self.processing_class), "eval")
+        with self.phase("evaluate"):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
-    def _eval_metrics(self, prediction) -> dict[str, float]:
-        self._predictions = prediction.predictions
-        return {name: float(v) for name, v in zip(self._eval_names, self._predictions.mean(0), strict=True)}
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        return super().prediction_step(model, self.collate(inputs.rows), prediction_loss_only, ignore_keys)
+
+
+def right_pad_values(rows: list[list[float]]) -> Tensor:
+    """[B, L] float32, 0 after a row's end."""
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.float32) for row in rows], batch_first=True)

@@ -16,10 +16,10 @@ from align.modeling.scores import sequence_scores
 from align.objectives.reward_model import bradley_terry_loss, centering, score_l2
 from reward_models.normalizer import Normalizer
 from trainers.base import BaseConfig, TrainerMixin
+from trainers.pair_data import IDS
+from trainers.pair_evaluation import PairEvaluation
 
 logger = logging.getLogger(__name__)
-
-TOKENIZED = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 @dataclass
@@ -51,7 +51,7 @@ class RewardConfig(BaseConfig):
             raise ConfigError("normalizer_pairs must be at least 1")
 
 
-class RewardTrainer(TrainerMixin, Trainer):
+class RewardTrainer(PairEvaluation, TrainerMixin, Trainer):
     """Bradley-Terry on pairs; a column `margin` is subtracted from the score difference.
 
     The score is that of the last real token, the EOS. After training the normaliser is fitted on the evaluation pairs
@@ -65,6 +65,7 @@ class RewardTrainer(TrainerMixin, Trainer):
     """
 
     _tag_names = ["align", "reward-model"]
+    reward_name = "score"
 
     def __init__(
         self,
@@ -86,7 +87,6 @@ class RewardTrainer(TrainerMixin, Trainer):
         if args.disable_dropout:
             disable_dropout(model)
         self.normalizer: Normalizer | None = None
-        self._predictions: np.ndarray | None = None
         train_dataset = tokenized_pairs(train_dataset, processing_class, args)
         if eval_dataset is not None:
             eval_dataset = tokenized_pairs(eval_dataset, processing_class, args)
@@ -98,7 +98,7 @@ class RewardTrainer(TrainerMixin, Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            compute_metrics=self._eval_metrics,
+            compute_metrics=self.pair_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -112,71 +112,27 @@ class RewardTrainer(TrainerMixin, Trainer):
         return batches, self.accelerator.gather(pairs).sum()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        chosen, rejected, losses = self._pair_losses(model, inputs)
-        margins = (chosen - rejected).detach()
-        for name, values in {
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-            "rewards/margins": margins,
-            "rewards/accuracies": margins > 0,
-        }.items():
-            self.record(name, values.detach().float().mean().item(), len(values))
+        values = self.pair_values(model, inputs)
+        losses = values.pop("loss")
+        for name, column in values.items():
+            self.record(name, column.detach().float().mean().item(), len(column))
         # The count is of all ranks, and DDP averages the gradients over them.
         return losses.sum() * self.accelerator.num_processes / num_items_in_batch
 
-    def _pair_losses(self, model, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores of chosen and rejected, and the loss of each pair, [B] each."""
-        chosen, rejected = sequence_scores(model, inputs["input_ids"], inputs["attention_mask"]).chunk(2)
-        losses = bradley_terry_loss(chosen, rejected, inputs.get("margin"))
+    def pair_values(self, model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        chosen, rejected = sequence_scores(model, batch["input_ids"], batch["attention_mask"]).chunk(2)
+        losses = bradley_terry_loss(chosen, rejected, batch.get("margin"))
         if self.args.center_rewards_coefficient:
             losses = losses + self.args.center_rewards_coefficient * centering(chosen, rejected)
         if self.args.score_l2_coefficient:
             losses = losses + self.args.score_l2_coefficient * score_l2(chosen, rejected)
-        return chosen, rejected, losses
-
-    # ---- evaluation -------------------------------------------------------------------------------------------------
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad():
-            values = torch.stack(self._pair_losses(model, inputs), dim=-1)
-        return None, values, values[:, 0]  # the loss is averaged over pairs in _eval_metrics; labels are not looked at
-
-    def _eval_metrics(self, prediction) -> dict[str, float]:
-        self._predictions = prediction.predictions
-        chosen, rejected, losses = self._predictions.T
         return {
-            "loss": float(losses.mean()),
-            "rewards/chosen": float(chosen.mean()),
-            "rewards/rejected": float(rejected.mean()),
-            "rewards/margins": float((chosen - rejected).mean()),
-            "rewards/accuracies": float((chosen > rejected).mean()),
+            "loss": losses,
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+            "rewards/accuracies": chosen > rejected,
         }
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if {"wandb", "tensorboard"} & set(self.args.report_to) and eval_dataset is None:
-            self._log_pairs()
-        return metrics
-
-    def _log_pairs(self) -> None:
-        import matplotlib.pyplot as plt
-
-        decode = self.processing_class.decode
-        rows = self.eval_dataset.select(range(min(self.args.num_logged_pairs, len(self.eval_dataset))))
-        columns = ["step", "prompt", "chosen", "rejected", "score chosen", "score rejected"]
-        table = [
-            [self.state.global_step, *(decode(row[name]) for name in TOKENIZED), float(values[0]), float(values[1])]
-            for row, values in zip(rows, self._predictions, strict=False)
-        ]
-        if table:
-            self.log_table("completions", columns, table)
-        figure, axis = plt.subplots(figsize=(5, 3), layout="constrained")
-        axis.hist([self._predictions[:, 0], self._predictions[:, 1]], bins=30, label=["chosen", "rejected"])
-        axis.set(xlabel="score", ylabel="answers", title=f"step {self.state.global_step}")
-        axis.legend()
-        self.log_figure("eval/scores", figure)
-        plt.close(figure)
 
     # ---- normaliser -------------------------------------------------------------------------------------------------
 
@@ -194,7 +150,8 @@ class RewardTrainer(TrainerMixin, Trainer):
             pairs = self.train_dataset.select(np.random.default_rng(0).permutation(len(self.train_dataset))[:count])
             what = "training"
             logger.warning("no evaluation set: the normaliser is fitted on %d training pairs", count)
-        values = self.predict(pairs).predictions[:, :2]
+        self.predict(pairs)
+        values = np.concatenate([self.eval_values["rewards/chosen"], self.eval_values["rewards/rejected"]])
         self.normalizer = Normalizer.fit(torch.from_numpy(values), f"both answers of {len(pairs)} {what} pairs")
         logger.info("normaliser: mean %.4g, deviation %.4g", self.normalizer.mean, self.normalizer.std)
         return self.normalizer
@@ -207,6 +164,6 @@ class RewardTrainer(TrainerMixin, Trainer):
 
 def tokenized_pairs(dataset, tokenizer, args: RewardConfig):
     """The columns that training needs; a dataset that is tokenised already is taken as it is."""
-    if not set(TOKENIZED) <= set(dataset.column_names):
+    if not set(IDS) <= set(dataset.column_names):
         dataset = tokenize_pairs(dataset, tokenizer, max_length=args.max_length, max_bad_share=args.max_bad_share)
-    return dataset.select_columns([c for c in (*TOKENIZED, "margin", "row") if c in dataset.column_names])
+    return dataset.select_columns([c for c in (*IDS, "margin", "row") if c in dataset.column_names])

@@ -1,0 +1,107 @@
+"""The reference of a trainer on pairs: a model, the policy with its adapter off, or log-probs kept on disk."""
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+from accelerate.utils import broadcast_object_list, gather_object
+from peft import PeftModel
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from align.data.batching import length_batches
+from align.errors import ConfigError, TrainingError
+from align.modeling.load import Reference, load_policy, reference_of
+from align.modeling.logprobs import language_model
+from align.modeling.pairs import PairTokens, completions, pair_tokens
+from trainers.pair_data import IDS
+from trainers.reference_cache import mark_of, weights_mark, with_cached_reference
+from trainers.reference_checks import ReferenceChecks
+
+
+class PairReference(ReferenceChecks):
+    """Makes and asks `self.reference`, which is None for a loss without one and once its log-probs are on disk."""
+
+    reference: Reference | None
+    cache_marks: dict[str, str]  # of the cached log-probs, by dataset (train, eval)
+
+    def set_reference(self, ref_model: str | nn.Module | None) -> None:
+        """Before the first step, while the policy is what it starts as."""
+        core, self.cache_marks = language_model(self.model), {}
+        if isinstance(ref_model, str):
+            ref_model = load_policy(ref_model, dtype=core.dtype, attn_implementation=core.config._attn_implementation)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self.args.precompute_ref_log_probs and ref_model is None and not sharded:
+            # The policy has not been trained yet: it is its own reference, and no copy is made.
+            self.reference = Reference(self.model, adapter_off=isinstance(self.model, PeftModel))
+            self._weights_mark = weights_mark(self.model, frozen_only=self.reference.adapter_off)
+            return
+        self.reference = reference_of(self.model, ref_model)
+        if self.args.precompute_ref_log_probs:
+            # where weights are sharded, only the main process may have them all
+            mark = weights_mark(self.reference.model, frozen_only=self.reference.adapter_off)
+            self._weights_mark = broadcast_object_list([mark])[0]
+        self.reference.prepare(self.accelerator)
+
+    def with_cached_reference(self, dataset, name: str):
+        if self.reference is None:
+            raise ConfigError(
+                "precompute_ref_log_probs: the reference is not kept after set-up, so other pairs than the trainer's "
+                "own eval_dataset cannot be evaluated"
+            )
+        args = self.args
+        precision = f"{self.accelerator.mixed_precision} {language_model(self.model).dtype}"
+        self.cache_marks[name] = mark_of(dataset, self._weights_mark, precision)
+        folder = Path(args.ref_log_probs_dir or Path(args.output_dir) / "ref_log_probs")
+        pairs = args.precompute_ref_batch_size or (args.train_batch_size if name == "train" else args.eval_batch_size)
+        return with_cached_reference(
+            dataset, folder, name, self.cache_marks[name], lambda: self._reference_of_all(dataset, name, pairs)
+        )
+
+    def _reference_of_all(self, dataset, name: str, pairs: int) -> tuple[np.ndarray, np.ndarray]:
+        """Log-probs of all tokens of chosen and of rejected, row after row; the processes share the rows."""
+        rows = dataset[:]
+        rows = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+        batches = length_batches([self.tokens_of(row) for row in rows], 1 << 62, pairs)
+        world, rank = self.args.world_size, self.args.process_index
+        found = {}
+        # all make as many batches: those that gather weights wait for one another
+        for start in tqdm(
+            range(0, len(batches), world),
+            desc=f"Reference log-probs of the {name} pairs",
+            disable=self.args.disable_tqdm or not self.is_world_process_zero(),
+        ):
+            numbers = batches[min(start + rank, len(batches) - 1)]
+            batch = self._prepare_inputs(self.collate([rows[i] for i in numbers]))
+            values = self._live_reference(batch).logps.float().cpu().numpy()
+            for place, i in enumerate(numbers):
+                both = values[place], values[len(numbers) + place]
+                found[i] = [v[: len(rows[i][ids])] for v, ids in zip(both, IDS[1:], strict=True)]
+        everything = {i: values for part in gather_object([found]) for i, values in part.items()}
+        return tuple(np.concatenate([everything[i][side] for i in range(len(rows))]) for side in (0, 1))
+
+    def reference_tokens(self, batch: dict[str, Tensor]) -> PairTokens:
+        """The reference's tokens of a batch, without gradient: computed, or as they were computed beforehand."""
+        if "ref_logps" in batch:
+            return PairTokens(batch["ref_logps"], completions(batch).mask)
+        with self.phase("reference") if self.model.training else nullcontext():
+            return self._live_reference(batch)
+
+    def _live_reference(self, batch: dict[str, Tensor]) -> PairTokens:
+        with self.reference.active() as model, self.accelerator.autocast():
+            return pair_tokens(model, batch, chunk_size=self.args.chunk_size)
+
+    def extra_state(self) -> dict:
+        if self.reference is not None:
+            return {"reference": self.reference_probe()}
+        return {"reference": self.cache_marks.get("train")}
+
+    def check_reference(self) -> None:
+        before = self.resume_state["reference"]
+        if isinstance(before, Tensor) and self.reference is not None:
+            super().check_reference()
+        elif before != self.cache_marks.get("train"):
+            raise TrainingError(
+                "the pairs or the reference are not those of the run that is resumed: start the trainer with the same "
+                "data, model and precompute_ref_log_probs as at first"
+            )

@@ -1,0 +1,85 @@
+"""Reference log-probs computed once for a whole dataset and kept on disk.
+
+They are kept per token, so that every loss that a live reference serves is served by the cache too.
+"""
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from torch import nn
+
+from align.errors import TrainingError
+from align.modeling.logprobs import language_model
+from reward_models.fingerprint import fingerprint
+from trainers.pair_data import IDS, flat_column, list_column
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+
+
+def weights_mark(model: nn.Module, *, frozen_only: bool) -> str:
+    """A digest of a model's weights and configuration; frozen_only: an adapter is switched off, and does not count."""
+    state = model.state_dict(keep_vars=True)
+    weights = {name: value for name, value in state.items() if not (frozen_only and value.requires_grad)}
+    return fingerprint({"weights": weights, "config": language_model(model).config})
+
+
+def mark_of(dataset, weights: str, precision: str) -> str:
+    """A digest of all that reference log-probs follow from: the token ids of the pairs (and so the tokenizer), the
+    reference's weights (their mark), and the precision it runs in."""
+    digest = hashlib.blake2b(f"{weights} {precision}".encode(), digest_size=8)
+    for column in IDS:
+        for values in flat_column(dataset, column):
+            digest.update(values)
+    return digest.hexdigest()
+
+
+def with_cached_reference(
+    dataset, folder: Path, name: str, mark: str, compute: Callable[[], tuple[np.ndarray, np.ndarray]]
+):
+    """The dataset with the columns `COLUMNS`: per row the float32 log-probs of its completions' tokens.
+
+    The main process reads them from `folder/<name>-<mark>.npz`. If there is no such file, every process calls `compute`
+    (all tokens of chosen and of rejected, row after row) and the main one writes it.
+    """
+    path, main = Path(folder) / f"{name}-{mark}.npz", PartialState().is_main_process
+    flat = broadcast_object_list([_read(path) if main else None])[0]
+    if flat is None:
+        others = sorted(other.name for other in path.parent.glob(f"{name}-*.npz"))
+        if others and main:
+            logger.warning(
+                "%s has reference log-probs of other data or of another reference (%s): these are computed anew",
+                folder,
+                ", ".join(others),
+            )
+        flat = compute()
+        if main:
+            _write(path, flat)
+    for column, ids, values in zip(COLUMNS, IDS[1:], flat, strict=True):
+        lengths, _ = flat_column(dataset, ids)
+        if len(values) != lengths.sum():
+            raise TrainingError(f"{path} holds {len(values)} log-probs for {lengths.sum()} tokens: delete it")
+        dataset = dataset.add_column(column, list_column(values, lengths))
+    return dataset
+
+
+def _read(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    if not path.exists():
+        return None
+    logger.info("reference log-probs are read from %s", path)
+    with np.load(path) as stored:
+        return stored["chosen"], stored["rejected"]
+
+
+def _write(path: Path, flat: tuple[np.ndarray, np.ndarray]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished.npz")
+    np.savez(unfinished, chosen=flat[0], rejected=flat[1])
+    os.replace(unfinished, path)
