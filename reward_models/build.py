@@ -7,75 +7,120 @@ from typing import Any
 from align.errors import ConfigError, RewardError
 from reward_models.base import Reward
 from reward_models.classifier import ClassifierReward
+from reward_models.composite import CompositeReward
 from reward_models.ensemble import FILE_NAME, RewardEnsemble, ensemble_members
 from reward_models.implicit import ImplicitReward
+from reward_models.remote import RemoteReward
 from reward_models.rules import RuleReward
+from reward_models.verifier import VerifierReward
 
 KEYS = {
     "classifier": ("path", "name", "normalize", "max_length", "batch_tokens", "batch_size", "dtype", "device"),
     "implicit": ("path", "reference", "beta", "name", "max_length", "batch_tokens", "dtype", "device"),
-    "rule": ("function", "name"),
+    "rule": ("function", "name", "arguments", "batch_size", "concurrency"),
+    "verifier": ("function", "name", "on_pass", "on_fail", "on_none", "arguments", "concurrency"),
+    "remote": (
+        *("url", "name", "columns", "headers", "batch_size", "concurrency"),
+        *("timeout", "retries", "backoff"),
+    ),
+    "composite": ("rewards", "weights", "name"),
     "ensemble": ("members", "path", "aggregation", "lambda", "ddof", "name", "normalize"),
 }
+REQUIRED = {  # the first argument of the class
+    "classifier": "path",
+    "implicit": "path",
+    "rule": "function",
+    "verifier": "function",
+    "remote": "url",
+    "composite": "rewards",
+    "ensemble": "aggregation",
+}
+LIGHT = ("rule", "verifier", "remote")  # made without reading a model or asking a server
 
 
 def build_reward(spec: Any, *, tokenizer=None, device=None) -> Reward:
     """The reward that `spec` describes (docs/rewards.md).
 
-    spec: a `Reward` (returned as it is), a function, a mapping with `type` classifier, rule or ensemble, or a text: the
-    folder or hub name of a classifier, or a rule if it contains a colon. tokenizer: the policy's, so that its token ids
-    can be scored. device: for models; default: a GPU if there is one. Raises `ConfigError` naming the key.
+    spec: a `Reward` (returned as it is), a function, a mapping with `type`, or a text: the folder or hub name of a
+    classifier, or a rule if it contains a colon. tokenizer: the policy's, so that its token ids can be scored. device:
+    for models; default: a GPU if there is one. Raises `ConfigError` naming the key.
     """
     if isinstance(spec, Reward):
         return spec
     if callable(spec):
         return RuleReward(spec)
-    if isinstance(spec, (str, Path)):
-        text = str(spec)
-        if not text:
-            raise ConfigError("a reward is empty: name a classifier's folder or a function")
-        spec = {"type": "rule", "function": text} if ":" in text else {"type": "classifier", "path": text}
-    if not isinstance(spec, dict):
-        raise ConfigError(f"a reward is a mapping or a text, got {type(spec).__name__}: {spec!r}")
-    kind = spec.get("type")
-    if kind not in KEYS:
-        raise ConfigError(f"reward {spec!r:.100}: type must be one of {', '.join(KEYS)}, got {kind!r}")
-    options = {key: value for key, value in spec.items() if key != "type"}
-    _check_keys(kind, options)
+    kind, options = _parsed(spec)
     return _BUILDERS[kind](options, tokenizer, device)
 
 
+def check_reward(spec: Any) -> None:
+    """Raise the `ConfigError` of a spec that `build_reward` would refuse, as far as that can be told without loading a
+    model: functions are imported, no server is asked."""
+    if isinstance(spec, Reward) or callable(spec):
+        return
+    kind, options = _parsed(spec)
+    if kind in LIGHT:
+        _BUILDERS[kind](options, None, None)
+    elif kind == "classifier":
+        _refuse_ensemble(options["path"])
+    for nested in nested_specs(kind, options):
+        check_reward(nested)
+
+
+def nested_specs(kind: str, options: dict) -> list:
+    """The specs that a spec of this kind is made of: members of an ensemble, rewards of a composite."""
+    if kind == "composite":
+        return _list(kind, options, "rewards")
+    if kind != "ensemble":
+        return []
+    if ("members" in options) == ("path" in options):
+        raise ConfigError("reward of type ensemble: give either members (a list of rewards) or path (a saved ensemble)")
+    if "members" in options:
+        return _list(kind, options, "members")
+    return [{"type": "classifier", "path": str(p), "name": p.name} for p in ensemble_members(options["path"])]
+
+
+# ---- kinds ----------------------------------------------------------------------------------------------------------
+
+
 def _classifier(options: dict, tokenizer, device) -> Reward:
-    path = _required("classifier", options, "path")
+    _refuse_ensemble(options["path"])
+    return ClassifierReward(options.pop("path"), policy_tokenizer=tokenizer, **{"device": device, **options})
+
+
+def _refuse_ensemble(path: str) -> None:
     if (Path(path) / FILE_NAME).exists():
         raise ConfigError(
             f"{path} holds an ensemble: write {{type: ensemble, path: {path}, aggregation: uwo, lambda: 0.5}}, or name "
             "one of its members"
         )
-    options = {"device": device, **{k: v for k, v in options.items() if k != "path"}}
-    return ClassifierReward(path, policy_tokenizer=tokenizer, **options)
 
 
 def _implicit(options: dict, tokenizer, device) -> Reward:
-    path = _required("implicit", options, "path")
-    options = {"device": device, **{k: v for k, v in options.items() if k != "path"}}
-    return ImplicitReward(path, policy_tokenizer=tokenizer, **options)
+    return ImplicitReward(options.pop("path"), policy_tokenizer=tokenizer, **{"device": device, **options})
 
 
 def _rule(options: dict, tokenizer, device) -> Reward:
-    return RuleReward(_required("rule", options, "function"), name=options.get("name"))
+    return RuleReward(**options)
+
+
+def _verifier(options: dict, tokenizer, device) -> Reward:
+    return VerifierReward(**options)
+
+
+def _remote(options: dict, tokenizer, device) -> Reward:
+    return RemoteReward(**options)
+
+
+def _composite(options: dict, tokenizer, device) -> Reward:
+    built = [build_reward(spec, tokenizer=tokenizer, device=device) for spec in nested_specs("composite", options)]
+    return CompositeReward(built, **{key: value for key, value in options.items() if key != "rewards"})
 
 
 def _ensemble(options: dict, tokenizer, device) -> Reward:
     normalize = options.get("normalize", True)
-    members = options.get("members")
-    if (members is None) == ("path" not in options):
-        raise ConfigError("reward of type ensemble: give either members (a list of rewards) or path (a saved ensemble)")
-    if members is None:
-        members = [{"type": "classifier", "path": str(p), "name": p.name} for p in ensemble_members(options["path"])]
-    if not isinstance(members, list) or not members:
-        raise ConfigError(f"reward of type ensemble: members must be a list of rewards, got {members!r}")
-    rule = {"aggregation": _required("ensemble", options, "aggregation"), "ddof": options.get("ddof", 0)}
+    members = nested_specs("ensemble", options)
+    rule = {"aggregation": options["aggregation"], "ddof": options.get("ddof", 0)}
     built = [build_reward(_raw(m) if normalize is False else m, tokenizer=tokenizer, device=device) for m in members]
     name = options.get("name") or (Path(options["path"]).name if "path" in options else "ensemble")
     try:
@@ -93,18 +138,46 @@ def _raw(member: Any) -> Any:
     return member
 
 
-_BUILDERS = {"classifier": _classifier, "implicit": _implicit, "rule": _rule, "ensemble": _ensemble}
+_BUILDERS = {
+    "classifier": _classifier,
+    "implicit": _implicit,
+    "rule": _rule,
+    "verifier": _verifier,
+    "remote": _remote,
+    "composite": _composite,
+    "ensemble": _ensemble,
+}
 
 
-def _check_keys(kind: str, options: dict) -> None:
+# ---- what is in a spec ----------------------------------------------------------------------------------------------
+
+
+def _parsed(spec: Any) -> tuple[str, dict]:
+    """(type, a copy of the other keys), their names checked."""
+    if isinstance(spec, (str, Path)):
+        text = str(spec)
+        if not text:
+            raise ConfigError("a reward is empty: name a classifier's folder or a function")
+        spec = {"type": "rule", "function": text} if ":" in text else {"type": "classifier", "path": text}
+    if not isinstance(spec, dict):
+        raise ConfigError(f"a reward is a mapping or a text, got {type(spec).__name__}: {spec!r}")
+    kind = spec.get("type")
+    if kind not in KEYS:
+        near = difflib.get_close_matches(str(kind), KEYS, n=1)
+        hint = f" (nearest valid: {near[0]})" if near else ""
+        raise ConfigError(f"reward {spec!r:.100}: type must be one of {', '.join(KEYS)}, got {kind!r}{hint}")
+    options = {key: value for key, value in spec.items() if key != "type"}
     for key in options:
         if key not in KEYS[kind]:
             near = difflib.get_close_matches(str(key), KEYS[kind], n=1)
             hint = f"nearest valid: {near[0]}" if near else f"valid: {', '.join(KEYS[kind])}"
             raise ConfigError(f"reward of type {kind}: unknown key {key!r} ({hint})")
+    if not options.get(REQUIRED[kind]):
+        raise ConfigError(f"reward of type {kind} needs {REQUIRED[kind]!r}: {options!r:.100}")
+    return kind, options
 
 
-def _required(kind: str, options: dict, key: str) -> Any:
-    if not options.get(key):
-        raise ConfigError(f"reward of type {kind} needs {key!r}: {options!r:.100}")
+def _list(kind: str, options: dict, key: str) -> list:
+    if not isinstance(options[key], list) or not options[key]:
+        raise ConfigError(f"reward of type {kind}: {key} must be a list of rewards, got {options[key]!r}")
     return options[key]

@@ -1,8 +1,12 @@
+import asyncio
+import threading
+
 import pytest
 
 from align.errors import ConfigError, RewardError
 from reward_models.base import RewardBatch
-from reward_models.rules import RuleReward, import_function
+from reward_models.functions import import_function
+from reward_models.rules import RuleReward
 
 BATCH = RewardBatch(["p", "q"], ["a", "bcd"], [[1], [2]], [[3], [4, 5]], columns={"answer": ["a", "x"]})
 
@@ -14,10 +18,6 @@ def length(completions):
 def everything(prompts, completions, completion_ids, answer, factor=2.0, **kwargs):
     assert kwargs == {"prompt_ids": [[1], [2]]}
     return [factor * len(ids) + (c == a) for ids, c, a in zip(completion_ids, completions, answer, strict=True)]
-
-
-async def later(completions):
-    return [0.0] * len(completions)
 
 
 def test_called_with_what_it_names():
@@ -67,8 +67,6 @@ def test_what_is_no_score_is_refused(scores, message):
 def test_missing_columns_and_errors_inside():
     with pytest.raises(RewardError, match="needs target, and there is only answer, completion_ids"):
         RuleReward(lambda completions, target: [0, 0], name="x").score(BATCH)
-    with pytest.raises(ConfigError, match="is async"):
-        RuleReward(later)
 
     def breaks(completions):
         return [1 / 0]
@@ -76,3 +74,79 @@ def test_missing_columns_and_errors_inside():
     with pytest.raises(ZeroDivisionError) as caught:
         RuleReward(breaks).score(BATCH)
     assert "raised by the reward function" in caught.value.__notes__[0]
+
+
+def test_async_functions_are_awaited_together_up_to_a_limit():
+    running, most, sizes = 0, 0, []
+    batch = RewardBatch(["p"] * 10, [f"c{i}" * (i + 1) for i in range(10)])
+
+    async def judge(completions):
+        nonlocal running, most
+        running, sizes[:] = running + 1, [*sizes, len(completions)]
+        most = max(most, running)
+        await asyncio.sleep(0.01 * (10 - len(completions[0]) / 2))  # the first take longest: order must not change
+        running -= 1
+        return [len(c) for c in completions]
+
+    expected = [2.0 * (i + 1) for i in range(10)]
+    assert RuleReward(judge, batch_size=2, concurrency=3).score(batch).scores.tolist() == expected
+    assert most == 3 and sizes == [2] * 5
+    assert RuleReward(judge, batch_size=3).score(batch).scores.tolist() == expected and sizes[5:] == [3, 3, 3, 1]
+    # without batch_size one call sees everything, as in TRL; and a notebook's own loop is not in the way
+    sizes.clear()
+
+    async def in_a_notebook():
+        return RuleReward(judge).score(batch).scores.tolist()
+
+    assert asyncio.run(in_a_notebook()) == expected and sizes == [10]
+    assert RuleReward(judge).score(RewardBatch([], [])).scores.tolist() == []
+
+
+def test_async_clients_stay_on_one_loop():
+    loops = []
+
+    async def judge(completions):
+        loops.append((id(asyncio.get_running_loop()), threading.get_ident()))
+        return [0.0] * len(completions)
+
+    for _ in range(2):
+        RuleReward(judge).score(BATCH)
+    assert loops[0] == loops[1]
+
+
+def test_async_errors_are_those_of_plain_functions():
+    async def breaks(completions):
+        if completions == ["bcd"]:
+            raise KeyError("no such key")
+        await asyncio.sleep(30)
+
+    with pytest.raises(KeyError) as caught:
+        RuleReward(breaks, batch_size=1, name="judge").score(BATCH)  # without waiting for the other call
+    assert "reward 'judge'" in caught.value.__notes__[0]
+
+    async def short(completions):
+        return [None for _ in completions]
+
+    with pytest.raises(RewardError, match="'judge': .*returned None for rows \\[0\\] of the batch"):
+        RuleReward(short, batch_size=1, name="judge").score(BATCH)
+    with pytest.raises(ConfigError, match="is not async: concurrency, batch_size would do nothing"):
+        RuleReward(length, batch_size=1, concurrency=4)
+    with pytest.raises(ConfigError, match="concurrency must be at least 1"):
+        RuleReward(short, concurrency=0)
+    with pytest.raises(ConfigError, match="batch_size must be at least 1"):
+        RuleReward(short, batch_size=0)
+
+
+def test_arguments():
+    reward = RuleReward(everything, arguments={"factor": 10.0})
+    assert reward.score(BATCH).scores.tolist() == [11.0, 20.0]
+    with pytest.raises(ConfigError, match="takes no factr: its parameters are completions"):
+        RuleReward(length, arguments={"factr": 1})
+
+
+def test_rows_of_the_dataset_are_named():
+    batch = RewardBatch(["p", "q"], ["a", "b"], rows=[40, 41])
+    with pytest.raises(RewardError, match="for rows \\[1\\] of the batch \\(\\[41\\] of the dataset\\)"):
+        RuleReward(lambda completions: [1.0, None], name="x").score(batch)
+    part = batch.select([1])
+    assert (part.prompts, part.completions, part.rows, part.prompt_ids) == (["q"], ["b"], [41], None)

@@ -1,0 +1,42 @@
+"""One reward made of several named ones: their weighted sum."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from align.errors import ConfigError
+from reward_models.base import Reward, RewardBatch, RewardOutput
+
+
+class CompositeReward(Reward):
+    """sum_i weight_i * reward_i, unweighted columns as extras by name, their own extras as `<name>/<extra>`.
+
+    Args:
+        rewards: of any kind, each with a name of its own. weights: by name, each reward's; default: 1 for all.
+    """
+
+    def __init__(
+        self, rewards: Sequence[Reward], weights: Mapping[str, float] | None = None, *, name: str = "composite"
+    ):
+        self.name, self.rewards = name, list(rewards)
+        names = [reward.name for reward in self.rewards]
+        if not names:
+            raise ConfigError(f"reward {name!r}: a composite needs at least one reward")
+        if len(set(names)) != len(names):
+            raise ConfigError(f"reward {name!r}: two of {names} have the same name: give each its own `name`")
+        self.weights = {key: 1.0 for key in names} if weights is None else dict(weights)
+        if set(self.weights) != set(names):
+            raise ConfigError(
+                f"reward {name!r}: weights are for {', '.join(sorted(map(str, self.weights)))}; the rewards are "
+                f"{', '.join(names)}"
+            )
+        for key, weight in self.weights.items():
+            if not isinstance(weight, (int, float)) or not math.isfinite(weight):
+                raise ConfigError(f"reward {name!r}: the weight of {key} must be a finite number, got {weight!r}")
+
+    def _score(self, batch: RewardBatch) -> RewardOutput:
+        columns = {reward.name: reward.score(batch) for reward in self.rewards}
+        total = sum(self.weights[name] * output.scores for name, output in columns.items())
+        extras = {name: output.scores for name, output in columns.items()}
+        for name, output in columns.items():
+            extras |= {f"{name}/{key}": values for key, values in output.extras.items()}
+        return RewardOutput(total, extras)

@@ -1,0 +1,143 @@
+"""Functions of the user's: importing them, calling them with what they name, and awaiting those that are async."""
+
+import asyncio
+import functools
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from align.errors import ConfigError, RewardError
+
+CONCURRENCY = 16  # calls of an async function in flight, unless the spec says otherwise
+
+
+class UserFunction:
+    """A function that is called by keyword with those of the available values that it names (all with `**kwargs`).
+
+    Args:
+        function: the function, or where it is: "package.module:name" or "path/file.py:name".
+        arguments: further keyword arguments, the same in every call.
+    """
+
+    def __init__(self, function: str | Callable, arguments: dict[str, Any] | None = None):
+        self.source = function if isinstance(function, str) else f"{function.__module__}:{function.__qualname__}"
+        self.call = import_function(function) if isinstance(function, str) else function
+        self.is_async = inspect.iscoroutinefunction(self.call)
+        self.arguments = dict(arguments or {})
+        parameters = inspect.signature(self.call).parameters.values()
+        if any(p.kind is p.POSITIONAL_ONLY for p in parameters):
+            raise ConfigError(f"reward function {self.source} has positional-only parameters; it is called by name")
+        self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+        self.accepts = {p.name for p in named}
+        self.required = {p.name for p in named if p.default is p.empty}
+        unknown = [] if self.takes_all else sorted(self.arguments.keys() - self.accepts)
+        if unknown:
+            raise ConfigError(
+                f"reward function {self.source} takes no {', '.join(unknown)}: its parameters are "
+                f"{', '.join(sorted(self.accepts)) or 'none'}"
+            )
+
+    @property
+    def name(self) -> str:
+        return self.source.rpartition(":")[2].rpartition(".")[2]
+
+    def select(self, available: dict[str, Any], reward: str) -> dict[str, Any]:
+        """The keyword arguments of one call. Raises `RewardError` naming the reward and what is missing."""
+        available = {**available, **self.arguments}
+        missing = sorted(self.required - available.keys())
+        if missing:
+            raise RewardError(
+                f"reward {reward!r}: {self.source} needs {', '.join(missing)}, and there is only "
+                f"{', '.join(sorted(available))}. Add the column to the dataset, or give the parameter a default."
+            )
+        return available if self.takes_all else {k: v for k, v in available.items() if k in self.accepts}
+
+
+def run_concurrently(calls: Sequence[Callable[[], Awaitable]], limit: int) -> list:
+    """Await every call, at most `limit` at a time; results in order. The first exception cancels the rest.
+
+    All calls of a process share one event loop in a thread of its own, so that clients which users keep between calls
+    stay on their loop, and so that this works where a loop runs already (notebooks).
+    """
+
+    async def together() -> list:
+        gate = asyncio.Semaphore(limit)
+
+        async def one(call: Callable[[], Awaitable]):
+            async with gate:
+                return await call()
+
+        tasks = [asyncio.ensure_future(one(call)) for call in calls]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    future = asyncio.run_coroutine_threadsafe(together(), _loop(os.getpid()))
+    try:
+        return future.result()
+    finally:
+        future.cancel()  # an interrupted run leaves no call behind
+
+
+@functools.cache
+def _loop(process: int) -> asyncio.AbstractEventLoop:
+    """The event loop of this process: a fork has no thread that runs its parent's."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="rewards", daemon=True).start()
+    return loop
+
+
+def check_concurrency(function: UserFunction, concurrency: int | None, **others) -> int:
+    """The limit of calls in flight. Options that a plain function would ignore are errors."""
+    given = [key for key, value in {"concurrency": concurrency, **others}.items() if value is not None]
+    if given and not function.is_async:
+        raise ConfigError(f"reward function {function.source} is not async: {', '.join(given)} would do nothing")
+    if concurrency is not None and concurrency < 1:
+        raise ConfigError(f"reward function {function.source}: concurrency must be at least 1, got {concurrency}")
+    return concurrency or CONCURRENCY
+
+
+def import_function(path: str) -> Callable:
+    """The function at "package.module:name" or "file.py:name". Modules are looked for in the current folder too."""
+    module_name, _, name = path.rpartition(":")
+    if not module_name or not name:
+        raise ConfigError(f"reward function {path!r}: expected package.module:name or file.py:name")
+    module = _load_file(Path(module_name), path) if module_name.endswith(".py") else _import(module_name, path)
+    function = getattr(module, name, None)
+    if not callable(function):
+        defined = sorted(k for k, v in vars(module).items() if inspect.isfunction(v) and not k.startswith("_"))
+        raise ConfigError(
+            f"reward function {path!r}: no function {name!r} there; it has {', '.join(defined) or 'none'}"
+        )
+    return function
+
+
+def _import(module_name: str, path: str):
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the user's module exists and lacks something of its own
+        raise ConfigError(f"reward function {path!r}: no module {error.name!r} in {folder} or on the path") from error
+    finally:
+        sys.path.remove(folder)
+
+
+def _load_file(file: Path, path: str):
+    if not file.is_file():
+        raise ConfigError(f"reward function {path!r}: no file {file.resolve()}")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,146 @@
+"""Rewards that a server computes."""
+
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import urlsplit
+
+import requests
+import torch
+from urllib3.util import Retry
+
+from align.errors import ConfigError, RewardError
+from reward_models.base import Reward, RewardBatch, RewardOutput
+from reward_models.rules import not_numbers
+
+PASSING = (408, 425, 429, 500, 502, 503, 504)  # answers that may be another one soon
+LONGEST_WAIT = 30  # seconds between two attempts
+
+
+class RemoteReward(Reward):
+    """A server that is sent `{"prompts": [...], "completions": [...], "columns": {...}}` as JSON by POST and answers
+    `{"scores": [...]}`, one finite number per completion.
+
+    No answer within `timeout`, no connection and a passing failure (408, 425, 429, 5xx) are tried again, at once and
+    then after 2, 4, 8 ... times `backoff` seconds, or when the server says (Retry-After). Whatever is wrong in the end
+    is an error that names the rows; nothing is made up. Nothing is sent before the first completions are scored.
+
+    Args:
+        url: where to post. name: in metrics and errors.
+        columns: names of the dataset's columns to send along.
+        headers: of every request; `$NAME` in a value stands for that environment variable.
+        batch_size: completions per request. concurrency: requests in flight at most.
+        timeout: seconds to wait for a connection, and then for the answer. retries: further attempts.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        name: str = "remote",
+        columns: list[str] | tuple[str, ...] = (),
+        headers: dict[str, str] | None = None,
+        batch_size: int = 64,
+        concurrency: int = 4,
+        timeout: float = 60.0,
+        retries: int = 5,
+        backoff: float = 0.5,
+    ):
+        self.name, self.url, self.columns = name, url, tuple(columns)
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(f"reward {name!r}: url must be http://... or https://..., got {url!r}")
+        self.shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"  # without secrets
+        for key, value, least in (
+            ("batch_size", batch_size, 1),
+            ("concurrency", concurrency, 1),
+            ("retries", retries, 0),
+        ):
+            if not isinstance(value, int) or value < least:
+                raise ConfigError(f"reward {name!r}: {key} must be a whole number of at least {least}, got {value!r}")
+        if not timeout > 0 or backoff < 0:
+            raise ConfigError(f"reward {name!r}: timeout must be > 0 and backoff >= 0, got {timeout} and {backoff}")
+        self.batch_size, self.concurrency, self.timeout, self.retries = batch_size, concurrency, timeout, retries
+        retry = Retry(
+            total=retries,
+            backoff_factor=backoff,
+            backoff_max=LONGEST_WAIT,
+            status_forcelist=PASSING,
+            allowed_methods=None,  # scoring changes nothing, so a POST may be sent again
+            raise_on_status=False,
+        )
+        self.session = requests.Session()
+        self.session.headers.update({key: self._expanded(key, value) for key, value in (headers or {}).items()})
+        adapter = requests.adapters.HTTPAdapter(max_retries=retry, pool_maxsize=concurrency)
+        self.session.mount("http://", adapter)
+        self.session.mount("https://", adapter)
+
+    def _score(self, batch: RewardBatch) -> RewardOutput:
+        missing = [column for column in self.columns if column not in batch.columns]
+        if missing:
+            raise RewardError(
+                f"reward {self.name!r}: the dataset has no column {', '.join(missing)} to send (it has "
+                f"{', '.join(sorted(batch.columns)) or 'none'})"
+            )
+        places = [range(i, min(i + self.batch_size, len(batch))) for i in range(0, len(batch), self.batch_size)]
+        pool = ThreadPoolExecutor(self.concurrency)
+        try:
+            parts = list(pool.map(lambda rows: self._request(batch, rows), places))
+        finally:
+            pool.shutdown(cancel_futures=True)
+        return RewardOutput(torch.tensor([score for part in parts for score in part], dtype=torch.float32))
+
+    def _request(self, batch: RewardBatch, places: range) -> list[float]:
+        rows = batch.select(places)
+        content = {
+            "prompts": rows.prompts,
+            "completions": rows.completions,
+            "columns": {name: rows.columns[name] for name in self.columns},
+        }
+        where = f"reward {self.name!r} at {self.shown}, {batch.row_names(places)}"
+        try:
+            answer = self.session.post(self.url, json=content, timeout=self.timeout, allow_redirects=False)
+        except requests.RequestException as error:
+            raise RewardError(f"{where}: {self._no_answer(error)}") from error
+        if answer.status_code != 200:
+            again = f", and so it did {self.retries + 1} times" if answer.status_code in PASSING else ""
+            raise RewardError(
+                f"{where}: the server answered {answer.status_code} {answer.reason}{again}: {answer.text[:200]!r}. "
+                "Look into its log"
+            )
+        return self._checked(answer, batch, places, where)
+
+    def _no_answer(self, error: requests.RequestException) -> str:
+        tried = f"tried {self.retries + 1} times"
+        if "timed out" in str(error).lower():
+            return (
+                f"no answer within {self.timeout:g} s, {tried}. The server is too slow or stuck: raise timeout, or "
+                f"lower batch_size ({self.batch_size}) or concurrency ({self.concurrency})"
+            )
+        reason = getattr(error.args[0], "reason", error.args[0]) if error.args else error
+        return f"no connection, {tried} ({reason}). Start the server, or mend the url"
+
+    def _checked(self, answer: requests.Response, batch: RewardBatch, places: range, where: str) -> list[float]:
+        try:
+            content = answer.json()
+        except requests.JSONDecodeError as error:
+            raise RewardError(f"{where}: the answer is no JSON: {answer.text[:200]!r}") from error
+        scores = content.get("scores") if isinstance(content, dict) else None
+        if not isinstance(scores, list):
+            raise RewardError(f"{where}: the answer is not {{'scores': [...]}}: {answer.text[:200]!r}")
+        if len(scores) != len(places):
+            raise RewardError(f"{where}: {len(scores)} scores came back for {len(places)} completions. Mend the server")
+        bad = not_numbers(scores)
+        if bad:
+            raise RewardError(
+                f"reward {self.name!r} at {self.shown}: the score is {scores[bad[0]]!r} for "
+                f"{batch.row_names([places[i] for i in bad])}; every completion needs a finite number. Mend the server"
+            )
+        return [float(score) for score in scores]
+
+    def _expanded(self, key: str, value: Any) -> str:
+        absent = [name for name in re.findall(r"\$\{?(\w+)", str(value)) if name not in os.environ]
+        if absent:
+            raise ConfigError(f"reward {self.name!r}: header {key} needs the environment variable {absent[0]}, not set")
+        return os.path.expandvars(str(value))
