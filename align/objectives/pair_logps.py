@@ -16,12 +16,14 @@ from torch import Tensor
 class PairLogps:
     """B pairs; every tensor is [B], in nats, summed over the tokens of the completion.
 
-    chosen, rejected: lp(y_w), lp(y_l), with gradient. ref_chosen, ref_rejected: lr(y_w), lr(y_l), without; None where no
-    reference is used. chosen_length, rejected_length: |y_w|, |y_l|, in tokens. chosen_kl, rejected_kl:
-    sum_t KL(ref(.|x, y_<t) || pi(.|x, y_<t)) over the whole vocabulary, with gradient; TDPO's losses only.
-    chosen_nll: -lp(y_w) of all tokens with weight 1; differs from -chosen under `ld_alpha` only. mean_chosen_length: mean
-    |y_w| over all pairs of the optimiser step (scalar); None takes the mean over these pairs. divergence: maps rho to
-    the score that replaces it (`align.objectives.f_divergences`); None is rho itself, the reverse KL.
+    chosen, rejected: lp(y_w), lp(y_l), with gradient.
+    ref_chosen, ref_rejected: lr(y_w), lr(y_l), without; None where no reference is used.
+    chosen_length, rejected_length: |y_w|, |y_l|, in tokens.
+    chosen_kl, rejected_kl: sum_t KL(ref(.|x, y_<t) || pi(.|x, y_<t)) over the whole vocabulary, with gradient; only
+        TDPO's losses look at it.
+    chosen_nll: -lp(y_w) of all tokens with weight 1; None where that is -chosen (without `ld_alpha`).
+    mean_chosen_length: mean |y_w| over all pairs of the optimiser step, a scalar; None takes the mean over these pairs.
+    divergence: rho -> the score that replaces it (`align.objectives.f_divergences`); None is rho, the reverse KL.
     """
 
     chosen: Tensor
@@ -79,31 +81,26 @@ def pair_logps(
 
     Args:
         logps, ref_logps: [2B, L], of policy and reference in nats; rows: B chosen, then B rejected in their order.
-            ref_logps may also be sums [2B], made with the same `ld_alpha`.
         mask: [2B, L], non-zero at completion tokens, which are left-aligned. Values outside do not enter.
         kl: [2B, L], KL(ref || pi) per token position.
-        ld_alpha: weight in [0, 1] of the tokens beyond the length of the pair's shorter completion (LD-DPO, Liu et al.
-            2024, arXiv 2409.06411, eq. 9); None is 1. It weighs log-probs, not lengths and not the KL.
+        ld_alpha: weight in [0, 1] of the tokens beyond the length of the pair's shorter completion (LD-DPO,
+            arXiv 2409.06411); None is 1. It weighs log-probs, not lengths and not the KL.
     """
     real = mask.bool()
     lengths = real.sum(-1)
     chosen_length, rejected_length = lengths.chunk(2)
 
     def sums(values: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        if values is None:
-            return None, None
-        return values.masked_fill(~real, 0).sum(-1).chunk(2)
+        return (None, None) if values is None else values.masked_fill(~real, 0).sum(-1).chunk(2)
 
     chosen_nll = None
     if ld_alpha is not None:
         chosen_nll = -sums(logps)[0]
         weights = length_weights(mask, ld_alpha).to(logps.dtype)
         logps = logps * weights
-        if ref_logps is not None and ref_logps.dim() == 2:
-            ref_logps = ref_logps * weights
-    sums_are_given = ref_logps is not None and ref_logps.dim() == 1
-    ref_chosen, ref_rejected = ref_logps.chunk(2) if sums_are_given else sums(ref_logps)
+        ref_logps = None if ref_logps is None else ref_logps * weights
     chosen, rejected = sums(logps)
+    ref_chosen, ref_rejected = sums(ref_logps)
     chosen_kl, rejected_kl = sums(kl)
     return PairLogps(
         chosen=chosen,
@@ -119,7 +116,7 @@ def pair_logps(
 
 
 def length_weights(mask: Tensor, ld_alpha: float) -> Tensor:
-    """Weights of the tokens [2B, L] that desensitise a pair to its lengths (LD-DPO, arXiv 2409.06411, eq. 9).
+    """Weights of the tokens [2B, L] that desensitise a pair to its lengths (LD-DPO, arXiv 2409.06411).
 
     1 on the first min(|y_w|, |y_l|) tokens of both completions, ld_alpha on those beyond; mask: [2B, L], left-aligned.
     """
