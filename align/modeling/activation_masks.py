@@ -226,13 +226,15 @@ def _heads(kept: list[Tensor], attention: nn.Module, names: Names) -> list[Tenso
 
 def _watch_logits(core: nn.Module, seen: Activations):
     """The mean logit is the hidden state times the mean row of the head: the logits themselves are not needed."""
-    head = core.get_output_embeddings()
-    done = []
 
     def see(hidden):
-        if not done:  # the head may run again, on chunks
-            weight = head.weight.to(torch.promote_types(hidden.dtype, torch.float32))
-            seen.add("logits", hidden.to(weight.dtype) @ weight.mean(0))
-            done.append(True)
+        weight = core.get_output_embeddings().weight
+        if weight.numel() == 0:
+            raise ConfigError(
+                "the logits' activations cannot be read under DeepSpeed ZeRO-3, which takes the head's weights apart: "
+                "use mask_activations mlp, attn or resid, or ZeRO-2"
+            )
+        weight = weight.to(torch.promote_types(hidden.dtype, torch.float32))
+        seen.add("logits", hidden.to(weight.dtype) @ weight.mean(0))
 
-    return _on_input(head, see)
+    return _on_output(core.base_model, see)

@@ -152,12 +152,8 @@ def watch_states(core: nn.Module, places: Completions, layers: str = "all"):
     def keep(module, args, output):
         states.append(at_completions(first_of(output).detach(), places))
 
-    def keep_last(module, args):
-        if len(states) == len(blocks):  # the head may run again, on chunks
-            states.append(at_completions(args[0].detach(), places))
-
-    hooks = [block.register_forward_hook(keep) for block in blocks]
-    hooks.append(core.get_output_embeddings().register_forward_pre_hook(keep_last))
+    # the body's output is the last state after the final norm; the head is left alone, as its products are tiled
+    hooks = [module.register_forward_hook(keep) for module in (*blocks, core.base_model)]
     try:
         yield states
     finally:
