@@ -1,0 +1,149 @@
+"""Lagrange multipliers that follow the violation of constraints. Their state is saved and resumed with the run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from align.errors import ConfigError, TrainingError
+from align.objectives.constraints import Constraint, applied_weights, squash, squash_slope
+
+SATURATED = 0.1  # of the largest slope: from there on a multiplier takes ten times as long to come back
+
+
+@dataclass(frozen=True)
+class PID:
+    """Gains of a PID controller on the violation (Stooke et al. 2020, arXiv 2007.03964) instead of gradient descent."""
+
+    kp: float = 1.0
+    ki: float = 0.1
+    kd: float = 0.0
+    integral_bound: float = 10.0
+
+
+class Multipliers:
+    """One raw value per constraint, squashed to a multiplier.
+
+    Gradient descent on L(l) = sum_i s(l_i) * slack_i (eq. 4.2, its minimisation over the multipliers): the derivative
+    of the squashing multiplies the slack, momentum is the classical one, and the gradient vector's norm is clipped.
+    With `pid` the raw value is kp * e + ki * sum e + kd * change of e, e = -slack.
+
+    Args:
+        form: sigmoid, tanh or softplus. Inequalities cannot be held with tanh, whose multiplier turns negative, nor
+            equalities with the other two, which cannot.
+        learning_rate, momentum, max_grad_norm: 0.1, 0.1, 0.5 in the paper.
+        initial: the raw value to start from; 0 in the paper (sigmoid 0.5, tanh 0).
+        bounds: smallest and largest raw value.
+        warmup: updates during which the multipliers are measured but not moved.
+    """
+
+    def __init__(
+        self,
+        constraints: Sequence[Constraint],
+        form: str,
+        *,
+        learning_rate: float = 0.1,
+        momentum: float = 0.1,
+        max_grad_norm: float | None = 0.5,
+        initial: float | Sequence[float] = 0.0,
+        bounds: tuple[float, float] = (-8.0, 8.0),
+        warmup: int = 0,
+        pid: PID | None = None,
+    ):
+        self.constraints, self.form = list(constraints), form
+        if not self.constraints:
+            raise ConfigError("there is no constraint to hold")
+        names = [c.reward for c in self.constraints]
+        double = sorted({f"{c.reward} {c.direction}" for c in self.constraints if names.count(c.reward) > 1})
+        if len(double) < len([n for n in names if names.count(n) > 1]):
+            raise ConfigError(f"a reward is constrained twice in the same direction: {', '.join(double)}")
+        wrong = [c.reward for c in self.constraints if (c.direction == "equal") != (form == "tanh")]
+        if wrong:
+            raise ConfigError(
+                f"multiplier form {form!r} does not fit {', '.join(wrong)}: equal takes tanh (its multiplier may be "
+                "negative), at_least and at_most take sigmoid or softplus"
+            )
+        if not bounds[0] < bounds[1]:
+            raise ConfigError(f"multiplier bounds must rise, got {bounds}")
+        self.learning_rate, self.momentum, self.max_grad_norm = learning_rate, momentum, max_grad_norm
+        self.bounds, self.warmup, self.pid = bounds, warmup, pid
+        start = torch.as_tensor(initial, dtype=torch.float64)
+        self.raw = start.expand(len(self.constraints)).clone().clamp(*bounds)
+        self.velocity: torch.Tensor | None = None
+        self.integral = torch.zeros_like(self.raw)
+        self.last_error: torch.Tensor | None = None
+        self.updates = 0
+
+    def weights(self) -> tuple[float, list[float]]:
+        """What the task's and each constraint's advantage are multiplied by now."""
+        task, constraints = applied_weights(self.raw, self.form, self.constraints)
+        return task.item(), constraints.tolist()
+
+    def update(self, values: dict[str, float]) -> dict[str, float]:
+        """Move the multipliers by the measured rewards, and return what to log of each constraint.
+
+        Raises TrainingError for a value that is missing or not finite.
+        """
+        missing = [c.reward for c in self.constraints if c.reward not in values]
+        if missing:
+            raise TrainingError(f"no value was measured of the constrained reward {', '.join(missing)}")
+        slack = torch.tensor([c.slack(values[c.reward]) for c in self.constraints], dtype=torch.float64)
+        if not slack.isfinite().all():
+            raise TrainingError(f"the constrained rewards are not finite: {values}")
+        self.updates += 1
+        if self.updates > self.warmup:
+            self._move(slack)
+        return self.metrics(values)
+
+    def _move(self, slack: torch.Tensor) -> None:
+        if self.pid is not None:
+            error, bound = -slack, self.pid.integral_bound
+            change = error - (error if self.last_error is None else self.last_error)
+            self.integral = (self.integral + error).clamp(-bound, bound)
+            self.last_error = error
+            raw = self.pid.kp * error + self.pid.ki * self.integral + self.pid.kd * change
+        else:
+            gradient = squash_slope(self.raw, self.form) * slack
+            if self.max_grad_norm is not None:
+                gradient = gradient * min(1.0, self.max_grad_norm / (gradient.norm().item() + 1e-6))
+            started = self.velocity is not None
+            self.velocity = self.momentum * self.velocity + gradient if started else gradient
+            raw = self.raw - self.learning_rate * self.velocity
+        self.raw = raw.clamp(*self.bounds)
+
+    def metrics(self, values: dict[str, float]) -> dict[str, float]:
+        """Per constraint: value, threshold, violation, raw and squashed multiplier, applied weight, saturation."""
+        squashed, slopes = squash(self.raw, self.form), squash_slope(self.raw, self.form)
+        largest = squash_slope(torch.zeros(()), self.form).item()
+        task, weights = self.weights()
+        logged = {"constraints/task_weight": task}
+        for i, constraint in enumerate(self.constraints):
+            numbers = {
+                "value": values[constraint.reward],
+                "threshold": constraint.threshold,
+                "violation": constraint.violation(values[constraint.reward]),
+                "raw": self.raw[i].item(),
+                "multiplier": squashed[i].item(),
+                "weight": weights[i],
+                "saturated": float(self.form != "softplus" and slopes[i].item() < SATURATED * largest),
+            }
+            place = f"constraints/{constraint.reward}_{constraint.direction}"
+            logged.update({f"{place}/{name}": number for name, number in numbers.items()})
+        return logged
+
+    def state_dict(self) -> dict:
+        return {
+            "raw": self.raw,
+            "velocity": self.velocity,
+            "integral": self.integral,
+            "last_error": self.last_error,
+            "updates": self.updates,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        if len(state["raw"]) != len(self.constraints):
+            raise TrainingError(
+                f"the saved run has {len(state['raw'])} multipliers and this one {len(self.constraints)} constraints"
+            )
+        for name, value in state.items():
+            setattr(self, name, value)
