@@ -79,17 +79,24 @@ class ClassifierReward(Reward):
 
     def score_ids(self, sequences: list[list[int]]) -> Tensor:
         """Normalised scores [B], float32 on the CPU, of whole sequences (prompt and completion) of this tokenizer."""
-        scores = torch.empty(len(sequences), dtype=torch.float64)
+        scores = self.raw_scores(sequences)
+        return (self.normalizer(scores) if self.normalizer else scores).float()
+
+    def raw_scores(self, sequences: list[list[int]]) -> Tensor:
+        """Scores before normalisation, float64 on the CPU: [B], or [B, K] of a model with K outputs."""
+        scores: Tensor | None = None
         training = self.model.training
         self.model.eval()
         try:
             for rows in length_batches(list(map(len, sequences)), self.batch_tokens, self.batch_size):
                 ids, mask = right_pad([sequences[i] for i in rows], self.tokenizer.pad_token_id)
                 with torch.no_grad():
-                    scores[rows] = sequence_scores(self.model, ids.to(self.device), mask.to(self.device)).double().cpu()
+                    part = sequence_scores(self.model, ids.to(self.device), mask.to(self.device)).double().cpu()
+                scores = part.new_empty(len(sequences), *part.shape[1:]) if scores is None else scores
+                scores[rows] = part
         finally:
             self.model.train(training)
-        return (self.normalizer(scores) if self.normalizer else scores).float()
+        return torch.empty(0, dtype=torch.float64) if scores is None else scores
 
     def _score(self, batch: RewardBatch) -> RewardOutput:
         return RewardOutput(self.score_ids(self.sequences(batch)))

@@ -6,46 +6,50 @@ from pathlib import Path
 
 import torch
 
-from align.errors import RewardError
+from align.errors import ConfigError, RewardError
 from align.objectives.ensemble import aggregate, check_rule
 from reward_models.base import Reward, RewardBatch, RewardOutput
 from reward_models.classifier import ClassifierReward
+from reward_models.joint import JointMembers, check_tokenizers, load_joint
 
 FILE_NAME = "ensemble.json"
-FORMAT = "align.reward_ensemble/1"
+FORMAT = "align.reward_ensemble/2"
+KINDS = ("separate", "lora", "shared_trunk")
 
 
 class RewardEnsemble(Reward):
-    """mean, worst case (wco) or mean minus lambda times the variance (uwo) of the members' scores.
+    """One score from those of several members (`align.objectives.ensemble.aggregate`).
 
-    The extras of each score are `member/<i>`, `mean` and `variance`.
+    The extras of each score are `member/<i>`, `mean` and, with two members or more, `variance`.
 
     Args:
-        members: rewards of any kind. aggregation: "mean", "wco" or "uwo".
-        lambda_: of uwo, required there and refused elsewhere. Its unit is 1/score.
+        members: rewards of any kind, or `JointMembers`. Classifiers among them must have one vocabulary and chat
+            template. aggregation: "mean", "wco", "uwo", "lcb" or "quantile".
+        lambda_: of uwo (its unit is 1/score) and lcb, required there and refused elsewhere. quantile: likewise.
         ddof: 0 is the paper's population variance, 1 the unbiased one of their released PPO code.
-        normalize: classifiers trained on pairs have arbitrary offset and scale, so wco and uwo refuse a classifier
-            member without a normaliser. False lifts this, for members that are on one scale by other means.
+        normalize: classifiers trained on pairs have arbitrary offset and scale, so every rule but the mean refuses a
+            classifier member without a normaliser. False lifts this, for members on one scale by other means.
     """
 
     def __init__(
         self,
-        members: Sequence[Reward],
+        members: Sequence[Reward] | JointMembers,
         aggregation: str = "uwo",
         *,
         lambda_: float | None = None,
         ddof: int = 0,
+        quantile: float | None = None,
         name: str = "ensemble",
         normalize: bool = True,
     ):
         self.name = name
-        self.members = list(members)
-        self.aggregation, self.lambda_, self.ddof = aggregation, lambda_, ddof
+        self.members = members if isinstance(members, JointMembers) else list(members)
+        self.aggregation, self.options = aggregation, {"lambda_": lambda_, "ddof": ddof, "quantile": quantile}
         try:
-            check_rule(aggregation, len(self.members), lambda_, ddof)
-        except RewardError as error:
+            check_rule(aggregation, len(self.members), **self.options)
+            raw = _check_members(self.members)
+        except (RewardError, ConfigError) as error:
             raise RewardError(f"reward {name!r}: {error}") from error
-        raw = [m.name for m in self.members if isinstance(m, ClassifierReward) and not m.normalized]
         if raw and normalize and aggregation != "mean":
             raise RewardError(
                 f"reward {name!r}: {aggregation} compares the members' scores, and {', '.join(raw)} have no "
@@ -54,35 +58,65 @@ class RewardEnsemble(Reward):
             )
 
     def _score(self, batch: RewardBatch) -> RewardOutput:
-        scores = torch.stack([member.score(batch).scores.float() for member in self.members])
-        result = aggregate(scores, self.aggregation, lambda_=self.lambda_, ddof=self.ddof)
-        members = {f"member/{i}": row for i, row in enumerate(scores)}
-        return RewardOutput(result.scores, {**members, "mean": result.mean, "variance": result.variance})
+        if isinstance(self.members, JointMembers):
+            scores = self.members.scores(batch)
+        else:
+            scores = torch.stack([member.score(batch).scores.float() for member in self.members])
+        result = aggregate(scores, self.aggregation, **self.options)
+        extras = {**{f"member/{i}": row for i, row in enumerate(scores)}, "mean": result.mean}
+        if result.variance is not None:
+            extras["variance"] = result.variance
+        return RewardOutput(result.scores, extras)
 
 
-def save_ensemble(folder: str | Path, members: Sequence[str]) -> Path:
-    """Write ensemble.json, which names the members' folders relative to `folder`."""
+def _check_members(members: Sequence[Reward] | JointMembers) -> list[str]:
+    """Names of the members without a normaliser. Raises `ConfigError` for classifiers of different tokenizers."""
+    if isinstance(members, JointMembers):
+        return [] if members.normalizers is not None else members.names
+    classifiers = [member for member in members if isinstance(member, ClassifierReward)]
+    if classifiers:
+        check_tokenizers([member.name for member in classifiers], [member.tokenizer for member in classifiers])
+    return [member.name for member in classifiers if not member.normalized]
+
+
+def save_ensemble(
+    folder: str | Path, members: Sequence[str], *, kind: str = "separate", upper_layers: int | None = None
+) -> Path:
+    """Write ensemble.json, which names the members' folders relative to `folder`, and how they are held: `separate`
+    models, `lora` adapters on one model, or a `shared_trunk` with `upper_layers` layers per member."""
     path = Path(folder) / FILE_NAME
     absent = [member for member in members if not (path.parent / member).is_dir()]
     if absent:
         raise RewardError(f"{path.parent} has no folder {', '.join(absent)}")
-    path.write_text(json.dumps({"format": FORMAT, "members": list(members)}, indent=2) + "\n")
+    saved = {"format": FORMAT, "kind": kind, "members": list(members)}
+    path.write_text(json.dumps(saved | ({"upper_layers": upper_layers} if upper_layers else {}), indent=2) + "\n")
     return path
 
 
-def ensemble_members(folder: str | Path) -> list[Path]:
-    """The members' folders of a saved ensemble."""
+def read_ensemble(folder: str | Path) -> tuple[dict, list[Path]]:
+    """The content of ensemble.json, and the members' folders. Raises `RewardError` for what is none, or not whole."""
     path = Path(folder) / FILE_NAME
     if not path.is_file():
         raise RewardError(f"{folder} is not a saved ensemble: it has no {FILE_NAME}")
     saved = json.loads(path.read_text())
-    if saved.get("format") != FORMAT or not saved.get("members"):
-        raise RewardError(f"{path}: expected format {FORMAT!r} and a list of members")
+    if saved.get("format") != FORMAT or saved.get("kind") not in KINDS or not saved.get("members"):
+        raise RewardError(f"{path}: expected format {FORMAT!r}, kind {', '.join(KINDS)}, and a list of members")
     members = [path.parent / member for member in saved["members"]]
     absent = [str(member) for member in members if not member.is_dir()]
     if absent:
         raise RewardError(f"{path} names members that are not there: {', '.join(absent)}")
-    return members
+    return saved, members
+
+
+def ensemble_members(folder: str | Path) -> list[Path]:
+    """The members' folders of a saved ensemble."""
+    return read_ensemble(folder)[1]
+
+
+def models_held(folder: str | Path) -> list[Path]:
+    """The folders of the models that a saved ensemble loads: one where its members share a model."""
+    saved, members = read_ensemble(folder)
+    return {"separate": members, "lora": members[:1], "shared_trunk": [Path(folder)]}[saved["kind"]]
 
 
 def load_ensemble(
@@ -91,19 +125,21 @@ def load_ensemble(
     *,
     lambda_: float | None = None,
     ddof: int = 0,
+    quantile: float | None = None,
     name: str | None = None,
     normalize: bool = True,
     **classifier_options,
 ) -> RewardEnsemble:
-    """The ensemble saved in `folder` (`train_reward_ensemble` makes one).
+    """The ensemble saved in `folder` (`train_reward_ensemble` makes one), however its members are held.
 
     With `normalize` every member must have its normaliser; without, the members' raw scores are combined.
-    classifier_options: of `ClassifierReward`, for every member (device, batch_size, policy_tokenizer ...).
+    classifier_options: of `ClassifierReward`, for every member (device, batch_tokens, policy_tokenizer ...).
     """
-    members = [
-        ClassifierReward(member, name=member.name, normalize=normalize, **classifier_options)
-        for member in ensemble_members(folder)
-    ]
-    return RewardEnsemble(
-        members, aggregation, lambda_=lambda_, ddof=ddof, name=name or Path(folder).name, normalize=normalize
-    )
+    saved, folders = read_ensemble(folder)
+    name = name or Path(folder).name
+    if saved["kind"] == "separate":
+        members = [ClassifierReward(m, name=m.name, normalize=normalize, **classifier_options) for m in folders]
+    else:
+        members = load_joint(Path(folder), saved, folders, name=name, normalize=normalize, **classifier_options)
+    options = {"lambda_": lambda_, "ddof": ddof, "quantile": quantile}
+    return RewardEnsemble(members, aggregation, **options, name=name, normalize=normalize)

@@ -54,6 +54,15 @@ def share_trunk(model: nn.Module, seeds: list[int], upper_layers: int, *, train_
     Every member's head is drawn anew with its seed; all else starts as it was. Without `train_trunk` what the members
     share is frozen. Changes the model in place. Raises `ConfigError` for an architecture without one list of layers.
     """
+    copy_upper(model, len(seeds), upper_layers)
+    draw_heads(model, seeds)
+    if not train_trunk:
+        freeze_all_but_members(model)
+    return model
+
+
+def copy_upper(model: nn.Module, count: int, upper_layers: int) -> None:
+    """Replace the upper layers and what follows them by `count` copies, in place."""
     layers = layer_list(model)
     if not 1 <= upper_layers < len(layers):
         raise ConfigError(
@@ -63,14 +72,10 @@ def share_trunk(model: nn.Module, seeds: list[int], upper_layers: int, *, train_
     own = modules_after(model, layers)  # found before anything is replaced
     split = len(layers) - upper_layers
     for index in range(split, len(layers)):
-        layers[index] = Members(layers[index], len(seeds), first=index == split)
+        layers[index] = Members(layers[index], count, first=index == split)
     for name in own:
-        model.set_submodule(name, Members(model.get_submodule(name), len(seeds), last=name == own[-1]))
+        model.set_submodule(name, Members(model.get_submodule(name), count, last=name == own[-1]))
     model.config.get_text_config().use_cache = False  # the members' layers of one index would write to one cache
-    draw_heads(model, seeds)
-    if not train_trunk:
-        freeze_all_but_members(model)
-    return model
 
 
 def draw_heads(model: nn.Module, seeds: list[int]) -> None:
@@ -93,17 +98,16 @@ def member_parameters(model: nn.Module, count: int) -> list[list[nn.Parameter]]:
     return [[p for stack in stacks for p in stack[i].parameters()] for i in range(count)]
 
 
-def member_state(model: nn.Module, index: int) -> dict[str, Tensor]:
-    """The weights of one member and of what it shares, under the names of the classifier without members."""
-    state = {}
-    for name, value in model.state_dict().items():
+def member_state(state: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+    """Of the state dict of a shared trunk: one member's weights and the shared ones, under the names that a classifier
+    without members has."""
+    own = {}
+    for name, value in state.items():
         outer, found, inner = name.partition(".members.")
         number, _, rest = inner.partition(".")
-        if not found:
-            state[name] = value
-        elif int(number) == index:
-            state[f"{outer}.{rest}"] = value
-    return state
+        if not found or int(number) == index:
+            own[f"{outer}.{rest}" if found else name] = value
+    return own
 
 
 # ---- where the layers are -------------------------------------------------------------------------------------------

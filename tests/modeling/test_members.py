@@ -65,7 +65,7 @@ def test_a_shared_trunk_scores_as_its_members(kind, upper):
     scores = member_scores(joint, ids, mask, 3)
     for i in range(3):
         alone = copy.deepcopy(plain)
-        alone.load_state_dict(member_state(joint, i))
+        alone.load_state_dict(member_state(joint.state_dict(), i))
         torch.testing.assert_close(scores[i], sequence_scores(alone, ids, mask), rtol=0, atol=1e-10)
     left = member_scores(joint, *tiny.rows((7, 3, 5), side="left"), 3)
     torch.testing.assert_close(left, scores, rtol=0, atol=1e-10)
