@@ -96,6 +96,10 @@ class PairReference(ReferenceChecks):
             return {"reference": self.reference_probe()}
         return {"reference": self.cache_marks.get("train")}
 
+    def restore_state(self, state: dict) -> None:
+        """Called before the first step of a resumed run, with what `extra_state` returned when it was saved."""
+        self.check_reference()
+
     def check_reference(self) -> None:
         before = self.resume_state["reference"]
         if isinstance(before, Tensor) and self.reference is not None:

@@ -21,7 +21,7 @@ from align.modeling.load import disable_dropout, load_policy, load_tokenizer
 from align.modeling.pairs import PairTokens, pair_tokens
 from trainers.base import BaseConfig, TrainerMixin
 from trainers.pair_batches import PairRows, similar_lengths, split_to
-from trainers.pair_data import IDS, numbered_pairs
+from trainers.pair_data import IDS, flat_column, numbered_pairs
 from trainers.pair_evaluation import PairEvaluation
 from trainers.pair_reference import PairReference
 from trainers.reference_cache import COLUMNS as REF_COLUMNS
@@ -206,13 +206,17 @@ class PreferenceTrainer(PairEvaluation, PairReference, TrainerMixin, Trainer):
         if not groups:
             return [], None
         if self.state.global_step == self.resume_step:
-            self.check_reference()
-        batches = groups if self.across_pairs else self.micro_batches([row for group in groups for row in group])
-        mine = torch.tensor([[sum(map(len, groups)), len(batches)]], device=device)
-        pairs, most = self.accelerator.gather(mine).unbind(-1)
+            self.restore_state(self.resume_state)
+        rows = [row for group in groups for row in group]
+        batches = groups if self.across_pairs else self.micro_batches(rows)
+        mine = torch.tensor([[len(rows), chosen_tokens(rows), len(batches)]], device=device)
+        pairs, tokens, most = self.accelerator.gather(mine).unbind(-1)
         if not self.across_pairs:
             batches = split_to(batches, int(most.max()))
-        return [[]] * (len(groups) - 1) + [[self.collate(rows) for rows in batches]], pairs.sum()
+        batches = [self.collate(batch) for batch in batches]
+        for batch in batches:
+            batch["mean_chosen_length"] = tokens.sum() / pairs.sum()
+        return [[]] * (len(groups) - 1) + [batches], pairs.sum()
 
     def micro_batches(self, rows: list[dict]) -> list[list[dict]]:
         """The pairs of one optimiser step in micro-batches of similar length."""
@@ -225,7 +229,8 @@ class PreferenceTrainer(PairEvaluation, PairReference, TrainerMixin, Trainer):
         return 2 * (len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])))
 
     def collate(self, rows: list[dict]) -> dict[str, Tensor]:
-        """One micro-batch: the collator's tensors, the method's columns and the cached reference."""
+        """One micro-batch: the collator's tensors, the method's columns and the cached reference. The loop adds
+        `mean_chosen_length`, the mean number of tokens of the chosen completions over all pairs of the step."""
         batch = self.collator(rows)
         for column in self.columns:
             batch[column] = torch.tensor([row[column] for row in rows], dtype=torch.float32)
@@ -288,8 +293,18 @@ class PreferenceTrainer(PairEvaluation, PairReference, TrainerMixin, Trainer):
         with self.phase("evaluate"):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
+    def evaluation_loop(self, dataloader, *args, **kwargs):
+        self._eval_chosen_length = flat_column(dataloader.dataset, "chosen_ids")[0].mean()
+        return super().evaluation_loop(dataloader, *args, **kwargs)
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        return super().prediction_step(model, self.collate(inputs.rows), prediction_loss_only, ignore_keys)
+        batch = self.collate(inputs.rows)
+        batch["mean_chosen_length"] = torch.tensor(self._eval_chosen_length, dtype=torch.float32)
+        return super().prediction_step(model, batch, prediction_loss_only, ignore_keys)
+
+
+def chosen_tokens(rows: list[dict]) -> int:
+    return sum(len(row["chosen_ids"]) for row in rows)
 
 
 def right_pad_values(rows: list[list[float]]) -> Tensor:
