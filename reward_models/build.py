@@ -49,7 +49,7 @@ def build_reward(spec: Any, *, tokenizer=None, device=None) -> Reward:
         return spec
     if callable(spec):
         return RuleReward(spec)
-    kind, options = _parsed(spec)
+    kind, options = parse_spec(spec)
     return _BUILDERS[kind](options, tokenizer, device)
 
 
@@ -58,13 +58,26 @@ def check_reward(spec: Any) -> None:
     model: functions are imported, no server is asked."""
     if isinstance(spec, Reward) or callable(spec):
         return
-    kind, options = _parsed(spec)
+    kind, options = parse_spec(spec)
     if kind in LIGHT:
         _BUILDERS[kind](options, None, None)
     elif kind == "classifier":
         _refuse_ensemble(options["path"])
     for nested in nested_specs(kind, options):
         check_reward(nested)
+
+
+def model_paths(spec: Any) -> dict[str, bool]:
+    """Folders and hub names of the models that a spec needs, each once; True for those with a score head."""
+    if isinstance(spec, Reward) or callable(spec):
+        return {}
+    kind, options = parse_spec(spec)
+    paths = {str(options["path"]): True} if kind == "classifier" else {}
+    if kind == "implicit":
+        paths = {str(options[key]): False for key in ("path", "reference") if key in options}
+    for nested in nested_specs(kind, options):
+        paths |= model_paths(nested)
+    return paths
 
 
 def nested_specs(kind: str, options: dict) -> list:
@@ -152,7 +165,7 @@ _BUILDERS = {
 # ---- what is in a spec ----------------------------------------------------------------------------------------------
 
 
-def _parsed(spec: Any) -> tuple[str, dict]:
+def parse_spec(spec: Any) -> tuple[str, dict]:
     """(type, a copy of the other keys), their names checked."""
     if isinstance(spec, (str, Path)):
         text = str(spec)

@@ -1,6 +1,7 @@
 """The parts of a run, made from its resolved config: rows, tokenizer, model, adapter, rewards, trainer."""
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,28 +78,35 @@ def pretrained_config(name: str, what: str, **options):
 def rewards(run: RunConfig, key: str, tokenizer) -> list:
     """The rewards of a section (`rewards` or `gold_reward`), built; an error names the place of the section."""
     build_reward = load("reward_models.build:build_reward")
+    return _of_each_reward(run, key, lambda spec: build_reward(spec, tokenizer=tokenizer))
+
+
+def check_rewards(run: RunConfig) -> None:
+    """Raise what `rewards` would, as far as that can be told without loading a model or asking a server."""
+    for key in ("rewards", "gold_reward") if run.method.rewards else ():
+        _of_each_reward(run, key, load("reward_models.build:check_reward"))
+
+
+def reward_models(run: RunConfig) -> dict[str, bool]:
+    """Folders and hub names of the models that the rewards need; True for those with a score head."""
+    found: dict[str, bool] = {}
+    for key in ("rewards", "gold_reward"):
+        for paths in _of_each_reward(run, key, load("reward_models.build:model_paths")):
+            found |= paths
+    return found
+
+
+def _of_each_reward(run: RunConfig, key: str, function: Callable) -> list:
+    """function(spec) of each reward of a section; an error names the place of the section."""
     specs = getattr(run, key)
-    built = []
-    for i, spec in enumerate(specs if isinstance(specs, list) else [specs]):
+    results = []
+    for i, spec in enumerate(specs if isinstance(specs, list) else [] if specs is None else [specs]):
         try:
-            built.append(build_reward(spec, tokenizer=tokenizer))
+            results.append(function(spec))
         except AlignError as error:
             name = f"{key}.{i}" if isinstance(specs, list) else key
             raise ConfigError(f"{run.where(key)}: {name}: {error}") from error
-    return built
-
-
-def classifier_paths(spec: Any) -> list[str]:
-    """Folders and hub names of the reward models in a nested spec, each once, in order."""
-    if isinstance(spec, list):
-        found = [path for item in spec for path in classifier_paths(item)]
-    elif isinstance(spec, dict) and spec["type"] == "ensemble" and "path" in spec:
-        found = [str(path) for path in load("reward_models.ensemble:ensemble_members")(spec["path"])]
-    elif isinstance(spec, dict):
-        found = [spec["path"]] if spec["type"] == "classifier" else classifier_paths(spec.get("members", []))
-    else:
-        found = [spec] if isinstance(spec, str) and ":" not in spec else []
-    return list(dict.fromkeys(found))
+    return results
 
 
 def uses_vllm(backend: str) -> bool:
@@ -124,6 +132,26 @@ def trainer(run: RunConfig):
         processing_class=text,
         peft_config=peft_config(run),
         **options,
+    )
+
+
+def is_sweep(run: RunConfig) -> bool:
+    """Whether the run trains one policy per weight vector."""
+    return run.method.sweep is not None and run.training.weights == "sweep"
+
+
+def train_sweep(run: RunConfig, resume: bool) -> Path:
+    """Train a front; return its folder. With `resume`, finished points are kept."""
+    text = tokenizer(run)
+    return load(run.method.sweep)(
+        lambda: model(run),
+        rewards(run, "rewards", text),
+        run.training,
+        train_rows(run),
+        eval_rows(run),
+        text,
+        peft_config=peft_config(run),
+        resume=resume,
     )
 
 

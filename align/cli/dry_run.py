@@ -20,6 +20,7 @@ def dry_run(run: RunConfig, processes: int | None = None) -> int:
     processes = processes or run.training.world_size
     _title(f"align {run.method.name}: dry run, nothing is trained")
     print(_config_text(run), end="")
+    build.check_rewards(run)
     _title("one step")
     print(step_text(run, processes))
     tokenizer = build.tokenizer(run)
@@ -162,7 +163,7 @@ def longest(rows, data: str) -> int:
 def reward_shapes(run: RunConfig) -> dict[str, Shape]:
     """Sizes of the reward models that the specs name, by path, from their configs."""
     shapes = {}
-    for path in build.classifier_paths([run.rewards, run.gold_reward]):
+    for path, has_score in build.reward_models(run).items():
         config = build.pretrained_config(path, "reward model")
-        shapes[path] = model_shape(config, dtype="float32", classifier=True)
+        shapes[path] = model_shape(config, dtype="float32", classifier=has_score)
     return shapes

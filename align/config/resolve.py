@@ -16,7 +16,6 @@ from align.lazy import load
 from align.methods import Method, get_method
 
 REWARD_SECTIONS = ("rewards", "gold_reward")
-REWARD_NEEDS = {"classifier": "path", "rule": "function", "ensemble": "aggregation"}
 
 
 @dataclass
@@ -86,7 +85,7 @@ def resolve(method_name: str, config_file: str | None, tokens: list[str]) -> Run
         raise ConfigError(f"{stated.where}: a file for `align {stated.value}`, the command is `align {method.name}`")
 
     classes = option_classes(method)
-    sections = REWARD_SECTIONS if method.rewards else ()
+    sections = reward_sections(method)
     _check_keys(entries, [name for cls in classes.values() for name in _fields(cls)] + [*sections], method)
 
     arguments: dict[str, dict[str, Any]] = {part: {} for part in classes}
@@ -105,6 +104,11 @@ def resolve(method_name: str, config_file: str | None, tokens: list[str]) -> Run
         _check_reward(key, nested[key], run)
     _check_required(run, config_file)
     return run
+
+
+def reward_sections(method: Method) -> tuple[str, ...]:
+    """The keys of the file that hold reward specs."""
+    return () if not method.rewards else REWARD_SECTIONS if method.gold else REWARD_SECTIONS[:1]
 
 
 def option_classes(method: Method) -> dict[str, type]:
@@ -149,18 +153,19 @@ def _check_reward(path: str, spec: Any, run: RunConfig) -> None:
         for i, item in enumerate(spec):
             _check_reward(f"{path}.{i}", item, run)
     elif isinstance(spec, dict):
-        keys = load("reward_models.build:KEYS")
+        keys, required = load("reward_models.build:KEYS"), load("reward_models.build:REQUIRED")
         kind = spec.get("type")
         if kind not in keys:
             raise ConfigError(f"{run.where(path)}: {path}: type must be one of {', '.join(keys)}, not {kind!r}")
-        if not spec.get(REWARD_NEEDS[kind]):
-            raise ConfigError(f"{run.where(path)}: {path}: a {kind} reward needs {REWARD_NEEDS[kind]!r}")
+        if not spec.get(required[kind]):
+            raise ConfigError(f"{run.where(path)}: {path}: a {kind} reward needs {required[kind]!r}")
         for key in spec:
             if key != "type" and key not in keys[kind]:
                 nearest = difflib.get_close_matches(str(key), keys[kind], n=1)
                 hint = f"nearest valid: {nearest[0]}" if nearest else f"valid: {', '.join(keys[kind])}"
                 raise ConfigError(f"{run.where(f'{path}.{key}')}: unknown key {path}.{key} of a {kind} reward; {hint}")
-        _check_reward(f"{path}.members", spec.get("members"), run)
+        for key in ("members", "rewards"):
+            _check_reward(f"{path}.{key}", spec.get(key), run)
 
 
 def _typed(key: str, entry: Entry, cls: type) -> Any:

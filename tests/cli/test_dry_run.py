@@ -1,5 +1,7 @@
 """`--dry-run`: what it prints, that it needs no network for local files, and what it refuses."""
 
+import socket
+
 import pytest
 
 from align.cli import build
@@ -72,15 +74,40 @@ def test_remax_counts_for_several_processes(tiny_model, prompts, rule, capsys):
 
 
 def test_every_reward_model_of_a_spec_is_found(tmp_path):
+    from reward_models.build import model_paths
+
     members = [{"type": "classifier", "path": "a"}, "b", {"type": "rule", "function": "x:y"}]
     ensemble = {"type": "ensemble", "aggregation": "mean", "members": members}
-    spec = [ensemble, "x.py:fn", {"type": "classifier", "path": "a"}]
-    assert build.classifier_paths([spec, "c", None]) == ["a", "b", "c"]
+    implicit = {"type": "implicit", "path": "c", "reference": "d"}
+    composite = {"type": "composite", "rewards": [ensemble, "x.py:fn", {"type": "classifier", "path": "a"}, implicit]}
+    assert model_paths(composite) == {"a": True, "b": True, "c": False, "d": False}
+    assert model_paths({"type": "remote", "url": "http://x"}) == {}
     for name in ("member_0", "member_1"):
         (tmp_path / name).mkdir()
     load("reward_models.ensemble:save_ensemble")(tmp_path, ["member_0", "member_1"])
     saved = {"type": "ensemble", "path": str(tmp_path), "aggregation": "mean"}
-    assert build.classifier_paths(saved) == [str(tmp_path / "member_0"), str(tmp_path / "member_1")]
+    assert model_paths(saved) == {str(tmp_path / "member_0"): True, str(tmp_path / "member_1"): True}
+
+
+def test_rewards_are_checked_and_no_server_is_asked(tiny_model, prompts, tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        remote = f"{{type: remote, url: 'http://127.0.0.1:{server.getsockname()[1]}/score', name: judge}}"
+        config.write_text(f"method: remax\nmodel_name_or_path: {tiny_model}\nrewards:\n  - {remote}\n")
+        tokens = ["--dataset_name", prompts, "--max_completion_length", 8, "--gradient_accumulation_steps", 1]
+        run(capsys, "remax", "--config", config, *tokens)
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):  # nobody has called
+            server.accept()
+    for wrong, message in (
+        ("tiemout: 3", "line 4: unknown key rewards.0.tiemout of a remote reward; nearest valid: timeout"),
+        ("timeout: 0", "line 3: rewards.0: reward 'remote': timeout must be > 0 and backoff >= 0, got 0 and 0.5"),
+    ):
+        config.write_text(
+            f"method: remax\nmodel_name_or_path: {tiny_model}\nrewards:\n  - {remote}\n".replace("name: judge", wrong)
+        )
+        assert main(["remax", "--config", str(config), *map(str, tokens), "--dry-run"]) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == f"align: error: {config}, {message}"
 
 
 def test_a_bad_row_is_named(tiny_model, tmp_path, capsys):
