@@ -33,7 +33,7 @@ class Constraint:
             raise ConfigError(f"constraint on {self.reward!r}: the threshold is {self.threshold}, not a finite number")
 
     def slack(self, value: float) -> float:
-        """v - theta (at_most: theta - v): negative where the constraint is violated; for `equal` the side that v is on."""
+        """v - theta (at_most: theta - v): negative where it is violated; for `equal`, the side that v is on."""
         return self.threshold - value if self.direction == "at_most" else value - self.threshold
 
     def violation(self, value: float) -> float:

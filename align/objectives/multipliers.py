@@ -53,9 +53,9 @@ class Multipliers:
         self.constraints, self.form = list(constraints), form
         if not self.constraints:
             raise ConfigError("there is no constraint to hold")
-        names = [c.reward for c in self.constraints]
-        double = sorted({f"{c.reward} {c.direction}" for c in self.constraints if names.count(c.reward) > 1})
-        if len(double) < len([n for n in names if names.count(n) > 1]):
+        kinds = [f"{c.reward} {c.direction}" for c in self.constraints]
+        double = sorted({kind for kind in kinds if kinds.count(kind) > 1})
+        if double:
             raise ConfigError(f"a reward is constrained twice in the same direction: {', '.join(double)}")
         wrong = [c.reward for c in self.constraints if (c.direction == "equal") != (form == "tanh")]
         if wrong:
