@@ -1,7 +1,7 @@
-"""Log-probs of given tokens without the [B, T, V] log-softmax.
+"""Log-probs of given tokens without the [B, T, V] logits.
 
-The language-model head runs on chunks of the wanted tokens inside the model's own forward pass, so that DDP, FSDP2,
-autocast and adapters see an ordinary call, and each chunk's logits are recomputed in the backward pass.
+The language-model head runs on the wanted tokens alone (`token_values`), inside the model's own forward pass, so that
+DDP, FSDP2, autocast and adapters see an ordinary call.
 """
 
 import inspect
@@ -13,14 +13,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from align.errors import TrainingError
+from align.modeling.token_values import Head, LogitTransform, TokenValues, head_of, token_values
 
 logger = logging.getLogger(__name__)
 
-CHUNK_VALUES = 1 << 26  # logits per chunk when chunk_size is None: 256 MiB in float32
-_chunkable: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_separable: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def token_logps(
@@ -43,25 +42,37 @@ def token_logps(
         input_ids, attention_mask: [B, T].
         mask: [B, T], non-zero for the tokens whose log-probs are wanted (e.g. the completion); None: all. The head is
             computed for no other.
-        chunk_size: tokens per chunk of logits; None bounds a chunk by `CHUNK_VALUES` logits.
+        chunk_size: the most tokens whose logits exist at once; None: as many as are fast.
         return_entropy: also return the entropy of each token's distribution in nats, [B, T-1], detached.
     """
     wanted = attention_mask[:, 1:].bool() & attention_mask[:, :-1].bool()
     if mask is not None:
         wanted = wanted & mask[:, 1:].bool()
-    targets = input_ids[:, 1:][wanted]
+    finish = partial(token_values, targets=input_ids[:, 1:][wanted], entropy=return_entropy, chunk_size=chunk_size)
+    inputs = model_inputs(language_model(model), input_ids, attention_mask)
+    positions = nn.functional.pad(wanted, (0, 1)).flatten().nonzero().squeeze(-1)
+    values = values_at(model, inputs, positions, finish, temperature=temperature)
+    logps = values.logps.new_zeros(wanted.shape).masked_scatter(wanted, values.logps)
+    return (logps, torch.zeros_like(logps).masked_scatter(wanted, values.entropy)) if return_entropy else logps
+
+
+def values_at(
+    model: nn.Module,
+    inputs: dict,
+    positions: Tensor,
+    finish: Callable[[Head, Tensor], TokenValues],
+    *,
+    temperature: float = 1.0,
+) -> TokenValues:
+    """finish(head, hidden [N, d]) within a forward pass of the model on `inputs`.
+
+    hidden: what the head gets at `positions` [N], counted through the flattened [rows * T] positions of input_ids; in
+    a model whose logits its head alone does not make (said once, by a warning), the logits themselves.
+    """
     core = language_model(model)
-    finish = partial(
-        _chunked, targets=targets, temperature=temperature, chunk_size=chunk_size, with_entropy=return_entropy
-    )
-    inputs = model_inputs(core, input_ids, attention_mask)
-    if _chunkable.get(core, True) and _head_can_run_alone(core):
-        values = _through_head(model, core, inputs, wanted, finish)
-    else:
-        logits = model(**inputs).logits[:, :-1][wanted]
-        values = finish(_identity, logits)
-    columns = [values.new_zeros(wanted.shape).masked_scatter(wanted, column) for column in values.unbind(-1)]
-    return (columns[0], columns[1].detach()) if return_entropy else columns[0]
+    if _separable.get(core, True) and _head_can_run_alone(core):
+        return _through_head(model, core, inputs, positions, finish, temperature)
+    return _through_logits(model, inputs, positions, finish, temperature)
 
 
 def language_model(model: nn.Module) -> nn.Module:
@@ -92,75 +103,49 @@ def _head_can_run_alone(core: nn.Module) -> bool:
     return head is not None and not any(hasattr(p, "ds_id") for p in head.parameters())
 
 
-def _chunked(
-    head: Callable,
-    hidden: Tensor,
-    *,
-    targets: Tensor,
-    temperature: float,
-    chunk_size: int | None,
-    with_entropy: bool,
-    vocabulary: int | None = None,
-) -> Tensor:
-    """Values [N, 1 or 2] (log-prob, entropy) of targets [N] under head(hidden), hidden [N, ...], chunk by chunk."""
-    size = chunk_size or max(CHUNK_VALUES // (vocabulary or hidden.shape[-1]), 1)
-    step = partial(_token_values, head, temperature, with_entropy)
-    pairs = list(zip(hidden.split(size), targets.split(size), strict=True))
-    if len(pairs) > 1 and torch.is_grad_enabled():
-        step = partial(checkpoint, step, use_reentrant=False)
-    return torch.cat([step(h, t) for h, t in pairs])
+def _through_logits(model, inputs: dict, positions: Tensor, finish: Callable, temperature: float) -> TokenValues:
+    logits = model(**inputs).logits.flatten(0, 1).index_select(0, positions)
+    return finish(Head(_identity, logits.shape[-1], LogitTransform(temperature=temperature)), logits)
 
 
-def _token_values(head: Callable, temperature: float, with_entropy: bool, hidden: Tensor, targets: Tensor) -> Tensor:
-    logits = head(hidden)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    if temperature != 1.0:
-        logits = logits / temperature
-    normaliser = logits.logsumexp(-1)
-    logps = logits.gather(-1, targets[:, None]).squeeze(-1) - normaliser
-    if not with_entropy:
-        return logps[:, None]
-    with torch.no_grad():
-        entropy = normaliser - ((logits - normaliser[:, None]).exp() * logits).sum(-1)
-    return torch.stack([logps, entropy], dim=-1)
-
-
-def _through_head(model: nn.Module, core: nn.Module, inputs: dict, wanted: Tensor, finish: Callable) -> Tensor:
-    """One forward pass in which the head returns only the last position's logits and `finish` gets all wanted ones."""
-    head = core.get_output_embeddings()
-    head_forward, scale_logits = head.forward, logit_transform(core.config)
-    vocabulary = core.config.get_text_config().vocab_size
+def _through_head(
+    model: nn.Module, core: nn.Module, inputs: dict, positions: Tensor, finish: Callable, temperature: float
+) -> TokenValues:
+    """One forward pass in which the head returns only the last position's logits and `finish` gets what it needs."""
+    module, transform = core.get_output_embeddings(), logit_transform(core.config)
+    head = head_of(module, core.config.get_text_config().vocab_size, transform._replace(temperature=temperature))
     kept = {}
 
     def forward(hidden: Tensor) -> Tensor:
-        if hidden.shape[:2] == (wanted.shape[0], wanted.shape[1] + 1):
-            alone = partial(_compose, scale_logits, head_forward)
-            kept["values"] = finish(alone, hidden[:, :-1][wanted], vocabulary=vocabulary)
-        kept["last"] = head_forward(hidden[:, -1:])
+        if hidden.shape[:2] == inputs["input_ids"].shape:
+            values = finish(head, hidden.flatten(0, 1).index_select(0, positions))
+            kept["joint"] = values.logps[None] if values.kl is None else torch.stack([values.logps, values.kl])
+            kept["values"] = values._replace(logps=kept["joint"][0], kl=None if values.kl is None else kept["joint"][1])
+        kept["last"] = head.forward(hidden[:, -1:])
         return kept["last"]
 
     def replace_output(module, args, output):
         if "values" in kept:
             kept["final"] = output.logits.detach()
-            output.logits = kept["values"]
+            output.logits = kept["joint"]
         return output
 
-    with _replaced_forward(head, forward):
+    with _replaced_forward(module, forward):
         # prepended: the wrappers' own hooks must see the tensor through which the gradient comes back
         hook = core.register_forward_hook(replace_output, prepend=True)
         try:
             model(**inputs)
         finally:
             hook.remove()
-    if core not in _chunkable:
-        _chunkable[core] = "values" in kept and _same(scale_logits(kept["last"].detach()), kept["final"])
-        if not _chunkable[core]:
+    if core not in _separable:
+        _separable[core] = "values" in kept and _same(transform(kept["last"].detach()), kept["final"])
+        if not _separable[core]:
             logger.warning(
                 "%s does something to its logits that its head alone does not: log-probs are computed from the full "
                 "logits, which takes more memory",
                 type(core).__name__,
             )
-            return finish(_identity, model(**inputs).logits[:, :-1][wanted])
+            return _through_logits(model, inputs, positions, finish, temperature)
     return kept["values"]  # not the output's: a wrapper may have cast that to bfloat16
 
 
@@ -168,24 +153,13 @@ def _identity(logits: Tensor) -> Tensor:
     return logits
 
 
-def _compose(outer: Callable, inner: Callable, x: Tensor) -> Tensor:
-    return outer(inner(x))
-
-
-def logit_transform(config) -> Callable[[Tensor], Tensor]:
+def logit_transform(config) -> LogitTransform:
     """What the architecture does between its head and its logits: Granite's and Cohere's scale, Gemma's soft cap."""
     text = vars(config.get_text_config())  # only some architectures have these
     scale = text.get("logit_scale") or 1.0
     if text.get("logits_scaling"):
         scale = scale / text["logits_scaling"]
-    cap = text.get("final_logit_softcapping")
-
-    def transform(logits: Tensor) -> Tensor:
-        if scale != 1.0:
-            logits = logits * scale
-        return cap * torch.tanh(logits / cap) if cap else logits
-
-    return transform
+    return LogitTransform(scale, text.get("final_logit_softcapping"))
 
 
 def _same(ours: Tensor, final: Tensor) -> bool:

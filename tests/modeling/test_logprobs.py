@@ -38,7 +38,7 @@ def test_equals_the_plain_computation(kind, side):
         torch.testing.assert_close(
             actual_gradients[name], gradient, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
         )
-    assert logprobs._chunkable[model]
+    assert logprobs._separable[model]
 
 
 def test_only_the_wanted_tokens():

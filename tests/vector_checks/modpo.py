@@ -2,7 +2,7 @@
 
 import torch
 
-from align.modeling.logprobs import _chunked, _identity
+from align.modeling.token_values import Head, token_values
 from align.objectives.modpo import modpo_loss, modpo_rewards
 from tests.vector_checks.registry import close, covers, t64
 
@@ -43,10 +43,9 @@ def sequence_logps(inputs, params, outputs):
     """Sums over the labelled tokens, with the function that the trainer's log-probs come from."""
     logits, labels = t64(inputs["logits"])[:, :-1], torch.tensor(inputs["labels"])[:, 1:]
     wanted = labels != params["label_pad_token_id"]
-    values = _chunked(
-        _identity, logits[wanted], targets=labels[wanted], temperature=1.0, chunk_size=2, with_entropy=False
-    )
-    logps = torch.zeros(wanted.shape, dtype=values.dtype).masked_scatter(wanted, values[:, 0])
+    head = Head(lambda chunk: chunk, logits.shape[-1])
+    values = token_values(head, logits[wanted], labels[wanted], chunk_size=2).logps
+    logps = torch.zeros(wanted.shape, dtype=values.dtype).masked_scatter(wanted, values)
     close(logps.sum(-1), outputs["sum"], rtol=1e-9)
     close(logps.sum(-1) / wanted.sum(-1), outputs["mean"], rtol=1e-9)
 
