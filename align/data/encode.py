@@ -164,6 +164,8 @@ def _ids_apart(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     """Ids of a text that continues another: after an anchor, as some tokenizers put a space before a first word."""
     for anchor in ("\n", "."):
         start, whole = _ids(tokenizer, [anchor, anchor + text])
+        if tokenizer.unk_token_id in start:
+            continue  # an unknown word may be the anchor with the text's first word
         if start and whole[: len(start)] == start:
             return whole[len(start) :]
     return _ids(tokenizer, [text])[0]

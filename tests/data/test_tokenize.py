@@ -2,6 +2,10 @@
 
 import pytest
 from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
 
 from align.data import BadRows, tokenize_completions, tokenize_pairs, tokenize_prompts
 from align.errors import DataError
@@ -101,6 +105,17 @@ def test_a_merge_over_the_boundary_is_noted(tokenizer):
     rows = {"prompt": "Answer: ", "completion": "yes"}, {"prompt": "Answer:", "completion": " yes"}
     noted = [notes_of(tokenize_completions, row, tokenizer, max_length=99) for row in rows]
     assert noted == [["prompt and completion would merge into one token, so the completion is tokenised apart"], []]
+
+
+@pytest.mark.parametrize("known", [[], ["."], ["\n"]], ids=["no anchor", "full stop", "line break"])
+def test_words_that_are_tokenised_apart_are_all_there(known):
+    """A word tokenizer that makes one unknown word of an anchor and the first word after it."""
+    words = WordLevel({word: i for i, word in enumerate(["<unk>", "<eos>", "red", "green", "blue", *known])}, "<unk>")
+    raw = Tokenizer(words)
+    raw.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", eos_token="<eos>")
+    row = pair_ids(tokenizer, prompt="red", chosen="green blue", rejected="blue")
+    assert (row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) == ([2], [3, 4, 1], [4, 1])
 
 
 # ---- length limits --------------------------------------------------------------------------------------------------
