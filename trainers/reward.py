@@ -121,18 +121,22 @@ class RewardTrainer(PairEvaluation, TrainerMixin, Trainer):
 
     def pair_values(self, model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         chosen, rejected = sequence_scores(model, batch["input_ids"], batch["attention_mask"]).chunk(2)
-        losses = bradley_terry_loss(chosen, rejected, batch.get("margin"))
-        if self.args.center_rewards_coefficient:
-            losses = losses + self.args.center_rewards_coefficient * centering(chosen, rejected)
-        if self.args.score_l2_coefficient:
-            losses = losses + self.args.score_l2_coefficient * score_l2(chosen, rejected)
         return {
-            "loss": losses,
+            "loss": self.pair_losses(chosen, rejected, batch),
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
             "rewards/margins": chosen - rejected,
             "rewards/accuracies": chosen > rejected,
         }
+
+    def pair_losses(self, chosen: Tensor, rejected: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """The loss of each pair; scores and losses are [B], or [K, B] of K members."""
+        losses = bradley_terry_loss(chosen, rejected, batch.get("margin"))
+        if self.args.center_rewards_coefficient:
+            losses = losses + self.args.center_rewards_coefficient * centering(chosen, rejected)
+        if self.args.score_l2_coefficient:
+            losses = losses + self.args.score_l2_coefficient * score_l2(chosen, rejected)
+        return losses
 
     # ---- normaliser -------------------------------------------------------------------------------------------------
 
@@ -141,20 +145,28 @@ class RewardTrainer(PairEvaluation, TrainerMixin, Trainer):
         self.fit_normalizer()
         return output
 
-    def fit_normalizer(self) -> Normalizer:
+    def fit_normalizer(self) -> None:
         """Score both answers of the evaluation pairs, or of some training pairs, and keep their mean and deviation."""
-        pairs = self.eval_dataset
-        what = "evaluation"
+        what = self.score_pairs()
+        self.normalizer = self.normalizer_of("rewards/chosen", "rewards/rejected", what)
+
+    def score_pairs(self) -> str:
+        """Fill `eval_values` with the pairs that normalisers are fitted on; returns what these are, in words."""
+        pairs, what = self.eval_dataset, "evaluation"
         if pairs is None:
             count = min(self.args.normalizer_pairs, len(self.train_dataset))
             pairs = self.train_dataset.select(np.random.default_rng(0).permutation(len(self.train_dataset))[:count])
             what = "training"
             logger.warning("no evaluation set: the normaliser is fitted on %d training pairs", count)
         self.predict(pairs)
-        values = np.concatenate([self.eval_values["rewards/chosen"], self.eval_values["rewards/rejected"]])
-        self.normalizer = Normalizer.fit(torch.from_numpy(values), f"both answers of {len(pairs)} {what} pairs")
-        logger.info("normaliser: mean %.4g, deviation %.4g", self.normalizer.mean, self.normalizer.std)
-        return self.normalizer
+        return f"both answers of {len(pairs)} {what} pairs"
+
+    def normalizer_of(self, chosen: str, rejected: str, what: str) -> Normalizer:
+        """The normaliser of two columns of `eval_values`."""
+        values = np.concatenate([self.eval_values[chosen], self.eval_values[rejected]])
+        normalizer = Normalizer.fit(torch.from_numpy(values), what)
+        logger.info("normaliser: mean %.4g, deviation %.4g", normalizer.mean, normalizer.std)
+        return normalizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
