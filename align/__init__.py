@@ -22,6 +22,11 @@ _EXPORTS = {
     "RewardTrainer": "trainers.reward:RewardTrainer",
     "RewardConfig": "trainers.reward:RewardConfig",
     "train_reward_ensemble": "trainers.reward_ensemble:train_reward_ensemble",
+    "MODPOTrainer": "trainers.modpo:MODPOTrainer",
+    "MODPOConfig": "trainers.modpo:MODPOConfig",
+    "MarginRewards": "reward_models.margins:MarginRewards",
+    "train_front": "trainers.front:train_front",
+    "make_soup": "align.modeling.soups:make_soup",
     "ReMaxTrainer": "trainers.remax:ReMaxTrainer",
     "ReMaxConfig": "trainers.remax:ReMaxConfig",
     # rewards

@@ -14,8 +14,9 @@ class Method:
 
     trainer, config: `"module:Class"`. data: what rows are made into, `"prompts"`, `"completions"` or `"pairs"` (the
     functions `align.data.tokenize_*`). model: `"policy"` (a causal language model) or `"classifier"` (one score).
-    rewards: whether the file has `rewards:` (and may have `gold_reward:`). ensemble: what trains several models, for a
-    method that has the key `ensemble_size`.
+    rewards: whether the file has `rewards:`; gold: whether it may have `gold_reward:` then. ensemble: what trains
+    several models, for a method that has the key `ensemble_size`. sweep: what trains one policy per weight vector, for a
+    method that has the key `weights`.
     """
 
     name: str
@@ -25,7 +26,9 @@ class Method:
     help: str
     model: str = "policy"
     rewards: bool = False
+    gold: bool = True
     ensemble: str | None = None
+    sweep: str | None = None
 
 
 METHODS = {
@@ -46,6 +49,16 @@ METHODS = {
             model="classifier",
             ensemble="trainers.reward_ensemble:train_reward_ensemble",
             help="a reward model from preference pairs (Bradley-Terry)",
+        ),
+        Method(
+            "modpo",
+            trainer="trainers.modpo:MODPOTrainer",
+            config="trainers.modpo:MODPOConfig",
+            data="pairs",
+            help="preference optimisation of a weighted sum of objectives, or of the whole front (MODPO)",
+            rewards=True,
+            gold=False,
+            sweep="trainers.front:train_front",
         ),
         Method(
             "remax",

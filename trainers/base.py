@@ -311,3 +311,12 @@ class TrainerMixin:
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 callback.tb_writer.add_figure(name, figure, self.state.global_step)
+
+
+def finish_tracking(args: TrainingArguments) -> None:
+    """End this run in wandb, for a process that trains several models: the next one starts again at step 0, which an
+    open run would drop."""
+    if "wandb" in args.report_to and args.process_index == 0:
+        import wandb
+
+        wandb.finish()

@@ -8,6 +8,7 @@ from align.errors import ConfigError
 from align.modeling.load import load_tokenizer
 from reward_models.ensemble import save_ensemble
 from reward_models.normalizer import FILE_NAME as NORMALIZER_FILE
+from trainers.base import finish_tracking
 from trainers.reward import RewardConfig, RewardTrainer, tokenized_pairs
 
 logger = logging.getLogger(__name__)
@@ -58,15 +59,7 @@ def train_reward_ensemble(
         )
         trainer.train()
         trainer.save_model()
-        _finish_tracking(member_args)
+        finish_tracking(member_args)
     if args.process_index == 0:
         save_ensemble(folder, [f"member_{i}" for i in range(members)])
     return folder
-
-
-def _finish_tracking(args: RewardConfig) -> None:
-    """End this member's wandb run: the next member starts again at step 0, which an open run would drop."""
-    if "wandb" in args.report_to and args.process_index == 0:
-        import wandb
-
-        wandb.finish()

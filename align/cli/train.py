@@ -53,11 +53,17 @@ def train(config: "RunConfig") -> None:
     output_dir = Path(config.training.output_dir)
     main_process = config.training.process_index == 0
     resume = config.training.resume_from_checkpoint
+    keep_finished = resume is not None and resume.lower() in ("true", "auto")
     if config.ensemble is not None and config.ensemble.ensemble_size > 1:
         if main_process:
             save_settings(values, output_dir)
-        build.train_ensemble(config, resume=resume is not None and resume.lower() in ("true", "auto"))
+        build.train_ensemble(config, keep_finished)
         what = f"the {config.ensemble.ensemble_size} members of the ensemble"
+    elif build.is_sweep(config):
+        if main_process:
+            save_settings(values, output_dir)
+        build.train_sweep(config, keep_finished)
+        what = "the points of the front"
     else:
         trainer = build.trainer(config)
         if main_process:

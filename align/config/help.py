@@ -6,7 +6,7 @@ import textwrap
 from enum import Enum
 from typing import Any, get_args
 
-from align.config.resolve import REWARD_SECTIONS, hints, option_classes, own_fields
+from align.config.resolve import hints, option_classes, own_fields, reward_sections
 from align.methods import Method
 
 _REWARDS_HELP = {
@@ -38,9 +38,8 @@ def format_help(method: Method, parser: argparse.ArgumentParser) -> str:
     _add(group, classes["training"], own)
     if method.ensemble:
         _add(group, classes["ensemble"])
-    if method.rewards:
-        for name in REWARD_SECTIONS:
-            group.add_argument(f"--{name}", metavar="YAML", help=_REWARDS_HELP[name])
+    for name in reward_sections(method):
+        group.add_argument(f"--{name}", metavar="YAML", help=_REWARDS_HELP[name])
     _add(shown.add_argument_group("data"), classes["data"])
     _add(shown.add_argument_group("model (trl.ModelConfig)"), classes["model"])
     inherited = [f.name for f in dataclasses.fields(classes["training"]) if f.init and f.name not in own]

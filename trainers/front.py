@@ -1,0 +1,231 @@
+"""Whole fronts: one policy per weight vector, each in its own folder, and soups between neighbours.
+
+What does not depend on the weights (tokens, margin rewards, reference log-probs) is computed once. A sweep that was
+stopped goes on where it was: finished points are kept.
+"""
+
+import copy
+import gc
+import json
+import logging
+import time
+from collections.abc import Callable
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from align.errors import ConfigError
+from align.evaluation.front import Front, Point, write_front
+from align.modeling.load import load_policy, load_tokenizer
+from align.modeling.logprobs import language_model
+from align.modeling.soups import make_soup
+from reward_models.margins import MarginRewards, rows_fingerprint
+from trainers.base import finish_tracking
+from trainers.modpo import MODPOConfig, MODPOTrainer, WeightOptions
+from trainers.pair_data import numbered_pairs
+from trainers.policy_evaluation import run_options
+
+logger = logging.getLogger(__name__)
+
+POINT_FILE = "point.json"
+SWEEP_OPTIONS = ("sweep_points", "sweep_min_weight", "interpolate")
+Model = str | Path | Callable[[], nn.Module]
+
+
+def train_front(
+    model: Model,
+    reward: Any,
+    args: MODPOConfig,
+    train_dataset,
+    eval_dataset=None,
+    processing_class=None,
+    *,
+    peft_config=None,
+    callbacks=None,
+    resume: bool = False,
+) -> Path:
+    """Train MODPO for every weight vector of a sweep; returns `args.output_dir`, which holds front.json.
+
+    Args:
+        model: a folder or hub name, or a function that loads the policy: every point starts from it anew.
+        reward, peft_config, callbacks: as `MODPOTrainer` takes them.
+        resume: keep the points that are there, and go on within the one that was stopped.
+    """
+    if callable(model) and processing_class is None:
+        raise ConfigError("a function that loads the policy does not say which tokenizer: pass processing_class")
+    processing_class = processing_class or load_tokenizer(model)
+    margins = MarginRewards(reward, processing_class, args.margin_folder)
+    objectives = [args.objective, *margins.names]
+    vectors = sweep_weights(objectives, args.sweep_points or 5, args.sweep_min_weight or 0.1)
+    limits = {"max_length": args.max_length, "max_bad_share": args.max_bad_share}
+    train_dataset = numbered_pairs(train_dataset, processing_class, **limits)
+    started = time.perf_counter()
+    margins.add_to(train_dataset)  # kept on disk, where every point finds them
+    if eval_dataset is not None:
+        eval_dataset = numbered_pairs(eval_dataset, processing_class, **limits)
+        margins.add_to(eval_dataset)
+    seconds = {"margin rewards": time.perf_counter() - started}
+
+    def trainer(point_args: MODPOConfig) -> MODPOTrainer:
+        return MODPOTrainer(
+            loaded(model),
+            margins,
+            point_args,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            peft_config=copy.deepcopy(peft_config),  # PEFT writes into it
+            callbacks=callbacks,
+        )
+
+    identity = {"data": rows_fingerprint(train_dataset), "margins": margins.fingerprints, "lora": lora(peft_config)}
+    return train_points("modpo", trainer, args, objectives, vectors, identity, seconds=seconds, resume=resume)
+
+
+def train_points(
+    method: str,
+    make_trainer: Callable[[Any], Any],
+    args: WeightOptions,
+    objectives: list[str],
+    vectors: list[dict[str, float]],
+    identity: dict[str, Any],
+    *,
+    seconds: dict[str, float],
+    resume: bool,
+) -> Path:
+    """Train and save one policy per weight vector, then the soups between neighbours where asked.
+
+    make_trainer: from the config of one point. identity: what else decides the result; a point that was trained with
+    another identity, or with other options, is not taken for this sweep's.
+    """
+    root = Path(args.output_dir)
+    front = Front(method, "", objectives, [], seconds)
+    if args.interpolate is not None and len(objectives) != 2:
+        raise ConfigError(f"interpolate is for two objectives, whose points have neighbours; there are {objectives}")
+    for number, weights in enumerate(vectors):
+        name = point_name(weights)
+        point_args = point_config(args, weights, root / name)
+        settings = json.loads(json.dumps({**run_options(point_args), "seed": args.seed, **identity}, default=str))
+        done = finished(root / name, settings) if resume else None
+        if done is None:
+            logger.info("point %d of %d: %s", number + 1, len(vectors), weights)
+            done = train_point(make_trainer, point_args, settings, resume)
+        else:
+            logger.info("point %d of %d: %s is there and kept", number + 1, len(vectors), root / name)
+        front.reference = done["reference"]
+        front.points.append(Point(name, name, weights, seconds=done["seconds"]))
+        if args.process_index == 0:
+            write_front(front, root)
+    if args.interpolate is not None and args.process_index == 0:
+        front.points = with_soups(front.points, args.interpolate, root)
+        write_front(front, root)
+    return root
+
+
+def train_point(make_trainer: Callable[[Any], Any], args: Any, settings: dict, resume: bool) -> dict:
+    """Train one policy and save it, and beside it, when all is done, what it is."""
+    from align.distributed.checkpoints import newest_whole
+
+    started, folder = time.perf_counter(), Path(args.output_dir)
+    (folder / POINT_FILE).unlink(missing_ok=True)
+    trainer = make_trainer(args)
+    trainer.train(resume_from_checkpoint=resume and folder.exists() and newest_whole(folder) is not None)
+    trainer.save_model(str(folder))
+    reference = language_model(trainer.model).config._name_or_path
+    done = {"settings": settings, "reference": reference, "seconds": time.perf_counter() - started}
+    if args.process_index == 0:
+        temporary = folder / f"{POINT_FILE}.tmp"
+        temporary.write_text(json.dumps(done, indent=2) + "\n")
+        temporary.replace(folder / POINT_FILE)
+    trainer.accelerator.wait_for_everyone()
+    finish_tracking(args)
+    del trainer  # before the next one is loaded
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return done
+
+
+def finished(folder: Path, settings: dict) -> dict | None:
+    """What is known of a point that was trained to its end; None if there is none. ConfigError if it was trained with
+    other settings."""
+    if not (folder / POINT_FILE).exists():
+        return None
+    done = json.loads((folder / POINT_FILE).read_text())
+    before = done["settings"]
+    differ = sorted(key for key in settings.keys() | before.keys() if settings.get(key) != before.get(key))
+    if differ:
+        shown = ", ".join(f"{key} {before.get(key)!r:.40} before and {settings.get(key)!r:.40} now" for key in differ)
+        raise ConfigError(f"{folder} was trained with other settings ({shown}): delete it, or use another output_dir")
+    return done
+
+
+# ---- weights --------------------------------------------------------------------------------------------------------
+
+
+def sweep_weights(objectives: list[str], points: int, min_weight: float) -> list[dict[str, float]]:
+    """Weight vectors that sum to 1, evenly spread, the first objective's weight from 1 down to `min_weight`.
+
+    Two objectives: `points` vectors in order. More: the same lattice with `points` along each edge.
+    """
+    if len(objectives) < 2:
+        raise ConfigError(f"a sweep needs at least two objectives, got {objectives}")
+    steps, free = points - 1, len(objectives) - 1
+    counts = [c for c in product(range(steps + 1), repeat=free) if sum(c) <= steps]
+    vectors = []
+    for others in sorted(counts, key=sum):
+        rest = [(1 - min_weight) * count / steps for count in others]
+        weights = [round(w, 10) for w in (1 - sum(rest), *rest)]
+        vectors.append(dict(zip(objectives, weights, strict=True)))
+    return vectors
+
+
+def point_name(weights: dict[str, float]) -> str:
+    return "w_" + "_".join(f"{weight:.4g}" for weight in weights.values())
+
+
+def point_config(args: Any, weights: dict[str, float], folder: Path) -> Any:
+    """The config of one point of a sweep: its own weights and folder; what is shared is in the sweep's folder."""
+    root, own = Path(args.output_dir), copy.deepcopy(args)
+    own.weights, own.output_dir = dict(weights), str(folder)
+    own.run_name = f"{args.run_name or root.name}-{folder.name}"
+    for name in SWEEP_OPTIONS:
+        setattr(own, name, None)
+    if isinstance(own, MODPOConfig):
+        own.margin_cache_dir = str(args.margin_folder)
+    if own.precompute_ref_log_probs and own.ref_log_probs_dir is None:
+        own.ref_log_probs_dir = str(root / "ref_log_probs")
+    return own
+
+
+def with_soups(points: list[Point], count: int, root: Path) -> list[Point]:
+    """The points, and `count` soups between each and the next, in order."""
+    found = [points[0]]
+    for left, right in pairwise(points):
+        for step in range(1, count + 1):
+            share = step / (count + 1)
+            mixed = {key: (1 - share) * left.weights[key] + share * right.weights[key] for key in left.weights}
+            name = point_name(mixed)
+            make_soup([root / left.folder, root / right.folder], [1 - share, share], root / name)
+            found.append(Point(name, name, mixed, kind="soup"))
+        found.append(right)
+    return found
+
+
+# ---- models ---------------------------------------------------------------------------------------------------------
+
+
+def loaded(model: Model) -> nn.Module:
+    if isinstance(model, nn.Module):
+        raise ConfigError("every point starts from the same weights: give the folder of the model, or a function")
+    return model() if callable(model) else load_policy(model)
+
+
+def lora(peft_config) -> dict | None:
+    """What a LoRA config says, in an order of its own, for comparison."""
+    if peft_config is None:
+        return None
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in peft_config.to_dict().items()}
