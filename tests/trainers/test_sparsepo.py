@@ -1,0 +1,316 @@
+"""SparsePO and MaPO: the objective in the loop, masks under LoRA, their file, exact resume, guards."""
+
+import re
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from sparse_runs import config, pairs, trainer
+from tiny_runs import assert_same, logged, parameters, tiny_model
+from transformers import AutoModelForCausalLM
+
+from align.data.collate import PairCollator
+from align.errors import ConfigError, TrainingError
+from align.modeling.load import load_policy
+from align.modeling.pairs import completions
+from align.modeling.token_masks import FILE_NAME, load_masks, read_masks, watch_states
+from trainers.sparsepo import SparsePOConfig
+
+LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0}
+VARIANTS = ("common", "independent", "mapo")
+NO_DROPOUT = {"common": {"mask_dropout": 0.0}, "independent": {"mask_dropout": 0.0}, "mapo": {}}
+
+
+def masks_of(trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.masks.named_parameters()}
+
+
+def losses_of(trainer, rows=slice(0, 6)):
+    """Losses and gradients of one batch of the trainer's own pairs: [B], gradients by name, the tokens, metrics."""
+    batch = trainer.collate(trainer.train_dataset.select(range(*rows.indices(16))).to_list())
+    trainer.model.zero_grad()
+    policy, reference = trainer.forward(trainer.model.train(), batch)
+    losses, metrics = trainer.losses(policy, reference, batch)
+    losses.mean().backward()
+    grads = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+    return losses.detach(), grads, policy, metrics
+
+
+def moved_policy(policy):
+    """The policy after some steps, so that log-ratios and KL are not zero."""
+    model = load_policy(policy)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(1)
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=generator))
+    return model
+
+
+# ---- the objective ---------------------------------------------------------------------------------------------------
+
+
+def test_weights_of_one_are_exactly_tdpo1(policy, tmp_path):
+    """Learned masks that are 1 everywhere: the losses and gradients of TDPO1, from full distributions, in float64."""
+    sparse = trainer(moved_policy(policy).double(), tmp_path, reference=load_policy(policy).double(), mask_dropout=0.0)
+    with torch.no_grad():
+        network = sparse.masks.networks["common"]
+        for linear in network.first:
+            linear.weight.zero_()
+            linear.bias.fill_(1.0)
+    losses, grads, tokens, metrics = losses_of(sparse)
+    assert torch.equal(tokens.m_u, torch.ones_like(tokens.m_u)) and tokens.m_u is tokens.m_d
+
+    batch = sparse.collate(sparse.train_dataset.select(range(6)).to_list())
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    real = batch["completion_mask"][:, 1:].bool()
+    sparse.model.zero_grad()
+    with torch.no_grad():
+        ref = sparse.reference.model(ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)
+    log_p = sparse.model(ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)
+    ratios = ((log_p - ref).gather(-1, ids[:, 1:, None]).squeeze(-1) * real).sum(-1)
+    kl = ((ref.exp() * (ref - log_p)).sum(-1) * real).sum(-1)
+    z = (ratios[:6] - ratios[6:]) - (kl[6:] - kl[:6])
+    tdpo1 = -torch.nn.functional.logsigmoid(0.5 * z)
+    tdpo1.mean().backward()
+    torch.testing.assert_close(losses, tdpo1.detach(), rtol=1e-9, atol=1e-9)
+    for name, p in sparse.model.named_parameters():
+        if "token_masks" not in name:
+            torch.testing.assert_close(grads[name], p.grad, rtol=1e-7, atol=1e-10)
+    assert (kl > 0.01).all() and all(g.any() for n, g in grads.items() if ".first." in n or ".mixer." in n)
+    torch.testing.assert_close(metrics["rewards/margins"].detach(), 0.5 * z.detach())
+    torch.testing.assert_close(metrics["kl/chosen"], kl[:6])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_micro_batches_do_not_change_a_step(variant, policy, tmp_path):
+    """8 pairs at once, in 4 + 4 and in 4 x 2, and cut by tokens: one loss, gradient norm and set of weights."""
+    found = []
+    for size, accumulated, options in ((8, 1, {}), (4, 2, {}), (2, 4, {}), (8, 1, {"tokens_per_batch": 90})):
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated, **options}
+        one = trainer(load_policy(policy).double(), tmp_path, variant=variant, **NO_DROPOUT[variant], **options)
+        one.train()
+        found.append((logged(one, "loss"), logged(one, "grad_norm"), parameters(one.model)))
+    for losses, norms, weights in found[1:]:
+        assert losses == pytest.approx(found[0][0], abs=1e-7) and norms == pytest.approx(found[0][1], rel=1e-7)
+        for name, p in found[0][2].items():
+            torch.testing.assert_close(weights[name], p, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_metric_is_logged_and_consistent(variant, policy, tmp_path):
+    on_kl = {"mask_on_kl": False} if variant == "mapo" else {}
+    run = trainer(
+        policy, tmp_path, eval_data=pairs(4, seed=1), variant=variant, eval_strategy="steps", eval_steps=2, **on_kl
+    )
+    run.train()
+    history = run.state.log_history
+    first, metrics = history[0], next(e for e in history if "eval_loss" in e)
+    terms = ("mask_u",) if variant == "mapo" else ("mask_u", "mask_d")
+    names = [f"{t}_{what}" for t in terms for what in ("mean", "sparsity", "l1")]
+    for name in ("rewards", "logps", "kl", "masked_kl", *names):
+        for side in ("chosen", "rejected"):
+            assert f"{name}/{side}" in first and f"eval_{name}/{side}" in metrics
+    assert not any("mask_d" in name for name in first) or variant != "mapo"
+    # before the first step the policy is its reference: nothing to weigh yet
+    assert first["kl/chosen"] == pytest.approx(0, abs=1e-6) and first["rewards/chosen"] == pytest.approx(0, abs=1e-5)
+    assert first["loss"] == pytest.approx(0.6931, abs=1e-4)
+    assert metrics["eval_kl/chosen"] > 1e-5
+    if variant == "mapo":  # weight 1 on the KL
+        assert metrics["eval_masked_kl/chosen"] == pytest.approx(metrics["eval_kl/chosen"])
+        assert 0 < first["mask_u_mean/chosen"] < 1
+    else:
+        assert first["mask_u_mean/chosen"] == pytest.approx(1, abs=0.25)
+        assert first["mask_u_sparsity/chosen"] == 0
+
+
+def test_l1_is_halved_for_a_common_mask():
+    options = {"output_dir": "x", "use_cpu": True, "mask_l1_reward": 0.1, "mask_l1_kl": 0.2}
+    assert SparsePOConfig(**options).l1 == {"l1_u": 0.05, "l1_d": 0.1}
+    assert SparsePOConfig(variant="independent", **options).l1 == {"l1_u": 0.1, "l1_d": 0.2}
+    only = {**options, "mask_l1_reward": 0.0, "mask_on_reward": False}
+    assert SparsePOConfig(**only).l1 == {"l1_u": 0.0, "l1_d": 0.2}
+
+
+def test_l1_shrinks_the_masks_and_decay_is_theirs_alone(policy, tmp_path):
+    plain = trainer(policy, tmp_path, max_steps=8, lr_scheduler_type="constant")
+    plain.train()
+    small = trainer(policy, tmp_path, max_steps=8, lr_scheduler_type="constant", mask_l1_kl=5.0)
+    small.train()
+    key = "mask_d_mean/chosen"
+    assert logged(small, key)[-1] < logged(plain, key)[-1] - 0.05
+    groups = small.optimizer.param_groups
+    assert [g["weight_decay"] for g in groups] == [0.0, 0.0, 0.01, 0.0]
+    assert sum(len(g["params"]) for g in groups) == len(list(small.model.parameters()))
+    # weights (a linear per layer, the mixer), and biases with the norm's two
+    assert [len(g["params"]) for g in groups[2:]] == [3, 4]
+
+
+def test_the_masks_learning_rate(policy, tmp_path):
+    """Zero: the masks stay, the policy moves. It follows the schedule of the others."""
+    still = trainer(policy, tmp_path, mask_learning_rate=0.0)
+    before, weights = masks_of(still), parameters(still.model)
+    still.train()
+    assert_same(masks_of(still), before)
+    assert any(not torch.equal(p, weights[n]) for n, p in still.model.named_parameters())
+    own = trainer(policy, tmp_path, mask_learning_rate=0.5, learning_rate=1e-3, lr_scheduler_type="linear")
+    own.create_optimizer_and_scheduler(4)
+    own.optimizer.step()
+    own.lr_scheduler.step()
+    assert [g["lr"] for g in own.optimizer.param_groups] == pytest.approx([7.5e-4, 7.5e-4, 0.375, 0.375])
+
+
+def test_dropout_of_the_policy_is_off_and_that_of_the_masks_on(policy, tmp_path):
+    run = trainer(policy, tmp_path, mask_dropout=0.4)
+    assert {m.p for m in run.masks.modules() if isinstance(m, torch.nn.Dropout)} == {0.4}
+    first, second = (losses_of(run)[2] for _ in range(2))
+    assert not torch.equal(first.m_u, second.m_u) and torch.equal(first.logps, second.logps)
+
+
+# ---- LoRA and files --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["common", "independent"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
+def test_masks_are_trained_saved_and_loaded(variant, lora, policy, tmp_path):
+    run = trainer(policy, tmp_path, lora=LoraConfig(**LORA) if lora else None, variant=variant, max_steps=3)
+    before = masks_of(run)
+    run.train()
+    after = masks_of(run)
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    run.save_model()
+
+    saved = list(tmp_path.glob("*.safetensors"))
+    assert {path.name for path in saved} == {FILE_NAME, "adapter_model.safetensors" if lora else "model.safetensors"}
+    loaded, reference = load_masks(tmp_path)
+    assert_same({name: p.detach() for name, p in loaded.named_parameters()}, after)
+    assert reference == policy
+    # the model's own file holds no masks, and is the trained model
+    again = load_policy(tmp_path)
+    batch = PairCollator(run.processing_class.pad_token_id)(run.train_dataset.select(range(4)).to_list())
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        torch.testing.assert_close(again(**inputs).logits, run.model.eval()(**inputs).logits, rtol=1e-4, atol=1e-4)
+
+    # from the files alone the masks are those of the trainer
+    core = AutoModelForCausalLM.from_pretrained(reference)
+    with torch.no_grad():
+        with watch_states(core, completions(batch)) as states:
+            core(**inputs)
+        expected = run.forward(run.model, batch)[0]
+        for ours, theirs in zip(loaded(states), (expected.m_u, expected.m_d), strict=True):
+            torch.testing.assert_close(ours * completions(batch).mask, theirs * expected.mask)
+
+
+def test_a_mapo_run_says_what_its_masks_are(policy, tmp_path):
+    run = trainer(policy, tmp_path, variant="mapo", mask_activations="attn")
+    run.train()
+    run.save_model()
+    assert not any("token_masks" in name for name, _ in run.model.named_parameters())
+    description, weights = read_masks(tmp_path)
+    assert description == {"variant": "mapo", "activations": "attn", "reference": policy} and weights == {}
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
+@pytest.mark.parametrize("variant", ["independent", "mapo"])
+def test_resuming_is_exact(variant, lora, policy, tmp_path):
+    """With dropout in the masks, at a step within an epoch (of 4 steps of 4 pairs) and after one."""
+    options = {
+        "variant": variant, "max_steps": 6, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "linear",
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
+    }  # fmt: skip
+    if variant != "mapo":
+        options |= {"mask_dropout": 0.3, "mask_learning_rate": 0.02}
+
+    def make(folder):
+        return trainer(policy, folder, lora=LoraConfig(**LORA) if lora else None, **options)
+
+    straight = make(tmp_path / "a")
+    straight.train()
+    torch.manual_seed(99)
+    resumed = make(tmp_path / "b")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    assert_same(parameters(resumed.model), parameters(straight.model))
+    for key in ("loss", "grad_norm", "learning_rate", "kl/chosen", "mask_u_mean/chosen"):
+        assert len(logged(straight, key)) == 6 and logged(resumed, key) == logged(straight, key)
+
+
+def test_the_best_checkpoint_brings_its_masks(policy, tmp_path, caplog):
+    run = trainer(
+        policy, tmp_path, eval_data=pairs(4, seed=1), max_steps=4, save_strategy="steps", save_steps=2,
+        eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, metric_for_best_model="eval_kl/chosen",
+        greater_is_better=False, mask_learning_rate=0.05,
+    )  # fmt: skip
+    run.train()
+    assert run.state.best_model_checkpoint.endswith("checkpoint-2")  # the KL grows
+    assert_same(masks_of(run), read_masks(tmp_path / "checkpoint-2")[1])
+    assert "missing keys" not in caplog.text  # the model's file is whole without them
+
+
+def test_the_reference_holds_no_masks_and_is_not_trained(policy, tmp_path):
+    run = trainer(policy, tmp_path)
+    before = parameters(run.reference.model)
+    run.train()
+    assert_same(parameters(run.reference.model), before)
+    assert not any("token_masks" in name for name in before)
+
+
+def test_masks_that_are_all_zero_stop_the_run(policy, tmp_path):
+    run = trainer(policy, tmp_path, max_steps=4)
+    with torch.no_grad():
+        run.masks.networks["common"].mixer.weight.neg_()
+    with pytest.raises(TrainingError, match="every mask is 0 at every token of the last 1 step.*mask_learning_rate"):
+        run.train()
+
+
+# ---- guards ----------------------------------------------------------------------------------------------------------
+
+IGNORED = {
+    "mask_layers": "all",
+    "mask_mlp_size": 8,
+    "mask_init": "unit",
+    "mask_dropout": 0.0,
+    "mask_l1_reward": 0.1,
+    "mask_l1_kl": 0.0,
+    "mask_weight_decay": 0.1,
+    "mask_learning_rate": 1e-3,
+}
+
+
+@pytest.mark.parametrize("name", IGNORED)
+def test_options_of_learned_masks_are_errors_with_mapo(name, tmp_path):
+    with pytest.raises(ConfigError, match=f"{name}: variant mapo would ignore this"):
+        config(tmp_path, variant="mapo", **{name: IGNORED[name]})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variant": "sparse"}, "variant must be one of common, independent, mapo, got 'sparse'"),
+        ({"mask_activations": "mlp"}, "mask_activations: variant common would ignore this"),
+        ({"variant": "mapo", "mask_activations": "head"}, "no activations 'head'"),
+        ({"mask_on_reward": False, "mask_on_kl": False}, "both false: that is TDPO1"),
+        ({"variant": "independent", "mask_on_kl": False}, "use common"),
+        ({"mask_on_kl": False, "mask_l1_kl": 0.1}, "mask_l1_kl: mask_on_kl is false"),
+        ({"mask_layers": "first"}, "mask_layers must be one of all, last"),
+        ({"mask_init": "zero"}, "mask_init must be one of unit, released"),
+        ({"mask_dropout": 1.0}, "mask_dropout is a share"),
+        ({"mask_mlp_size": 0}, "mask_mlp_size counts from 1"),
+        ({"mask_weight_decay": -1.0}, "mask_weight_decay must not be negative"),
+    ],
+)
+def test_what_makes_no_sense_is_said(options, message, tmp_path):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        config(tmp_path, **options)
+
+
+def test_what_the_trainer_refuses(policy, tokenizer, tmp_path):
+    with pytest.raises(ConfigError, match="precompute_ref_log_probs: this loss compares whole distributions"):
+        trainer(policy, tmp_path, precompute_ref_log_probs=True)
+    from sparse_runs import SparsePOTrainer
+
+    model = tiny_model(tokenizer)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(ConfigError, match="optimizer made before cannot train them"):
+        SparsePOTrainer(model, config(tmp_path), pairs(), processing_class=tokenizer, optimizers=(optimizer, None))
+    assert isinstance(pairs(), Dataset)

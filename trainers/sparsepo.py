@@ -1,0 +1,377 @@
+"""SparsePO (token weights learned with the policy) and MaPO (token weights from the reference's activations)."""
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from align.errors import ConfigError, TrainingError
+from align.modeling.activation_masks import architecture, groups_of, watch_activations
+from align.modeling.load import Reference
+from align.modeling.logprobs import language_model, model_inputs
+from align.modeling.pairs import Completions, PairTokens, at_completions, completions
+from align.modeling.token_masks import (
+    INITS,
+    MaskSettings,
+    TokenMasks,
+    describe_masks,
+    read_masks,
+    save_masks,
+    watch_states,
+)
+from align.objectives.sparse_po import implicit_rewards, masked_sums, sparse_po_loss, sparsity
+from trainers.preference import PreferenceConfig, PreferenceTrainer
+
+VARIANTS = ("common", "independent", "mapo")
+LEARNED = {  # options of the mask networks and what they are by default; none of them means anything to mapo
+    "mask_layers": "all",
+    "mask_mlp_size": None,
+    "mask_init": "unit",
+    "mask_dropout": 0.01,
+    "mask_l1_reward": 0.0,
+    "mask_l1_kl": 0.0,
+    "mask_weight_decay": 0.01,
+    "mask_learning_rate": None,
+}
+PREFIX = "token_masks"
+
+
+@dataclass
+class SparsePOConfig(PreferenceConfig):
+    """Options of SparsePO and MaPO. The options of learned masks are errors with `variant: mapo`, and the other way
+    round."""
+
+    variant: str = field(
+        default="common",
+        metadata={
+            "help": "common: one learned mask for both terms. independent: one each. mapo: from the reference's "
+            "activations, nothing learned.",
+            "choices": list(VARIANTS),
+        },
+    )
+    mask_on_reward: bool = field(default=True, metadata={"help": "Weigh the log-ratios; false: weight 1."})
+    mask_on_kl: bool = field(default=True, metadata={"help": "Weigh the KL; false: weight 1."})
+    mask_layers: str | None = field(
+        default=None,
+        metadata={"help": "all: a mask reads the states after every layer (the default). last: after the last one."},
+    )
+    mask_mlp_size: int | None = field(
+        default=None, metadata={"help": "Width of a further linear layer (released: 200). Default: none."}
+    )
+    mask_init: str | None = field(
+        default=None,
+        metadata={
+            "help": "unit: masks start near 1, as TDPO1 (the default). released: near 0, as in the authors' code."
+        },
+    )
+    mask_dropout: float | None = field(
+        default=None, metadata={"help": "Dropout in the masks, apart from disable_dropout. Default: 0.01."}
+    )
+    mask_l1_reward: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the reward mask's L1 norm, summed over tokens. Halved, as released, where one "
+            "common mask is both. Default: 0."
+        },
+    )
+    mask_l1_kl: float | None = field(default=None, metadata={"help": "The same for the divergence mask. Default: 0."})
+    mask_weight_decay: float | None = field(
+        default=None, metadata={"help": "AdamW's decay of the masks' weights (not biases and norms). Default: 0.01."}
+    )
+    mask_learning_rate: float | None = field(
+        default=None, metadata={"help": "Initial learning rate of the masks. Default: learning_rate."}
+    )
+    mask_activations: str | None = field(
+        default=None, metadata={"help": "Of mapo: mlp, attn, resid, logits or all (the default)."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.variant not in VARIANTS:
+            raise ConfigError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
+        foreign = LEARNED if self.variant == "mapo" else ("mask_activations",)
+        ignored = [name for name in foreign if getattr(self, name) is not None]
+        if ignored:
+            raise ConfigError(f"{', '.join(ignored)}: variant {self.variant} would ignore this; leave it out")
+        if not (self.mask_on_reward or self.mask_on_kl):
+            raise ConfigError("mask_on_reward and mask_on_kl are both false: that is TDPO1, loss_type tdpo1 of dpo")
+        if self.variant == "mapo":
+            self.mask_activations = self.mask_activations or "all"
+            groups_of(self.mask_activations)
+        else:
+            self._check_learned()
+
+    def _check_learned(self) -> None:
+        if self.variant == "independent" and not (self.mask_on_reward and self.mask_on_kl):
+            raise ConfigError("variant independent has a mask for either term; with one of them alone use common")
+        for name, default in LEARNED.items():
+            if getattr(self, name) is None:
+                setattr(self, name, default)
+        for name, choices in (("mask_layers", ("all", "last")), ("mask_init", INITS)):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if not 0 <= self.mask_dropout < 1:
+            raise ConfigError(f"mask_dropout is a share in [0, 1), got {self.mask_dropout}")
+        if self.mask_mlp_size is not None and self.mask_mlp_size < 1:
+            raise ConfigError(f"mask_mlp_size counts from 1, got {self.mask_mlp_size}")
+        for name in ("mask_l1_reward", "mask_l1_kl", "mask_weight_decay", "mask_learning_rate"):
+            if (getattr(self, name) or 0) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        for term in ("reward", "kl"):
+            if not getattr(self, f"mask_on_{term}") and getattr(self, f"mask_l1_{term}"):
+                raise ConfigError(f"mask_l1_{term}: mask_on_{term} is false, so there is no such mask")
+
+    @property
+    def l1(self) -> dict[str, float]:
+        """lambda_u and lambda_d of the loss. One common mask has both norms, so that each counts half."""
+        if self.variant == "mapo":
+            return {}
+        share = 0.5 if self.variant == "common" and self.mask_on_reward and self.mask_on_kl else 1.0
+        return {"l1_u": share * self.mask_l1_reward, "l1_d": share * self.mask_l1_kl}
+
+
+def pair_tokens_with_kl(model, reference, batch, *, chunk_size=None):
+    places = completions(batch)
+    found = []
+    with reference.active() as ref_model:
+        found.append(_logits(ref_model, batch, places))
+    found.append(_logits(model, batch, places))
+    ref, pol = (x.log_softmax(-1) for x in found)
+    kl = (ref.exp() * (ref - pol)).sum(-1) * places.mask
+    logps = [x.gather(-1, places.ids[..., None]).squeeze(-1) * places.mask for x in (pol, ref)]
+    return PairTokens(logps[0], places.mask, kl), PairTokens(logps[1], places.mask)
+
+
+def _logits(model, batch, places):
+    inputs = model_inputs(language_model(model), batch["input_ids"], batch["attention_mask"])
+    logits = at_completions(model(**inputs).logits, places)
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+@dataclass
+class MaskedTokens(PairTokens):
+    """The policy's tokens with their weights m_u and m_d, [2B, L] each; None is weight 1."""
+
+    m_u: Tensor | None = None
+    m_d: Tensor | None = None
+
+
+class Watched:
+    """A reference that is looked into while it runs. `seen` is what `watch` yielded, `inside` whether it is running."""
+
+    def __init__(self, reference: Reference, watch):
+        self.reference = reference
+        self.watch = watch
+        self.seen = None
+        self.inside = False
+
+    @contextmanager
+    def active(self):
+        with self.reference.active() as model, self.watch(language_model(model)) as self.seen:
+            self.inside = True
+            try:
+                yield model
+            finally:
+                self.inside = False
+
+
+class SparsePOTrainer(PreferenceTrainer):
+    """TDPO1 with a weight on every token, separately for reward and divergence.
+
+    Learned masks are a submodule `token_masks` of the model, so that they are moved, wrapped and clipped with it. They
+    are trained beside full weights and adapters alike, and written to a file of their own, token_masks.safetensors, in
+    checkpoints and beside the trained model, whose own files do not hold them: a policy needs no mask to generate.
+    """
+
+    _tag_names = ["align", "sparsepo"]
+    needs_reference_model = True
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        args: SparsePOConfig,
+        train_dataset,
+        eval_dataset=None,
+        processing_class=None,
+        ref_model: str | nn.Module | None = None,
+        peft_config=None,
+        callbacks=None,
+        optimizers=(None, None),
+    ):
+        if optimizers[0] is not None and args.variant != "mapo":
+            raise ConfigError("the masks are made with the trainer, so an optimizer made before cannot train them")
+        super().__init__(
+            model,
+            args,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            ref_model=ref_model,
+            peft_config=peft_config,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        core = language_model(self.reference.model)
+        self.masks: TokenMasks | None = None
+        if args.variant == "mapo":
+            architecture(core)
+        else:
+            # made after the reference, which is a copy of the model: it must not hold them
+            self.masks = self._new_masks(core).to(args.device)
+            self.model.add_module(PREFIX, self.masks)
+
+    def _new_masks(self, reference: nn.Module) -> TokenMasks:
+        args, config = self.args, reference.config.get_text_config()
+        settings = MaskSettings(
+            variant=args.variant,
+            hidden_size=config.hidden_size,
+            num_layers=config.num_hidden_layers,
+            layers=args.mask_layers,
+            mlp_size=args.mask_mlp_size,
+            dropout=args.mask_dropout,
+            on_reward=args.mask_on_reward,
+            on_kl=args.mask_on_kl,
+        )
+        masks = TokenMasks(settings).initialise(args.mask_init, args.seed)
+        return masks.double() if reference.dtype == torch.float64 else masks
+
+    # ---- forward and loss -------------------------------------------------------------------------------------------
+
+    def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[MaskedTokens, PairTokens]:
+        places = completions(batch)
+        if self.masks is None:
+            groups = groups_of(self.args.mask_activations)
+            watched = Watched(self.reference, lambda core: watch_activations(core, places, groups))
+            policy, reference = self._tokens(model, watched, batch)
+            mask = watched.seen.mask()
+            m_u, m_d = (mask if on else None for on in (self.args.mask_on_reward, self.args.mask_on_kl))
+        else:
+            watched = Watched(self.reference, lambda core: watch_states(core, places, self.args.mask_layers))
+            with self._masks_in(watched, places) as weights:
+                policy, reference = self._tokens(model, watched, batch)
+            m_u, m_d = weights["masks"]
+        return MaskedTokens(**vars(policy), m_u=m_u, m_d=m_d), reference
+
+    def _tokens(self, model, watched: Watched, batch) -> tuple[PairTokens, PairTokens]:
+        return pair_tokens_with_kl(model, watched, batch, chunk_size=self.args.chunk_size)
+
+    @contextmanager
+    def _masks_in(self, watched: Watched, places: Completions):
+        """A dict that holds the masks once the policy has run. The networks run inside the policy's own forward pass
+        and are part of its output: DDP takes parameters that it cannot reach from there for unused, and FSDP has their
+        weights together only there."""
+        kept = {}
+
+        def run(module, args, output):
+            if watched.inside:  # an adapter's reference is the same module
+                return
+            with self.accelerator.autocast():
+                kept["masks"] = self.masks(watched.seen)
+            output[PREFIX] = tuple(m for m in kept["masks"] if m is not None)
+
+        # prepended: the wrappers' own hooks must see the output with the masks
+        hook = self.accelerator.unwrap_model(self.model).register_forward_hook(run, prepend=True)
+        try:
+            yield kept
+        finally:
+            hook.remove()
+
+    def losses(
+        self, policy: MaskedTokens, reference: PairTokens, batch: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        beta = self.args.beta
+        sums = masked_sums(policy.logps - reference.logps, policy.kl, policy.mask, policy.m_u, policy.m_d)
+        halves = zip(*(value.chunk(2) for value in vars(sums).values()), strict=True)
+        chosen, rejected = (type(sums)(*values) for values in halves)
+        rewards = implicit_rewards(chosen, beta), implicit_rewards(rejected, beta)
+        return sparse_po_loss(chosen, rejected, beta=beta, **self.args.l1), {
+            "rewards/chosen": rewards[0],
+            "rewards/rejected": rewards[1],
+            "rewards/margins": rewards[0] - rewards[1],
+            "rewards/accuracies": rewards[0] > rewards[1],
+            **by_side("logps", policy.logps.sum(-1)),
+            **by_side("kl", policy.kl.sum(-1)),
+            **by_side("masked_kl", sums.d),
+            **mask_metrics("mask_u", policy.m_u, policy.mask),
+            **mask_metrics("mask_d", policy.m_d, policy.mask),
+        }
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        norms = [value for name, value in logs.items() if name.startswith(("mask_u_l1/", "mask_d_l1/"))]
+        if norms and not any(norms):
+            raise TrainingError(
+                f"every mask is 0 at every token of the last {self.args.logging_steps:g} steps, up to step "
+                f"{self.state.global_step}: nothing is trained any more. Lower mask_learning_rate, mask_l1_reward or "
+                "mask_l1_kl, and start from the last checkpoint before"
+            )
+
+    # ---- optimiser --------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """The masks are two groups of their own: weights, which decay by mask_weight_decay, and biases and norms."""
+        optimizer = super().create_optimizer(model)
+        if self.masks is None:
+            return optimizer
+        named = [(n, p) for n, p in (model or self.model).named_parameters() if f"{PREFIX}." in n]
+        mine = {id(p) for _, p in named}
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in mine]
+        rate = self.args.mask_learning_rate
+        shared = {} if rate is None else {"lr": rate}
+        for decays, weight_decay in ((True, self.args.mask_weight_decay), (False, 0.0)):
+            params = [p for n, p in named if (n.endswith(".weight") and ".norm." not in n) == decays]
+            optimizer.add_param_group({"params": params, "weight_decay": weight_decay, **shared})
+        return optimizer
+
+    # ---- files ------------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        state = self.accelerator.unwrap_model(self.model).state_dict() if state_dict is None else state_dict
+        start = f"{PREFIX}."
+        super()._save(str(folder), {name: value for name, value in state.items() if not name.startswith(start)})
+        reference = language_model(self.reference.model).config._name_or_path
+        if self.masks is None:
+            description = {"variant": "mapo", "activations": self.args.mask_activations, "reference": reference}
+        else:
+            description = describe_masks(self.masks.settings, reference)
+        weights = {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
+        save_masks(folder, description, weights)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_masks(resume_from_checkpoint)
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        load_result.missing_keys[:] = [key for key in load_result.missing_keys if not key.startswith(f"{PREFIX}.")]
+        super()._issue_warnings_after_load(load_result)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_masks(self.state.best_model_checkpoint)
+
+    def _load_masks(self, checkpoint: str) -> None:
+        # sharded weights were saved, and are loaded, with the masks among them
+        if self.masks is not None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self.masks.load_state_dict(read_masks(checkpoint)[1])
+
+
+def by_side(name: str, values: Tensor) -> dict[str, Tensor]:
+    """Values [2B] as a metric of the chosen and one of the rejected, [B] each."""
+    chosen, rejected = values.chunk(2)
+    return {f"{name}/chosen": chosen, f"{name}/rejected": rejected}
+
+
+def mask_metrics(name: str, weights: Tensor | None, mask: Tensor) -> dict[str, Tensor]:
+    """Mean weight, share of exact zeros and L1 norm (a sum over tokens) of every completion."""
+    if weights is None:
+        return {}
+    norms = (weights.abs() * mask).sum(-1)
+    return {
+        **by_side(f"{name}_mean", norms / mask.sum(-1)),
+        **by_side(f"{name}_sparsity", sparsity(weights, mask)),
+        **by_side(f"{name}_l1", norms),
+    }
