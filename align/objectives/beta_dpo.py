@@ -44,8 +44,8 @@ def beta_dpo(pairs: PairLogps, *, beta: float = 0.1, draw: BetaDraw | None = Non
 class RunningMoments:
     """Exponential moving averages of the mean and the (unbiased) standard deviation of batches.
 
-    m <- momentum * m + (1 - momentum) * batch, from 0. corrected: divided by 1 - momentum^t after t batches, so that the
-    first batch's values are the batch's own; else the first steps are pulled to 0.
+    m <- momentum * m + (1 - momentum) * batch, from 0. corrected: divided by 1 - momentum^t after t batches, so that
+    after the first they are that batch's own; else the first steps are pulled to 0.
     """
 
     def __init__(self, momentum: float = 0.9, corrected: bool = True):

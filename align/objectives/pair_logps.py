@@ -81,7 +81,7 @@ def pair_logps(
 
     Args:
         logps, ref_logps: [2B, L], of policy and reference in nats; rows: B chosen, then B rejected in their order.
-        mask: [2B, L], non-zero at completion tokens, which are left-aligned. Values outside do not enter.
+        mask: [2B, L], non-zero at completion tokens. Values outside do not enter.
         kl: [2B, L], KL(ref || pi) per token position.
         ld_alpha: weight in [0, 1] of the tokens beyond the length of the pair's shorter completion (LD-DPO,
             arXiv 2409.06411); None is 1. It weighs log-probs, not lengths and not the KL.
@@ -118,10 +118,11 @@ def pair_logps(
 def length_weights(mask: Tensor, ld_alpha: float) -> Tensor:
     """Weights of the tokens [2B, L] that desensitise a pair to its lengths (LD-DPO, arXiv 2409.06411).
 
-    1 on the first min(|y_w|, |y_l|) tokens of both completions, ld_alpha on those beyond; mask: [2B, L], left-aligned.
+    1 on the first min(|y_w|, |y_l|) tokens of both completions, ld_alpha on those beyond; mask: [2B, L].
     """
-    shared = torch.minimum(*mask.bool().sum(-1).chunk(2)).repeat(2)
-    beyond = torch.arange(mask.shape[-1], device=mask.device) >= shared[:, None]
+    count = mask.bool().cumsum(-1)
+    shared = torch.minimum(*count[:, -1].chunk(2)).repeat(2)
+    beyond = count > shared[:, None]
     return torch.where(beyond, ld_alpha, 1.0)
 
 

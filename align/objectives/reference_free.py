@@ -75,6 +75,16 @@ def log1mexp(x: Tensor) -> Tensor:
     return torch.where(near, torch.log(-torch.expm1(small)), torch.log1p(-torch.exp(large)))
 
 
+def mean_rewards(pairs: PairLogps, *, beta: float) -> tuple[Tensor, Tensor]:
+    """beta a of chosen and rejected, [B] each: what SimPO and ORPO log as rewards."""
+    return beta * mean_chosen(pairs), beta * mean_rejected(pairs)
+
+
+def alphapo_rewards(pairs: PairLogps, *, beta: float, alphapo_alpha: float) -> tuple[Tensor, Tensor]:
+    """beta r of chosen and rejected, [B] each."""
+    return tuple(beta * alphapo_reward(mean(pairs), alphapo_alpha) for mean in (mean_chosen, mean_rejected))
+
+
 def mean_chosen(pairs: PairLogps) -> Tensor:
     """a(y_w), [B]."""
     return pairs.chosen / pairs.chosen_length
