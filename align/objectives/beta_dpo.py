@@ -115,8 +115,8 @@ class BetaDPOState:
         kept = self.draw(everything)
         beta = dynamic_beta(everything[kept].mean(), self.moments.mean, beta=self.beta, alpha=self.alpha)
         mine = kept.split(sizes)[rank]
-        pairs, counted = (mine, sizes[rank]) if not self.corrected else (kept, len(kept))
-        return BetaDraw(beta, mine.double() * counted / pairs.sum().clamp(min=1))
+        averaged = kept if self.corrected else mine
+        return BetaDraw(beta, mine.double() * len(averaged) / averaged.sum().clamp(min=1))
 
     def draw(self, gaps: Tensor) -> Tensor:
         """Which of the gaps [N] are kept, bool [N]."""

@@ -34,8 +34,8 @@ def alpha_divergence(rho: Tensor, *, alpha: float = 0.5) -> Tensor:
 
 
 def largest_exponent(dtype: torch.dtype) -> float:
-    """An x with e^x well inside the range of the dtype."""
-    return 0.9 * math.log(torch.finfo(dtype).max)
+    """An x whose e^x is in the range of the dtype, and its square too (IPO, norms of gradients): 39.9 in float32."""
+    return 0.45 * math.log(torch.finfo(dtype).max)
 
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")

@@ -70,7 +70,6 @@ def keyword_options(function: Callable) -> dict[str, inspect.Parameter]:
 
 
 _difference = partial(PreferenceLoss, modifiers=MODIFIERS)  # losses of Delta alone, which an f-divergence can replace
-_plain = PreferenceLoss
 _free = partial(
     PreferenceLoss, needs_reference=False, modifiers=("use_weighting",), unaffected=("f_divergence_type",)
 )  # with ld_alpha their means per token would no longer be means
@@ -87,16 +86,16 @@ LOSSES: dict[str, PreferenceLoss] = {
     "discopop": _difference(dpo.discopop),
     "rpo_sum": _difference(dpo.rpo_sum),
     "rpo_mean": _difference(dpo.rpo_mean),
-    "nca_pair": _plain(dpo.nca_pair),
-    "bco_pair": _plain(dpo.bco_pair),
-    "sppo_hard": _plain(dpo.sppo_hard),
-    "apo_zero": _plain(dpo.apo_zero),
-    "apo_down": _plain(dpo.apo_down),
-    "aot": _plain(dpo.aot, across_pairs=True, modifiers=("ld_alpha",)),  # sorted losses are no pair's to weigh
-    "aot_unpaired": _plain(dpo.aot_unpaired, across_pairs=True, modifiers=("ld_alpha",)),
-    "beta_dpo": _plain(beta_dpo.beta_dpo, across_pairs=True, state=beta_dpo.BetaDPOState),
-    "tdpo1": _plain(tdpo.tdpo1, needs_kl=True, modifiers=("use_weighting",), rewards=tdpo.tdpo_rewards),
-    "tdpo2": _plain(tdpo.tdpo2, needs_kl=True, modifiers=("use_weighting",), rewards=tdpo.tdpo_rewards),
+    "nca_pair": PreferenceLoss(dpo.nca_pair),
+    "bco_pair": PreferenceLoss(dpo.bco_pair),
+    "sppo_hard": PreferenceLoss(dpo.sppo_hard),
+    "apo_zero": PreferenceLoss(dpo.apo_zero),
+    "apo_down": PreferenceLoss(dpo.apo_down),
+    "aot": PreferenceLoss(dpo.aot, across_pairs=True, modifiers=("ld_alpha",)),  # sorted losses are no pair's to weigh
+    "aot_unpaired": PreferenceLoss(dpo.aot_unpaired, across_pairs=True, modifiers=("ld_alpha",)),
+    "beta_dpo": PreferenceLoss(beta_dpo.beta_dpo, across_pairs=True, state=beta_dpo.BetaDPOState),
+    "tdpo1": PreferenceLoss(tdpo.tdpo1, needs_kl=True, modifiers=("use_weighting",), rewards=tdpo.tdpo_rewards),
+    "tdpo2": PreferenceLoss(tdpo.tdpo2, needs_kl=True, modifiers=("use_weighting",), rewards=tdpo.tdpo_rewards),
     "sft": _free(dpo.sft, needs_mean_length=True, unaffected=("f_divergence_type", "ld_alpha")),
     "cpo": _free(reference_free.cpo, needs_mean_length=True),
     "simpo": _free(reference_free.simpo, rewards=reference_free.mean_rewards),

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from align.objectives.dpo import sft, smoothed
+from align.objectives.f_divergences import alpha_divergence
 from align.objectives.pair_logps import PairLogps
 
 
@@ -46,8 +47,11 @@ def alphapo(pairs: PairLogps, *, beta: float = 25.0, simpo_gamma: float = 2.5, a
 
 
 def alphapo_reward(mean_logps: Tensor, alpha: float) -> Tensor:
-    """(1 - e^(-alpha a))/alpha, of any shape; a for alpha = 0."""
-    return mean_logps if alpha == 0 else -torch.expm1(-alpha * mean_logps) / alpha
+    """(1 - e^(-alpha a))/alpha, of any shape; a for alpha = 0. It is the score of an alpha-divergence, of a.
+
+    A constant where the exponent is beyond `largest_exponent`: the gradient there is 0.
+    """
+    return alpha_divergence(mean_logps, alpha=1 - alpha)
 
 
 def orpo(pairs: PairLogps, *, beta: float = 0.1) -> Tensor:
