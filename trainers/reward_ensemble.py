@@ -1,15 +1,20 @@
-"""Ensembles of reward models, trained on the same pairs: members differ in head and data order."""
+"""Ensembles of reward models, trained on the same pairs: members differ in their seeds."""
 
 import copy
 import logging
 from pathlib import Path
 
+from align.distributed.checkpoints import newest_whole
 from align.errors import ConfigError
-from align.modeling.load import load_tokenizer
-from reward_models.ensemble import save_ensemble
+from align.modeling.load import load_sequence_classifier, load_tokenizer
+from align.modeling.member_lora import add_member_adapters
+from align.modeling.members import share_trunk
+from reward_models.ensemble import FILE_NAME, KINDS, save_ensemble
+from reward_models.joint import save_adapters, save_trunk
 from reward_models.normalizer import FILE_NAME as NORMALIZER_FILE
 from trainers.base import finish_tracking
 from trainers.reward import RewardConfig, RewardTrainer, tokenized_pairs
+from trainers.reward_joint import JointRewardTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -22,44 +27,101 @@ def train_reward_ensemble(
     processing_class=None,
     *,
     members: int = 5,
+    kind: str = "separate",
+    upper_layers: int | None = None,
+    train_trunk: bool = False,
     peft_config=None,
     callbacks=None,
     resume: bool = False,
 ) -> Path:
     """Train `members` reward models on the same pairs, tokenised once; member i has seed `args.seed + i`.
 
-    The seed draws the head and the order of the data, nothing else (Coste et al. 2023). Saves
-    `args.output_dir/member_<i>` and ensemble.json, and returns that folder, for `load_ensemble` or a reward of type
-    ensemble. With `resume` a member that is already saved whole is kept, whatever settings it was trained with.
+    kind: how the members are held.
+        separate      Models of their own, one run each. The seed draws the head and the order of the data, nothing else
+                      (Coste et al. 2023). With `peft_config` each is an adapter, and is loaded as a model of its own.
+        lora          One frozen model with an adapter (`peft_config`) and a head per member, from one pass over the
+                      data.
+        shared_trunk  The upper `upper_layers` layers and the head per member, from one pass; the layers below are
+                      shared, and frozen unless `train_trunk`.
+    From one pass, all members see the data in the order of `args.seed`, and differ in the seed of the head (and of the
+    adapter). A head that the model has already is replaced then: equal heads would stay equal.
+
+    Saves the members and ensemble.json in `args.output_dir` and returns that folder, for `load_ensemble` or a reward of
+    type ensemble. With `resume` a separate member that is already saved whole is kept, whatever settings it was trained
+    with, and one pass goes on from its newest checkpoint.
     """
-    if members < 1:
-        raise ConfigError(f"an ensemble needs at least one member, got {members}")
+    _check(model, members, kind, upper_layers, train_trunk, peft_config)
     processing_class = processing_class or load_tokenizer(model)
     train_dataset = tokenized_pairs(train_dataset, processing_class, args)
     if eval_dataset is not None:
         eval_dataset = tokenized_pairs(eval_dataset, processing_class, args)
-    folder = Path(args.output_dir)
-    for i in range(members):
-        member = folder / f"member_{i}"
-        if resume and (member / NORMALIZER_FILE).exists():
-            logger.info("%s is there and kept", member)
-            continue
-        member_args = copy.deepcopy(args)
-        member_args.output_dir = str(member)
-        member_args.seed = member_args.data_seed = args.seed + i
-        member_args.run_name = f"{args.run_name or folder.name}-member_{i}"
-        trainer = RewardTrainer(
-            str(model),
-            member_args,
-            train_dataset,
-            eval_dataset,
-            processing_class=processing_class,
-            peft_config=peft_config,
-            callbacks=callbacks,
-        )
-        trainer.train()
-        trainer.save_model()
-        finish_tracking(member_args)
+    data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "processing_class": processing_class}
+    folder, names = Path(args.output_dir), [f"member_{i}" for i in range(members)]
+    if kind == "separate":
+        for i, name in enumerate(names):
+            _train_one(str(model), args, folder / name, i, data, peft_config, callbacks, resume)
+    elif resume and (folder / FILE_NAME).exists():
+        logger.info("%s holds a trained ensemble, which is kept", folder)
+        return folder
+    else:
+        joint = _joint_model(str(model), args, processing_class, members, kind, upper_layers, train_trunk, peft_config)
+        trainer = JointRewardTrainer(joint, args, **data, callbacks=callbacks)
+        trainer.train(resume_from_checkpoint=resume and newest_whole(folder) is not None)
+        if trainer.args.should_save:
+            _save_joint(trainer, kind, folder, names, peft_config)
     if args.process_index == 0:
-        save_ensemble(folder, [f"member_{i}" for i in range(members)])
+        save_ensemble(folder, names, kind=kind, upper_layers=upper_layers)
     return folder
+
+
+def _check(model, members: int, kind: str, upper_layers: int | None, train_trunk: bool, peft_config) -> None:
+    if members < 1:
+        raise ConfigError(f"an ensemble needs at least one member, got {members}")
+    if kind not in KINDS:
+        raise ConfigError(f"the kind of an ensemble is one of {', '.join(KINDS)}, got {kind!r}")
+    if (kind == "shared_trunk") != (upper_layers is not None):
+        raise ConfigError(
+            "a shared trunk needs upper_layers: how many layers each member has of its own"
+            if upper_layers is None
+            else f"upper_layers belongs to the kind shared_trunk; {kind} would ignore it"
+        )
+    if train_trunk and kind != "shared_trunk":
+        raise ConfigError(f"train_trunk belongs to the kind shared_trunk; {kind} would ignore it")
+    if kind == "lora" and peft_config is None:
+        raise ConfigError("an ensemble of kind lora needs a peft_config (use_peft: true, lora_r ...)")
+    if kind == "shared_trunk" and peft_config is not None:
+        raise ConfigError("a shared trunk has no adapters: leave peft_config (use_peft) out, or take the kind lora")
+    if kind == "lora" and (Path(model) / "adapter_config.json").exists():
+        raise ConfigError(f"{model} holds an adapter, and members' adapters need a whole model: merge it first")
+
+
+def _train_one(model: str, args: RewardConfig, folder: Path, index: int, data, peft_config, callbacks, resume) -> None:
+    if resume and (folder / NORMALIZER_FILE).exists():
+        logger.info("%s is there and kept", folder)
+        return
+    member_args = copy.deepcopy(args)
+    member_args.output_dir = str(folder)
+    member_args.seed = member_args.data_seed = args.seed + index
+    member_args.run_name = f"{args.run_name or folder.parent.name}-{folder.name}"
+    trainer = RewardTrainer(model, member_args, **data, peft_config=peft_config, callbacks=callbacks)
+    trainer.train()
+    trainer.save_model()
+    finish_tracking(member_args)
+
+
+def _joint_model(model: str, args, tokenizer, members: int, kind: str, upper_layers, train_trunk: bool, peft_config):
+    seeds = [args.seed + i for i in range(members)]
+    core = load_sequence_classifier(model, pad_token_id=tokenizer.pad_token_id, head_seed=args.seed)
+    if kind == "lora":
+        return add_member_adapters(core, peft_config, seeds)
+    return share_trunk(core, seeds, upper_layers, train_trunk=train_trunk)
+
+
+def _save_joint(trainer: JointRewardTrainer, kind: str, folder: Path, names: list[str], peft_config) -> None:
+    model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
+    if kind == "lora":
+        save_adapters(model, [folder / name for name in names], peft_config, tokenizer)
+    else:
+        save_trunk(model, folder)
+        tokenizer.save_pretrained(folder)
+    trainer.save_normalizers([folder / name for name in names])

@@ -1,6 +1,5 @@
 import json
 import os
-import random
 from pathlib import Path
 
 import pytest
@@ -12,32 +11,11 @@ from align.data.noise import flip_labels, save_flips
 from align.errors import ConfigError, DataError
 from reward_models.base import RewardBatch
 from reward_models.classifier import ClassifierReward
-from reward_models.ensemble import load_ensemble
 from reward_models.normalizer import Normalizer
 from tests.modeling import tiny, wrapped
 from tests.reward_models import worlds
-from trainers.reward import RewardConfig, RewardTrainer
-from trainers.reward_ensemble import train_reward_ensemble
-
-GOOD = 6  # w0 .. w5 are good words
-
-
-def pairs(count: int, seed: int = 0, **columns) -> Dataset:
-    rng, rows = random.Random(seed), []
-    while len(rows) < count:
-        a, b = sorted(([rng.randrange(30) for _ in range(rng.randint(3, 9))] for _ in range(2)), key=quality)
-        if quality(a) < quality(b):
-            prompt = text(rng.randrange(30) for _ in range(rng.randint(1, 4)))
-            rows.append({"prompt": f"{prompt} ", "chosen": text(b), "rejected": text(a), **columns})
-    return Dataset.from_list(rows)
-
-
-def quality(words):
-    return sum(w < GOOD for w in words)
-
-
-def text(words):
-    return " ".join(f"w{w}" for w in words)
+from tests.trainers.reward_runs import config, logged, pairs
+from trainers.reward import RewardTrainer
 
 
 @pytest.fixture(scope="module")
@@ -55,25 +33,6 @@ def encoder(tmp_path_factory):
     tiny.classifier("bert", dtype=torch.float32, initializer_range=0.1).bert.save_pretrained(folder)
     worlds.tokenizer(encoder=True).save_pretrained(folder)
     return str(folder)
-
-
-def config(folder, **options) -> RewardConfig:
-    defaults = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 16,
-        "num_train_epochs": 4,
-        "learning_rate": 1e-2,
-        "logging_steps": 5,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    return RewardConfig(**{**defaults, **options})
-
-
-def logged(trainer, key):
-    return [entry[key] for entry in trainer.state.log_history if key in entry]
 
 
 @pytest.mark.parametrize("kind", ["causal", "encoder", "causal LoRA"])
@@ -199,30 +158,6 @@ def test_without_an_evaluation_set_the_normaliser_says_so(trunk, tmp_path, caplo
     assert "no evaluation set" in caplog.text
 
 
-def test_ensemble(trunk, tmp_path):
-    args = config(tmp_path / "rm", num_train_epochs=1)
-    folder = train_reward_ensemble(trunk, args, pairs(48), pairs(20, seed=1), members=2)
-    ensemble = load_ensemble(folder, "uwo", lambda_=0.5, device="cpu")
-    batch = RewardBatch(["w1 ", "w2 "], ["w3 w4", "w20 w9"])
-    output = ensemble.score(batch)
-    assert not torch.allclose(output.extras["member/0"], output.extras["member/1"])
-    assert json.loads((folder / "ensemble.json").read_text())["members"] == ["member_0", "member_1"]
-    # the heads are those of the seeds, and a single run with the second seed is the second member
-    single = RewardTrainer(
-        trunk, config(tmp_path / "one", num_train_epochs=1, seed=args.seed + 1), pairs(48), pairs(20, seed=1)
-    )
-    single.train()
-    single.save_model()
-    alone = ClassifierReward(str(tmp_path / "one"), device="cpu").score(batch).scores
-    torch.testing.assert_close(alone, output.extras["member/1"], rtol=0, atol=1e-5)
-    # a finished member is kept, an unfinished one is trained
-    before = (folder / "member_0" / "model.safetensors").stat().st_mtime_ns
-    (folder / "member_1" / "reward_normalizer.json").unlink()
-    train_reward_ensemble(trunk, args, pairs(48), pairs(20, seed=1), members=2, resume=True)
-    assert (folder / "member_0" / "model.safetensors").stat().st_mtime_ns == before
-    assert Normalizer.load(folder / "member_1") is not None
-
-
 def test_resume_is_exact(trunk, tmp_path):
     options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 8, "per_device_train_batch_size": 8}
     data = pairs(30)
@@ -274,8 +209,6 @@ def test_errors(trunk, tmp_path):
         RewardTrainer(trunk, config(tmp_path), Dataset.from_dict({"prompt": ["a"], "completion": ["b"]}))
     with pytest.raises(ConfigError, match="no linear layer with one output"):
         RewardTrainer(tiny.causal(), config(tmp_path), pairs(4), processing_class=worlds.tokenizer())
-    with pytest.raises(ConfigError, match="at least one member"):
-        train_reward_ensemble(trunk, config(tmp_path), pairs(4), members=0)
 
 
 HH = (

@@ -1,0 +1,164 @@
+"""Five members from one pass are the members that five passes would make, and load as one reward."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from align.errors import ConfigError
+from align.modeling.load import load_sequence_classifier
+from align.modeling.member_lora import add_member_adapters
+from align.modeling.members import Members, share_trunk
+from reward_models.base import RewardBatch
+from reward_models.classifier import ClassifierReward
+from reward_models.ensemble import load_ensemble
+from reward_models.normalizer import Normalizer
+from tests.modeling import tiny
+from tests.reward_models import worlds
+from tests.trainers.reward_runs import config, logged, pairs
+from trainers.reward import RewardTrainer
+from trainers.reward_ensemble import train_reward_ensemble
+from trainers.reward_joint import JointRewardTrainer
+
+BATCH = RewardBatch(["w1 ", "w2 "], ["w3 w4", "w20 w9"])
+LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+
+
+@pytest.fixture(scope="module")
+def trunk(tmp_path_factory):
+    """A causal language model of two layers without a score head, float32."""
+    folder = tmp_path_factory.mktemp("lm")
+    tiny.causal(dtype=torch.float32, initializer_range=0.1, hidden_size=32).save_pretrained(folder)
+    worlds.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def joint_model(folder, kind, seeds, **options):
+    model = load_sequence_classifier(folder)
+    return add_member_adapters(model, LORA, seeds) if kind == "lora" else share_trunk(model, seeds, 1, **options)
+
+
+def trained(folder, kind, seeds, output, **options):
+    args = config(output, num_train_epochs=1, max_grad_norm=0.05, logging_steps=1, **options)
+    trainer = JointRewardTrainer(joint_model(folder, kind, seeds), args, pairs(48), pairs(20, seed=1))
+    trainer.train()
+    return trainer
+
+
+def own_state(model, index):
+    return {
+        name: (p[index] if "lora_" in name else p).detach()
+        for name, p in model.named_parameters()
+        if p.requires_grad and ("lora_" in name or f".members.{index}." in name)
+    }
+
+
+@pytest.mark.parametrize("kind", ["lora", "shared_trunk"])
+def test_one_pass_trains_each_member_as_alone(kind, trunk, tmp_path):
+    """The same data order and seeds, gradients clipped hard at every step."""
+    together = trained(trunk, kind, [7, 8, 9], tmp_path / "all")
+    assert min(logged(together, "grad_norm")) > 0.1
+    for i in range(3):
+        alone = trained(trunk, kind, [7 + i], tmp_path / "one")
+        for a, b in zip(own_state(together.model, i).values(), own_state(alone.model, 0).values(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+        assert logged(together, f"loss/member_{i}") == pytest.approx(logged(alone, "loss"), rel=1e-4)
+        assert together.normalizers[i].mean == pytest.approx(alone.normalizers[0].mean, abs=1e-4)
+    sums = sum(torch.tensor(logged(together, f"loss/member_{i}")) for i in range(3))
+    torch.testing.assert_close(torch.tensor(logged(together, "loss")), sums, rtol=1e-4, atol=1e-3)
+
+
+def test_a_trunk_that_is_trained_gets_every_members_gradient(trunk, tmp_path):
+    model = joint_model(trunk, "shared_trunk", [1, 2], train_trunk=True)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer = JointRewardTrainer(model, config(tmp_path, max_steps=2), pairs(48), pairs(20, seed=1))
+    trainer.train()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert "model.layers.0.mlp.up_proj.weight" in moved and any(".members.1." in name for name in moved)
+
+
+@pytest.mark.parametrize("kind", ["lora", "shared_trunk"])
+def test_saved_and_loaded(kind, trunk, tmp_path):
+    options = {"peft_config": LORA} if kind == "lora" else {"upper_layers": 1}
+    args = config(tmp_path / "rm", num_train_epochs=6, seed=3, eval_strategy="epoch")
+    folder = train_reward_ensemble(trunk, args, pairs(160), pairs(60, seed=1), members=3, kind=kind, **options)
+    ensemble = load_ensemble(folder, "uwo", lambda_=0.5, device="cpu")
+    output = ensemble.score(BATCH)
+    assert {f"member/{i}" for i in range(3)} | {"mean", "variance"} == set(output.extras) and output.extras[
+        "variance"
+    ].all()
+    good = ensemble.score(RewardBatch(["w7 "] * 2, ["w1 w2 w3", "w20 w21"])).scores
+    assert good[0] > good[1]
+    assert [Normalizer.load(folder / f"member_{i}").count for i in range(3)] == [120] * 3
+    if kind == "lora":  # a member's folder is a reward model by itself
+        alone = ClassifierReward(str(folder / "member_1"), device="cpu").score(BATCH).scores
+        torch.testing.assert_close(alone, output.extras["member/1"], rtol=0, atol=1e-4)
+    saved = json.loads((folder / "ensemble.json").read_text())
+    assert saved["kind"] == kind and saved.get("upper_layers") == options.get("upper_layers")
+    written = (folder / "ensemble.json").stat().st_mtime_ns
+    train_reward_ensemble(trunk, args, pairs(160), pairs(60, seed=1), members=3, kind=kind, resume=True, **options)
+    assert (folder / "ensemble.json").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("kind", ["lora", "shared_trunk"])
+def test_resume_is_exact(kind, trunk, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 8, "per_device_train_batch_size": 8}
+    data = pairs(30)
+    runs = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-3")):
+        trainer = JointRewardTrainer(joint_model(trunk, kind, [1, 2]), config(tmp_path, **options), data, data)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        runs.append(trainer)
+    for a, b in zip(*(run.model.parameters() for run in runs), strict=True):
+        assert torch.equal(a, b)
+    assert runs[0].normalizers == runs[1].normalizers
+
+
+def test_separate_members(trunk, tmp_path):
+    args = config(tmp_path / "rm", num_train_epochs=1)
+    folder = train_reward_ensemble(trunk, args, pairs(48), pairs(20, seed=1), members=2)
+    output = load_ensemble(folder, "uwo", lambda_=0.5, device="cpu").score(BATCH)
+    assert not torch.allclose(output.extras["member/0"], output.extras["member/1"])
+    assert json.loads((folder / "ensemble.json").read_text())["members"] == ["member_0", "member_1"]
+    # the heads are those of the seeds, and a single run with the second seed is the second member
+    single = RewardTrainer(
+        trunk, config(tmp_path / "one", num_train_epochs=1, seed=args.seed + 1), pairs(48), pairs(20, seed=1)
+    )
+    single.train()
+    single.save_model()
+    alone = ClassifierReward(str(tmp_path / "one"), device="cpu").score(BATCH).scores
+    torch.testing.assert_close(alone, output.extras["member/1"], rtol=0, atol=1e-5)
+    # a finished member is kept, an unfinished one is trained
+    before = (folder / "member_0" / "model.safetensors").stat().st_mtime_ns
+    (folder / "member_1" / "reward_normalizer.json").unlink()
+    train_reward_ensemble(trunk, args, pairs(48), pairs(20, seed=1), members=2, resume=True)
+    assert (folder / "member_0" / "model.safetensors").stat().st_mtime_ns == before
+    assert Normalizer.load(folder / "member_1") is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"members": 0}, "at least one member"),
+        ({"kind": "bagged"}, "one of separate, lora, shared_trunk, got 'bagged'"),
+        ({"kind": "shared_trunk"}, "needs upper_layers"),
+        ({"upper_layers": 1}, "upper_layers belongs to the kind shared_trunk; separate would ignore it"),
+        ({"kind": "lora", "peft_config": LORA, "train_trunk": True}, "lora would ignore it"),
+        ({"kind": "lora"}, "needs a peft_config"),
+        ({"kind": "shared_trunk", "upper_layers": 1, "peft_config": LORA}, "has no adapters"),
+        ({"kind": "shared_trunk", "upper_layers": 2}, "each member can have 1 to 1 upper layers of its own, got 2"),
+    ],
+)
+def test_refused(options, message, trunk, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        train_reward_ensemble(trunk, config(tmp_path), pairs(8), **options)
+
+
+def test_every_member_has_its_copy(trunk):
+    model = joint_model(trunk, "shared_trunk", [1, 2])
+    assert sorted(name for name, m in model.named_modules() if isinstance(m, Members)) == [
+        "model.layers.1",
+        "model.norm",
+        "score",
+    ]
