@@ -35,7 +35,8 @@ def _pad(sequences: Sequence[Sequence[int]], pad_id: int, left: bool) -> tuple[T
 class PairCollator:
     """Rows of `tokenize_pairs` to one right-padded batch, the chosen sequences first, then the rejected in their order.
 
-    input_ids, attention_mask, completion_mask: [2B, T]. With these columns in the data: margin [B] float32, row [B].
+    input_ids, attention_mask, completion_mask: [2B, T]. With these columns in the data: margin and chosen_prob [B]
+    float32, row [B].
     """
 
     pad_token_id: int
@@ -48,8 +49,9 @@ class PairCollator:
         starts = torch.tensor([len(prompt) for prompt in prompts])[:, None]
         completion_mask = attention_mask * (torch.arange(input_ids.shape[1]) >= starts)
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "completion_mask": completion_mask}
-        if "margin" in features[0]:
-            batch["margin"] = torch.tensor([row["margin"] for row in features], dtype=torch.float32)
+        for name in ("margin", "chosen_prob"):
+            if name in features[0]:
+                batch[name] = torch.tensor([row[name] for row in features], dtype=torch.float32)
         if "row" in features[0]:
             batch["row"] = torch.tensor([row["row"] for row in features])
         return batch

@@ -1,12 +1,14 @@
 """Log-probs of the completion tokens of preference pairs, whatever the layout of the batch."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from align.modeling.logprobs import token_logps
+from align.modeling.logprobs import language_model, model_inputs, values_at
+from align.modeling.token_values import token_values
 
 
 @dataclass
@@ -40,25 +42,37 @@ def pair_tokens(model: nn.Module, batch: dict[str, Tensor], *, chunk_size: int |
 
     Args:
         model: a causal language model, bare or wrapped (PEFT, DDP, FSDP2).
-        batch: of `PairCollator`.
-        chunk_size: tokens per chunk of logits, as in `token_logps`.
+        batch: of `PairCollator`, or of `SharedPrefixCollator` for a model that takes such rows
+            (`prefix_support.enable_shared_prefix`).
+        chunk_size: the most tokens whose logits exist at once; None: as many as are fast.
     """
     places = completions(batch)
-    values = token_logps(
-        model, batch["input_ids"], batch["attention_mask"], mask=batch["completion_mask"], chunk_size=chunk_size
-    )
-    whole = nn.functional.pad(values, (0, 1))  # the last position of a row predicts nothing
-    return PairTokens(logps=at_completions(whole, places), mask=places.mask)
+    finish = partial(token_values, targets=places.ids[places.mask], chunk_size=chunk_size)
+    values = values_at(model, pair_inputs(model, batch), places.sources[places.mask], finish)
+    return PairTokens(logps=_rows(values.logps, places), mask=places.mask)
+
+
+def pair_inputs(model: nn.Module, batch: dict[str, Tensor]) -> dict:
+    """Keyword arguments of a forward pass of the model."""
+    if "position_ids" in batch:
+        return {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")} | {"use_cache": False}
+    return model_inputs(language_model(model), batch["input_ids"], batch["attention_mask"])
 
 
 def completions(batch: dict[str, Tensor]) -> Completions:
     """The completion tokens of a batch of pairs."""
+    if "completion_sources" in batch:
+        return Completions(batch["completion_ids"], batch["completion_mask"], batch["completion_sources"])
     input_ids, wanted = batch["input_ids"], batch["completion_mask"].bool()
     lengths = wanted.sum(-1)
     columns = torch.argsort(wanted.logical_not().to(torch.uint8), dim=-1, stable=True)[:, : int(lengths.max())]
     mask = torch.arange(columns.shape[1], device=columns.device) < lengths[:, None]
     starts = torch.arange(len(columns), device=columns.device)[:, None] * input_ids.shape[1]
     return Completions(input_ids.gather(-1, columns), mask, torch.where(mask, starts + columns - 1, 0))
+
+
+def _rows(values: Tensor, places: Completions) -> Tensor:
+    return values.new_zeros(places.mask.shape).masked_scatter(places.mask, values)
 
 
 def at_completions(values: Tensor, places: Completions) -> Tensor:

@@ -1,0 +1,87 @@
+"""Pairs in one row: the log-probs and gradients of padded batches, for several architectures and wrappings."""
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+from align.data import PairCollator
+from align.data.shared_prefix import SharedPrefixCollator
+from align.modeling.pairs import pair_tokens
+from align.modeling.prefix_support import enable_shared_prefix
+from tests.modeling import tiny
+
+SIZES = tiny.SIZES
+MODELS = {
+    "llama": lambda: tf.LlamaConfig(**SIZES),
+    "grouped queries": lambda: tf.LlamaConfig(**{**SIZES, "num_attention_heads": 4, "head_dim": 4}),
+    "qwen2": lambda: tf.Qwen2Config(**{k: v for k, v in SIZES.items() if k != "head_dim"}),
+    "qwen3": lambda: tf.Qwen3Config(**SIZES),
+    "gpt2": lambda: tf.GPT2Config(
+        vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.5, bos_token_id=1,
+        eos_token_id=1,
+    ),
+    "neox": lambda: tf.GPTNeoXConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=64, initializer_range=0.5,
+    ),
+    "gemma2": lambda: tf.Gemma2Config(**SIZES, final_logit_softcapping=3.0, sliding_window=32),
+    "mixture of experts": lambda: tf.Qwen3MoeConfig(
+        **SIZES, moe_intermediate_size=8, num_experts=4, num_experts_per_tok=2, decoder_sparse_step=1
+    ),
+}  # fmt: skip
+
+
+def make(name, dtype=torch.float64):
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(MODELS[name]()).to(dtype).eval()
+    for module in list(model.modules()):  # transformers normalises in float32, whatever the model's type
+        for child, norm in module.named_children():
+            if type(norm).__name__ in ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"):
+                setattr(module, child, nn.RMSNorm(len(norm.weight), norm.variance_epsilon, dtype=dtype))
+    return model
+
+
+def pairs(seed=0):
+    """Usual pairs; a common beginning of the completions; a completion that is the beginning of the other; 1 token."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda n: torch.randint(2, tiny.VOCAB, (n,), generator=generator).tolist()  # noqa: E731
+    rows = [
+        {"prompt_ids": draw(p), "chosen_ids": draw(c), "rejected_ids": draw(r)}
+        for p, c, r in ((9, 4, 6), (2, 5, 3), (5, 4, 7), (6, 3, 5), (1, 1, 1))
+    ]
+    rows[1]["rejected_ids"][:2] = rows[1]["chosen_ids"][:2]
+    rows[2]["rejected_ids"][:4] = rows[2]["chosen_ids"]
+    rows[3]["chosen_ids"] = rows[3]["rejected_ids"][:1]
+    rows.append({**rows[3], "chosen_ids": rows[3]["rejected_ids"], "rejected_ids": rows[3]["chosen_ids"]})
+    return rows
+
+
+def gradients(model, batch, weights):
+    model.zero_grad()
+    tokens = pair_tokens(model, batch)
+    nn.functional.logsigmoid((tokens.logps * weights).sum(-1)).sum().backward()
+    return tokens, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(model, atol, dtype=torch.float64):
+    rows = pairs()
+    padded, shared = PairCollator(tiny.PAD)(rows), SharedPrefixCollator()(rows)
+    weights = torch.randn(2 * len(rows), 7, dtype=dtype, generator=torch.Generator().manual_seed(1)) / 3
+    expected, expected_gradients = gradients(model, padded, weights)
+    actual, actual_gradients = gradients(model, shared, weights)
+    assert torch.equal(actual.mask, expected.mask) and shared["input_ids"].numel() < padded["input_ids"].numel() / 2
+    torch.testing.assert_close(actual.logps, expected.logps, rtol=0, atol=atol)
+    assert expected_gradients.keys() == actual_gradients.keys() and expected_gradients
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(
+            actual_gradients[name], gradient, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_padded_batches(name):
+    dtype = torch.float32 if name == "mixture of experts" else torch.float64
+    model = make(name, dtype)
+    assert enable_shared_prefix(model, max_length=32) is None
+    assert_same(model, atol={"mixture of experts": 2e-5, "gemma2": 1e-5}.get(name, 1e-9), dtype=dtype)
