@@ -16,8 +16,11 @@ from align.methods import METHODS
 
 TOOLS = {
     "quickstart": "align.cli.quickstart",
+    "masks": "align.cli.masks",
+    "reward-eval": "align.cli.reward_eval",
     "bon": "align.cli.bon",
     "overoptimization": "align.cli.overoptimization",
+    "front": "align.cli.front",
 }
 
 

@@ -53,7 +53,7 @@ class BadRows:
 
     def summary(self) -> str:
         """One line per reason and per note, with counts and the first row numbers."""
-        head = f"{self.source}: {self.total - self.bad} of {self.total} rows can be trained on"
+        head = f"{self.source}: {self.total - self.bad} of {self.total} rows can be used"
         lines = [head + (" (rows count from 0)" if self.reasons or self.notes else "")]
         lines += [f"  dropped: {_with_rows(reason, self.reasons[reason])}" for reason in self.counts]
         lines += [f"  kept:    {_with_rows(text, rows)}" for text, rows in self.notes.items()]

@@ -89,7 +89,7 @@ def render_page(path: Path, template: str, *, figures: dict[str, str], **context
         lstrip_blocks=True,
     )
     environment.filters.update(
-        num=number, pct=percent, span=span, pct_span=percent_span, seconds=seconds, cell=cell, text=text
+        num=number, pct=percent, tenths=tenths, span=span, pct_span=percent_span, seconds=seconds, cell=cell, text=text
     )
     svgs = {name: jinja2.utils.markupsafe.Markup(svg) for name, svg in figures.items()}
     html = environment.get_template(template).render(figures=svgs, **context)
@@ -219,6 +219,11 @@ def number(value) -> str:
 
 def percent(value) -> str:
     return "–" if value is None else f"{100 * value:.0f} %".replace("-", "−")
+
+
+def tenths(share: float | None) -> str:
+    """A share in percent with one decimal."""
+    return "–" if share is None else f"{100 * share:.1f} %".replace("-", "−")
 
 
 def span(low, high) -> str:

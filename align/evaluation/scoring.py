@@ -14,20 +14,30 @@ ROWS_AT_ONCE = 256
 
 
 def build_rewards(specs: list[str], gold: str | None, *, gold_name: str, tokenizer=None) -> dict:
-    """Rewards by column name from command-line specs: a classifier's folder, "file.py:function", or "{type: ...}"
-    (YAML).
+    """Rewards by column name from what `reward_specs` reads.
 
     The gold reward, if any, is the last one, under `gold_name`. Raises ConfigError for two of one name.
     """
+    rewards = named_rewards(
+        [s for given in specs for s in reward_specs(given)], reserved=gold_name, tokenizer=tokenizer
+    )
+    if gold is not None:
+        found = reward_specs(gold)
+        if len(found) != 1:
+            raise ConfigError(f"{gold} holds {len(found)} rewards; the gold score is one")
+        rewards[gold_name] = load("reward_models.build:build_reward")(found[0], tokenizer=tokenizer)
+    return rewards
+
+
+def named_rewards(specs: list, *, reserved: str | None = None, tokenizer=None) -> dict:
+    """The rewards of these specs by name. Raises ConfigError for two of one name, or one that is called `reserved`."""
     build_reward = load("reward_models.build:build_reward")
     rewards: dict = {}
     for spec in specs:
-        reward = build_reward(_parsed(spec), tokenizer=tokenizer)
-        if reward.name in rewards or reward.name == gold_name:
+        reward = build_reward(spec, tokenizer=tokenizer)
+        if reward.name in rewards or reward.name == reserved:
             raise ConfigError(f"two scores are named {reward.name!r}: name one of them, {{type: ..., name: other}}")
         rewards[reward.name] = reward
-    if gold is not None:
-        rewards[gold_name] = build_reward(_parsed(gold), tokenizer=tokenizer)
     return rewards
 
 
@@ -151,13 +161,24 @@ def _write(batches: Iterator, rewards: dict, output: str | Path, *, total: int) 
     return output
 
 
-def _parsed(spec: str):
-    """A text stays a text; "{...}" is a YAML mapping."""
-    import yaml
+def reward_specs(text: str) -> list:
+    """The reward specs that a command-line word names.
 
-    if not spec.lstrip().startswith("{"):
-        return spec
-    try:
-        return yaml.safe_load(spec)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the reward {spec!r} is not a YAML mapping: {error}") from error
+    "{type: ...}" is a YAML mapping; "run.yaml" the `rewards` of a configuration file, "run.yaml:gold_reward" another
+    key of it; anything else (a folder, a hub name, "file.py:function") is a spec as it is.
+    """
+    from align.config.source import parse_value, read_file
+
+    if text.lstrip().startswith("{"):
+        spec = parse_value(text)
+        if not isinstance(spec, dict):
+            raise ConfigError(f"the reward {text!r} is not a YAML mapping")
+        return [spec]
+    path, _, key = text.partition(":")
+    if not path.endswith((".yaml", ".yml")):
+        return [text]
+    entries, key = read_file(path), key or "rewards"
+    found = entries[key].value if key in entries else None
+    if not found:
+        raise ConfigError(f"{path} has no {key!r} to take rewards from (its keys: {', '.join(entries) or 'none'})")
+    return found if isinstance(found, list) else [found]

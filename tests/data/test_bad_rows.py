@@ -172,7 +172,7 @@ def test_the_share_decides_between_an_error_and_dropping(tokenizer, caplog):
     )
     kept = tokenize_pairs(data, tokenizer, max_length=60, max_bad_share=0.1, source="pairs.jsonl")
     assert kept["row"][:] == list(range(18))
-    assert "pairs.jsonl: 18 of 20 rows can be trained on (rows count from 0)" in caplog.text
+    assert "pairs.jsonl: 18 of 20 rows can be used (rows count from 0)" in caplog.text
     assert "dropped: chosen is empty: 2 (rows 18, 19)" in caplog.text
 
 
@@ -207,7 +207,7 @@ def test_many_rows_are_counted_and_the_first_named():
     assert report.bad == 11 and report.share == 0.11
     assert report.first_rows("prompt is empty") == [50, 51, 52, 53, 54]
     assert report.summary().splitlines() == [
-        "pairs.jsonl: 89 of 100 rows can be trained on (rows count from 0)",
+        "pairs.jsonl: 89 of 100 rows can be used (rows count from 0)",
         "  dropped: prompt is empty: 10 (rows 50, 51, 52, 53, 54, ...)",
         "  dropped: chosen is empty: 1 (row 3)",
         "  kept:    chosen is cut at max_length=8: 1 (row 1)",

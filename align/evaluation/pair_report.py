@@ -1,0 +1,162 @@
+"""The parts of reward_eval.json about preference pairs, from scores."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from align.evaluation import preference_metrics as metrics
+from align.evaluation import rewardbench
+from align.evaluation.calibration import best_scale, reliability
+from align.evaluation.pair_scores import PairScores
+from align.evaluation.pairs import Pairs
+from align.evaluation.strict_json import finite
+
+HISTOGRAM_BINS = 40
+
+
+def accuracy_entry(
+    margins: np.ndarray, pairs: Pairs, groups: Sequence[str], lengths: Sequence[np.ndarray], seed: int
+) -> dict:
+    """Accuracy of margins [N], in all, by subset and by length, with intervals over prompts (`groups`).
+
+    accuracy counts ties half, strict_accuracy as lost. lengths: of the chosen and of the rejected answers, [N] each.
+    """
+    correct, won = metrics.correct(margins), metrics.won(margins)
+    subsets = np.array(pairs.subsets, dtype=object) if pairs.subsets is not None else None
+    names = [] if subsets is None else list(dict.fromkeys(pairs.subsets))
+    bins, longer = metrics.length_bin(*lengths), lengths[0] > lengths[1]
+    shorter = lengths[0] < lengths[1]
+    columns = {"accuracy": correct, "strict": won}
+    columns |= {f"subset/{name}": np.where(subsets == name, correct, np.nan) for name in names}
+    columns |= {f"won/{name}": np.where(subsets == name, won, np.nan) for name in names}
+    columns |= {f"bin/{i}": np.where(bins == i, correct, np.nan) for i in range(len(metrics.LENGTH_BINS))}
+    columns |= {"longer": np.where(longer, correct, np.nan), "shorter": np.where(shorter, correct, np.nan)}
+    samples = metrics.bootstrap_means(columns, groups, seed=seed)
+
+    def entry(name: str) -> dict:
+        return metrics.estimate(columns[name], samples[name])
+
+    return {
+        "accuracy": entry("accuracy"),
+        "strict_accuracy": entry("strict"),
+        "ties": float((margins == 0).mean()),
+        "subsets": {n: {"accuracy": entry(f"subset/{n}"), "strict_accuracy": entry(f"won/{n}")} for n in names},
+        "rewardbench": _rewardbench_entry(names, columns, samples) if pairs.rewardbench else None,
+        "by_length": {
+            "bins": [{"name": name, **entry(f"bin/{i}")} for i, name in enumerate(metrics.LENGTH_BINS)],
+            "chosen_longer": entry("longer"),
+            "chosen_shorter": entry("shorter"),
+        },
+    }
+
+
+def _rewardbench_entry(names: list[str], columns: dict, samples: dict) -> dict:
+    shares = {name: float(np.nanmean(columns[f"won/{name}"])) for name in names}
+    sections = rewardbench.section_scores(shares)
+    drawn = rewardbench.section_scores({name: samples[f"won/{name}"] for name in names})
+    score = rewardbench.overall_score(sections)
+    entry = {"sections": {}, "score": None}
+    for section, value in sections.items():
+        low, high = metrics.interval(drawn[section])
+        count = sum(int((~np.isnan(columns[f"won/{n}"])).sum()) for n in names if n in rewardbench.WEIGHTS[section])
+        entry["sections"][section] = {"value": value, "low": low, "high": high, "pairs": count}
+    if score is not None:
+        low, high = metrics.interval(rewardbench.overall_score(drawn))
+        total = sum(section["pairs"] for section in entry["sections"].values())
+        entry["score"] = {"value": score, "low": low, "high": high, "pairs": total}
+    return entry
+
+
+def score_entry(scores: PairScores) -> dict:
+    """Where the scores lie: means, deviations, and histograms of both answers' scores and of the margins."""
+    edges = np.histogram_bin_edges(scores.both, HISTOGRAM_BINS)
+    margins, margin_edges = np.histogram(scores.margins, HISTOGRAM_BINS)
+    return {
+        "mean_chosen": scores.chosen.mean(),
+        "mean_rejected": scores.rejected.mean(),
+        "sd": scores.both.std(),
+        "mean_margin": scores.margins.mean(),
+        "sd_margin": scores.margins.std(),
+        "edges": edges,
+        "chosen": np.histogram(scores.chosen, edges)[0],
+        "rejected": np.histogram(scores.rejected, edges)[0],
+        "margin_edges": margin_edges,
+        "margins": margins,
+    }
+
+
+def length_entry(scores: PairScores, chosen_length: np.ndarray, rejected_length: np.ndarray) -> dict:
+    return metrics.length_bias(scores.chosen, scores.rejected, chosen_length, rejected_length)
+
+
+def calibration_entry(margins: np.ndarray, unit: str) -> dict:
+    """Calibration of sigmoid(margin), and of sigmoid(scale x margin) with the scale that fits these labels best."""
+    scale = best_scale(margins)
+    rescaled = None if scale is None else reliability(scale * margins)
+    curve = reliability(margins)
+    return {
+        "unit": unit,
+        "ece": curve.ece,
+        "best_scale": scale,
+        "ece_at_best_scale": None if rescaled is None else rescaled.ece,
+        "curve": _curve(curve),
+        "curve_at_best_scale": None if rescaled is None else _curve(rescaled),
+    }
+
+
+def _curve(curve) -> dict:
+    return {
+        "edges": curve.edges,
+        "count": curve.count,
+        "confidence": [finite(float(x)) for x in curve.confidence],
+        "accuracy": [finite(float(x)) for x in curve.accuracy],
+    }
+
+
+def rewrite_entry(before: PairScores, after: PairScores, spread: float, groups: Sequence[str], seed: int) -> dict:
+    """What one rewrite does to the pairs that it changes.
+
+    before, after: scores of the same pairs. accuracy_before, accuracy_after: on these pairs; change: after - before.
+    flips: share of the pairs whose ranking is another (a tie that begins or ends included). score_change: mean over
+    both answers of after - before, in standard deviations `spread` of the reward's scores; score_shift: the mean of
+    its size without the sign. Pairs that could not be scored are left out.
+    """
+    old, new = metrics.correct(before.margins), metrics.correct(after.margins)
+    old = np.where(np.isnan(new), np.nan, old)
+    differences = np.stack([after.chosen - before.chosen, after.rejected - before.rejected])
+    columns = {
+        "accuracy_before": old,
+        "accuracy_after": new,
+        "change": new - old,
+        "flips": np.where(np.isnan(new), np.nan, old != new),
+    }
+    if spread > 0:
+        columns["score_change"] = differences.mean(0) / spread
+        columns["score_shift"] = np.abs(differences).mean(0) / spread
+    samples = metrics.bootstrap_means(columns, groups, seed=seed)
+    entry = {name: metrics.estimate(values, samples[name]) for name, values in columns.items()}
+    return {"score_change": None, "score_shift": None, **entry}
+
+
+def agreement_entry(names: list[str], scores: np.ndarray, margins: np.ndarray | None = None) -> dict:
+    """How K scorers agree. scores: [K, 2, N], chosen and rejected. margins: [N], of the ensemble that they make up."""
+    differences = scores[:, 0] - scores[:, 1]
+    accuracy = metrics.correct(differences).mean(1)
+    entry = {
+        "names": names,
+        "accuracy": accuracy,
+        "same_ranking": metrics.agreement(differences),
+        "score_correlation": metrics.correlations(scores.reshape(len(names), -1)),
+        **metrics.consensus(differences),
+    }
+    if margins is not None:
+        entry["disagreement"] = metrics.disagreement(differences, metrics.correct(margins))
+    return entry
+
+
+def rank_correlation(scores: Sequence[np.ndarray], gold: Sequence[np.ndarray], seed: int) -> dict:
+    """Spearman's correlation with gold within a prompt, mean over the prompts where both vary."""
+    found = [metrics.pearson(metrics.ranks(s), metrics.ranks(g)) for s, g in zip(scores, gold, strict=True)]
+    values = np.array([np.nan if value is None else value for value in found], dtype=np.float64)
+    samples = metrics.bootstrap_means({"value": values}, range(len(values)), seed=seed)["value"]
+    return metrics.estimate(values, samples)

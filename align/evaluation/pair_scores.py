@@ -1,0 +1,103 @@
+"""Scores of both answers of preference pairs, with the pairs that a reward cannot score found by number."""
+
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from align.errors import RewardError
+from align.evaluation.pairs import Pairs
+from align.lazy import load
+
+if TYPE_CHECKING:
+    from reward_models.base import Reward
+
+logger = logging.getLogger(__name__)
+
+PAIRS_AT_ONCE = 256
+OF_THE_BATCH = re.compile(r",? ?(row \d+|rows \[[^]]*\]( \.\.\.)?) of the batch")
+
+
+@dataclass
+class PairScores:
+    """chosen, rejected: float64 [N], NaN where the pair could not be scored. members: by name, float64 [2, N] (chosen,
+    rejected), for an ensemble. failed: places of the pairs without scores. reason: the first one's, or ""."""
+
+    chosen: np.ndarray
+    rejected: np.ndarray
+    members: dict[str, np.ndarray] = field(default_factory=dict)
+    failed: list[int] = field(default_factory=list)
+    reason: str = ""
+
+    @property
+    def margins(self) -> np.ndarray:
+        return self.chosen - self.rejected
+
+    @property
+    def both(self) -> np.ndarray:
+        """[2N], chosen first."""
+        return np.concatenate([self.chosen, self.rejected])
+
+    def select(self, places) -> "PairScores":
+        members = {name: values[:, places] for name, values in self.members.items()}
+        return PairScores(self.chosen[places], self.rejected[places], members)
+
+
+def score_pairs(reward: "Reward", pairs: Pairs, progress=None) -> PairScores:
+    """Score all pairs.
+
+    A batch that the reward refuses is scored again pair by pair, so that one answer that is too long does not end the
+    evaluation. Where it refuses all of the first batch, the fault is in the reward, and its error is raised. progress:
+    has `update(answers)`.
+    """
+    scores = np.full((2, len(pairs)), np.nan)
+    members: dict[str, np.ndarray] = {}
+    result = PairScores(scores[0], scores[1], members)
+    for start in range(0, len(pairs), PAIRS_AT_ONCE):
+        places = range(start, min(start + PAIRS_AT_ONCE, len(pairs)))
+        for part, output in _outputs(reward, pairs, places, result):
+            scores[:, part] = _two_rows(output.scores)
+            for name, values in output.extras.items():
+                if name.startswith("member/"):
+                    members.setdefault(name, np.full((2, len(pairs)), np.nan))[:, part] = _two_rows(values)
+        if progress is not None:
+            progress.update(2 * len(places))
+    return result
+
+
+def _outputs(reward: "Reward", pairs: Pairs, places: range, result: PairScores) -> Iterator[tuple[list[int], object]]:
+    try:
+        yield list(places), reward.score(_batch(pairs, places))
+        return
+    except RewardError as error:
+        whole = error
+    refused = 0
+    for place in places:
+        try:
+            output = reward.score(_batch(pairs, [place]))
+        except RewardError as error:
+            refused += 1
+            result.failed.append(place)
+            result.reason = result.reason or OF_THE_BATCH.sub("", str(error))
+        else:
+            yield [place], output
+    if refused == len(places) and refused == len(result.failed):
+        raise whole
+    if refused == 0:
+        raise whole  # refuses the batch and none of its pairs: not a matter of rows
+
+
+def _batch(pairs: Pairs, places):
+    part = pairs.select(places)
+    return load("reward_models.base:RewardBatch")(
+        prompts=part.prompts * 2,
+        completions=part.chosen + part.rejected,
+        columns={name: values * 2 for name, values in part.columns.items()},
+    )
+
+
+def _two_rows(values) -> np.ndarray:
+    return values.double().cpu().numpy().reshape(2, -1)
