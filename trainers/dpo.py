@@ -1,36 +1,149 @@
-"""Direct preference optimisation (Rafailov et al. 2023) and its family: losses of a pair's four log-probs."""
+"""Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290) and its family, from a table of losses.
 
-from dataclasses import dataclass
+What the losses are is in `align.objectives.preference` (the table) and docs/losses.md; this file connects them to the
+loop.
+"""
 
-from torch import Tensor
-from torch.nn.functional import logsigmoid
+from dataclasses import dataclass, field
+from functools import cached_property
 
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from align.errors import ConfigError
 from align.modeling.pairs import PairTokens
+from align.objectives.pair_logps import wpo_weights
+from align.objectives.preference_objective import PreferenceObjective, preference_objective
 from trainers.preference import PreferenceConfig, PreferenceTrainer
+
+
+def loss_option(help: str, default=None):
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
 class DPOConfig(PreferenceConfig):
-    """Options of DPO and its variants, with TRL's names."""
+    """Options of DPO and its variants, with TRL's names. An option that is not set has the default of its loss, and one
+    that no loss of `loss_type` uses is an error."""
+
+    loss_type: list[str] = field(
+        default_factory=lambda: ["sigmoid"],
+        metadata={"help": "One loss or several (docs/losses.md): sigmoid, ipo, robust, cdpo, simpo, orpo, tdpo2 ..."},
+    )
+    loss_weights: list[float] | None = loss_option("One weight per loss of loss_type. Default: 1 each.")
+    beta: float | None = loss_option("Strength of the KL constraint. Default: the loss's, for sigmoid 0.1.")
+    label_smoothing: float | None = loss_option(
+        "Probability that a label is flipped: cdpo, robust, exo_pair, aot, aot_unpaired, cpo."
+    )
+    discopop_tau: float | None = loss_option("Temperature of discopop.")
+    simpo_gamma: float | None = loss_option("Margin of simpo, simpo_hinge and alphapo (itself, not divided by beta).")
+    cpo_alpha: float | None = loss_option("Weight of the negative log-likelihood in cpo.")
+    alphapo_alpha: float | None = loss_option("Shape of alphapo's reward; 0 is simpo.")
+    rpo_eta: float | None = loss_option("Weight of the negative log-likelihood in rpo_sum, multiplied by beta.")
+    rpo_coef: float | None = loss_option("Weight of the mean negative log-likelihood in rpo_mean.")
+    tdpo_alpha: float | None = loss_option("Weight of tdpo2's difference of KLs.")
+    beta_dpo_alpha: float | None = loss_option("How strongly beta_dpo's beta follows the batch; 0: not at all.")
+    beta_dpo_filter: float | None = loss_option("Share of the pairs that beta_dpo drops.")
+    beta_dpo_momentum: float | None = loss_option("Of beta_dpo's running mean and deviation.")
+    beta_dpo_preset: str | None = loss_option("corrected, or released: what the authors' code does.")
+    f_divergence_type: str | None = loss_option(
+        "reverse_kl (default), forward_kl, js_divergence or alpha_divergence, for losses of the reward difference."
+    )
+    f_alpha_divergence_coef: float | None = loss_option("Coefficient of alpha_divergence.")
+    ld_alpha: float | None = loss_option("Weight in [0, 1] of the tokens beyond the shorter completion (LD-DPO).")
+    use_weighting: bool = loss_option("Weigh pairs by how likely the policy would have written them (WPO).", False)
+    loss_options: dict[str, float] | None = loss_option("Options of losses of your own (`register_loss`), by name.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        self.objective()
+
+    def objective(self) -> PreferenceObjective:
+        """A new objective; ConfigError for options that do not fit its losses."""
+        names = [name for name in OPTIONS if name != "loss_options"]
+        options = {name: getattr(self, name) for name in names}
+        twice = sorted(set(names) & set(self.loss_options or ()))
+        if twice:
+            raise ConfigError(f"loss_options: {', '.join(twice)} are keys of their own")
+        return preference_objective(
+            self.loss_type, self.loss_weights, {**options, **(self.loss_options or {})}, seed=self.seed
+        )
+
+
+OPTIONS = tuple(name for name in DPOConfig.__annotations__ if name not in ("loss_type", "loss_weights"))
 
 
 class DPOTrainer(PreferenceTrainer):
-    """Direct preference optimisation."""
+    """Train on preference pairs with the losses of `args.loss_type`.
+
+    Args:
+        model: a model, a folder or a hub name.
+        train_dataset, eval_dataset: preference pairs in TRL's formats (docs/data.md), or the output of
+            `tokenize_pairs`.
+        ref_model: the reference; by default the policy as it starts (with LoRA: the adapter switched off).
+        peft_config: trains an adapter.
+    """
 
     _tag_names = ["align", "dpo"]
+
+    @cached_property
+    def objective(self) -> PreferenceObjective:
+        return self.args.objective()
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.objective.needs_reference
+
+    @property
+    def needs_reference_model(self) -> bool:
+        return self.objective.needs_kl
+
+    @property
+    def across_pairs(self) -> bool:
+        return self.objective.across_pairs
+
+    def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[PairTokens, PairTokens | None]:
+        if not self.objective.needs_kl:
+            return super().forward(model, batch)
+        from align.modeling.pairs import pair_tokens_with_kl
+
+        return pair_tokens_with_kl(model, self.reference, batch, chunk_size=self.args.chunk_size)
 
     def losses(
         self, policy: PairTokens, reference: PairTokens | None, batch: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        chosen, rejected = policy.logps.sum(-1).chunk(2)
-        ref_chosen, ref_rejected = reference.logps.sum(-1).chunk(2)
-        rewards = self.args.beta * (chosen - ref_chosen), self.args.beta * (rejected - ref_rejected)
-        margins = rewards[0] - rewards[1]
-        return -logsigmoid(margins), {
-            "rewards/chosen": rewards[0],
-            "rewards/rejected": rewards[1],
-            "rewards/margins": margins,
-            "rewards/accuracies": margins > 0,
-            "logps/chosen": chosen,
-            "logps/rejected": rejected,
+        objective = self.objective
+        ref_logps = None if reference is None else reference.logps
+        pairs = objective.pairs(policy.logps, policy.mask, ref_logps, policy.kl, batch["mean_chosen_length"])
+        draws = objective.draw(pairs, self._gather) if self.model.training else None
+        weights = None
+        if objective.use_weighting:
+            weights = wpo_weights(policy.logps, policy.log_sum_sq_probs, policy.mask)
+        chosen, rejected = objective.rewards(pairs)
+        metrics = {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+            "rewards/accuracies": chosen > rejected,
+            "logps/chosen": pairs.chosen,
+            "logps/rejected": pairs.rejected,
         }
+        if policy.kl is not None:
+            metrics |= {"kl/chosen": pairs.chosen_kl, "kl/rejected": pairs.rejected_kl}
+        if len(objective.terms) > 1:
+            metrics |= {f"loss/{name}": values for name, values in objective.parts(pairs, draws).items()}
+        return objective.losses(pairs, weights, draws), metrics
+
+    def _gather(self, values: Tensor) -> tuple[list[Tensor], int]:
+        return gather_object([values.cpu()]), self.args.process_index
+
+    def extra_state(self) -> dict:
+        states = {name: state.state_dict() for name, state in self.objective.states.items()}
+        return {**super().extra_state(), "losses": states}
+
+    def restore_state(self, state: dict) -> None:
+        super().restore_state(state)
+        for name, loss_state in self.objective.states.items():
+            loss_state.load_state_dict(state["losses"][name])

@@ -7,6 +7,7 @@ processes.
 """
 
 import logging
+import math
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
@@ -69,7 +70,7 @@ class PreferenceConfig(BaseConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.beta <= 0:
+        if self.beta is not None and not 0 < self.beta < math.inf:
             raise ConfigError(f"beta must be > 0, got {self.beta}")
         for name in ("precompute_ref_batch_size", "tokens_per_batch", "chunk_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
