@@ -8,6 +8,7 @@ _EXPORTS = {
     "CompletionCollator": "collate",
     "DataFormat": "formats",
     "PairCollator": "collate",
+    "SharedPrefixCollator": "shared_prefix",
     "describe_example": "describe",
     "detect_format": "formats",
     "left_pad": "collate",

@@ -1,4 +1,4 @@
-"""Which sequences go through a model together: those of similar length, at most so many padded tokens at a time."""
+"""Which sequences go through a model together, at most so many tokens at a time."""
 
 from collections.abc import Sequence
 
@@ -17,3 +17,24 @@ def length_batches(lengths: Sequence[int], max_tokens: int, max_rows: int | None
         batches.append(order[start : start + rows])
         start += rows
     return batches
+
+
+def packed_batches(lengths: Sequence[int], max_tokens: int, max_rows: int | None = None) -> list[list[int]]:
+    """Row numbers in batches for a layout without padding: a batch takes the sum of its rows' tokens.
+
+    Each row, longest first, goes to the first batch that has room for it (at most `max_tokens` tokens and `max_rows`
+    rows); a row longer than `max_tokens` is a batch of its own. The rows of a batch keep their order.
+    """
+    batches: list[list[int]] = []
+    room: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        fits = (
+            i for i, batch in enumerate(batches) if lengths[row] <= room[i] and len(batch) < (max_rows or len(lengths))
+        )
+        place = next(fits, len(batches))
+        if place == len(batches):
+            batches.append([])
+            room.append(max_tokens)
+        batches[place].append(row)
+        room[place] -= lengths[row]
+    return [sorted(batch) for batch in batches]

@@ -49,12 +49,17 @@ class PairCollator:
         starts = torch.tensor([len(prompt) for prompt in prompts])[:, None]
         completion_mask = attention_mask * (torch.arange(input_ids.shape[1]) >= starts)
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "completion_mask": completion_mask}
-        for name in ("margin", "chosen_prob"):
-            if name in features[0]:
-                batch[name] = torch.tensor([row[name] for row in features], dtype=torch.float32)
-        if "row" in features[0]:
-            batch["row"] = torch.tensor([row["row"] for row in features])
-        return batch
+        return batch | per_pair(features)
+
+
+def per_pair(features: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """The columns margin and chosen_prob [B] float32 and row [B], where the data has them."""
+    dtypes = {"margin": torch.float32, "chosen_prob": torch.float32, "row": torch.int64}
+    return {
+        name: torch.tensor([row[name] for row in features], dtype=dtype)
+        for name, dtype in dtypes.items()
+        if name in features[0]
+    }
 
 
 @dataclass

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align.data.collate import per_pair
+
 
 @dataclass
 class SharedPrefixCollator:
@@ -17,7 +19,7 @@ class SharedPrefixCollator:
     input_ids, position_ids: [1, N], N the tokens of all pairs; both rests count on from the end of their prefix.
     attention_mask: [1, 1, B, 3], the lengths of prefix, rest of chosen, rest of rejected (`modeling.shared_prefix`).
     completion_ids, completion_mask, completion_sources: [2B, L], `modeling.pairs.Completions`.
-    With these columns in the data: margin [B] float32, row [B].
+    With these columns in the data: margin and chosen_prob [B] float32, row [B].
     """
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -37,19 +39,20 @@ class SharedPrefixCollator:
                 sources.append([*common, *own][: shared + len(rest)])
         sources, mask = _right_pad(chosen + rejected)
         completions, _ = _right_pad([row[name] for name in ("chosen_ids", "rejected_ids") for row in features])
-        batch = {
+        return {
             "input_ids": torch.tensor([ids]),
             "position_ids": torch.tensor([positions]),
             "attention_mask": torch.tensor([[lengths]]),
             "completion_ids": completions,
             "completion_mask": mask,
             "completion_sources": sources,
+            **per_pair(features),
         }
-        if "margin" in features[0]:
-            batch["margin"] = torch.tensor([row["margin"] for row in features], dtype=torch.float32)
-        if "row" in features[0]:
-            batch["row"] = torch.tensor([row["row"] for row in features])
-        return batch
+
+    def tokens_of(self, row: dict[str, Any]) -> int:
+        """Tokens that a pair takes in a batch."""
+        chosen, rejected = row["chosen_ids"], row["rejected_ids"]
+        return len(row["prompt_ids"]) + len(chosen) + len(rejected) - common_prefix(chosen, rejected)
 
 
 def common_prefix(first: list[int], second: list[int]) -> int:
@@ -58,12 +61,6 @@ def common_prefix(first: list[int], second: list[int]) -> int:
         if a != b:
             return count
     return min(len(first), len(second))
-
-
-def shared_tokens(row: dict[str, Any]) -> int:
-    """Tokens that a pair takes in a batch."""
-    chosen, rejected = row["chosen_ids"], row["rejected_ids"]
-    return len(row["prompt_ids"]) + len(chosen) + len(rejected) - common_prefix(chosen, rejected)
 
 
 def _right_pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:

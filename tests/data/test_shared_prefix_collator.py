@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from align.data import PairCollator
-from align.data.shared_prefix import SharedPrefixCollator, common_prefix, shared_tokens
+from align.data import PairCollator, SharedPrefixCollator
+from align.data.batching import packed_batches
+from align.data.shared_prefix import common_prefix
 from align.modeling.pairs import at_completions, completions
 
 ROWS = [
@@ -49,5 +50,14 @@ def test_common_prefix(first, second, count):
 
 
 def test_tokens_of_a_pair():
-    assert [shared_tokens(row) for row in ROWS] == [8, 6, 4]
+    assert [SharedPrefixCollator().tokens_of(row) for row in ROWS] == [8, 6, 4]
     assert SharedPrefixCollator()(ROWS)["input_ids"].numel() == 18
+
+
+def test_packed_batches():
+    lengths = [5, 3, 9, 2, 4, 12, 1]
+    batches = packed_batches(lengths, 10)
+    assert batches == [[5], [2, 6], [0, 4], [1, 3]]
+    assert packed_batches(lengths, 100) == [list(range(7))] and packed_batches([], 10) == []
+    assert all(len(batch) <= 2 for batch in packed_batches(lengths, 100, max_rows=2))
+    assert sorted(i for batch in packed_batches(lengths, 4, max_rows=2) for i in batch) == list(range(7))
