@@ -27,6 +27,8 @@ _EXPORTS = {
     "MarginRewards": "reward_models.margins:MarginRewards",
     "train_front": "trainers.front:train_front",
     "make_soup": "align.modeling.soups:make_soup",
+    "SparsePOTrainer": "trainers.sparsepo:SparsePOTrainer",
+    "SparsePOConfig": "trainers.sparsepo:SparsePOConfig",
     "ReMaxTrainer": "trainers.remax:ReMaxTrainer",
     "ReMaxConfig": "trainers.remax:ReMaxConfig",
     # rewards

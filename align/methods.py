@@ -15,7 +15,7 @@ class Method:
     trainer, config: `"module:Class"`. data: what rows are made into, `"prompts"`, `"completions"` or `"pairs"` (the
     functions `align.data.tokenize_*`). model: `"policy"` (a causal language model) or `"classifier"` (one score).
     rewards: whether the file has `rewards:`; gold: whether it may have `gold_reward:` then. ensemble: what trains
-    several models, for a method that has the key `ensemble_size`. sweep: what trains one policy per weight vector, for a
+    several models, for a method that has the key `ensemble`. sweep: what trains one policy per weight vector, for a
     method that has the key `weights`.
     """
 
@@ -59,6 +59,13 @@ METHODS = {
             rewards=True,
             gold=False,
             sweep="trainers.front:train_front",
+        ),
+        Method(
+            "sparsepo",
+            trainer="trainers.sparsepo:SparsePOTrainer",
+            config="trainers.sparsepo:SparsePOConfig",
+            data="pairs",
+            help="preference optimisation with a weight per token, learned or from activations (SparsePO, MaPO)",
         ),
         Method(
             "remax",

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from align.errors import ConfigError, TrainingError
+from align.evaluation import masks
+from align.evaluation.strict_json import write_json
 from align.modeling.activation_masks import architecture, groups_of, watch_activations
 from align.modeling.load import Reference
 from align.modeling.logprobs import language_model, model_inputs
@@ -308,6 +310,40 @@ class SparsePOTrainer(PreferenceTrainer):
                 "mask_l1_kl, and start from the last checkpoint before"
             )
 
+    # ---- pictures ---------------------------------------------------------------------------------------------------
+
+    def picture(self) -> dict | None:
+        """The masks of the first `num_logged_pairs` evaluation pairs (training pairs without any), for
+        `align.evaluation.masks`. All processes take part."""
+        pairs = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
+        rows = pairs.select(range(min(self.args.num_logged_pairs, len(pairs)))).to_list()
+        if not rows:
+            return None
+        training = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            tokens, _ = self.forward(self.model_wrapped, self._prepare_inputs(self.collate(rows)))
+        self.model.train(training)
+        return masks.picture(rows, self.processing_class, tokens.m_u, tokens.m_d)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if {"wandb", "tensorboard"} & set(self.args.report_to) and eval_dataset is None and (seen := self.picture()):
+            self.log_table("masks", *masks.tracker_rows(seen, self.state.global_step))
+            self.log_figure("eval/masks", masks.mask_figure(seen))
+        return metrics
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As ever; the masks of some pairs are then in masks.html and, for reports, masks.json."""
+        output = super().train(resume_from_checkpoint, **kwargs)
+        if (seen := self.picture()) and self.is_world_process_zero():
+            folder = Path(self.args.output_dir)
+            write_json(folder / masks.FILE_NAME, seen)
+            title = f"Token masks of {self.args.run_name or folder.name}"
+            intro = f"{len(seen['pairs'])} pairs after step {self.state.global_step}; {self.args.variant} masks."
+            masks.write_page(folder / "masks.html", seen, title=title, intro=intro)
+        return output
+
     # ---- optimiser --------------------------------------------------------------------------------------------------
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
@@ -335,7 +371,13 @@ class SparsePOTrainer(PreferenceTrainer):
         super()._save(str(folder), {name: value for name, value in state.items() if not name.startswith(start)})
         reference = language_model(self.reference.model).config._name_or_path
         if self.masks is None:
-            description = {"variant": "mapo", "activations": self.args.mask_activations, "reference": reference}
+            description = {
+                "variant": "mapo",
+                "activations": self.args.mask_activations,
+                "on_reward": self.args.mask_on_reward,
+                "on_kl": self.args.mask_on_kl,
+                "reference": reference,
+            }
         else:
             description = describe_masks(self.masks.settings, reference)
         weights = {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}

@@ -6,6 +6,7 @@ import math
 import os
 from pathlib import Path
 
+from align.evaluation.masks import LABELS as MASK_LABELS
 from align.evaluation.summary import write_summary
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ def write_report(path: str | Path, *, title: str, intro: str | list[str], summar
         samples={name: sample_grid(entry) for name, entry in summary["runs"].items()},
         bon_sizes=_bon_sizes(summary["best_of_n"]),
         model_columns=list(dict.fromkeys(key for model in summary["reward_models"] for key in model)),
+        mask_labels=MASK_LABELS,
         badges=BADGES,
         places=PLACES,
         glossary=GLOSSARY,

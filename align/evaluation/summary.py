@@ -39,13 +39,14 @@ def build_summary(
     phases: dict[str, float] | None = None,
     setup: dict | None = None,
     reward_models: list[dict] | None = None,
+    masks: dict[str, dict] | None = None,
     seed: int = 0,
 ) -> dict:
     """The summary of best-of-n curves and runs, by the names under which a report shows them.
 
     phases: seconds by name. setup: what was run, shown as a table (strings, numbers, lists). reward_models: one dict
-    per model (`name`, `accuracy`, `label_noise`, `pairs`, ... whatever is known), shown as a table. seed: of the
-    bootstrap.
+    per model (`name`, `accuracy`, `label_noise`, `pairs`, ... whatever is known), shown as a table. masks: pictures of
+    token masks (see `align.evaluation.masks`) by run. seed: of the bootstrap.
     """
     curves, run_entries = {}, {}
     fits: dict = {"best_of_n": {}, "runs": {}}
@@ -72,6 +73,7 @@ def build_summary(
         "setup": setup or {},
         "versions": package_versions(),
         "reward_models": reward_models or [],
+        "masks": masks or {},
     }
     summary = plain(summary, "summary")
     validate_summary(summary)

@@ -208,7 +208,9 @@ def test_a_mapo_run_says_what_its_masks_are(policy, tmp_path):
     run.save_model()
     assert not any("token_masks" in name for name, _ in run.model.named_parameters())
     description, weights = read_masks(tmp_path)
-    assert description == {"variant": "mapo", "activations": "attn", "reference": policy} and weights == {}
+    assert description == {
+        "variant": "mapo", "activations": "attn", "on_reward": True, "on_kl": True, "reference": policy,
+    } and weights == {}  # fmt: skip
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
