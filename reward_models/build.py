@@ -8,7 +8,7 @@ from align.errors import ConfigError, RewardError
 from reward_models.base import Reward
 from reward_models.classifier import ClassifierReward
 from reward_models.composite import CompositeReward
-from reward_models.ensemble import FILE_NAME, RewardEnsemble, ensemble_members
+from reward_models.ensemble import FILE_NAME, RewardEnsemble, load_ensemble, models_held
 from reward_models.implicit import ImplicitReward
 from reward_models.remote import RemoteReward
 from reward_models.rules import RuleReward
@@ -24,7 +24,10 @@ KEYS = {
         *("timeout", "retries", "backoff"),
     ),
     "composite": ("rewards", "weights", "name"),
-    "ensemble": ("members", "path", "aggregation", "lambda", "ddof", "name", "normalize"),
+    "ensemble": (
+        *("members", "path", "aggregation", "lambda", "quantile", "ddof", "name", "normalize"),
+        *("max_length", "batch_tokens"),
+    ),
 }
 REQUIRED = {  # the first argument of the class
     "classifier": "path",
@@ -63,6 +66,8 @@ def check_reward(spec: Any) -> None:
         _BUILDERS[kind](options, None, None)
     elif kind == "classifier":
         _refuse_ensemble(options["path"])
+    elif kind == "ensemble" and "path" in options:
+        models_held(options["path"])
     for nested in nested_specs(kind, options):
         check_reward(nested)
 
@@ -75,6 +80,8 @@ def model_paths(spec: Any) -> dict[str, bool]:
     paths = {str(options["path"]): True} if kind == "classifier" else {}
     if kind == "implicit":
         paths = {str(options[key]): False for key in ("path", "reference") if key in options}
+    if kind == "ensemble" and "path" in options:
+        paths = {str(path): True for path in models_held(options["path"])}
     for nested in nested_specs(kind, options):
         paths |= model_paths(nested)
     return paths
@@ -88,9 +95,7 @@ def nested_specs(kind: str, options: dict) -> list:
         return []
     if ("members" in options) == ("path" in options):
         raise ConfigError("reward of type ensemble: give either members (a list of rewards) or path (a saved ensemble)")
-    if "members" in options:
-        return _list(kind, options, "members")
-    return [{"type": "classifier", "path": str(p), "name": p.name} for p in ensemble_members(options["path"])]
+    return _list(kind, options, "members") if "members" in options else []
 
 
 # ---- kinds ----------------------------------------------------------------------------------------------------------
@@ -131,13 +136,18 @@ def _composite(options: dict, tokenizer, device) -> Reward:
 
 
 def _ensemble(options: dict, tokenizer, device) -> Reward:
-    normalize = options.get("normalize", True)
-    members = nested_specs("ensemble", options)
-    rule = {"aggregation": options["aggregation"], "ddof": options.get("ddof", 0)}
-    built = [build_reward(_raw(m) if normalize is False else m, tokenizer=tokenizer, device=device) for m in members]
-    name = options.get("name") or (Path(options["path"]).name if "path" in options else "ensemble")
+    members, normalize = nested_specs("ensemble", options), options.get("normalize", True)
+    rule = {key: options[key] for key in ("aggregation", "ddof", "quantile") if key in options}
+    rule |= {"lambda_": options.get("lambda"), "normalize": normalize}
+    of_models = {key: options[key] for key in ("max_length", "batch_tokens") if key in options}
     try:
-        return RewardEnsemble(built, **rule, lambda_=options.get("lambda"), name=name, normalize=normalize)
+        if "path" in options:
+            models = {"policy_tokenizer": tokenizer, "device": device, **of_models}
+            return load_ensemble(options["path"], **rule, **models, name=options.get("name"))
+        if of_models:
+            raise ConfigError(f"{', '.join(of_models)} of an ensemble belong to path: set them for each of the members")
+        built = [build_reward(m if normalize else _raw(m), tokenizer=tokenizer, device=device) for m in members]
+        return RewardEnsemble(built, **rule, name=options.get("name", "ensemble"))
     except RewardError as error:
         raise ConfigError(str(error)) from error
 

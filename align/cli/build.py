@@ -16,7 +16,23 @@ LOADERS = {
 
 
 def train_rows(run: RunConfig):
-    return load("align.data:load_rows")(run.data.dataset_name, run.data.dataset_train_split, run.data.dataset_config)
+    """The rows to train on, some labels flipped if `label_noise` says so."""
+    rows = load("align.data:load_rows")(run.data.dataset_name, run.data.dataset_train_split, run.data.dataset_config)
+    noise = run.ensemble
+    if noise is None or not noise.label_noise:
+        return rows
+    return load("align.data.noise:flip_labels")(rows, noise.label_noise, noise.label_noise_seed)[0]
+
+
+def save_label_noise(run: RunConfig, rows: int) -> None:
+    """Write which of the training rows are flipped to output_dir, if any are."""
+    noise, folder = run.ensemble, Path(run.training.output_dir)
+    if noise is None or not noise.label_noise or run.training.process_index != 0:
+        return
+    flipped = load("align.data.noise:flipped_rows")(rows, noise.label_noise, noise.label_noise_seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / load("align.data.noise:FILE_NAME")
+    load("align.data.noise:save_flips")(path, flipped, share=noise.label_noise, seed=noise.label_noise_seed)
 
 
 def eval_rows(run: RunConfig):
@@ -116,6 +132,7 @@ def uses_vllm(backend: str) -> bool:
 def trainer(run: RunConfig):
     """The method's trainer, ready to train one model."""
     train, evaluate = train_rows(run), eval_rows(run)
+    save_label_noise(run, len(train))
     if evaluate is None:
         run.training.eval_on_start = False
     text = tokenizer(run)
@@ -161,14 +178,19 @@ def train_ensemble(run: RunConfig, resume: bool) -> Path:
     not_default = [key for key in not_default if not (key == "dtype" and run.model.dtype == "float32")]
     if not_default or load("trl:get_quantization_config")(run.model) is not None:
         keys = ", ".join(not_default or ["load_in_4bit, load_in_8bit"])
-        raise ConfigError(f"{keys} cannot be set with ensemble_size > 1: members are loaded in float32")
+        raise ConfigError(f"{keys} cannot be set with ensemble > 1: members are loaded in float32")
+    rows = train_rows(run)
+    save_label_noise(run, len(rows))
     return load(run.method.ensemble)(
         run.model.model_name_or_path,
         run.training,
-        train_rows(run),
+        rows,
         eval_rows(run),
         tokenizer(run),
-        members=run.ensemble.ensemble_size,
+        members=run.ensemble.ensemble,
+        kind=run.ensemble.ensemble_kind,
+        upper_layers=run.ensemble.ensemble_upper_layers,
+        train_trunk=run.ensemble.ensemble_train_trunk,
         peft_config=peft_config(run),
         resume=resume,
     )

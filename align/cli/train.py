@@ -54,11 +54,13 @@ def train(config: "RunConfig") -> None:
     main_process = config.training.process_index == 0
     resume = config.training.resume_from_checkpoint
     keep_finished = resume is not None and resume.lower() in ("true", "auto")
-    if config.ensemble is not None and config.ensemble.ensemble_size > 1:
+    if config.ensemble is not None and config.ensemble.several:
+        if resume is not None and resume.lower() not in ("true", "auto", "false"):
+            raise ConfigError(f"an ensemble resumes with resume_from_checkpoint: auto, not from the folder {resume}")
         if main_process:
             save_settings(values, output_dir)
         build.train_ensemble(config, keep_finished)
-        what = f"the {config.ensemble.ensemble_size} members of the ensemble"
+        what = f"the {config.ensemble.ensemble} members of the ensemble"
     elif build.is_sweep(config):
         if main_process:
             save_settings(values, output_dir)

@@ -37,15 +37,54 @@ class DataArguments:
 
 @dataclass
 class EnsembleArguments:
-    """How many models are trained."""
+    """How many models are trained, how they are held, and with which share of wrong labels."""
 
-    ensemble_size: int = field(
+    ensemble: int = field(
         default=1, metadata={"help": "Train so many members that differ in seed, in output_dir/member_<i>."}
+    )
+    ensemble_kind: str = field(
+        default="separate",
+        metadata={
+            "help": "How members are held: models of their own, LoRA adapters on one frozen model (with use_peft), or "
+            "upper layers on a shared trunk. The last two are trained from one pass over the data.",
+            "choices": ["separate", "lora", "shared_trunk"],
+        },
+    )
+    ensemble_upper_layers: int | None = field(
+        default=None, metadata={"help": "Of a shared trunk: layers that each member has of its own."}
+    )
+    ensemble_train_trunk: bool = field(
+        default=False, metadata={"help": "Train the shared layers too. Default: they are frozen."}
+    )
+    label_noise: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the training pairs whose labels are flipped, to study wrong labels; output_dir/"
+            "flipped_labels.json says which."
+        },
+    )
+    label_noise_seed: int = field(
+        default=0, metadata={"help": "Draws the flipped pairs; the seed of the run and its members do not."}
     )
 
     def __post_init__(self):
-        if self.ensemble_size < 1:
-            raise ConfigError(f"ensemble_size counts from 1, got {self.ensemble_size}")
+        if self.ensemble < 1:
+            raise ConfigError(f"ensemble counts from 1, got {self.ensemble}")
+        trunk = self.ensemble_kind == "shared_trunk"
+        if trunk and not self.ensemble_upper_layers:
+            raise ConfigError("ensemble_kind shared_trunk needs ensemble_upper_layers: each member's own layers")
+        if not trunk and (self.ensemble_upper_layers is not None or self.ensemble_train_trunk):
+            raise ConfigError("ensemble_upper_layers and ensemble_train_trunk belong to ensemble_kind shared_trunk")
+        if self.ensemble == 1 and self.ensemble_kind != "separate":
+            raise ConfigError(f"ensemble_kind {self.ensemble_kind} needs an ensemble of 2 or more, not 1")
+        if not 0 <= self.label_noise < 1:
+            raise ConfigError(f"label_noise is a share in [0, 1), got {self.label_noise}")
+        if self.label_noise_seed and not self.label_noise:
+            raise ConfigError("label_noise_seed needs label_noise: there is nothing to draw")
+
+    @property
+    def several(self) -> bool:
+        return self.ensemble > 1
 
 
 @dataclass
@@ -54,7 +93,7 @@ class RunConfig:
 
     training: the method's config (a transformers.TrainingArguments). model: trl.ModelConfig. rewards, gold_reward: the
     nested sections as written (None where absent). entries: what was set, and where. given: the same keys with their
-    typed values. ensemble: for methods that can train several models.
+    typed values. ensemble: for methods that can train several models on the same pairs.
     """
 
     method: Method

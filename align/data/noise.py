@@ -12,6 +12,7 @@ from align.errors import DataError
 if TYPE_CHECKING:
     from datasets import Dataset
 
+FILE_NAME = "flipped_labels.json"
 SWAPPED = (("chosen", "rejected"), ("chosen_ids", "rejected_ids"))
 
 
@@ -21,12 +22,10 @@ def flip_labels(dataset: "Dataset", share: float, seed: int) -> tuple["Dataset",
     Works before and after tokenisation. Row numbers count from 0 in `dataset`. Exactly this many labels are wrong: a
     share of 0.25 is what "randomising half of the labels" gives in expectation. Other columns stay as they are.
     """
-    if not 0 <= share <= 1:
-        raise DataError(f"the share of flipped labels must be in [0, 1], got {share}")
     pairs = [pair for pair in SWAPPED if set(pair) <= set(dataset.column_names)]
     if not pairs:
         raise DataError(f"no preference pairs to flip: the columns are {', '.join(dataset.column_names)}")
-    rows = np.sort(np.random.default_rng(seed).permutation(len(dataset))[: round(share * len(dataset))])
+    rows = flipped_rows(len(dataset), share, seed)
     flipped = np.zeros(len(dataset), dtype=bool)
     flipped[rows] = True
 
@@ -47,7 +46,14 @@ def flip_labels(dataset: "Dataset", share: float, seed: int) -> tuple["Dataset",
         new_fingerprint=uuid.uuid4().hex,
         desc="Flipping labels",
     )
-    return noisy, rows.tolist()
+    return noisy, rows
+
+
+def flipped_rows(count: int, share: float, seed: int) -> list[int]:
+    """The rows of `count` that `flip_labels` flips, ascending."""
+    if not 0 <= share <= 1:
+        raise DataError(f"the share of flipped labels must be in [0, 1], got {share}")
+    return np.sort(np.random.default_rng(seed).permutation(count)[: round(share * count)]).tolist()
 
 
 def save_flips(path: str | Path, rows: list[int], *, share: float, seed: int) -> None:

@@ -87,6 +87,8 @@ def test_every_reward_model_of_a_spec_is_found(tmp_path):
     load("reward_models.ensemble:save_ensemble")(tmp_path, ["member_0", "member_1"])
     saved = {"type": "ensemble", "path": str(tmp_path), "aggregation": "mean"}
     assert model_paths(saved) == {str(tmp_path / "member_0"): True, str(tmp_path / "member_1"): True}
+    load("reward_models.ensemble:save_ensemble")(tmp_path, ["member_0", "member_1"], kind="lora")
+    assert model_paths(saved) == {str(tmp_path / "member_0"): True}
 
 
 def test_rewards_are_checked_and_no_server_is_asked(tiny_model, prompts, tmp_path, capsys):

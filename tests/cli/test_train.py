@@ -69,13 +69,13 @@ def test_reward_and_then_remax_on_it(tiny_model, pairs, prompts, rule, tmp_path)
 
 def test_an_ensemble_of_reward_models(tiny_model, pairs, tmp_path, capsys):
     base = ["--model_name_or_path", tiny_model, "--dataset_name", pairs, "--max_length", 64, "--max_steps", 1]
-    folder = train("reward", tmp_path / "rm", *base, "--ensemble_size", 2, "--save_strategy", "no")
+    folder = train("reward", tmp_path / "rm", *base, "--ensemble", 2, "--save_strategy", "no")
     assert "the 2 members of the ensemble" in capsys.readouterr().out
     assert (folder / "member_0" / "model.safetensors").exists() and (folder / "member_1" / "model.safetensors").exists()
     assert (folder / "ensemble.json").exists()
     other = ["--output_dir", str(tmp_path / "other"), "--dtype", "bfloat16", "--use_cpu"]
-    assert main(["reward", *map(str, base), "--ensemble_size", "2", *other]) == 2
-    assert "dtype cannot be set with ensemble_size > 1" in capsys.readouterr().err
+    assert main(["reward", *map(str, base), "--ensemble", "2", *other]) == 2
+    assert "dtype cannot be set with ensemble > 1" in capsys.readouterr().err
 
 
 def test_an_error_in_a_reward_names_its_place(tiny_model, prompts, tmp_path, capsys):
@@ -93,3 +93,28 @@ def test_an_error_in_a_reward_names_its_place(tiny_model, prompts, tmp_path, cap
 )
 def test_resume_from(value, expected, tmp_path):
     assert resume_from(value, tmp_path) is expected or resume_from(value, tmp_path) == expected
+
+
+def test_ensembles_of_other_kinds_and_wrong_labels(tiny_model, pairs, tmp_path, capsys):
+    base = ["--model_name_or_path", tiny_model, "--dataset_name", pairs, "--max_length", 64, "--max_steps", 1]
+    base += ["--save_strategy", "no", "--ensemble", 2]
+    trunk = ["--ensemble_kind", "shared_trunk", "--ensemble_upper_layers", 1, "--label_noise", 0.25]
+    folder = train("reward", tmp_path / "trunk", *base, *trunk)
+    flips = json.loads((folder / "flipped_labels.json").read_text())
+    rows = len(Path(pairs).read_text().splitlines())
+    assert (flips["share"], flips["seed"], len(flips["rows"])) == (0.25, 0, round(0.25 * rows))
+    assert (folder / "shared_trunk.safetensors").exists() and (folder / "member_1/reward_normalizer.json").exists()
+    lora = train("reward", tmp_path / "lora", *base, "--ensemble_kind", "lora", "--use_peft", "--lora_r", 2)
+    assert (lora / "member_1/adapter_model.safetensors").exists() and not (lora / "flipped_labels.json").exists()
+    other = ["--output_dir", str(tmp_path / "other"), "--use_cpu"]
+    for wrong, message in (
+        (["--ensemble_kind", "lora"], "needs a peft_config (use_peft: true"),
+        (["--ensemble_kind", "shared_trunk"], "needs ensemble_upper_layers"),
+        (["--ensemble_upper_layers", 1], "belong to ensemble_kind shared_trunk"),
+        (["--ensemble_kind", "shared"], "ensemble_kind cannot be 'shared'; valid: separate, lora, shared_trunk"),
+        (["--ensemble", 1, "--ensemble_kind", "lora"], "needs an ensemble of 2 or more"),
+        (["--label_noise_seed", 3], "label_noise_seed needs label_noise"),
+        (["--resume_from_checkpoint", "x/checkpoint-3"], "resumes with resume_from_checkpoint: auto"),
+    ):
+        assert main(["reward", *map(str, [*base, *wrong]), *other]) == 2
+        assert message in capsys.readouterr().err

@@ -11,6 +11,7 @@ from align.modeling.load import load_sequence_classifier, load_tokenizer
 from align.modeling.member_lora import adapter_parameters, add_member_adapters
 from align.modeling.members import Members, member_state, share_trunk
 from reward_models.base import RewardBatch
+from reward_models.build import build_reward, check_reward
 from reward_models.classifier import ClassifierReward
 from reward_models.ensemble import RewardEnsemble, load_ensemble, models_held, save_ensemble
 from reward_models.joint import save_adapters, save_trunk
@@ -145,3 +146,18 @@ def test_damaged(trunk):
     (folder / "shared_trunk.safetensors").unlink()
     with pytest.raises(RewardError, match="has no shared_trunk.safetensors"):
         load_ensemble(folder, "mean", device="cpu", normalize=False)
+
+
+def test_from_a_configuration(adapters):
+    folder, _ = adapters
+    spec = {"type": "ensemble", "path": str(folder), "aggregation": "lcb", "lambda": 1.0, "ddof": 1}
+    output = build_reward(spec, tokenizer=worlds.tokenizer(), device="cpu").score(BATCH)
+    torch.testing.assert_close(output.scores, output.extras["mean"] - output.extras["variance"].sqrt())
+    check_reward(spec)
+    with pytest.raises(ConfigError, match="quantile belongs to aggregation quantile; lcb has none"):
+        build_reward({**spec, "quantile": 0.1})
+    with pytest.raises(RewardError, match="the completion alone has 3 tokens, max_length is 2"):
+        long = RewardBatch(["w1 w2 w3 w4 "], ["w5 w6"])
+        build_reward({**spec, "max_length": 2}, device="cpu").score(long)
+    with pytest.raises(ConfigError, match="max_length of an ensemble belong to path"):
+        build_reward({"type": "ensemble", "members": ["json:dumps"] * 2, "aggregation": "mean", "max_length": 9})
