@@ -1,6 +1,7 @@
 """Reward models from preference pairs (Bradley-Terry)."""
 
 import logging
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -8,16 +9,21 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from align.data.bad_rows import BadRow
+from align.data.checks import check_pair_numbers
 from align.data.collate import PairCollator
 from align.data.tokenize import tokenize_pairs
-from align.errors import ConfigError
+from align.errors import ConfigError, DataError
+from align.evaluation.calibration import Reliability, reliability
 from align.modeling.load import disable_dropout, load_sequence_classifier, load_tokenizer
+from align.modeling.padding import with_own_padding
 from align.modeling.scores import sequence_scores
 from align.objectives.reward_model import bradley_terry_loss, centering, score_l2
 from reward_models.normalizer import Normalizer
+from reward_models.sequences import longest_input
 from trainers.base import BaseConfig, TrainerMixin
-from trainers.pair_data import IDS
-from trainers.pair_evaluation import PairEvaluation
+from trainers.pair_data import IDS, flat_column
+from trainers.pair_evaluation import CHOSEN, REJECTED, PairEvaluation
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +55,16 @@ class RewardConfig(BaseConfig):
             raise ConfigError("score_l2_coefficient and center_rewards_coefficient must not be negative")
         if self.normalizer_pairs < 1:
             raise ConfigError("normalizer_pairs must be at least 1")
+        if self.label_smoothing_factor:
+            raise ConfigError(
+                "label_smoothing_factor is for token labels: give the pairs a column chosen_prob, 0.9 where you would "
+                "have smoothed by 0.1"
+            )
 
 
 class RewardTrainer(PairEvaluation, TrainerMixin, Trainer):
-    """Bradley-Terry on pairs; a column `margin` is subtracted from the score difference.
+    """Bradley-Terry on pairs; a column `margin` is subtracted from the score difference, a column `chosen_prob` is the
+    probability that the chosen answer is preferred (without it: 1).
 
     The score is that of the last real token, the EOS. After training the normaliser is fitted on the evaluation pairs
     (without any: on training pairs, and the log says so) and saved with the model.
@@ -78,11 +90,11 @@ class RewardTrainer(PairEvaluation, TrainerMixin, Trainer):
         callbacks=None,
         optimizers=(None, None),
     ):
-        processing_class = processing_class or load_tokenizer(model)
+        processing_class = with_own_padding(processing_class or load_tokenizer(model))
         model = load_sequence_classifier(
             model, peft_config=peft_config, pad_token_id=processing_class.pad_token_id, head_seed=args.seed
         )
-        # transformers finds the last token by it, so what others load must know it
+        # transformers finds the last token by it, so what others load must know it (see _padding_as_saved)
         model.config.get_text_config().pad_token_id = processing_class.pad_token_id
         if args.disable_dropout:
             disable_dropout(model)
@@ -90,6 +102,7 @@ class RewardTrainer(PairEvaluation, TrainerMixin, Trainer):
         train_dataset = tokenized_pairs(train_dataset, processing_class, args)
         if eval_dataset is not None:
             eval_dataset = tokenized_pairs(eval_dataset, processing_class, args)
+        _check_lengths(train_dataset, eval_dataset, longest_input(model))
         args.remove_unused_columns = False
         super().__init__(
             model=model,
@@ -126,17 +139,37 @@ class RewardTrainer(PairEvaluation, TrainerMixin, Trainer):
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
             "rewards/margins": chosen - rejected,
-            "rewards/accuracies": chosen > rejected,
+            **agreement(chosen - rejected, batch),
         }
 
     def pair_losses(self, chosen: Tensor, rejected: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """The loss of each pair; scores and losses are [B], or [K, B] of K members."""
-        losses = bradley_terry_loss(chosen, rejected, batch.get("margin"))
+        losses = bradley_terry_loss(chosen, rejected, batch.get("margin"), batch.get("chosen_prob"))
         if self.args.center_rewards_coefficient:
             losses = losses + self.args.center_rewards_coefficient * centering(chosen, rejected)
         if self.args.score_l2_coefficient:
             losses = losses + self.args.score_l2_coefficient * score_l2(chosen, rejected)
         return losses
+
+    # ---- evaluation -------------------------------------------------------------------------------------------------
+
+    def pair_metrics(self, prediction) -> dict[str, float]:
+        metrics = super().pair_metrics(prediction)
+        scores = np.concatenate([self.eval_values[CHOSEN], self.eval_values[REJECTED]])
+        for name in ("mean", "std", "min", "max"):
+            metrics[f"rewards/{name}"] = float(getattr(scores, name)())
+        if np.isfinite(scores).all():  # else evaluate refuses the means
+            metrics["calibration_error"] = self.reliability().ece
+        return metrics
+
+    def reliability(self) -> Reliability:
+        """The reliability curve of the last evaluation: sigmoid(score difference) against the labels."""
+        return reliability(self.eval_values["rewards/margins"], labels=self.eval_values.get("chosen_prob"))
+
+    def _log_pairs(self, chosen: np.ndarray, rejected: np.ndarray) -> None:
+        super()._log_pairs(chosen, rejected)
+        figure = reliability_figure(self.reliability(), f"step {self.state.global_step}")
+        self.log_figure("eval/reliability", figure)
 
     # ---- normaliser -------------------------------------------------------------------------------------------------
 
@@ -169,13 +202,75 @@ class RewardTrainer(PairEvaluation, TrainerMixin, Trainer):
         return normalizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
+        with self._padding_as_saved():
+            super().save_model(output_dir, _internal_call)
         if self.normalizer is not None and self.args.should_save:
             self.normalizer.save(output_dir or self.args.output_dir)
+
+    @contextmanager
+    def _padding_as_saved(self):
+        """A config that names the end token as padding would make transformers read the token before it; one that names
+        none makes it read the last token of one sequence, and refuse several."""
+        config, padding = self.model.config.get_text_config(), self.processing_class.pad_token_id
+        config.pad_token_id = None if padding == self.processing_class.eos_token_id else padding
+        try:
+            yield
+        finally:
+            config.pad_token_id = padding
+
+
+def agreement(margins: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`rewards/accuracies`: how often the label prefers the answer with the higher score, [B]; and soft labels."""
+    right, labels = margins > 0, batch.get("chosen_prob")
+    if labels is None:
+        return {"rewards/accuracies": right}
+    return {"rewards/accuracies": torch.where(right, labels, 1 - labels), "chosen_prob": labels}
 
 
 def tokenized_pairs(dataset, tokenizer, args: RewardConfig):
     """The columns that training needs; a dataset that is tokenised already is taken as it is."""
-    if not set(IDS) <= set(dataset.column_names):
+    if set(IDS) <= set(dataset.column_names):
+        _check_numbers(dataset)
+    else:
         dataset = tokenize_pairs(dataset, tokenizer, max_length=args.max_length, max_bad_share=args.max_bad_share)
-    return dataset.select_columns([c for c in (*IDS, "margin", "row") if c in dataset.column_names])
+    columns = (*IDS, "margin", "chosen_prob", "row")
+    return dataset.select_columns([c for c in columns if c in dataset.column_names])
+
+
+def _check_numbers(dataset) -> None:
+    names = [name for name in ("margin", "chosen_prob") if name in dataset.column_names]
+    for place, row in enumerate(dataset.select_columns(names) if names else ()):
+        try:
+            check_pair_numbers(row)
+        except BadRow as reason:
+            raise DataError(f"tokenised pairs, row {place}: {reason}") from reason
+
+
+def _check_lengths(train_dataset, eval_dataset, limit: int | None) -> None:
+    """An index error in the middle of a run says less."""
+    for what, dataset in (("training", train_dataset), ("evaluation", eval_dataset)):
+        if dataset is None or limit is None:
+            continue
+        prompt, chosen, rejected = (flat_column(dataset, column)[0] for column in IDS)
+        lengths = prompt + np.maximum(chosen, rejected)
+        if lengths.max() > limit:
+            raise ConfigError(
+                f"{(lengths > limit).sum()} {what} pairs are longer than the {limit} tokens that the model takes (up "
+                f"to {lengths.max()}): set max_length: {limit}"
+            )
+
+
+def reliability_figure(curve: Reliability, title: str):
+    """How often the preferred answer was right against how sure the model was of it, and how many pairs say so."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.5, 4.5), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    above.plot([0.5, 1], [0.5, 1], color="black", linewidth=1, label="calibrated")
+    filled = curve.count > 0
+    above.plot(curve.confidence[filled], curve.accuracy[filled], marker="o", label=f"model (error {curve.ece:.3f})")
+    above.set(ylabel="share that is right", ylim=(0, 1.02), title=title)
+    above.legend()
+    below.stairs(curve.count, curve.edges, fill=True)
+    below.set(xlabel="confidence, sigmoid(|score difference|)", ylabel="pairs")
+    return figure

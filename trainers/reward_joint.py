@@ -11,7 +11,7 @@ from align.errors import ConfigError
 from align.modeling.member_lora import MemberLora
 from align.modeling.members import Members, member_scores
 from reward_models.normalizer import Normalizer
-from trainers.reward import RewardConfig, RewardTrainer
+from trainers.reward import RewardConfig, RewardTrainer, agreement
 
 logger = logging.getLogger(__name__)
 
@@ -43,15 +43,15 @@ class JointRewardTrainer(RewardTrainer):
             "rewards/chosen": chosen.mean(0),
             "rewards/rejected": rejected.mean(0),
             "rewards/margins": margins.mean(0),
-            "rewards/accuracies": margins.mean(0) > 0,
             "rewards/margins_std": margins.std(0, correction=0),
+            **agreement(margins.mean(0), batch),
         }
         for i in range(self.count):
             values |= {
                 f"loss/member_{i}": losses[i],
                 f"rewards/chosen/member_{i}": chosen[i],
                 f"rewards/rejected/member_{i}": rejected[i],
-                f"rewards/accuracies/member_{i}": margins[i] > 0,
+                f"rewards/accuracies/member_{i}": agreement(margins[i], batch)["rewards/accuracies"],
             }
         return values
 

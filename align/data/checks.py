@@ -1,5 +1,6 @@
 """What one row must be before it is tokenised: functions that return its parts in one shape, or raise BadRow."""
 
+import math
 from typing import Any
 
 from align.data.bad_rows import BadRow
@@ -50,6 +51,19 @@ def pair_of(row: dict[str, Any], fmt: DataFormat) -> tuple[Text, Text, Text]:
         _completion(chosen, "chosen", prompt, fmt.conversational),
         _completion(rejected, "rejected", prompt, fmt.conversational),
     )
+
+
+def check_pair_numbers(row: dict[str, Any]) -> None:
+    """Raise BadRow for a `margin` or `chosen_prob` (the probability that chosen is preferred) that cannot be one."""
+    for name in ("margin", "chosen_prob"):
+        if name not in row:
+            continue
+        if row[name] is None:
+            raise BadRow(f"{name} is missing")
+        if not isinstance(row[name], int | float) or not math.isfinite(row[name]):
+            raise BadRow(f"{name} is not a finite number")
+    if not 0 <= row.get("chosen_prob", 1) <= 1:
+        raise BadRow("chosen_prob is not a probability in [0, 1]")
 
 
 def text_of(row: dict[str, Any], fmt: DataFormat) -> Text:

@@ -149,7 +149,8 @@ def tokenize_pairs(
 
     Prompt and completion together are at most `max_length` tokens: a longer completion is cut (it then has no EOS) and
     counted. A prompt that is longer than `max_prompt_length`, or leaves no room for a completion, is a bad row; so is a
-    pair whose two completions are the same tokens. An implicit prompt is taken out of `chosen` and `rejected`.
+    pair whose two completions are the same tokens, or whose `margin` or `chosen_prob` is no finite number or no
+    probability. An implicit prompt is taken out of `chosen` and `rejected`.
 
     Otherwise as `tokenize_prompts`.
     """
@@ -159,6 +160,7 @@ def tokenize_pairs(
 
     def prepare(row: Columns) -> tuple[tuple, Columns]:
         prompt, chosen, rejected = checks.pair_of(row, fmt)
+        checks.check_pair_numbers(row)
         texts = prompt, [chosen, rejected]
         if fmt.conversational:
             texts = render_pair(prompt, [chosen, rejected], tokenizer, checks.template_kwargs(row))

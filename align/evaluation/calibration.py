@@ -28,15 +28,16 @@ class Reliability:
     ece: float
 
 
-def reliability(margins, bins: int = BINS) -> Reliability:
+def reliability(margins, bins: int = BINS, labels=None) -> Reliability:
     """The reliability curve of margins [N], chosen minus rejected score in the unit in which sigmoid(m) is meant.
 
+    labels: probability that the chosen answer is preferred, [N]; 1 where absent.
     Raises ValueError for no margin or a non-finite one: the caller knows which rows they are.
     """
     margins = np.asarray(margins, dtype=np.float64)
     if margins.size == 0 or not np.isfinite(margins).all():
         raise ValueError(f"reliability needs finite margins and at least one, got {margins.size}")
-    confidence, correct = pair_confidence(margins)
+    confidence, correct = pair_confidence(margins, labels)
     edges = np.linspace(0.5, 1.0, bins + 1)
     place = np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, bins - 1)  # a bin holds its lower edge
     count = np.bincount(place, minlength=bins)
@@ -48,14 +49,16 @@ def reliability(margins, bins: int = BINS) -> Reliability:
     return Reliability(edges, count, mean_confidence, mean_accuracy, ece)
 
 
-def expected_calibration_error(margins, bins: int = BINS) -> float:
-    """`reliability(margins, bins).ece`."""
-    return reliability(margins, bins).ece
+def expected_calibration_error(margins, bins: int = BINS, labels=None) -> float:
+    """`reliability(margins, bins, labels).ece`."""
+    return reliability(margins, bins, labels).ece
 
 
-def pair_confidence(margins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(confidence, correct), float [N] each: sigmoid(|m|), and 1, 0 or, for a tie, 0.5."""
-    return 1 / (1 + np.exp(-np.abs(margins))), (np.sign(margins) + 1) / 2
+def pair_confidence(margins: np.ndarray, labels: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(confidence, correct), float [N] each: sigmoid(|m|), and how often the label agrees: 1, 0 or, for a tie, 0.5;
+    with labels p, p where m > 0 and 1 - p where m < 0."""
+    labels = 1.0 if labels is None else np.asarray(labels, dtype=np.float64)
+    return 1 / (1 + np.exp(-np.abs(margins))), 0.5 + np.sign(margins) * (labels - 0.5)
 
 
 def best_scale(margins) -> float | None:

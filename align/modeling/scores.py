@@ -1,5 +1,7 @@
 """Scores of sequence classifiers, read at the last real token."""
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 
@@ -32,8 +34,9 @@ def sequence_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor)
     head = core.get_submodule(head_name(core).split(".")[0])
     # prepended: the wrappers' own hooks must see the tensor through which the gradient comes back
     hooks = [head.register_forward_hook(keep_head_output), core.register_forward_hook(replace_output, prepend=True)]
+    no_cache = {"use_cache": False} if "use_cache" in inspect.signature(type(core).forward).parameters else {}
     try:
-        model(input_ids=input_ids, attention_mask=attention_mask)
+        model(input_ids=input_ids, attention_mask=attention_mask, **no_cache)
     finally:
         for hook in hooks:
             hook.remove()

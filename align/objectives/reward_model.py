@@ -4,10 +4,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None) -> Tensor:
-    """-log sigmoid(s+ - s- - m), per pair [B] (Bradley & Terry 1952; margin: Touvron et al. 2023, Llama 2, eq. 2)."""
-    difference = chosen - rejected
-    return -F.logsigmoid(difference if margin is None else difference - margin)
+def bradley_terry_loss(
+    chosen: Tensor, rejected: Tensor, margin: Tensor | None = None, chosen_prob: Tensor | None = None
+) -> Tensor:
+    """-log sigmoid(s+ - s- - m), per pair [B] (Bradley & Terry 1952; margin: Touvron et al. 2023, Llama 2, eq. 2).
+
+    chosen_prob: p [B] in [0, 1], the probability that the chosen answer is preferred (1 where absent): then it is the
+    cross-entropy -p log sigmoid(d) - (1 - p) log sigmoid(-d) with d = s+ - s- - m, least where sigmoid(d) = p.
+    """
+    difference = chosen - rejected if margin is None else chosen - rejected - margin
+    losses = -F.logsigmoid(difference)
+    # -log sigmoid(-d) = -log sigmoid(d) + d
+    return losses if chosen_prob is None else losses + (1 - chosen_prob) * difference
 
 
 def score_l2(chosen: Tensor, rejected: Tensor) -> Tensor:

@@ -15,13 +15,21 @@ def test_padding_sides_and_masks_from_lengths():
 
 def test_a_pair_batch_has_the_chosen_first():
     rows = [
-        {"prompt_ids": [1, 2], "chosen_ids": [3, PAD], "rejected_ids": [4], "margin": 0.5, "row": 10},
-        {"prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [7, 8, 9], "margin": 2, "row": 12},
+        {
+            "prompt_ids": [1, 2],
+            "chosen_ids": [3, PAD],
+            "rejected_ids": [4],
+            "margin": 0.5,
+            "chosen_prob": 0.75,
+            "row": 10,
+        },
+        {"prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [7, 8, 9], "margin": 2, "chosen_prob": 1, "row": 12},
     ]
     batch = PairCollator(PAD)(rows)
     assert batch["input_ids"].tolist() == [[1, 2, 3, PAD], [5, 6, PAD, PAD], [1, 2, 4, PAD], [5, 7, 8, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
     assert batch["completion_mask"].tolist() == [[0, 0, 1, 1], [0, 1, 0, 0], [0, 0, 1, 0], [0, 1, 1, 1]]
+    assert batch["chosen_prob"].tolist() == [0.75, 1.0]
     assert batch["margin"].tolist() == [0.5, 2.0] and batch["margin"].dtype == torch.float32
     assert batch["row"].tolist() == [10, 12]
 

@@ -118,6 +118,25 @@ def test_words_that_are_tokenised_apart_are_all_there(known):
     assert (row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) == ([2], [3, 4, 1], [4, 1])
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "reason"),
+    [
+        ("chosen_prob", 1.2, "chosen_prob is not a probability in [0, 1]"),
+        ("chosen_prob", -0.1, "chosen_prob is not a probability in [0, 1]"),
+        ("chosen_prob", None, "chosen_prob is missing"),
+        ("chosen_prob", float("nan"), "chosen_prob is not a finite number"),
+        ("margin", float("inf"), "margin is not a finite number"),
+        ("margin", None, "margin is missing"),
+    ],
+)
+def test_soft_labels_and_margins_must_be_numbers(tokenizer, column, value, reason):
+    rows = Dataset.from_list([{**PAIR, column: good} for good in (0.0, value, 1.0)])
+    report = BadRows()
+    done = tokenize_pairs(rows, tokenizer, max_length=99, max_bad_share=0.5, report=report)
+    assert done["row"][:] == [0, 2] and done[column][:] == [0.0, 1.0]
+    assert report.reasons == {reason: [1]}
+
+
 # ---- length limits --------------------------------------------------------------------------------------------------
 
 
