@@ -75,6 +75,41 @@ def values_at(
     return _through_logits(model, inputs, positions, finish, temperature)
 
 
+def head_inputs(model: nn.Module, inputs: dict, positions: Tensor) -> tuple[Head, Tensor]:
+    """What a frozen model's logits at `positions` come from: its head, and hidden states [N, d] without gradient.
+
+    Unlike the head in `values_at`, this one can be used after the forward pass: sharded weights are gathered, and an
+    adapter that is off now stays out of it.
+    """
+    kept = {}
+
+    def keep(head: Head, hidden: Tensor) -> TokenValues:
+        kept["head"], kept["hidden"] = head, hidden.detach()
+        return TokenValues(hidden[:, 0])
+
+    with torch.no_grad():
+        values_at(model, inputs, positions, keep)
+    head, core = kept["head"], language_model(model)
+    if head.forward is not _identity:
+        head = head_of(_free_of_wrappers(core.get_output_embeddings()), head.vocabulary, head.transform)
+    return head, kept["hidden"]
+
+
+def _free_of_wrappers(module: nn.Module) -> nn.Module:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)) and module.disable_adapters:
+        module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
+    if not any(isinstance(p, DTensor) for p in module.parameters()):
+        return module
+    whole = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+    whole.weight = nn.Parameter(module.weight.full_tensor(), requires_grad=False)
+    whole.bias = None if module.bias is None else nn.Parameter(module.bias.full_tensor(), requires_grad=False)
+    return whole
+
+
 def language_model(model: nn.Module) -> nn.Module:
     """The transformers model inside wrappers (DDP, FSDP, torch.compile, PEFT)."""
     from accelerate.utils import extract_model_from_parallel
@@ -113,7 +148,7 @@ def _through_head(
 ) -> TokenValues:
     """One forward pass in which the head returns only the last position's logits and `finish` gets what it needs."""
     module, transform = core.get_output_embeddings(), logit_transform(core.config)
-    head = head_of(module, core.config.get_text_config().vocab_size, transform._replace(temperature=temperature))
+    head = head_of(module, vocabulary_of(core), transform._replace(temperature=temperature))
     kept = {}
 
     def forward(hidden: Tensor) -> Tensor:
@@ -151,6 +186,10 @@ def _through_head(
 
 def _identity(logits: Tensor) -> Tensor:
     return logits
+
+
+def vocabulary_of(core: nn.Module) -> int:
+    return core.config.get_text_config().vocab_size
 
 
 def logit_transform(config) -> LogitTransform:

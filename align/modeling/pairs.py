@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from align.modeling.logprobs import language_model, model_inputs, values_at
+from align.modeling.load import Reference
+from align.modeling.logprobs import head_inputs, language_model, model_inputs, values_at
 from align.modeling.token_values import token_values
 
 
@@ -17,12 +18,15 @@ class PairTokens:
 
     logps: [2B, L], log pi(y_t | x, y_<t), natural log, EOS included; float32 (float64 for a float64 model).
     mask: [2B, L], bool.
-    kl: [2B, L], KL(ref(.|x, y_<t) || pi(.|x, y_<t)) over the whole vocabulary in nats; None where it was not asked for.
+    None where not asked for:
+    kl: [2B, L], KL(ref(.|x, y_<t) || pi(.|x, y_<t)) over the whole vocabulary, in nats.
+    log_sum_sq_probs: [2B, L], log sum_v pi(v|x, y_<t)^2, without gradient.
     """
 
     logps: Tensor
     mask: Tensor
     kl: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
 
 
 class Completions(NamedTuple):
@@ -37,7 +41,9 @@ class Completions(NamedTuple):
     sources: Tensor
 
 
-def pair_tokens(model: nn.Module, batch: dict[str, Tensor], *, chunk_size: int | None = None) -> PairTokens:
+def pair_tokens(
+    model: nn.Module, batch: dict[str, Tensor], *, chunk_size: int | None = None, sum_squares: bool = False
+) -> PairTokens:
     """Log-probs of the completions of a batch of pairs, differentiable.
 
     Args:
@@ -45,11 +51,31 @@ def pair_tokens(model: nn.Module, batch: dict[str, Tensor], *, chunk_size: int |
         batch: of `PairCollator`, or of `SharedPrefixCollator` for a model that takes such rows
             (`prefix_support.enable_shared_prefix`).
         chunk_size: the most tokens whose logits exist at once; None: as many as are fast.
+        sum_squares: also give `log_sum_sq_probs`.
+    """
+    return _tokens(model, batch, chunk_size=chunk_size, sum_squares=sum_squares)[0]
+
+
+def pair_tokens_with_kl(
+    model: nn.Module, reference: Reference, batch: dict[str, Tensor], *, chunk_size: int | None = None
+) -> tuple[PairTokens, PairTokens]:
+    """Tokens of the policy with their KL to the reference, and those of the reference (without gradient).
+
+    The reference runs first, in `reference.active()`, and leaves its hidden states at the completion tokens; its
+    distributions are made from these beside the policy's, tile by tile, in the forward and in the backward pass.
     """
     places = completions(batch)
-    finish = partial(token_values, targets=places.ids[places.mask], chunk_size=chunk_size)
+    with reference.active() as ref_model:
+        head, hidden = head_inputs(ref_model, pair_inputs(ref_model, batch), places.sources[places.mask])
+    return _tokens(model, batch, chunk_size=chunk_size, reference=(head, hidden))
+
+
+def _tokens(model: nn.Module, batch: dict[str, Tensor], **options) -> tuple[PairTokens, PairTokens]:
+    places = completions(batch)
+    finish = partial(token_values, targets=places.ids[places.mask], **options)
     values = values_at(model, pair_inputs(model, batch), places.sources[places.mask], finish)
-    return PairTokens(logps=_rows(values.logps, places), mask=places.mask)
+    logps, kl, _, log_squares, ref_logps = (None if v is None else _rows(v, places) for v in values)
+    return PairTokens(logps, places.mask, kl, log_squares), PairTokens(ref_logps, places.mask)
 
 
 def pair_inputs(model: nn.Module, batch: dict[str, Tensor]) -> dict:

@@ -66,12 +66,14 @@ class Head(NamedTuple):
 class TokenValues(NamedTuple):
     """[N] each, float32 (float64 from float64 logits); what was not asked for is None.
 
-    logps: log p(target); entropy: of p, in nats, detached; kl: KL(ref || p), in nats; ref_logps: log ref(target).
+    logps: log p(target); kl: KL(ref || p), in nats. Without gradient: entropy of p, in nats; log_sum_squares: log of
+    sum_v p(v)^2; ref_logps: log ref(target).
     """
 
     logps: Tensor
-    entropy: Tensor | None = None
     kl: Tensor | None = None
+    entropy: Tensor | None = None
+    log_sum_squares: Tensor | None = None
     ref_logps: Tensor | None = None
 
 
@@ -92,6 +94,7 @@ def token_values(
     *,
     reference: tuple[Head, Tensor] | None = None,
     entropy: bool = False,
+    sum_squares: bool = False,
     chunk_size: int | None = None,
 ) -> TokenValues:
     """Values of `targets` [N] under head(hidden), hidden [N, d]. Differentiable in logps and kl.
@@ -108,16 +111,17 @@ def token_values(
             "vocabulary; resize the embeddings of one of them"
         )
     linear = head.weight is not None and (reference is None or reference[0].weight is not None)
-    return (_tiled if linear else _chunked)(head, hidden, targets, reference, entropy, chunk_size)
+    options = {"entropy": entropy, "sum_squares": sum_squares}
+    return (_tiled if linear else _chunked)(head, hidden, targets, reference, options, chunk_size)
 
 
 # ---- any head: chunks of tokens, each recomputed in the backward pass ------------------------------------------------
 
 
-def _chunked(head: Head, hidden: Tensor, targets: Tensor, reference, entropy: bool, chunk_size: int | None):
+def _chunked(head: Head, hidden: Tensor, targets: Tensor, reference, options: dict, chunk_size: int | None):
     size = chunk_size or max(LARGE_TILE // head.vocabulary, 1)
     ref_head, ref_hidden = reference or (None, None)
-    step = partial(_chunk_values, head, ref_head, entropy)
+    step = partial(_chunk_values, head, ref_head, **options)
     parts = [t.split(size) for t in (hidden, targets, *([] if reference is None else [ref_hidden]))]
     if len(parts[0]) > 1 and torch.is_grad_enabled():
         step = partial(checkpoint, step, use_reentrant=False)
@@ -125,19 +129,24 @@ def _chunked(head: Head, hidden: Tensor, targets: Tensor, reference, entropy: bo
     return TokenValues(*[None if column[0] is None else torch.cat(column) for column in columns])
 
 
-def _chunk_values(head: Head, ref_head: Head | None, entropy: bool, hidden, targets, ref_hidden=None):
+def _chunk_values(
+    head: Head, ref_head: Head | None, hidden, targets, ref_hidden=None, *, entropy, sum_squares
+) -> tuple:
     log_p = head.transform(_wide(head.forward(hidden))).log_softmax(-1)
     logps = log_p.gather(-1, targets[:, None]).squeeze(-1)
-    spread = kl = ref_logps = None
-    if entropy:
-        spread = torch.special.entr(log_p.detach().exp()).sum(-1)
-    if ref_head is not None:
-        with torch.no_grad():
+    kl = spread = log_squares = ref_logps = None
+    with torch.no_grad():
+        if entropy:
+            spread = torch.special.entr(log_p.exp()).sum(-1)
+        if sum_squares:
+            log_squares = (2 * log_p).logsumexp(-1)
+        if ref_head is not None:
             log_q = ref_head.transform(_wide(ref_head.forward(ref_hidden))).log_softmax(-1)
             ref_logps = log_q.gather(-1, targets[:, None]).squeeze(-1)
+    if ref_head is not None:
         q = log_q.exp()
         kl = torch.where(q > 0, q * (log_q - log_p), 0.0).sum(-1)
-    return logps, spread, kl, ref_logps
+    return TokenValues(logps, kl, spread, log_squares, ref_logps)
 
 
 def _wide(logits: Tensor) -> Tensor:
@@ -147,7 +156,7 @@ def _wide(logits: Tensor) -> Tensor:
 # ---- a linear head: tiles of the vocabulary --------------------------------------------------------------------------
 
 
-def _tiled(head: Head, hidden: Tensor, targets: Tensor, reference, entropy: bool, chunk_size: int | None):
+def _tiled(head: Head, hidden: Tensor, targets: Tensor, reference, options: dict, chunk_size: int | None):
     sides = [(hidden, head)] if reference is None else [(hidden, head), (reference[1].detach(), reference[0])]
     device = hidden.device.type
     tensors = [t for states, h in sides for t in (states, h.weight, h.bias)]
@@ -155,7 +164,7 @@ def _tiled(head: Head, hidden: Tensor, targets: Tensor, reference, entropy: bool
         dtype = torch.get_autocast_dtype(device)
         tensors = [t if t is None else t.to(dtype) for t in tensors]
     with torch.autocast(device, enabled=False):
-        return TokenValues(*_Tiled.apply(targets, [h.transform for _, h in sides], entropy, chunk_size, *tensors))
+        return TokenValues(*_Tiled.apply(targets, [h.transform for _, h in sides], options, chunk_size, *tensors))
 
 
 class _Tiled(torch.autograd.Function):
@@ -165,21 +174,20 @@ class _Tiled(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, targets, transforms, entropy, chunk_size, *tensors):
+    def forward(ctx, targets, transforms, options, chunk_size, *tensors):
         ctx.set_materialize_grads(False)
         sides, tiling = _sides(tensors, transforms), _Tiling(targets, tensors[1], chunk_size)
-        blocks = [_block_values(sides, targets[rows], rows, tiling, entropy) for rows in tiling.blocks]
-        logps, spread, kl, ref_logps, at_target, *normalisers = (
-            None if column[0] is None else torch.cat(column) for column in zip(*blocks, strict=True)
-        )
+        blocks = [_block_values(sides, targets[rows], rows, tiling, **options) for rows in tiling.blocks]
+        columns = [None if column[0] is None else torch.cat(column) for column in zip(*blocks, strict=True)]
+        values, at_target, normalisers = TokenValues(*columns[:5]), columns[5], columns[6:]
         ctx.transforms, ctx.chunk_size = transforms, chunk_size
         ctx.save_for_backward(targets, at_target, *normalisers, *tensors)
-        ctx.mark_non_differentiable(*[t for t in (spread, ref_logps) if t is not None])
-        return logps, spread, kl, ref_logps
+        ctx.mark_non_differentiable(*[t for t in values[2:] if t is not None])
+        return tuple(values)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g, _, k, __):
+    def backward(ctx, g, k, *_):
         targets, at_target, lse, ref_lse, *tensors = ctx.saved_tensors
         sides, tiling = _sides(tensors, ctx.transforms), _Tiling(targets, tensors[1], ctx.chunk_size)
         hidden, weight, bias = tensors[:3]
@@ -255,25 +263,25 @@ class _Tiling:
         return self.buffers[name]
 
 
-def _block_values(sides: list[_Side], targets: Tensor, rows: slice, tiling: _Tiling, entropy: bool) -> tuple:
-    """logps, entropy, kl, ref_logps, the target's logit, and the logarithms of the two normalisers."""
+def _block_values(sides: list[_Side], targets: Tensor, rows: slice, tiling: _Tiling, entropy, sum_squares) -> tuple:
+    """The fields of TokenValues, then the target's logit and the logarithms of the two normalisers."""
     sums, at_targets = [_Sums() for _ in sides], [None for _ in sides]
     for tile in tiling.tiles:
         logits = [side.logits(rows, tile, tiling.buffer(i)) for i, side in enumerate(sides)]
         for i, z in enumerate(logits):
             at_targets[i] = _at_targets(z, targets, tile, at_targets[i])
         difference = logits[1] - logits[0] if len(sides) == 2 else None
-        sums[0].add(logits[0], logits[0].clone() if entropy else None)
+        sums[0].add(logits[0], logits[0].clone() if entropy else None, sum_squares)
         if len(sides) == 2:
             sums[1].add(logits[1], difference)
-    lse, mean_logit = sums[0].finish()
+    lse, mean_logit, log_squares = sums[0].finish()
     logps = at_targets[0] - lse
     spread = lse - mean_logit if entropy else None
     if len(sides) == 1:
-        return logps, spread, None, None, at_targets[0], lse, None
-    ref_lse, mean_difference = sums[1].finish()
+        return logps, None, spread, log_squares, None, at_targets[0], lse, None
+    ref_lse, mean_difference, _ = sums[1].finish()
     kl = mean_difference - ref_lse + lse
-    return logps, spread, kl, at_targets[1] - ref_lse, at_targets[0], lse, ref_lse
+    return logps, kl, spread, log_squares, at_targets[1] - ref_lse, at_targets[0], lse, ref_lse
 
 
 def _at_targets(logits: Tensor, targets: Tensor, tile: slice, before: Tensor | None) -> Tensor:
@@ -283,12 +291,12 @@ def _at_targets(logits: Tensor, targets: Tensor, tile: slice, before: Tensor | N
 
 
 class _Sums:
-    """log sum_v exp(z_v), and the mean of x under softmax(z), from tiles."""
+    """From tiles: log sum_v exp(z_v); the mean of x under p = softmax(z); log sum_v p_v^2."""
 
     def __init__(self):
-        self.tops, self.sums, self.weighted = [], [], []
+        self.tops, self.sums, self.weighted, self.squares = [], [], [], []
 
-    def add(self, z: Tensor, x: Tensor | None) -> None:
+    def add(self, z: Tensor, x: Tensor | None, squares: bool = False) -> None:
         """Takes a tile of z and of x [N, v], and destroys both."""
         top = z.amax(-1, keepdim=True).clamp_(min=torch.finfo(z.dtype).min)
         weights = z.sub_(top).exp_()
@@ -298,11 +306,14 @@ class _Sums:
             # 0 * inf and inf - inf: a token of probability 0 adds nothing
             x.mul_(weights).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
             self.weighted.append(x.sum(-1, keepdim=True))
+        if squares:
+            self.squares.append(weights.square_().sum(-1, keepdim=True))
 
-    def finish(self) -> tuple[Tensor, Tensor | None]:
+    def finish(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         tops = torch.cat(self.tops, -1)
         top = tops.amax(-1, keepdim=True)
         scales = (tops - top).exp()
         total = (torch.cat(self.sums, -1) * scales).sum(-1)
         mean = (torch.cat(self.weighted, -1) * scales).sum(-1) / total if self.weighted else None
-        return top.squeeze(-1) + total.log(), mean
+        squares = (torch.cat(self.squares, -1) * scales**2).sum(-1).log() - 2 * total.log() if self.squares else None
+        return top.squeeze(-1) + total.log(), mean, squares

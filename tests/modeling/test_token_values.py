@@ -38,13 +38,14 @@ def dense(layer, hidden, targets, transform, ref_logits):
             if q > 0:
                 kl[i] = kl[i] + q * (log_q[i, v] - log_p[i, v])
     entropy = -(log_p.exp() * log_p).nan_to_num(0.0).sum(-1)
-    return log_p.gather(-1, targets[:, None])[:, 0], entropy, kl, log_q.gather(-1, targets[:, None])[:, 0]
+    logps, ref_logps = (x.gather(-1, targets[:, None])[:, 0] for x in (log_p, log_q))
+    return logps, kl, entropy, (log_p.exp() ** 2).sum(-1).log(), ref_logps
 
 
 def gradients(values, layer, hidden, weights):
     for tensor in (hidden, *layer.parameters()):
         tensor.grad = None
-    sum((w * v).sum() for w, v in zip(weights, values, strict=True) if w is not None).backward()
+    sum((w * v).sum() for w, v in zip(weights, values[:2], strict=True) if w is not None).backward()
     return [hidden.grad, *(p.grad for p in layer.parameters())]
 
 
@@ -57,24 +58,19 @@ def test_values_and_gradients(name, linear, with_kl):
     ref_hidden = ref_hidden.detach()[:, :4]
     ref_layer = nn.Linear(4, V, bias=False, dtype=torch.float64)
     targets = torch.randint(0, V, (N,))
-    weights = [
-        torch.randn(N, dtype=torch.float64),
-        None,
-        torch.randn(N, dtype=torch.float64) if with_kl else None,
-        None,
-    ]
+    weights = [torch.randn(N, dtype=torch.float64), torch.randn(N, dtype=torch.float64) if with_kl else None]
     heads = [head_of(layer, V, transform), head_of(ref_layer, V, TRANSFORMS["capped"])]
     if not linear:
         heads = [h._replace(weight=None, bias=None) for h in heads]
     expected = dense(layer, hidden, targets, transform, TRANSFORMS["capped"](ref_layer(ref_hidden)).detach())
-    actual = token_values(
-        heads[0], hidden, targets, entropy=True, chunk_size=4, reference=(heads[1], ref_hidden) if with_kl else None
-    )
+    reference = (heads[1], ref_hidden) if with_kl else None
+    options = {"entropy": True, "sum_squares": True, "chunk_size": 4}
+    actual = token_values(heads[0], hidden, targets, reference=reference, **options)
     for ours, theirs in zip(actual, expected, strict=True):
         if ours is not None:
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
     assert (actual.kl is None) == (actual.ref_logps is None) == (not with_kl)
-    assert not actual.entropy.requires_grad
+    assert not actual.entropy.requires_grad and not actual.log_sum_squares.requires_grad
     for ours, theirs in zip(
         gradients(actual, layer, hidden, weights), gradients(expected, layer, hidden, weights), strict=True
     ):
@@ -89,16 +85,15 @@ def test_padded_vocabulary_adds_nothing(linear):
         layer.bias[30:] = -torch.inf
         ref_layer.bias[28:] = -torch.inf
         ref_layer.bias[20] = -2000.0
-    targets, weights = torch.randint(0, 20, (N,)), [torch.ones(N, dtype=torch.float64)] * 3
+    targets, weights = torch.randint(0, 20, (N,)), [torch.ones(N, dtype=torch.float64)] * 2
     heads = [head_of(layer, V, LogitTransform()), head_of(ref_layer, V, LogitTransform())]
     if not linear:
         heads = [h._replace(weight=None, bias=None) for h in heads]
     actual = token_values(heads[0], hidden, targets, reference=(heads[1], ref_hidden.detach()), chunk_size=4)
     expected = dense(layer, hidden, targets, LogitTransform(), ref_layer(ref_hidden).detach())
-    torch.testing.assert_close(actual.kl, expected[2], rtol=0, atol=1e-12)
+    torch.testing.assert_close(actual.kl, expected[1], rtol=0, atol=1e-12)
     assert actual.kl.min() > 0 and actual.logps.isfinite().all()
-    ours = gradients((actual.logps, None, actual.kl), layer, hidden, [weights[0], None, weights[2]])
-    theirs = gradients((expected[0], None, expected[2]), layer, hidden, [weights[0], None, weights[2]])
+    ours, theirs = (gradients(values, layer, hidden, weights) for values in (actual, expected))
     assert all(g.isfinite().all() for g in ours)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
