@@ -45,7 +45,7 @@ def hypervolume_gain(
     signs = [1 if larger else -1 for larger in maximize]
     signed = [[s * x for s, x in zip(signs, p, strict=True)] for p in (*front, point, reference)]
     *front, point, reference = signed
-    return hypervolume([*front, point], reference) - hypervolume(front, reference)
+    return max(hypervolume([*front, point], reference) - hypervolume(front, reference), 0.0)  # sums round
 
 
 def hypervolume_multiplier(gain: float) -> float:
