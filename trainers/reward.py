@@ -1,7 +1,6 @@
 """Reward models from preference pairs (Bradley-Terry)."""
 
 import logging
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +15,7 @@ from align.data.tokenize import tokenize_pairs
 from align.errors import ConfigError, DataError
 from align.evaluation.calibration import Reliability, reliability
 from align.modeling.load import disable_dropout, load_sequence_classifier, load_tokenizer
-from align.modeling.padding import with_own_padding
+from align.modeling.padding import padding_as_saved, with_own_padding
 from align.modeling.scores import sequence_scores
 from align.objectives.reward_model import bradley_terry_loss, centering, score_l2
 from reward_models.normalizer import Normalizer
@@ -94,7 +93,7 @@ class RewardTrainer(PairEvaluation, TrainerMixin, Trainer):
         model = load_sequence_classifier(
             model, peft_config=peft_config, pad_token_id=processing_class.pad_token_id, head_seed=args.seed
         )
-        # transformers finds the last token by it, so what others load must know it (see _padding_as_saved)
+        # transformers refuses batches without one; where the last token is, the attention mask says
         model.config.get_text_config().pad_token_id = processing_class.pad_token_id
         if args.disable_dropout:
             disable_dropout(model)
@@ -202,21 +201,10 @@ class RewardTrainer(PairEvaluation, TrainerMixin, Trainer):
         return normalizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        with self._padding_as_saved():
+        with padding_as_saved(self.model, self.processing_class):
             super().save_model(output_dir, _internal_call)
         if self.normalizer is not None and self.args.should_save:
             self.normalizer.save(output_dir or self.args.output_dir)
-
-    @contextmanager
-    def _padding_as_saved(self):
-        """A config that names the end token as padding would make transformers read the token before it; one that names
-        none makes it read the last token of one sequence, and refuse several."""
-        config, padding = self.model.config.get_text_config(), self.processing_class.pad_token_id
-        config.pad_token_id = None if padding == self.processing_class.eos_token_id else padding
-        try:
-            yield
-        finally:
-            config.pad_token_id = padding
 
 
 def agreement(margins: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:

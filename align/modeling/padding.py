@@ -1,7 +1,8 @@
-"""A padding token that is not the end token."""
+"""The padding token of reward models, by which transformers and TRL find the last token of a sequence."""
 
 import copy
 import logging
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -36,3 +37,19 @@ def with_own_padding(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokeniz
     tokenizer.pad_token = candidates[0]
     logger.info("the tokenizer pads with its end token: %s is the reward model's padding token", candidates[0])
     return tokenizer
+
+
+@contextmanager
+def padding_as_saved(model, tokenizer: "PreTrainedTokenizerBase"):
+    """While a classifier is saved, its config names the tokenizer's padding token; none if that is the end token.
+
+    A config that names the end token makes transformers read the token before it. One that names none makes it read the
+    last token of a single sequence, which is right, and refuse several.
+    """
+    config = model.config.get_text_config()
+    before, padding = config.pad_token_id, tokenizer.pad_token_id
+    config.pad_token_id = None if padding == tokenizer.eos_token_id else padding
+    try:
+        yield
+    finally:
+        config.pad_token_id = before
