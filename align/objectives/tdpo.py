@@ -1,10 +1,9 @@
 """Token-level DPO (Zeng et al. 2024, arXiv 2404.11999): DPO with a forward KL per token of both completions.
 
 K(y) = sum_t KL( ref(.|x, y_<t) || pi(.|x, y_<t) ), over the whole vocabulary at the completion's positions: the
-*sequential forward* KL. Conventions as in `align.objectives.dpo`.
+*sequential forward* KL (`align.modeling.token_values` computes it). Conventions as in `align.objectives.dpo`.
 """
 
-import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -24,14 +23,3 @@ def tdpo2(pairs: PairLogps, *, beta: float = 0.1, tdpo_alpha: float = 0.5) -> Te
 def tdpo_rewards(pairs: PairLogps, *, beta: float) -> tuple[Tensor, Tensor]:
     """beta (rho + K) of chosen and rejected, [B] each: what the authors log as rewards."""
     return beta * (pairs.chosen_ratio + pairs.chosen_kl), beta * (pairs.rejected_ratio + pairs.rejected_kl)
-
-
-def vocabulary_kl(ref_logps: Tensor, logps: Tensor) -> Tensor:
-    """KL(ref || pi) = sum_v ref(v) (log ref(v) - log pi(v)) in nats: [..., V] and [..., V] -> [...].
-
-    Both are normalised log-probs. Words that the reference excludes (-inf) count 0, whatever the policy gives them.
-    """
-    possible = ref_logps > -torch.inf
-    # filled before the subtraction: -inf - -inf is NaN, and so would be its gradient
-    gaps = ref_logps.masked_fill(~possible, 0) - logps.masked_fill(~possible, 0)
-    return (ref_logps.exp() * gaps).sum(-1)

@@ -76,6 +76,14 @@ def test_a_better_policy_has_a_smaller_loss(name):
     assert pairs.chosen.grad < 0 < pairs.rejected.grad
 
 
+def test_discopop_has_a_bump_where_training_starts():
+    """As published: d/dz at 0 is (1 - log 2)/(4 tau) - (1/2 + 1)/2 > 0, so that z falls first."""
+    z = torch.zeros(1, dtype=torch.float64)
+    pairs = pair_of(0.0, torch.float64)
+    dpo.discopop(pairs, beta=1.0, discopop_tau=0.05).sum().backward()
+    close(pairs.chosen.grad, z + (1 - math.log(2)) / (4 * 0.05) - 0.75)
+
+
 def test_cdpo_is_smallest_at_the_log_odds_of_its_labels():
     z = torch.tensor([math.log(0.8 / 0.2)], dtype=torch.float64, requires_grad=True)
     dpo.smoothed(z, 0.2).sum().backward()

@@ -5,7 +5,6 @@ import torch
 
 from align.objectives.pair_logps import length_weights, pair_logps, wpo_weights
 from align.objectives.preference_objective import preference_objective
-from align.objectives.tdpo import vocabulary_kl
 
 # two pairs; the first pair's completions have 4 and 2 tokens, the second's 1 and 3
 MASK = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]])
@@ -87,26 +86,3 @@ def test_weights_and_modifiers_reach_the_losses():
     torch.testing.assert_close(objective.losses(pairs, weights), weights * (parts["sigmoid"] + 0.2 * parts["sft"]))
     forward = preference_objective("sigmoid", None, {"f_divergence_type": "forward_kl"}).pairs(logps, MASK, ref)
     torch.testing.assert_close(forward.chosen_score, 1 - torch.exp(-forward.chosen_ratio))
-
-
-def test_vocabulary_kl_is_the_forward_kl():
-    logits, ref_logits = (torch.randn(3, 5, 11, dtype=torch.float64) for _ in range(2))
-    policy, reference = logits.log_softmax(-1), ref_logits.log_softmax(-1)
-    expected = torch.nn.functional.kl_div(policy, reference, log_target=True, reduction="none").sum(-1)
-    torch.testing.assert_close(vocabulary_kl(reference, policy), expected)
-    assert (vocabulary_kl(reference, reference) == 0).all()
-
-
-def test_vocabulary_kl_of_excluded_words():
-    """A vocabulary padded with -inf logits, in the reference alone or in both: softmax().log() would make NaN."""
-    for padded_too in (False, True):
-        ref_logits = torch.randn(2, 6)
-        logits = torch.randn(2, 6).requires_grad_()
-        ref_logits[:, 4:] = -torch.inf
-        bias = torch.tensor([0.0] * 4 + [-torch.inf if padded_too else 0.0] * 2)
-        policy = (logits + bias).log_softmax(-1)
-        value = vocabulary_kl(ref_logits.log_softmax(-1), policy)
-        ref = ref_logits[:, :4].softmax(-1)
-        torch.testing.assert_close(value, (ref * (ref.log() - policy[:, :4])).sum(-1))
-        value.sum().backward()
-        assert logits.grad.isfinite().all()

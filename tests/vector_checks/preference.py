@@ -3,6 +3,7 @@
 import torch
 from torch.nn.functional import logsigmoid
 
+from align.modeling.token_values import Head, token_values
 from align.objectives.beta_dpo import (
     BetaDPOState,
     BetaDraw,
@@ -18,7 +19,7 @@ from align.objectives.preference import LOSSES
 from align.objectives.preference_objective import preference_objective
 from align.objectives.reference_free import log_odds
 from align.objectives.reward_weighting import hypervolume, hypervolume_gain, hypervolume_multiplier
-from align.objectives.tdpo import tdpo_rewards, vocabulary_kl
+from align.objectives.tdpo import tdpo_rewards
 from tests.vector_checks.registry import close, covers, t64
 
 TRL_NAMES = (
@@ -86,14 +87,23 @@ def tdpo_objective(params):
 
 @covers("tdpo_31", "tdpo_32", "tdpo_33", "tdpo_34")
 def tdpo_from_logits(inputs, params, outputs, grads):
-    logits, labels = leaf(inputs["policy_logits"]), torch.tensor(inputs["labels"])[:, 1:]
+    """From logits, with the functions that train: by tiles of the vocabulary, and by chunks of tokens."""
+    vocabulary = len(inputs["policy_logits"][0][0])
+    for weight in (torch.eye(vocabulary, dtype=torch.float64), None):
+        head = Head(torch.nn.Identity(), vocabulary, weight=weight)
+        check_tdpo(head, inputs, params, outputs, grads)
+
+
+def check_tdpo(head, inputs, params, outputs, grads):
+    logits, ref_logits = leaf(inputs["policy_logits"]), t64(inputs["reference_logits"])
+    labels = torch.tensor(inputs["labels"])[:, 1:]
     mask = labels != -100
-    policy = logits[:, :-1].log_softmax(-1)
-    reference = t64(inputs["reference_logits"])[:, :-1].log_softmax(-1)
-    ids = labels.clamp(min=0).unsqueeze(-1)
-    logps, ref_logps = policy.gather(-1, ids).squeeze(-1), reference.gather(-1, ids).squeeze(-1)
+    hidden, ref_hidden = logits[:, :-1][mask], ref_logits[:, :-1][mask]
+    values = token_values(head, hidden, labels[mask], reference=(head, ref_hidden), chunk_size=4)
+    zeros = torch.zeros(mask.shape, dtype=torch.float64)
+    logps, ref_logps, kl = (zeros.masked_scatter(mask, x) for x in (values.logps, values.ref_logps, values.kl))
     objective = tdpo_objective(params)
-    pairs = objective.pairs(logps, mask, ref_logps, vocabulary_kl(reference, policy))
+    pairs = objective.pairs(logps, mask, ref_logps, kl)
     exact(torch.cat([pairs.chosen, pairs.rejected]), outputs["logps"])
     exact(torch.cat([pairs.chosen_ratio, pairs.rejected_ratio]), outputs["logps_margin"])
     exact(torch.cat([pairs.chosen_kl, pairs.rejected_kl]), outputs["position_kl"])
