@@ -9,6 +9,8 @@ On GPUs the mask becomes a FlexAttention block mask; elsewhere each pair is two 
 the pair's own tokens.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -76,16 +78,21 @@ def block_mask(table: Tensor):
     """The FlexAttention mask of a table."""
     from torch.nn.attention.flex_attention import create_block_mask
 
+    count = int(table.sum())
+    return create_block_mask(visible(table), B=None, H=None, Q_LEN=count, KV_LEN=count, device=table.device)
+
+
+def visible(table: Tensor) -> Callable[..., Tensor]:
+    """Whether a query sees a key, by their positions in the row."""
     lengths = table.view(-1, 3)
-    count = int(lengths.sum())
     part = torch.arange(3, device=table.device).repeat(len(lengths))  # 0 prefix, 1 chosen, 2 rejected
-    part = part.repeat_interleave(lengths.flatten(), output_size=count)
-    pair = torch.arange(len(lengths), device=table.device).repeat_interleave(lengths.sum(-1), output_size=count)
+    part = part.repeat_interleave(lengths.flatten())
+    pair = torch.arange(len(lengths), device=table.device).repeat_interleave(lengths.sum(-1))
 
     def sees(batch, head, query, key):
         return (query >= key) & (pair[query] == pair[key]) & ((part[key] == 0) | (part[key] == part[query]))
 
-    return create_block_mask(sees, B=None, H=None, Q_LEN=count, KV_LEN=count, device=table.device)
+    return sees
 
 
 def _segments(table: Tensor) -> list[tuple[list[int], Tensor]]:

@@ -3,58 +3,17 @@
 import pytest
 import torch
 import transformers as tf
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
-from align.data import PairCollator
-from align.data.shared_prefix import SharedPrefixCollator
+from align.data import PairCollator, SharedPrefixCollator
+from align.errors import TrainingError
+from align.modeling import shared_prefix
+from align.modeling.logprobs import language_model
 from align.modeling.pairs import pair_tokens
 from align.modeling.prefix_support import enable_shared_prefix
 from tests.modeling import tiny
-
-SIZES = tiny.SIZES
-MODELS = {
-    "llama": lambda: tf.LlamaConfig(**SIZES),
-    "grouped queries": lambda: tf.LlamaConfig(**{**SIZES, "num_attention_heads": 4, "head_dim": 4}),
-    "qwen2": lambda: tf.Qwen2Config(**{k: v for k, v in SIZES.items() if k != "head_dim"}),
-    "qwen3": lambda: tf.Qwen3Config(**SIZES),
-    "gpt2": lambda: tf.GPT2Config(
-        vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.5, bos_token_id=1,
-        eos_token_id=1,
-    ),
-    "neox": lambda: tf.GPTNeoXConfig(
-        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
-        max_position_embeddings=64, initializer_range=0.5,
-    ),
-    "gemma2": lambda: tf.Gemma2Config(**SIZES, final_logit_softcapping=3.0, sliding_window=32),
-    "mixture of experts": lambda: tf.Qwen3MoeConfig(
-        **SIZES, moe_intermediate_size=8, num_experts=4, num_experts_per_tok=2, decoder_sparse_step=1
-    ),
-}  # fmt: skip
-
-
-def make(name, dtype=torch.float64):
-    torch.manual_seed(0)
-    model = tf.AutoModelForCausalLM.from_config(MODELS[name]()).to(dtype).eval()
-    for module in list(model.modules()):  # transformers normalises in float32, whatever the model's type
-        for child, norm in module.named_children():
-            if type(norm).__name__ in ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"):
-                setattr(module, child, nn.RMSNorm(len(norm.weight), norm.variance_epsilon, dtype=dtype))
-    return model
-
-
-def pairs(seed=0):
-    """Usual pairs; a common beginning of the completions; a completion that is the beginning of the other; 1 token."""
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda n: torch.randint(2, tiny.VOCAB, (n,), generator=generator).tolist()  # noqa: E731
-    rows = [
-        {"prompt_ids": draw(p), "chosen_ids": draw(c), "rejected_ids": draw(r)}
-        for p, c, r in ((9, 4, 6), (2, 5, 3), (5, 4, 7), (6, 3, 5), (1, 1, 1))
-    ]
-    rows[1]["rejected_ids"][:2] = rows[1]["chosen_ids"][:2]
-    rows[2]["rejected_ids"][:4] = rows[2]["chosen_ids"]
-    rows[3]["chosen_ids"] = rows[3]["rejected_ids"][:1]
-    rows.append({**rows[3], "chosen_ids": rows[3]["rejected_ids"], "rejected_ids": rows[3]["chosen_ids"]})
-    return rows
+from tests.modeling.pair_models import MODELS, make, pairs
 
 
 def gradients(model, batch, weights):
@@ -85,3 +44,136 @@ def test_equals_padded_batches(name):
     model = make(name, dtype)
     assert enable_shared_prefix(model, max_length=32) is None
     assert_same(model, atol={"mixture of experts": 2e-5, "gemma2": 1e-5}.get(name, 1e-9), dtype=dtype)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "neox"])
+def test_gradient_checkpointing(name, reentrant):
+    model = make(name).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert enable_shared_prefix(model, None) is None and model.training
+    assert_same(model, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["llama", "neox"])
+def test_adapters(name):
+    targets = {"llama": ["q_proj", "v_proj", "up_proj"], "neox": ["query_key_value", "dense"]}[name]
+    model = get_peft_model(make(name), LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).double()
+    assert enable_shared_prefix(model, None) is None
+    assert_same(model, atol=1e-9)
+
+
+def test_mixed_precision():
+    model = make("llama", torch.float32)
+    assert enable_shared_prefix(model, None) is None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same(model, atol=0.15, dtype=torch.float32)
+
+
+def test_float32():
+    model = make("llama", torch.float32)
+    assert enable_shared_prefix(model, None) is None
+    assert_same(model, atol=2e-5, dtype=torch.float32)
+
+
+def test_the_model_does_everything_else_as_before(tmp_path):
+    model, (ids, mask) = make("llama", torch.float32), tiny.rows(side="left")
+    before = (
+        model(input_ids=ids, attention_mask=mask).logits,
+        model.generate(ids, attention_mask=mask, max_new_tokens=5),
+    )
+    assert enable_shared_prefix(model, None) is None
+    after = model(input_ids=ids, attention_mask=mask).logits, model.generate(ids, attention_mask=mask, max_new_tokens=5)
+    assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
+    model.save_pretrained(tmp_path)
+    assert "shared_prefix" not in (tmp_path / "config.json").read_text()
+
+
+def mistral(window):
+    sizes = {k: v for k, v in tiny.SIZES.items() if k != "head_dim"}
+    return tf.AutoModelForCausalLM.from_config(tf.MistralConfig(**sizes, sliding_window=window))
+
+
+def alibi():
+    config = tf.FalconConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, alibi=True, bos_token_id=1,
+        eos_token_id=1,
+    )  # fmt: skip
+    return tf.AutoModelForCausalLM.from_config(config)
+
+
+UNSUITABLE = {
+    "takes no position ids": lambda: tf.AutoModelForCausalLM.from_config(
+        tf.MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, state_size=4)
+    ),
+    "encoder-decoder": lambda: tf.AutoModelForSeq2SeqLM.from_config(
+        tf.T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    ),
+    "attention window of 8 tokens is shorter than max_length=64": lambda: mistral(8),
+    "its attention is eager": lambda: tf.AutoModelForCausalLM.from_config(
+        tf.LlamaConfig(**tiny.SIZES), attn_implementation="eager"
+    ),
+    "attention interface": alibi,
+    "virtual tokens": lambda: get_peft_model(
+        tf.AutoModelForCausalLM.from_config(tf.LlamaConfig(**tiny.SIZES)),
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", UNSUITABLE)
+def test_models_that_cannot_are_told_apart(reason):
+    torch.manual_seed(0)
+    model = UNSUITABLE[reason]()
+    core = language_model(model)
+    before = core.config._attn_implementation
+    assert reason in enable_shared_prefix(model, max_length=64)
+    assert core.config._attn_implementation == before
+
+
+def test_a_window_that_covers_every_sequence_is_none():
+    model = mistral(64)
+    assert "max_length=None" in enable_shared_prefix(model, None)
+    assert enable_shared_prefix(model, max_length=64) is None
+    long = [{"prompt_ids": [5] * 60, "chosen_ids": [6] * 3, "rejected_ids": [7] * 5}]
+    with pytest.raises(TrainingError, match="65 tokens is longer than the model's attention window of 64"):
+        pair_tokens(model, SharedPrefixCollator()(long))
+
+
+def test_the_check_computes(monkeypatch):
+    """A model that looks suitable and mixes the completions is found out, and left as it was."""
+    model = make("llama")
+
+    def wrong(query, key, value, segments, **options):
+        return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+    monkeypatch.setattr(shared_prefix, "pair_by_pair", wrong)
+    assert "differ by" in enable_shared_prefix(model, None)
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_flex_attention_mask():
+    """The mask of the CUDA path, entry by entry."""
+    table = torch.tensor([[[[2, 1, 2], [1, 2, 0]]]])
+    seen = shared_prefix.visible(table)
+    n = int(table.sum())
+    actual = seen(0, 0, torch.arange(n)[:, None], torch.arange(n)).int().tolist()
+    assert actual == [
+        [1, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 1, 0, 0, 0, 0],
+        [1, 1, 0, 1, 1, 0, 0, 0],
+        [0, 0, 0, 0, 0, 1, 0, 0],
+        [0, 0, 0, 0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 0, 1, 1, 1],
+    ]
+    flex_attention = pytest.importorskip("torch.nn.attention.flex_attention").flex_attention
+    q, k, v = torch.randn(3, 1, 2, n, 8)
+    expected = shared_prefix.pair_by_pair(q, k, v, shared_prefix._segments(table))
+    actual = flex_attention(q, k, v, block_mask=shared_prefix.block_mask(table))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
