@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "align.reward_eval/1"
 REWRITE_PAIRS = 500
+SHOWN = 3  # subsets named in a note
 
 
 def evaluate_reward(
@@ -195,7 +196,8 @@ def _describe_pairs(result: dict, rewards: dict, pairs: Pairs, scores: dict[str,
         counts = {name: pairs.subsets.count(name) for name in set(pairs.subsets)}
         lacking = rewardbench.incomplete(counts)
         if lacking:
-            result["notes"].append("not RewardBench as published: " + "; ".join(lacking))
+            more = f" and {len(lacking) - SHOWN} more" if len(lacking) > SHOWN else ""
+            result["notes"].append(f"not RewardBench as published: {', '.join(lacking[:SHOWN])}{more}")
     result["phases"]["numbers"] = time.perf_counter() - started
 
 
