@@ -12,8 +12,8 @@ from align.evaluation import masks
 from align.evaluation.strict_json import write_json
 from align.modeling.activation_masks import architecture, groups_of, watch_activations
 from align.modeling.load import Reference
-from align.modeling.logprobs import language_model, model_inputs
-from align.modeling.pairs import Completions, PairTokens, at_completions, completions
+from align.modeling.logprobs import language_model
+from align.modeling.pairs import Completions, PairTokens, completions, pair_tokens_with_kl
 from align.modeling.token_masks import (
     INITS,
     MaskSettings,
@@ -132,24 +132,6 @@ class SparsePOConfig(PreferenceConfig):
             return {}
         share = 0.5 if self.variant == "common" and self.mask_on_reward and self.mask_on_kl else 1.0
         return {"l1_u": share * self.mask_l1_reward, "l1_d": share * self.mask_l1_kl}
-
-
-def pair_tokens_with_kl(model, reference, batch, *, chunk_size=None):
-    places = completions(batch)
-    found = []
-    with reference.active() as ref_model:
-        found.append(_logits(ref_model, batch, places))
-    found.append(_logits(model, batch, places))
-    ref, pol = (x.log_softmax(-1) for x in found)
-    kl = (ref.exp() * (ref - pol)).sum(-1) * places.mask
-    logps = [x.gather(-1, places.ids[..., None]).squeeze(-1) * places.mask for x in (pol, ref)]
-    return PairTokens(logps[0], places.mask, kl), PairTokens(logps[1], places.mask)
-
-
-def _logits(model, batch, places):
-    inputs = model_inputs(language_model(model), batch["input_ids"], batch["attention_mask"])
-    logits = at_completions(model(**inputs).logits, places)
-    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 @dataclass

@@ -109,6 +109,10 @@ class Activations:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
 
+    def forget(self) -> None:
+        self.sums.clear()
+        self.counts.clear()
+
     def add(self, group: str, means: Tensor) -> None:
         """One activation's mean over its features, [rows, T]."""
         scaled = min_max(at_completions(means, self.places), self.places.mask)
@@ -122,14 +126,14 @@ class Activations:
 
 @contextmanager
 def watch_activations(core: nn.Module, places: Completions, groups: tuple[str, ...] = GROUPS):
-    """An `Activations` that has seen everything in `groups` after one forward pass of `core` inside.
+    """An `Activations` that has seen everything in `groups` after a forward pass of `core` inside.
 
     mlp: what enters the second linear layer. attn: query, key and value, query and key after the rotation (where there
     is one), and what enters the output projection. resid: the stream after the embedding, after each attention and each
     MLP block, what the blocks add, and what the norms make of it. logits: over the vocabulary.
     """
     names, seen = architecture(core), Activations(places)
-    hooks = []
+    hooks = [core.base_model.register_forward_pre_hook(lambda module, args: seen.forget())]
     if "mlp" in groups:
         for block in decoder_layers(core):
             hooks.append(_on_input(block.get_submodule(names.mlp_out), lambda x: seen.add("mlp", mean(x))))

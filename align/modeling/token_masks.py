@@ -140,7 +140,7 @@ def standardise(h: Tensor, eps: float = 1e-5) -> Tensor:
 
 @contextmanager
 def watch_states(core: nn.Module, places: Completions, layers: str = "all"):
-    """A list that holds, after one forward pass of `core` inside, the hidden state after each of its layers at the
+    """A list that holds, after a forward pass of `core` inside, the hidden state after each of its layers at the
     completion positions, [2B, L, d] each: transformers' `hidden_states[1:]`, the last one after the final norm.
 
     core: a transformers model with a head (see `language_model`). layers: `all` or `last`. Raises ConfigError for a
@@ -154,6 +154,7 @@ def watch_states(core: nn.Module, places: Completions, layers: str = "all"):
 
     # the body's output is the last state after the final norm; the head is left alone, as its products are tiled
     hooks = [module.register_forward_hook(keep) for module in (*blocks, core.base_model)]
+    hooks.append(core.base_model.register_forward_pre_hook(lambda module, args: states.clear()))
     try:
         yield states
     finally:
