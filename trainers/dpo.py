@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from align.errors import ConfigError
-from align.modeling.pairs import PairTokens
+from align.modeling.pairs import PairTokens, pair_tokens, pair_tokens_with_kl
 from align.objectives.pair_logps import wpo_weights
 from align.objectives.preference_objective import PreferenceObjective, preference_objective
 from trainers.preference import PreferenceConfig, PreferenceTrainer
@@ -105,11 +105,11 @@ class DPOTrainer(PreferenceTrainer):
         return self.objective.across_pairs
 
     def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[PairTokens, PairTokens | None]:
-        if not self.objective.needs_kl:
-            return super().forward(model, batch)
-        from align.modeling.pairs import pair_tokens_with_kl
-
-        return pair_tokens_with_kl(model, self.reference, batch, chunk_size=self.args.chunk_size)
+        options = {"chunk_size": self.args.chunk_size, "sum_squares": self.objective.use_weighting}
+        if self.objective.needs_kl:
+            return pair_tokens_with_kl(model, self.reference, batch, **options)
+        policy = pair_tokens(model, batch, **options)
+        return policy, self.reference_tokens(batch) if self.needs_reference else None
 
     def losses(
         self, policy: PairTokens, reference: PairTokens | None, batch: dict[str, Tensor]

@@ -9,7 +9,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from align.data.batching import length_batches
 from align.errors import ConfigError, TrainingError
 from align.modeling.load import Reference, load_policy, reference_of
 from align.modeling.logprobs import language_model
@@ -25,11 +24,16 @@ class PairReference(ReferenceChecks):
     reference: Reference | None
     cache_marks: dict[str, str]  # of the cached log-probs, by dataset (train, eval)
 
-    def set_reference(self, ref_model: str | nn.Module | None) -> None:
-        """Before the first step, while the policy is what it starts as."""
-        core, self.cache_marks = language_model(self.model), {}
+    def load_reference(self, ref_model: str | nn.Module | None) -> nn.Module | None:
+        """The reference that is named, as the policy is loaded."""
+        core = language_model(self.model)
         if isinstance(ref_model, str):
-            ref_model = load_policy(ref_model, dtype=core.dtype, attn_implementation=core.config._attn_implementation)
+            return load_policy(ref_model, dtype=core.dtype, attn_implementation=core.config._attn_implementation)
+        return ref_model
+
+    def set_reference(self, ref_model: nn.Module | None) -> None:
+        """Before the first step, while the policy is what it starts as."""
+        self.cache_marks = {}
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if self.args.precompute_ref_log_probs and ref_model is None and not sharded:
             # The policy has not been trained yet: it is its own reference, and no copy is made.
@@ -60,9 +64,8 @@ class PairReference(ReferenceChecks):
 
     def _reference_of_all(self, dataset, name: str, pairs: int) -> tuple[np.ndarray, np.ndarray]:
         """Log-probs of all tokens of chosen and of rejected, row after row; the processes share the rows."""
-        rows = dataset[:]
-        rows = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
-        batches = length_batches([self.tokens_of(row) for row in rows], 1 << 62, pairs)
+        rows = [{**row, "number": i} for i, row in enumerate(dataset.to_list())]
+        batches = self.micro_batches(rows, pairs)
         world, rank = self.args.world_size, self.args.process_index
         found = {}
         # all make as many batches: those that gather weights wait for one another
@@ -71,12 +74,10 @@ class PairReference(ReferenceChecks):
             desc=f"Reference log-probs of the {name} pairs",
             disable=self.args.disable_tqdm or not self.is_world_process_zero(),
         ):
-            numbers = batches[min(start + rank, len(batches) - 1)]
-            batch = self._prepare_inputs(self.collate([rows[i] for i in numbers]))
-            values = self._live_reference(batch).logps.float().cpu().numpy()
-            for place, i in enumerate(numbers):
-                both = values[place], values[len(numbers) + place]
-                found[i] = [v[: len(rows[i][ids])] for v, ids in zip(both, IDS[1:], strict=True)]
+            batch = batches[min(start + rank, len(batches) - 1)]
+            values = self._live_reference(self._prepare_inputs(self.collate(batch))).logps.float().cpu().numpy()
+            for row, *both in zip(batch, values[: len(batch)], values[len(batch) :], strict=True):
+                found[row["number"]] = [v[: len(row[ids])] for v, ids in zip(both, IDS[1:], strict=True)]
         everything = {i: values for part in gather_object([found]) for i, values in part.items()}
         return tuple(np.concatenate([everything[i][side] for i in range(len(rows))]) for side in (0, 1))
 

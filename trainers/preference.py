@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, set_seed
 
-from align.data.collate import PairCollator
 from align.errors import ConfigError, TrainingError
 from align.modeling.load import disable_dropout, load_policy, load_tokenizer
 from align.modeling.pairs import PairTokens, pair_tokens
+from align.modeling.prefix_support import enable_shared_prefix
 from trainers.base import BaseConfig, TrainerMixin
-from trainers.pair_batches import PairRows, similar_lengths, split_to
+from trainers.pair_batches import PaddedPairs, PairRows, SharedPrefixPairs, split_to
 from trainers.pair_data import IDS, flat_column, numbered_pairs
 from trainers.pair_evaluation import PairEvaluation
 from trainers.pair_reference import PairReference
@@ -53,10 +53,18 @@ class PreferenceConfig(BaseConfig):
         default=None,
         metadata={"help": "Folder of these log-probs, which runs may share. Default: output_dir/ref_log_probs."},
     )
+    batching: str = field(
+        default="auto",
+        metadata={
+            "help": "shared_prefix: the completions of a pair share the computation of their prompt, and nothing is "
+            "padded. padded: one row per completion. auto: the first where the model allows it.",
+            "choices": ["auto", "shared_prefix", "padded"],
+        },
+    )
     tokens_per_batch: int | None = field(
         default=None,
         metadata={
-            "help": "Cut an optimiser step's pairs into micro-batches of at most so many tokens, padding counted, "
+            "help": "Cut an optimiser step's pairs into micro-batches of at most so many tokens (padding counted) "
             "instead of per_device_train_batch_size pairs. Does not change the loss."
         },
     )
@@ -72,6 +80,8 @@ class PreferenceConfig(BaseConfig):
         super().__post_init__()
         if self.beta is not None and not 0 < self.beta < math.inf:
             raise ConfigError(f"beta must be > 0, got {self.beta}")
+        if self.batching not in ("auto", "shared_prefix", "padded"):
+            raise ConfigError(f"batching must be auto, shared_prefix or padded, got {self.batching!r}")
         for name in ("precompute_ref_batch_size", "tokens_per_batch", "chunk_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} counts from 1, got {getattr(self, name)}")
@@ -142,7 +152,6 @@ class PreferenceTrainer(PairEvaluation, PairReference, TrainerMixin, Trainer):
         model = load_policy(model, peft_config=peft_config)
         if args.disable_dropout:
             disable_dropout(model)
-        self.collator = PairCollator(processing_class.pad_token_id)
         self.check_start = ref_model is None
         args.remove_unused_columns = False
         super().__init__(
@@ -158,8 +167,13 @@ class PreferenceTrainer(PairEvaluation, PairReference, TrainerMixin, Trainer):
         )
         self.model_accepts_loss_kwargs = True  # the loss is normalised by the global count of pairs, not by Trainer
         self.reference = None
+        reason = None if args.batching == "padded" else enable_shared_prefix(self.model, args.max_length)
         if self.needs_reference:
+            ref_model = self.load_reference(ref_model)
+            if ref_model is not None and reason is None:
+                reason = enable_shared_prefix(ref_model, args.max_length)
             self.set_reference(ref_model)
+        self.collator = self._collator(reason)
         self.train_dataset = self._prepared(self.train_dataset, "train")
         if self.eval_dataset is not None:
             self.eval_dataset = self._prepared(self.eval_dataset, "eval")
@@ -188,6 +202,16 @@ class PreferenceTrainer(PairEvaluation, PairReference, TrainerMixin, Trainer):
             )
         return ref_model
 
+    def _collator(self, reason: str | None) -> PaddedPairs | SharedPrefixPairs:
+        """reason: why the models cannot take shared prefixes, None if they can."""
+        if self.args.batching != "padded" and reason is None:
+            return SharedPrefixPairs()
+        if self.args.batching == "shared_prefix":
+            raise ConfigError(f"batching: shared_prefix cannot be used with this model: {reason}")
+        if reason is not None:
+            logger.info("batches are padded, their pairs do not share prefixes: %s", reason)
+        return PaddedPairs(self.processing_class.pad_token_id)
+
     def _tokenized(self, dataset, tokenizer):
         args = self.args
         return numbered_pairs(dataset, tokenizer, max_length=args.max_length, max_bad_share=args.max_bad_share)
@@ -209,7 +233,7 @@ class PreferenceTrainer(PairEvaluation, PairReference, TrainerMixin, Trainer):
         if self.state.global_step == self.resume_step:
             self.restore_state(self.resume_state)
         rows = [row for group in groups for row in group]
-        batches = groups if self.across_pairs else self.micro_batches(rows)
+        batches = groups if self.across_pairs else self.micro_batches(rows, self.args.train_batch_size)
         mine = torch.tensor([[len(rows), chosen_tokens(rows), len(batches)]], device=device)
         pairs, tokens, most = self.accelerator.gather(mine).unbind(-1)
         if not self.across_pairs:
@@ -219,15 +243,10 @@ class PreferenceTrainer(PairEvaluation, PairReference, TrainerMixin, Trainer):
             batch["mean_chosen_length"] = tokens.sum() / pairs.sum()
         return [[]] * (len(groups) - 1) + [batches], pairs.sum()
 
-    def micro_batches(self, rows: list[dict]) -> list[list[dict]]:
-        """The pairs of one optimiser step in micro-batches of similar length."""
+    def micro_batches(self, rows: list[dict], max_pairs: int) -> list[list[dict]]:
+        """Rows in micro-batches of `tokens_per_batch` tokens, or without it of `max_pairs` pairs."""
         limit = self.args.tokens_per_batch
-        pairs = None if limit else self.args.train_batch_size
-        return similar_lengths(rows, [self.tokens_of(row) for row in rows], max_pairs=pairs, max_tokens=limit)
-
-    def tokens_of(self, row: dict) -> int:
-        """Tokens that a pair takes in a batch."""
-        return 2 * (len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])))
+        return self.collator.cut(rows, None if limit else max_pairs, limit)
 
     def collate(self, rows: list[dict]) -> dict[str, Tensor]:
         """One micro-batch: the collator's tensors, the method's columns and the cached reference. The loop adds

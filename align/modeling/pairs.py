@@ -57,7 +57,12 @@ def pair_tokens(
 
 
 def pair_tokens_with_kl(
-    model: nn.Module, reference: Reference, batch: dict[str, Tensor], *, chunk_size: int | None = None
+    model: nn.Module,
+    reference: Reference,
+    batch: dict[str, Tensor],
+    *,
+    chunk_size: int | None = None,
+    sum_squares: bool = False,
 ) -> tuple[PairTokens, PairTokens]:
     """Tokens of the policy with their KL to the reference, and those of the reference (without gradient).
 
@@ -67,7 +72,7 @@ def pair_tokens_with_kl(
     places = completions(batch)
     with reference.active() as ref_model:
         head, hidden = head_inputs(ref_model, pair_inputs(ref_model, batch), places.sources[places.mask])
-    return _tokens(model, batch, chunk_size=chunk_size, reference=(head, hidden))
+    return _tokens(model, batch, chunk_size=chunk_size, sum_squares=sum_squares, reference=(head, hidden))
 
 
 def _tokens(model: nn.Module, batch: dict[str, Tensor], **options) -> tuple[PairTokens, PairTokens]:

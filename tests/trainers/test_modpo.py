@@ -16,10 +16,10 @@ from align.modeling.logprobs import token_logps
 from trainers.modpo import MODPOConfig, MODPOTrainer
 
 PROMPTS = ("tell me about the garden : ", "describe the ocean : ")
-WORDS = ("rose", "wave", "thanks", "well", "ugly")
-STRENGTHS = {PROMPTS[0]: (1, 2, 3, 4, 5), PROMPTS[1]: (4, 1, 5, 2, 3)}  # exp(reward) of the words
-LETTERS = {word: 0.4 * len(word) for word in WORDS}
-VOWELS = {word: 0.6 * sum(letter in "aeiou" for letter in word) for word in WORDS}
+WORDS = ("rose", "thanks", "well", "ugly")
+STRENGTHS = {PROMPTS[0]: (1, 2, 3, 4), PROMPTS[1]: (4, 1, 3, 2)}  # exp(reward) of the words
+LETTERS = {word: 0.7 * len(word) for word in WORDS}
+VOWELS = {word: 0.9 * sum(letter in "aeiou" for letter in word) for word in WORDS}
 
 
 def letters(completions, **_):
@@ -44,7 +44,7 @@ def config(folder, **options) -> MODPOConfig:
     defaults = {
         **QUIET,
         "output_dir": str(folder),
-        "per_device_train_batch_size": 120,
+        "per_device_train_batch_size": 60,
         "max_length": 32,
         "max_steps": 2,
         "learning_rate": 1e-3,
@@ -89,7 +89,7 @@ def test_the_trained_policy_is_the_closed_form_optimum(policy, tokenizer, tmp_pa
         [{"letters": letters, "vowels": vowels}[name] for name in weights if name != "strength"],
         config(
             tmp_path, weights=weights, beta=beta, max_steps=100, learning_rate=5e-3, lr_scheduler_type="cosine",
-            logging_steps=50,
+            logging_steps=50, precompute_ref_log_probs=True,
         ),
         exact_pairs(),
         peft_config=lora,
@@ -111,8 +111,8 @@ def test_one_step_is_trl_with_a_shifted_reference(policy, tokenizer, tmp_path):
     import trl
 
     weights, beta = {"strength": 0.4, "letters": 0.6}, 0.2
-    pairs = exact_pairs().select(range(0, 120, 5))
-    shared = {"per_device_train_batch_size": 24, "max_steps": 3, "learning_rate": 1e-2, "weight_decay": 0.0}
+    pairs = exact_pairs().select(range(0, 60, 3))
+    shared = {"per_device_train_batch_size": 20, "max_steps": 3, "learning_rate": 1e-2, "weight_decay": 0.0}
     ours = MODPOTrainer(policy, letters, config(tmp_path, weights=weights, beta=beta, **shared), pairs)
     ours.train()
     args = trl.DPOConfig(
@@ -148,8 +148,9 @@ def test_metrics(policy, tokenizer, tmp_path):
 
 
 def test_a_saved_policy_is_the_trained_one(policy, tokenizer, tmp_path):
-    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    trainer = MODPOTrainer(policy, letters, config(tmp_path), exact_pairs().select(range(120)), peft_config=lora)
+    lora = LoraConfig(r=4, target_modules="all-linear")
+    args = config(tmp_path, max_steps=5, learning_rate=1e-2)
+    trainer = MODPOTrainer(policy, letters, args, exact_pairs(), peft_config=lora)
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))
     loaded = load_policy(tmp_path / "saved")
@@ -157,6 +158,9 @@ def test_a_saved_policy_is_the_trained_one(policy, tokenizer, tmp_path):
         torch.testing.assert_close(
             distribution(loaded, tokenizer, prompt), distribution(trainer.model, tokenizer, prompt), rtol=0, atol=1e-5
         )
+    assert (
+        distribution(loaded, tokenizer, PROMPTS[0]) - distribution(load_policy(policy), tokenizer, PROMPTS[0])
+    ).norm() > 0.1
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from align.errors import ConfigError, DataError, TrainingError
 from align.modeling.load import load_policy, load_tokenizer
 from align.modeling.pairs import pair_tokens
 from trainers.dpo import DPOTrainer
-from trainers.pair_batches import similar_lengths, split_to
+from trainers.pair_batches import PaddedPairs, SharedPrefixPairs, split_to
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 
@@ -39,27 +39,53 @@ def trained(policy, args, pairs, eval_pairs=None, **options) -> DPOTrainer:
     {"per_device_train_batch_size": 16, "tokens_per_batch": 90},
     {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8, "tokens_per_batch": 100_000},
     {"per_device_train_batch_size": 16, "chunk_size": 7},
+    {"per_device_train_batch_size": 16, "batching": "padded"},
+    {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "batching": "padded"},
+    {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8, "batching": "padded", "tokens_per_batch": 200},
 ])  # fmt: skip
-def test_the_cut_into_micro_batches_does_not_matter(options, policy, pairs, tmp_path):
-    """40 pairs in steps of 16: the third step has 8."""
-    settings = {"max_steps": 3, "lr_scheduler_type": "constant"}
+def test_how_a_step_is_batched_does_not_matter(options, policy, pairs, tmp_path):
+    """40 pairs in steps of 16: the third step has 8. `auto` is shared prefixes here."""
+    settings = {"max_steps": 3}
     whole = trained(policy, dpo_config(tmp_path / "a", per_device_train_batch_size=16, **settings), pairs)
     cut = trained(policy, dpo_config(tmp_path / "b", **settings, **options), pairs)
+    assert isinstance(whole.collator, SharedPrefixPairs)
+    assert isinstance(cut.collator, PaddedPairs if "batching" in options else SharedPrefixPairs)
     assert_close(history(cut), history(whole), rtol=2e-5, atol=2e-6)
     for name, weight in parameters(whole.model).items():
         torch.testing.assert_close(cut.model.get_parameter(name), weight, rtol=0, atol=1e-4, msg=name)
 
 
-def test_micro_batches_are_of_similar_length_and_within_the_budget():
-    tokens = [30, 5, 12, 50, 6, 11]
-    rows = [{"row": i} for i in range(6)]
-    numbers = [[row["row"] for row in batch] for batch in similar_lengths(rows, tokens, max_pairs=2, max_tokens=None)]
-    assert numbers == [[3, 0], [2, 5], [4, 1]]
-    batches = similar_lengths(rows, tokens, max_pairs=None, max_tokens=36)
-    assert [[row["row"] for row in batch] for batch in batches] == [[3], [0], [2, 5, 4], [1]]
-    assert [len(batch) for batch in split_to(batches, 6)] == [1, 1, 1, 1, 1, 1]
-    assert [len(batch) for batch in split_to(batches, 9)] == [1, 1, 1, 1, 1, 1]
-    assert split_to(batches, 2) == batches
+def rows_of(*lengths) -> list[dict]:
+    return [
+        {"row": i, "prompt_ids": [9] * prompt, "chosen_ids": [1] * chosen, "rejected_ids": [2] * rejected}
+        for i, (prompt, chosen, rejected) in enumerate(lengths)
+    ]
+
+
+def numbers(batches) -> list[list[int]]:
+    return [[row["row"] for row in batch] for batch in batches]
+
+
+def test_padded_micro_batches_are_of_similar_length_and_within_the_budget():
+    padded, rows = PaddedPairs(0), rows_of((10, 5, 2), (1, 1, 1), (4, 2, 1), (20, 1, 5), (2, 1, 1), (3, 2, 2))
+    assert [padded.tokens(row) for row in rows] == [30, 4, 12, 50, 6, 10]
+    assert numbers(padded.cut(rows, 2, None)) == [[3, 0], [2, 5], [4, 1]]
+    batches = padded.cut(rows, None, 36)
+    assert numbers(batches) == [[3], [0], [2, 5, 4], [1]]
+    assert all(padded(batch)["input_ids"].numel() <= 36 for batch in batches[1:])
+    assert [len(batch) for batch in split_to(batches, 5)] == [1, 1, 1, 2, 1]
+    assert [len(batch) for batch in split_to(batches, 9)] == [1] * 6 and split_to(batches, 2) == batches
+
+
+def test_shared_prefix_micro_batches_hold_no_more_tokens_than_the_budget():
+    shared, rows = SharedPrefixPairs(), rows_of((10, 5, 2), (1, 1, 1), (4, 2, 1), (20, 1, 5), (2, 1, 1), (3, 2, 2))
+    assert [shared.tokens(row) for row in rows] == [17, 3, 7, 26, 4, 7]
+    assert numbers(shared.cut(rows, 4, None)) == [[0, 1, 2, 3], [4, 5]]
+    batches = shared.cut(rows, None, 22)
+    assert numbers(batches) == [[0, 1], [2], [3], [4, 5]]
+    assert [shared(batch)["input_ids"].numel() for batch in batches] == [20, 7, 26, 11]
+    same_start = {"prompt_ids": [3, 4], "chosen_ids": [5, 6, 7], "rejected_ids": [5, 6, 8, 9]}
+    assert shared.tokens(same_start) == 2 + 2 + 1 + 2 == shared([same_start])["input_ids"].numel()
 
 
 def test_an_evaluation_is_a_mean_over_pairs(policy, pairs, tmp_path):
@@ -134,11 +160,26 @@ def test_pairs_that_train_no_token_are_refused(policy, pairs, tmp_path):
         DPOTrainer(policy, dpo_config(tmp_path), tokenized)
 
 
+def test_a_model_that_cannot_share_prefixes_gets_padded_batches(policy, pairs, tokenizer, tmp_path, caplog):
+    caplog.set_level("INFO")
+    eager = load_policy(policy, attn_implementation="eager")
+    trainer = DPOTrainer(eager, dpo_config(tmp_path), pairs, processing_class=tokenizer)
+    assert isinstance(trainer.collator, PaddedPairs) and "batches are padded" in caplog.text
+    with pytest.raises(ConfigError, match="shared_prefix cannot be used with this model: its attention is eager"):
+        DPOTrainer(eager, dpo_config(tmp_path, batching="shared_prefix"), pairs, processing_class=tokenizer)
+    # a reference that cannot decides for both
+    both = DPOTrainer(policy, dpo_config(tmp_path), pairs, ref_model=eager)
+    assert isinstance(both.collator, PaddedPairs)
+    both.train()
+
+
 def test_options_that_would_be_ignored_are_errors(policy, pairs, tmp_path):
     with pytest.raises(ConfigError, match="only with precompute_ref_log_probs"):
         dpo_config(tmp_path, ref_log_probs_dir="x")
     with pytest.raises(ConfigError, match="named twice"):
         DPOTrainer(policy, dpo_config(tmp_path, ref_model_name_or_path=policy), pairs, ref_model=policy)
+    with pytest.raises(ConfigError, match="batching must be auto, shared_prefix or padded"):
+        dpo_config(tmp_path, batching="packed")
     for name in ("tokens_per_batch", "chunk_size", "precompute_ref_batch_size"):
         with pytest.raises(ConfigError, match=f"{name} counts from 1"):
             dpo_config(tmp_path, **{name: 0})
