@@ -50,6 +50,7 @@ class RewardColumns:
                 for name in samples[0].prompt
                 if name not in ("prompt", "prompt_ids", "row")
             },
+            rows=[sample.prompt["row"] for sample in samples] if "row" in samples[0].prompt else None,
         )
         return {reward.name: reward.score(batch) for reward in self.rewards}
 
