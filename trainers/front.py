@@ -54,12 +54,10 @@ def train_front(
         reward, peft_config, callbacks: as `MODPOTrainer` takes them.
         resume: keep the points that are there, and go on within the one that was stopped.
     """
-    if callable(model) and processing_class is None:
-        raise ConfigError("a function that loads the policy does not say which tokenizer: pass processing_class")
-    processing_class = processing_class or load_tokenizer(model)
+    processing_class = check_model(model, processing_class)
     margins = MarginRewards(reward, processing_class, args.margin_folder)
     objectives = [args.objective, *margins.names]
-    vectors = sweep_weights(objectives, args.sweep_points or 5, args.sweep_min_weight or 0.1)
+    vectors = sweep_weights(objectives, args)
     limits = {"max_length": args.max_length, "max_bad_share": args.max_bad_share}
     train_dataset = numbered_pairs(train_dataset, processing_class, **limits)
     started = time.perf_counter()
@@ -77,12 +75,14 @@ def train_front(
             train_dataset,
             eval_dataset,
             processing_class,
-            peft_config=copy.deepcopy(peft_config),  # PEFT writes into it
+            peft_config=lora(peft_config),
             callbacks=callbacks,
         )
 
-    identity = {"data": rows_fingerprint(train_dataset), "margins": margins.fingerprints, "lora": lora(peft_config)}
-    return train_points("modpo", trainer, args, objectives, vectors, identity, seconds=seconds, resume=resume)
+    identity = {"data": rows_fingerprint(train_dataset), "margins": margins.fingerprints}
+    return train_points(
+        "modpo", trainer, args, objectives, vectors, identity, peft_config, seconds=seconds, resume=resume
+    )
 
 
 def train_points(
@@ -92,6 +92,7 @@ def train_points(
     objectives: list[str],
     vectors: list[dict[str, float]],
     identity: dict[str, Any],
+    peft_config: Any,
     *,
     seconds: dict[str, float],
     resume: bool,
@@ -103,12 +104,13 @@ def train_points(
     """
     root = Path(args.output_dir)
     front = Front(method, "", objectives, [], seconds)
+    identity = {**identity, "lora": described(peft_config), "seed": args.seed}
     if args.interpolate is not None and len(objectives) != 2:
         raise ConfigError(f"interpolate is for two objectives, whose points have neighbours; there are {objectives}")
     for number, weights in enumerate(vectors):
         name = point_name(weights)
         point_args = point_config(args, weights, root / name)
-        settings = json.loads(json.dumps({**run_options(point_args), "seed": args.seed, **identity}, default=str))
+        settings = json.loads(json.dumps({**run_options(point_args), **identity}, default=str))
         done = finished(root / name, settings) if resume else None
         if done is None:
             logger.info("point %d of %d: %s", number + 1, len(vectors), weights)
@@ -166,11 +168,12 @@ def finished(folder: Path, settings: dict) -> dict | None:
 # ---- weights --------------------------------------------------------------------------------------------------------
 
 
-def sweep_weights(objectives: list[str], points: int, min_weight: float) -> list[dict[str, float]]:
-    """Weight vectors that sum to 1, evenly spread, the first objective's weight from 1 down to `min_weight`.
+def sweep_weights(objectives: list[str], args: WeightOptions) -> list[dict[str, float]]:
+    """Weight vectors that sum to 1, evenly spread, the first objective's weight from 1 down to `sweep_min_weight`.
 
-    Two objectives: `points` vectors in order. More: the same lattice with `points` along each edge.
+    Two objectives: `sweep_points` vectors in order. More: the lattice with so many along each edge.
     """
+    points, min_weight = args.sweep_points or 5, args.sweep_min_weight or 0.1
     if len(objectives) < 2:
         raise ConfigError(f"a sweep needs at least two objectives, got {objectives}")
     steps, free = points - 1, len(objectives) - 1
@@ -218,13 +221,25 @@ def with_soups(points: list[Point], count: int, root: Path) -> list[Point]:
 # ---- models ---------------------------------------------------------------------------------------------------------
 
 
-def loaded(model: Model) -> nn.Module:
+def check_model(model: Model, processing_class):
+    """The tokenizer; ConfigError for a model that not every point could start from anew."""
     if isinstance(model, nn.Module):
         raise ConfigError("every point starts from the same weights: give the folder of the model, or a function")
+    if callable(model) and processing_class is None:
+        raise ConfigError("a function that loads the policy does not say which tokenizer: pass processing_class")
+    return processing_class or load_tokenizer(model)
+
+
+def loaded(model: Model) -> nn.Module:
     return model() if callable(model) else load_policy(model)
 
 
-def lora(peft_config) -> dict | None:
+def lora(peft_config):
+    """A copy of the config for one point: PEFT writes into it."""
+    return copy.deepcopy(peft_config)
+
+
+def described(peft_config) -> dict | None:
     """What a LoRA config says, in an order of its own, for comparison."""
     if peft_config is None:
         return None

@@ -14,7 +14,7 @@ from align.evaluation.front import read_front
 from align.modeling.load import load_policy
 from reward_models.base import Reward, RewardOutput
 from trainers.front import POINT_FILE, sweep_weights, train_front
-from trainers.modpo import MODPOTrainer
+from trainers.modpo import MODPOTrainer, WeightOptions
 
 SWEEP = {"weights": "sweep", "sweep_points": 3, "sweep_min_weight": 0.2, "objective": "strength"}
 NAMES = ["w_1_0", "w_0.6_0.4", "w_0.2_0.8"]
@@ -46,13 +46,13 @@ def weights_of(folder) -> dict[str, torch.Tensor]:
 
 
 def test_weights_of_a_sweep():
-    two = sweep_weights(["a", "b"], 5, 0.2)
+    two = sweep_weights(["a", "b"], WeightOptions(sweep_points=5, sweep_min_weight=0.2))
     assert [list(w.values()) for w in two] == [[1, 0], [0.8, 0.2], [0.6, 0.4], [0.4, 0.6], [0.2, 0.8]]
-    three = sweep_weights(["a", "b", "c"], 3, 0.1)
+    three = sweep_weights(["a", "b", "c"], WeightOptions(sweep_points=3))
     assert len(three) == 6 and three[0] == {"a": 1, "b": 0, "c": 0} and {"a": 0.1, "b": 0.45, "c": 0.45} in three
     assert all(sum(w.values()) == pytest.approx(1) and w["a"] >= 0.1 for w in three)
     with pytest.raises(ConfigError, match="at least two objectives"):
-        sweep_weights(["a"], 5, 0.1)
+        sweep_weights(["a"], WeightOptions())
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_one_policy_per_weight_vector(whole, policy, tmp_path):
     trained = [point for point in front.points if point.kind == "trained"]
     assert [point.name for point in trained] == NAMES
     assert all(point.seconds > 0 for point in trained) and front.seconds["margin rewards"] > 0
-    assert reward.count.read_text().split() == ["240"]  # both completions of 120 pairs, once for all points
+    assert reward.count.read_text().split() == ["120"]  # both completions of 60 pairs, once for all points
     assert len(list((folder / "margins").iterdir())) == 1
     weights = {"strength": 0.6, "letters": 0.4}
     lora = LoraConfig(r=4, target_modules="all-linear")
@@ -117,7 +117,7 @@ def test_a_stopped_sweep_goes_on_where_it_was(policy, tmp_path):
     sweep(policy, tmp_path / "run", resume=True, reward=reward, **saving)
     assert (first / "adapter_model.safetensors").stat().st_mtime_ns == before
     assert [point.name for point in read_front(tmp_path / "run").points] == NAMES
-    assert reward.count.read_text().split() == ["240"]
+    assert reward.count.read_text().split() == ["120"]
     sweep(policy, tmp_path / "other", **saving)
     for name in NAMES:
         assert_same(weights_of(tmp_path / "run" / name), weights_of(tmp_path / "other" / name))

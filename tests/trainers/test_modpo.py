@@ -102,7 +102,6 @@ def test_the_trained_policy_is_the_closed_form_optimum(policy, tokenizer, tmp_pa
         found = distribution(trainer.model, tokenizer, prompt)
         distance = (found.exp() - expected.exp()).abs().sum() / 2
         moved = (before[prompt].exp() - expected.exp()).abs().sum() / 2
-        print(prompt, weights, f"total variation {distance:.4f}, of the reference {moved:.3f}")
         assert distance < 1e-3 and moved > 0.1
 
 
