@@ -1,6 +1,7 @@
 """beta-DPO's running values, its drawing, and their state. Values of the authors' code: test_vectors.py."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -83,6 +84,8 @@ def test_at_the_first_step_all_gaps_are_zero():
     """Policy = reference: the standard deviation is 0, and the authors' 0/0 would be NaN."""
     draw = BetaDPOState().step([torch.zeros(10)])
     assert draw.weights.count_nonzero() == 8 and draw.beta == pytest.approx(0.1)
+    weights = log_sampling_weights(torch.tensor([0.0, 1e-3], dtype=torch.float64), 0.0, 0.0)
+    assert weights[0] == 0 and -math.inf < weights[1] < -1e9
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

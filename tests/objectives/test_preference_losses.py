@@ -159,6 +159,13 @@ def test_orpo_against_probabilities():
     close(reference_free.orpo(pairs, beta=0.3), -p_w.log() - 0.3 * torch.log(torch.sigmoid(ratio)))
 
 
+def test_cpo_is_dpo_without_reference_and_the_likelihood_per_token():
+    pairs = random_pairs()
+    z = 0.3 * (pairs.chosen - pairs.rejected)
+    losses = reference_free.cpo(pairs, beta=0.3, cpo_alpha=0.7, label_smoothing=0.2)
+    close(losses.mean(), dpo.smoothed(z, 0.2).mean() - 0.7 * pairs.chosen.sum() / pairs.chosen_length.sum())
+
+
 def test_log1mexp_is_exact_near_zero_and_far_from_it():
     x = torch.tensor([-1e-12, -1e-3, -0.5, -math.log(2), -1.0, -50.0, -800.0], dtype=torch.float64, requires_grad=True)
     values = reference_free.log1mexp(x)
