@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from align.errors import ConfigError, RewardError
 from align.modeling.load import load_sequence_classifier, load_tokenizer
-from align.modeling.member_lora import add_member_adapters, load_adapter, save_adapter
+from align.modeling.member_lora import MemberLora, add_member_adapters, load_adapter, save_adapter
 from align.modeling.members import copy_upper, member_state
 from reward_models.base import RewardBatch
 from reward_models.classifier import ClassifierReward, scoring_device
@@ -23,7 +23,8 @@ class JointMembers:
     """K reward models in one: every batch is tokenised, padded and run once for all of them.
 
     model: with what `share_trunk` or `add_member_adapters` added. normalizers: one per member, or None for raw scores.
-    options: of `ClassifierReward`.
+    options: of `ClassifierReward`; the tokens of a forward pass are counted once per member with adapters, whose rows
+    are multiplied from the first layers on.
     """
 
     def __init__(
@@ -31,6 +32,8 @@ class JointMembers:
     ):
         self.name, self.names, self.normalizers = name, list(names), normalizers
         self.classifier = ClassifierReward(model, name=name, normalize=False, **options)
+        if any(isinstance(module, MemberLora) for module in model.modules()):
+            self.classifier.batch_tokens = max(self.classifier.batch_tokens // len(self.names), 1)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -75,11 +78,14 @@ def load_trunk(folder: Path, members: int, upper_layers: int, dtype) -> nn.Modul
     if not path.is_file():
         raise RewardError(f"{folder} has no {TRUNK_FILE}: the ensemble was not saved whole")
     state, config = load_file(path), transformers.AutoConfig.from_pretrained(folder)
+    if dtype != "auto":
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        state = {name: value.to(dtype) for name, value in state.items()}
     architecture = getattr(transformers, config.architectures[0])
     model = architecture.from_pretrained(None, config=config, state_dict=member_state(state, 0), dtype=dtype)
     copy_upper(model, members, upper_layers)
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(state, assign=True)  # not into copies: what is read stays in memory otherwise
     except RuntimeError as error:
         raise RewardError(f"{path} does not hold {members} members of {upper_layers} layers: {error}") from error
     return model

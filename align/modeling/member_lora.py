@@ -56,8 +56,10 @@ class MemberLora(nn.Module):
         out = self.base(x)
         count, dtype = len(self.lora_A), self.lora_A.dtype
         low = torch.bmm(self.dropout(x).reshape(count, -1, x.shape[-1]).to(dtype), self.lora_A.mT)
-        whole = torch.baddbmm(out.reshape(count, -1, out.shape[-1]).to(dtype), low, self.lora_B.mT, alpha=self.scaling)
-        return whole.view(out.shape).to(out.dtype)
+        rows = out.reshape(count, -1, out.shape[-1]).to(dtype)
+        in_place = not torch.is_grad_enabled() and low.dtype == dtype  # not under autocast; `out` is nobody else's
+        add = torch.Tensor.baddbmm_ if in_place else torch.baddbmm
+        return add(rows, low, self.lora_B.mT, alpha=self.scaling).view(out.shape).to(out.dtype)
 
 
 class _Rows:

@@ -7,6 +7,7 @@ the model looks like a classifier with K outputs.
 """
 
 import copy
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +32,10 @@ class Members(nn.Module):
     def forward(self, hidden: Tensor, *args, **kwargs) -> Tensor:
         count = len(self.members)
         parts = [hidden] * count if self.first else hidden.chunk(count)
-        outputs = [member(part, *args, **kwargs) for member, part in zip(self.members, parts, strict=True)]
-        return torch.cat(outputs, dim=-1 if self.last else 0)
+        outputs = (member(part, *args, **kwargs) for member, part in zip(self.members, parts, strict=True))
+        if self.last:
+            return torch.cat(list(outputs), dim=-1)
+        return torch.cat(list(outputs)) if torch.is_grad_enabled() else _filled(outputs, count)
 
     def __getattr__(self, name: str):
         try:
@@ -41,6 +44,15 @@ class Members(nn.Module):
             if name == "members":
                 raise
             return getattr(self.members[0], name)
+
+
+def _filled(outputs: Iterable[Tensor], count: int) -> Tensor:
+    """As torch.cat of `count` outputs of one shape, without holding them twice."""
+    whole = None
+    for i, output in enumerate(outputs):
+        whole = output.new_empty(count, *output.shape) if whole is None else whole
+        whole[i] = output
+    return whole.flatten(0, 1)
 
 
 def member_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, count: int) -> Tensor:

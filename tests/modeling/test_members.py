@@ -170,6 +170,20 @@ def test_recomputed_adapters_have_the_same_gradients():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+def test_mixed_precision(gradients):
+    models = (
+        add_member_adapters(classifier("llama").float(), lora("llama"), [5, 6]),
+        share_trunk(classifier("llama").float(), [5, 6], 1),
+    )
+    for model in models:
+        whole = member_scores(model, *tiny.rows((7, 3)), 2)
+        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(gradients):
+            mixed = member_scores(model, *tiny.rows((7, 3)), 2)
+        assert mixed.dtype == torch.float32 and mixed.requires_grad == gradients
+        torch.testing.assert_close(mixed, whole, rtol=0.1, atol=0.1, check_device=False)
+
+
 def test_refused_lora(tmp_path):
     with pytest.raises(ConfigError, match="plain LoRA only: leave bias, use_dora out"):
         add_member_adapters(classifier("llama"), lora("llama", use_dora=True, bias="all"), [0, 1])
