@@ -1,80 +1,76 @@
-"""The one on-policy loop: prompts -> rollouts -> rewards -> baseline -> reference -> micro-batches -> update.
+"""The one on-policy loop: prompts -> rollouts -> reward columns -> streams -> advantages -> updates.
 
-`OnPolicyTrainer` is transformers' Trainer whose batches are made by the policy itself: `get_batch_samples`, which
-collects the micro-batches of one optimiser step, samples all of them in one engine call. Methods plug in three things:
-`requests` (what to sample for a prompt, the baseline included), `set_baselines` and `token_weights` (the advantages).
+`OnPolicyTrainer` is transformers' Trainer whose batches are made by the policy itself. `get_batch_samples`, which
+collects the micro-batches of one optimiser step, takes them from a rollout; at the rollout's first step it samples all
+prompts in one engine call (`fill_buffer`, the whole way from prompts to advantages). Methods plug in `requests` (what
+to sample for a prompt, the baseline included), `set_baselines`, and `estimate` (the advantages of one stream of
+scores); the weighting (trainers/weighting.py) says which streams there are and mixes them.
 
-Every draw is seeded by (seed, step, place of the prompt in the step's global batch), so a run does not depend on how
+Every draw is seeded by (seed, step, place of the prompt in the rollout's global batch), so a run does not depend on how
 its batches are cut into processes and micro-batches, nor on where it was resumed.
 """
 
-import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import Trainer, set_seed
 
-from align.errors import ConfigError, TrainingError
 from align.modeling.load import disable_dropout, load_policy, load_tokenizer, reference_of
 from align.modeling.logprobs import token_logps
-from align.objectives.advantages import remax_loss
-from align.objectives.kl import k1, k3, masked_sum
+from align.objectives import kl
+from align.objectives.controllers import AdaptiveKL
+from align.objectives.policy_loss import aggregate_tokens, clipped_policy_loss
+from align.objectives.returns import whiten
+from align.objectives.rollout_correction import importance_weights, log_ratios
 from align.rollout.engine import RolloutEngine
 from align.rollout.seeds import derive_seed
 from align.rollout.types import SamplingParams
-from trainers.base import BaseConfig, TrainerMixin
+from trainers.base import TrainerMixin
+from trainers.buffer import RolloutBuffer
+from trainers.engine_sync import EngineSync
+from trainers.on_policy_config import OnPolicyConfig
+from trainers.on_policy_metrics import OnPolicyMetrics
+from trainers.on_policy_state import OnPolicyState
 from trainers.policy_evaluation import Curve, PolicyEvaluation, eval_prompts
 from trainers.reference_checks import ReferenceChecks
 from trainers.rewards import RewardColumns
-from trainers.rollouts import Sample, collate, make_samples, split, tokenized_prompts
-
-logger = logging.getLogger(__name__)
+from trainers.rollouts import (
+    Sample,
+    collate,
+    completion_masks,
+    completion_matrix,
+    make_samples,
+    split,
+    tokenized_prompts,
+)
+from trainers.weighting import make_weighting
 
 
 @dataclass
-class OnPolicyConfig(BaseConfig):
-    """Options of every on-policy method. `per_device_train_batch_size` counts prompts."""
+class Stream:
+    """One column of scores and what its advantages are estimated from. N samples (a prompt's side by side), L tokens.
 
-    learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of AdamW."})
-    num_generations: int = field(default=1, metadata={"help": "Sampled completions per prompt and step."})
-    max_prompt_length: int = field(default=512, metadata={"help": "Longer prompts are bad rows (tokens)."})
-    max_completion_length: int = field(default=256, metadata={"help": "Completions are cut here (tokens)."})
-    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; log-probs are taken at it too."})
-    beta: float = field(default=0.05, metadata={"help": "Coefficient of the KL to the reference, nats."})
-    reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "One weight per reward; their weighted sum is maximised. Default: all 1."}
-    )
-    loss_aggregation: str = field(
-        default="sequence_sum",
-        metadata={
-            "help": "sequence_sum: sum over tokens, mean over sequences (the policy gradient); token_mean: divide by "
-            "the tokens of the global batch."
-        },
-    )
-    rollout_backend: str = field(default="auto", metadata={"help": "auto, vllm or transformers."})
-    vllm_gpu_memory_utilization: float = field(default=0.3, metadata={"help": "Share of the GPU given to vLLM."})
-    disable_dropout: bool = field(default=True, metadata={"help": "Dropout makes the policy differ from its rollouts."})
-    eval_on_start: bool = field(default=True, metadata={"help": "Evaluate before the first step: where curves start."})
-    num_eval_prompts: int | None = field(default=256, metadata={"help": "Evaluate on the first so many; None: all."})
-    eval_num_generations: int = field(default=1, metadata={"help": "Completions per prompt in an evaluation."})
-    num_logged_completions: int = field(default=8, metadata={"help": "Completions shown per evaluation; 0: none."})
+    scores, baselines (None without): [N]. beta: coefficient of the KL inside this stream's reward, 0 for all but the
+    task. logps: of the policy that sampled; ref_logps, mask: [N, L]. values: [N, L], of a critic, or None.
+    """
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.temperature <= 0:
-            raise ConfigError(f"temperature must be > 0 for sampling, got {self.temperature}")
-        if self.loss_aggregation not in ("sequence_sum", "token_mean"):
-            raise ConfigError(f"loss_aggregation must be sequence_sum or token_mean, got {self.loss_aggregation!r}")
-        if self.num_generations < 1 or self.eval_num_generations < 1:
-            raise ConfigError("num_generations and eval_num_generations must be at least 1")
+    scores: Tensor
+    baselines: Tensor | None
+    beta: float
+    logps: Tensor
+    ref_logps: Tensor
+    mask: Tensor
+    values: Tensor | None
 
 
-class OnPolicyTrainer(PolicyEvaluation, ReferenceChecks, TrainerMixin, Trainer):
-    """The loop. Subclasses implement `token_weights`, and `requests` and `set_baselines` where they need more.
+class OnPolicyTrainer(
+    EngineSync, OnPolicyState, OnPolicyMetrics, PolicyEvaluation, ReferenceChecks, TrainerMixin, Trainer
+):
+    """The loop. Subclasses implement `estimate`, and `requests` and `set_baselines` where they need more.
 
     Args:
         model: a model, a folder or a hub name.
@@ -109,12 +105,17 @@ class OnPolicyTrainer(PolicyEvaluation, ReferenceChecks, TrainerMixin, Trainer):
             disable_dropout(model)
         self.rewards = RewardColumns(reward, args.reward_weights, tokenizer=processing_class)
         self.gold = RewardColumns(gold_reward, None, tokenizer=processing_class) if gold_reward is not None else None
+        self.weighting = make_weighting(self.rewards.names, self.rewards.weights, args.constraints, args.multipliers)
+        self.kl_controller = None
+        if args.kl_target is not None:
+            self.kl_controller = AdaptiveKL(args.beta, args.kl_target, args.kl_horizon)
         self.check_start = ref_model is None
         self.reference = reference_of(model, ref_model)
         self.engine = engine
         self.owns_engine = engine is None
-        self.engine_step: int | None = None  # whose weights the engine has, as far as this trainer knows
+        self.engine_step = None
         self.eval_writer = None
+        self.buffer: RolloutBuffer | None = None
         args.remove_unused_columns = False
         if eval_dataset is None:
             args.eval_on_start = False
@@ -146,55 +147,97 @@ class OnPolicyTrainer(PolicyEvaluation, ReferenceChecks, TrainerMixin, Trainer):
         ]
 
     def set_baselines(self, samples: list[Sample], extra: list[list[Sample]]) -> None:
-        """Fill `sample.baseline`; `extra[p]` holds the samples of the further requests of prompt p."""
+        """Fill `sample.baseline` and `.baselines`; `extra[p]` holds the samples of the further requests of prompt p."""
 
-    def token_weights(self, logps: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The detached weight of every token's log-prob, [B, T-1]; logps: [B, T-1], detached."""
-        raise TypeError(f"{type(self).__name__} does not say how tokens are weighted")
+    def fill_values(self, samples: list[Sample]) -> None:
+        """Fill `sample.values`, for a method with a critic."""
+
+    def estimate(self, stream: Stream, place: int) -> Tensor:
+        """The advantages [N, L] of the stream at this place of the weighting, detached, 0 outside the mask."""
+        raise TypeError(f"{type(self).__name__} does not say how advantages are estimated")
+
+    def further_loss(self, batch: dict[str, Tensor], normalizer: Tensor | None) -> None:
+        """Train what is not the policy (a critic) on this micro-batch."""
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
     def train(self, *args, **kwargs):
         self.check_arithmetic()
-        self.engine_step, self.eval_writer = None, None  # the weights and the curve may be another run's
+        self.engine_step, self.eval_writer, self.buffer = None, None, None  # they may be another run's
         output = super().train(*args, **kwargs)
         self.engine_step = None  # the best checkpoint may have been loaded
         return output
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """One optimiser step's micro-batches, sampled by the policy as it is now."""
+        """One optimiser step's micro-batches, from a rollout of the policy as it was at the rollout's first step."""
         if self.finished:  # as in TrainerMixin
             return [], None
-        prompts, places = [], []
-        for number, batch in enumerate(islice(epoch_iterator, num_batches)):
-            # accelerate deals whole batches to the processes in turn
-            first = (number * self.args.world_size + self.args.process_index) * self.args.train_batch_size
-            prompts += batch
-            places += range(first, first + len(batch))
-        if not prompts:
-            return [], None
+        steps = self.args.steps_per_rollout
+        position = self.state.global_step % steps
         if self.state.global_step == self.resume_step:
             self.check_reference()
+            self.load_state(self.resume_state)
+            if position:  # the prompts of the rest of this rollout are in the buffer
+                list(islice(epoch_iterator, (steps - position) * num_batches))
+        if position == 0:
+            prompts, places = self.take_prompts(epoch_iterator, num_batches)
+            if not prompts:
+                return [], None
+            self.buffer = self.fill_buffer(prompts, places, num_batches)
+        samples = self.buffer.mini_batch(position)
+        if self.weighting.update_per == "mini_batch":
+            self.update_weighting(samples)
+        count = {
+            "token_mean": sum(sample.length for sample in samples),
+            "constant": len(samples) * self.args.max_completion_length,
+        }.get(self.args.loss_aggregation, len(samples))
+        count = self.accelerator.gather(torch.tensor([count], device=device)).sum()
+        return [collate(batch, self.pad_token_id) for batch in split(samples, num_batches)], count
+
+    def take_prompts(self, epoch_iterator, num_batches: int) -> tuple[list[dict], list[int]]:
+        """The prompts of a rollout on this process, and their places in its global batch."""
+        args, prompts, places = self.args, [], []
+        for number, batch in enumerate(islice(epoch_iterator, num_batches * args.steps_per_rollout)):
+            if number >= num_batches * args.num_mini_batches:
+                continue  # the block's repetitions, one for each further pass
+            # accelerate deals whole batches to the processes in turn
+            first = (number * args.world_size + args.process_index) * args.train_batch_size
+            prompts += batch
+            places += range(first, first + len(batch))
+        return prompts, places
+
+    def fill_buffer(self, prompts: list[dict], places: list[int], num_batches: int) -> RolloutBuffer:
+        """From prompts to samples that know their advantages."""
         self.sync_engine()
         with self.phase("generate"):
             samples, extra = self.roll_out(prompts, places)
         with self.phase("score"):
             self.rewards.fill(samples + [sample for group in extra for sample in group])
             self.set_baselines(samples, extra)
-        batches = split(samples, num_batches)
+        parts = split(samples, max(1, -(-len(samples) // (self.args.train_batch_size * self.args.num_generations))))
         with self.phase("reference"):
-            for batch in batches:
-                self.fill_reference(batch)
+            for part in parts:
+                self.fill_reference(part)
+        if self.args.steps_per_rollout > 1:
+            with self.phase("old_logps"):
+                for part in parts:
+                    self.fill_old_logps(part)
+        with self.phase("advantages"):
+            self.fill_values(samples)
+            self.fill_advantages(samples)
         self.record_rollouts(samples)
-        tokens = sum(sample.length for sample in samples)
-        count = tokens if self.args.loss_aggregation == "token_mean" else len(samples)
-        count = self.accelerator.gather(torch.tensor([count], device=device)).sum()
-        return [collate(batch, self.pad_token_id) for batch in batches], count
+        if self.weighting.update_per == "rollout":
+            self.update_weighting(samples)
+        if self.kl_controller is not None:
+            self.update_kl_coefficient(samples)
+        size = -(-len(samples) // self.args.num_mini_batches)
+        mini_batches = [samples[i : i + size] for i in range(0, len(samples), size)]
+        return RolloutBuffer(mini_batches, self.args.seed, self.state.global_step)
 
     def roll_out(self, prompts: list[dict], places: list[int]) -> tuple[list[Sample], list[list[Sample]]]:
         """One engine call for all requests of all prompts; returns the trained samples and, per prompt, the others.
 
-        places: of the prompts in the global batch of this step.
+        places: of the prompts in the global batch of this rollout.
         """
         requests = self.requests()
         rollouts = self.engine.generate(
@@ -218,17 +261,47 @@ class OnPolicyTrainer(PolicyEvaluation, ReferenceChecks, TrainerMixin, Trainer):
     def fill_reference(self, samples: list[Sample]) -> None:
         """Reference log-probs of each sample's completion, at the sampling temperature."""
         batch = self._prepare_inputs(collate(samples, self.pad_token_id))
-        ref_logps = self.reference.logps(
-            batch["input_ids"],
-            batch["attention_mask"],
-            self.args.temperature,
-            mask=pad(batch["completion_mask"], (1, 0)),
-        ).cpu()
+        mask = pad(batch["completion_mask"], (1, 0))
+        logps = self.reference.logps(batch["input_ids"], batch["attention_mask"], self.args.temperature, mask=mask)
+        self.give(samples, "ref_logps", logps)
+
+    @torch.no_grad()
+    def fill_old_logps(self, samples: list[Sample]) -> None:
+        """Log-probs of the policy before the rollout's first update, which the ratio is taken against."""
+        batch = self._prepare_inputs(collate(samples, self.pad_token_id))
+        self.give(samples, "old_logps", self.policy_logps(self.model, batch)[0])
+
+    @staticmethod
+    def give(samples: list[Sample], name: str, values: Tensor) -> None:
+        """Cut each sample's completion out of values [B, T-1, ...]."""
+        values = values.detach().cpu()
         for i, sample in enumerate(samples):
             end = len(sample.prompt["prompt_ids"]) + sample.length - 1
-            sample.ref_logps = ref_logps[i, end - sample.length : end]
+            setattr(sample, name, values[i, end - sample.length : end].clone())
 
-    def policy_logps(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def fill_advantages(self, samples: list[Sample]) -> None:
+        """One advantage per token and stream."""
+        mask, columns = completion_masks(samples), [self.weighting.scores(sample.rewards) for sample in samples]
+        logps = completion_matrix(samples, "old_logps" if samples[0].old_logps is not None else "engine_logps")
+        ref_logps = completion_matrix(samples, "ref_logps")
+        values = completion_matrix(samples, "values") if samples[0].values is not None else None
+        advantages = []
+        for place, name in enumerate(self.weighting.streams):
+            baselines = [sample.baselines[name] for sample in samples] if samples[0].baselines else None
+            stream = Stream(
+                scores=torch.tensor([column[name] for column in columns]),
+                baselines=None if baselines is None else torch.tensor(baselines),
+                beta=self.beta if place == 0 and self.args.kl_in == "reward" else 0.0,
+                logps=logps,
+                ref_logps=ref_logps,
+                mask=mask,
+                values=None if values is None else values[..., place],
+            )
+            advantages.append(self.estimate(stream, place))
+        for sample, row in zip(samples, torch.stack(advantages, dim=-1), strict=True):
+            sample.advantages = row[: sample.length]
+
+    def policy_logps(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Log-probs at the sampling temperature and entropies (nats) of the completions' tokens, [B, T-1] each, 0
         outside them."""
         return token_logps(
@@ -241,101 +314,73 @@ class OnPolicyTrainer(PolicyEvaluation, ReferenceChecks, TrainerMixin, Trainer):
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        args, mask = self.args, inputs["completion_mask"]
         logps, entropy = self.policy_logps(model, inputs)
-        self.check_logps(logps.detach(), inputs)
-        self.record_logps(logps.detach(), entropy, inputs)
-        weights = self.token_weights(logps.detach(), inputs)
+        old_logps = inputs.get("old_logps", logps.detach())
+        if self.state.global_step % args.steps_per_rollout == 0:
+            self.check_logps(logps.detach(), inputs)
+        advantages = inputs["advantages"] @ torch.tensor(self.weighting.weights()).to(inputs["advantages"])
+        policy = clipped_policy_loss(
+            logps,
+            old_logps,
+            advantages,
+            mask,
+            clip_low=args.epsilon,
+            clip_high=args.epsilon_high or args.epsilon,
+            dual_clip=args.dual_clip,
+            ratio_level=args.importance_sampling_level,
+        )
+        losses = policy.losses
+        if args.rollout_correction != "none":
+            level, outside = args.rollout_correction.split("_")
+            bounds = {"high": args.rollout_correction_high, "low": args.rollout_correction_low}
+            ratios = log_ratios(old_logps, inputs["engine_logps"], mask)
+            losses = losses * importance_weights(ratios, mask, level=level, outside=outside, **bounds)
+        if args.kl_in == "loss" and self.beta:
+            losses = losses + self.beta * getattr(kl, args.kl_estimator)(logps, inputs["ref_logps"])
+        self.record_update(logps.detach(), entropy, policy, inputs)
+        self.further_loss(inputs, num_items_in_batch)
         # The count is of all ranks, and DDP averages the gradients over them.
-        loss = remax_loss(logps, weights, inputs["completion_mask"], normalizer=num_items_in_batch)
+        loss = aggregate_tokens(losses, mask, args.loss_aggregation, num_items_in_batch)
         return loss * self.accelerator.num_processes
 
-    # ---- engine and state -------------------------------------------------------------------------------------------
+    # ---- over all processes -----------------------------------------------------------------------------------------
+
+    def everywhere(self, values: Tensor) -> Tensor:
+        """Rows of all processes, this one's at `own_rows(N)`. values: [N, ...], N the same everywhere."""
+        if self.accelerator.num_processes == 1:
+            return values
+        if values.dim() > 1:
+            values = self.accelerator.pad_across_processes(values, dim=1)
+        return self.accelerator.gather(values.to(self.args.device)).cpu()
+
+    def own_rows(self, count: int) -> slice:
+        return slice(self.args.process_index * count, (self.args.process_index + 1) * count)
+
+    def whitened(self, values: Tensor, mask: Tensor) -> Tensor:
+        """Mean 0, deviation 1 over the tokens of all processes. values, mask: [N, L]."""
+        everyone = whiten(self.everywhere(values), self.everywhere(mask))
+        return everyone[self.own_rows(len(values)), : values.shape[1]]
+
+    def update_weighting(self, samples: list[Sample]) -> None:
+        """Let the weighting learn from the mean reward of each column over the global batch."""
+        columns = self.everywhere(torch.tensor([[s.rewards[name] for name in self.rewards.names] for s in samples]))
+        logged = self.weighting.update(dict(zip(self.rewards.names, columns.mean(0).tolist(), strict=True)))
+        for name, value in logged.items():
+            self.record(name, value)
+
+    def update_kl_coefficient(self, samples: list[Sample]) -> None:
+        logps = completion_matrix(samples, "old_logps" if samples[0].old_logps is not None else "engine_logps")
+        gaps = kl.masked_sum(logps - completion_matrix(samples, "ref_logps"), completion_masks(samples))
+        gaps = self.everywhere(gaps)
+        self.kl_controller.update(gaps.mean().item(), len(gaps))
+
+    @property
+    def beta(self) -> float:
+        """The KL coefficient now."""
+        return self.args.beta if self.kl_controller is None else self.kl_controller.value
 
     @property
     def pad_token_id(self) -> int:
         tokenizer = self.processing_class
         return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-
-    def sync_engine(self) -> None:
-        """Make the engine, if there is none yet, and give it the weights of this step."""
-        step = self.state.global_step
-        if self.engine is not None and self.engine_step == step:
-            return
-        model = self.accelerator.unwrap_model(self.model)
-        with self.phase("sync"):
-            if self.engine is None:
-                from align.rollout import make_engine
-
-                self.engine = make_engine(
-                    model,
-                    self.processing_class,
-                    backend=self.args.rollout_backend,
-                    max_model_len=self.args.max_prompt_length + self.args.max_completion_length,
-                    seed=self.args.seed,
-                    gpu_memory_utilization=self.args.vllm_gpu_memory_utilization,
-                )
-                self.engine.weight_version = step
-            else:
-                report = self.engine.push(model, step)
-                self.record("rollout/probe_max_abs_diff", report.probe_max_abs_diff)
-        self.engine_step = step
-
-    def close(self) -> None:
-        """Free the rollout engine that the trainer made. It can go on: it makes a new one when it needs it."""
-        if self.engine is not None and self.owns_engine:
-            self.engine.close()
-            self.engine = self.engine_step = None
-
-    def check_arithmetic(self) -> None:
-        """Say what a step is made of; raises `ConfigError` when there are fewer prompts than one step takes."""
-        args = self.args
-        prompts = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        if len(self.train_dataset) < prompts:
-            raise ConfigError(
-                f"{len(self.train_dataset)} prompts are fewer than the {prompts} of one step "
-                f"(per_device_train_batch_size {args.train_batch_size} x gradient_accumulation_steps "
-                f"{args.gradient_accumulation_steps} x {args.world_size} processes): lower one of them"
-            )
-        if self.is_world_process_zero():
-            logger.info(
-                "each step: %d prompts x %d samples -> %d sequences -> 1 optimiser step",
-                prompts,
-                args.num_generations,
-                prompts * args.num_generations,
-            )
-
-    # ---- guards -----------------------------------------------------------------------------------------------------
-
-    def check_logps(self, logps: torch.Tensor, batch: dict[str, torch.Tensor]) -> None:
-        """The policy that is trained must be the one that sampled, and at step 0 also the reference."""
-        mask, tolerance = batch["completion_mask"], self.logp_tolerance
-        gap = ((logps - batch["engine_logps"]) * mask).abs().sum() / mask.sum()
-        self.record("rollout/mean_abs_logp_diff", gap, mask.sum())
-        if not gap <= tolerance:
-            raise TrainingError(
-                f"step {self.state.global_step + 1}: the log-probs of the rollouts differ by {gap:.4f} nats per token "
-                f"between the {self.engine.name} engine and the trainer (allowed {tolerance}). Does something change "
-                "the weights or the logits outside the trainer? Compare with rollout_backend: transformers"
-            )
-        if self.state.global_step == 0 and self.check_start:
-            self.check_same_start(logps, batch["ref_logps"], mask)
-
-    def extra_state(self) -> dict:
-        return {"reference": self.reference_probe()}
-
-    # ---- metrics ----------------------------------------------------------------------------------------------------
-
-    def record_rollouts(self, samples: list[Sample]) -> None:
-        for sample in samples:
-            for name, value in {**sample.rewards, **sample.extras}.items():
-                self.record(f"rewards/{name}", value)
-            self.record("reward", sample.score)
-            self.record("completions/mean_length", sample.length)
-            self.record("completions/clipped_ratio", sample.truncated)
-
-    def record_logps(self, logps: torch.Tensor, entropy: torch.Tensor, batch: dict[str, torch.Tensor]) -> None:
-        mask = batch["completion_mask"]
-        for name, estimator in (("kl", k1), ("kl_k3", k3)):
-            self.record(name, masked_sum(estimator(logps, batch["ref_logps"]), mask, dim=-1).mean(), len(mask))
-        for name, values in (("entropy", entropy), ("logps/mean", logps)):
-            self.record(name, (values * mask).sum() / mask.sum(), mask.sum())

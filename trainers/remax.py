@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass, field
 
-import torch
+from torch import Tensor
 
 from align.errors import ConfigError
 from align.objectives.advantages import remax_token_weights
 from align.rollout.types import SamplingParams
-from trainers.on_policy import OnPolicyConfig, OnPolicyTrainer
+from trainers.on_policy import OnPolicyTrainer, Stream
+from trainers.on_policy_config import OnPolicyConfig
 from trainers.rollouts import Sample
 
 
@@ -44,19 +45,20 @@ class ReMaxTrainer(OnPolicyTrainer):
         for i, sample in enumerate(samples):
             (greedy,) = extra[i // self.args.num_generations]
             sample.baseline = greedy.score
+            sample.baselines = self.weighting.scores(greedy.rewards)
             self.record("remax/greedy_reward", greedy.score)
             self.record("remax/advantage", sample.score - greedy.score)
             self.record("remax/same_as_greedy", sample.completion_ids == greedy.completion_ids)
             self.record("remax/length_minus_greedy", sample.length - greedy.length)
 
-    def token_weights(self, logps: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def estimate(self, stream: Stream, place: int) -> Tensor:
         return remax_token_weights(
-            batch["score"],
-            batch["baseline"],
-            logps,
-            batch["ref_logps"],
-            batch["completion_mask"],
-            beta=self.args.beta,
+            stream.scores,
+            stream.baselines,
+            stream.logps,
+            stream.ref_logps,
+            stream.mask,
+            beta=stream.beta,
             gamma=self.args.gamma,
             reward_clip=self.args.reward_clip,
             kl_mode=self.args.kl_mode,

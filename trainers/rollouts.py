@@ -14,8 +14,9 @@ class Sample:
     """One sampled completion of a training prompt. The trainer fills it in as it goes through the loop.
 
     engine_logps: log-probs under the engine, [L]. rewards: one score per reward, by name. score: their weighted sum.
-    baseline: what the score is compared with (ReMax: the greedy completion's score).
-    ref_logps: log-probs under the reference, [L], nats.
+    baseline: what the score is compared with (ReMax: the greedy completion's score); baselines: the same of every
+    stream of the weighting. ref_logps, old_logps: under the reference and under the policy before the first update,
+    [L], nats. advantages, values, returns: [L, streams].
     """
 
     prompt: dict
@@ -28,7 +29,12 @@ class Sample:
     extras: dict[str, float] = field(default_factory=dict)
     score: float = 0.0
     baseline: float = 0.0
+    baselines: dict[str, float] = field(default_factory=dict)
     ref_logps: torch.Tensor | None = None
+    old_logps: torch.Tensor | None = None
+    advantages: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    returns: torch.Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -73,39 +79,48 @@ def make_samples(tokenizer, prompt: dict, completions: list[Completion], weight_
     ]
 
 
+PER_TOKEN = ("engine_logps", "ref_logps", "old_logps", "advantages", "values", "returns")
+
+
 def collate(samples: list[Sample], pad_token_id: int) -> dict[str, torch.Tensor]:
     """Samples -> right-padded tensors.
 
     input_ids, attention_mask: [B, T] prompt and completion.
     completion_mask: [B, T-1], 1 where the token that follows is one of the completion: aligned with `token_logps`.
-    ref_logps, engine_logps: [B, T-1], 0 outside the completion (absent when the samples have none).
-    score, baseline: [B].
+    Those of `PER_TOKEN` that the samples have: [B, T-1] (or [B, T-1, streams]), 0 outside the completion.
     """
     sequences = [sample.prompt["prompt_ids"] + sample.completion_ids for sample in samples]
     width = max(map(len, sequences))
     input_ids = torch.full((len(samples), width), pad_token_id)
     attention_mask = torch.zeros(len(samples), width, dtype=torch.long)
-    per_token = {"completion_mask": torch.zeros(len(samples), width - 1)}
-    if samples[0].ref_logps is not None:
-        per_token["ref_logps"] = torch.zeros(len(samples), width - 1)
-    if samples[0].engine_logps:
-        per_token["engine_logps"] = torch.zeros(len(samples), width - 1)
-    for i, (sample, ids) in enumerate(zip(samples, sequences, strict=True)):
+    completion_mask = torch.zeros(len(samples), width - 1)
+    spans = [slice(len(ids) - sample.length - 1, len(ids) - 1) for sample, ids in zip(samples, sequences, strict=True)]
+    for i, ids in enumerate(sequences):
         input_ids[i, : len(ids)] = torch.tensor(ids)
         attention_mask[i, : len(ids)] = 1
-        span = slice(len(ids) - sample.length - 1, len(ids) - 1)
-        per_token["completion_mask"][i, span] = 1
-        if "ref_logps" in per_token:
-            per_token["ref_logps"][i, span] = sample.ref_logps
-        if "engine_logps" in per_token:
-            per_token["engine_logps"][i, span] = torch.tensor(sample.engine_logps)
-    return {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        **per_token,
-        "score": torch.tensor([sample.score for sample in samples]),
-        "baseline": torch.tensor([sample.baseline for sample in samples]),
-    }
+        completion_mask[i, spans[i]] = 1
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "completion_mask": completion_mask}
+    for name in PER_TOKEN:
+        columns = [getattr(sample, name) for sample in samples]
+        if columns[0] is None or len(columns[0]) == 0:
+            continue
+        columns = [torch.as_tensor(column, dtype=torch.float32) for column in columns]
+        batch[name] = torch.zeros(len(samples), width - 1, *columns[0].shape[1:])
+        for i, column in enumerate(columns):
+            batch[name][i, spans[i]] = column
+    return batch
+
+
+def completion_matrix(samples: list[Sample], name: str) -> torch.Tensor:
+    """A per-token attribute of the samples as [N, L] (or [N, L, streams]) float32, left-aligned, 0 beyond the end."""
+    columns = [torch.as_tensor(getattr(sample, name), dtype=torch.float32) for sample in samples]
+    return torch.nn.utils.rnn.pad_sequence(columns, batch_first=True)
+
+
+def completion_masks(samples: list[Sample]) -> torch.Tensor:
+    """1 on the tokens of each completion, [N, L], left-aligned."""
+    lengths = torch.tensor([sample.length for sample in samples])
+    return (torch.arange(int(lengths.max())) < lengths[:, None]).float()
 
 
 def split(samples: list[Sample], batches: int) -> list[list[Sample]]:

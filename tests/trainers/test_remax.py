@@ -23,6 +23,7 @@ def rolled_out(trainer, count: int = 4):
     trainer.rewards.fill(samples + [sample for group in extra for sample in group])
     trainer.set_baselines(samples, extra)
     trainer.fill_reference(samples)
+    trainer.fill_advantages(samples)
     return samples, extra
 
 
@@ -100,28 +101,34 @@ def test_the_loss_is_the_formula(options, aggregation, tokenizer, policy, tmp_pa
     other = tiny_model(tokenizer, seed=1)
     trainer = ReMaxTrainer(policy, wanted_words, args, prompts(8), ref_model=other)
     samples, extra = rolled_out(trainer)
-    total, tokens = 0.0, 0
+    total, surrogate, tokens = 0.0, 0.0, 0
     for i, sample in enumerate(samples):
         advantage = sample.score - extra[i // 2][0].score
         if args.reward_clip is not None:
             advantage = max(-args.reward_clip, min(args.reward_clip, advantage))
         ids = torch.tensor([sample.prompt["prompt_ids"] + sample.completion_ids])
         start, length = len(sample.prompt["prompt_ids"]), sample.length
-        logps, ref_logps = (
-            m(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[start - 1 :, 0].tolist()
+        own, ref_logps = (
+            m(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[start - 1 :, 0]
             for m in (trainer.model, other)
         )
+        logps, ref_logps = own.tolist(), ref_logps.tolist()
         for t in range(length):
             weight = advantage * args.gamma ** (length - t)
             if args.kl_mode == "one_step":
                 weight -= args.beta * (logps[t] - ref_logps[t])
             elif args.kl_mode == "to_go":
                 weight -= args.beta * (sum(logps[t:]) - sum(ref_logps[t:]))
-            total -= weight * logps[t]
+            total = total - weight * own[t]
+            surrogate -= weight  # at a probability ratio of 1
         tokens += length
     count = len(samples) if aggregation == "sequence_sum" else tokens
     loss = trainer.compute_loss(trainer.model, collate(samples, 0), num_items_in_batch=torch.tensor(count))
-    assert loss.item() == pytest.approx(total / count, rel=1e-4)
+    assert loss.item() == pytest.approx(surrogate / count, rel=1e-4)
+    parameters = list(trainer.model.parameters())
+    wanted = flat(torch.autograd.grad(total / count, parameters, allow_unused=True), trainer)
+    found = flat(torch.autograd.grad(loss, parameters, allow_unused=True), trainer)
+    assert (found - wanted).norm() < 1e-4 * wanted.norm()
 
 
 def small_world(tmp_path):

@@ -1,0 +1,133 @@
+"""Options that every on-policy method has."""
+
+from dataclasses import dataclass, field
+
+from align.errors import ConfigError
+from align.objectives.policy_loss import AGGREGATIONS
+from trainers.base import BaseConfig
+from trainers.weighting import check_constraints
+
+RATIO_LEVELS = ("token", "sequence", "sequence_mean")
+CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+
+
+@dataclass
+class OnPolicyConfig(BaseConfig):
+    """Options of every on-policy method. `per_device_train_batch_size` counts prompts."""
+
+    # ---- rollouts
+    num_generations: int = field(default=1, metadata={"help": "Sampled completions per prompt and rollout."})
+    max_prompt_length: int = field(default=512, metadata={"help": "Longer prompts are bad rows (tokens)."})
+    max_completion_length: int = field(default=256, metadata={"help": "Completions are cut here (tokens)."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; log-probs are taken at it too."})
+    rollout_backend: str = field(default="auto", metadata={"help": "auto, vllm or transformers."})
+    vllm_gpu_memory_utilization: float = field(default=0.3, metadata={"help": "Share of the GPU given to vLLM."})
+    vllm_kv_cache_gib: float | None = field(
+        default=None, metadata={"help": "Size of vLLM's key-value cache; default: computed on CPUs, vLLM's on GPUs."}
+    )
+    max_num_seqs: int = field(default=256, metadata={"help": "Sequences that the engine decodes at a time."})
+    sync_tolerance: float | None = field(
+        default=None,
+        metadata={
+            "help": "Largest difference of log-probs (nats) between engine and trainer after a push that is taken for "
+            "rounding. Default: 1e-3 in float32, 0.3 in bfloat16, 0.1 in float16."
+        },
+    )
+    # ---- objective
+    learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of AdamW."})
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "One weight per reward; their weighted sum is maximised. Default: all 1."}
+    )
+    beta: float = field(default=0.05, metadata={"help": "Coefficient of the KL to the reference, nats."})
+    kl_in: str = field(
+        default="reward",
+        metadata={
+            "help": "reward: -beta * k1 on every token of the reward, as the sampling policy had it; loss: beta * KL "
+            "estimate added to the loss."
+        },
+    )
+    kl_estimator: str = field(
+        default="k2",
+        metadata={"help": "With kl_in: loss. k2 has the reverse KL's gradient; k3 is what GRPO published."},
+    )
+    kl_target: float | None = field(
+        default=None,
+        metadata={"help": "Adapt beta so that the KL per sequence (nats) stays at this (Ziegler et al. 2019)."},
+    )
+    kl_horizon: float = field(default=10_000, metadata={"help": "With kl_target: episodes over which beta adapts."})
+    loss_aggregation: str = field(
+        default="sequence_sum",
+        metadata={
+            "help": "sequence_sum: sum over tokens, mean over sequences (the policy gradient); token_mean: divide by "
+            "the tokens of the step; sequence_mean: mean of each sequence's mean (GRPO); constant: divide by sequences "
+            "x max_completion_length (Dr. GRPO). Always over the whole optimiser step."
+        },
+    )
+    constraints: list[dict] | None = field(
+        default=None,
+        metadata={
+            "help": "Rewards to be held at thresholds: a list of {reward, direction: at_least | at_most | equal, "
+            "threshold} (docs/constrained.md)."
+        },
+    )
+    multipliers: dict | None = field(
+        default=None,
+        metadata={"help": "With constraints: form, learning_rate, momentum, bounds ... of their multipliers."},
+    )
+    # ---- updates
+    num_mini_batches: int = field(
+        default=1,
+        metadata={"help": "Optimiser steps per pass over a rollout; it is made of so many times the step's prompts."},
+    )
+    num_iterations: int = field(default=1, metadata={"help": "Passes over each rollout (PPO's epochs)."})
+    epsilon: float = field(default=0.2, metadata={"help": "Clip of the probability ratio, below 1."})
+    epsilon_high: float | None = field(default=None, metadata={"help": "Clip above 1. Default: epsilon."})
+    dual_clip: float | None = field(default=None, metadata={"help": "Cap of a bad action's loss, above 1; 3 is usual."})
+    importance_sampling_level: str = field(
+        default="token", metadata={"help": f"Level of the probability ratio: {', '.join(RATIO_LEVELS)} (GSPO's)."}
+    )
+    rollout_correction: str = field(
+        default="none",
+        metadata={"help": f"Importance weights against an engine that rounds differently: {', '.join(CORRECTIONS)}."},
+    )
+    rollout_correction_high: float = field(default=3.0, metadata={"help": "Largest importance weight."})
+    rollout_correction_low: float | None = field(default=None, metadata={"help": "Smallest one. Default: no bound."})
+    disable_dropout: bool = field(default=True, metadata={"help": "Dropout makes the policy differ from its rollouts."})
+    # ---- evaluation
+    eval_on_start: bool = field(default=True, metadata={"help": "Evaluate before the first step: where curves start."})
+    num_eval_prompts: int | None = field(default=256, metadata={"help": "Evaluate on the first so many; None: all."})
+    eval_num_generations: int = field(default=1, metadata={"help": "Completions per prompt in an evaluation."})
+    num_logged_completions: int = field(default=8, metadata={"help": "Completions shown per evaluation; 0: none."})
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimiser steps made from one rollout."""
+        return self.num_mini_batches * self.num_iterations
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.temperature <= 0:
+            raise ConfigError(f"temperature must be > 0 for sampling, got {self.temperature}")
+        for name, valid in {
+            "loss_aggregation": AGGREGATIONS,
+            "kl_in": ("reward", "loss"),
+            "kl_estimator": ("k2", "k3"),
+            "importance_sampling_level": RATIO_LEVELS,
+            "rollout_correction": CORRECTIONS,
+        }.items():
+            if getattr(self, name) not in valid:
+                more = "; the gradient of k1 is zero on average" if getattr(self, name) == "k1" else ""
+                raise ConfigError(f"{name} must be one of {', '.join(valid)}, got {getattr(self, name)!r}{more}")
+        for name in ("num_generations", "eval_num_generations", "num_mini_batches", "num_iterations"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.epsilon > 0 or (self.epsilon_high is not None and not self.epsilon_high > 0):
+            raise ConfigError("epsilon and epsilon_high must be above 0")
+        if self.kl_target is not None and not (self.kl_target > 0 and self.beta > 0):
+            raise ConfigError("kl_target needs a target and a beta (its starting point) above 0")
+        if self.importance_sampling_level == "sequence" and self.loss_aggregation != "sequence_mean":
+            raise ConfigError(
+                "importance_sampling_level: sequence gives every token the whole sequence's ratio, so its loss is the "
+                "mean over tokens: set loss_aggregation: sequence_mean"
+            )
+        check_constraints(self.constraints, self.multipliers)
