@@ -22,6 +22,9 @@ _EXPORTS = {
     "RewardTrainer": "trainers.reward:RewardTrainer",
     "RewardConfig": "trainers.reward:RewardConfig",
     "train_reward_ensemble": "trainers.reward_ensemble:train_reward_ensemble",
+    "DPOTrainer": "trainers.dpo:DPOTrainer",
+    "DPOConfig": "trainers.dpo:DPOConfig",
+    "register_loss": "align.objectives.preference:register_loss",
     "MODPOTrainer": "trainers.modpo:MODPOTrainer",
     "MODPOConfig": "trainers.modpo:MODPOConfig",
     "MarginRewards": "reward_models.margins:MarginRewards",
@@ -47,6 +50,7 @@ _EXPORTS = {
     # data and evaluation
     "load_rows": "align.data.rows:load_rows",
     "read_run": "align.evaluation.records:read_run",
+    "evaluate_reward": "align.evaluation.reward_eval:evaluate_reward",
     # errors
     "AlignError": "align.errors:AlignError",
 }
