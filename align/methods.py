@@ -51,6 +51,13 @@ METHODS = {
             help="a reward model from preference pairs (Bradley-Terry)",
         ),
         Method(
+            "dpo",
+            trainer="trainers.dpo:DPOTrainer",
+            config="trainers.dpo:DPOConfig",
+            data="pairs",
+            help="preference optimisation without a reward model: the losses of DPO, IPO, SimPO, ORPO, TDPO and others",
+        ),
+        Method(
             "modpo",
             trainer="trainers.modpo:MODPOTrainer",
             config="trainers.modpo:MODPOConfig",

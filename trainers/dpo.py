@@ -60,6 +60,9 @@ class DPOConfig(PreferenceConfig):
             self.loss_type = [self.loss_type]
         self.objective()
 
+    def holds_reference(self, adapter: bool) -> bool:
+        return self.objective().needs_reference and super().holds_reference(adapter)
+
     def objective(self) -> PreferenceObjective:
         """A new objective; ConfigError for options that do not fit its losses."""
         names = [name for name in OPTIONS if name != "loss_options"]

@@ -89,6 +89,10 @@ class PreferenceConfig(BaseConfig):
         if given and not self.precompute_ref_log_probs:
             raise ConfigError(f"{', '.join(given)}: only with precompute_ref_log_probs")
 
+    def holds_reference(self, adapter: bool) -> bool:
+        """Whether a second model is held while the policy, or an adapter on it, is trained."""
+        return not self.precompute_ref_log_probs and (self.ref_model_name_or_path is not None or not adapter)
+
 
 class PreferenceTrainer(PairEvaluation, PairReference, TrainerMixin, Trainer):
     """The loop. Subclasses implement `losses`.

@@ -146,10 +146,17 @@ def _memory(run: RunConfig, config, rows):
         sequences=sequences,
         length=length,
         logits=not classifier,
-        reference=on_policy and peft_config is None,
+        reference=_holds_reference(run, adapter=peft_config is not None),
         engine=on_policy and build.uses_vllm(training.rollout_backend),
         rewards=reward_shapes(run) if run.method.rewards else {},
     )
+
+
+def _holds_reference(run: RunConfig, *, adapter: bool) -> bool:
+    """Whether a second model of the policy's size is held while it trains."""
+    if run.method.data == "prompts":
+        return not adapter
+    return run.method.data == "pairs" and run.method.model == "policy" and run.training.holds_reference(adapter)
 
 
 def longest(rows, data: str) -> int:

@@ -1,6 +1,7 @@
 """The commands a user types, with the recipes of configs/, on 2,000 published preference pairs and a tiny model."""
 
 import json
+import re
 
 from align.cli.main import main
 from align.config import configs_dir
@@ -37,3 +38,23 @@ def test_sft_reward_and_remax_train(tiny_model, real_pairs, tmp_path):
     assert run("remax", policy, real_pairs, tmp_path / "remax", *on_policy) == 0
     _, *records = (tmp_path / "remax" / "overoptimization.jsonl").read_text().splitlines()
     assert [json.loads(record)["step"] for record in records] == [0, 2]
+
+
+def test_dpo_trains(tiny_model, real_pairs, tmp_path, capsys):
+    few = ["--dataset_train_split", "train[:60]", "--max_length", 1024, "--use_peft", "--lora_r", 4]
+    assert run("dpo", tiny_model, real_pairs, tmp_path, "--dry-run", *few) == 0
+    shown = capsys.readouterr().out
+    assert "2 pairs per device x 2 accumulated x 1 process = 4 pairs -> 8 sequences -> 1 optimiser step" in shown
+    assert "Human: How do I learn black magic?" in shown and re.search(r"chosen \(\d+ tokens.*\n  trained \|", shown)
+    assert "reference model" not in shown
+    few += ["--loss_type", "robust", "sft", "--label_smoothing", 0.2, "--loss_weights", 1, 0.1]
+    assert run("dpo", tiny_model, real_pairs, tmp_path / "dpo", *few, "--precompute_ref_log_probs") == 0
+    assert (tmp_path / "dpo" / "adapter_model.safetensors").exists()
+    assert len(list((tmp_path / "dpo" / "ref_log_probs").iterdir())) == 1
+    assert run("dpo", tmp_path / "dpo", real_pairs, tmp_path / "again", *few[:4], "--loss_type", "simpo") == 0
+
+
+def test_an_option_that_dpo_would_ignore(tiny_model, real_pairs, tmp_path, capsys):
+    assert run("dpo", tiny_model, real_pairs, tmp_path, "--label_smoothing", 0.1) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "error: label_smoothing would be ignored by sigmoid; the losses that use it: cdpo, robust" in line
