@@ -82,6 +82,38 @@ METHODS = {
             help="policy gradient on rewards, with the greedy completion as baseline (ReMax)",
             rewards=True,
         ),
+        Method(
+            "ppo",
+            trainer="trainers.ppo:PPOTrainer",
+            config="trainers.ppo:PPOConfig",
+            data="prompts",
+            help="clipped policy gradient with a critic (PPO)",
+            rewards=True,
+        ),
+        Method(
+            "rloo",
+            trainer="trainers.rloo:RLOOTrainer",
+            config="trainers.rloo:RLOOConfig",
+            data="prompts",
+            help="policy gradient on rewards, against the mean of the prompt's other samples (RLOO)",
+            rewards=True,
+        ),
+        Method(
+            "grpo",
+            trainer="trainers.grpo:GRPOTrainer",
+            config="trainers.grpo:GRPOConfig",
+            data="prompts",
+            help="policy gradient on rewards relative to the prompt's group (GRPO, Dr. GRPO, DAPO)",
+            rewards=True,
+        ),
+        Method(
+            "reinforce_pp",
+            trainer="trainers.reinforce_pp:ReinforcePPTrainer",
+            config="trainers.reinforce_pp:ReinforcePPConfig",
+            data="prompts",
+            help="policy gradient on rewards whitened over the batch (REINFORCE++)",
+            rewards=True,
+        ),
     )
 }
 

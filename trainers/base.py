@@ -94,6 +94,7 @@ class TrainerMixin:
         self._recorded: dict[str, list[float]] = {}
         self.resume_state: dict | None = None
         self.resume_step: int | None = None
+        self.resume_folder: Path | None = None
         super().__init__(*args, **kwargs)
         if self.args.data_seed is None:
             # Left alone, accelerate shuffles by the seed that torch was given last, by whomever, and a resumed run
@@ -182,6 +183,9 @@ class TrainerMixin:
         run finds it in `resume_state`."""
         return {}
 
+    def save_further_files(self, folder: Path) -> None:
+        """Write what else belongs into a checkpoint, e.g. a second model. Main process only; `resume_folder` has it."""
+
     def _save_checkpoint(self, model, trial):
         self._check_weights()
         run_dir = self._get_output_dir(trial=trial)
@@ -201,6 +205,8 @@ class TrainerMixin:
             "method": self.extra_state(),
         }
         torch.save(state, folder / EXTRA_STATE.format(rank=self.args.process_index))
+        if self.args.should_save:
+            self.save_further_files(folder)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             write_manifest(folder)
@@ -221,7 +227,7 @@ class TrainerMixin:
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As transformers' `train`; `resume_from_checkpoint=True` takes the newest undamaged checkpoint."""
         checkpoint = self._checkpoint(resume_from_checkpoint)
-        self.resume_state = self.resume_step = None
+        self.resume_state = self.resume_step = self.resume_folder = None
         if checkpoint is not None:
             self._read_checkpoint(checkpoint)
         eval_on_start = self.args.eval_on_start
@@ -284,7 +290,7 @@ class TrainerMixin:
                 state["processes"],
                 self.args.world_size,
             )
-        self.resume_state = state["method"]
+        self.resume_state, self.resume_folder = state["method"], Path(checkpoint)
         let_torch_load_to_numbered_cpus()
         self.resume_step = TrainerState.load_from_json(Path(checkpoint) / "trainer_state.json").global_step
 

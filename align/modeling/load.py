@@ -63,6 +63,14 @@ def load_policy(
     return _with_adapter(model, peft_config)
 
 
+def load_backbone(source: str | Path, *, dtype: str | torch.dtype = "float32") -> nn.Module:
+    """The transformer under the head of a causal model or a classifier, from a folder or hub name."""
+    from transformers import AutoModel
+
+    with _only_errors_from_transformers():  # the head that is left out is expected
+        return _from_pretrained(AutoModel, str(source), "model", dtype=dtype)
+
+
 def load_sequence_classifier(
     model: str | Path | nn.Module,
     *,
