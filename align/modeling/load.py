@@ -217,7 +217,10 @@ def _load(auto_class, peft_class: str, source: str, options: dict, **head) -> nn
 
         model = _from_pretrained(getattr(peft, peft_class), source, "adapter", **options)
         logger.info("%s holds an adapter: it is merged into its base model", source)
-        return model.merge_and_unload()
+        merged = model.merge_and_unload()
+        for parameter in merged.parameters():  # PEFT froze them under the adapter
+            parameter.requires_grad_(parameter.is_floating_point())
+        return merged
     if not head:
         return _from_pretrained(auto_class, source, "model", **options)
     with _only_errors_from_transformers():  # a missing head is expected; what else is missing is said below

@@ -75,10 +75,11 @@ def test_help_of_a_method_has_its_own_options_first(method, capsys):
     own = {
         "sft": "max_length",
         "reward": "center_rewards_coefficient",
+        "dpo": "loss_type",
         "modpo": "objective",
         "sparsepo": "mask_layers",
         "remax": "kl_mode",
     }[method.name]
     assert places[1] < shown.index(f"--{own} ") < places[2]
     assert shown.index("--weight_decay ") > places[4]
-    assert ("--gold_reward " in shown) is method.rewards
+    assert ("--gold_reward " in shown) is (method.rewards and method.gold)

@@ -55,6 +55,7 @@ def test_adapter_folder_is_merged(tmp_path):
         str(tmp_path / "base"), peft_config=LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     )
     adapted.save_pretrained(tmp_path / "adapter")
+    assert all(p.requires_grad for p in load_policy(tmp_path / "adapter").parameters())
     loaded = load_policy(tmp_path / "adapter", peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
     ids, mask = tiny.rows()
     expected = token_logps(adapted, ids, mask)
