@@ -1,0 +1,209 @@
+"""Best-of-n against one reward model and against ensembles, on the toy world with 25 % wrong labels, over seeds.
+
+    python benchmarks/ensemble_bon_toy.py [--seeds 0 1 2 3 4] [--folder DIR] [--output FILE] [--figure FILE]
+
+Per seed, with the quickstart's phases: a policy from scratch, preference pairs of its answers with a quarter of the
+labels flipped, five reward models that differ in head and data order, N answers to each prompt scored by all of them
+and by the gold reward. The same answers are then chosen from by every rule; the expected gold score of the choice is
+the unbiased estimate over all subsets of n. "one member" is the mean of the five curves that a single member gives.
+Members are normalised on the evaluation pairs, as everywhere.
+
+Intervals are 95 %: over seeds, Student's t of the seeds' means; over prompts, bootstrap of the prompts within each
+seed. `difference` is the rule less one member, seed by seed: a seed's rules share policy, pairs and answers, so it is
+paired. Every seed is written when it is done and kept; the results are of all seeds in FILE.
+"""
+
+import argparse
+import json
+import platform
+from dataclasses import asdict, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from align.evaluation.best_of_n import bon_curve
+from align.evaluation.bootstrap import percentile_interval, resample_weights
+from align.quickstart.settings import FULL
+
+RESULT = Path(__file__).parent / "results" / "ensemble_bon_toy.json"
+SETTINGS = replace(FULL, bon_prompts=64, bon_n=1024)
+RULES = {
+    "mean": {"rule": "mean"},
+    "worst case": {"rule": "wco"},
+    "uncertainty-weighted, lambda 0.5": {"rule": "uwo", "lambda_": 0.5},
+    "lower confidence bound, lambda 1": {"rule": "lcb", "lambda_": 1.0},
+}
+ONE = "one member"
+
+
+def run_seed(folder: Path, settings, seed: int) -> dict:
+    """Gold and proxy of the choice by rule: per n the mean over prompts, and per prompt the gold score."""
+    import torch
+    from rich.console import Console
+
+    from align.quickstart import phases
+    from align.quickstart.progress import PhaseProgress
+    from align.quickstart.run import EXPECTED
+    from align.quickstart.workspace import Workspace
+
+    torch.set_num_threads(1)
+    space = Workspace(folder / f"seed_{seed}", settings.fingerprint(seed))
+    steps = {
+        "supervised fine-tuning": phases.sft,
+        "preference pairs": phases.pairs,
+        "reward models": phases.reward_models,
+        "best-of-n": phases.best_of_n,
+    }
+    with PhaseProgress({name: EXPECTED[name] for name in steps}, Console(stderr=True)) as progress:
+        for name, function in steps.items():
+            with progress.phase(name) as handle:
+                space.run(name, partial(function, space, settings, seed, handle))
+    accuracy = space.state["phases"]["reward models"]["result"]["accuracy"]
+    return {"accuracy": accuracy, **curves(space.path("best_of_n", "answers.parquet"), settings)}
+
+
+def curves(table: Path, settings) -> dict:
+    import pandas as pd
+    import torch
+
+    from align.objectives.ensemble import aggregate
+
+    frame = pd.read_parquet(table)
+    members = torch.tensor(frame[[f"member_{i}" for i in range(settings.members)]].to_numpy().T)
+    groups = [np.asarray(rows) for rows in frame.groupby("prompt_id", sort=True).indices.values()]
+    gold = [frame["gold"].to_numpy()[rows] for rows in groups]
+
+    def curve(scores):
+        return bon_curve([scores.numpy()[rows] for rows in groups], gold)
+
+    singles = [curve(member) for member in members]
+    chosen = {name: curve(aggregate(members, **rule).scores) for name, rule in RULES.items()}
+    chosen["the gold reward itself"] = curve(torch.tensor(frame["gold"].to_numpy()))
+    per_prompt = {name: c.per_prompt["gold"] for name, c in chosen.items()}
+    per_prompt[ONE] = np.mean([c.per_prompt["gold"] for c in singles], axis=0)
+    proxy = {name: c.proxy.tolist() for name, c in chosen.items()}
+    proxy[ONE] = np.mean([c.proxy for c in singles], axis=0).tolist()
+    return {
+        "n": singles[0].n.tolist(),
+        "kl": singles[0].kl.tolist(),
+        "gold": {name: values.mean(1).tolist() for name, values in per_prompt.items()},
+        "gold_of_members": [c.gold.tolist() for c in singles],
+        "proxy": proxy,
+        "gold_per_prompt_at_largest_n": {name: values[-1].round(4).tolist() for name, values in per_prompt.items()},
+        "variance": float(torch.var(members, dim=0, correction=0).mean()),
+        "correlation": float(np.corrcoef(members.numpy())[np.triu_indices(settings.members, 1)].mean()),
+    }
+
+
+# ---- over seeds -----------------------------------------------------------------------------------------------------
+
+
+def summarise(seeds: dict[str, dict]) -> dict:
+    """At the largest n: mean over seeds by rule with both intervals, and the paired difference from one member."""
+    from scipy.stats import t
+
+    runs = list(seeds.values())
+    factor = t.ppf(0.975, len(runs) - 1) / len(runs) ** 0.5
+    found = {}
+    for name in runs[0]["gold"]:
+        last = np.array([run["gold"][name][-1] for run in runs])
+        less = last - np.array([run["gold"][ONE][-1] for run in runs])
+        peak = np.array([max(run["gold"][name]) for run in runs])
+        found[name] = {
+            "gold": last.mean(),
+            "over_seeds": interval(last.mean(), factor * last.std(ddof=1)),
+            "over_prompts": over_prompts([run["gold_per_prompt_at_largest_n"][name] for run in runs]),
+            "difference": less.mean(),
+            "difference_over_seeds": interval(less.mean(), factor * less.std(ddof=1)),
+            "seeds_above_one_member": int((less > 0).sum()),
+            "below_its_peak": (peak - last).mean(),
+        }
+    base = found[ONE]
+    for values in found.values():
+        values["above_one_member_without_overlap"] = {
+            kind: bool(values[kind][0] > base[kind][1]) for kind in ("over_seeds", "over_prompts")
+        }
+    return rounded(found)
+
+
+def interval(mean: float, half: float) -> list[float]:
+    return [mean - half, mean + half]
+
+
+def over_prompts(values: list[list[float]]) -> list[float]:
+    """Percentile bootstrap of the mean over seeds of the means over prompts; prompts are drawn within their seed."""
+    drawn = [resample_weights(len(v), seed=i) @ np.array(v) for i, v in enumerate(values)]
+    low, high = percentile_interval(np.mean(drawn, axis=0))
+    return [float(low), float(high)]
+
+
+def rounded(value):
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return round(float(value), 4) if isinstance(value, (float, np.floating)) else value
+
+
+def draw(seeds: dict[str, dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from scipy.stats import t
+
+    runs = list(seeds.values())
+    n = np.array(runs[0]["n"])
+    factor = t.ppf(0.975, len(runs) - 1) / len(runs) ** 0.5
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    names = [ONE, *RULES]
+    for name, colour in zip(names, plt.cm.tab10.colors, strict=False):
+        gold = np.array([run["gold"][name] for run in runs])
+        difference = gold - np.array([run["gold"][ONE] for run in runs])
+        for axis, values in ((left, gold), (right, difference)):
+            half = factor * values.std(0, ddof=1)
+            axis.plot(n, values.mean(0), color=colour, label=name)
+            axis.fill_between(n, values.mean(0) - half, values.mean(0) + half, color=colour, alpha=0.12, linewidth=0)
+    left.set(xscale="log", xlabel="n", ylabel="gold score of the choice", title="chosen by")
+    right.set(xscale="log", xlabel="n", ylabel="gold score above one member's choice", title="paired, seed by seed")
+    left.legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--folder", type=Path, default=Path("runs/ensemble_bon"))
+    parser.add_argument("--pairs", type=int, default=SETTINGS.pairs)
+    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--figure", type=Path)
+    args = parser.parse_args()
+
+    settings = replace(SETTINGS, pairs=args.pairs)
+    report = json.loads(args.output.read_text()) if args.output.exists() else {"seeds": {}}
+    for seed in args.seeds:
+        report["seeds"][str(seed)] = rounded(run_seed(args.folder, settings, seed))
+        report["settings"] = asdict(settings)
+        report["versions"] = {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers")},
+        }
+        if len(report["seeds"]) > 1:
+            report = {
+                "at_largest_n": summarise(report["seeds"]),
+                **{k: report[k] for k in report if k != "at_largest_n"},
+            }
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    for name, values in report.get("at_largest_n", {}).items():
+        print(f"{name:34s} {values['gold']:6.3f}  seeds {values['over_seeds']}  prompts {values['over_prompts']}  "
+              f"difference {values['difference']:+.3f} {values['difference_over_seeds']}")  # fmt: skip
+    if args.figure:
+        draw(report["seeds"], args.figure)
+
+
+if __name__ == "__main__":
+    main()
