@@ -61,23 +61,24 @@ def pair_confidence(margins: np.ndarray, labels: np.ndarray | None = None) -> tu
     return 1 / (1 + np.exp(-np.abs(margins))), 0.5 + np.sign(margins) * (labels - 0.5)
 
 
-def best_scale(margins) -> float | None:
+def best_scale(margins, labels=None) -> float | None:
     """The factor a > 0 that makes the labels of margins [N] most likely under sigmoid(a m): temperature 1 / a (Guo et
     al. 2017, section 4.2).
 
     It is what separates "not a probability at all" (a rule, an ensemble's aggregate) from "wrong by a constant factor".
     None where there is no such number: every pair is right (the likelihood grows without end) or the margins are
-    negative on average (a = 0 is best).
+    wrong on average (a = 0 is best). labels: as in `reliability`.
     """
     margins = np.asarray(margins, dtype=np.float64)
+    labels = np.ones(margins.shape) if labels is None else np.asarray(labels, dtype=np.float64)
     size = np.abs(margins).max(initial=0.0)
-    if margins.size == 0 or margins.mean() <= 0 or margins.min() >= 0:
+    if size == 0 or (margins * (labels - 0.5)).sum() <= 0 or (margins * (labels - (margins > 0))).sum() >= 0:
         return None
     unit = margins / size
 
     def slope(scale: float) -> float:
         """Derivative of the mean log-likelihood: positive below the optimum, negative above; monotone."""
-        return float(np.mean(unit / (1 + np.exp(np.clip(scale * unit, -700, 700)))))
+        return float(np.mean(unit * (labels - 1 / (1 + np.exp(-np.clip(scale * unit, -700, 700))))))
 
     low, high = 0.0, 1.0
     while slope(high) > 0:

@@ -8,7 +8,7 @@ from align.evaluation import preference_metrics as metrics
 from align.evaluation import rewardbench
 from align.evaluation.calibration import best_scale, reliability
 from align.evaluation.pair_scores import PairScores
-from align.evaluation.pairs import Pairs
+from align.evaluation.pairs import Pairs, prompt_keys
 from align.evaluation.strict_json import finite
 
 HISTOGRAM_BINS = 40
@@ -21,7 +21,7 @@ def accuracy_entry(
 
     accuracy counts ties half, strict_accuracy as lost. lengths: of the chosen and of the rejected answers, [N] each.
     """
-    correct, won = metrics.correct(margins), metrics.won(margins)
+    correct, won = metrics.correct(margins, pairs.labels), metrics.won(margins, pairs.labels)
     subsets = np.array(pairs.subsets, dtype=object) if pairs.subsets is not None else None
     names = [] if subsets is None else list(dict.fromkeys(pairs.subsets))
     bins, longer = metrics.length_bin(*lengths), lengths[0] > lengths[1]
@@ -48,6 +48,17 @@ def accuracy_entry(
             "chosen_shorter": entry("shorter"),
         },
     }
+
+
+def comparisons(margins: dict[str, np.ndarray], pairs: Pairs, seed: int) -> dict:
+    """Accuracy of each but the first minus that of the first ("base"), with paired intervals. margins: [N] by name."""
+    base, *others = margins
+    columns = {name: metrics.correct(values, pairs.labels) for name, values in margins.items()}
+    samples = metrics.bootstrap_means(columns, prompt_keys(pairs), seed=seed)
+    differences = {
+        name: metrics.estimate(columns[name] - columns[base], samples[name] - samples[base]) for name in others
+    }
+    return {"base": base, "accuracy_minus_base": differences}
 
 
 def _rewardbench_entry(names: list[str], columns: dict, samples: dict) -> dict:
@@ -85,15 +96,11 @@ def score_entry(scores: PairScores) -> dict:
     }
 
 
-def length_entry(scores: PairScores, chosen_length: np.ndarray, rejected_length: np.ndarray) -> dict:
-    return metrics.length_bias(scores.chosen, scores.rejected, chosen_length, rejected_length)
-
-
-def calibration_entry(margins: np.ndarray, unit: str) -> dict:
+def calibration_entry(margins: np.ndarray, unit: str, labels: np.ndarray | None) -> dict:
     """Calibration of sigmoid(margin), and of sigmoid(scale x margin) with the scale that fits these labels best."""
-    scale = best_scale(margins)
-    rescaled = None if scale is None else reliability(scale * margins)
-    curve = reliability(margins)
+    scale = best_scale(margins, labels)
+    rescaled = None if scale is None else reliability(scale * margins, labels=labels)
+    curve = reliability(margins, labels=labels)
     return {
         "unit": unit,
         "ece": curve.ece,
@@ -113,44 +120,46 @@ def _curve(curve) -> dict:
     }
 
 
-def rewrite_entry(before: PairScores, after: PairScores, spread: float, groups: Sequence[str], seed: int) -> dict:
+def rewrite_entry(before: PairScores, after: PairScores, spread: float, pairs: Pairs, seed: int) -> dict:
     """What one rewrite does to the pairs that it changes.
 
-    before, after: scores of the same pairs. accuracy_before, accuracy_after: on these pairs; change: after - before.
+    before, after: scores of these pairs. accuracy_before, accuracy_after: on these pairs; change: after - before.
     flips: share of the pairs whose ranking is another (a tie that begins or ends included). score_change: mean over
     both answers of after - before, in standard deviations `spread` of the reward's scores; score_shift: the mean of
     its size without the sign. Pairs that could not be scored are left out.
     """
-    old, new = metrics.correct(before.margins), metrics.correct(after.margins)
+    old, new = (metrics.correct(scores.margins, pairs.labels) for scores in (before, after))
     old = np.where(np.isnan(new), np.nan, old)
+    flips = np.sign(before.margins) != np.sign(after.margins)
     differences = np.stack([after.chosen - before.chosen, after.rejected - before.rejected])
     columns = {
         "accuracy_before": old,
         "accuracy_after": new,
         "change": new - old,
-        "flips": np.where(np.isnan(new), np.nan, old != new),
+        "flips": np.where(np.isnan(new), np.nan, flips),
     }
     if spread > 0:
         columns["score_change"] = differences.mean(0) / spread
         columns["score_shift"] = np.abs(differences).mean(0) / spread
-    samples = metrics.bootstrap_means(columns, groups, seed=seed)
+    samples = metrics.bootstrap_means(columns, prompt_keys(pairs), seed=seed)
     entry = {name: metrics.estimate(values, samples[name]) for name, values in columns.items()}
     return {"score_change": None, "score_shift": None, **entry}
 
 
-def agreement_entry(names: list[str], scores: np.ndarray, margins: np.ndarray | None = None) -> dict:
+def agreement_entry(names: list[str], scores: np.ndarray, pairs: Pairs, margins: np.ndarray | None = None) -> dict:
     """How K scorers agree. scores: [K, 2, N], chosen and rejected. margins: [N], of the ensemble that they make up."""
     differences = scores[:, 0] - scores[:, 1]
-    accuracy = metrics.correct(differences).mean(1)
+    accuracy = metrics.correct(differences, pairs.labels).mean(1)
+    likelier = 1.0 if pairs.labels is None else np.where(pairs.labels < 0.5, -1.0, 1.0)
     entry = {
         "names": names,
         "accuracy": accuracy,
         "same_ranking": metrics.agreement(differences),
         "score_correlation": metrics.correlations(scores.reshape(len(names), -1)),
-        **metrics.consensus(differences),
+        **metrics.consensus(differences * likelier),
     }
     if margins is not None:
-        entry["disagreement"] = metrics.disagreement(differences, metrics.correct(margins))
+        entry["disagreement"] = metrics.disagreement(differences, metrics.correct(margins, pairs.labels))
     return entry
 
 

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from align.data.bad_rows import BadRow, BadRows
-from align.data.checks import Text, pair_of, template_kwargs
+from align.data.checks import Text, check_pair_numbers, pair_of, template_kwargs
 from align.data.formats import DataFormat, format_for
 from align.data.rows import source_of
 from align.errors import ConfigError
@@ -15,14 +17,15 @@ from align.evaluation.rewardbench import is_rewardbench
 if TYPE_CHECKING:
     from datasets import Dataset
 
-SUBSET = "subset"
+SUBSET, LABEL = "subset", "chosen_prob"
 TEXT_COLUMNS = ("prompt", "chosen", "rejected")
 
 
 @dataclass
 class Pairs:
     """N pairs. rows: their numbers in the source, from 0. columns: its other columns. subsets: one name per pair, or
-    None. chat: whether plain texts were made into messages."""
+    None. labels: the probability that the chosen answer is preferred, float [N], or None where it is 1. chat: whether
+    plain texts were made into messages."""
 
     source: str
     prompts: list[Text]
@@ -31,6 +34,7 @@ class Pairs:
     rows: list[int]
     columns: dict[str, list] = field(default_factory=dict)
     subsets: list[str] | None = None
+    labels: np.ndarray | None = None
     chat: bool = False
 
     def __len__(self) -> int:
@@ -54,6 +58,7 @@ class Pairs:
             rows=at(self.rows),
             columns={name: at(values) for name, values in self.columns.items()},
             subsets=None if self.subsets is None else at(self.subsets),
+            labels=None if self.labels is None else self.labels[list(places)],
             chat=self.chat,
         )
 
@@ -65,7 +70,7 @@ def read_pairs(
 
     rows: the numbers of the rows to read; default: all. A column `subset` names a part of the data that is reported by
     itself. chat: make plain texts into messages, the prompt the user's and the answer the assistant's; default: for
-    RewardBench's subsets, whose prompts are meant so.
+    RewardBench's subsets, whose prompts are meant so. A column `chosen_prob` holds soft labels.
     Messages stay messages. A prompt in plain text beside answers that are single assistant messages is a user message.
     """
     source = source_of(dataset, source)
@@ -78,6 +83,7 @@ def read_pairs(
     for number, row in zip(rows, dataset.select(rows), strict=True):
         try:
             texts = pair_of(row, fmt)
+            check_pair_numbers(row)
             if template_kwargs(row):
                 raise BadRow("chat_template_kwargs would be ignored: a reward has its own chat template")
             if SUBSET in others and not isinstance(row[SUBSET], str):
@@ -96,6 +102,7 @@ def read_pairs(
         rows=numbers,
         columns={name: found[name] for name in others},
         subsets=found[SUBSET] if SUBSET in others else None,
+        labels=np.array(found[LABEL], dtype=np.float64) if LABEL in others else None,
     )
     if not fmt.conversational and (pairs.rewardbench if chat is None else chat):
         pairs = _as_messages(pairs)

@@ -2,7 +2,9 @@
 score.
 
 A pair counts 1 where the margin is positive, 0 where it is negative and 0.5 at a tie: what a coin would make of it.
-Arrays [N] have one entry per pair. NaN marks a pair that a mean leaves out.
+Labels [N], where there are some, are the probability that the chosen answer is preferred (1 without); a pair then
+counts how often a label drawn from it would agree. Arrays [N] have one entry per pair. NaN marks a pair that a mean
+leaves out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,14 +27,14 @@ LENGTH_BINS = (
 DISAGREEMENT_BINS = 4
 
 
-def correct(margins: np.ndarray) -> np.ndarray:
-    """1, 0, or 0.5 at a tie [N]; NaN stays NaN."""
-    return (np.sign(margins) + 1) / 2
+def correct(margins: np.ndarray, labels: np.ndarray | None = None) -> np.ndarray:
+    """1, 0, or 0.5 at a tie [N]; p and 1 - p with labels p; NaN stays NaN."""
+    return 0.5 + np.sign(margins) * ((1.0 if labels is None else labels) - 0.5)
 
 
-def won(margins: np.ndarray) -> np.ndarray:
-    """1 where the chosen score is strictly higher, else 0 [N]: a tie is lost (RewardBench's rule)."""
-    return np.where(np.isnan(margins), np.nan, margins > 0)
+def won(margins: np.ndarray, labels: np.ndarray | None = None) -> np.ndarray:
+    """As `correct`, but 0 at a tie: it is lost (RewardBench's rule)."""
+    return np.where(margins == 0, 0.0, correct(margins, labels))
 
 
 def bootstrap_means(
@@ -87,7 +89,7 @@ def length_bin(chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
     return np.searchsorted(LENGTH_RATIOS, np.asarray(chosen) / np.maximum(rejected, 1), side="right")
 
 
-def length_bias(chosen: np.ndarray, rejected: np.ndarray, chosen_length, rejected_length) -> dict:
+def length_bias(chosen: np.ndarray, rejected: np.ndarray, chosen_length, rejected_length, labels=None) -> dict:
     """How scores [N] go with lengths [N].
 
     pearson, spearman: over all 2N answers. within_pair: of the differences within pairs, sum(ds dl) / sqrt(sum ds^2 sum
@@ -106,7 +108,7 @@ def length_bias(chosen: np.ndarray, rejected: np.ndarray, chosen_length, rejecte
         "spearman": pearson(ranks(scores), ranks(lengths)),
         "within_pair": float((ds * dl).sum() / scale) if scale > 0 else None,
         "prefers_longer": float(longer.mean()) if unequal.any() else None,
-        "longer_is_chosen": float((dl[unequal] > 0).mean()) if unequal.any() else None,
+        "longer_is_chosen": float(correct(dl, labels)[unequal].mean()) if unequal.any() else None,
     }
 
 
@@ -141,14 +143,14 @@ def consensus(margins: np.ndarray) -> dict[str, float]:
 def disagreement(margins: np.ndarray, outcome: np.ndarray) -> dict:
     """Whether the members' disagreement warns of errors.
 
-    margins: [K, N], each member's on a scale of its own. outcome: [N], 1, 0 or 0.5, of the scorer that is warned. The
+    margins: [K, N], each member's on a scale of its own. outcome: [N], `correct` of the scorer that is warned. The
     disagreement of a pair is the variance over members of their margins, each divided by its root mean square. auroc:
     the probability that a pair which is wrong has more of it than one which is right (0.5: no warning); None where all
     are right or all wrong. bins: quarters of the pairs by disagreement.
     """
     unit = np.sqrt((margins**2).mean(1, keepdims=True))
     variance = (margins / np.where(unit > 0, unit, 1)).var(0)
-    wrong, right = variance[outcome == 0], variance[outcome == 1]
+    wrong, right = variance[outcome < 0.5], variance[outcome > 0.5]
     order = np.argsort(variance, kind="stable")
     bins = [
         {"variance": float(variance[part].mean()), "accuracy": float(outcome[part].mean()), "pairs": len(part)}

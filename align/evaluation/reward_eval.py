@@ -18,12 +18,13 @@ from align.evaluation.pair_report import (
     accuracy_entry,
     agreement_entry,
     calibration_entry,
-    length_entry,
+    comparisons,
     rank_correlation,
     score_entry,
 )
 from align.evaluation.pair_scores import PairScores, score_pairs
 from align.evaluation.pairs import Pairs, prompt_keys, read_pairs, sample_places, text_length
+from align.evaluation.preference_metrics import length_bias
 from align.evaluation.rewrite_eval import evaluate_rewrites
 from align.evaluation.rewrites import choose_rewrites
 from align.evaluation.score_table import read_score_table
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FORMAT = "align.reward_eval/1"
+LONGER = "the longer answer"
 REWRITE_PAIRS = 500
 SHOWN = 3  # subsets named in a note
 
@@ -101,6 +103,7 @@ def evaluate_reward(
         "setup": {"rewards": list(built), "seed": seed},
         "rewards": {name: {} for name in built},
         "baselines": {},
+        "comparisons": {},
         "rewrites": {},
         "agreement": {},
         "best_of_n": {},
@@ -175,23 +178,27 @@ def _describe_pairs(result: dict, rewards: dict, pairs: Pairs, scores: dict[str,
         result["rewards"][name].update(
             **accuracy_entry(margins, pairs, groups, lengths, seed),
             scores=score_entry(found),
-            length=length_entry(found, *lengths),
-            calibration=calibration_entry(margins * unit, meaning),
+            length=length_bias(found.chosen, found.rejected, *lengths, pairs.labels),
+            calibration=calibration_entry(margins * unit, meaning, pairs.labels),
         )
         if not margins.any():
             result["notes"].append(f"{name} gives both answers of every pair the same score: it tells nothing apart")
         if found.members:
             names = [key.replace("/", " ") for key in found.members]
             stacked = np.stack(list(found.members.values()))
-            result["agreement"][f"members of {name}"] = agreement_entry(names, stacked, margins)
+            result["agreement"][f"members of {name}"] = agreement_entry(names, stacked, pairs, margins)
     if len(scores) > 1:
         stacked = np.stack([[found.chosen, found.rejected] for found in scores.values()])
-        result["agreement"]["rewards"] = agreement_entry(list(scores), stacked)
+        result["agreement"]["rewards"] = agreement_entry(list(scores), stacked, pairs)
     longer = PairScores(*lengths)
-    result["baselines"]["the longer answer"] = accuracy_entry(longer.margins, pairs, groups, lengths, seed)
-    result["setup"].update(
-        {"prompts": len(set(groups)), "texts as messages": pairs.chat, "rewardbench": pairs.rewardbench}
-    )
+    result["baselines"][LONGER] = accuracy_entry(longer.margins, pairs, groups, lengths, seed)
+    result["comparisons"] = comparisons({n: s.margins for n, s in {**scores, LONGER: longer}.items()}, pairs, seed)
+    result["setup"] |= {
+        "prompts": len(set(groups)),
+        "texts as messages": pairs.chat,
+        "soft labels": pairs.labels is not None,
+        "rewardbench": pairs.rewardbench,
+    }
     if pairs.rewardbench:
         counts = {name: pairs.subsets.count(name) for name in set(pairs.subsets)}
         lacking = rewardbench.incomplete(counts)

@@ -38,6 +38,7 @@ def write_reward_eval(folder: str | Path, result: dict) -> list[Path]:
         r=result,
         rewards={name: entry for name, entry in result["rewards"].items() if "accuracy" in entry},
         worst={name: worst_rewrite(entry) for name, entry in result["rewards"].items()},
+        sentences=sentences(result["comparisons"]),
         glossary=GLOSSARY,
     )
     return [page, numbers]
@@ -67,6 +68,20 @@ def worst_rewrite(entry: dict) -> dict | None:
         return None
     name = min(found, key=lambda n: found[n]["change"]["value"])
     return {"name": name, "change": found[name]["change"]["value"], "flips": found[name]["flips"]["value"]}
+
+
+def sentences(comparisons: dict) -> list[str]:
+    """The differences in accuracy from the first reward, in words."""
+    lines = []
+    for name, found in comparisons.get("accuracy_minus_base", {}).items():
+        value, low, high = found["value"], found["low"], found["high"]
+        sure = low is not None and (low > 0 or high < 0)
+        span = "" if low is None else f" (difference {tenths(low)} … {tenths(high)})"
+        lines.append(
+            f"{name} is right in {tenths(abs(value))} {'more' if value >= 0 else 'fewer'} of the pairs than "
+            f"{comparisons['base']}{span}{'' if sure else ': not told apart'}."
+        )
+    return lines
 
 
 def print_reward_eval(result: dict, paths=()) -> None:

@@ -5,7 +5,7 @@ import time
 from align.data.bad_rows import BadRows
 from align.evaluation.pair_report import rewrite_entry
 from align.evaluation.pair_scores import PairScores, score_pairs
-from align.evaluation.pairs import Pairs, prompt_keys, sample_places
+from align.evaluation.pairs import Pairs, sample_places
 from align.evaluation.rewrites import Rewrite, rewrite_row
 
 SHOWN = 120  # characters of an example
@@ -43,16 +43,14 @@ def evaluate_rewrites(
                 "changed": len(changed),
                 "example": _example(sample, changed, rewritten),
             }
+            originals = sample.select(changed)
             for name, reward in rewards.items():
                 if changed:
                     after = score_pairs(reward, rewritten)
                     _check_refused(after, rewritten, rewrite, name, limits["max_bad_share"])
                     before = scores[name].select([places[i] for i in changed])
-                    spread = float(scores[name].both.std())
-                    groups = prompt_keys(pairs.select([places[i] for i in changed]))
-                    result["rewards"][name]["rewrites"][rewrite.name] = rewrite_entry(
-                        before, after, spread, groups, seed
-                    )
+                    entry = rewrite_entry(before, after, float(scores[name].both.std()), originals, seed)
+                    result["rewards"][name]["rewrites"][rewrite.name] = entry
                 progress.update(1)
     result["phases"]["rewrites"] = time.perf_counter() - started
 

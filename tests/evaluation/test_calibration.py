@@ -69,3 +69,13 @@ def test_best_scale_is_the_maximum_of_the_likelihood_or_does_not_exist():
 def test_numbers_that_are_no_margins_are_refused(margins):
     with pytest.raises(ValueError, match="finite margins"):
         reliability(margins)
+
+
+def test_soft_labels_by_hand_and_their_best_scale():
+    margins, labels = np.array([logit(0.8), -logit(0.8), logit(0.8)]), np.array([0.7, 0.7, 1.0])
+    curve = reliability(margins, bins=1, labels=labels)
+    assert curve.accuracy == pytest.approx([(0.7 + 0.3 + 1.0) / 3])
+    assert curve.ece == pytest.approx(abs(2 / 3 - 0.8))
+    scores = np.random.default_rng(0).normal(0, 2, 500)
+    assert best_scale(3 * scores, 1 / (1 + np.exp(-scores))) == pytest.approx(1 / 3)  # labels that the scores made
+    assert best_scale([1.0, -1.0], [1.0, 0.0]) is None and best_scale([1.0], [0.9]) == pytest.approx(logit(0.9))

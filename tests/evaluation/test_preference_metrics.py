@@ -181,3 +181,18 @@ def test_auroc_against_a_loop():
     wins = [1.0 if x > y else 0.5 if x == y else 0.0 for x in a for y in b]
     assert metrics.auroc(a, b) == pytest.approx(np.mean(wins))
     assert metrics.auroc(a, np.array([])) is None
+
+
+# ---- soft labels ----------------------------------------------------------------------------------------------------
+
+
+def test_soft_labels_count_as_the_labels_drawn_from_them_do():
+    margins, labels = np.array([1.0, -1.0, 0.0, -2.0]), np.array([0.9, 0.6, 0.8, 0.2])
+    assert metrics.correct(margins, labels) == pytest.approx([0.9, 0.4, 0.5, 0.8])
+    assert metrics.won(margins, labels) == pytest.approx([0.9, 0.4, 0.0, 0.8])
+    rng = np.random.default_rng(0)
+    drawn = np.where(rng.random((20_000, 4)) < labels, 1.0, -1.0)  # -1: the answers change places
+    assert metrics.correct(drawn * margins).mean(0) == pytest.approx(metrics.correct(margins, labels), abs=0.01)
+    lengths = np.array([[5.0, 5.0, 2.0, 1.0], [4.0, 5.0, 3.0, 2.0]])
+    found = metrics.length_bias(margins, np.zeros(4), *lengths, labels)
+    assert found["longer_is_chosen"] == pytest.approx((0.9 + 0.2 + 0.8) / 3)

@@ -241,6 +241,32 @@ def test_mistakes(world, rewards, options, message):
         evaluate_reward([rule(world, name) for name in rewards], options.pop("data"), **options)
 
 
+def test_differences_from_the_first_reward_are_paired(result):
+    found = result["comparisons"]
+    assert found["base"] == "longest" and list(found["accuracy_minus_base"]) == [
+        "waves",
+        "capital",
+        "the longer answer",
+    ]
+    difference = found["accuracy_minus_base"]["waves"]
+    assert difference["value"] == pytest.approx(1 - result["rewards"]["longest"]["accuracy"]["value"])
+    assert 0 < difference["low"] < difference["value"] < difference["high"]
+    same = found["accuracy_minus_base"]["the longer answer"]
+    assert same["value"] == same["low"] == same["high"] == 0
+
+
+def test_soft_labels(world):
+    rows = pd.DataFrame(make_pairs(40)).assign(chosen_prob=[0.9, 0.7] * 20)
+    found = evaluate_reward(rule(world, "waves"), Dataset.from_pandas(rows), rewrites=["quotes"])
+    entry = found["rewards"]["waves"]
+    assert found["setup"]["soft labels"] is True and entry["accuracy"]["value"] == pytest.approx(0.8)
+    assert entry["rewrites"]["quotes"]["accuracy_after"]["value"] == pytest.approx(0.8)
+    assert entry["calibration"]["best_scale"] is not None
+    rows.loc[3, "chosen_prob"] = 1.5
+    with pytest.raises(DataError, match="chosen_prob is not a probability in .0, 1.: 1 .row 3."):
+        evaluate_reward(rule(world, "waves"), Dataset.from_pandas(rows), rewrites="none")
+
+
 # ---- outputs --------------------------------------------------------------------------------------------------------
 
 
