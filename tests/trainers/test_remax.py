@@ -1,9 +1,9 @@
 import copy
-import itertools
 
 import pytest
 import torch
 from datasets import Dataset
+from enumerable import flat, rolled_out
 from peft import LoraConfig
 from tiny_runs import logged, needs_vllm, prompts, remax_config, tiny_model, wanted_words
 
@@ -13,18 +13,6 @@ from trainers.remax import ReMaxTrainer
 from trainers.rollouts import collate
 
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
-
-
-def rolled_out(trainer, count: int = 4):
-    """Samples and greedy completions of the first prompts, by the trainer's own loop."""
-    trainer.sync_engine()
-    rows = [trainer.train_dataset[i] for i in range(count)]
-    samples, extra = trainer.roll_out(rows, list(range(count)))
-    trainer.rewards.fill(samples + [sample for group in extra for sample in group])
-    trainer.set_baselines(samples, extra)
-    trainer.fill_reference(samples)
-    trainer.fill_advantages(samples)
-    return samples, extra
 
 
 @pytest.mark.parametrize(
@@ -129,75 +117,6 @@ def test_the_loss_is_the_formula(options, aggregation, tokenizer, policy, tmp_pa
     wanted = flat(torch.autograd.grad(total / count, parameters, allow_unused=True), trainer)
     found = flat(torch.autograd.grad(loss, parameters, allow_unused=True), trainer)
     assert (found - wanted).norm() < 1e-4 * wanted.norm()
-
-
-def small_world(tmp_path):
-    """Six words, two tokens at most: every completion can be enumerated."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    inner = Tokenizer(models.WordLevel({"<eos>": 0, "a": 1, "b": 2, "c": 3, "d": 4, "e": 5}, unk_token="a"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>")
-    rows = Dataset.from_dict({"prompt": ["a b ", "c d e "]})
-    args = remax_config(
-        tmp_path, max_completion_length=2, num_generations=64, beta=0.2, loss_aggregation="sequence_sum"
-    )
-    model, reference = tiny_model(tokenizer, seed=3), tiny_model(tokenizer, seed=4)
-    return ReMaxTrainer(model, some_reward, args, rows, processing_class=tokenizer, ref_model=reference)
-
-
-def some_reward(prompt_ids, completion_ids, **columns):
-    return [
-        float((3 * p[0] + 5 * c[0] + 7 * c[-1] + 2 * len(c)) % 11) / 5
-        for p, c in zip(prompt_ids, completion_ids, strict=True)
-    ]
-
-
-def exact_gradient(trainer) -> torch.Tensor:
-    """Of -(E[r] - beta KL(pi || ref)), mean over prompts, by summing over all completions."""
-    completions = [[0], *([x, y] for x, y in itertools.product(range(1, 6), range(6)))]
-    objective = 0.0
-    for row in trainer.train_dataset:
-        prompt = row["prompt_ids"]
-        for completion in completions:
-            ids = torch.tensor([prompt + completion])
-            logps = [
-                m(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[len(prompt) - 1 :].sum()
-                for m in (trainer.model, trainer.reference.model)
-            ]
-            value = some_reward([prompt], [completion])[0] - trainer.args.beta * (logps[0] - logps[1].detach())
-            objective = objective + logps[0].exp() * value / len(trainer.train_dataset)
-    return flat(torch.autograd.grad(-objective, list(trainer.model.parameters()), allow_unused=True), trainer)
-
-
-def flat(gradients, trainer) -> torch.Tensor:
-    parameters = trainer.model.parameters()
-    return torch.cat(
-        [(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(gradients, parameters, strict=True)]
-    )
-
-
-def test_the_gradient_is_unbiased(tmp_path):
-    """The mean of 40 estimates against the exact gradient: in its own direction, and in 50 random ones."""
-    trainer = small_world(tmp_path)
-    trainer.model.eval()
-    exact = exact_gradient(trainer)
-    trainer.sync_engine()
-    estimates = []
-    for step in range(1, 41):
-        trainer.state.global_step = trainer.engine_step = step  # other seeds, the same weights
-        samples, _ = rolled_out(trainer, count=2)
-        loss = trainer.compute_loss(trainer.model, collate(samples, 0), num_items_in_batch=torch.tensor(len(samples)))
-        estimates.append(flat(torch.autograd.grad(loss, list(trainer.model.parameters()), allow_unused=True), trainer))
-    estimates = torch.stack(estimates)
-    directions = torch.randn(50, len(exact), generator=torch.Generator().manual_seed(0))
-    directions = torch.cat([exact[None] / exact.norm(), directions / len(exact) ** 0.5]).double()
-    found = estimates.double() @ directions.T
-    error = found.std(0) / len(found) ** 0.5
-    z = (found.mean(0) - directions @ exact.double()) / error
-    assert error[0] < 0.04 * exact.norm()  # the test would see a bias of 16 %
-    assert abs(z[0]) < 4 and z.abs().max() < 4.5 and 0.5 < z.square().mean() < 2, z
 
 
 def test_several_samples_share_their_prompts_baseline(policy, tmp_path):

@@ -58,9 +58,24 @@ def wanted_words(completions, **columns) -> list[float]:
     return [sum(word in WANTED for word in text.split()) / max(len(text.split()), 1) for text in completions]
 
 
+def on_policy(method: str, folder, **options):
+    """The trainer class of an on-policy method, and a short run's settings."""
+    from align.lazy import load
+    from align.methods import get_method
+
+    config = load(get_method(method).config)
+    if method in ("rloo", "grpo"):
+        options = {"num_generations": 2, **options}
+    return load(get_method(method).trainer), on_policy_config(config, folder, **options)
+
+
 def remax_config(folder, **options):
     from trainers.remax import ReMaxConfig
 
+    return on_policy_config(ReMaxConfig, folder, **options)
+
+
+def on_policy_config(config, folder, **options):
     defaults = {
         **QUIET,
         "output_dir": str(folder),
@@ -71,7 +86,7 @@ def remax_config(folder, **options):
         "learning_rate": 1e-3,
         "rollout_backend": "transformers",
     }
-    return ReMaxConfig(**{**defaults, **options})
+    return config(**{**defaults, **options})
 
 
 def sft_config(folder, **options):
