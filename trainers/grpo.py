@@ -30,6 +30,10 @@ class GRPOConfig(OnPolicyConfig):
     kl_in: str = field(default="loss", metadata={"help": "loss, as published, or reward."})
     kl_estimator: str = field(default="k3", metadata={"help": "With kl_in: loss. k3 as published, or k2."})
 
+    @property
+    def cancels_scale(self) -> bool:
+        return self.scale_rewards != "none"
+
     def __post_init__(self):
         super().__post_init__()
         needs_groups(self)

@@ -10,6 +10,7 @@ Every draw is seeded by (seed, step, place of the prompt in the rollout's global
 its batches are cut into processes and micro-batches, nor on where it was resumed.
 """
 
+import logging
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -48,6 +49,8 @@ from trainers.rollouts import (
     tokenized_prompts,
 )
 from trainers.weighting import make_weighting
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -105,7 +108,7 @@ class OnPolicyTrainer(
             disable_dropout(model)
         self.rewards = RewardColumns(reward, args.reward_weights, tokenizer=processing_class)
         self.gold = RewardColumns(gold_reward, None, tokenizer=processing_class) if gold_reward is not None else None
-        self.weighting = make_weighting(self.rewards.names, self.rewards.weights, args.constraints, args.multipliers)
+        self.weighting = make_weighting(self.rewards.names, self.rewards.weights, args)
         self.kl_controller = None
         if args.kl_target is not None:
             self.kl_controller = AdaptiveKL(args.beta, args.kl_target, args.kl_horizon)
@@ -291,13 +294,14 @@ class OnPolicyTrainer(
             stream = Stream(
                 scores=torch.tensor([column[name] for column in columns]),
                 baselines=None if baselines is None else torch.tensor(baselines),
-                beta=self.beta if place == 0 and self.args.kl_in == "reward" else 0.0,
+                beta=self.beta if self.args.kl_in == "reward" and (place == 0 or self.weighting.kl_everywhere) else 0.0,
                 logps=logps,
                 ref_logps=ref_logps,
                 mask=mask,
                 values=None if values is None else values[..., place],
             )
-            advantages.append(self.estimate(stream, place))
+            estimated = self.estimate(stream, place)
+            advantages.append(self.whitened(estimated, mask) if self.weighting.standardize else estimated)
         for sample, row in zip(samples, torch.stack(advantages, dim=-1), strict=True):
             sample.advantages = row[: sample.length]
 
@@ -337,7 +341,8 @@ class OnPolicyTrainer(
             ratios = log_ratios(old_logps, inputs["engine_logps"], mask)
             losses = losses * importance_weights(ratios, mask, level=level, outside=outside, **bounds)
         if args.kl_in == "loss" and self.beta:
-            losses = losses + self.beta * getattr(kl, args.kl_estimator)(logps, inputs["ref_logps"])
+            price = self.beta * self.weighting.weights()[0]  # the KL is a part of the task
+            losses = losses + price * getattr(kl, args.kl_estimator)(logps, inputs["ref_logps"])
         self.record_update(logps.detach(), entropy, policy, inputs)
         self.further_loss(inputs, num_items_in_batch)
         # The count is of all ranks, and DDP averages the gradients over them.
@@ -363,11 +368,19 @@ class OnPolicyTrainer(
         return everyone[self.own_rows(len(values)), : values.shape[1]]
 
     def update_weighting(self, samples: list[Sample]) -> None:
-        """Let the weighting learn from the mean reward of each column over the global batch."""
-        columns = self.everywhere(torch.tensor([[s.rewards[name] for name in self.rewards.names] for s in samples]))
-        logged = self.weighting.update(dict(zip(self.rewards.names, columns.mean(0).tolist(), strict=True)))
+        """Let the weighting learn from the rewards of the global batch."""
+        names = self.rewards.names
+        rows = self.everywhere(torch.tensor([[*(s.rewards[name] for name in names), s.length] for s in samples]))
+        logged = self.weighting.update(dict(zip(names, rows[:, :-1].unbind(1), strict=True)), rows[:, -1])
         for name, value in logged.items():
             self.record(name, value)
+        self.pass_on_messages()
+
+    def pass_on_messages(self) -> None:
+        """What the weighting has to say, from the main process."""
+        for message in self.weighting.messages if self.is_world_process_zero() else ():
+            logger.warning("step %d: %s", self.state.global_step + 1, message)
+        self.weighting.messages.clear()
 
     def update_kl_coefficient(self, samples: list[Sample]) -> None:
         logps = completion_matrix(samples, "old_logps" if samples[0].old_logps is not None else "engine_logps")

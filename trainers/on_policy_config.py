@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from align.errors import ConfigError
 from align.objectives.policy_loss import AGGREGATIONS
 from trainers.base import BaseConfig
-from trainers.weighting import check_constraints
+from trainers.constraint_options import check_constraints
 
 RATIO_LEVELS = ("token", "sequence", "sequence_mean")
 CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
@@ -74,6 +74,13 @@ class OnPolicyConfig(BaseConfig):
         default=None,
         metadata={"help": "With constraints: form, learning_rate, momentum, bounds ... of their multipliers."},
     )
+    task_rewards: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "With constraints: names of the rewards whose weighted sum is maximised. Default: those that no "
+            "constraint holds; with none the task is to stay close to the reference."
+        },
+    )
     # ---- updates
     num_mini_batches: int = field(
         default=1,
@@ -104,6 +111,16 @@ class OnPolicyConfig(BaseConfig):
         """Optimiser steps made from one rollout."""
         return self.num_mini_batches * self.num_iterations
 
+    @property
+    def whitens(self) -> bool:
+        """Whether the method itself gives advantages mean 0 and deviation 1 over the rollout."""
+        return False
+
+    @property
+    def cancels_scale(self) -> bool:
+        """Whether a factor on all scores cancels from the advantages."""
+        return self.whitens
+
     def __post_init__(self):
         super().__post_init__()
         if self.temperature <= 0:
@@ -130,4 +147,4 @@ class OnPolicyConfig(BaseConfig):
                 "importance_sampling_level: sequence gives every token the whole sequence's ratio, so its loss is the "
                 "mean over tokens: set loss_aggregation: sequence_mean"
             )
-        check_constraints(self.constraints, self.multipliers)
+        check_constraints(self)

@@ -42,6 +42,10 @@ class PPOConfig(OnPolicyConfig):
         default=0.2, metadata={"help": "Clip of the value's change in a rollout; null: the plain squared error."}
     )
 
+    @property
+    def whitens(self) -> bool:
+        return self.whiten_advantages
+
     def __post_init__(self):
         super().__post_init__()
         if not (0 < self.gamma <= 1 and 0 <= self.lam <= 1):

@@ -25,6 +25,10 @@ class ReinforcePPConfig(OnPolicyConfig):
         default="token_mean", metadata={"help": "token_mean, sequence_sum, sequence_mean or constant."}
     )
 
+    @property
+    def whitens(self) -> bool:
+        return True
+
     def __post_init__(self):
         super().__post_init__()
         if self.group_baseline:

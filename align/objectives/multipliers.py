@@ -6,9 +6,11 @@ from dataclasses import dataclass
 import torch
 
 from align.errors import ConfigError, TrainingError
-from align.objectives.constraints import Constraint, applied_weights, squash, squash_slope
+from align.objectives.constraints import FORMS, Constraint, applied_weights, squash, squash_slope
 
 SATURATED = 0.1  # of the largest slope: from there on a multiplier takes ten times as long to come back
+# Where the slope is a hundredth of the largest: beyond it a multiplier would hardly ever come back.
+BOUNDS = {"sigmoid": (-6.0, 6.0), "tanh": (-3.0, 3.0), "softplus": (-6.0, 8.0)}
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Multipliers:
             equalities with the other two, which cannot.
         learning_rate, momentum, max_grad_norm: 0.1, 0.1, 0.5 in the paper.
         initial: the raw value to start from; 0 in the paper (sigmoid 0.5, tanh 0).
-        bounds: smallest and largest raw value.
+        bounds: smallest and largest raw value; None takes those of `BOUNDS`.
         warmup: updates during which the multipliers are measured but not moved.
     """
 
@@ -46,13 +48,15 @@ class Multipliers:
         momentum: float = 0.1,
         max_grad_norm: float | None = 0.5,
         initial: float | Sequence[float] = 0.0,
-        bounds: tuple[float, float] = (-8.0, 8.0),
+        bounds: tuple[float, float] | None = None,
         warmup: int = 0,
         pid: PID | None = None,
     ):
         self.constraints, self.form = list(constraints), form
         if not self.constraints:
             raise ConfigError("there is no constraint to hold")
+        if form not in FORMS:
+            raise ConfigError(f"multiplier form must be one of {', '.join(FORMS)}, got {form!r}")
         kinds = [f"{c.reward} {c.direction}" for c in self.constraints]
         double = sorted({kind for kind in kinds if kinds.count(kind) > 1})
         if double:
@@ -63,6 +67,7 @@ class Multipliers:
                 f"multiplier form {form!r} does not fit {', '.join(wrong)}: equal takes tanh (its multiplier may be "
                 "negative), at_least and at_most take sigmoid or softplus"
             )
+        bounds = BOUNDS[form] if bounds is None else bounds
         if not bounds[0] < bounds[1]:
             raise ConfigError(f"multiplier bounds must rise, got {bounds}")
         self.learning_rate, self.momentum, self.max_grad_norm = learning_rate, momentum, max_grad_norm
@@ -113,8 +118,7 @@ class Multipliers:
 
     def metrics(self, values: dict[str, float]) -> dict[str, float]:
         """Per constraint: value, threshold, violation, raw and squashed multiplier, applied weight, saturation."""
-        squashed, slopes = squash(self.raw, self.form), squash_slope(self.raw, self.form)
-        largest = squash_slope(torch.zeros(()), self.form).item()
+        squashed = squash(self.raw, self.form)
         task, weights = self.weights()
         logged = {"constraints/task_weight": task}
         for i, constraint in enumerate(self.constraints):
@@ -125,11 +129,27 @@ class Multipliers:
                 "raw": self.raw[i].item(),
                 "multiplier": squashed[i].item(),
                 "weight": weights[i],
-                "saturated": float(self.form != "softplus" and slopes[i].item() < SATURATED * largest),
+                "saturated": float(self.at_limit(i, upper=True) or self.at_limit(i, upper=False)),
             }
             place = f"constraints/{constraint.reward}_{constraint.direction}"
             logged.update({f"{place}/{name}": number for name, number in numbers.items()})
         return logged
+
+    def at_limit(self, i: int, *, upper: bool) -> bool:
+        """Whether multiplier i can hardly rise (upper) or fall any further: at its bound, or where the squashing is
+        flat."""
+        raw = self.raw[i]
+        if raw.item() == self.bounds[1 if upper else 0]:
+            return True
+        steepest = {"sigmoid": 0.25, "tanh": 1.0, "softplus": 1.0}[self.form]
+        flat = squash_slope(raw, self.form).item() < SATURATED * steepest
+        return flat and (raw.item() > 0) == upper
+
+    def describe_weights(self) -> str:
+        """The weights now, for a message: `task 0.12, helpfulness 1.87`."""
+        task, weights = self.weights()
+        pairs = zip(self.constraints, weights, strict=True)
+        return ", ".join([f"task {task:.3g}", *(f"{c.reward} {weight:.3g}" for c, weight in pairs)])
 
     def state_dict(self) -> dict:
         return {
