@@ -13,7 +13,7 @@ import numpy as np
 
 from align.evaluation.bootstrap import LEVEL, RESAMPLES, resample_weights
 
-BLOCK = 20_000_000  # numbers of resampling weights held at once
+BLOCK = 5_000_000  # numbers of resampling weights held at once
 
 # Bounds of chosen length / rejected length, and what the bin between two of them is called.
 LENGTH_RATIOS = (0.5, 1 / 1.1, 1.1, 2.0)
