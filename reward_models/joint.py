@@ -23,8 +23,8 @@ class JointMembers:
     """K reward models in one: every batch is tokenised, padded and run once for all of them.
 
     model: with what `share_trunk` or `add_member_adapters` added. normalizers: one per member, or None for raw scores.
-    options: of `ClassifierReward`; the tokens of a forward pass are counted once per member with adapters, whose rows
-    are multiplied from the first layers on.
+    options: of `ClassifierReward`. A token counts K times in `batch_tokens` with adapters, whose rows are multiplied
+    from the first layers on, and twice with a shared trunk, where only the last hidden states are.
     """
 
     def __init__(
@@ -32,8 +32,8 @@ class JointMembers:
     ):
         self.name, self.names, self.normalizers = name, list(names), normalizers
         self.classifier = ClassifierReward(model, name=name, normalize=False, **options)
-        if any(isinstance(module, MemberLora) for module in model.modules()):
-            self.classifier.batch_tokens = max(self.classifier.batch_tokens // len(self.names), 1)
+        lora = any(isinstance(module, MemberLora) for module in model.modules())
+        self.classifier.batch_tokens = max(self.classifier.batch_tokens // (len(self.names) if lora else 2), 1)
 
     def __len__(self) -> int:
         return len(self.names)

@@ -35,7 +35,16 @@ class Members(nn.Module):
         outputs = (member(part, *args, **kwargs) for member, part in zip(self.members, parts, strict=True))
         if self.last:
             return torch.cat(list(outputs), dim=-1)
-        return torch.cat(list(outputs)) if torch.is_grad_enabled() else _filled(outputs, count)
+        return torch.cat(list(outputs)) if torch.is_grad_enabled() else self._filled(outputs, hidden)
+
+    def _filled(self, outputs: Iterable[Tensor], hidden: Tensor) -> Tensor:
+        """As torch.cat, without holding the outputs twice: the input of all but the first is overwritten."""
+        whole = None if self.first else hidden.contiguous().view(len(self.members), -1, *hidden.shape[1:])
+        for i, output in enumerate(outputs):
+            if whole is None or whole[i].shape != output.shape or whole.dtype != output.dtype:
+                whole = output.new_empty(len(self.members), *output.shape)
+            whole[i] = output
+        return whole.flatten(0, 1)
 
     def __getattr__(self, name: str):
         try:
@@ -44,15 +53,6 @@ class Members(nn.Module):
             if name == "members":
                 raise
             return getattr(self.members[0], name)
-
-
-def _filled(outputs: Iterable[Tensor], count: int) -> Tensor:
-    """As torch.cat of `count` outputs of one shape, without holding them twice."""
-    whole = None
-    for i, output in enumerate(outputs):
-        whole = output.new_empty(count, *output.shape) if whole is None else whole
-        whole[i] = output
-    return whole.flatten(0, 1)
 
 
 def member_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, count: int) -> Tensor:
