@@ -101,6 +101,24 @@ def test_saved_and_loaded(kind, trunk, tmp_path):
     assert (folder / "ensemble.json").stat().st_mtime_ns == written
 
 
+def test_metrics(trunk, tmp_path):
+    """Soft labels; what is logged is of the members' mean, and of each."""
+    data = pairs(16, chosen_prob=0.25)
+    args = config(tmp_path, max_steps=1, logging_steps=1, eval_strategy="steps", eval_steps=1)
+    trainer = JointRewardTrainer(joint_model(trunk, "shared_trunk", [1, 2, 3]), args, data, data)
+    trainer.train()
+    metrics = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
+    for name in ("loss", "rewards/chosen"):
+        each = [metrics[f"eval_{name}/member_{i}"] for i in range(3)]
+        assert metrics[f"eval_{name}"] == pytest.approx(sum(each) / (1 if name == "loss" else 3), rel=1e-4)
+    accuracies = [
+        metrics["eval_rewards/accuracies"],
+        *(metrics[f"eval_rewards/accuracies/member_{i}"] for i in range(3)),
+    ]
+    assert all(0.25 <= value <= 0.75 for value in accuracies)
+    assert metrics["eval_rewards/margins_std"] > 0 and metrics["eval_calibration_error"] >= 0
+
+
 @pytest.mark.parametrize("kind", ["lora", "shared_trunk"])
 def test_resume_is_exact(kind, trunk, tmp_path):
     options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 8, "per_device_train_batch_size": 8}
