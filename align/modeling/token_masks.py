@@ -19,7 +19,7 @@ from align.modeling.pairs import Completions, at_completions
 
 FILE_NAME = "token_masks.safetensors"
 INITS = ("unit", "released")
-LAYER_SPREAD = 0.25  # standard deviation of a layer's value around 1 at the start of `unit`
+UNIT_MEAN = 1.0833  # of ReLU(1 + N(0, 1))
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,9 @@ class TokenMask(nn.Module):
     def initialise(self, init: str, generator: torch.Generator) -> None:
         """Draw the weights.
 
-        unit: every layer's value is about 1 + 0.25 N(0, 1) and the mixer is their mean, so m starts near 1, where the
-            loss is TDPO1's, and can go either way.
+        unit: every layer's value is about ReLU(1 + N(0, 1)) and the mixer is their mean, scaled so that m starts near
+            1, as TDPO1, and can go either way. With a smaller spread tokens differ so little that a mask that shrinks
+            reaches 0 at all of them at once.
         released: transformers' N(0, 0.02^2) and zero biases, as the authors start. m is then 0 for a third to four
             fifths of the tokens and about 0.01 for the others: the loss starts nearly flat.
         """
@@ -96,11 +97,14 @@ class TokenMask(nn.Module):
                 linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator) * spread)
                 linear.bias.zero_()
             if init == "unit":
-                linears[-1].weight.mul_(LAYER_SPREAD)
                 linears[-1].bias.fill_(1.0)
+            if init == "unit" and self.mixer is None:
+                linears[-1].weight.div_(UNIT_MEAN)
+                linears[-1].bias.div_(UNIT_MEAN)
         if self.mixer is not None:
             drawn = torch.randn(self.mixer.weight.shape, generator=generator) * 0.02
-            self.mixer.weight.copy_(drawn if init == "released" else torch.full_like(drawn, 1 / drawn.shape[-1]))
+            average = torch.full_like(drawn, 1 / (UNIT_MEAN * drawn.shape[-1]))
+            self.mixer.weight.copy_(drawn if init == "released" else average)
 
 
 class TokenMasks(nn.Module):

