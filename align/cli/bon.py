@@ -54,7 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="RULE",
-        help="choose by all proxies together: mean, wco or uwo:LAMBDA (repeatable; members are standardised first)",
+        help="choose by all proxies together: mean, wco, uwo:LAMBDA, lcb:LAMBDA or quantile:SHARE (repeatable; "
+        "members are standardised first)",
     )
     add("--n", type=int, metavar="N", help="the largest n [what every prompt has]; with --model, draws per prompt [64]")
     add("--min_answers", type=int, metavar="N", help="leave out prompts with fewer completions")
@@ -121,11 +122,11 @@ def ensemble_scores(members: list, rule: str):
 
     from align.objectives.ensemble import aggregate
 
-    kind, _, weight = rule.partition(":")
+    kind, _, number = rule.partition(":")
     try:
-        lambda_ = float(weight) if weight else None
+        options = {"quantile" if kind == "quantile" else "lambda_": float(number)} if number else {}
     except ValueError as error:
-        raise ConfigError(f"--ensemble {rule}: {weight!r} is not a number; the form is uwo:0.5") from error
+        raise ConfigError(f"--ensemble {rule}: {number!r} is not a number; the form is uwo:0.5") from error
     if len(members) < 2:
         raise ConfigError(f"--ensemble {rule} needs at least two proxies")
     scores = np.stack(members)
@@ -133,7 +134,7 @@ def ensemble_scores(members: list, rule: str):
     if not spread.all():
         raise ConfigError(f"--ensemble {rule}: proxy number {int(np.argmin(spread)) + 1} has one score for all answers")
     standardised = (scores - scores.mean(axis=1, keepdims=True)) / spread
-    return aggregate(torch.from_numpy(standardised), kind, lambda_=lambda_).scores.numpy()
+    return aggregate(torch.from_numpy(standardised), kind, **options).scores.numpy()
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -196,3 +196,16 @@ def test_best_of_n_of_real_answers(tmp_path):
     assert entry["gold"][-1] == pytest.approx(longest.mean())
     assert entry["gold_low"][0] < entry["gold"][0] < entry["gold_high"][0] < entry["gold_low"][-1]
     assert any("3 of 600 prompts left out" in note for note in entry["notes"])
+
+
+def test_every_rule_of_an_ensemble():
+    members = [np.array([1.0, 2.0, 6.0]), np.array([3.0, 1.0, 2.0])]
+    standard = np.stack([(m - m.mean()) / m.std() for m in members])
+    expected = {
+        "wco": standard.min(0),
+        "uwo:0.5": standard.mean(0) - 0.5 * standard.var(0),
+        "lcb:2": standard.mean(0) - 2 * standard.std(0),
+        "quantile:0.25": np.quantile(standard, 0.25, axis=0),
+    }
+    for rule, scores in expected.items():
+        np.testing.assert_allclose(bon.ensemble_scores(members, rule), scores, rtol=1e-12)
