@@ -7,11 +7,83 @@ import numpy as np
 from align.evaluation import preference_metrics as metrics
 from align.evaluation import rewardbench
 from align.evaluation.calibration import best_scale, reliability
+from align.evaluation.pair_sample import PairSample
 from align.evaluation.pair_scores import PairScores
-from align.evaluation.pairs import Pairs, prompt_keys
+from align.evaluation.pairs import Pairs, prompt_keys, text_length
+from align.evaluation.rewrite_sample import example
 from align.evaluation.strict_json import finite
 
 HISTOGRAM_BINS = 40
+LONGER = "the longer answer"
+SHOWN = 3  # subsets named in a note
+
+
+def describe_pairs(result: dict, sample: PairSample, seed: int) -> None:
+    """Add everything about the pairs that every reward could score."""
+    kept = sample.kept()
+    pairs = sample.pairs.select(kept)
+    scores = {name: scored.pairs.select(kept) for name, scored in sample.scored.items()}
+    groups = prompt_keys(pairs)
+    lengths = [np.array([text_length(text) for text in texts], float) for texts in (pairs.chosen, pairs.rejected)]
+    for name, found in scores.items():
+        scored = sample.scored[name]
+        result["rewards"][name] = {
+            **accuracy_entry(found.margins, pairs, groups, lengths, seed),
+            "scores": score_entry(found),
+            "length": metrics.length_bias(found.chosen, found.rejected, *lengths, pairs.labels),
+            "calibration": calibration_entry(found.margins * scored.unit, scored.meaning, pairs.labels),
+            "answers_per_second": scored.answers_per_second,
+        }
+        if not found.margins.any():
+            result["notes"].append(f"{name} gives both answers of every pair the same score: it tells nothing apart")
+        if found.members:
+            names = [key.replace("/", " ") for key in found.members]
+            members = np.stack(list(found.members.values()))
+            result["agreement"][f"members of {name}"] = agreement_entry(names, members, pairs, found.margins)
+    if len(scores) > 1:
+        every = np.stack([[found.chosen, found.rejected] for found in scores.values()])
+        result["agreement"]["rewards"] = agreement_entry(list(scores), every, pairs)
+    longer = PairScores(*lengths)
+    result["baselines"][LONGER] = accuracy_entry(longer.margins, pairs, groups, lengths, seed)
+    result["comparisons"] = comparisons({n: s.margins for n, s in {**scores, LONGER: longer}.items()}, pairs, seed)
+    if sample.rewritten:
+        _describe_rewrites(result, sample, set(kept), seed)
+    result["setup"] |= {
+        "pairs": len(pairs),
+        "dropped": sample.report.counts,
+        "prompts": len(set(groups)),
+        "texts as messages": pairs.chat,
+        "soft labels": pairs.labels is not None,
+        "rewardbench": pairs.rewardbench,
+    }
+    if pairs.rewardbench:
+        lacking = rewardbench.incomplete({name: pairs.subsets.count(name) for name in set(pairs.subsets)})
+        if lacking:
+            more = f" and {len(lacking) - SHOWN} more" if len(lacking) > SHOWN else ""
+            result["notes"].append(f"not RewardBench as published: {', '.join(lacking[:SHOWN])}{more}")
+
+
+def _describe_rewrites(result: dict, sample: PairSample, kept: set[int], seed: int) -> None:
+    for name in sample.scored:
+        result["rewards"][name]["rewrites"] = {}
+    for rewritten in sample.rewritten:
+        rewrite = rewritten.rewrite
+        shown = [number for number, place in enumerate(rewritten.places) if place in kept]
+        places = [rewritten.places[number] for number in shown]
+        originals = sample.pairs.select(places)
+        result["rewrites"][rewrite.name] = {
+            "does": rewrite.does,
+            "target": rewrite.target,
+            "changed": len(places),
+            "example": example(originals, rewritten.pairs.select(shown)),
+        }
+        for name, scored in sample.scored.items():
+            if places:
+                before, after = scored.pairs.select(places), scored.rewrites[rewrite.name].select(shown)
+                spread = result["rewards"][name]["scores"]["sd"]
+                entry = rewrite_entry(before, after, spread, originals, seed)
+                result["rewards"][name]["rewrites"][rewrite.name] = entry
+        result["setup"]["pairs rewritten"] = rewritten.size
 
 
 def accuracy_entry(

@@ -230,6 +230,8 @@ def test_rows_that_a_reward_refuses_are_bad_rows(world):
         ([], {}, "no reward to evaluate"),
         (["waves", "waves"], {}, "two scores are named 'waves'"),
         (["waves"], {"rewrites": ["shout"]}, "no rewrite 'shout'"),
+        (["waves"], {"completions": "t.csv", "gold": "waves"}, "two scores are named 'waves'"),
+        (["waves"], {"data": None, "completions": "t.csv", "rewrite_pairs": 9}, "rewrite_pairs has no meaning without"),
         (["waves"], {"gold": "truth"}, "gold has no meaning without completions"),
         (["waves"], {"max_bad_share": 1.0}, "max_bad_share must be"),
         (["waves"], {"data": None, "completions": "t.csv", "chat": True}, "chat has no meaning without data"),
