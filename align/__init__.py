@@ -49,6 +49,10 @@ _EXPORTS = {
     "ClassifierReward": "reward_models.classifier:ClassifierReward",
     "ImplicitReward": "reward_models.implicit:ImplicitReward",
     "RuleReward": "reward_models.rules:RuleReward",
+    "VerifierReward": "reward_models.verifier:VerifierReward",
+    "RemoteReward": "reward_models.remote:RemoteReward",
+    "CompositeReward": "reward_models.composite:CompositeReward",
+    "export_reward_model": "reward_models.export:export_reward_model",
     "RewardEnsemble": "reward_models.ensemble:RewardEnsemble",
     "build_reward": "reward_models.build:build_reward",
     # rollouts

@@ -84,19 +84,24 @@ class ClassifierReward(Reward):
 
     def raw_scores(self, sequences: list[list[int]]) -> Tensor:
         """Scores before normalisation, float64 on the CPU: [B], or [B, K] of a model with K outputs."""
-        scores: Tensor | None = None
+        if not sequences:
+            return torch.empty(0, dtype=torch.float64)
+        batches = length_batches(list(map(len, sequences)), self.batch_tokens, self.batch_size)
         training = self.model.training
         self.model.eval()
         try:
-            for rows in length_batches(list(map(len, sequences)), self.batch_tokens, self.batch_size):
-                ids, mask = right_pad([sequences[i] for i in rows], self.tokenizer.pad_token_id)
-                with torch.no_grad():
-                    part = sequence_scores(self.model, ids.to(self.device), mask.to(self.device)).double().cpu()
-                scores = part.new_empty(len(sequences), *part.shape[1:]) if scores is None else scores
-                scores[rows] = part
+            parts = [self._forward([sequences[row] for row in rows]) for rows in batches]
         finally:
             self.model.train(training)
-        return torch.empty(0, dtype=torch.float64) if scores is None else scores
+        scores = torch.cat(parts).double().cpu()  # once: a GPU works on one batch while the next is put together
+        in_order = torch.empty_like(scores)
+        in_order[[row for rows in batches for row in rows]] = scores
+        return in_order
+
+    @torch.no_grad()
+    def _forward(self, sequences: list[list[int]]) -> Tensor:
+        ids, mask = right_pad(sequences, self.tokenizer.pad_token_id)
+        return sequence_scores(self.model, ids.to(self.device), mask.to(self.device))
 
     def _score(self, batch: RewardBatch) -> RewardOutput:
         return RewardOutput(self.score_ids(self.sequences(batch)))
@@ -127,7 +132,8 @@ def scoring_device(device: str | torch.device | None, dtype: str | torch.dtype |
 
 
 def scoring_tokens(device: torch.device, batch_tokens: int | None) -> int:
-    """Padded tokens of one forward pass without gradients, unless given."""
+    """Padded tokens of one forward pass without gradients, unless given: enough to keep a GPU busy; on a CPU few enough
+    that activations stay in its caches (benchmarks/score_throughput.py)."""
     if batch_tokens is not None and batch_tokens < 1:
         raise ConfigError(f"batch_tokens must be at least 1, got {batch_tokens}")
-    return batch_tokens or (32768 if device.type == "cuda" else 4096)
+    return batch_tokens or (32768 if device.type == "cuda" else 1024)

@@ -63,14 +63,24 @@ class SequenceEncoder:
         texts = []
         for row, (prompt, completion) in enumerate(zip(batch.prompts, batch.completions, strict=True)):
             try:
-                texts.append(
-                    render_pair(prompt, [completion], self.tokenizer, {}) if conversational else (prompt, [completion])
-                )
+                if conversational:
+                    start, (text,) = render_pair(prompt, [completion], self.tokenizer, {})
+                    texts.append((start, text))
+                else:
+                    texts.append((prompt, completion))
             except BadRow as reason:
                 raise RewardError(f"reward {self.name!r}, {batch.row_name(row)}: {reason}") from reason
-        encoded = encode(self.tokenizer, texts, add_bos=not conversational)
+        rows_of: dict[str, list[int]] = {}  # a prompt that has several completions is tokenised once
+        for row, (start, _) in enumerate(texts):
+            rows_of.setdefault(start, []).append(row)
+        groups = [(start, [texts[row][1] for row in rows]) for start, rows in rows_of.items()]
+        encoded = encode(self.tokenizer, groups, add_bos=not conversational)
         ended = self._ended(batch)
-        return [(e.prompt_ids, self._end(e.completions[0], end)) for e, end in zip(encoded, ended, strict=True)]
+        pairs: list[Pair] = [([], [])] * len(batch)
+        for rows, (prompt_ids, completions, _) in zip(rows_of.values(), encoded, strict=True):
+            for row, ids in zip(rows, completions, strict=True):
+                pairs[row] = prompt_ids, self._end(ids, ended[row])
+        return pairs
 
     def _ended(self, batch: RewardBatch) -> list[bool]:
         if self.policy_tokenizer is None or batch.completion_ids is None:
@@ -84,10 +94,10 @@ class SequenceEncoder:
     def _fit(self, prompt: list[int], completion: list[int]) -> Pair:
         if not prompt and not completion:
             raise BadRow("prompt and completion are empty")
-        if self.vocabulary is not None and max(prompt + completion) >= self.vocabulary:
+        highest = max(max(prompt, default=0), max(completion, default=0))
+        if self.vocabulary is not None and highest >= self.vocabulary:
             raise BadRow(
-                f"token {max(prompt + completion)}, and the model knows {self.vocabulary} tokens: the tokenizer is not "
-                "this model's"
+                f"token {highest}, and the model knows {self.vocabulary} tokens: the tokenizer is not this model's"
             )
         limit, length = self.max_length or self.longest, len(prompt) + len(completion)
         if limit is None or length <= limit:

@@ -1,47 +1,122 @@
-"""The specs and functions of docs/rewards.md are ones that the library takes."""
+"""What docs/rewards.md shows works as it stands: specs are built and score, Python runs."""
 
 import re
+import textwrap
+import threading
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
+import pytest
+import torch
 import yaml
+from peft import LoraConfig
 
 from align.config.source import parse_value
+from align.modeling.load import load_sequence_classifier
 from reward_models.base import RewardBatch
-from reward_models.build import KEYS, build_reward
+from reward_models.build import KEYS, build_reward, check_reward
+from reward_models.classifier import ClassifierReward
 from reward_models.ensemble import save_ensemble
 from reward_models.normalizer import Normalizer
+from tests.modeling import tiny
 from tests.reward_models import worlds
+from tests.reward_models.test_implicit import saved, saved_adapter
+from tests.trainers.test_reward import pairs
 from trainers.reward import RewardConfig
 
 DOCS = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+BATCH = RewardBatch(
+    ["w1 "], ["w2"], [[7]], [[8, 1]], columns={"answer": ["w2"], "tests": ["assert w2 == 1"], "target": ["w2"]}
+)
 
 
 def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", DOCS, re.DOTALL)
+    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", DOCS, re.DOTALL | re.MULTILINE)
+    return [textwrap.dedent(body) for _, body in found]
 
 
-def test_every_spec_can_be_built(tmp_path, monkeypatch):
+def block(text):
+    (found,) = [body for body in blocks("python") if text in body]
+    return found
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """The folders and files that the page names, and the server that it shows."""
     monkeypatch.chdir(tmp_path)
-    rules = next(block for block in blocks("python") if "def brevity" in block)
-    Path("my_rewards.py").write_text(rules)
-    for name in ("reward", "reward_a", "reward_b", "reward_ensemble/member_0", "reward_ensemble/member_1"):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("JUDGE_TOKEN", "x")
+    members = ["reward_ensemble/member_0", "reward_ensemble/member_1"]
+    for name in ("reward", "reward_a", "reward_b", "other_model", *members):
         Path("runs", name).mkdir(parents=True)
         worlds.reward_folder(Path("runs", name))
-        Normalizer(0.0, 1.0, 10, "nothing").save(Path("runs", name))
+        if name != "other_model":
+            Normalizer(0.0, 1.0, 10, "nothing").save(Path("runs", name))
     save_ensemble("runs/reward_ensemble", ["member_0", "member_1"])
-    built = []
-    for block in blocks("yaml"):
-        content = yaml.safe_load(block)
-        gold = [content["gold_reward"]] if "gold_reward" in content else []
-        built += [build_reward(spec) for spec in content["rewards"] + gold]
-    batch = RewardBatch(["w1 "], ["w2"], [[7]], [[8, 1]], columns={"answer": ["w2"]})
-    assert len(built) == 5 and all(reward.score(batch).scores.shape == (1,) for reward in built)
-    assert build_reward("my_rewards.py:contains_answer").score(batch).scores.tolist() == [1.0]
+    saved_adapter("runs/dpo_lora", saved("runs/sft"))
+    saved("runs/dpo", seed=1)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    load_sequence_classifier("runs/reward", peft_config=lora).save_pretrained("runs/reward_lora")
+    worlds.tokenizer().save_pretrained("runs/reward_lora")
+    for text, file in (("def brevity", "my_rewards.py"), ("def politeness", "judge.py")):
+        Path(file).write_text(block(text))
+    names = {"__name__": "score_server"}
+    exec(block("class Scorer"), names)
+    monkeypatch.setattr(names["Scorer"], "log_message", lambda *args: None)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), names["Scorer"])
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield server.server_port
+    server.shutdown()
+    server.server_close()
+
+
+def test_every_spec_is_built_and_scores(world):
+    kinds = set()
+    for text in blocks("yaml"):
+        content = yaml.safe_load(text.replace(":8100/", f":{world}/"))
+        for spec in [*content.get("rewards", []), *([content["gold_reward"]] if "gold_reward" in content else [])]:
+            check_reward(spec)
+            output = build_reward(spec).score(BATCH)
+            assert output.scores.shape == (1,)
+            kinds.add(spec["type"])
+    assert kinds == set(KEYS)
+    assert build_reward("my_rewards.py:contains_answer").score(BATCH).scores.tolist() == [1.0]
+
+
+def test_python(world, tmp_path):
+    names = {}
+    exec(block("build_reward({"), names)
+    assert names["output"].scores.shape == (1,)
+    names = {"batch": RewardBatch(["w1 "] * 3, ["w2", "w3 w4", "w5"])}
+    exec(block("Normalizer.fit"), names)
+    assert Normalizer.load("runs/other_model").count == 3
+    exec(block("export_reward_model"), {})
+    exec(block("AutoModelForSequenceClassification"), names)
+    ids = torch.tensor([[7, 8, 1]])
+    raw = ClassifierReward("runs/reward", normalize=False, device="cpu")
+    assert names["model"](input_ids=ids).logits.item() == pytest.approx(raw.score_ids(ids.tolist()).item(), abs=1e-5)
+    whole = ClassifierReward("runs/reward_whole", device="cpu").score_ids(ids.tolist())
+    torch.testing.assert_close(whole, ClassifierReward("runs/reward_lora", device="cpu").score_ids(ids.tolist()))
+
+
+def test_training_in_python(world):
+    text = block("RewardTrainer(").replace("Qwen/Qwen2.5-0.5B", "runs/sft")
+    text = text.replace(
+        'output_dir="runs/reward"', 'output_dir="runs/reward", max_steps=1, report_to="none", use_cpu=True'
+    )
+    names = {"train_pairs": pairs(8), "eval_pairs": pairs(4, seed=1)}
+    exec(text, names)
+    assert Normalizer.load("runs/reward").count == 8
+    assert tiny.PAD == names["trainer"].processing_class.pad_token_id
 
 
 def test_what_is_named_exists():
-    for key in KEYS["classifier"]:
-        assert f"`{key}`" in DOCS
+    ensembles = (Path(__file__).parents[2] / "docs" / "ensembles.md").read_text(encoding="utf-8")
+    for kind, keys in KEYS.items():
+        assert f"## type: {kind}" in DOCS
+        text = DOCS + ensembles if kind == "ensemble" else DOCS
+        for key in keys:
+            assert re.search(rf"`{key}`|[{{ ]{key}:[ \n]", text), f"{key} of {kind} is not documented"
     for option in ("center_rewards_coefficient", "score_l2_coefficient", "normalizer_pairs"):
         assert option in DOCS and option in RewardConfig.__dataclass_fields__
     (example,) = blocks("json")
