@@ -253,7 +253,7 @@ class SparsePOTrainer(PreferenceTrainer):
                 return
             with self.accelerator.autocast():
                 kept["masks"] = self.masks(watched.seen)
-            output[PREFIX] = tuple(m for m in kept["masks"] if m is not None)
+            output.hidden_states = tuple(m for m in kept["masks"] if m is not None)
 
         # prepended: the wrappers' own hooks must see the output with the masks
         hook = self.accelerator.unwrap_model(self.model).register_forward_hook(run, prepend=True)

@@ -1,23 +1,10 @@
-"""Toy pairs and settings for SparsePO and MaPO trainers."""
+"""Settings for short SparsePO and MaPO runs."""
 
-import random
-
-from datasets import Dataset
+from preference_runs import toy_pairs
 from tiny_runs import QUIET
 
 from align.data import toy
 from trainers.sparsepo import SparsePOConfig, SparsePOTrainer
-
-
-def pairs(count: int = 16, seed: int = 0) -> Dataset:
-    """Two answers of the reference text, the better one chosen."""
-    rng, rows = random.Random(seed), []
-    for prompt in toy.split_prompts(seed, 384)[0] * 4:
-        answers = {toy.reference_answer(prompt["topic"], rng) for _ in range(2)}
-        better = sorted(answers, key=lambda answer, topic=prompt["topic"]: toy.gold_score(topic, answer))
-        if len(better) == 2:
-            rows.append({"prompt": prompt["prompt"], "chosen": better[1], "rejected": better[0]})
-    return Dataset.from_list(rows[:count])
 
 
 def config(folder, **options) -> SparsePOConfig:
@@ -37,7 +24,7 @@ def trainer(policy, folder, eval_data=None, lora=None, reference=None, **options
     return SparsePOTrainer(
         policy,
         config(folder, **options),
-        pairs(),
+        toy_pairs(16),
         eval_data,
         processing_class=toy.tokenizer(),
         ref_model=reference,

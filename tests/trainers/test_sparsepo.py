@@ -4,9 +4,9 @@ import re
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig
-from sparse_runs import config, pairs, trainer
+from preference_runs import toy_pairs
+from sparse_runs import SparsePOTrainer, config, trainer
 from tiny_runs import assert_same, logged, parameters, tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -121,7 +121,7 @@ def test_micro_batches_do_not_change_a_step(variant, policy, tmp_path):
 def test_every_metric_is_logged_and_consistent(variant, policy, tmp_path):
     on_kl = {"mask_on_kl": False} if variant == "mapo" else {}
     run = trainer(
-        policy, tmp_path, eval_data=pairs(4, seed=1), variant=variant, eval_strategy="steps", eval_steps=2, **on_kl
+        policy, tmp_path, eval_data=toy_pairs(4, seed=1), variant=variant, eval_strategy="steps", eval_steps=2, **on_kl
     )
     run.train()
     history = run.state.log_history
@@ -259,7 +259,7 @@ def test_resuming_is_exact(variant, lora, policy, tmp_path):
 
 def test_the_best_checkpoint_brings_its_masks(policy, tmp_path, caplog):
     run = trainer(
-        policy, tmp_path, eval_data=pairs(4, seed=1), max_steps=4, save_strategy="steps", save_steps=2,
+        policy, tmp_path, eval_data=toy_pairs(4, seed=1), max_steps=4, save_strategy="steps", save_steps=2,
         eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, metric_for_best_model="eval_kl/chosen",
         greater_is_better=False, mask_learning_rate=0.05,
     )  # fmt: skip
@@ -329,10 +329,7 @@ def test_what_makes_no_sense_is_said(options, message, tmp_path):
 def test_what_the_trainer_refuses(policy, tokenizer, tmp_path):
     with pytest.raises(ConfigError, match="precompute_ref_log_probs: this loss compares whole distributions"):
         trainer(policy, tmp_path, precompute_ref_log_probs=True)
-    from sparse_runs import SparsePOTrainer
-
     model = tiny_model(tokenizer)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with pytest.raises(ConfigError, match="optimizer made before cannot train them"):
-        SparsePOTrainer(model, config(tmp_path), pairs(), processing_class=tokenizer, optimizers=(optimizer, None))
-    assert isinstance(pairs(), Dataset)
+        SparsePOTrainer(model, config(tmp_path), toy_pairs(8), processing_class=tokenizer, optimizers=(optimizer, None))

@@ -1,0 +1,41 @@
+"""Two processes (gloo) train policy and masks as one does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from preference_runs import assert_close
+from sparse_ranks import CASES, train
+from tiny_runs import assert_same
+
+
+@pytest.fixture(scope="module")
+def runs(policy, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sparse_ranks")
+    one = train(policy, folder / "one", 1)
+    (folder / "two").mkdir()
+    script = Path(__file__).parent / "sparse_ranks.py"
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
+        + [policy, str(folder / "two")],
+        env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+    return one, *(torch.load(folder / "two" / f"rank{rank}.pt") for rank in (0, 1))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_are_one(runs, case):
+    one, first, second = (run[case] for run in runs)
+    assert len(one["logs"]["loss"]) == 4
+    assert_close(first["logs"], one["logs"], rtol=5e-5, atol=5e-6)
+    assert_same(first["weights"], second["weights"])
+    assert any("token_masks" in name for name in one["weights"]) is (case != "mapo")
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(first["weights"][name], weight, rtol=0, atol=2e-4, msg=name)
