@@ -143,21 +143,30 @@ def consensus(margins: np.ndarray) -> dict[str, float]:
 def disagreement(margins: np.ndarray, outcome: np.ndarray) -> dict:
     """Whether the members' disagreement warns of errors.
 
-    margins: [K, N], each member's on a scale of its own. outcome: [N], `correct` of the scorer that is warned. The
-    disagreement of a pair is the variance over members of their margins, each divided by its root mean square. auroc:
-    the probability that a pair which is wrong has more of it than one which is right (0.5: no warning); None where all
-    are right or all wrong. bins: quarters of the pairs by disagreement.
+    margins: [K, N], each member's on a scale of its own, and so divided by its root mean square first. outcome: [N],
+    `correct` of the scorer that is warned. Three warnings are compared, each by the probability that a pair which is
+    wrong has more of it than one which is right (0.5: no warning; None where all are right or all wrong):
+
+        auroc           the variance over members, which grows with the margins themselves
+        auroc_relative  the variance divided by the square of the mean margin
+        auroc_margin    the smallness of the mean margin, which needs no ensemble: what the others have to beat
+
+    bins: quarters of the pairs by variance.
     """
     unit = np.sqrt((margins**2).mean(1, keepdims=True))
-    variance = (margins / np.where(unit > 0, unit, 1)).var(0)
-    wrong, right = variance[outcome < 0.5], variance[outcome > 0.5]
+    scaled = margins / np.where(unit > 0, unit, 1)
+    variance, mean = scaled.var(0), np.abs(scaled.mean(0))
+    relative = np.full(variance.shape, np.inf)
+    np.divide(variance, mean**2, out=relative, where=mean > 0)
+    warnings = {"auroc": variance, "auroc_relative": relative, "auroc_margin": -mean}
     order = np.argsort(variance, kind="stable")
     bins = [
         {"variance": float(variance[part].mean()), "accuracy": float(outcome[part].mean()), "pairs": len(part)}
         for part in np.array_split(order, DISAGREEMENT_BINS)
         if len(part)
     ]
-    return {"auroc": auroc(wrong, right), "bins": bins}
+    found = {name: auroc(values[outcome < 0.5], values[outcome > 0.5]) for name, values in warnings.items()}
+    return {**found, "bins": bins}
 
 
 # ---- ranks ----------------------------------------------------------------------------------------------------------

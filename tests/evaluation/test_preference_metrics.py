@@ -150,9 +150,19 @@ def test_disagreement_that_warns_and_that_does_not():
     accuracies = [part["accuracy"] for part in found["bins"]]
     assert found["auroc"] > 0.7 and accuracies[0] == 1.0 > accuracies[3]
     assert [part["pairs"] for part in found["bins"]] == [1000] * 4
+    assert found["auroc_relative"] > found["auroc"]
     blind = metrics.disagreement(rng.normal(size=(5, 4000)) + 1, (rng.random(4000) < 0.7).astype(float))
     assert blind["auroc"] == pytest.approx(0.5, abs=0.03)
     assert metrics.disagreement(members, np.ones(4000))["auroc"] is None
+
+
+def test_warnings_by_hand():
+    """Two members of root mean square 1: the wrong pair varies least, but most for its small margin."""
+    margins = np.array([[1.5, 0.5, -0.2, -0.8], [0.5, 1.5, 0.0, 0.8]]) * np.sqrt(2)
+    margins *= np.sqrt(4 / (margins**2).sum(1, keepdims=True))
+    found = metrics.disagreement(margins, np.array([1.0, 1.0, 0.0, 0.5]))
+    assert found["auroc"] == 0 and found["auroc_relative"] == 1 and found["auroc_margin"] == 1
+    assert [part["accuracy"] for part in found["bins"]] == [0, 1, 1, 0.5]
 
 
 def test_disagreement_does_not_depend_on_the_members_scales():
@@ -160,7 +170,8 @@ def test_disagreement_does_not_depend_on_the_members_scales():
     outcome = metrics.correct(margins.mean(0))
     scaled = margins * np.array([[1.0], [100.0], [0.01]])
     one, other = (metrics.disagreement(m, outcome) for m in (margins, scaled))
-    assert one["auroc"] == pytest.approx(other["auroc"])
+    for name in ("auroc", "auroc_relative", "auroc_margin"):
+        assert one[name] == pytest.approx(other[name])
     assert metrics.disagreement(np.zeros((2, 8)), np.full(8, 0.5))["bins"][0]["variance"] == 0
 
 
