@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from align.data.rows import load_rows
 from align.errors import ConfigError
 from align.evaluation.bon_table import BonTable
-from align.evaluation.pair_report import describe_pairs
+from align.evaluation.pair_report import LONGER, describe_pairs
 from align.evaluation.pair_sample import PairSample
 from align.evaluation.pairs import read_pairs, sample_places
 from align.evaluation.rewrite_sample import rewrite_sample
@@ -81,7 +81,7 @@ def evaluate_reward(
         raise ConfigError(f"max_bad_share must be at least 0 and less than 1, got {max_bad_share}")
     wanted = choose_rewrites(names)
     specs = list(rewards) if isinstance(rewards, list | tuple) else [rewards]
-    taken = [] if completions is None else [gold]
+    taken = [LONGER] if completions is None else [LONGER, gold]
     check_specs(specs, taken)
     result: dict = {
         "format": FORMAT,
@@ -116,6 +116,7 @@ def evaluate_reward(
             if table is not None:
                 table.score(reward)
             result["phases"][f"score with {reward.name}"] = time.perf_counter() - started
+            del reward  # or it would stay while the next one is loaded
         started = time.perf_counter()
         if sample is not None:
             describe_pairs(result, sample, seed)

@@ -22,15 +22,15 @@ def test_an_ensemble_and_a_rule_on_human_preferences(tmp_path, capsys):
     length = rows.prompt.str.len() + rows[["chosen", "rejected"]].map(len).max(axis=1)
     short = rows[length < 700]
     train, held_out = tmp_path / "train.parquet", tmp_path / "test.parquet"
-    short[:96].to_parquet(train)
-    rows[-150:].to_parquet(held_out)
+    short[:48].to_parquet(train)
+    rows[-120:].to_parquet(held_out)
     tiny_classifier_base(tmp_path / "base", list(short.chosen[:300]))
     options = {
         "model_name_or_path": tmp_path / "base",
         "dataset_name": train,
         "output_dir": tmp_path / "rm",
         "max_length": 512,
-        "max_steps": 6,
+        "max_steps": 3,
         "per_device_train_batch_size": 8,
         "learning_rate": 2e-3,
         "normalizer_pairs": 32,
@@ -41,7 +41,7 @@ def test_an_ensemble_and_a_rule_on_human_preferences(tmp_path, capsys):
     assert main(["reward", *(part for key, value in options.items() for part in (f"--{key}", str(value)))]) == 0
     (tmp_path / "rules.py").write_text("def length(completions):\n    return [float(len(t)) for t in completions]\n")
 
-    argv = ["--data", held_out, "--rewrites", "first_letter_case", "closing", "--rewrite_pairs", 40]
+    argv = ["--data", held_out, "--rewrites", "first_letter_case", "closing", "--rewrite_pairs", 20]
     ensemble = f"{{type: ensemble, name: rm, path: {tmp_path}/rm, aggregation: mean}}"
     member = f"{{type: classifier, path: {tmp_path}/rm/member_0}}"
     rule = f"{tmp_path}/rules.py:length"
@@ -50,7 +50,7 @@ def test_an_ensemble_and_a_rule_on_human_preferences(tmp_path, capsys):
 
     result = json.loads((out / "reward_eval.json").read_text())
     assert list(result["rewards"]) == ["rm", "member_0", "length"]
-    accuracy = (rows.chosen.str.len() > rows.rejected.str.len())[-150:].mean()
+    accuracy = (rows.chosen.str.len() > rows.rejected.str.len())[-120:].mean()
     assert result["rewards"]["length"]["strict_accuracy"]["value"] == pytest.approx(accuracy)
     assert result["rewards"]["length"]["length"]["prefers_longer"] == 1
     normalizer = json.loads((tmp_path / "rm" / "member_0" / "reward_normalizer.json").read_text())
@@ -61,4 +61,4 @@ def test_an_ensemble_and_a_rule_on_human_preferences(tmp_path, capsys):
     assert members["accuracy"][0] == pytest.approx(result["rewards"]["member_0"]["accuracy"]["value"])
     assert result["rewards"]["rm"]["rewrites"]["closing"]["score_shift"]["value"] > 0
     assert (out / "reward_eval.html").stat().st_size > 50_000
-    assert "150 pairs" in capsys.readouterr().out
+    assert "120 pairs" in capsys.readouterr().out

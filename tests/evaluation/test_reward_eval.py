@@ -14,6 +14,7 @@ from align.errors import AlignError, ConfigError, DataError
 from align.evaluation.reward_eval import evaluate_reward
 from align.evaluation.rewardbench import PAIRS
 from align.evaluation.rewrites import REWRITES
+from reward_models.rules import RuleReward
 
 WORDS = ("wave", "calm", "salt", "reef", "foam", "tide")
 RULES = """
@@ -267,6 +268,24 @@ def test_soft_labels(world):
     rows.loc[3, "chosen_prob"] = 1.5
     with pytest.raises(DataError, match="chosen_prob is not a probability in .0, 1.: 1 .row 3."):
         evaluate_reward(rule(world, "waves"), Dataset.from_pandas(rows), rewrites="none")
+
+
+def test_one_reward_is_in_memory_at_a_time(world, monkeypatch):
+    alive, most = set(), []
+
+    class Counted(RuleReward):
+        def __init__(self, function):
+            super().__init__(function)
+            alive.add(id(self))
+            most.append(len(alive))
+
+        def __del__(self):
+            alive.discard(id(self))
+
+    monkeypatch.setattr("reward_models.build.build_reward", Counted)
+    specs = [rule(world, name) for name in ("longest", "waves", "capital")]
+    found = evaluate_reward(specs, world / "pairs.jsonl", rewrites=["quotes"])
+    assert list(found["rewards"]) == ["longest", "waves", "capital"] and most == [1, 1, 1]
 
 
 # ---- outputs --------------------------------------------------------------------------------------------------------
