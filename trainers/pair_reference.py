@@ -42,6 +42,8 @@ class PairReference(ReferenceChecks):
             return
         self.reference = reference_of(self.model, ref_model)
         if self.args.precompute_ref_log_probs:
+            if self.is_deepspeed_enabled and self.accelerator.deepspeed_plugin.zero_stage == 3:
+                raise ConfigError("precompute_ref_log_probs does not work under ZeRO-3: use fsdp2, or a live reference")
             # where weights are sharded, only the main process may have them all
             mark = weights_mark(self.reference.model, frozen_only=self.reference.adapter_off)
             self._weights_mark = broadcast_object_list([mark])[0]
