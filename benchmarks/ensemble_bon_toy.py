@@ -15,7 +15,9 @@ paired. Every seed is written when it is done and kept; the results are of all s
 
 import argparse
 import json
+import multiprocessing
 import platform
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
@@ -28,7 +30,7 @@ from align.evaluation.bootstrap import percentile_interval, resample_weights
 from align.quickstart.settings import FULL
 
 RESULT = Path(__file__).parent / "results" / "ensemble_bon_toy.json"
-SETTINGS = replace(FULL, bon_prompts=64, bon_n=1024)
+SETTINGS = replace(FULL, bon_prompts=32, bon_n=1024)
 RULES = {
     "mean": {"rule": "mean"},
     "worst case": {"rule": "wco"},
@@ -173,31 +175,33 @@ def draw(seeds: dict[str, dict], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers")}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
     parser.add_argument("--folder", type=Path, default=Path("runs/ensemble_bon"))
     parser.add_argument("--pairs", type=int, default=SETTINGS.pairs)
+    parser.add_argument("--processes", type=int, default=2, help="seeds at a time [%(default)s]")
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
 
     settings = replace(SETTINGS, pairs=args.pairs)
     report = json.loads(args.output.read_text()) if args.output.exists() else {"seeds": {}}
-    for seed in args.seeds:
-        report["seeds"][str(seed)] = rounded(run_seed(args.folder, settings, seed))
-        report["settings"] = asdict(settings)
-        report["versions"] = {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers")},
-        }
-        if len(report["seeds"]) > 1:
-            report = {
-                "at_largest_n": summarise(report["seeds"]),
-                **{k: report[k] for k in report if k != "at_largest_n"},
-            }
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    report |= {"settings": asdict(settings), "versions": versions()}
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.processes, mp_context=spawn, max_tasks_per_child=1) as pool:
+        runs = {pool.submit(run_seed, args.folder, settings, seed): str(seed) for seed in args.seeds}
+        for run in as_completed(runs):
+            found = {**report["seeds"], runs[run]: rounded(run.result())}
+            report["seeds"] = {seed: found[seed] for seed in sorted(found, key=int)}
+            if len(found) > 1:
+                report["at_largest_n"] = summarise(report["seeds"])
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(json.dumps(report, indent=1) + "\n")
     for name, values in report.get("at_largest_n", {}).items():
         print(f"{name:34s} {values['gold']:6.3f}  seeds {values['over_seeds']}  prompts {values['over_prompts']}  "
               f"difference {values['difference']:+.3f} {values['difference_over_seeds']}")  # fmt: skip
