@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import ConfigError, RewardError
+from align.objectives.ensemble import check_rule
 from reward_models.base import Reward
 from reward_models.classifier import ClassifierReward
 from reward_models.composite import CompositeReward
-from reward_models.ensemble import FILE_NAME, RewardEnsemble, load_ensemble, models_held
+from reward_models.ensemble import FILE_NAME, RewardEnsemble, ensemble_members, load_ensemble, models_held
 from reward_models.implicit import ImplicitReward
 from reward_models.remote import RemoteReward
 from reward_models.rules import RuleReward
@@ -57,8 +58,8 @@ def build_reward(spec: Any, *, tokenizer=None, device=None) -> Reward:
 
 
 def check_reward(spec: Any) -> None:
-    """Raise the `ConfigError` of a spec that `build_reward` would refuse, as far as that can be told without loading a
-    model: functions are imported, no server is asked."""
+    """Raise an error for a spec that `build_reward` would refuse, as far as that can be told without loading a model:
+    functions are imported, no server is asked."""
     if isinstance(spec, Reward) or callable(spec):
         return
     kind, options = parse_spec(spec)
@@ -66,10 +67,13 @@ def check_reward(spec: Any) -> None:
         _BUILDERS[kind](options, None, None)
     elif kind == "classifier":
         _refuse_ensemble(options["path"])
-    elif kind == "ensemble" and "path" in options:
-        models_held(options["path"])
-    for nested in nested_specs(kind, options):
-        check_reward(nested)
+    nested = nested_specs(kind, options)
+    if kind == "ensemble":
+        count = len(nested) if "members" in options else len(ensemble_members(options["path"]))
+        rule = [options.get(key) for key in ("lambda", "ddof", "quantile")]
+        check_rule(options["aggregation"], count, rule[0], rule[1] or 0, rule[2])
+    for spec in nested:
+        check_reward(spec)
 
 
 def model_paths(spec: Any) -> dict[str, bool]:

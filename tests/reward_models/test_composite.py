@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from align.errors import ConfigError, RewardError
+from align.errors import AlignError, ConfigError, RewardError
 from reward_models.base import Reward, RewardBatch, RewardOutput
 from reward_models.build import build_reward, check_reward
 from reward_models.composite import CompositeReward
@@ -91,6 +91,9 @@ def test_check_reward_loads_no_model(tmp_path):
         ({"type": "verifier", "function": f"{__name__}:strats"}, "no function 'strats' there; it has .*starts"),
         ({"type": "clasifier", "path": "x"}, "got 'clasifier' \\(nearest valid: classifier\\)"),
         ({"type": "ensemble", "aggregation": "mean", "members": ["nowhere.py:f"]}, "no file .*nowhere.py"),
+        ({"type": "ensemble", "aggregation": "uow", "members": ["a:b"]}, "unknown aggregation 'uow'"),
+        ({"type": "ensemble", "aggregation": "uwo", "members": ["a:b"] * 2}, "uwo needs lambda"),
+        ({"type": "ensemble", "aggregation": "mean", "path": str(tmp_path)}, "is not a saved ensemble"),
     ):
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(AlignError, match=message):
             check_reward(spec)
