@@ -38,6 +38,7 @@ RULES = {
     "lower confidence bound, lambda 1": {"rule": "lcb", "lambda_": 1.0},
 }
 ONE = "one member"
+STUDENT_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # quantiles of t, for 1 to 9 degrees
 
 
 def run_seed(folder: Path, settings, seed: int) -> dict:
@@ -104,10 +105,8 @@ def curves(table: Path, settings) -> dict:
 
 def summarise(seeds: dict[str, dict]) -> dict:
     """At the largest n: mean over seeds by rule with both intervals, and the paired difference from one member."""
-    from scipy.stats import t
-
     runs = list(seeds.values())
-    factor = t.ppf(0.975, len(runs) - 1) / len(runs) ** 0.5
+    factor = STUDENT_975[len(runs) - 2] / len(runs) ** 0.5
     found = {}
     for name in runs[0]["gold"]:
         last = np.array([run["gold"][name][-1] for run in runs])
@@ -154,11 +153,10 @@ def draw(seeds: dict[str, dict], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from scipy.stats import t
 
     runs = list(seeds.values())
     n = np.array(runs[0]["n"])
-    factor = t.ppf(0.975, len(runs) - 1) / len(runs) ** 0.5
+    factor = STUDENT_975[len(runs) - 2] / len(runs) ** 0.5
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     names = [ONE, *RULES]
     for name, colour in zip(names, plt.cm.tab10.colors, strict=False):
