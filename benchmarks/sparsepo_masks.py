@@ -1,6 +1,6 @@
 """What beta does to SparsePO's masks on the toy world: sparsity of both masks and KL per token, over seeds.
 
-    python benchmarks/sparsepo_masks.py [--seeds 3] [--output FILE] [--figure FILE.png]
+    python benchmarks/sparsepo_masks.py [--seeds 3] [--output FILE] [--figure FILE.png] [--tokens_figure FILE.png]
 
 For every seed a policy is trained from scratch on the reference text, and pairs of its own answers are labelled by the
 gold reward. From it starts one SparsePO run per beta (independent masks, all layers, three epochs); beta is the only
@@ -24,11 +24,13 @@ from datasets import Dataset
 
 from align import SamplingParams, SFTConfig, SFTTrainer, SparsePOConfig, SparsePOTrainer, make_engine
 from align.data import toy
+from align.evaluation.masks import mask_figure
 from align.modeling.load import load_policy, load_tokenizer
 from align.quickstart.phases import make_policy
 
 RESULT = Path(__file__).parent / "results" / "sparsepo_masks.json"
-FIGURE = Path(__file__).parents[1] / "docs" / "images" / "sparsepo_beta.png"
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
+SHOWN = 0.8  # the beta whose masks are drawn token by token
 BETAS = (0.05, 0.2, 0.8, 3.2)
 SIDES = ("chosen", "rejected")
 QUIET = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "use_cpu": True, "logging_steps": 20}
@@ -69,18 +71,18 @@ def sampled_pairs(policy: str, prompts: list[dict], count: int, seed: int) -> Da
     return Dataset.from_list(rows[:count])
 
 
-def train(policy: str, beta: float, seed: int, train_pairs: Dataset, eval_pairs: Dataset, folder: Path) -> dict:
-    """One run; what is measured before it and after it."""
+def train(policy: str, beta: float, seed: int, train_pairs: Dataset, eval_pairs: Dataset, folder: Path):
+    """One run: what is measured before it and after it, and a picture of its masks."""
     args = SparsePOConfig(
         output_dir=str(folder), variant="independent", beta=beta, num_train_epochs=3, learning_rate=1e-3,
         mask_learning_rate=1e-2, lr_scheduler_type="cosine", warmup_steps=0.1, per_device_train_batch_size=32,
-        per_device_eval_batch_size=256, max_length=32, num_logged_pairs=0, seed=seed, **QUIET,
+        per_device_eval_batch_size=256, max_length=32, num_logged_pairs=2, seed=seed, **QUIET,
     )  # fmt: skip
     trainer = SparsePOTrainer(policy, args, train_pairs, eval_pairs, processing_class=toy.tokenizer())
     start = measured(trainer)
     steps = trainer.train().global_step
     end = measured(trainer)
-    return {"seed": seed, "beta": beta, "steps": steps, **end, "at_start": start}
+    return {"seed": seed, "beta": beta, "steps": steps, **end, "at_start": start}, trainer.picture()
 
 
 def measured(trainer: SparsePOTrainer) -> dict[str, float]:
@@ -100,7 +102,7 @@ def measured(trainer: SparsePOTrainer) -> dict[str, float]:
     }
 
 
-def seed_runs(seed: int, folder: Path) -> list[dict]:
+def seed_runs(seed: int, folder: Path) -> list[tuple[dict, dict]]:
     train_prompts, eval_prompts = toy.split_prompts(seed, 256, 128)
     policy = start_policy(seed, folder / "policy")
     train_pairs = sampled_pairs(policy, train_prompts, 2000, seed)
@@ -125,9 +127,9 @@ def claims(runs: list[dict]) -> dict:
 def draw(runs: list[dict], path: Path) -> None:
     from align.evaluation import plots
 
-    with plots._style():
-        figure, axes = plots._panels(2, above=0.32)
-        panels = (
+    with plots.style():
+        figure, axes = plots.panels(2, above=0.32)
+        series_of = (
             (
                 axes[0, 0],
                 "share of weights that are exactly 0",
@@ -135,7 +137,7 @@ def draw(runs: list[dict], path: Path) -> None:
             ),
             (axes[0, 1], "KL per token (nats)", {"token_kl": "KL(ref || policy)"}),
         )
-        for axis, title, series in panels:
+        for axis, title, series in series_of:
             for number, (key, label) in enumerate(series.items()):
                 means = [sum(r[key] for r in runs if r["beta"] == b) / sum(r["beta"] == b for r in runs) for b in BETAS]
                 axis.plot(BETAS, means, color=plots.COLOURS[number], marker=plots.MARKERS[number], label=label)
@@ -143,6 +145,7 @@ def draw(runs: list[dict], path: Path) -> None:
                     [r["beta"] for r in runs], [r[key] for r in runs], "x", color=plots.COLOURS[number], alpha=0.6
                 )
             axis.set(xscale="log", xlabel="beta", xticks=BETAS, xticklabels=[f"{b:g}" for b in BETAS])
+            axis.set_ylim(bottom=0)
             axis.minorticks_off()
             axis.set_title(title)
             axis.legend()
@@ -154,13 +157,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULT)
-    parser.add_argument("--figure", type=Path, default=FIGURE)
+    parser.add_argument("--figure", type=Path, default=IMAGES / "sparsepo_beta.png")
+    parser.add_argument("--tokens_figure", type=Path, default=IMAGES / "sparsepo_masks.png")
     args = parser.parse_args()
     started, runs = time.perf_counter(), []
     for seed in range(args.seeds):
         with tempfile.TemporaryDirectory() as folder:
-            runs += seed_runs(seed, Path(folder))
-        for run in runs[-len(BETAS) :]:
+            found = seed_runs(seed, Path(folder))
+        for run, picture in found:
+            runs.append(run)
+            if seed == 0 and run["beta"] == SHOWN:
+                mask_figure(picture).savefig(args.tokens_figure, dpi=130)
             shown = ", ".join(f"{key} {run[key]:.4g}" for key in ("sparsity_d", "sparsity_u", "token_kl", "accuracy"))
             print(f"seed {seed}, beta {run['beta']:g}: {shown}", flush=True)
     result = {
