@@ -121,6 +121,35 @@ def test_length(tmp_path):
         ClassifierReward(folder, max_length=2).score(long)
 
 
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    tiny.classifier(dtype=torch.float32, vocab_size=12).save_pretrained(tmp_path)
+    worlds.tokenizer().save_pretrained(tmp_path)
+    reward = ClassifierReward(str(tmp_path), device="cpu")
+    assert reward.score(RewardBatch(["w1 "], ["w2"])).scores.shape == (1,)
+    with pytest.raises(
+        RewardError, match="row 1 of the batch .row 8 of the dataset.: token 26, and the model knows 12"
+    ):
+        reward.score(RewardBatch(["w1 ", "w2 "], ["w2", "w20"], rows=[3, 8]))
+
+
+def test_prompts_with_several_completions_are_tokenised_once(tmp_path):
+    reward = ClassifierReward(worlds.reward_folder(tmp_path), device="cpu")
+    batch = RewardBatch(["w1 ", "w2 ", "w1 ", "w1 "], ["w3", "w4 w5", "w6", "w3"])
+    alone = [reward.sequences(take(batch, [i]))[0] for i in range(4)]
+    assert reward.sequences(batch) == alone
+    seen = []
+    encode = type(reward.tokenizer).__call__
+
+    class Counting(type(reward.tokenizer)):
+        def __call__(self, text, **options):
+            seen.append(text)
+            return encode(self, text, **options)
+
+    reward.tokenizer.__class__ = Counting
+    assert reward.sequences(batch) == alone and ["w1 ", "w2 "] in seen
+    assert reward.score(RewardBatch([], [])).scores.shape == (0,)
+
+
 def test_a_model_without_a_score_is_refused(tmp_path):
     tiny.causal(dtype=torch.float32).save_pretrained(tmp_path)
     worlds.tokenizer().save_pretrained(tmp_path)
