@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PAIRS_AT_ONCE = 256
+ON_END = 16  # refusals at the start of a batch after which no other pair of it is tried
 OF_THE_BATCH = re.compile(r",? ?(row \d+|rows \[[^]]*\]( \.\.\.)?) of the batch")
 
 
@@ -50,8 +51,8 @@ def score_pairs(reward: "Reward", pairs: Pairs, progress=None) -> PairScores:
     """Score all pairs.
 
     A batch that the reward refuses is scored again pair by pair, so that one answer that is too long does not end the
-    evaluation. Where it refuses all of the first batch, the fault is in the reward, and its error is raised. progress:
-    has `update(answers)`.
+    evaluation. Where it refuses the first 16 of them too, the fault is in the reward (a server that is down), and its
+    error is raised. progress: has `update(answers)`.
     """
     scores = np.full((2, len(pairs)), np.nan)
     members: dict[str, np.ndarray] = {}
@@ -82,10 +83,10 @@ def _outputs(reward: "Reward", pairs: Pairs, places: range, result: PairScores) 
             refused += 1
             result.failed.append(place)
             result.reason = result.reason or OF_THE_BATCH.sub("", str(error))
+            if refused == min(ON_END, len(pairs)) == place - places[0] + 1:
+                raise whole from error
         else:
             yield [place], output
-    if refused == len(places) and refused == len(result.failed):
-        raise whole
     if refused == 0:
         raise whole  # refuses the batch and none of its pairs: not a matter of rows
 

@@ -175,8 +175,10 @@ class _Editor:
 def _edit_prompt(prompt: Text, edit: Callable[[str], str]) -> Text:
     if not isinstance(prompt, str):
         return _edit_message(prompt, "user", edit)
-    end = len(prompt) - len(TURN_MARKER) if prompt.endswith(TURN_MARKER) else len(prompt)
-    turn = prompt.rfind(HUMAN_MARKER, 0, end) if end < len(prompt) else -1
+    said = prompt.rstrip()
+    dialogue = said.endswith(TURN_MARKER)
+    end = len(said) - len(TURN_MARKER) if dialogue else len(prompt)
+    turn = prompt.rfind(HUMAN_MARKER, 0, end) if dialogue else -1
     start = turn + len(HUMAN_MARKER) if turn >= 0 else 0
     return prompt[:start] + edit(prompt[start:end]) + prompt[end:]
 

@@ -128,9 +128,20 @@ def test_one_answer_that_is_refused_costs_its_pair_only():
     assert np.isnan(found.members["member/0"][:, 3]).all()
 
 
-def test_a_reward_that_refuses_everything_is_an_error():
+def test_a_reward_that_refuses_everything_is_an_error_at_once():
+    reward = Picky(refuses=["a" * n for n in range(400)])
     with pytest.raises(RewardError, match="row 0 of the batch: aa is too long"):
-        score_pairs(Picky(refuses=["a" * n for n in range(400)]), pairs_of(300))
+        score_pairs(reward, pairs_of(300))
+    assert reward.seen == [512] + [2] * 16  # a server that is down is not asked 300 times
+    down = Picky(refuses=["a" * n for n in range(258, 400)])  # from the second batch on
+    with pytest.raises(RewardError, match="row 0 of the batch"):
+        score_pairs(down, pairs_of(300))
+    assert len(down.seen) == 2 + 16
+    with pytest.raises(RewardError, match="aa is too long"):
+        score_pairs(Picky(refuses=["aa", "aaa"]), pairs_of(2))
+    last = Picky(refuses=["a" * n for n in range(298, 400)])  # the last batch is small: these are rows, not the reward
+    assert score_pairs(last, pairs_of(300)).failed == [296, 297, 298, 299]
+    assert score_pairs(Picky(refuses=["a" * n for n in range(15)]), pairs_of(300)).failed == list(range(13))
 
 
 def test_a_reward_that_refuses_batches_but_no_pair_is_an_error():

@@ -125,9 +125,10 @@ def test_a_typo_is_one_swap_of_letters_inside_a_word():
     assert edited("typos", "a aaaa bbbbb", "prompt") == "a aaaa bbbbb"
 
 
-def test_the_last_human_turn_is_edited():
-    prompt, answer = rewrite_row(REWRITES["quotes"], DIALOGUE, " Yes.", seed=0, row=0)
-    assert prompt == DIALOGUE.replace("Can I swim in the sea today?", '"Can I swim in the sea today?"')
+@pytest.mark.parametrize("end", ["", " ", "\n"])
+def test_the_last_human_turn_is_edited(end):
+    prompt, answer = rewrite_row(REWRITES["quotes"], DIALOGUE + end, " Yes.", seed=0, row=0)
+    assert prompt == (DIALOGUE + end).replace("Can I swim in the sea today?", '"Can I swim in the sea today?"')
     assert answer == ' "Yes."'
 
 
