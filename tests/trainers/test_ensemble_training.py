@@ -1,6 +1,7 @@
 """Five members from one pass are the members that five passes would make, and load as one reward."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -131,6 +132,37 @@ def test_resume_is_exact(kind, trunk, tmp_path):
     for a, b in zip(*(run.model.parameters() for run in runs), strict=True):
         assert torch.equal(a, b)
     assert runs[0].normalizers == runs[1].normalizers
+
+
+def two_steps(folder, kind, batch, output, **options):
+    args = config(
+        output, per_device_train_batch_size=batch, max_steps=2, logging_steps=1, max_grad_norm=0.05, **options
+    )
+    trainer = JointRewardTrainer(joint_model(folder, kind, [1, 2]), args, pairs(16), pairs(8, seed=1))
+    trainer.train()
+    values = [torch.tensor(logged(trainer, key)[:2]) for key in ("loss", "loss/member_1", "grad_norm")]
+    return [*values, torch.tensor([n.mean for n in trainer.normalizers])]
+
+
+def on_one_rank(rank, folder, output, queue):
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29561"
+    )
+    torch.set_num_threads(1)
+    values = [two_steps(folder, kind, 4, output, ddp_backend="gloo") for kind in ("lora", "shared_trunk")]
+    queue.put((rank, [[v.tolist() for v in each] for each in values]))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_are_one(trunk, tmp_path):
+    expected = [two_steps(trunk, kind, 8, tmp_path / "one") for kind in ("lora", "shared_trunk")]
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    torch.multiprocessing.spawn(on_one_rank, args=(trunk, str(tmp_path / "two"), queue), nprocs=2)
+    for _, found in [queue.get(timeout=10) for _ in range(2)]:
+        for values, wanted in zip(found, expected, strict=True):
+            for value, other in zip(values, wanted, strict=True):
+                torch.testing.assert_close(torch.tensor(value), other, rtol=1e-4, atol=1e-5)
 
 
 def test_separate_members(trunk, tmp_path):
