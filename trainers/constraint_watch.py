@@ -30,8 +30,8 @@ class ConstraintWatch:
             )
             if _due(self.at_limit[i], AT_LIMIT):
                 messages.append(
-                    f"{what.format(self.at_limit[i])} with its multiplier at its limit: the threshold cannot be reached, "
-                    "or not together with the others and the KL. Choose thresholds that were seen together (align "
+                    f"{what.format(self.at_limit[i])} with its multiplier at its limit: the threshold cannot be "
+                    "reached, or not together with the others and the KL. Choose thresholds that were seen together (align "
                     "proxy-points), lower beta, or train longer if the value still moves"
                 )
             elif _due(abs(self.violated[i]), ONE_SIDED) and not stuck:

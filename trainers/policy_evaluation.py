@@ -59,15 +59,21 @@ class PolicyEvaluation:
         by_index = {row["index"]: row for part in gather_object([rows]) for row in part}
         rows = [by_index[i] for i in range(len(dataset))]
         metrics = {
-            f"{metric_key_prefix}_{name}": sum(row[name] for row in rows) / len(rows)
-            for name in METRICS
-            if rows[0][name] is not None
+            f"{metric_key_prefix}_{name}": sum(row[name] for row in rows) / len(rows) for name in self.measured(rows)
         }
+        if eval_dataset is None and self.is_in_train:
+            scores = {name: [row[f"rewards/{name}"] for row in rows] for name in self.rewards.names}
+            learned = self.weighting.observe(scores)
+            metrics |= {f"{metric_key_prefix}_{name}": value for name, value in learned.items()}
         self.log(metrics)
         if self.is_world_process_zero() and eval_dataset is None:
             self.write_evaluation(rows)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def measured(self, rows: list[dict]) -> list[str]:
+        """What the evaluation of a prompt holds: `METRICS`, gold only where there is one, and every reward."""
+        return [*(n for n in METRICS if rows[0][n] is not None), *(f"rewards/{name}" for name in self.rewards.names)]
 
     def evaluate_prompts(self, prompts: list[dict], indices: list[int]) -> list[dict]:
         """One row per prompt: means over its samples, and its first completion."""
@@ -91,6 +97,7 @@ class PolicyEvaluation:
         columns["proxy"] = [sample.score for sample in samples]
         columns["gold"] = self.gold.totals(samples) if self.gold is not None else None
         columns["length"] = [sample.length for sample in samples]
+        columns |= {f"rewards/{name}": [sample.rewards[name] for sample in samples] for name in self.rewards.names}
         rows = []
         for i, index in enumerate(indices):
             own = slice(i * count, (i + 1) * count)
@@ -147,7 +154,7 @@ class PolicyEvaluation:
         if self.eval_writer.last_step is not None and step <= self.eval_writer.last_step:
             return  # this step is there already, from the same draws
         samples = [row["sample"] for row in rows[: self.args.num_logged_completions]]
-        columns = {name: [row[name] for row in rows] for name in METRICS if rows[0][name] is not None}
+        columns = {name: [row[name] for row in rows] for name in self.measured(rows)}
         self.eval_writer.write(step, samples=samples, **columns)
         if samples:
             table = [[step, as_text(s["prompt"]), as_text(s["completion"]), s["proxy"], s["gold"]] for s in samples]

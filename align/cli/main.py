@@ -20,6 +20,7 @@ TOOLS = {
     "reward-eval": "align.cli.reward_eval",
     "bon": "align.cli.bon",
     "overoptimization": "align.cli.overoptimization",
+    "proxy-points": "align.cli.proxy_points",
     "front": "align.cli.front",
 }
 

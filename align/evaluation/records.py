@@ -5,7 +5,8 @@ The first line is a header, every further line one evaluation on one fixed set o
     {"format": "align.overoptimization/1", "name", "method", "proxy", "gold", "seed", "started", "config"}
     {"step", "kl", "kl_k3", "proxy", "gold", "length", ..., "per_prompt": {"kl": [...], ...}, "samples": [...]}
 
-KL is in nats per sequence (sum over response tokens). A line counts when it is whole: a process killed while it writes
+KL is in nats per sequence (sum over response tokens). `rewards/<name>` is each reward that the run knows, also one that
+it does not optimise; `proxy` is their weighted sum. A line counts when it is whole: a process killed while it writes
 leaves at most one partial last line, which reading drops with a warning and resuming cuts off.
 """
 
