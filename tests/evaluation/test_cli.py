@@ -11,6 +11,7 @@ import pytest
 from align.cli import bon, overoptimization
 from align.errors import AlignError, ConfigError, DataError
 from align.evaluation.records import FILE_NAME
+from align.evaluation.strict_json import write_json
 from align.evaluation.summary import read_summary
 
 from .synthetic import scored_answers, write_run
@@ -82,6 +83,19 @@ def test_overoptimization_of_runs(tmp_path, capsys):
     assert summary["runs"]["single"]["gold"][-1] < summary["runs"]["uwo"]["gold"][-1]
     out = capsys.readouterr().out
     assert "over-optimised" in out and str(tmp_path / "out" / "report.html") in out
+
+
+def test_token_masks_of_a_run_are_in_its_report(tmp_path):
+    run = write_run(tmp_path / "run", "run")
+    mask = {"tokens": ["rose", " soil"], "masks": {"m": [0.0, 1.5]}}
+    content = {
+        "masks": {"m": {"max": 1.5, "mean": 0.75, "sparsity": 0.5}},
+        "pairs": [{"prompt": "p", "chosen": mask, "rejected": mask}],
+    }
+    write_json(tmp_path / "run" / "masks.json", content)
+    assert call(overoptimization, run, "--output_dir", tmp_path / "out") == 0
+    assert list(read_summary(tmp_path / "out")["masks"].values()) == [content]
+    assert "<h2>Token masks</h2>" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_overoptimization_mistakes(tmp_path):

@@ -1,5 +1,6 @@
 """SparsePO and MaPO: the objective in the loop, masks under LoRA, their file, exact resume, guards."""
 
+import json
 import re
 
 import pytest
@@ -267,6 +268,34 @@ def test_the_best_checkpoint_brings_its_masks(policy, tmp_path, caplog):
     assert run.state.best_model_checkpoint.endswith("checkpoint-2")  # the KL grows
     assert_same(masks_of(run), read_masks(tmp_path / "checkpoint-2")[1])
     assert "missing keys" not in caplog.text  # the model's file is whole without them
+
+
+def test_pictures_of_the_masks(policy, tmp_path):
+    """At the end masks.html and masks.json, at evaluations a figure in TensorBoard; they show what training saw."""
+    run = trainer(
+        policy, tmp_path, eval_data=toy_pairs(5, seed=1), variant="independent", eval_strategy="steps", eval_steps=2,
+        report_to="tensorboard", num_logged_pairs=2,
+    )  # fmt: skip
+    run.train()
+    content = json.loads((tmp_path / "masks.json").read_text())
+    assert len(content["pairs"]) == 2 and list(content["masks"]) == ["m_u", "m_d"]
+    batch = run.collate(run.eval_dataset.select(range(2)).to_list())
+    with torch.no_grad():
+        tokens, _ = run.forward(run.model.eval(), batch)
+    shown = content["pairs"][1]["rejected"]
+    count = int(tokens.mask[3].sum())
+    assert shown["tokens"][-1].strip() == "<eos>" and len(shown["tokens"]) == count
+    assert shown["masks"]["m_d"] == pytest.approx(tokens.m_d[3, :count].tolist())
+    assert (tmp_path / "masks.html").read_text().count('title="') == 2 * sum(tokens.mask.sum(-1).tolist())
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = tmp_path.glob("**/events.out.*")
+    board = EventAccumulator(str(events))
+    board.Reload()
+    assert [event.step for event in board.Images("eval/masks")] == [2]
+    none = trainer(policy, tmp_path / "none", num_logged_pairs=0)
+    none.train()
+    assert not (tmp_path / "none" / "masks.json").exists()
 
 
 def test_the_reference_holds_no_masks_and_is_not_trained(policy, tmp_path):
