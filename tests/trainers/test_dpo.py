@@ -130,3 +130,13 @@ def test_beta_dpo_resumes_exactly(lora, policy, pairs, tmp_path):
         ours, theirs = (t.objective.states["beta_dpo"].state_dict() for t in (resumed, whole))
         assert ours["sums"] == theirs["sums"] and ours["steps"] == 6
         assert torch.equal(ours["generator"], theirs["generator"])
+
+
+def test_qlora_resolves():
+    from align.cli import build
+    from align.config import configs_dir
+    from align.config.resolve import resolve
+
+    tokens = ["--use_peft", "--load_in_4bit", "--lora_r", "8"]
+    run = resolve("dpo", str(configs_dir() / "dpo.yaml"), tokens)
+    assert build.peft_config(run).r == 8 and run.model.load_in_4bit and not run.training.holds_reference(adapter=True)
