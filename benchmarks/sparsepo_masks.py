@@ -1,6 +1,6 @@
 """What beta does to SparsePO's masks on the toy world: sparsity of both masks and KL per token, over seeds.
 
-    python benchmarks/sparsepo_masks.py [--seeds 3] [--output FILE] [--figure FILE.png] [--tokens_figure FILE.png]
+    python benchmarks/sparsepo_masks.py [--seeds 0 1 2] [--output FILE] [--figure FILE.png] [--tokens_figure FILE.png]
 
 For every seed a policy is trained from scratch on the reference text, and pairs of its own answers are labelled by the
 gold reward. From it starts one SparsePO run per beta (independent masks, all layers, three epochs); beta is the only
@@ -15,7 +15,6 @@ import argparse
 import json
 import random
 import tempfile
-import time
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -155,31 +154,29 @@ def draw(runs: list[dict], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="added to those of the output file")
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--figure", type=Path, default=IMAGES / "sparsepo_beta.png")
     parser.add_argument("--tokens_figure", type=Path, default=IMAGES / "sparsepo_masks.png")
     args = parser.parse_args()
-    started, runs = time.perf_counter(), []
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         with tempfile.TemporaryDirectory() as folder:
             found = seed_runs(seed, Path(folder))
         for run, picture in found:
-            runs.append(run)
             if seed == 0 and run["beta"] == SHOWN:
                 mask_figure(picture).savefig(args.tokens_figure, dpi=130)
             shown = ", ".join(f"{key} {run[key]:.4g}" for key in ("sparsity_d", "sparsity_u", "token_kl", "accuracy"))
             print(f"seed {seed}, beta {run['beta']:g}: {shown}", flush=True)
-    result = {
-        "command": f"python benchmarks/sparsepo_masks.py --seeds {args.seeds}",
-        "claims held in seeds": claims(runs),
-        "seconds": time.perf_counter() - started,
-        "versions": {name: version(name) for name in ("torch", "transformers")},
-        "runs": runs,
-    }
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
-    draw(runs, args.figure)
-    print(json.dumps(result["claims held in seeds"]))
+        before = json.loads(args.output.read_text())["runs"] if args.output.exists() else []
+        runs = [run for run in before if run["seed"] != seed] + [run for run, _ in found]
+        result = {
+            "claims held in seeds": claims(runs),
+            "versions": {name: version(name) for name in ("torch", "transformers")},
+            "runs": sorted(runs, key=lambda run: (run["seed"], run["beta"])),
+        }
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        draw(runs, args.figure)
+        print(json.dumps(result["claims held in seeds"]), flush=True)
 
 
 if __name__ == "__main__":
