@@ -195,7 +195,7 @@ class _Tiled(torch.autograd.Function):
         g = torch.zeros_like(lse) if g is None else g
         into_p = -g if k is None else k - g
         d_hidden = torch.zeros_like(hidden, dtype=lse.dtype) if need_hidden else None
-        d_weight = torch.zeros_like(weight) if need_weight else None
+        d_weight = torch.empty_like(weight) if need_weight else None
         d_bias = torch.zeros_like(bias, dtype=lse.dtype) if need_bias else None
         for rows in tiling.blocks:
             for tile in tiling.tiles:
@@ -211,7 +211,9 @@ class _Tiled(torch.autograd.Function):
                     d_bias[tile] += d.sum(0)
                 d = d.to(weight.dtype)
                 if need_weight:
-                    d_weight[tile].addmm_(d.T, hidden[rows])
+                    d_weight[tile].addmm_(
+                        d.T, hidden[rows], beta=int(rows.start > 0)
+                    )  # beta 0: what is there is not read
                 if need_hidden:
                     d_hidden[rows] += d @ weight[tile]
         one_hot = (g * sides[0].transform.slope(at_target))[:, None]

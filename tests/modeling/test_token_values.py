@@ -149,3 +149,11 @@ def test_two_vocabularies_are_refused():
     head = head_of(layer, V, LogitTransform())
     with pytest.raises(ConfigError, match="37 logits and the reference 40"):
         token_values(head, hidden, torch.zeros(N, dtype=torch.long), reference=(Head(layer, 40), hidden))
+
+
+def test_no_token():
+    """As for a micro-batch that only evens out the number of calls of the processes."""
+    layer, hidden = draw()
+    values = token_values(head_of(layer, V, LogitTransform()), hidden[:0], torch.zeros(0, dtype=torch.long))
+    values.logps.sum().backward()
+    assert values.logps.shape == (0,) and layer.weight.grad.eq(0).all()
