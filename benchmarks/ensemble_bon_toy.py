@@ -11,12 +11,16 @@ Members are normalised on the evaluation pairs, as everywhere.
 Intervals are 95 %: over seeds, Student's t of the seeds' means; over prompts, bootstrap of the prompts within each
 seed. `difference` is the rule less one member, seed by seed: a seed's rules share policy, pairs and answers, so it is
 paired. Every seed is written when it is done and kept; the results are of all seeds in FILE.
+
+`--kinds lora shared_trunk` trains ensembles of these kinds too, from one pass over the same pairs, and lets them choose
+from the same answers.
 """
 
 import argparse
 import json
 import multiprocessing
 import platform
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from functools import partial
@@ -37,12 +41,17 @@ RULES = {
     "uncertainty-weighted, lambda 0.5": {"rule": "uwo", "lambda_": 0.5},
     "lower confidence bound, lambda 1": {"rule": "lcb", "lambda_": 1.0},
 }
+KINDS = {
+    "lora": {"learning_rate": 1e-2, "lora": {"r": 16, "target_modules": "all-linear"}},
+    "shared_trunk": {"learning_rate": FULL.reward_learning_rate, "upper_layers": 1, "train_trunk": True},
+}
 ONE = "one member"
 STUDENT_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # quantiles of t, for 1 to 9 degrees
 
 
-def run_seed(folder: Path, settings, seed: int) -> dict:
+def run_seed(folder: Path, settings, seed: int, kinds: Sequence[str] = ()) -> dict:
     """Gold and proxy of the choice by rule: per n the mean over prompts, and per prompt the gold score."""
+    import pandas as pd
     import torch
     from rich.console import Console
 
@@ -58,22 +67,77 @@ def run_seed(folder: Path, settings, seed: int) -> dict:
         "preference pairs": phases.pairs,
         "reward models": phases.reward_models,
         "best-of-n": phases.best_of_n,
+        **{kind: partial(other_kind, kind) for kind in kinds},
     }
-    with PhaseProgress({name: EXPECTED[name] for name in steps}, Console(stderr=True)) as progress:
+    with PhaseProgress({name: EXPECTED.get(name, 20.0) for name in steps}, Console(stderr=True)) as progress:
         for name, function in steps.items():
             with progress.phase(name) as handle:
                 space.run(name, partial(function, space, settings, seed, handle))
-    accuracy = space.state["phases"]["reward models"]["result"]["accuracy"]
-    return {"accuracy": accuracy, **curves(space.path("best_of_n", "answers.parquet"), settings)}
+    results = {name: phase["result"] for name, phase in space.state["phases"].items()}
+    table = pd.read_parquet(space.path("best_of_n", "answers.parquet"))
+    found = {"accuracy": results["reward models"]["accuracy"], **curves(table, settings)}
+    for kind in kinds:
+        scores = pd.read_parquet(space.path("best_of_n", f"{kind}.parquet"))
+        of_kind = curves(table.assign(**{name: scores[name] for name in scores}), settings)
+        found[kind] = {"accuracy": results[kind]["accuracy"], **of_kind}
+    return found
 
 
-def curves(table: Path, settings) -> dict:
+def other_kind(kind: str, space, settings, seed: int, handle) -> dict:
+    """Members of another kind on the pairs of the separate ones, and their scores of the same answers."""
     import pandas as pd
+    from peft import LoraConfig
+
+    import align
+    from align.data import load_rows
+    from reward_models.ensemble import load_ensemble
+
+    options = dict(KINDS[kind])
+    args = align.RewardConfig(
+        output_dir=str(space.path(kind)),
+        num_train_epochs=settings.reward_epochs,
+        per_device_train_batch_size=32,
+        per_device_eval_batch_size=128,
+        learning_rate=options.pop("learning_rate"),
+        lr_scheduler_type="linear",
+        score_l2_coefficient=0.001,
+        seed=seed * 100,
+        disable_tqdm=True,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1000,
+    )
+    if "lora" in options:
+        options["peft_config"] = LoraConfig(**options.pop("lora"))
+    evaluation = load_rows(space.path("data", "eval_pairs.jsonl"))
+    folder = align.train_reward_ensemble(
+        space.path("sft"),
+        args,
+        load_rows(space.path("data", "train_pairs_noisy.jsonl")),
+        evaluation,
+        members=settings.members,
+        kind=kind,
+        callbacks=[handle.callback(share=0.5)],
+        **options,
+    )
+    members = load_ensemble(folder, "mean").members
+
+    def scores(prompts, completions):
+        return members.scores(align.RewardBatch(list(prompts), list(completions))).numpy()
+
+    better, worse = (scores(evaluation["prompt"], evaluation[side]) for side in ("chosen", "rejected"))
+    answers = pd.read_parquet(space.path("best_of_n", "answers.parquet"), columns=["prompt", "completion"])
+    rows = scores(answers["prompt"], answers["completion"])
+    frame = pd.DataFrame({f"member_{i}": row for i, row in enumerate(rows)})
+    frame.to_parquet(space.path("best_of_n", f"{kind}.parquet"))
+    return {"accuracy": float((better > worse).mean())}
+
+
+def curves(frame, settings) -> dict:
     import torch
 
     from align.objectives.ensemble import aggregate
 
-    frame = pd.read_parquet(table)
     members = torch.tensor(frame[[f"member_{i}" for i in range(settings.members)]].to_numpy().T)
     groups = [np.asarray(rows) for rows in frame.groupby("prompt_id", sort=True).indices.values()]
     gold = [frame["gold"].to_numpy()[rows] for rows in groups]
@@ -103,9 +167,8 @@ def curves(table: Path, settings) -> dict:
 # ---- over seeds -----------------------------------------------------------------------------------------------------
 
 
-def summarise(seeds: dict[str, dict]) -> dict:
+def summarise(runs: list[dict]) -> dict:
     """At the largest n: mean over seeds by rule with both intervals, and the paired difference from one member."""
-    runs = list(seeds.values())
     factor = STUDENT_975[len(runs) - 2] / len(runs) ** 0.5
     found = {}
     for name in runs[0]["gold"]:
@@ -182,6 +245,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
     parser.add_argument("--folder", type=Path, default=Path("runs/ensemble_bon"))
     parser.add_argument("--pairs", type=int, default=SETTINGS.pairs)
+    parser.add_argument("--kinds", nargs="*", default=[], choices=list(KINDS))
     parser.add_argument("--processes", type=int, default=2, help="seeds at a time [%(default)s]")
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--figure", type=Path)
@@ -192,12 +256,15 @@ def main() -> None:
     report |= {"settings": asdict(settings), "versions": versions()}
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.processes, mp_context=spawn, max_tasks_per_child=1) as pool:
-        runs = {pool.submit(run_seed, args.folder, settings, seed): str(seed) for seed in args.seeds}
+        runs = {pool.submit(run_seed, args.folder, settings, seed, args.kinds): str(seed) for seed in args.seeds}
         for run in as_completed(runs):
             found = {**report["seeds"], runs[run]: rounded(run.result())}
             report["seeds"] = {seed: found[seed] for seed in sorted(found, key=int)}
             if len(found) > 1:
-                report["at_largest_n"] = summarise(report["seeds"])
+                report["at_largest_n"] = summarise(list(report["seeds"].values()))
+                for kind in args.kinds:
+                    of_kind = [run[kind] for run in report["seeds"].values() if kind in run]
+                    report[f"at_largest_n_{kind}"] = summarise(of_kind) if len(of_kind) > 1 else None
             args.output.parent.mkdir(parents=True, exist_ok=True)
             args.output.write_text(json.dumps(report, indent=1) + "\n")
     for name, values in report.get("at_largest_n", {}).items():
