@@ -91,10 +91,15 @@ class PPOTrainer(OnPolicyTrainer):
         rewards = token_rewards(stream.scores, k1(stream.logps, stream.ref_logps), stream.mask, beta=stream.beta)
         advantages, returns = gae(rewards, stream.values, stream.mask, gamma=self.args.gamma, lam=self.args.lam)
         self.stream_returns.append(returns)
-        gap = masked_mean((returns - stream.values).square(), stream.mask)
-        spread = masked_mean((returns - masked_mean(returns, stream.mask)).square(), stream.mask)
-        self.record(f"critic/explained_variance/{self.weighting.streams[place]}", 1 - gap / spread.clamp(min=1e-8))
+        self.record_fit(returns, stream, self.weighting.streams[place])
         return self.whitened(advantages, stream.mask) if self.args.whiten_advantages else advantages
+
+    def record_fit(self, returns: Tensor, stream: Stream, name: str) -> None:
+        """1 - mean squared error of the critic / variance of the returns, over all processes."""
+        returns, values, mask = (self.everywhere(x) for x in (returns, stream.values, stream.mask))
+        error = masked_mean((returns - values).square(), mask)
+        spread = masked_mean((returns - masked_mean(returns, mask)).square(), mask)
+        self.record(f"critic/explained_variance/{name}", 1 - error / spread.clamp(min=1e-8))
 
     def fill_advantages(self, samples: list[Sample]) -> None:
         self.stream_returns: list[Tensor] = []

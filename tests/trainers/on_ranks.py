@@ -1,4 +1,4 @@
-"""SFT and ReMax with one global batch of 8, on one process or two. Run as a script: policy, folder, back-end."""
+"""SFT, ReMax and PPO with one global batch of 8, on one process or two. Run as a script: policy, folder, back-end."""
 
 import json
 import sys
@@ -6,12 +6,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tiny_runs import demonstrations, parameters, prompts, remax_config, sft_config, wanted_words
+from tiny_runs import demonstrations, on_policy, parameters, prompts, remax_config, sft_config, wanted_words
 
 from trainers.remax import ReMaxTrainer
 from trainers.sft import SFTTrainer
 
-KEYS = ("loss", "grad_norm", "eval_loss", "eval_kl", "eval_gold", "reward", "kl", "entropy", "completions/mean_length")
+GOLD = "align.data.toy:gold"
+CHECKPOINTS = {"remax": "checkpoint-2", "ppo": "checkpoint-3"}  # PPO's is inside a rollout
+KEYS = (
+    *("loss", "grad_norm", "eval_loss", "eval_kl", "eval_gold", "reward", "kl", "entropy", "completions/mean_length"),
+    *("clip_ratio", "critic/loss", "critic/grad_norm", "critic/explained_variance/task"),
+)
 
 
 def makers(policy: str, folder: Path, world: int, backend: str = "transformers") -> dict:
@@ -35,9 +40,17 @@ def makers(policy: str, folder: Path, world: int, backend: str = "transformers")
     def remax():
         args = remax_config(folder / "remax", num_generations=2, rollout_backend=backend, **options)
         data = prompts(24), prompts(5, seed=1)
-        return ReMaxTrainer(policy, wanted_words, args, *data, gold_reward="align.data.toy:gold")
+        return ReMaxTrainer(policy, wanted_words, args, *data, gold_reward=GOLD)
 
-    return {"sft": sft, "remax": remax, "remax resumed": remax}
+    def ppo():
+        several = {"num_mini_batches": 2, "num_iterations": 2, "num_generations": 2}
+        trainer_class, args = on_policy(
+            "ppo", folder / "ppo", **several, **{**options, "max_steps": 8, "save_steps": 3}
+        )
+        return trainer_class(policy, wanted_words, args, prompts(24), prompts(5, seed=1), gold_reward=GOLD)
+
+    resumed = {"remax resumed": remax, "ppo resumed": ppo}
+    return {"sft": sft, "remax": remax, "ppo": ppo, **resumed}
 
 
 def train(policy: str, folder: Path, world: int, backend: str = "transformers") -> dict[str, dict]:
@@ -45,16 +58,21 @@ def train(policy: str, folder: Path, world: int, backend: str = "transformers") 
     found = {}
     for name, make in makers(policy, folder, world, backend).items():
         trainer = make()
-        trainer.train(folder / "remax" / "checkpoint-2" if "resumed" in name else None)
+        method, *resumed = name.split()
+        trainer.train(folder / method / CHECKPOINTS[method] if resumed else None)
         logs = trainer.state.log_history
+        weights = parameters(trainer.model)
+        if method == "ppo":
+            critic = parameters(trainer.accelerator.unwrap_model(trainer.critic.model))
+            weights |= {f"critic.{name}": weight for name, weight in critic.items()}
         found[name] = {
             "logs": {key: [entry[key] for entry in logs if key in entry] for key in KEYS},
-            "weights": parameters(trainer.model),
+            "weights": weights,
         }
         if name != "sft":
             trainer.close()
             trainer.accelerator.wait_for_everyone()
-            lines = (folder / "remax" / "overoptimization.jsonl").read_text().splitlines()
+            lines = (folder / method / "overoptimization.jsonl").read_text().splitlines()
             found[name]["evaluations"] = [json.loads(line) for line in lines[1:]]
     return found
 

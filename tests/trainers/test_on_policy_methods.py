@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig
-from tiny_runs import assert_same, logged, on_policy, parameters, prompts, wanted_words
+from tiny_runs import assert_same, logged, needs_vllm, on_policy, parameters, prompts, wanted_words
 
 from align.errors import ConfigError, TrainingError
 
@@ -17,11 +17,15 @@ def make(method, policy, folder, rows=64, reward=wanted_words, peft_config=None,
     return trainer_class(policy, reward, args, prompts(rows), prompts(6, seed=1), peft_config=peft_config)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_reward_rises(method, policy, tmp_path):
+WITH_VLLM = pytest.param("ppo", "vllm", marks=[needs_vllm, pytest.mark.vllm])
+
+
+@pytest.mark.parametrize(("method", "backend"), [*((method, "transformers") for method in METHODS), WITH_VLLM])
+def test_the_reward_rises(method, backend, policy, tmp_path):
     sizes = {"per_device_train_batch_size": 16, "num_generations": 2, "learning_rate": 5e-3, "beta": 0.01}
-    trainer = make(method, policy, tmp_path, max_steps=24, **SEVERAL, **sizes)
+    trainer = make(method, policy, tmp_path, max_steps=24, rollout_backend=backend, **SEVERAL, **sizes)
     trainer.train()
+    trainer.close()
     reward, kl = logged(trainer, "reward"), logged(trainer, "kl")
     assert reward[0] < 0.2 and sum(reward[-2:]) / 2 > 0.3, reward
     assert len(reward) == 6 and len(kl) == 24  # a rollout every four steps

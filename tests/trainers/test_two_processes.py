@@ -34,10 +34,10 @@ def runs(policy, folder):
     return one, *(torch.load(folder / "two" / f"rank{rank}.pt") for rank in (0, 1))
 
 
-@pytest.mark.parametrize("method", ["sft", "remax"])
-def test_two_processes_are_one(runs, method):
+@pytest.mark.parametrize(("method", "steps"), [("sft", 4), ("remax", 4), ("ppo", 8)])
+def test_two_processes_are_one(runs, method, steps):
     one, first, second = (run[method] for run in runs)
-    assert len(one["logs"]["loss"]) == len(one["logs"]["grad_norm"]) == 4
+    assert len(one["logs"]["loss"]) == len(one["logs"]["grad_norm"]) == steps
     for key in KEYS:
         torch.testing.assert_close(
             torch.tensor(first["logs"][key]), torch.tensor(one["logs"][key]), rtol=1e-4, atol=1e-5, msg=key
@@ -59,11 +59,13 @@ def test_they_write_one_evaluation_file(runs):
             assert record["per_prompt"][name] == pytest.approx(ours["per_prompt"][name], rel=1e-3, abs=1e-4)
 
 
-def test_they_resume_exactly(runs):
+@pytest.mark.parametrize("method", ["remax", "ppo"])
+def test_they_resume_exactly(runs, method):
     for run in runs:
-        assert_same(run["remax resumed"]["weights"], run["remax"]["weights"])
-        assert run["remax resumed"]["logs"] == run["remax"]["logs"]
-        assert run["remax resumed"]["evaluations"] == run["remax"]["evaluations"]
+        whole, resumed = run[method], run[f"{method} resumed"]
+        assert_same(resumed["weights"], whole["weights"])
+        assert resumed["logs"] == whole["logs"]
+        assert resumed["evaluations"] == whole["evaluations"]
 
 
 def test_one_process_goes_on_where_two_stopped(runs, policy, folder, caplog):
