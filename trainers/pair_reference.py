@@ -66,22 +66,26 @@ class PairReference(ReferenceChecks):
 
     def _reference_of_all(self, dataset, name: str, pairs: int) -> tuple[np.ndarray, np.ndarray]:
         """Log-probs of all tokens of chosen and of rejected, row after row; the processes share the rows."""
-        rows = [{**row, "number": i} for i, row in enumerate(dataset.to_list())]
-        batches = self.micro_batches(rows, pairs)
         world, rank = self.args.world_size, self.args.process_index
-        found = {}
-        # all make as many batches: those that gather weights wait for one another
-        for start in tqdm(
-            range(0, len(batches), world),
+        found, window = {}, 64 * pairs * world
+        progress = tqdm(
+            total=len(dataset),
             desc=f"Reference log-probs of the {name} pairs",
             disable=self.args.disable_tqdm or not self.is_world_process_zero(),
-        ):
-            batch = batches[min(start + rank, len(batches) - 1)]
-            values = self._live_reference(self._prepare_inputs(self.collate(batch))).logps.float().cpu().numpy()
-            for row, *both in zip(batch, values[: len(batch)], values[len(batch) :], strict=True):
-                found[row["number"]] = [v[: len(row[ids])] for v, ids in zip(both, IDS[1:], strict=True)]
+        )
+        for start in range(0, len(dataset), window):
+            part = dataset.select(range(start, min(start + window, len(dataset)))).to_list()
+            batches = self.micro_batches([{**row, "number": start + i} for i, row in enumerate(part)], pairs)
+            # all make as many batches: those that gather weights wait for one another
+            for first in range(0, len(batches), world):
+                batch = batches[min(first + rank, len(batches) - 1)]
+                values = self._live_reference(self._prepare_inputs(self.collate(batch))).logps.float().cpu().numpy()
+                for row, *both in zip(batch, values[: len(batch)], values[len(batch) :], strict=True):
+                    found[row["number"]] = [v[: len(row[ids])].copy() for v, ids in zip(both, IDS[1:], strict=True)]
+            progress.update(len(part))
+        progress.close()
         everything = {i: values for part in gather_object([found]) for i, values in part.items()}
-        return tuple(np.concatenate([everything[i][side] for i in range(len(rows))]) for side in (0, 1))
+        return tuple(np.concatenate([everything[i][side] for i in range(len(dataset))]) for side in (0, 1))
 
     def reference_tokens(self, batch: dict[str, Tensor]) -> PairTokens:
         """The reference's tokens of a batch, without gradient: computed, or as they were computed beforehand."""

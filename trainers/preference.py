@@ -265,6 +265,10 @@ class PreferenceTrainer(PairEvaluation, PairReference, TrainerMixin, Trainer):
     def floating_point_ops(self, inputs: list[dict]) -> int:
         return sum(super(PreferenceTrainer, self).floating_point_ops(batch) for batch in inputs)
 
+    def _track_num_input_tokens(self, inputs: list[dict]) -> None:
+        for batch in inputs:
+            super()._track_num_input_tokens(batch)
+
     def training_step(self, model, inputs: list[dict], num_items_in_batch=None):
         total = torch.zeros((), device=self.args.device)
         for number, batch in enumerate(inputs, start=1):

@@ -229,3 +229,9 @@ def test_wandb_gets_a_table_and_a_histogram(policy, pairs, wandb_offline):
     assert content["columns"] == ["step", "prompt", "chosen", "rejected", "reward chosen", "reward rejected"]
     assert len(content["data"]) == 8 and content["data"][0][-1] != 0
     assert list(media.glob("images/**/*.png"))
+
+
+def test_the_tokens_of_a_step_are_counted(policy, pairs, tmp_path):
+    args = dpo_config(tmp_path, include_num_input_tokens_seen="all", per_device_train_batch_size=20, max_steps=2)
+    trainer = trained(policy, args, pairs)
+    assert trainer.state.num_input_tokens_seen == sum(trainer.collator.tokens_of(row) for row in trainer.train_dataset)
