@@ -31,7 +31,7 @@ _EXPORTS = {
     "train_front": "trainers.front:train_front",
     "make_soup": "align.modeling.soups:make_soup",
     "SparsePOTrainer": "trainers.sparsepo:SparsePOTrainer",
-    "SparsePOConfig": "trainers.sparsepo:SparsePOConfig",
+    "SparsePOConfig": "trainers.sparsepo_options:SparsePOConfig",
     "ReMaxTrainer": "trainers.remax:ReMaxTrainer",
     "ReMaxConfig": "trainers.remax:ReMaxConfig",
     "PPOTrainer": "trainers.ppo:PPOTrainer",

@@ -70,7 +70,7 @@ METHODS = {
         Method(
             "sparsepo",
             trainer="trainers.sparsepo:SparsePOTrainer",
-            config="trainers.sparsepo:SparsePOConfig",
+            config="trainers.sparsepo_options:SparsePOConfig",
             data="pairs",
             help="preference optimisation with a weight per token, learned or from activations (SparsePO, MaPO)",
         ),

@@ -4,7 +4,8 @@ from preference_runs import toy_pairs
 from tiny_runs import QUIET
 
 from align.data import toy
-from trainers.sparsepo import SparsePOConfig, SparsePOTrainer
+from trainers.sparsepo import SparsePOTrainer
+from trainers.sparsepo_options import SparsePOConfig
 
 
 def config(folder, **options) -> SparsePOConfig:

@@ -16,7 +16,7 @@ from align.errors import ConfigError, TrainingError
 from align.modeling.load import load_policy
 from align.modeling.pairs import completions
 from align.modeling.token_masks import FILE_NAME, load_masks, read_masks, watch_states
-from trainers.sparsepo import SparsePOConfig
+from trainers.sparsepo_options import SparsePOConfig
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0}
 VARIANTS = ("common", "independent", "mapo")
@@ -186,6 +186,16 @@ def test_dropout_of_the_policy_is_off_and_that_of_the_masks_on(policy, tmp_path)
     assert {m.p for m in run.masks.modules() if isinstance(m, torch.nn.Dropout)} == {0.4}
     first, second = (losses_of(run)[2] for _ in range(2))
     assert not torch.equal(first.m_u, second.m_u) and torch.equal(first.logps, second.logps)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
+def test_mixed_precision(lora, policy, tmp_path):
+    """bfloat16 autocast: policy and reference start as one, masks are float32 and change."""
+    run = trainer(policy, tmp_path, lora=LoraConfig(**LORA) if lora else None, bf16=True, max_steps=3)
+    before = masks_of(run)
+    run.train()
+    assert logged(run, "kl/chosen")[0] == pytest.approx(0, abs=1e-5) and logged(run, "kl/chosen")[-1] > 1e-5
+    assert all(p.dtype == torch.float32 and not torch.equal(p, before[n]) for n, p in masks_of(run).items())
 
 
 # ---- LoRA and files --------------------------------------------------------------------------------------------------
