@@ -98,11 +98,10 @@ def head_inputs(model: nn.Module, inputs: dict, positions: Tensor) -> tuple[Head
 def _free_of_wrappers(module: nn.Module) -> nn.Module:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper
-    from torch.distributed.tensor import DTensor
 
     if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)) and module.disable_adapters:
         module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
-    if not any(isinstance(p, DTensor) for p in module.parameters()):
+    if not any(hasattr(p, "full_tensor") for p in module.parameters()):  # a DTensor, whose import is slow
         return module
     whole = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
     whole.weight = nn.Parameter(module.weight.full_tensor(), requires_grad=False)
