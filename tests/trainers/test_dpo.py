@@ -6,6 +6,7 @@ from peft import LoraConfig
 from preference_runs import assert_close, dpo_config, history, toy_pairs
 from tiny_runs import assert_same, logged, parameters
 
+from align.data.tokenize import tokenize_pairs
 from align.errors import ConfigError
 from align.objectives.preference import LOSSES, register_loss
 from trainers.dpo import DPOTrainer
@@ -16,8 +17,8 @@ ACROSS = [name for name, loss in LOSSES.items() if loss.across_pairs]
 
 
 @pytest.fixture(scope="module")
-def pairs():
-    return toy_pairs(40)
+def pairs(tokenizer):
+    return tokenize_pairs(toy_pairs(40), tokenizer, max_length=32)
 
 
 def trained(policy, args, pairs, eval_pairs=None, **options) -> DPOTrainer:
