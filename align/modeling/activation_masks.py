@@ -88,16 +88,16 @@ def groups_of(wanted: str) -> tuple[str, ...]:
     return (wanted,)
 
 
-def min_max(values: Tensor, mask: Tensor) -> Tensor:
+def min_max(values: Tensor, mask: Tensor, noise: Tensor | float = 0.0) -> Tensor:
     """Values scaled to [0, 1] over the tokens of each row; 0 outside the mask. values, mask: [N, L].
 
-    Where all tokens of a row are equal (or it has one), none is more active than the others: all get 1.
+    Where all tokens of a row are equal up to `noise` (or it has one), none is more active than the others: all get 1.
     """
     mask = mask.bool()
     low = values.masked_fill(~mask, torch.inf).amin(-1, keepdim=True)
     high = values.masked_fill(~mask, -torch.inf).amax(-1, keepdim=True)
     spread = high - low
-    scaled = torch.where(spread > 0, (values - low) / spread.where(spread > 0, 1), 1)
+    scaled = torch.where(spread > noise, (values - low) / spread.where(spread > noise, 1), 1)
     return scaled.masked_fill(~mask, 0)
 
 
@@ -113,9 +113,13 @@ class Activations:
         self.sums.clear()
         self.counts.clear()
 
-    def add(self, group: str, means: Tensor) -> None:
+    def see(self, group: str, x: Tensor) -> None:
+        """One activation, [rows, T, features]."""
+        self.add(group, mean(x), rounding(x))
+
+    def add(self, group: str, means: Tensor, noise: Tensor) -> None:
         """One activation's mean over its features, [rows, T]."""
-        scaled = min_max(at_completions(means, self.places), self.places.mask)
+        scaled = min_max(at_completions(means, self.places), self.places.mask, noise)
         self.sums[group] = self.sums[group] + scaled if group in self.sums else scaled
         self.counts[group] = self.counts.get(group, 0) + 1
 
@@ -136,14 +140,14 @@ def watch_activations(core: nn.Module, places: Completions, groups: tuple[str, .
     hooks = [core.base_model.register_forward_pre_hook(lambda module, args: seen.forget())]
     if "mlp" in groups:
         for block in decoder_layers(core):
-            hooks.append(_on_input(block.get_submodule(names.mlp_out), lambda x: seen.add("mlp", mean(x))))
+            hooks.append(_on_input(block.get_submodule(names.mlp_out), lambda x: seen.see("mlp", x)))
     if "attn" in groups:
         for block in decoder_layers(core):
             hooks += _watch_attention(block, names, seen)
     if "resid" in groups:
         for number, block in enumerate(decoder_layers(core)):
             hooks += _watch_stream(block, names, seen, first=number == 0)
-        hooks.append(_on_output(core.get_submodule(names.final_norm), lambda x: seen.add("resid", mean(x))))
+        hooks.append(_on_output(core.get_submodule(names.final_norm), lambda x: seen.see("resid", x)))
     if "logits" in groups:
         hooks.append(_watch_logits(core, seen))
     try:
@@ -156,6 +160,12 @@ def watch_activations(core: nn.Module, places: Completions, groups: tuple[str, .
 def mean(x: Tensor) -> Tensor:
     """Over the last dimension, in float32 or better."""
     return x.mean(-1, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def rounding(x: Tensor) -> Tensor:
+    """How far means over the last dimension may differ by rounding alone. A LayerNorm without a trained gain has means
+    that are nothing else, and min-max would blow them up."""
+    return 8 * torch.finfo(x.dtype).eps * x.abs().mean() / x.shape[-1] ** 0.5
 
 
 def _on_output(module: nn.Module, see):
@@ -171,22 +181,23 @@ def _watch_stream(block: nn.Module, names: Names, seen: Activations, first: bool
     stream = {}
 
     def enter(module, args, kwargs):
-        stream["mean"] = mean(args[0] if args else kwargs["hidden_states"])
+        x = args[0] if args else kwargs["hidden_states"]
+        stream["means"], stream["noise"] = mean(x), rounding(x)
         if first:
-            seen.add("resid", stream["mean"])  # the embedding
-        seen.add("resid", stream["mean"])  # what enters the layer
+            seen.add("resid", **stream)  # the embedding
+        seen.add("resid", **stream)  # what enters the layer
 
     def added(x):
-        delta = mean(x)
-        stream["mean"] = stream["mean"] + delta
-        seen.add("resid", delta)
-        seen.add("resid", stream["mean"])
+        delta, noise = mean(x), rounding(x)
+        stream["means"], stream["noise"] = stream["means"] + delta, stream["noise"] + noise
+        seen.add("resid", delta, noise)
+        seen.add("resid", **stream)
 
     return [
         block.register_forward_pre_hook(enter, with_kwargs=True),
-        _on_output(block.get_submodule(names.norm_attention), lambda x: seen.add("resid", mean(x))),
+        _on_output(block.get_submodule(names.norm_attention), lambda x: seen.see("resid", x)),
         _on_output(block.get_submodule(names.attention), added),
-        _on_output(block.get_submodule(names.norm_mlp), lambda x: seen.add("resid", mean(x))),
+        _on_output(block.get_submodule(names.norm_mlp), lambda x: seen.see("resid", x)),
         _on_output(block.get_submodule(names.mlp), added),
     ]
 
@@ -196,17 +207,17 @@ def _watch_attention(block: nn.Module, names: Names, seen: Activations) -> list:
     kept: list[Tensor] = []
 
     def enter_out(x):  # what the heads make of the values, side by side
-        seen.add("attn", mean(x))
+        seen.see("attn", x)
 
     def leave(module, args, kwargs, output):
         query, key, value = _heads(kept, module, names)
         kept.clear()
         for x in (query, key, value):
-            seen.add("attn", mean(x.flatten(-2)))
+            seen.see("attn", x.flatten(-2))
         if "position_embeddings" in kwargs:
             rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb
             for x in rotate(query, key, *kwargs["position_embeddings"], unsqueeze_dim=2):
-                seen.add("attn", mean(x.flatten(-2)))
+                seen.see("attn", x.flatten(-2))
 
     hooks = []
     for name in names.projections:
@@ -239,6 +250,6 @@ def _watch_logits(core: nn.Module, seen: Activations):
                 "use mask_activations mlp, attn or resid, or ZeRO-2"
             )
         weight = weight.to(torch.promote_types(hidden.dtype, torch.float32))
-        seen.add("logits", hidden.to(weight.dtype) @ weight.mean(0))
+        seen.add("logits", hidden.to(weight.dtype) @ weight.mean(0), rounding(hidden) * weight.abs().mean())
 
     return _on_output(core.base_model, see)

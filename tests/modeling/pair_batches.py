@@ -9,17 +9,20 @@ from tests.modeling import tiny
 PROMPTS, CHOSEN, REJECTED = (3, 5, 2), (4, 1, 6), (2, 5, 3)
 
 
-def pairs(seed=0, prompts=PROMPTS, chosen=CHOSEN, rejected=REJECTED) -> dict:
+def rows(seed=0, prompts=PROMPTS, chosen=CHOSEN, rejected=REJECTED) -> list[dict]:
     generator = torch.Generator().manual_seed(seed)
 
     def ids(count):
         return torch.randint(2, tiny.VOCAB, (count,), generator=generator).tolist()
 
-    rows = [
+    return [
         {"prompt_ids": ids(a), "chosen_ids": ids(b), "rejected_ids": ids(c)}
         for a, b, c in zip(prompts, chosen, rejected, strict=True)
     ]
-    return PairCollator(tiny.PAD)(rows)
+
+
+def pairs(**options) -> dict:
+    return PairCollator(tiny.PAD)(rows(**options))
 
 
 def model(kind="llama", seed=0, **options):

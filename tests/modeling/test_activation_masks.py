@@ -99,7 +99,7 @@ def expected(core, batch, groups=GROUPS):
             for row, wanted in enumerate(batch["completion_mask"].bool()):
                 values = x[row].mean(-1).roll(1)[wanted]  # at the position before the token
                 spread = values.max() - values.min()
-                scaled[number, row, : len(values)] = (values - values.min()) / spread if spread > 0 else 1
+                scaled[number, row, : len(values)] = (values - values.min()) / spread if spread > 1e-14 else 1
         means.append(scaled.mean(0))
     return torch.stack(means).mean(0)
 
@@ -156,6 +156,7 @@ def test_min_max():
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]])
     expected = torch.tensor([[0, 1, 0.5, 0], [1, 1, 0, 0], [1, 0, 0, 0]])
     assert torch.equal(min_max(values, mask), expected)
+    assert min_max(values, mask, noise=2.0).tolist() == mask.float().tolist()
 
 
 def test_an_unknown_architecture_or_group_says_so():
