@@ -42,8 +42,10 @@ from modpo_world import BETA, MAX_COMPLETION, MAX_PROMPT, NAMES
 from align.data import tokenize_prompts
 from align.evaluation.bootstrap import percentile_interval, resample_weights
 from align.evaluation.front import Front, Point, read_front
+from align.evaluation.front_plots import plot_fronts
 from align.evaluation.front_scores import REFERENCE, Sampling, score_fronts, summarise
 from align.evaluation.pareto import above_front, dominates
+from align.evaluation.plots import save_figure
 from align.modeling.load import load_tokenizer
 
 RESULT = Path(__file__).parent / "results" / "modpo_front.json"
@@ -225,6 +227,7 @@ def main() -> None:
     parser.add_argument("--rl_seeds", type=int, nargs="*", default=[0], help="seeds for which RL is trained too")
     parser.add_argument("--work_dir", type=Path, default=Path("runs/modpo_front"))
     parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--figure", type=Path, help="draw the first seed's fronts here (without ending)")
     parser.add_argument("--limit", type=float, default=float("inf"))
     args = parser.parse_args()
     logging.disable(logging.WARNING)
@@ -250,6 +253,8 @@ def main() -> None:
         **collect(done),
         "seeds": done,
     }
+    if args.figure:
+        save_figure(plot_fronts(done[0]["summary"]), args.figure)
     args.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({key: result[key] for key in collect(done)}, indent=1))
 

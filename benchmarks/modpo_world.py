@@ -16,9 +16,9 @@ from trainers.loss_weighting import LossWeightingConfig, soup_front, train_loss_
 
 MAX_PROMPT, MAX_COMPLETION = 12, 17
 BETA = 0.1
-PAIRS = 8000
+PAIRS = 4000
 BATCH, EPOCHS, LEARNING_RATE = 64, 1, 1e-3
-RL_PROMPTS, RL_STEPS, RL_EVERY = 64, 125, 5  # as many prompts as there are pairs
+RL_PROMPTS, RL_STEPS, RL_EVERY = 64, 62, 4  # as many prompts as there are pairs
 NAMES = ("helpful", "short")
 
 

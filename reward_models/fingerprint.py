@@ -14,7 +14,8 @@ from torch import nn
 
 from align.errors import RewardError
 
-PLACES = ("device",)  # attributes that say where something is computed, not what
+# attributes that say where and in what portions something is computed, not what
+PLACES = ("device", "batch_size", "batch_tokens")
 
 
 def fingerprint(value: Any) -> str:

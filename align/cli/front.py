@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     }
     write(Path(args.output_dir), summary, found)
     print_fronts(summary)
-    print(f"wrote front.json, front.png, front.svg and completions.jsonl in {args.output_dir}")
+    print(f"wrote scores.json, front.png, front.svg and completions.jsonl in {args.output_dir}")
     return 0
 
 
@@ -103,14 +103,14 @@ def read_fronts(args: argparse.Namespace) -> dict:
 
 
 def write(folder: Path, summary: dict, found: dict) -> None:
-    """front.json (the summary), the figure, and one completion per prompt of every policy to read."""
+    """scores.json (the summary), the figure, and one completion per prompt of every policy to read."""
     import json
 
     from align.evaluation.front_plots import plot_fronts
     from align.evaluation.plots import save_figure
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "front.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (folder / "scores.json").write_text(json.dumps(summary, indent=2) + "\n")
     save_figure(plot_fronts(summary), folder / "front")
     with open(folder / "completions.jsonl", "w", encoding="utf-8") as file:
         for run, policies in found.items():

@@ -150,7 +150,7 @@ def summarise(
     reference_point: list[float] | None = None,
     seed: int = 0,
 ) -> dict:
-    """What is written as front.json of the report: means with 95 % intervals over prompts, which points of a front are
+    """What `align front` writes as scores.json: means with 95 % intervals over prompts, which points of a front are
     not dominated, in which share of the resamples another front dominates a point, and hypervolumes.
 
     reference_point: [K], from which hypervolumes are measured; default: the worst mean of all policies, per objective.

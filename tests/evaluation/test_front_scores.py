@@ -59,7 +59,7 @@ def front(world, *tokens, rewards=("words", "early")) -> int:
 
 def test_scores_and_figure(world, tmp_path, capsys):
     assert front(world, world / "other", "--n", 3, "--max_completion_length", 5, "--output_dir", tmp_path) == 0
-    summary = json.loads((tmp_path / "front.json").read_text())
+    summary = json.loads((tmp_path / "scores.json").read_text())
     assert summary["objectives"] == ["words", "early"] and list(summary["runs"]) == ["run", "other"]
     assert summary["reference"]["kl"]["mean"] == 0
     completions = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
@@ -77,13 +77,13 @@ def test_scores_and_figure(world, tmp_path, capsys):
     assert "hypervolume" in out and "reference" in out
     again = tmp_path / "again"
     assert front(world, world / "other", "--n", 3, "--max_completion_length", 5, "--output_dir", again) == 0
-    assert json.loads((again / "front.json").read_text())["runs"]["run"]["points"] == points
+    assert json.loads((again / "scores.json").read_text())["runs"]["run"]["points"] == points
 
 
 def test_the_kl_is_that_of_the_policies(world, tmp_path):
     """Of completions of one token, the KL is known from the two distributions."""
     front(world, "--n", 256, "--max_completion_length", 1, "--output_dir", tmp_path)
-    summary = json.loads((tmp_path / "front.json").read_text())
+    summary = json.loads((tmp_path / "scores.json").read_text())
     reference = load_policy(world / "base")
     rows = [json.loads(line)["prompt"] for line in (world / "prompts.jsonl").read_text().splitlines()]
     for point in summary["runs"]["run"]["points"]:

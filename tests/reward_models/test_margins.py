@@ -158,7 +158,7 @@ def test_an_implicit_margin_is_the_log_ratio_of_the_adapter(tmp_path):
 
 def test_fingerprints_of_models_follow_their_weights(tmp_path):
     first, second = (ImplicitReward(adapter(tmp_path, seed)["path"]) for seed in (1, 2))
-    again = ImplicitReward(adapter(tmp_path, 1)["path"])
+    again = ImplicitReward(adapter(tmp_path, 1)["path"], batch_tokens=64)  # in other portions, the same scores
     first.name = second.name = again.name = "same"
     assert fingerprint(first) == fingerprint(again) != fingerprint(second)
     again.model.get_base_model().lm_head.weight.data[0, 0] += 1e-3
