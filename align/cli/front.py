@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
     from align.evaluation.scoring import build_rewards
     from align.modeling.load import load_tokenizer
 
+    if args.temperature <= 0:
+        raise ConfigError(f"a policy is judged by draws from it: --temperature must be above 0, not {args.temperature}")
     fronts = read_fronts(args)
     reference = next(iter(fronts.values())).reference
     tokenizer = load_tokenizer(reference)

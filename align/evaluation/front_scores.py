@@ -108,7 +108,8 @@ def score_policy(policy, reference, engine, prompts, rewards: dict, tokenizer, s
         rows=[row["row"] for row, _ in drawn],
     )
     scores = np.stack([reward.score(batch).scores.double().numpy() for reward in rewards.values()], axis=-1)
-    kl = kl_of_draws(policy, reference, [(row["prompt_ids"], ids) for row, ids in drawn], tokenizer.pad_token_id)
+    pairs = [(row["prompt_ids"], ids) for row, ids in drawn]
+    kl = kl_of_draws(policy, reference, pairs, tokenizer.pad_token_id, sampling.temperature)
     length = np.array([len(ids) for _, ids in drawn], dtype=np.float64)
     by_prompt = (len(rows), sampling.n)
     first = range(0, len(drawn), sampling.n)
@@ -125,8 +126,9 @@ def score_policy(policy, reference, engine, prompts, rewards: dict, tokenizer, s
 
 
 @torch.no_grad()
-def kl_of_draws(policy, reference, pairs: list[tuple[list[int], list[int]]], pad_token_id: int) -> np.ndarray:
-    """log pi(y|x) - log ref(y|x) of (prompt ids, completion ids), nats, whose mean over draws of pi is the KL: [N]."""
+def kl_of_draws(policy, reference, pairs: list[tuple], pad_token_id: int, temperature: float) -> np.ndarray:
+    """log pi(y|x) - log ref(y|x) of (prompt ids, completion ids), both at the temperature of the draws, in nats: [N].
+    Their mean over draws of pi is the KL."""
     from align.modeling.logprobs import token_logps
 
     found = np.empty(len(pairs))
@@ -137,7 +139,10 @@ def kl_of_draws(policy, reference, pairs: list[tuple[list[int], list[int]]], pad
         starts = torch.tensor([len(pairs[i][0]) for i in places])[:, None]
         mask = attention * (torch.arange(ids.shape[1]) >= starts)
         ids, attention, mask = (x.to(policy.device) for x in (ids, attention, mask))
-        new, old = (token_logps(model, ids, attention, mask=mask).double().sum(-1) for model in (policy, reference))
+        new, old = (
+            token_logps(model, ids, attention, temperature=temperature, mask=mask).double().sum(-1)
+            for model in (policy, reference)
+        )
         found[places] = (new - old).cpu().numpy()
     return found
 
