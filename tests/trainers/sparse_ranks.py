@@ -1,7 +1,10 @@
 """SparsePO and MaPO with one global batch of 8 pairs, on one process or two. Run as a script: policy, folder."""
 
 import sys
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -9,6 +12,11 @@ from peft import LoraConfig
 from preference_runs import history, toy_pairs
 from sparse_runs import SparsePOTrainer, config
 from tiny_runs import parameters
+
+from align.modeling.load import Reference
+from align.modeling.token_masks import MaskSettings, TokenMasks
+from tests.modeling import tiny
+from tests.modeling.pair_batches import pairs
 
 NAMES = ("loss", "grad_norm", "kl/chosen", "mask_u_mean/chosen", "mask_u_sparsity/rejected", "eval_loss")
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
@@ -31,6 +39,9 @@ def train(policy: str, folder: Path, world: int) -> dict[str, dict]:
             max_steps=4,
             eval_strategy="steps",
             eval_steps=2,
+            # before the first step KL and log-ratios are rounding alone, which Adam would make whole steps of the masks
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=1,
             **options,
         )
         lora = LoraConfig(**LORA) if "LoRA" in name else None
@@ -40,7 +51,41 @@ def train(policy: str, folder: Path, world: int) -> dict[str, dict]:
     return found
 
 
+def sharded_difference(rank: int) -> float:
+    """The largest difference of any gradient, masks among them, between FSDP2 on two processes and one model that sees
+    both batches. Trainers shard on accelerators only, so their forward pass is run without one here."""
+    from torch.distributed.fsdp import fully_shard
+
+    def make():
+        model = tiny.causal()
+        settings = MaskSettings("independent", hidden_size=16, num_layers=2)
+        model.add_module("token_masks", TokenMasks(settings).double().initialise("unit", seed=0))
+        return model
+
+    def losses(model, batch):
+        trainer = SimpleNamespace(
+            model=model, masks=model.token_masks, reference=Reference(tiny.causal(seed=1), adapter_off=False),
+            args=SimpleNamespace(mask_layers="all", chunk_size=None, beta=0.5, l1={"l1_u": 0.1}),
+            accelerator=SimpleNamespace(autocast=nullcontext, unwrap_model=lambda model, **options: model),
+        )  # fmt: skip
+        trainer._masks_in = partial(SparsePOTrainer._masks_in, trainer)
+        tokens = SparsePOTrainer.forward(trainer, model, batch)
+        return SparsePOTrainer.losses(trainer, *tokens, batch)[0]
+
+    alone, sharded, batches = make(), make(), [pairs(seed=0), pairs(seed=1)]
+    for layer in sharded.model.layers:
+        fully_shard(layer)
+    fully_shard(sharded, reshard_after_forward=True)
+    (sum(losses(alone, batch).sum() for batch in batches) / 2).backward()
+    losses(sharded, batches[rank]).sum().backward()
+    return max(
+        (a.grad - b.grad.full_tensor()).abs().max().item()
+        for a, b in zip(alone.parameters(), sharded.parameters(), strict=True)
+    )
+
+
 if __name__ == "__main__":
     found = train(sys.argv[1], Path(sys.argv[2]), 2)
+    found["largest difference under FSDP2"] = sharded_difference(dist.get_rank())
     torch.save(found, Path(sys.argv[2]) / f"rank{dist.get_rank()}.pt")
     dist.destroy_process_group()

@@ -39,3 +39,7 @@ def test_two_processes_are_one(runs, case):
     assert any("token_masks" in name for name in one["weights"]) is (case != "mapo")
     for name, weight in one["weights"].items():
         torch.testing.assert_close(first["weights"][name], weight, rtol=0, atol=2e-4, msg=name)
+
+
+def test_sharded_masks_get_the_gradients_of_one_process(runs):
+    assert max(run["largest difference under FSDP2"] for run in runs[1:]) < 1e-12
