@@ -172,17 +172,20 @@ def summarise(runs: list[dict]) -> dict:
     factor = STUDENT_975[len(runs) - 2] / len(runs) ** 0.5
     found = {}
     for name in runs[0]["gold"]:
-        last = np.array([run["gold"][name][-1] for run in runs])
-        less = last - np.array([run["gold"][ONE][-1] for run in runs])
-        peak = np.array([max(run["gold"][name]) for run in runs])
+        gold = np.array([run["gold"][name] for run in runs])  # [seeds, n]
+        less = gold - np.array([run["gold"][ONE] for run in runs])
+        around = {key: interval(values, factor) for key, values in (("gold", gold), ("difference", less))}
         found[name] = {
-            "gold": last.mean(),
-            "over_seeds": interval(last.mean(), factor * last.std(ddof=1)),
+            "gold": gold[:, -1].mean(),
+            "over_seeds": around["gold"][-1],
             "over_prompts": over_prompts([run["gold_per_prompt_at_largest_n"][name] for run in runs]),
-            "difference": less.mean(),
-            "difference_over_seeds": interval(less.mean(), factor * less.std(ddof=1)),
-            "seeds_above_one_member": int((less > 0).sum()),
-            "below_its_peak": (peak - last).mean(),
+            "difference": less[:, -1].mean(),
+            "difference_over_seeds": around["difference"][-1],
+            "seeds_above_one_member": int((less[:, -1] > 0).sum()),
+            "below_its_peak": (gold.max(1) - gold[:, -1]).mean(),
+            "gold_by_n": gold.mean(0).tolist(),
+            "over_seeds_by_n": around["gold"],
+            "difference_over_seeds_by_n": around["difference"],
         }
     base = found[ONE]
     for values in found.values():
@@ -192,8 +195,10 @@ def summarise(runs: list[dict]) -> dict:
     return rounded(found)
 
 
-def interval(mean: float, half: float) -> list[float]:
-    return [mean - half, mean + half]
+def interval(values: np.ndarray, factor: float) -> list[list[float]]:
+    """[low, high] of the mean over seeds, per n. values: [seeds, n]."""
+    half = factor * values.std(0, ddof=1)
+    return np.stack([values.mean(0) - half, values.mean(0) + half], axis=1).tolist()
 
 
 def over_prompts(values: list[list[float]]) -> list[float]:
@@ -253,6 +258,8 @@ def main() -> None:
 
     settings = replace(SETTINGS, pairs=args.pairs)
     report = json.loads(args.output.read_text()) if args.output.exists() else {"seeds": {}}
+    if report.get("settings", asdict(settings)) != asdict(settings):
+        parser.error(f"{args.output} holds seeds with other settings: give another --output")
     report |= {"settings": asdict(settings), "versions": versions()}
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.processes, mp_context=spawn, max_tasks_per_child=1) as pool:
@@ -260,14 +267,15 @@ def main() -> None:
         for run in as_completed(runs):
             found = {**report["seeds"], runs[run]: rounded(run.result())}
             report["seeds"] = {seed: found[seed] for seed in sorted(found, key=int)}
-            if len(found) > 1:
-                report["at_largest_n"] = summarise(list(report["seeds"].values()))
-                for kind in args.kinds:
-                    of_kind = [run[kind] for run in report["seeds"].values() if kind in run]
-                    report[f"at_largest_n_{kind}"] = summarise(of_kind) if len(of_kind) > 1 else None
             args.output.parent.mkdir(parents=True, exist_ok=True)
             args.output.write_text(json.dumps(report, indent=1) + "\n")
-    for name, values in report.get("at_largest_n", {}).items():
+    if len(report["seeds"]) < 2:
+        parser.exit(message=f"{args.output} holds one seed; intervals need two\n")
+    report["at_largest_n"] = summarise(list(report["seeds"].values()))
+    for kind in args.kinds:
+        report[f"at_largest_n_{kind}"] = summarise([run[kind] for run in report["seeds"].values()])
+    args.output.write_text(json.dumps(report, indent=1) + "\n")
+    for name, values in report["at_largest_n"].items():
         print(f"{name:34s} {values['gold']:6.3f}  seeds {values['over_seeds']}  prompts {values['over_prompts']}  "
               f"difference {values['difference']:+.3f} {values['difference_over_seeds']}")  # fmt: skip
     if args.figure:
