@@ -24,13 +24,15 @@ from align.modeling.logprobs import language_model
 from align.modeling.soups import make_soup
 from reward_models.margins import MarginRewards, rows_fingerprint
 from trainers.base import finish_tracking
-from trainers.modpo import MODPOConfig, MODPOTrainer, WeightOptions
+from trainers.modpo import SWEEP, MODPOConfig, MODPOTrainer, WeightOptions
 from trainers.pair_data import numbered_pairs
 from trainers.policy_evaluation import run_options
 
 logger = logging.getLogger(__name__)
 
 POINT_FILE = "point.json"
+# options that say where something is kept or shown, or in what portions it is computed
+NOT_IN_RESULT = ("margin_cache_dir", "ref_log_probs_dir", "precompute_ref_batch_size", "chunk_size", "num_logged_pairs")
 SWEEP_OPTIONS = ("sweep_points", "sweep_min_weight", "interpolate")
 Model = str | Path | Callable[[], nn.Module]
 
@@ -46,6 +48,7 @@ def train_front(
     peft_config=None,
     callbacks=None,
     resume: bool = False,
+    model_name: str | None = None,
 ) -> Path:
     """Train MODPO for every weight vector of a sweep; returns `args.output_dir`, which holds front.json.
 
@@ -53,8 +56,10 @@ def train_front(
         model: a folder or hub name, or a function that loads the policy: every point starts from it anew.
         reward, peft_config, callbacks: as `MODPOTrainer` takes them.
         resume: keep the points that are there, and go on within the one that was stopped.
+        model_name: of the policy that a function loads: points that started from another one are not kept.
     """
     processing_class = check_model(model, processing_class)
+    check_sweep(args)
     margins = MarginRewards(reward, processing_class, args.margin_folder)
     objectives = [args.objective, *margins.names]
     vectors = sweep_weights(objectives, args)
@@ -79,7 +84,11 @@ def train_front(
             callbacks=callbacks,
         )
 
-    identity = {"data": rows_fingerprint(train_dataset), "margins": margins.fingerprints}
+    identity = {
+        "model": model_name if callable(model) else str(model),
+        "data": rows_fingerprint(train_dataset),
+        "margins": margins.fingerprints,
+    }
     return train_points(
         "modpo", trainer, args, objectives, vectors, identity, peft_config, seconds=seconds, resume=resume
     )
@@ -110,7 +119,8 @@ def train_points(
     for number, weights in enumerate(vectors):
         name = point_name(weights)
         point_args = point_config(args, weights, root / name)
-        settings = json.loads(json.dumps({**run_options(point_args), **identity}, default=str))
+        options = {key: value for key, value in run_options(point_args).items() if key not in NOT_IN_RESULT}
+        settings = json.loads(json.dumps({**options, **identity}, default=str))
         done = finished(root / name, settings) if resume else None
         if done is None:
             logger.info("point %d of %d: %s", number + 1, len(vectors), weights)
@@ -228,6 +238,11 @@ def check_model(model: Model, processing_class):
     if callable(model) and processing_class is None:
         raise ConfigError("a function that loads the policy does not say which tokenizer: pass processing_class")
     return processing_class or load_tokenizer(model)
+
+
+def check_sweep(args: WeightOptions) -> None:
+    if args.weights != SWEEP:
+        raise ConfigError(f"a front is trained with `weights: sweep`, not {args.weights!r}: that is one policy's")
 
 
 def loaded(model: Model) -> nn.Module:

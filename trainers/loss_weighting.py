@@ -19,7 +19,7 @@ from align.modeling.pairs import PairTokens
 from align.modeling.soups import make_soup
 from align.objectives.modpo import modpo_loss
 from reward_models.margins import rows_fingerprint
-from trainers.front import Model, check_model, loaded, lora, point_name, sweep_weights, train_points
+from trainers.front import Model, check_model, check_sweep, loaded, lora, point_name, sweep_weights, train_points
 from trainers.modpo import WeightOptions
 from trainers.pair_data import numbered_pairs
 from trainers.preference import PreferenceConfig, PreferenceTrainer
@@ -109,9 +109,11 @@ def train_loss_weighting_front(
     peft_config=None,
     callbacks=None,
     resume: bool = False,
+    model_name: str | None = None,
 ) -> Path:
     """As `train_front`, with DPO loss weighting. train_dataset: the pairs of every objective, by its name."""
     processing_class = check_model(model, processing_class)
+    check_sweep(args)
     objectives = [args.objective, *(name for name in train_dataset if name != args.objective)]
     vectors = sweep_weights(objectives, args)
     sets = tokenized_sets(train_dataset, processing_class, args)
@@ -121,7 +123,8 @@ def train_loss_weighting_front(
             loaded(model), point_args, sets, processing_class, peft_config=lora(peft_config), callbacks=callbacks
         )
 
-    identity = {name: rows_fingerprint(dataset) for name, dataset in sets.items()}
+    data = {name: rows_fingerprint(dataset) for name, dataset in sets.items()}
+    identity = {"model": model_name if callable(model) else str(model), "data": data}
     return train_points("dpo_lw", trainer, args, objectives, vectors, identity, peft_config, seconds={}, resume=resume)
 
 

@@ -169,6 +169,7 @@ def train_sweep(run: RunConfig, resume: bool) -> Path:
         text,
         peft_config=peft_config(run),
         resume=resume,
+        model_name=run.model.model_name_or_path,
     )
 
 

@@ -133,6 +133,17 @@ def test_points_of_other_settings_are_not_taken(whole, policy, options, message)
         sweep(policy, folder, resume=True, reward=reward, precompute_ref_log_probs=True, **options)
 
 
+def test_points_of_another_policy_are_not_taken(whole, policy, tokenizer):
+    folder, reward = whole
+    args = sweep_config(folder, precompute_ref_log_probs=True)
+    lora = LoraConfig(r=4, target_modules="all-linear")
+    with pytest.raises(ConfigError, match="model .* before and 'another' now"):
+        train_front(
+            lambda: load_policy(policy), reward, args, exact_pairs(), processing_class=tokenizer, peft_config=lora,
+            resume=True, model_name="another",
+        )  # fmt: skip
+
+
 def test_points_of_another_reward_are_not_taken(whole, policy):
     folder, _ = whole
     with pytest.raises(ConfigError, match="margins .* before"):
@@ -146,6 +157,8 @@ def test_what_is_refused(policy, tmp_path):
         sweep(policy, tmp_path, reward=[letters, vowels], interpolate=1)
     with pytest.raises(ConfigError, match="pass processing_class"):
         train_front(lambda: load_policy(policy), letters, sweep_config(tmp_path), exact_pairs())
+    with pytest.raises(ConfigError, match="`weights: sweep`, not"):
+        train_front(policy, letters, config(tmp_path), exact_pairs())
     with pytest.raises(DataError, match="holds no front.json"):
         read_front(tmp_path)
     (tmp_path / "front.json").write_text(json.dumps({"points": []}))
