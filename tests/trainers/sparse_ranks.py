@@ -39,9 +39,6 @@ def train(policy: str, folder: Path, world: int) -> dict[str, dict]:
             max_steps=4,
             eval_strategy="steps",
             eval_steps=2,
-            # before the first step KL and log-ratios are rounding alone, which Adam would make whole steps of the masks
-            lr_scheduler_type="constant_with_warmup",
-            warmup_steps=1,
             **options,
         )
         lora = LoraConfig(**LORA) if "LoRA" in name else None

@@ -38,9 +38,9 @@ def test_two_processes_are_one(runs, case):
     assert_same(first["weights"], second["weights"])
     assert any("token_masks" in name for name in one["weights"]) is (case != "mapo")
     for name, weight in one["weights"].items():
-        # Adam makes large steps of gradients that are nearly nothing but rounding, so a few single weights may differ
+        # before the first step the KL is rounding alone, and Adam makes a step of 1e-3 of the masks' gradients from it
         gap = (first["weights"][name] - weight).abs()
-        assert gap.mean() < 1e-5 and gap.max() < 1e-3, f"{name}: {gap.mean()}, {gap.max()}"
+        assert gap.mean() < 1e-4 and gap.max() < 1e-3, f"{name}: {gap.mean()}, {gap.max()}"
 
 
 def test_sharded_masks_get_the_gradients_of_one_process(runs):
