@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from align.errors import TrainingError
-from align.modeling.token_values import Head, LogitTransform, TokenValues, head_of, token_values
+from align.modeling.heads import Head, LogitTransform, TokenValues, head_of
+from align.modeling.token_values import token_values
 
 logger = logging.getLogger(__name__)
 

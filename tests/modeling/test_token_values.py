@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from align.errors import ConfigError
-from align.modeling import token_values as module
-from align.modeling.token_values import Head, LogitTransform, head_of, token_values
+from align.modeling import vocabulary_tiles
+from align.modeling.heads import Head, LogitTransform, head_of
+from align.modeling.token_values import token_values
 
 N, D, V = 11, 6, 37
 TRANSFORMS = {
@@ -18,8 +19,10 @@ TRANSFORMS = {
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(module, "CACHE_TILE", 25)  # 5 blocks of 4 tokens would give tiles of 6, the last one of 1
-    monkeypatch.setattr(module, "BLOCK", 4)
+    monkeypatch.setattr(
+        vocabulary_tiles, "CACHE_TILE", 25
+    )  # tiles of 6 logits, the last one of 1
+    monkeypatch.setattr(vocabulary_tiles, "BLOCK", 4)
 
 
 def draw(seed=0, bias=True, dtype=torch.float64):
