@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=2 python benchmarks/dpo_vs_trl.py [--data FILE] [--pairs 8] [--steps 6] [--repetitions 3]
 
 Both train the same randomly drawn Llama in float32 on real preference pairs (`--data`), `--pairs` of them per optimiser
-step, in the same order, none of them cut; AdamW of the same kind. First TRL's trainer is timed once per setting: how an
-optimiser step is cut into micro-batches, and whether its pairs are sorted by length before that. Then its fastest
-setting, its plain one (a whole step per micro-batch, unsorted) and ours take turns on further pairs. All that with a
-live reference, and again with log-probs precomputed on both sides (their computation is not counted).
+step, in the same order, none of them cut; AdamW of the same kind. First TRL's trainer is timed once per setting: the
+whole step as one batch, or in micro-batches with gradient accumulation, its pairs sorted by length for that. Then its
+fastest setting, the whole step, and ours (the whole step) take turns on further pairs. All that with a live reference,
+and again with log-probs precomputed on both sides (their computation is not counted).
 
 A step's time is that between the ends of two steps, loader, collation, optimiser and logging included; the first step
 of a run is left out. The losses of both sides must agree step by step to 1e-4 (relative).
@@ -104,11 +104,11 @@ def sorted_within_steps(pairs: Dataset, size: int) -> Dataset:
 # ---- one run ---------------------------------------------------------------------------------------------------------
 
 
-def options(folder: Path, args: argparse.Namespace, micro: int, cached: bool) -> dict:
+def options(folder: Path, args: argparse.Namespace, micro: int, steps: int, cached: bool) -> dict:
     """What both configurations are made of."""
     return {
         "output_dir": str(folder), "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": args.pairs // micro, "max_steps": args.steps, "learning_rate": 1e-4,
+        "gradient_accumulation_steps": args.pairs // micro, "max_steps": steps, "learning_rate": 1e-4,
         "lr_scheduler_type": "constant", "max_length": None, "precompute_ref_log_probs": cached, "beta": 0.1,
         "train_sampling_strategy": "sequential", "logging_steps": 1, "report_to": "none", "save_strategy": "no",
         "disable_tqdm": True, "optim": "adamw_torch", **args.device_options,
@@ -151,41 +151,45 @@ def run(make, model: str, pairs: Dataset, settings: dict) -> dict:
 # ---- the comparison --------------------------------------------------------------------------------------------------
 
 
-def compare(model: str, pairs: Dataset, args: argparse.Namespace, cached: bool, folder: Path) -> dict:
-    needed = args.pairs * args.steps
-    sides = {"trl plain": (of_trl, args.pairs, False), "ours": (of_ours, args.pairs, False)}
-    trials = {}
-    for micro in [m for m in (1, 2, 4, 8, 16, 32, 64) if args.pairs % m == 0 and m <= args.pairs]:
-        for by_length in (False, True) if 1 < micro < args.pairs else (False,):
-            name = f"{micro} per micro-batch{', sorted' if by_length else ''}"
-            trials[name] = (of_trl, micro, by_length)
+def compare(model: str, pairs: Dataset, args: argparse.Namespace, cached: bool, folder: Path):
+    """Yields the result so far, after every repetition."""
+    sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if args.pairs % size == 0 and size < args.pairs]
+    trials = {f"{size} per micro-batch{', sorted' * (size > 1)}": (of_trl, size, size > 1) for size in sizes}
+    trials["whole step"] = (of_trl, args.pairs, False)
 
-    def one(side, number: int) -> dict:
+    def one(side, number: int, steps: int) -> dict:
         make, micro, by_length = side
-        rows = pairs.select(range(number * needed, (number + 1) * needed), keep_in_memory=True)
+        first = number * args.pairs * args.steps
+        rows = pairs.select(range(first, first + args.pairs * steps), keep_in_memory=True)
         rows = sorted_within_steps(rows, args.pairs) if by_length else rows
-        return run(make, model, rows, options(folder, args, micro, cached))
+        return run(make, model, rows, options(folder, args, micro, steps, cached))
 
     clock = "wall" if torch.cuda.is_available() else "cpu"
-    seconds = {name: sum(one(side, 0)[clock]) for name, side in trials.items()}
+    seconds = {name: sum(one(side, 0, args.trial_steps)[clock]) for name, side in trials.items()}
     best = min(seconds, key=seconds.get)
-    print(f"{'cached' if cached else 'live'} reference, TRL's seconds by setting: {seconds}; best: {best}")
-    sides["trl best"] = trials[best]
+    sides = {"trl plain": trials["whole step"], "ours": (of_ours, args.pairs, False), "trl best": trials[best]}
+    tried = {"clock": clock, "steps": args.trial_steps - 1, "seconds": {n: round(s, 2) for n, s in seconds.items()}}
     found = {name: [] for name in sides}
     for number in range(1, args.repetitions + 1):
         for name in list(sides) if number % 2 else list(sides)[::-1]:
-            found[name].append(one(sides[name], number))
+            found[name].append(one(sides[name], number, args.steps))
+        yield {"trl_settings_tried": tried, "trl_best_setting": best, **summary(found, args)}
+
+
+def summary(found: dict[str, list[dict]], args: argparse.Namespace) -> dict:
+    """Of the repetitions so far; SystemExit if the losses are not the same."""
     difference = max(
         abs(a - b) / abs(b)
         for other in ("trl plain", "trl best")
         for ours, theirs in zip(found["ours"], found[other], strict=True)
         for a, b in zip(ours["losses"], theirs["losses"], strict=True)
     )
+    if difference > args.tolerance:
+        raise SystemExit(f"the losses differ by up to {difference:.2g}: nothing was compared")
     result = {
-        f"trl_settings_tried_{clock}_seconds": {name: round(value, 2) for name, value in seconds.items()},
-        "trl_best_setting": best,
-        "largest_relative_difference_of_losses": difference,
+        "repetitions": len(found["ours"]),
         "steps_compared": sum(len(r["losses"]) for r in found["ours"]),
+        "largest_relative_difference_of_losses": difference,
     }
     if torch.cuda.is_available():
         result["peak_gib"] = {name: round(max(r["peak"] for r in runs) / 2**30, 3) for name, runs in found.items()}
@@ -202,8 +206,6 @@ def compare(model: str, pairs: Dataset, args: argparse.Namespace, cached: bool, 
             result[f"times_faster_than_{other.replace(' ', '_')}_{clock}"] = {
                 "median": round(statistics.median(ratios), 3), "each": [round(r, 3) for r in ratios],
             }  # fmt: skip
-    if difference > args.tolerance:
-        raise SystemExit(f"the losses differ by up to {difference:.2g}: nothing was compared")
     return result
 
 
@@ -218,6 +220,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--pairs", type=int, default=8, help="per optimiser step")
     parser.add_argument("--steps", type=int, default=6, help="per run, the first one not counted")
+    parser.add_argument("--trial_steps", type=int, default=2, help="per trial of a setting of TRL's, first not counted")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--hidden", type=int, default=384)
     parser.add_argument("--layers", type=int, default=6)
@@ -249,11 +252,12 @@ def main(args: argparse.Namespace) -> None:
             "setting": {name: value for name, value in vars(args).items() if name not in ("data", "output")},
             "data": {"file": args.data.name, "usable_pairs": len(pairs)},
         }
+        args.output.parent.mkdir(parents=True, exist_ok=True)
         for reference in args.reference:
-            result[reference] = compare(str(folder / "model"), pairs, args, reference == "cached", folder / "run")
+            for found in compare(str(folder / "model"), pairs, args, reference == "cached", folder / "run"):
+                result[reference] = found
+                args.output.write_text(json.dumps(result, indent=1) + "\n")
             print(json.dumps({reference: result[reference]}, indent=1))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {args.output}")
 
 
