@@ -9,7 +9,7 @@ pipeline     `transformers.pipeline("text-classification")` with `batch_size`, t
 loop         a loop over batches of texts: tokenizer(batch, padding=True), model(**batch)
 sorted loop  that loop over texts sorted by their length in characters, the best that its user can do without more code
 
-Each rival's batch size is the fastest of 1, 2, 4 ... 128 in a sweep beforehand, two passes each. Then all sides take
+Each rival's batch size is the fastest of `--sizes` in a sweep beforehand, two passes each. Then all sides take
 turns, in an order that rotates. Scores must agree to 1e-3. A ratio is one repetition's time of the rival over ours, by
 the wall clock and in processor time (which other work on the machine disturbs less): above 1 we are faster. Texts are
 real where FILE (columns prompt, chosen) is given, and of random words with log-normal lengths otherwise; the tokenizer
@@ -44,7 +44,6 @@ from reward_models.classifier import ClassifierReward
 
 RESULT = Path(__file__).parent / "results" / "score_throughput.json"
 SHAPE = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4}
-SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 LONGEST = 512
 
 
@@ -131,12 +130,12 @@ def spread(values: list[float]) -> dict[str, float]:
     return {name: round(value, 4) for name, value in {**numbers, "max": max(values)}.items()}
 
 
-def measure(kind: str, prompts: list[str], completions: list[str], repetitions: int, device: str | None) -> dict:
+def measure(kind: str, prompts: list[str], completions: list[str], args: argparse.Namespace) -> dict:
     """The whole measurement for one kind of model."""
     whole = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     with tempfile.TemporaryDirectory() as folder:
         save_model(kind, Path(folder), whole)
-        reward = ClassifierReward(folder, normalize=False, device=device)
+        reward = ClassifierReward(folder, normalize=False, device=args.device)
         rivals = Rivals(reward, Path(folder))
     # other work on the machine disturbs processor time less; a GPU's work is only in the wall clock
     clock = "cpu" if reward.device.type == "cpu" else "wall"
@@ -145,7 +144,7 @@ def measure(kind: str, prompts: list[str], completions: list[str], repetitions: 
     best, sweep = {}, {}
     for name, function in rivals.by_name.items():
         taken = {}
-        for size in tqdm(SIZES, desc=f"{kind}: best batch size of the {name}"):
+        for size in tqdm(args.sizes, desc=f"{kind}: best batch size of the {name}"):
             runs = [timed(lambda function=function, size=size: function(whole, size)) for _ in range(2)]
             torch.testing.assert_close(runs[0][1], expected, rtol=0, atol=1e-3)
             taken[size] = round(min(duration[clock] for duration, _ in runs), 4)
@@ -154,7 +153,7 @@ def measure(kind: str, prompts: list[str], completions: list[str], repetitions: 
     for name, function in rivals.by_name.items():
         sides[name] = lambda function=function, size=best[name]: function(whole, size)
     names, taken = list(sides), {name: [] for name in sides}
-    for number in trange(repetitions, desc=f"{kind}: measuring"):
+    for number in trange(args.repetitions, desc=f"{kind}: measuring"):
         for name in names[number % len(names) :] + names[: number % len(names)]:
             duration, scores = timed(sides[name])
             torch.testing.assert_close(scores, expected, rtol=0, atol=1e-3)
@@ -184,7 +183,8 @@ def measure(kind: str, prompts: list[str], completions: list[str], repetitions: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=9)
-    parser.add_argument("--count", type=int, default=400, help="completions per pass")
+    parser.add_argument("--count", type=int, default=120, help="completions per pass")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="of the rivals' batches")
     parser.add_argument("--texts", type=Path, help="parquet file with columns prompt and chosen")
     parser.add_argument("--kinds", nargs="+", default=["causal", "encoder"], choices=["causal", "encoder"])
     parser.add_argument("--device")
@@ -192,7 +192,7 @@ def main() -> None:
     args = parser.parse_args()
     transformers_logging.set_verbosity_error()
     prompts, completions = texts(args.texts, args.count)
-    report = {kind: measure(kind, prompts, completions, args.repetitions, args.device) for kind in args.kinds}
+    report = {kind: measure(kind, prompts, completions, args) for kind in args.kinds}
     report["workload"] = {
         "completions": len(prompts),
         "texts": args.texts.name if args.texts else "random words, log-normal lengths",
