@@ -51,6 +51,9 @@ class Constrained(Weighting):
         """Learn from the value of every constrained reward; returns what to log."""
         raise NotImplementedError
 
+    def restart(self) -> None:
+        """Forget what was learned, for a policy that starts again; the thresholds stay."""
+
     def set_thresholds(self, thresholds: dict[str, float]) -> None:
         """Go on with other thresholds, by the name of the reward; the multipliers stay where they are."""
         self.constraints[:] = [
@@ -63,7 +66,10 @@ class ConstrainedWeights(Constrained):
 
     def __init__(self, names: list[str], weights: list[float], options: ConstraintOptions):
         super().__init__(names, weights, options)
-        self.multipliers = Multipliers(self.constraints, options.form, **options.lagrangian)
+        self.restart()
+
+    def restart(self) -> None:
+        self.multipliers = Multipliers(self.constraints, self.options.form, **self.options.lagrangian)
         self.constraints = self.multipliers.constraints
         self.watch = ConstraintWatch(len(self.constraints))
 
@@ -91,6 +97,9 @@ class SatisficingWeights(Constrained):
 
     def __init__(self, names: list[str], weights: list[float], options: ConstraintOptions):
         super().__init__(names, weights, options)
+        self.restart()
+
+    def restart(self) -> None:
         self.applied = [0.0] * len(self.constraints)
 
     def weights(self) -> list[float]:

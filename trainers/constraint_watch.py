@@ -31,8 +31,8 @@ class ConstraintWatch:
             if _due(self.at_limit[i], AT_LIMIT):
                 messages.append(
                     f"{what.format(self.at_limit[i])} with its multiplier at its limit: the threshold cannot be "
-                    "reached, or not together with the others and the KL. Choose thresholds that were seen together (align "
-                    "proxy-points), lower beta, or train longer if the value still moves"
+                    "reached, or not together with the others and the KL. Choose thresholds that were seen together "
+                    "(align proxy-points), lower beta, or train longer if the value still moves"
                 )
             elif _due(abs(self.violated[i]), ONE_SIDED) and not stuck:
                 messages.append(
@@ -42,7 +42,7 @@ class ConstraintWatch:
         return messages
 
     def state_dict(self) -> dict:
-        return {"violated": self.violated, "at_limit": self.at_limit}
+        return {"violated": list(self.violated), "at_limit": list(self.at_limit)}
 
     def load_state_dict(self, state: dict) -> None:
         self.violated, self.at_limit = state["violated"], state["at_limit"]

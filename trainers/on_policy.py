@@ -10,7 +10,6 @@ Every draw is seeded by (seed, step, place of the prompt in the rollout's global
 its batches are cut into processes and micro-batches, nor on where it was resumed.
 """
 
-import logging
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -48,9 +47,9 @@ from trainers.rollouts import (
     split,
     tokenized_prompts,
 )
+from trainers.threshold_search import make_search
 from trainers.weighting import make_weighting
-
-logger = logging.getLogger(__name__)
+from trainers.weighting_updates import WeightingUpdates
 
 
 @dataclass
@@ -71,7 +70,14 @@ class Stream:
 
 
 class OnPolicyTrainer(
-    EngineSync, OnPolicyState, OnPolicyMetrics, PolicyEvaluation, ReferenceChecks, TrainerMixin, Trainer
+    EngineSync,
+    OnPolicyState,
+    WeightingUpdates,
+    OnPolicyMetrics,
+    PolicyEvaluation,
+    ReferenceChecks,
+    TrainerMixin,
+    Trainer,
 ):
     """The loop. Subclasses implement `estimate`, and `requests` and `set_baselines` where they need more.
 
@@ -136,6 +142,7 @@ class OnPolicyTrainer(
         self.reference.prepare(self.accelerator)
         # Before the trackers' own callbacks: TensorBoard closes its writer there.
         self.callback_handler.callbacks.insert(0, Curve(self))
+        self.search = make_search(self)
 
     # ---- what a method plugs in -------------------------------------------------------------------------------------
 
@@ -190,11 +197,7 @@ class OnPolicyTrainer(
         samples = self.buffer.mini_batch(position)
         if self.weighting.update_per == "mini_batch":
             self.update_weighting(samples)
-        count = {
-            "token_mean": sum(sample.length for sample in samples),
-            "constant": len(samples) * self.args.max_completion_length,
-        }.get(self.args.loss_aggregation, len(samples))
-        count = self.accelerator.gather(torch.tensor([count], device=device)).sum()
+        count = self.loss_count(samples)
         return [collate(batch, self.pad_token_id) for batch in split(samples, num_batches)], count
 
     def take_prompts(self, epoch_iterator, num_batches: int) -> tuple[list[dict], list[int]]:
@@ -228,6 +231,7 @@ class OnPolicyTrainer(
         with self.phase("advantages"):
             self.fill_values(samples)
             self.fill_advantages(samples)
+        self.learn_from_gradients(parts)
         self.record_rollouts(samples)
         if self.weighting.update_per == "rollout":
             self.update_weighting(samples)
@@ -366,21 +370,6 @@ class OnPolicyTrainer(
         """Mean 0, deviation 1 over the tokens of all processes. values, mask: [N, L]."""
         everyone = whiten(self.everywhere(values), self.everywhere(mask))
         return everyone[self.own_rows(len(values)), : values.shape[1]]
-
-    def update_weighting(self, samples: list[Sample]) -> None:
-        """Let the weighting learn from the rewards of the global batch."""
-        names = self.rewards.names
-        rows = self.everywhere(torch.tensor([[*(s.rewards[name] for name in names), s.length] for s in samples]))
-        logged = self.weighting.update(dict(zip(names, rows[:, :-1].unbind(1), strict=True)), rows[:, -1])
-        for name, value in logged.items():
-            self.record(name, value)
-        self.pass_on_messages()
-
-    def pass_on_messages(self) -> None:
-        """What the weighting has to say, from the main process."""
-        for message in self.weighting.messages if self.is_world_process_zero() else ():
-            logger.warning("step %d: %s", self.state.global_step + 1, message)
-        self.weighting.messages.clear()
 
     def update_kl_coefficient(self, samples: list[Sample]) -> None:
         logps = completion_matrix(samples, "old_logps" if samples[0].old_logps is not None else "engine_logps")

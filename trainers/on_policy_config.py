@@ -6,6 +6,8 @@ from align.errors import ConfigError
 from align.objectives.policy_loss import AGGREGATIONS
 from trainers.base import BaseConfig
 from trainers.constraint_options import check_constraints
+from trainers.dynamic_weights import check_dynamic_weights
+from trainers.threshold_search import check_search
 
 RATIO_LEVELS = ("token", "sequence", "sequence_mean")
 CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
@@ -81,6 +83,20 @@ class OnPolicyConfig(BaseConfig):
             "constraint holds; with none the task is to stay close to the reference."
         },
     )
+    dynamic_weights: dict | None = field(
+        default=None,
+        metadata={
+            "help": "Weights of the rewards that change while training: {type: hypervolume} or {type: gradient, "
+            "learning_rate, mu, parameters} (docs/constrained.md)."
+        },
+    )
+    threshold_search: dict | None = field(
+        default=None,
+        metadata={
+            "help": "Find the thresholds of `equal` constraints within this run, by Nelder-Mead on the gold score: "
+            "{start, reached, budget, steps, ...} (docs/constrained.md)."
+        },
+    )
     # ---- updates
     num_mini_batches: int = field(
         default=1,
@@ -148,3 +164,5 @@ class OnPolicyConfig(BaseConfig):
                 "mean over tokens: set loss_aggregation: sequence_mean"
             )
         check_constraints(self)
+        check_dynamic_weights(self)
+        check_search(self)

@@ -53,6 +53,7 @@ class OnPolicyState:
             "reference": self.reference_probe(),
             "weighting": self.weighting.state_dict(),
             "kl_controller": None if self.kl_controller is None else self.kl_controller.state_dict(),
+            "search": None if self.search is None else self.search.state_dict(),
             "buffer": self.buffer.state_dict() if inside else None,
         }
 
@@ -61,6 +62,8 @@ class OnPolicyState:
         self.weighting.load_state_dict(state["weighting"])
         if self.kl_controller is not None:
             self.kl_controller.load_state_dict(state["kl_controller"])
+        if self.search is not None:
+            self.search.load_state_dict(state["search"])
         if state["buffer"] is not None:
             self.buffer = RolloutBuffer.from_state(state["buffer"], self.args.seed)
         if (self.buffer is not None) != bool(self.state.global_step % self.args.steps_per_rollout):

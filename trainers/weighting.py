@@ -56,7 +56,7 @@ class Weighting:
         return {}
 
     def state_dict(self) -> dict:
-        return {"flat": self.flat}
+        return {"flat": dict(self.flat)}
 
     def load_state_dict(self, state: dict) -> None:
         self.flat = state["flat"]
@@ -73,7 +73,12 @@ def make_weighting(names: list[str], weights: list[float], args: Any) -> Weighti
     """The weighting that a configuration (`OnPolicyConfig`) asks for."""
     from trainers.constrained_weights import ConstrainedWeights, SatisficingPerEpisode, SatisficingWeights
     from trainers.constraint_options import check_constraints
+    from trainers.dynamic_weights import GradientWeights, HypervolumeWeights, check_dynamic_weights
 
+    dynamic = check_dynamic_weights(args)
+    if dynamic is not None:
+        kind = dynamic.type
+        return HypervolumeWeights(names, weights) if kind == "hypervolume" else GradientWeights(names, weights, dynamic)
     options = check_constraints(args)
     if options is None:
         return FixedWeights(names, weights)

@@ -84,7 +84,7 @@ class NelderMead:
         return max(self.history, key=lambda entry: entry[1])
 
     def state_dict(self) -> dict:
-        return {"simplex": list(self.simplex), "history": self.history}
+        return {"simplex": list(self.simplex), "history": list(self.history)}
 
     def load_state_dict(self, state: dict) -> None:
         self.simplex, self.history = state["simplex"], [tuple(entry) for entry in state["history"]]
