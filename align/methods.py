@@ -3,6 +3,7 @@
 Trainers are named as strings, so that nothing is imported before it is used. A new method is one entry.
 """
 
+import difflib
 from dataclasses import dataclass
 
 from align.errors import ConfigError
@@ -121,5 +122,7 @@ METHODS = {
 def get_method(name: str) -> Method:
     """The method called `name`; ConfigError naming the valid ones otherwise."""
     if name not in METHODS:
-        raise ConfigError(f"there is no method {name!r}; the methods are {', '.join(METHODS)}")
+        near = difflib.get_close_matches(name, METHODS, n=1)
+        nearest = f"nearest: {near[0]}; " if near else ""
+        raise ConfigError(f"there is no method {name!r}; {nearest}the methods are {', '.join(METHODS)}")
     return METHODS[name]

@@ -115,7 +115,7 @@ def test_a_file_without_a_method(tmp_path, capsys):
     assert launch(path, "--method", "reward", "--num-processes", 2, "--dry-run") == 0
     assert "--module align reward --config" in capsys.readouterr().out
     assert launch(path, "--method", "dop", "--num-processes", 2, "--dry-run") == 2
-    assert "there is no method 'dop'; the methods are sft, reward, remax" in capsys.readouterr().err
+    assert "there is no method 'dop'; nearest: dpo; the methods are sft, reward, dpo" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="DeepSpeed is installed here")

@@ -79,6 +79,10 @@ def test_help_of_a_method_has_its_own_options_first(method, capsys):
         "modpo": "objective",
         "sparsepo": "mask_layers",
         "remax": "kl_mode",
+        "ppo": "critic_learning_rate",
+        "rloo": "num_generations",
+        "grpo": "scale_rewards",
+        "reinforce_pp": "group_baseline",
     }[method.name]
     assert places[1] < shown.index(f"--{own} ") < places[2]
     assert shown.index("--weight_decay ") > places[4]

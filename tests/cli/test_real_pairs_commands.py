@@ -26,8 +26,8 @@ def test_dry_run_over_all_rows(tiny_model, real_pairs, tmp_path, capsys):
     assert "max_bad_share=0 allows 0" in capsys.readouterr().err
 
 
-def test_sft_reward_and_remax_train(tiny_model, real_pairs, tmp_path):
-    first = ["--dataset_train_split", "train[:60]", "--max_length", 512]
+def test_sft_reward_and_the_on_policy_methods_train(tiny_model, real_pairs, tmp_path):
+    first = ["--dataset_train_split", "train[:60]", "--max_length", 256]
     assert run("sft", tiny_model, real_pairs, tmp_path / "sft", *first) == 0
     policy = tmp_path / "sft"
     assert run("reward", policy, real_pairs, tmp_path / "rm", *first) == 0
@@ -35,9 +35,10 @@ def test_sft_reward_and_remax_train(tiny_model, real_pairs, tmp_path):
     on_policy += ["--rewards.0.path", tmp_path / "rm", "--gold_reward.path", tmp_path / "rm"]
     on_policy += ["--rollout_backend", "transformers", "--eval_strategy", "steps", "--eval_steps", 2]
     on_policy += ["--eval_dataset_name", real_pairs, "--dataset_test_split", "train[-20:]"]
-    assert run("remax", policy, real_pairs, tmp_path / "remax", *on_policy) == 0
-    _, *records = (tmp_path / "remax" / "overoptimization.jsonl").read_text().splitlines()
-    assert [json.loads(record)["step"] for record in records] == [0, 2]
+    for method in ("remax", "rloo", "grpo", "reinforce_pp", "ppo"):
+        assert run(method, policy, real_pairs, tmp_path / method, *on_policy) == 0
+        _, *records = (tmp_path / method / "overoptimization.jsonl").read_text().splitlines()
+        assert [json.loads(record)["step"] for record in records] == [0, 2]
 
 
 def test_dpo_trains(tiny_model, real_pairs, tmp_path, capsys):
