@@ -29,7 +29,7 @@ from align.quickstart.phases import make_policy
 
 RESULT = Path(__file__).parent / "results" / "sparsepo_masks.json"
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
-SHOWN = 0.8  # the beta whose masks are drawn token by token
+SHOWN = 3.2  # the beta whose masks are drawn token by token
 BETAS = (0.05, 0.2, 0.8, 3.2)
 SIDES = ("chosen", "rejected")
 QUIET = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "use_cpu": True, "logging_steps": 20}
