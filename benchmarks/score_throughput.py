@@ -1,8 +1,8 @@
 """How fast `ClassifierReward` scores, next to transformers' text classification at its best batch size.
 
-    python benchmarks/score_throughput.py [--repetitions 9] [--texts FILE.parquet] [--output FILE]
+    python benchmarks/score_throughput.py causal|encoder [--repetitions 9] [--texts FILE.parquet] [--output FILE]
 
-The same prompts and completions, as text, through the same model, a causal one and an encoder; every side tokenises
+The same prompts and completions, as text, through the same model, a causal one or an encoder; every side tokenises
 within the clock. The rivals:
 
 pipeline     `transformers.pipeline("text-classification")` with `batch_size`, texts in the order in which they come
@@ -42,7 +42,7 @@ from transformers.utils import logging as transformers_logging
 from reward_models.base import RewardBatch
 from reward_models.classifier import ClassifierReward
 
-RESULT = Path(__file__).parent / "results" / "score_throughput.json"
+RESULTS = Path(__file__).parent / "results"
 SHAPE = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4}
 LONGEST = 512
 
@@ -186,13 +186,13 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=120, help="completions per pass")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="of the rivals' batches")
     parser.add_argument("--texts", type=Path, help="parquet file with columns prompt and chosen")
-    parser.add_argument("--kinds", nargs="+", default=["causal", "encoder"], choices=["causal", "encoder"])
+    parser.add_argument("kind", choices=["causal", "encoder"])
     parser.add_argument("--device")
-    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--output", type=Path, help="default: results/score_throughput_<kind>.json")
     args = parser.parse_args()
     transformers_logging.set_verbosity_error()
     prompts, completions = texts(args.texts, args.count)
-    report = {kind: measure(kind, prompts, completions, args) for kind in args.kinds}
+    report = {args.kind: measure(args.kind, prompts, completions, args)}
     report["workload"] = {
         "completions": len(prompts),
         "texts": args.texts.name if args.texts else "random words, log-normal lengths",
@@ -201,13 +201,13 @@ def main() -> None:
     }
     report["versions"] = {"python": platform.python_version(), **{n: version(n) for n in ("torch", "transformers")}}
     report["threads"] = torch.get_num_threads()
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=1) + "\n")
-    for kind in args.kinds:
-        for of in ("wall", "cpu"):
-            for name, values in report[kind][f"ratio_{of}"].items():
-                numbers = ", ".join(f"{key} {value:.3f}" for key, value in values.items())
-                print(f"{kind:8s} {of:5s} {name:12s} {numbers}")
+    output = args.output or RESULTS / f"score_throughput_{args.kind}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(report, indent=1) + "\n")
+    for of in ("wall", "cpu"):
+        for name, values in report[args.kind][f"ratio_{of}"].items():
+            numbers = ", ".join(f"{key} {value:.3f}" for key, value in values.items())
+            print(f"{args.kind:8s} {of:5s} {name:12s} {numbers}")
 
 
 if __name__ == "__main__":
