@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from align.errors import ConfigError, DataError
+from align.modeling.members import layer_list
 from align.modeling.pairs import Completions, at_completions
 
 FILE_NAME = "token_masks.safetensors"
@@ -167,15 +168,14 @@ def watch_states(core: nn.Module, places: Completions, layers: str = "all"):
 
 
 def decoder_layers(core: nn.Module) -> nn.ModuleList:
-    """The transformer layers of a model."""
-    count = core.config.get_text_config().num_hidden_layers
-    for module in core.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise ConfigError(
-        f"{type(core).__name__} has no list of {count} layers, so its hidden states cannot be read; mask_layers: last "
-        "needs the last one only"
-    )
+    """The transformer layers of a model. Raises ConfigError where they cannot be told."""
+    try:
+        return layer_list(core)
+    except ConfigError as error:
+        raise ConfigError(
+            f"the hidden states of {type(core).__name__} cannot be read: it has no single list of "
+            f"{core.config.get_text_config().num_hidden_layers} layers. mask_layers: last needs the last one only"
+        ) from error
 
 
 def first_of(output) -> Tensor:

@@ -61,7 +61,7 @@ def test_hooks_are_gone_afterwards():
 def test_a_model_without_a_list_of_layers_is_refused():
     core = model()
     core.config.num_hidden_layers = 7
-    with pytest.raises(ConfigError, match="no list of 7 layers"):
+    with pytest.raises(ConfigError, match="no single list of 7 layers. mask_layers: last"):
         decoder_layers(core)
 
 
