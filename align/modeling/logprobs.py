@@ -154,8 +154,11 @@ def _through_head(
     def forward(hidden: Tensor) -> Tensor:
         if hidden.shape[:2] == inputs["input_ids"].shape:
             values = finish(head, hidden.flatten(0, 1).index_select(0, positions))
-            kept["joint"] = values.logps[None] if values.kl is None else torch.stack([values.logps, values.kl])
-            kept["values"] = values._replace(logps=kept["joint"][0], kl=None if values.kl is None else kept["joint"][1])
+            kept["joint"] = values.logps
+            if values.kl is not None:  # the gradient of either must come through the output
+                kept["joint"] = torch.stack([values.logps, values.kl])
+                values = values._replace(logps=kept["joint"][0], kl=kept["joint"][1])
+            kept["values"] = values
         kept["last"] = head.forward(hidden[:, -1:])
         return kept["last"]
 

@@ -128,7 +128,7 @@ def test_two_processes_are_one(trunk, tmp_path):
     for _, values, differences in sorted(queue.get(timeout=10) for _ in range(2)):
         for actual, whole in zip(values, expected, strict=True):
             torch.testing.assert_close(torch.tensor(actual[0]), whole[0], rtol=1e-5, atol=1e-6)
-        assert len(differences) == 6 and max(differences.values()) < 1e-9, differences
+        assert len(differences) == 8 and max(differences.values()) < 1e-9, differences
 
 
 def test_margin_and_conversations(trunk, tmp_path):
