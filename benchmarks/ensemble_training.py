@@ -123,48 +123,52 @@ def spread(values: list[float]) -> dict[str, float]:
     return {name: round(value, 4) for name, value in {**numbers, "max": max(values)}.items()}
 
 
+def report(measured: list[dict], steps: int) -> dict:
+    found: dict = {}
+    for kind in KINDS:
+        for clock in ("cpu", "wall"):
+            five = [m[f"{kind}: {MEMBERS}"][clock] for m in measured]
+            for rival, name in ((f"{kind}: 1", "one"), ("whole model", "one_whole_model")):
+                ratios = [a / m[rival][clock] for a, m in zip(five, measured, strict=True)]
+                found.setdefault(kind, {})[f"ratio_{clock}_to_{name}"] = spread(ratios)
+    found["cpu_seconds"] = {name: [round(m[name]["cpu"], 4) for m in measured] for name in measured[0]}
+    found["workload"] = {
+        "members": MEMBERS,
+        "upper_layers": UPPER,
+        "lora": {"r": 8, "target_modules": TARGETS},
+        "model": {**SHAPE, "dtype": "float32"},
+        "step": f"{PAIRS_PER_STEP} pairs of 2 x 64 tokens, {steps} steps",
+    }
+    found["versions"] = {
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "peft")},
+    }
+    return {**found, "threads": torch.get_num_threads()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--output", type=Path, default=RESULT, help="written after every repetition from the second on")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
 
     variants = {"whole model": (None, 1)}
     variants |= {f"{kind}: {count}": (kind, count) for kind in KINDS for count in (1, MEMBERS)}
     names, measured = list(variants), []
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        for number in trange(-1, args.repetitions, desc="Measuring"):  # the first one warms up
+        for number in trange(-1, args.repetitions, desc="Measuring"):
             data = pairs(PAIRS_PER_STEP * args.steps, number)
             shift = number % len(names)
             order = names[shift:] + names[:shift]
-            measured.append({name: train(*variants[name], data, args.steps, folder) for name in order})
-    measured = measured[1:]
-    report = {}
+            seconds = {name: train(*variants[name], data, args.steps, folder) for name in order}
+            measured += [seconds] if number >= 0 else []  # the first one warms up
+            if len(measured) > 1:
+                args.output.write_text(json.dumps(report(measured, args.steps), indent=1) + "\n")
     for kind in KINDS:
-        for clock in ("cpu", "wall"):
-            five = [m[f"{kind}: {MEMBERS}"][clock] for m in measured]
-            for rival, name in ((f"{kind}: 1", "one"), ("whole model", "one_whole_model")):
-                ratios = [a / m[rival][clock] for a, m in zip(five, measured, strict=True)]
-                report.setdefault(kind, {})[f"ratio_{clock}_to_{name}"] = spread(ratios)
-    report["cpu_seconds"] = {name: [round(m[name]["cpu"], 4) for m in measured] for name in names}
-    report["workload"] = {
-        "members": MEMBERS,
-        "upper_layers": UPPER,
-        "lora": {"r": 8, "target_modules": TARGETS},
-        "model": {**SHAPE, "dtype": "float32"},
-        "step": f"{PAIRS_PER_STEP} pairs of 2 x 64 tokens, {args.steps} steps",
-    }
-    report["versions"] = {
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "peft")},
-    }
-    report["threads"] = torch.get_num_threads()
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=1) + "\n")
-    for kind in KINDS:
-        for name, values in report[kind].items():
+        for name, values in report(measured, args.steps)[kind].items():
             print(f"{kind:24s} {name:28s} {values}")
 
 
