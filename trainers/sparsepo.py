@@ -13,7 +13,7 @@ from align.evaluation.strict_json import write_json
 from align.modeling.activation_masks import architecture, groups_of, watch_activations
 from align.modeling.load import Reference
 from align.modeling.logprobs import language_model
-from align.modeling.pairs import PairTokens, completions, pair_tokens_with_kl
+from align.modeling.pairs import Completions, PairTokens, completions, pair_tokens_with_kl
 from align.modeling.token_masks import (
     MaskSettings,
     TokenMasks,
@@ -128,7 +128,7 @@ class SparsePOTrainer(PreferenceTrainer):
             return watch_states(core, places, args.mask_layers)
 
         watched = Watched(self.reference, watch, self.accelerator.autocast)
-        with nullcontext() if self.masks is None else self._masks_in(watched) as weights:
+        with nullcontext() if self.masks is None else self._masks_in(watched, places) as weights:
             policy, reference = pair_tokens_with_kl(model, watched, batch, chunk_size=args.chunk_size)
         if self.masks is None:
             mask = watched.seen.mask()
@@ -138,7 +138,7 @@ class SparsePOTrainer(PreferenceTrainer):
         return MaskedTokens(**vars(policy), m_u=m_u, m_d=m_d), reference
 
     @contextmanager
-    def _masks_in(self, watched: Watched):
+    def _masks_in(self, watched: Watched, places: Completions):
         """A dict that holds the masks once the policy has run. The networks run inside the policy's own forward pass
         and are part of its output: DDP takes parameters that it cannot reach from there for unused, and FSDP has their
         weights together only there."""
@@ -148,7 +148,7 @@ class SparsePOTrainer(PreferenceTrainer):
             if watched.inside:  # an adapter's reference is the same module
                 return
             with self.accelerator.autocast():
-                kept["masks"] = self.masks(watched.seen)
+                kept["masks"] = self.masks(watched.seen, places.mask)
             output.hidden_states = tuple(m for m in kept["masks"] if m is not None)
 
         # prepended: the wrappers' own hooks must see the output with the masks

@@ -97,4 +97,4 @@ def masks_of_pairs(core, rows: list[dict], pad_token_id: int, masks=None, groups
             return mask, mask
         with watch_states(core, places, masks.settings.layers) as states:
             core.base_model(**inputs)
-        return masks.to(device)(states)
+        return masks.to(device)(states, places.mask)

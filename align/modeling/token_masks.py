@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from align.errors import ConfigError, DataError
 from align.modeling.members import layer_list
-from align.modeling.pairs import Completions, at_completions
+from align.modeling.pairs import Completions
 
 FILE_NAME = "token_masks.safetensors"
 INITS = ("unit", "released")
@@ -124,12 +124,16 @@ class TokenMasks(nn.Module):
             network.initialise(init, generator)
         return self
 
-    def forward(self, states: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
-        if self.settings.layers == "all":
-            states = [standardise(h) for h in states]
-        weights = {name: network(states) for name, network in self.networks.items()}
+    def forward(self, states: list[Tensor], mask: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Weights [2B, L], 0 outside of mask [2B, L]; states of its N tokens as `watch_states` gathers them."""
+        weights = {name: on_rows(network(states), mask) for name, network in self.networks.items()}
         reward, kl = (weights.get(name, weights.get("common")) for name in ("reward", "kl"))
         return (reward if self.settings.on_reward else None), (kl if self.settings.on_kl else None)
+
+
+def on_rows(values: Tensor, mask: Tensor) -> Tensor:
+    """Values [N] of the tokens in mask [2B, L], put in their places; 0 elsewhere."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
 def standardise(h: Tensor, eps: float = 1e-5) -> Tensor:
@@ -145,17 +149,20 @@ def standardise(h: Tensor, eps: float = 1e-5) -> Tensor:
 
 @contextmanager
 def watch_states(core: nn.Module, places: Completions, layers: str = "all"):
-    """A list that holds, after a forward pass of `core` inside, the hidden state after each of its layers at the
-    completion positions, [2B, L, d] each: transformers' `hidden_states[1:]`, the last one after the final norm.
+    """A list that holds, after a forward pass of `core` inside, what `TokenMasks` reads for the N completion tokens of
+    the batch: [N, d] per layer. The states are transformers' `hidden_states[1:]` before each token, the last one after
+    the final norm; standardised for `all` layers, as it is for the `last`. Nothing else of them is kept.
 
-    core: a transformers model with a head (see `language_model`). layers: `all` or `last`. Raises ConfigError for a
-    model whose layers cannot be found.
+    core: a transformers model with a head (see `language_model`). Raises ConfigError for a model whose layers cannot
+    be found.
     """
     states: list[Tensor] = []
+    sources = places.sources[places.mask]
     blocks = decoder_layers(core)[:-1] if layers == "all" else []
 
     def keep(module, args, output):
-        states.append(at_completions(first_of(output).detach(), places))
+        h = first_of(output).detach().flatten(0, 1)[sources]
+        states.append(standardise(h) if layers == "all" else h)
 
     # the body's output is the last state after the final norm; the head is left alone, as its products are tiled
     hooks = [module.register_forward_hook(keep) for module in (*blocks, core.base_model)]

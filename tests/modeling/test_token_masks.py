@@ -24,9 +24,17 @@ def settings(**options):
     return MaskSettings(**{"variant": "common", "hidden_size": 16, "num_layers": 4, **options})
 
 
-def states(count=4, tokens=(3, 5), seed=0):
+MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]]).bool()
+
+
+def states(count=4, seed=0):
+    """Of the ten tokens in MASK, after `count` layers."""
     generator = torch.Generator().manual_seed(seed)
-    return [3 * torch.randn(*tokens, 16, generator=generator, dtype=torch.float64) + 1 for _ in range(count)]
+    return [3 * torch.randn(10, 16, generator=generator, dtype=torch.float64) + 1 for _ in range(count)]
+
+
+def read(states):
+    return [standardise(h) for h in states]
 
 
 # ---- states ----------------------------------------------------------------------------------------------------------
@@ -44,11 +52,12 @@ def test_states_are_those_before_each_completion_token(kind, chunk_size):
         whole = core(batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True)
     expected = whole.hidden_states[1:]
     assert len(seen) == len(expected) == 2 and len(last) == 1
+    done = 0
     for row in range(6):
         start, count = int(batch["completion_mask"][row].argmax()), int(batch["completion_mask"][row].sum())
-        for ours, theirs in zip([*seen, *last], [*expected, expected[-1]], strict=True):
-            torch.testing.assert_close(ours[row, :count], theirs[row, start - 1 : start - 1 + count])
-            assert not ours[row, count:].any()
+        tokens = slice(done, done := done + count)
+        for ours, theirs in zip([*seen, *last], [*map(standardise, expected), expected[-1]], strict=True):
+            torch.testing.assert_close(ours[tokens], theirs[row, start - 1 : start - 1 + count])
 
 
 def test_hooks_are_gone_afterwards():
@@ -83,8 +92,9 @@ def test_all_layers_are_the_plain_composition_of_modules(mlp_size):
         value = network.first[layer](network.norm(h))
         values.append(F.relu(network.second[layer](value) if mlp_size else value))
     plain = F.relu(network.mixer(torch.cat(values, dim=-1))).squeeze(-1)
-    m_u, m_d = masks(inputs)
-    assert m_u is m_d and (plain > 0).any()
+    m_u, m_d = masks(read(inputs), MASK)
+    assert m_u is m_d and (plain > 0).any() and not m_u[~MASK].any()
+    m_u = m_u[MASK]
     torch.testing.assert_close(m_u, plain)
     weights = torch.rand(plain.shape, dtype=torch.float64)
     parameters = list(network.parameters())
@@ -103,17 +113,17 @@ def test_last_layer_reads_the_last_state_as_it_is(mlp_size):
     (h,) = states(1)
     value = network.first[0](h)
     plain = F.relu(network.second[0](value) if mlp_size else value).squeeze(-1)
-    torch.testing.assert_close(masks([h])[0], plain)
+    torch.testing.assert_close(masks([h], MASK)[0][MASK], plain)
 
 
 def test_variants():
     common = TokenMasks(settings()).initialise("unit", 0)
-    inputs = [h.float() for h in states()]
-    m_u, m_d = common(inputs)
+    inputs = [h.float() for h in read(states())], MASK
+    m_u, m_d = common(*inputs)
     assert m_u is m_d
-    only_kl = TokenMasks(settings(on_reward=False)).initialise("unit", 0)(inputs)
+    only_kl = TokenMasks(settings(on_reward=False)).initialise("unit", 0)(*inputs)
     assert only_kl[0] is None and torch.equal(only_kl[1], m_u)
-    m_u, m_d = TokenMasks(settings(variant="independent")).initialise("unit", 0)(inputs)
+    m_u, m_d = TokenMasks(settings(variant="independent")).initialise("unit", 0)(*inputs)
     assert not torch.allclose(m_u, m_d)
 
 
@@ -123,12 +133,13 @@ def test_unit_starts_near_one_and_released_near_zero(options):
     wide = settings(hidden_size=2048, num_layers=24, **options)
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(400, 2048, generator=generator) for _ in range(24 if wide.layers == "all" else 1)]
+    inputs = inputs, torch.ones(4, 100).bool()
     masks = TokenMasks(wide)
-    unit = [m for m in masks.initialise("unit", 3)(inputs)]
+    unit = [m for m in masks.initialise("unit", 3)(*inputs)]
     assert all(0.85 < m.mean() < 1.15 and m.std() > 0.1 for m in unit)
     assert all((m > 0).float().mean() > (0.99 if wide.layers == "all" else 0.8) for m in unit)
     if wide.layers == "all":
-        released = masks.initialise("released", 3)(inputs)
+        released = masks.initialise("released", 3)(*inputs)
         assert all(0 <= m.mean() < 0.1 for m in released)
 
 
@@ -143,39 +154,38 @@ def test_initialisation_depends_on_the_seed_only():
 
 def test_dropout_is_on_in_training_only():
     masks = TokenMasks(settings(dropout=0.5)).initialise("unit", 0)
-    inputs = [h.float() for h in states()]
-    assert not torch.equal(masks.train()(inputs)[0], masks(inputs)[0])
-    assert torch.equal(masks.eval()(inputs)[0], masks(inputs)[0])
+    inputs = [h.float() for h in states()], MASK
+    assert not torch.equal(masks.train()(*inputs)[0], masks(*inputs)[0])
+    assert torch.equal(masks.eval()(*inputs)[0], masks(*inputs)[0])
 
 
 def test_half_precision_states():
     """A bfloat16 reference, with autocast and without: float32 masks close to the exact ones, gradients in float32."""
     masks = TokenMasks(settings(variant="independent")).initialise("unit", 0)
-    exact = masks([h.float() for h in states()])
-    half = [h.bfloat16() for h in states()]
+    exact = masks(read(h.float() for h in states()), MASK)
+    half = masks(read(h.bfloat16() for h in states()), MASK)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed = masks([h.float() for h in states()])
-    for m, close in zip(exact * 2, (*masks(half), *mixed), strict=True):
+        mixed = masks(read(h.float() for h in states()), MASK)
+    for m, close in zip(exact * 2, (*half, *mixed), strict=True):
         assert close.dtype == torch.float32
         torch.testing.assert_close(close, m, atol=0.03, rtol=0)
     mixed[0].sum().backward()
     assert masks.networks["reward"].first[0].weight.grad.dtype == torch.float32
 
 
-def test_standardise_keeps_one_copy_per_layer():
-    """What the backward pass holds: one standardised state per layer, for two networks."""
+def test_the_backward_pass_keeps_one_state_per_layer():
+    """The standardised one, for two networks."""
     masks = TokenMasks(settings(variant="independent")).double().initialise("unit", 0)
-    inputs, kept = states(), set()
+    inputs, kept = read(states()), set()
 
     def keep(tensor):
-        if tensor.shape[:2] == (3, 5) and tensor.shape[-1] == 16 or tensor.shape == (15, 16):
+        if tensor.numel() == inputs[0].numel():
             kept.add(tensor.data_ptr())
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        masks(inputs)
-    assert len(kept) == 4
-    assert standardise(inputs[0]).requires_grad is False
+        masks(inputs, MASK)
+    assert kept == {h.data_ptr() for h in inputs}
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------
@@ -188,7 +198,7 @@ def test_saved_masks_are_the_same_when_they_are_loaded(options, tmp_path):
     save_masks(tmp_path, describe_masks(masks.settings, "some/reference"), masks.state_dict())
     loaded, reference = load_masks(tmp_path)
     assert reference == "some/reference" and loaded.settings == masks.settings and not loaded.training
-    for ours, theirs in zip(masks(inputs), loaded(inputs), strict=True):
+    for ours, theirs in zip(masks(inputs, MASK), loaded(inputs, MASK), strict=True):
         assert torch.equal(ours, theirs)
 
 
