@@ -1,0 +1,47 @@
+"""Two processes (gloo) learn the multipliers, weights and thresholds that one learns."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from constrained_ranks import RUNS, train
+from tiny_runs import assert_same
+
+
+@pytest.fixture(scope="module")
+def runs(policy, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("constrained")
+    one = train(policy, folder / "one", 1)
+    (folder / "two").mkdir()
+    script = Path(__file__).parent / "constrained_ranks.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
+    result = subprocess.run(
+        [*command, policy, str(folder / "two")],
+        env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+    return one, *(torch.load(folder / "two" / f"rank{rank}.pt") for rank in (0, 1))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_learn_what_one_learns(runs, name):
+    one, first, second = (run[name] for run in runs)
+    assert_same(first["weights"], second["weights"])
+    assert len(one["logs"]) == len(first["logs"]) > 4
+    learned = 0
+    for alone, together in zip(one["logs"], first["logs"], strict=True):
+        assert alone.keys() == together.keys()
+        learned += sum(key.startswith(("constraints/", "dynamic_weights/")) for key in alone)
+        for key, value in alone.items():
+            if "influence" in key or not isinstance(value, float):
+                continue
+            assert together[key] == pytest.approx(value, rel=2e-3, abs=2e-4), key
+    assert learned >= 8
+    for parameter, expected in one["weights"].items():
+        torch.testing.assert_close(first["weights"][parameter], expected, rtol=1e-3, atol=1e-4)
