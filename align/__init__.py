@@ -62,6 +62,7 @@ _EXPORTS = {
     # data and evaluation
     "load_rows": "align.data.rows:load_rows",
     "read_run": "align.evaluation.records:read_run",
+    "find_proxy_point": "align.evaluation.proxy_points:find_proxy_point",
     "evaluate_reward": "align.evaluation.reward_eval:evaluate_reward",
     # errors
     "AlignError": "align.errors:AlignError",

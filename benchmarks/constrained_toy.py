@@ -9,8 +9,8 @@
 Per seed everything is new: the policy (supervised, from scratch), two reward models from its own answers, each labelled
 by one gold objective with a share of wrong labels, and the thresholds: the proxy point (align.evaluation.proxy_points)
 of three runs without constraints, one on each reward (half as long) and one on their sum. `fixed` maximises the sum of
-the two; `mu` holds each at least at its threshold, `xi` at it, with the KL as the only task. Same prompts, learning rate
-and evaluations for all. Gold is the sum of the toy world's three objectives, one of which (brevity) no reward model
+the two; `mu` holds each at least at its threshold, `xi` at it, with the KL as the only task. Same prompts, learning
+rate and evaluations for all. Gold is the sum of the toy world's three objectives, one of which (brevity) no reward model
 knows.
 
 `report` gives, per run and reward, the mean over the last quarter of the run, of the rollouts (training prompts: what
