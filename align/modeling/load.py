@@ -137,6 +137,8 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        if isinstance(vars(module).get("attention_dropout"), float):  # a number that attention layers pass on
+            module.attention_dropout = 0.0
 
 
 class Reference:

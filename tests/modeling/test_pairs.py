@@ -1,6 +1,7 @@
 import torch
 
 from align.data import PairCollator
+from align.modeling.load import disable_dropout
 from align.modeling.pairs import at_completions, completions, pair_count, pair_tokens
 from tests.modeling import tiny
 
@@ -38,3 +39,12 @@ def test_completion_tokens_and_what_predicts_them():
     assert before[0, :4].tolist() == [pairs[0]["prompt_ids"][-1], *pairs[0]["chosen_ids"][:2], 0]
     wide = at_completions(torch.randn(6, batch["input_ids"].shape[1], 4), places)
     assert wide.shape == (6, 6, 4) and wide[~places.mask].eq(0).all() and wide[places.mask].ne(0).all()
+
+
+def test_no_dropout_is_left_in_attention():
+    """Llama keeps its rate as a number of the layer, not as a module."""
+    model, batch = tiny.causal("llama", attention_dropout=0.5).train(), PairCollator(tiny.PAD)(features())
+    assert not torch.equal(pair_tokens(model, batch).logps, pair_tokens(model, batch).logps)
+    disable_dropout(model)
+    expected = pair_tokens(model.eval(), batch).logps
+    torch.testing.assert_close(pair_tokens(model.train(), batch).logps, expected, rtol=0, atol=1e-12)
