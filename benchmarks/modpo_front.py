@@ -13,14 +13,14 @@ see the same pairs in as many steps:
     modpo   the margin reward is a policy that DPO trained on the `short` labels; the `helpful` labels are trained on
     dpo_lw  DPO on both labels of every pair, each weighted by its objective's weight
     soups   weighted averages of the two policies that DPO trained on one objective each
-    rl      two reward models are trained on the same pairs, then ReMax on their weighted sum, once per weight vector
+    rl      ReMax on the weighted sum of the rewards that the two DPO policies imply, once per weight vector
 
 Every policy is judged by the gold rewards on prompts that nothing was trained on. The cost of MODPO's front (margin
-policy included) is compared with RL's (reward models included) in two ways: with as many prompts as MODPO has pairs,
-and until RL has first reached what MODPO's policy of the same weights has, in w . r - beta KL, with the learning rate
-that was best in a search on the middle weights (not counted). `oracle` is the same with the gold rewards instead of
-learned ones: nothing has to be trained or asked, which no real task offers. Seconds leave out evaluations and the start
-of the rollout engine; processor time is given too, which other work on the machine disturbs less.
+policy included) is compared with RL's (the two DPO policies included) in two ways: with as many prompts as MODPO has
+pairs, and until RL has first reached what MODPO's policy of the same weights has, in w . r - beta KL. `oracle` is RL on
+the gold rewards themselves: nothing has to be trained or asked, which no real task offers. Seconds leave out
+evaluations and the start of the rollout engine; processor time is given too, which other work on the machine disturbs
+less.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from modpo_world import BETA, MAX_COMPLETION, MAX_PROMPT, NAMES
 
 from align.data import tokenize_prompts
 from align.evaluation.bootstrap import percentile_interval, resample_weights
-from align.evaluation.front import Front, Point, read_front
+from align.evaluation.front import read_front
 from align.evaluation.front_plots import plot_fronts
 from align.evaluation.front_scores import REFERENCE, Sampling, score_fronts, summarise
 from align.evaluation.pareto import above_front, dominates
@@ -50,8 +50,6 @@ from align.modeling.load import load_tokenizer
 
 RESULT = Path(__file__).parent / "results" / "modpo_front.json"
 SAMPLING = Sampling(n=16, max_completion_length=MAX_COMPLETION, backend="transformers")
-RL_LEARNING_RATES = (5e-4, 1e-3, 2e-3)
-MIDDLE = 2  # of the five weight vectors
 
 
 def timed(function) -> tuple[dict[str, float], object]:
@@ -68,8 +66,8 @@ class Later(Exception):
 class Study:
     """The parts of one seed. A part's result is a JSON file of the folder; what is there is not computed again."""
 
-    def __init__(self, folder: Path, seed: int, deadline: float):
-        self.folder, self.seed, self.deadline = folder / f"seed_{seed}", seed, deadline
+    def __init__(self, folder: Path, seed: int, deadline: float, rl_kinds: list[str]):
+        self.folder, self.seed, self.deadline, self.rl_kinds = folder / f"seed_{seed}", seed, deadline, rl_kinds
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def part(self, name: str, function) -> dict:
@@ -85,7 +83,7 @@ class Study:
             print(f"seed {self.seed}, {name}: {seconds['wall']:.1f} s", flush=True)
         return json.loads(path.read_text())
 
-    def run(self, with_rl: bool) -> dict:
+    def run(self) -> dict:
         folder, seed = self.folder, self.seed
         world = self.part("world", lambda: toy_world.make_world(folder, seed))["result"]
         world["pairs"] = {name: toy_world.label(world["answers"], name, seed) for name in NAMES}
@@ -98,47 +96,38 @@ class Study:
         vectors = [point.weights for point in read_front(folder / "modpo").points]
         parts["dpo_lw"] = self.part("dpo_lw", lambda: toy_world.loss_weighting(world, folder / "dpo_lw", seed))
         parts["soups"] = self.part("soups", lambda: toy_world.soups(world, ends, vectors, folder / "soups"))
-        rl = self.rl(world, vectors) if with_rl else {}
-        methods = {"modpo": "modpo", "dpo_lw": "dpo_lw", "soups": "soups", **({"rl": "rl_learned"} if rl else {})}
-        name = "scores_with_rl" if rl else "scores"
-        summary = self.part(name, lambda: self.judge(world, methods, vectors))["result"]
+        summary = self.part("scores", lambda: self.judge(world, ["modpo", "dpo_lw", "soups"]))["result"]
+        rl = self.rl(world, vectors)
         seconds = {name: part["seconds"] for name, part in parts.items()}
         return {"seed": seed, "seconds": seconds, "summary": summary, "rl": rl}
 
     def rl(self, world: dict, vectors: list[dict]) -> dict:
-        """Reward models, the search for a learning rate, and the runs on learned and on gold rewards."""
-        folder, seed, found = self.folder, self.seed, {"models": {}, "search": {}, "learned": [], "oracle": []}
-        for name in NAMES:
-            path = folder / f"reward_{name}"
-            part = self.part(f"reward_{name}", lambda n=name, p=path: toy_world.reward_model(world, n, p, seed))
-            found["models"][name] = part["seconds"]
-        learned = [
-            {"type": "classifier", "path": str(folder / f"reward_{n}"), "name": n, "normalize": False} for n in NAMES
+        """The runs on the rewards that the two DPO policies imply, and on the gold rewards."""
+        folder, seed = self.folder, self.seed
+        implied = [
+            {
+                "type": "implicit",
+                "path": str(folder / f"dpo_{name}"),
+                "reference": world["policy"],
+                "beta": BETA,
+                "name": name,
+            }
+            for name in NAMES
         ]
+        kinds = {"implicit": implied, "oracle": list(toy_world.rewards().values())}
 
-        def run(name: str, weights: dict, reward: list, rate: float) -> list[dict]:
-            return self.part(name, lambda: toy_world.reinforce(world, weights, reward, rate, folder / name, seed))[
-                "result"
-            ]
+        def run(kind: str, number: int) -> list[dict]:
+            name = f"rl_{kind}_{number}"
+            options = world, vectors[number], kinds[kind], folder / name, seed
+            return self.part(name, lambda: toy_world.reinforce(*options))["result"]
 
-        for rate in RL_LEARNING_RATES:
-            found["search"][rate] = run(f"rl_search_{rate}", vectors[MIDDLE], learned, rate)
-        rate = max(RL_LEARNING_RATES, key=lambda rate: max(map(objective, found["search"][rate])))
-        found["learning_rate"] = rate
-        for kind, reward in (("learned", learned), ("oracle", list(toy_world.rewards().values()))):
-            found[kind] = [run(f"rl_{kind}_{i}", weights, reward, rate) for i, weights in enumerate(vectors)]
-        return found
+        return {kind: [run(kind, number) for number in range(len(vectors))] for kind in kinds if kind in self.rl_kinds}
 
-    def judge(self, world: dict, methods: dict[str, str], vectors: list[dict]) -> dict:
-        """The summary of `align front`, and how DPO loss weighting stands to MODPO's front. methods: name -> folder."""
-        fronts = {}
-        for name, place in methods.items():
-            if name == "rl":
-                points = [Point(f"{place}_{i}", str(self.folder / f"{place}_{i}"), w) for i, w in enumerate(vectors)]
-                fronts[name] = Front("remax", world["policy"], list(NAMES), points)
-            else:
-                fronts[name] = read_front(self.folder / place)
-            fronts[name].reference = world["policy"]
+    def judge(self, world: dict, methods: list[str]) -> dict:
+        """The summary of `align front`, and how the other methods stand to MODPO's front."""
+        fronts = {name: read_front(self.folder / name) for name in methods}
+        for front in fronts.values():
+            front.reference = world["policy"]
         tokenizer = load_tokenizer(world["policy"])
         rows = datasets.Dataset.from_list(world["eval"])
         prompts = tokenize_prompts(rows, tokenizer, max_prompt_length=MAX_PROMPT)
@@ -181,9 +170,9 @@ def costs(seed: dict) -> dict:
     targets = [
         sum(w * p["scores"][name]["mean"] for name, w in p["weights"].items()) - BETA * p["kl"]["mean"] for p in points
     ]
-    models = {k: sum(part[k] for part in seed["rl"]["models"].values()) for k in modpo}
-    for kind, own in (("learned", models), ("oracle", {"wall": 0.0, "cpu": 0.0})):
-        runs = seed["rl"][kind]
+    models = {k: sum(spent[f"train_{name}"][k] for name in NAMES) for k in modpo}
+    for kind, runs in seed["rl"].items():
+        own = models if kind == "implicit" else dict.fromkeys(modpo, 0.0)
         arrived = [
             next((e for e in run if objective(e) >= target), None) for run, target in zip(runs, targets, strict=True)
         ]
@@ -225,6 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rl_seeds", type=int, nargs="*", default=[0], help="seeds for which RL is trained too")
+    parser.add_argument("--rl", nargs="*", default=["implicit", "oracle"], help="on which rewards")
     parser.add_argument("--work_dir", type=Path, default=Path("runs/modpo_front"))
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--figure", type=Path, help="draw the first seed's fronts here (without ending)")
@@ -236,14 +226,14 @@ def main() -> None:
     deadline, done = time.perf_counter() + args.limit, []
     for seed in args.seeds:
         try:
-            done.append(Study(args.work_dir, seed, deadline).run(seed in args.rl_seeds))
+            done.append(Study(args.work_dir, seed, deadline, args.rl if seed in args.rl_seeds else []).run())
         except Later:
             print(f"seed {seed} is not complete: run the command again", flush=True)
     if not done:
         return
     settings = {k.lower(): v for k, v in vars(toy_world).items() if k.isupper()}
     result = {
-        "settings": {**settings, "sampling": vars(SAMPLING), "rl_learning_rates": RL_LEARNING_RATES},
+        "settings": {**settings, "sampling": vars(SAMPLING)},
         "machine": {
             "processors": os.cpu_count(),
             "threads": torch.get_num_threads(),

@@ -17,8 +17,9 @@ from trainers.loss_weighting import LossWeightingConfig, soup_front, train_loss_
 MAX_PROMPT, MAX_COMPLETION = 12, 17
 BETA = 0.1
 PAIRS = 4000
-BATCH, EPOCHS, LEARNING_RATE = 64, 1, 1e-3
-RL_PROMPTS, RL_STEPS, RL_EVERY = 64, 62, 4  # as many prompts as there are pairs
+BATCH, EPOCHS, LEARNING_RATE = 64, 1, 5e-4  # the best of 3e-4 to 1e-3 for DPO alone
+RL_PROMPTS, RL_STEPS, RL_EVERY = 64, 62, 6  # as many prompts as there are pairs
+RL_LEARNING_RATE = 1e-3
 NAMES = ("helpful", "short")
 
 
@@ -142,17 +143,7 @@ def soups(world: dict, policies: dict[str, Path], vectors: list[dict], folder: P
     return soup_front(policies, vectors, folder, world["policy"])
 
 
-def reward_model(world: dict, objective: str, folder: Path, seed: int) -> Path:
-    """Bradley-Terry on the same pairs: what RL needs instead of MODPO's margin policy."""
-    options = preference_options(folder, seed)
-    del options["beta"], options["precompute_ref_log_probs"]
-    trainer = align.RewardTrainer(world["policy"], align.RewardConfig(**options), world["pairs"][objective])
-    trainer.train()
-    trainer.save_model()
-    return folder
-
-
-def reinforce(world: dict, weights: dict, reward: list, learning_rate: float, folder: Path, seed: int) -> list[dict]:
+def reinforce(world: dict, weights: dict, reward: list, folder: Path, seed: int) -> list[dict]:
     """ReMax on the weighted rewards. At every evaluation: the step, the weighted gold reward, the KL, and the seconds
     since training began, without those of the evaluations (and of the engine's start, which falls into the first)."""
     history, evaluating = [], np.zeros(2)
@@ -176,7 +167,7 @@ def reinforce(world: dict, weights: dict, reward: list, learning_rate: float, fo
             return metrics
 
     args = align.ReMaxConfig(
-        **quiet(folder, max_steps=RL_STEPS, per_device_train_batch_size=RL_PROMPTS, learning_rate=learning_rate),
+        **quiet(folder, max_steps=RL_STEPS, per_device_train_batch_size=RL_PROMPTS, learning_rate=RL_LEARNING_RATE),
         seed=seed,
         lr_scheduler_type="constant",
         beta=BETA,
@@ -186,7 +177,7 @@ def reinforce(world: dict, weights: dict, reward: list, learning_rate: float, fo
         per_device_eval_batch_size=256,
         eval_strategy="steps",
         eval_steps=RL_EVERY,
-        eval_num_generations=4,
+        eval_num_generations=2,
     )
     started = now()
     prompts = [Dataset.from_list(world[name]) for name in ("train", "eval")]
