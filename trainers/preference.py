@@ -69,7 +69,7 @@ class PreferenceConfig(BaseConfig):
         },
     )
     chunk_size: int | None = field(
-        default=None, metadata={"help": "Tokens per chunk of logits. Default: bounded by memory (256 MiB)."}
+        default=None, metadata={"help": "The most tokens whose logits exist at once. Default: as many as are fast."}
     )
     disable_dropout: bool = field(
         default=True, metadata={"help": "Dropout makes the policy differ from its reference."}
