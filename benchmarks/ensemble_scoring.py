@@ -78,9 +78,10 @@ def write_models(folder: Path, parts: list[str]) -> None:
     from reward_models.joint import save_adapters, save_trunk
 
     names = [f"member_{i}" for i in range(MEMBERS)]
-    plain_model().save_pretrained(folder / "one")
-    tokenizer().save_pretrained(folder / "one")
-    if "lora" in parts:
+    if not (folder / "one").exists():
+        plain_model().save_pretrained(folder / "one")
+        tokenizer().save_pretrained(folder / "one")
+    if "lora" in parts and not (folder / "lora").exists():
         config = LoraConfig(**LORA)
         model = add_member_adapters(load_sequence_classifier(folder / "one"), config, list(range(MEMBERS)))
         with torch.no_grad():  # as after training: B is not 0
@@ -88,7 +89,7 @@ def write_models(folder: Path, parts: list[str]) -> None:
                 p += 0.01 * torch.randn(p.shape)
         save_adapters(model, [folder / "lora" / name for name in names], config, tokenizer())
         save_ensemble(folder / "lora", names, kind="lora")
-    if set(parts) & {"trunk", "memory"}:
+    if set(parts) & {"trunk", "memory"} and not (folder / "trunk").exists():
         save_trunk(share_trunk(plain_model(), list(range(MEMBERS)), UPPER), folder / "trunk")
         tokenizer().save_pretrained(folder / "trunk")
         for name in names:
@@ -256,29 +257,30 @@ def main() -> None:
     parser.add_argument("--completions", type=int, help="per call [8; lora: 4]")
     parser.add_argument("--output", type=Path, default=RESULT, help="parts that are not measured stay as they are")
     parser.add_argument("--memory_of", choices=["one", "trunk"], help=argparse.SUPPRESS)
-    parser.add_argument("--models", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--models", type=Path, help="keep the models here, or take them from here [a temporary folder]")
     args = parser.parse_args()
     if args.memory_of:
         print(json.dumps(memory_of(args.memory_of, args.models)))
         return
 
     results = json.loads(args.output.read_text()) if args.output.exists() else {}
-    with tempfile.TemporaryDirectory() as folder:
-        write_models(Path(folder), args.part)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.models or Path(temporary)
+        write_models(folder, args.part)
         for part, variants, count in (("trunk", trunk_variants, 8), ("lora", lora_variants, 4)):
             if part in args.part:
-                results[part] = report(
-                    part, measure(variants(Path(folder)), args.repetitions, args.completions or count)
-                )
+                count = args.completions or count
+                measured = measure(variants(folder), args.repetitions, count)
+                results[part] = {**report(part, measured), "completions_per_call": count}
         if "memory" in args.part:
-            results["memory"] = memory(Path(folder))
+            results["memory"] = memory(folder)
     results["workload"] = {
         "members": MEMBERS,
         "upper_layers": UPPER,
         "model": {**SHAPE, "dtype": "float32"},
         "lora": LORA,
         "batch_tokens": BATCH_TOKENS,
-        "completions": "48 to 192 tokens with their prompts; trunk 8, lora 4, memory 64 per call",
+        "completions": "48 to 192 tokens with their prompts",
     }
     results["versions"] = {
         "python": platform.python_version(),
