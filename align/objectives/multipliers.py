@@ -9,6 +9,7 @@ from align.errors import ConfigError, TrainingError
 from align.objectives.constraints import FORMS, Constraint, applied_weights, squash, squash_slope
 
 SATURATED = 0.1  # of the largest slope: from there on a multiplier takes ten times as long to come back
+STEEPEST = {"sigmoid": 0.25, "tanh": 1.0, "softplus": 1.0}
 # Where the slope is a hundredth of the largest: beyond it a multiplier would hardly ever come back.
 BOUNDS = {"sigmoid": (-6.0, 6.0), "tanh": (-3.0, 3.0), "softplus": (-6.0, 8.0)}
 
@@ -28,7 +29,8 @@ class Multipliers:
 
     Gradient descent on L(l) = sum_i s(l_i) * slack_i (eq. 4.2, its minimisation over the multipliers): the derivative
     of the squashing multiplies the slack, momentum is the classical one, and the gradient vector's norm is clipped.
-    With `pid` the raw value is kp * e + ki * sum e + kd * change of e, e = -slack.
+    With `pid` the raw value is kp * e + ki * sum e + kd * change of e, e = -slack; the sum stands still while the
+    multiplier is at its limit in the direction of e.
 
     Args:
         form: sigmoid, tanh or softplus. Inequalities cannot be held with tanh, whose multiplier turns negative, nor
@@ -102,11 +104,7 @@ class Multipliers:
 
     def _move(self, slack: torch.Tensor) -> None:
         if self.pid is not None:
-            error, bound = -slack, self.pid.integral_bound
-            change = error - (error if self.last_error is None else self.last_error)
-            self.integral = (self.integral + error).clamp(-bound, bound)
-            self.last_error = error
-            raw = self.pid.kp * error + self.pid.ki * self.integral + self.pid.kd * change
+            raw = self._controlled(-slack)
         else:
             gradient = squash_slope(self.raw, self.form) * slack
             if self.max_grad_norm is not None:
@@ -115,6 +113,19 @@ class Multipliers:
             self.velocity = self.momentum * self.velocity + gradient if started else gradient
             raw = self.raw - self.learning_rate * self.velocity
         self.raw = raw.clamp(*self.bounds)
+
+    def _controlled(self, error: torch.Tensor) -> torch.Tensor:
+        """The raw values that the PID controller sets at this error [N]."""
+        gains, bound = self.pid, self.pid.integral_bound
+        change = error - (error if self.last_error is None else self.last_error)
+        direct = gains.kp * error + gains.kd * change
+        grown = (self.integral + error).clamp(-bound, bound)
+        raw = direct + gains.ki * grown
+        # What is summed up where the squashing is flat would have to be taken back before the multiplier moves again.
+        flat = squash_slope(raw, self.form) < SATURATED * STEEPEST[self.form]
+        self.integral = torch.where(flat & (raw * error > 0), self.integral, grown)
+        self.last_error = error
+        return direct + gains.ki * self.integral
 
     def metrics(self, values: dict[str, float]) -> dict[str, float]:
         """Per constraint: value, threshold, violation, raw and squashed multiplier, applied weight, saturation."""
@@ -141,8 +152,7 @@ class Multipliers:
         raw = self.raw[i]
         if raw.item() == self.bounds[1 if upper else 0]:
             return True
-        steepest = {"sigmoid": 0.25, "tanh": 1.0, "softplus": 1.0}[self.form]
-        flat = squash_slope(raw, self.form).item() < SATURATED * steepest
+        flat = squash_slope(raw, self.form).item() < SATURATED * STEEPEST[self.form]
         return flat and (raw.item() > 0) == upper
 
     def describe_weights(self) -> str:

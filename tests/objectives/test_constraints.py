@@ -54,6 +54,17 @@ def test_pid_meets_the_threshold_too():
     assert bandit(multipliers, 4000, REWARDS, TASK).item() == pytest.approx(0.6, abs=0.02)
 
 
+@pytest.mark.parametrize(("direction", "form"), [("equal", "tanh"), ("at_least", "sigmoid")])
+def test_a_controller_does_not_wind_up(direction, form):
+    """A threshold that was out of reach for long is left as soon as it is passed."""
+    multipliers = Multipliers([Constraint("r", direction, 1.0)], form, pid=PID(kp=2.0, ki=0.5))
+    for _ in range(200):
+        held = multipliers.update({"r": 0.5})
+    assert held[f"constraints/r_{direction}/multiplier"] > 0.9
+    raw = [multipliers.update({"r": 1.5})[f"constraints/r_{direction}/raw"] for _ in range(8)]
+    assert raw[-1] < 0  # by the sum of 200 errors it would take more than 20 updates
+
+
 def test_a_satisfied_inequality_loses_its_weight_and_an_equality_turns_negative():
     above = {"r": 2.0}
     inequality = Multipliers([Constraint("r", "at_least", 1.0)], "sigmoid")
