@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from dpo_vs_trl import DATA, StepTimes, make_model, options, text_tokenizer, usable_pairs
+from dpo_vs_trl import DATA, StepTimes, make_model, text_tokenizer, usable_pairs
 
 from align import DPOConfig, DPOTrainer, SparsePOConfig, SparsePOTrainer
 
@@ -68,13 +68,19 @@ def main() -> None:
         needed = args.pairs * args.steps
         for number in range(args.repetitions):
             rows = pairs.select(range(number * needed, (number + 1) * needed), keep_in_memory=True)
-            settings = options(folder / "run", args.pairs, args.pairs, args.steps, cached=False)
+            settings = {
+                "output_dir": str(folder / "run"), "per_device_train_batch_size": args.pairs, "max_steps": args.steps,
+                "learning_rate": 1e-4, "lr_scheduler_type": "constant", "max_length": None, "beta": 0.1, "bf16": False,
+                "train_sampling_strategy": "sequential", "report_to": "none", "save_strategy": "no", "use_cpu": True,
+                "disable_tqdm": True, "gradient_checkpointing": False, "optim": "adamw_torch",
+            }  # fmt: skip
             for name in list(METHODS) if number % 2 else list(METHODS)[::-1]:
                 found[name].append(seconds(name, str(folder / "model"), rows, settings))
     ratios = {name: [a / b for a, b in zip(found[name], found["dpo"], strict=True)] for name in METHODS}
     result = {
         "setting": {k: v for k, v in vars(args).items() if k not in ("data", "output")}
         | {"dtype": "float32", "threads": torch.get_num_threads()},
+        "data": {"file": args.data.name, "usable_pairs": len(pairs)},
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "cpu_seconds_per_step": {n: round(sum(v) / len(v) / (args.steps - 1), 4) for n, v in found.items()},
         "times_dpo": {
