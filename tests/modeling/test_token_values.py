@@ -19,9 +19,7 @@ TRANSFORMS = {
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(
-        vocabulary_tiles, "CACHE_TILE", 25
-    )  # tiles of 6 logits, the last one of 1
+    monkeypatch.setattr(vocabulary_tiles, "CACHE_TILE", 25)  # tiles of 6 logits, the last one of 1
     monkeypatch.setattr(vocabulary_tiles, "BLOCK", 4)
 
 
