@@ -2,15 +2,16 @@
 
     python benchmarks/constrained_toy.py world --seed 0 --folder runs/constrained_toy        # 40 s on one core
     python benchmarks/constrained_toy.py train helpfulness --seed 0 --folder ...              # 20-40 s each
-    python benchmarks/constrained_toy.py train courtesy | fixed | mu | xi --seed 0 --folder ...
+    python benchmarks/constrained_toy.py train courtesy | sum | fixed | fixed_kl | mu | xi --seed 0 --folder ...
     python benchmarks/constrained_toy.py report --folder runs/constrained_toy --output FILE --figure FILE
     python benchmarks/constrained_toy.py all --folder runs/constrained_toy                    # everything above
 
 Per seed everything is new: the policy (supervised, from scratch), two reward models from its own answers, each labelled
 by one gold objective with a share of wrong labels, and the thresholds: the proxy point (align.evaluation.proxy_points)
-of three runs without constraints, one on each reward (half as long) and one on their sum. `fixed` maximises the sum of
-the two; `mu` holds each at least at its threshold, `xi` at it, with the KL as the only task. Same prompts, learning
-rate and evaluations for all. Gold is the sum of the toy world's three objectives, one of which (brevity) no reward model
+of three exploratory runs without constraints, one on each reward (half as long) and one on their sum. Then `fixed`
+maximises the sum of the two with little KL penalty, `fixed_kl` with the one that the constrained runs have; `mu` holds
+each reward at least at its threshold, `xi` at it, with the KL as the only task; all four with the same prompts, steps,
+learning rate and optimiser. Gold is the sum of the toy world's three objectives, one of which (brevity) no reward model
 knows.
 
 `report` gives, per run and reward, the mean over the last quarter of the run, of the rollouts (training prompts: what
@@ -32,11 +33,13 @@ SEEDS = (0, 1, 2)
 REWARDS = ("helpfulness", "courtesy")
 PAIRS, FLIPPED = 3000, 0.1
 STEPS, SINGLE_STEPS, EVAL_EVERY, PROMPTS, ANSWERS = 64, 32, 4, 64, 2
-LEARNING_RATE = 5e-4
-BETA = {"single": 0.0, "fixed": 0.01, "constrained": 0.2}
-PID = {"kp": 3.0, "ki": 0.6}
-UNCONSTRAINED = ("helpfulness", "courtesy", "fixed")
-RUNS = (*UNCONSTRAINED, "mu", "xi")
+# Exploring: how the thresholds are found. Adam's momentum delays what a multiplier does: without it they settle.
+EXPLORING = {"learning_rate": 5e-4}
+COMPARING = {"learning_rate": 1e-3, "adam_beta1": 0.0}
+BETA = {"single": 0.0, "sum": 0.01, "fixed": 0.01, "fixed_kl": 0.2, "constrained": 0.2}
+PID = {"kp": 3.0, "ki": 0.3}
+EXPLORATORY, COMPARED = (*REWARDS, "sum"), ("fixed", "fixed_kl", "mu", "xi")
+RUNS = (*EXPLORATORY, *COMPARED)
 LENGTHS = {"max_prompt_length": 12, "max_completion_length": 17}
 QUIET = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
 
@@ -104,11 +107,11 @@ def labelled_pairs(folder: Path, seed: int) -> dict[str, list[dict]]:
 
 
 def method_options(folder: Path, name: str) -> dict:
-    """What tells the five runs apart."""
+    """What tells the runs apart."""
     if name in REWARDS:
         return {"reward_weights": [float(name == reward) for reward in REWARDS], "beta": BETA["single"]}
-    if name == "fixed":
-        return {"beta": BETA["fixed"]}
+    if name in BETA:
+        return {"beta": BETA[name]}
     direction, form = {"mu": ("at_least", "sigmoid"), "xi": ("equal", "tanh")}[name]
     thresholds = proxy_point(folder)["point"]
     return {
@@ -126,7 +129,7 @@ def proxy_point(folder: Path) -> dict:
 
     path = folder / "proxy_points.json"
     if not path.exists():
-        write_json(path, find_proxy_point([read_run(folder / name) for name in UNCONSTRAINED]).as_dict())
+        write_json(path, find_proxy_point([read_run(folder / name) for name in EXPLORATORY]).as_dict())
     return json.loads(path.read_text())
 
 
@@ -136,10 +139,9 @@ def train(folder: Path, name: str, seed: int) -> None:
     args = align.RLOOConfig(
         output_dir=str(folder / name), run_name=name, max_steps=SINGLE_STEPS if name in REWARDS else STEPS,
         per_device_train_batch_size=PROMPTS, num_generations=ANSWERS, per_device_eval_batch_size=256,
-        learning_rate=LEARNING_RATE, lr_scheduler_type="constant",
-        eval_strategy="steps",
-        eval_steps=EVAL_EVERY, eval_num_generations=4, rollout_backend="transformers", seed=seed, logging_steps=1,
-        **LENGTHS, **QUIET, **method_options(folder, name),
+        lr_scheduler_type="constant", eval_strategy="steps", eval_steps=EVAL_EVERY, eval_num_generations=4,
+        rollout_backend="transformers", seed=seed, logging_steps=1,
+        **LENGTHS, **QUIET, **(EXPLORING if name in EXPLORATORY else COMPARING), **method_options(folder, name),
     )  # fmt: skip
     rewards = [{"type": "classifier", "path": str(folder / "rewards" / reward), "name": reward} for reward in REWARDS]
     trainer = align.RLOOTrainer(
@@ -163,7 +165,7 @@ def measure(folder: Path, seeds) -> dict:
         here = folder / f"seed{seed}"
         point = proxy_point(here)
         entry: dict = {"proxy_point": point, "runs": {}}
-        for name in ("fixed", "mu", "xi"):
+        for name in COMPARED:
             run = read_run(here / name)
             late = run.step > 0.75 * STEPS
             rollouts = json.loads((here / name / "rollouts.json").read_text())
@@ -201,7 +203,7 @@ def draw(folder: Path, seeds, path: Path) -> None:
     from align.evaluation.plots import COLOURS, style
     from align.evaluation.records import read_run
 
-    shown = {"fixed": "fixed weights", "mu": "mu: at least", "xi": "xi: equal"}
+    shown = {"fixed": "fixed weights", "fixed_kl": "fixed weights, β 0.2", "mu": "mu: at least", "xi": "xi: equal"}
     with style():
         figure = Figure(figsize=(11.5, 2.7 * len(seeds)))
         axes = figure.subplots(len(seeds), 3, squeeze=False, sharex=True)
@@ -210,7 +212,9 @@ def draw(folder: Path, seeds, path: Path) -> None:
             point = proxy_point(here)["point"]
             runs = {name: read_run(here / name) for name in shown}
             for axis, what in zip(line, (*REWARDS, "gold"), strict=True):
-                for colour, (name, run) in zip((COLOURS[1], COLOURS[0], COLOURS[2]), runs.items(), strict=True):
+                for colour, (name, run) in zip(
+                    (COLOURS[1], COLOURS[4], COLOURS[0], COLOURS[2]), runs.items(), strict=True
+                ):
                     values = run.gold if what == "gold" else run.extras[f"rewards/{what}"]
                     axis.plot(run.step, values, color=colour, label=shown[name])
                 if what in point:
@@ -231,7 +235,8 @@ def report(folder: Path, seeds, output: Path, figure: Path) -> None:
     from align.evaluation.strict_json import plain, write_json
 
     setup = {
-        "steps": STEPS, "learning rate": LEARNING_RATE, "answers per step": f"{PROMPTS} prompts x {ANSWERS}",
+        "steps": STEPS, "exploring": EXPLORING, "comparing": COMPARING,
+        "answers per step": f"{PROMPTS} prompts x {ANSWERS}",
         "evaluation": "128 prompts x 4 answers",
         "pairs": PAIRS,
         "wrong labels": FLIPPED, "beta": BETA, "pid": PID, "method": "RLOO", "machine": platform.processor(),
