@@ -97,6 +97,9 @@ class Study:
         parts["dpo_lw"] = self.part("dpo_lw", lambda: toy_world.loss_weighting(world, folder / "dpo_lw", seed))
         parts["soups"] = self.part("soups", lambda: toy_world.soups(world, ends, vectors, folder / "soups"))
         summary = self.part("scores", lambda: self.judge(world, ["modpo", "dpo_lw", "soups"]))["result"]
+        for method in summary["runs"].values():
+            for point in method["points"]:
+                del point["folder"]  # of no use elsewhere
         rl = self.rl(world, vectors)
         seconds = {name: part["seconds"] for name, part in parts.items()}
         return {"seed": seed, "seconds": seconds, "summary": summary, "rl": rl}
@@ -189,16 +192,24 @@ def costs(seed: dict) -> dict:
     return {**result, "rl": found}
 
 
+def means(seed: dict, method: str) -> np.ndarray:
+    """[points, K]"""
+    points = seed["summary"]["runs"][method]["points"]
+    return np.array([[point["scores"][name]["mean"] for name in NAMES] for point in points])
+
+
 def collect(seeds: list[dict]) -> dict:
     above = {}
     for other in ("dpo_lw", "soups"):
         values = np.array([[p["mean"] for p in seed["summary"]["above_modpo"][other]] for seed in seeds])
         error = values.std(0, ddof=1) / len(seeds) ** 0.5 if len(seeds) > 1 else np.full(values.shape[1], np.nan)
-        above[other] = {"mean": values.mean(0).tolist(), "standard_error": error.tolist()}
+        above[f"{other} above modpo"] = {"mean": values.mean(0).tolist(), "standard_error": error.tolist()}
+        reverse = np.array([above_front(means(seed, "modpo"), means(seed, other)) for seed in seeds])
+        above[f"modpo above {other}"] = {"mean": reverse.mean(0).tolist()}
     runs = seeds[0]["summary"]["runs"]
     return {
         "costs": {seed["seed"]: costs(seed) for seed in seeds},
-        "above_modpo": above,
+        "above": above,
         "hypervolume": {
             name: [seed["summary"]["runs"][name]["hypervolume"]["mean"] for seed in seeds]
             for name in runs
