@@ -104,12 +104,6 @@ def freeze_all_but_members(model: nn.Module) -> None:
             module.requires_grad_(True)
 
 
-def member_parameters(model: nn.Module, count: int) -> list[list[nn.Parameter]]:
-    """Per member, the parameters that are its own."""
-    stacks = [module.members for module in model.modules() if isinstance(module, Members)]
-    return [[p for stack in stacks for p in stack[i].parameters()] for i in range(count)]
-
-
 def member_state(state: dict[str, Tensor], index: int) -> dict[str, Tensor]:
     """Of the state dict of a shared trunk: one member's weights and the shared ones, under the names that a classifier
     without members has."""

@@ -12,7 +12,6 @@ from align.modeling.member_lora import adapter_parameters, add_member_adapters, 
 from align.modeling.members import (
     Members,
     layer_list,
-    member_parameters,
     member_scores,
     member_state,
     share_trunk,
@@ -37,6 +36,12 @@ CONFIGS = {
     "roberta": lambda: tf.RobertaConfig(**SMALL),
     "distilbert": lambda: tf.DistilBertConfig(**DISTIL, num_labels=1, initializer_range=0.5),
 }
+
+
+def member_parameters(model, count):
+    """Per member, the parameters that are its own."""
+    stacks = [module.members for module in model.modules() if isinstance(module, Members)]
+    return [[p for stack in stacks for p in stack[i].parameters()] for i in range(count)]
 
 
 def classifier(kind):

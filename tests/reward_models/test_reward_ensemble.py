@@ -124,7 +124,7 @@ def test_build(saved):
         ({"path": "x"}, "type must be one of"),
         ({"type": "classifier", "pth": "x"}, "unknown key 'pth' \\(nearest valid: path\\)"),
         ({"type": "classifier", "name": "x"}, "needs 'path'"),
-        ({"type": "rule", "function": "nowhere:f", "zz": 1}, "unknown key 'zz' \\(valid: function, name\\)"),
+        ({"type": "rule", "function": "nowhere:f", "zz": 1}, "unknown key 'zz' \\(valid: function, name, arguments"),
         ({"type": "ensemble", "aggregation": "mean"}, "either members .* or path"),
         ({"type": "ensemble", "members": ["a:b"]}, "needs 'aggregation'"),
         ({"type": "ensemble", "aggregation": "mean", "members": {}}, "members must be a list"),
