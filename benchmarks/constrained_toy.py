@@ -32,10 +32,10 @@ RESULT, FIGURE = ROOT / "benchmarks" / "results" / "constrained_toy.json", ROOT 
 SEEDS = (0, 1, 2)
 REWARDS = ("helpfulness", "courtesy")
 PAIRS, FLIPPED = 3000, 0.1
-STEPS, SINGLE_STEPS, EVAL_EVERY, PROMPTS, ANSWERS = 64, 32, 4, 64, 2
+STEPS, SINGLE_STEPS, EVAL_EVERY, PROMPTS = 64, 32, 4, 64
 # Exploring: how the thresholds are found. Adam's momentum delays what a multiplier does: without it they settle.
-EXPLORING = {"learning_rate": 5e-4}
-COMPARING = {"learning_rate": 1e-3, "adam_beta1": 0.0}
+EXPLORING = {"num_generations": 2, "learning_rate": 5e-4}
+COMPARING = {"num_generations": 4, "learning_rate": 1e-3, "adam_beta1": 0.0}
 BETA = {"single": 0.0, "sum": 0.01, "fixed": 0.01, "fixed_kl": 0.2, "constrained": 0.2}
 PID = {"kp": 3.0, "ki": 0.3}
 EXPLORATORY, COMPARED = (*REWARDS, "sum"), ("fixed", "fixed_kl", "mu", "xi")
@@ -138,7 +138,7 @@ def train(folder: Path, name: str, seed: int) -> None:
 
     args = align.RLOOConfig(
         output_dir=str(folder / name), run_name=name, max_steps=SINGLE_STEPS if name in REWARDS else STEPS,
-        per_device_train_batch_size=PROMPTS, num_generations=ANSWERS, per_device_eval_batch_size=256,
+        per_device_train_batch_size=PROMPTS, per_device_eval_batch_size=256,
         lr_scheduler_type="constant", eval_strategy="steps", eval_steps=EVAL_EVERY, eval_num_generations=4,
         rollout_backend="transformers", seed=seed, logging_steps=1,
         **LENGTHS, **QUIET, **(EXPLORING if name in EXPLORATORY else COMPARING), **method_options(folder, name),
@@ -230,16 +230,14 @@ def draw(folder: Path, seeds, path: Path) -> None:
 
 
 def report(folder: Path, seeds, output: Path, figure: Path) -> None:
-    import platform
-
     from align.evaluation.strict_json import plain, write_json
 
     setup = {
         "steps": STEPS, "exploring": EXPLORING, "comparing": COMPARING,
-        "answers per step": f"{PROMPTS} prompts x {ANSWERS}",
+        "prompts per step": PROMPTS,
         "evaluation": "128 prompts x 4 answers",
         "pairs": PAIRS,
-        "wrong labels": FLIPPED, "beta": BETA, "pid": PID, "method": "RLOO", "machine": platform.processor(),
+        "wrong labels": FLIPPED, "beta": BETA, "pid": PID, "method": "RLOO",
     }  # fmt: skip
     found = measure(folder, seeds)
     write_json(output, plain({"setup": setup, "seeds": found}, "results"))
