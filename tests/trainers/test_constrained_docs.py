@@ -1,7 +1,11 @@
 """docs/constrained.md: its commands run or resolve, its programs run, its tables name what there is."""
 
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +92,31 @@ def test_yaml_of_the_page_is_taken(tmp_path):
     for i, line in enumerate(blocks[1].strip().splitlines()):
         (tmp_path / f"{i}.yaml").write_text(base + rewards + line)
         assert resolve("rloo", str(tmp_path / f"{i}.yaml"), []).training.dynamic_weights["type"]
+
+
+def test_the_results_are_those_of_the_study():
+    found = json.loads((ROOT / "benchmarks" / "results" / "constrained_toy.json").read_text())["seeds"]
+    table = re.findall(r"^\| (?:before|fixed|at ).*", DOCS, re.MULTILINE)
+    shown = [[float(cell) for cell in line.split("|")[2:5]] for line in table]
+    runs = [entry["runs"] for entry in found.values()]
+    expected = [[r["fixed"]["gold"]["start"] for r in runs]]
+    expected += [[r[name]["gold"]["last_quarter"] for r in runs] for name in ("fixed", "fixed_kl", "mu", "xi")]
+    assert shown == [pytest.approx(line, abs=0.006) for line in expected]
+    above = {
+        name: [
+            [reward["percent_above_threshold"][where] for r in runs for reward in r[name]["rewards"].values()]
+            for where in ("rollouts", "evaluations")
+        ]
+        for name in ("mu", "xi")
+    }
+    assert 2.5 < min(above["mu"][0]) < max(above["mu"][0]) < 70.5 and max(map(abs, above["xi"][0])) < 4
+    assert sum(x > 0 for x in above["mu"][1]) == 5 and round(min(above["mu"][1])) == -11
+    assert sum(abs(x) <= 5 for x in above["xi"][1]) == 3 and round(max(map(abs, above["xi"][1]))) == 22
+    command = re.search(r"`python (benchmarks/.*?) all`", DOCS).group(1)
+    help_text = subprocess.run(
+        [sys.executable, ROOT / command, "--help"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""}
+    )
+    assert help_text.returncode == 0 and "all" in help_text.stdout
 
 
 def rows(section: str) -> set[str]:
