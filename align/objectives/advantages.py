@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from align.errors import ConfigError
-from align.objectives.kl import k1, masked_sum
+from align.objectives.kl import k1
 from align.objectives.returns import reward_to_go
 
 
@@ -55,13 +55,3 @@ def remax_token_weights(
         log_ratio = k1(logps, ref_logps).detach()
         weights = weights - beta * (log_ratio if kl_mode == "one_step" else reward_to_go(log_ratio, mask))
     return torch.where(valid, weights, torch.zeros_like(weights))
-
-
-def remax_loss(logps: Tensor, weights: Tensor, mask: Tensor, normalizer: float | Tensor | None = None) -> Tensor:
-    """-sum_t w_t * log pi(y_t) / normalizer, a scalar. logps (with gradient), weights, mask: [B, T].
-
-    `normalizer` is the number of tokens of the *global* batch when this batch is one of several micro-batches or ranks;
-    None means the tokens of this mask (the authors' token mean).
-    """
-    total = -masked_sum(weights * logps, mask, dim=-1).sum()
-    return total / (mask.sum() if normalizer is None else normalizer)

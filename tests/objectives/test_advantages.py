@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from align.errors import ConfigError
-from align.objectives.advantages import remax_loss, remax_token_weights
+from align.objectives.advantages import remax_token_weights
+from align.objectives.policy_loss import aggregate_tokens
 from align.objectives.returns import reward_to_go
 
 REWARDS, GREEDY = torch.tensor([3.0, -9.0]), torch.tensor([1.0, 0.0])
@@ -35,15 +36,8 @@ def test_detached_and_normalised():
     logps = LOGPS.clone().requires_grad_()
     w = remax_token_weights(REWARDS, GREEDY, logps, REF, MASK, beta=0.1)
     assert not w.requires_grad
-    remax_loss(logps, w, MASK, normalizer=10).backward()
+    aggregate_tokens(-w * logps, MASK, "token_mean", 10).backward()
     assert torch.allclose(logps.grad, -w / 10)
-    assert remax_loss(LOGPS, torch.ones(2, 3), MASK).item() == pytest.approx(7 / 5)
-
-
-def test_micro_batches_add_up_to_the_batch():
-    w = weights(beta=0.1)
-    parts = sum(remax_loss(LOGPS[i : i + 1], w[i : i + 1], MASK[i : i + 1], normalizer=MASK.sum()) for i in range(2))
-    assert parts.item() == pytest.approx(remax_loss(LOGPS, w, MASK).item())
 
 
 def test_unknown_kl_mode():
@@ -66,6 +60,6 @@ def test_unbiased_on_a_bandit():
     one = torch.ones(6, 1)
     w = remax_token_weights(reward, greedy, logp[:, None], None, one, beta=0.0, kl_mode="none")
     (estimate,) = torch.autograd.grad(
-        remax_loss(logp[:, None], w * logp.exp().detach()[:, None], one, normalizer=1), logits
+        aggregate_tokens(-w * (logp * logp.exp().detach())[:, None], one, "token_mean", 1), logits
     )
     assert torch.allclose(estimate, exact)

@@ -1,33 +1,18 @@
 """Two processes (gloo) train on pairs what one trains."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from pair_ranks import CASES, train
 from preference_runs import assert_close
 from tiny_runs import assert_same
+from two_processes import run_on_two
 
 
 @pytest.fixture(scope="module")
 def runs(policy, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair_ranks")
     one = train(policy, folder / "one", 1)
-    (folder / "two").mkdir()
-    script = Path(__file__).parent / "pair_ranks.py"
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
-        + [policy, str(folder / "two")],
-        env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
-    return one, *(torch.load(folder / "two" / f"rank{rank}.pt") for rank in (0, 1))
+    return one, *run_on_two("pair_ranks.py", folder / "two", policy)
 
 
 @pytest.mark.parametrize("case", CASES)

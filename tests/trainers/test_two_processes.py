@@ -1,14 +1,10 @@
 """Two processes (gloo) train what one trains: same losses, gradient norms, rollouts, evaluations and weights."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from on_ranks import KEYS, makers, train
 from tiny_runs import assert_same
+from two_processes import run_on_two
 
 
 @pytest.fixture(scope="module")
@@ -19,19 +15,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def runs(policy, folder):
     one = train(policy, folder / "one", 1)
-    (folder / "two").mkdir()
-    script = Path(__file__).parent / "on_ranks.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [*command, policy, str(folder / "two"), "transformers"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
-    return one, *(torch.load(folder / "two" / f"rank{rank}.pt") for rank in (0, 1))
+    return one, *run_on_two("on_ranks.py", folder / "two", policy, "transformers")
 
 
 @pytest.mark.parametrize(("method", "steps"), [("sft", 4), ("remax", 4), ("ppo", 8)])

@@ -1,0 +1,28 @@
+"""Starts a script of this folder on two processes (gloo)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+
+def run_on_two(script: str, folder: Path, *arguments: str) -> list:
+    """What the two processes wrote as `folder/rank<r>.pt`; arguments: the script's, of which the folder is the second.
+
+    Fails with the end of their output if one of them does.
+    """
+    folder.mkdir()
+    first, *rest = arguments
+    path = Path(__file__).parent / script
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(path)]
+    result = subprocess.run(
+        [*command, first, str(folder), *rest],
+        env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+    return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
