@@ -4,6 +4,8 @@ Of Moskovitz et al. 2023 (arXiv 2310.04373), for every estimator of advantages. 
 does, by the same rollout (or mini-batch): alternating steps circle the saddle point less than simultaneous ones.
 """
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -47,9 +49,9 @@ class Constrained(Weighting):
         names = {c.reward for c in self.constraints}
         return self.move({name: constraint_value(columns[name], lengths, self.options.estimator) for name in names})
 
+    @abstractmethod
     def move(self, values: dict[str, float]) -> dict[str, float]:
         """Learn from the value of every constrained reward; returns what to log."""
-        raise NotImplementedError
 
     def restart(self) -> None:
         """Forget what was learned, for a policy that starts again; the thresholds stay."""

@@ -1,5 +1,7 @@
 """Evaluation on preference pairs: means over all pairs, and in the trackers a table of pairs and a histogram."""
 
+from abc import ABC, abstractmethod
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from trainers.pair_data import IDS
 CHOSEN, REJECTED = "rewards/chosen", "rewards/rejected"
 
 
-class PairEvaluation:
+class PairEvaluation(ABC):
     """Of a trainer whose `data_collator` or `prediction_step` makes batches of pairs; it goes in front of TrainerMixin.
 
     `pair_values` says what is measured; pass `compute_metrics=self.pair_metrics` to transformers' Trainer.
@@ -20,9 +22,9 @@ class PairEvaluation:
     """Of the last evaluation or prediction: a number per pair [N] by name."""
     reward_name = "reward"  # what a completion's number is called in the table and the figure
 
+    @abstractmethod
     def pair_values(self, model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Numbers of each pair of a batch [B] by name: `loss`, `rewards/chosen`, `rewards/rejected` and any others."""
-        raise NotImplementedError
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         batch = self._prepare_inputs(inputs)

@@ -5,6 +5,7 @@ constraints the task and every constraint are streams, mixed by Lagrange multipl
 The mixture is weights @ advantages, at every optimiser step with the weights of that moment.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +14,7 @@ TASK = "task"
 FLAT_PATIENCE = 10  # rollouts
 
 
-class Weighting:
+class Weighting(ABC):
     """What the loop asks of a weighting. `names` are the rewards, `reward_weights` one number for each.
 
     streams: their names; the first has the KL of `kl_in: reward`. update_per: rollout or mini_batch, when `update` is
@@ -31,9 +32,9 @@ class Weighting:
         self.flat = dict.fromkeys(names, 0)  # updates in a row in which all scores of a reward were the same
         self.messages: list[str] = []
 
+    @abstractmethod
     def scores(self, rewards: dict[str, float]) -> dict[str, float]:
         """The score of one completion in every stream, from its rewards by name."""
-        raise NotImplementedError
 
     def weights(self) -> list[float]:
         """What each stream's advantage is multiplied by now."""
