@@ -27,6 +27,16 @@ def processed_logps(logits: Tensor, temperature: Tensor, top_k: Tensor | None, t
     return logits.log_softmax(-1)
 
 
+def draw_tokens(logps: Tensor, uniforms: Tensor) -> Tensor:
+    """Tokens [B] drawn from log-probs [B, V] with one uniform number in [0, 1) per row, `uniforms` [B] float64.
+
+    The inverse of the distribution function; float64, because float32 sums lose the tail of a large vocabulary.
+    """
+    cdf = logps.exp().cumsum(-1, dtype=torch.float64)
+    drawn = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).squeeze(-1)
+    return drawn.clamp(max=logps.shape[-1] - 1)
+
+
 class RowSampler:
     """Draws one token per row and step. A row's draws depend on its own seed alone, not on its neighbours."""
 
@@ -41,6 +51,7 @@ class RowSampler:
         self.params, self.stop_ids = params, stop_ids
         tensor = lambda values: torch.tensor(values, device=device)  # noqa: E731
         self.greedy = tensor([p.greedy for p in params])
+        self.any_greedy = any(p.greedy for p in params)
         self.temperature = tensor([p.temperature or 1.0 for p in params])
         self.top_k = tensor([p.top_k or vocab_size for p in params]) if any(p.top_k for p in params) else None
         self.top_p = tensor([p.top_p for p in params]) if any(p.top_p < 1 for p in params) else None
@@ -66,9 +77,7 @@ class RowSampler:
                 if step < params.min_tokens:
                     logits[row, list(self.stop_ids[row])] = -torch.inf
         logps = processed_logps(logits, self.temperature, self.top_k, self.top_p)
-        # inverse of the distribution function; float64, because float32 sums lose the tail of a large vocabulary
-        cdf = logps.exp().cumsum(-1, dtype=torch.float64)
-        point = self.uniforms[:, step, None] * cdf[:, -1:]
-        drawn = torch.searchsorted(cdf, point, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
-        tokens = torch.where(self.greedy, logits.argmax(-1), drawn)
+        tokens = draw_tokens(logps, self.uniforms[:, step])
+        if self.any_greedy:
+            tokens = torch.where(self.greedy, logits.argmax(-1), tokens)
         return tokens, logps.gather(-1, tokens[:, None]).squeeze(-1)

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from rollout_models import EOS, VOCAB, is_greedy, llama, never_ending, own_logps, prompts
+from rollout_models import EOS, VOCAB, is_greedy, llama, needs_vllm, never_ending, own_logps, prompts
 
 from align.errors import ConfigError, RolloutError
-from align.rollout import SamplingParams
+from align.rollout import SamplingParams, make_engine
+from align.rollout.seeds import derive_seed
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0)
 
@@ -79,6 +80,25 @@ def test_draws_follow_the_distribution(engine, model):
     # chi-square with k degrees of freedom has mean k and variance 2k: five standard deviations
     degrees = int(common.sum())
     assert statistic < degrees + 5 * (2 * degrees) ** 0.5
+
+
+@needs_vllm
+def test_vllm_draws_seeded_tokens_with_one_number_each(model):
+    """The token of a draw is the inverse of the distribution function at the next number of the request's generator."""
+    (prompt,) = prompts([9], seed=2)
+    engine = make_engine(model, backend="vllm", max_model_len=64)
+    (rollout,) = engine.generate([prompt], SamplingParams(20, n=3, seed=5, temperature=0.7))
+    engine.close()
+    for number, completion in enumerate(rollout.completions):
+        generator = torch.Generator().manual_seed(derive_seed("request", 5) + number)
+        context = list(prompt)
+        for token in completion.token_ids:
+            with torch.no_grad():
+                logps = (model.eval()(torch.tensor([context])).logits[0, -1] / 0.7).log_softmax(-1)
+            below = logps.double().exp().cumsum(-1)
+            point = torch.rand((), generator=generator, dtype=torch.float64) * below[-1]
+            assert token == int((below <= point).sum())
+            context.append(token)
 
 
 def ending_model(last: int):
