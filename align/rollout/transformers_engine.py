@@ -6,13 +6,18 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from align.errors import ConfigError
 from align.modeling.logprobs import language_model
 from align.rollout.engine import RolloutEngine
+from align.rollout.roomy_cache import give_room
 from align.rollout.sampling import RowSampler
 from align.rollout.types import Completion, Request
 from align.rollout.weights import named_weights
+
+
+KEPT = 0.5  # ended rows are dropped when no larger share still runs: the cache is copied, once in all with a half
 
 
 class TransformersEngine(RolloutEngine):
@@ -62,8 +67,6 @@ class TransformersEngine(RolloutEngine):
 
     def _decode(self, rows: list["_Row"]) -> None:
         device = self._model.device
-        input_ids, mask = left_padded([row.request.prompt_ids for row in rows], device)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
         sampler = RowSampler(
             [row.request.params for row in rows],
             [row.seed for row in rows],
@@ -71,31 +74,47 @@ class TransformersEngine(RolloutEngine):
             self.vocab_size,
             _sampling_device(device),
         )
-        cache, step = None, 0
+        logits, cache, mask = self._read_prompts([row.request.prompt_ids for row in rows])
+        step = 0
         while True:
-            inputs = {"input_ids": input_ids, "attention_mask": mask, "past_key_values": cache, **self._options}
-            if self._takes_positions:
-                # rows that have ended but are still in the batch must not run past the last position
-                inputs["position_ids"] = positions.clamp(max=self.max_model_len - 1)
-            output = self._model(**inputs)
-            cache = output.past_key_values
-            tokens, logps = sampler.draw(output.logits[:, -1].to(_sampling_device(device)).float(), step)
+            tokens, logps = sampler.draw(logits.to(_sampling_device(device)).float(), step)
             for row, token, logp in zip(rows, tokens.tolist(), logps.tolist(), strict=True):
                 row.append(token, logp)
             running = [i for i, row in enumerate(rows) if row.finish_reason is None]
             if not running:
                 return
             tokens = tokens.to(device)
-            if len(running) <= len(rows) // 2:  # halving: the copying of the cache costs at most one cache in all
+            if len(running) <= KEPT * len(rows):
                 rows = [rows[i] for i in running]
                 sampler.select(running)
                 index = torch.tensor(running, device=device)
                 cache.batch_select_indices(index)
                 tokens, mask = tokens[index], mask[index]
-            input_ids = tokens[:, None]
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-            positions = mask.sum(-1, keepdim=True) - 1
+            logits, _ = self._forward(tokens[:, None], mask, mask.sum(-1, keepdim=True) - 1, cache)
             step += 1
+
+    def _read_prompts(self, prompts: list[list[int]]) -> tuple[Tensor, Cache, Tensor]:
+        """The last logits [B, V], cache and attention mask [B, T] of the prompts, each different one read once."""
+        different = list(dict.fromkeys(map(tuple, prompts)))
+        input_ids, mask = left_padded(different, self._model.device)
+        logits, cache = self._forward(input_ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), None)
+        give_room(cache)
+        if len(different) < len(prompts):
+            places = {ids: place for place, ids in enumerate(different)}
+            index = torch.tensor([places[tuple(ids)] for ids in prompts], device=self._model.device)
+            cache.batch_select_indices(index)
+            logits, mask = logits[index], mask[index]
+        return logits, cache, mask
+
+    def _forward(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
+        """The last logits [B, V], and the cache with the new tokens in it."""
+        inputs = {"input_ids": input_ids, "attention_mask": mask, "past_key_values": cache, **self._options}
+        if self._takes_positions:
+            # rows that have ended but are still in the batch must not run past the last position
+            inputs["position_ids"] = positions.clamp(max=self.max_model_len - 1)
+        output = self._model(**inputs)
+        return output.logits[:, -1], output.past_key_values
 
 
 @dataclass

@@ -39,6 +39,19 @@ def test_logprobs_are_the_models_at_the_sampling_temperature(engine, model, temp
             torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=0, atol=1e-4)
 
 
+def test_long_completions_of_uneven_length(engine, model):
+    """Past the room that a key-value cache was given at first, while ended rows are dropped on the way."""
+    ids = prompts([4, 30, 4, 9])
+    params = [SamplingParams(90 + 50 * i, n=2) for i in range(3)] + [SamplingParams(180, temperature=0)]
+    rollouts = engine.generate(ids, params)
+    for rollout, own in zip(rollouts[:3], params, strict=False):
+        for completion in rollout.completions:
+            assert len(completion.token_ids) == own.max_tokens
+            expected = own_logps(model, rollout.prompt_ids, completion.token_ids, 1.0)
+            torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=0, atol=1e-4)
+    assert is_greedy(model, ids[3], rollouts[3].completions[0].token_ids)
+
+
 @pytest.mark.parametrize("cut", [{"top_k": 5}, {"top_p": 0.3}, {"top_k": 20, "top_p": 0.5}])
 def test_truncated_logprobs_are_renormalised_over_what_can_be_drawn(engine, model, cut):
     (prompt,) = prompts([9])
