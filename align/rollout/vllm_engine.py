@@ -139,6 +139,7 @@ def vllm_params(request: Request):
         max_tokens=params.max_tokens,
         min_tokens=params.min_tokens,
         stop_token_ids=list(request.stop_ids),
+        ignore_eos=True,  # of the configuration, which the request may not name
         logprobs=None if params.greedy else 0,  # 0: of the drawn token only
         flat_logprobs=True,
         detokenize=False,
