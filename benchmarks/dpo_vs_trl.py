@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=2 python benchmarks/dpo_vs_trl.py [--data FILE] [--pairs 8] [--steps 6] [--repetitions 3]
 
 Both train the same randomly drawn Llama in float32 on real preference pairs (`--data`), `--pairs` of them per optimiser
-step, in the same order, none of them cut; AdamW of the same kind. First TRL's trainer is timed once per setting: the
+step, in the same order, none of them cut; transformers' default optimiser, the fused AdamW. First TRL's trainer is timed once per setting: the
 whole step as one batch, or in micro-batches with gradient accumulation, its pairs sorted by length for that. Then its
 fastest setting, the whole step, and ours (the whole step) take turns on further pairs. All that with a live reference,
 and again with log-probs precomputed on both sides (their computation is not counted).
@@ -111,7 +111,7 @@ def options(folder: Path, args: argparse.Namespace, micro: int, steps: int, cach
         "gradient_accumulation_steps": args.pairs // micro, "max_steps": steps, "learning_rate": 1e-4,
         "lr_scheduler_type": "constant", "max_length": None, "precompute_ref_log_probs": cached, "beta": 0.1,
         "train_sampling_strategy": "sequential", "logging_steps": 1, "report_to": "none", "save_strategy": "no",
-        "disable_tqdm": True, "optim": "adamw_torch", **args.device_options,
+        "disable_tqdm": True, **args.device_options,
     }  # fmt: skip
 
 
@@ -224,7 +224,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--hidden", type=int, default=384)
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--vocabulary", type=int, default=32000, help="at most")
     parser.add_argument("--max_length", type=int, default=1024, help="pairs with longer sequences are left out")
     parser.add_argument("--reference", choices=["live", "cached"], nargs="+", default=["live", "cached"])
     parser.add_argument("--output", type=Path, default=RESULT)
