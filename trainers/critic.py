@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from align.errors import ConfigError, TrainingError
 from align.modeling.load import disable_dropout, load_backbone
-from align.modeling.logprobs import language_model, model_inputs
+from align.modeling.logprobs import language_model
+from align.modeling.pairs import pair_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +28,10 @@ class Critic(nn.Module):
         self.head = nn.Linear(width, heads, bias=False)
         nn.init.zeros_(self.head.weight)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Values of the states before each next token, [B, T-1, heads], aligned with `token_logps`; float32."""
-        hidden = self.backbone(**model_inputs(self.backbone, input_ids, attention_mask)).last_hidden_state
-        return self.head(hidden[:, :-1].to(self.head.weight.dtype)).float()
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Values of the states before each completion token, [B, L, heads], as `completion_logps`; float32."""
+        hidden = self.backbone(**pair_inputs(self.backbone, batch)).last_hidden_state
+        return self.head(hidden.flatten(0, 1)[batch["completion_sources"]].to(self.head.weight.dtype)).float()
 
 
 def make_critic(policy: nn.Module, source: str | None, heads: int, *, gradient_checkpointing: bool) -> Critic:
@@ -65,7 +66,7 @@ class CriticState:
         )
 
     def values(self, batch: dict[str, Tensor]) -> Tensor:
-        return self.model(batch["input_ids"], batch["attention_mask"])
+        return self.model(batch)
 
     def backward(self, loss: Tensor) -> None:
         if not torch.isfinite(loss):

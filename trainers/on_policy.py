@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from transformers import Trainer, set_seed
 
+from align.modeling.completions import completion_logps
 from align.modeling.load import disable_dropout, load_policy, load_tokenizer, reference_of
-from align.modeling.logprobs import token_logps
 from align.objectives import kl
 from align.objectives.controllers import AdaptiveKL
 from align.objectives.policy_loss import aggregate_tokens, clipped_policy_loss
@@ -38,15 +37,8 @@ from trainers.on_policy_state import OnPolicyState
 from trainers.policy_evaluation import Curve, PolicyEvaluation, eval_prompts
 from trainers.reference_checks import ReferenceChecks
 from trainers.rewards import RewardColumns
-from trainers.rollouts import (
-    Sample,
-    collate,
-    completion_masks,
-    completion_matrix,
-    make_samples,
-    split,
-    tokenized_prompts,
-)
+from trainers.rollout_batches import SampleBatches
+from trainers.rollouts import Sample, completion_masks, completion_matrix, make_samples, tokenized_prompts
 from trainers.threshold_search import make_search
 from trainers.weighting import make_weighting
 from trainers.weighting_updates import WeightingUpdates
@@ -71,6 +63,7 @@ class Stream:
 
 class OnPolicyTrainer(
     EngineSync,
+    SampleBatches,
     OnPolicyState,
     WeightingUpdates,
     OnPolicyMetrics,
@@ -139,6 +132,7 @@ class OnPolicyTrainer(
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = True  # the losses are normalised by the global count, not by Trainer
+        self.shares_prefixes = self.enable_shared_prefixes()
         self.reference.prepare(self.accelerator)
         # Before the trackers' own callbacks: TensorBoard closes its writer there.
         self.callback_handler.callbacks.insert(0, Curve(self))
@@ -198,7 +192,7 @@ class OnPolicyTrainer(
         if self.weighting.update_per == "mini_batch":
             self.update_weighting(samples)
         count = self.loss_count(samples)
-        return [collate(batch, self.pad_token_id) for batch in split(samples, num_batches)], count
+        return [self.collate(batch) for batch in self.cut(samples, num_batches)], count
 
     def take_prompts(self, epoch_iterator, num_batches: int) -> tuple[list[dict], list[int]]:
         """The prompts of a rollout on this process, and their places in its global batch."""
@@ -220,7 +214,7 @@ class OnPolicyTrainer(
         with self.phase("score"):
             self.rewards.fill(samples + [sample for group in extra for sample in group])
             self.set_baselines(samples, extra)
-        parts = split(samples, max(1, -(-len(samples) // (self.args.train_batch_size * self.args.num_generations))))
+        parts = self.cut(samples, max(1, -(-len(samples) // (self.args.train_batch_size * self.args.num_generations))))
         with self.phase("reference"):
             for part in parts:
                 self.fill_reference(part)
@@ -267,24 +261,22 @@ class OnPolicyTrainer(
 
     def fill_reference(self, samples: list[Sample]) -> None:
         """Reference log-probs of each sample's completion, at the sampling temperature."""
-        batch = self._prepare_inputs(collate(samples, self.pad_token_id))
-        mask = pad(batch["completion_mask"], (1, 0))
-        logps = self.reference.logps(batch["input_ids"], batch["attention_mask"], self.args.temperature, mask=mask)
+        batch = self._prepare_inputs(self.collate(samples))
+        with self.reference.active() as model:
+            logps = completion_logps(model, batch, temperature=self.args.temperature)
         self.give(samples, "ref_logps", logps)
 
     @torch.no_grad()
     def fill_old_logps(self, samples: list[Sample]) -> None:
         """Log-probs of the policy before the rollout's first update, which the ratio is taken against."""
-        batch = self._prepare_inputs(collate(samples, self.pad_token_id))
+        batch = self._prepare_inputs(self.collate(samples))
         self.give(samples, "old_logps", self.policy_logps(self.model, batch)[0])
 
     @staticmethod
     def give(samples: list[Sample], name: str, values: Tensor) -> None:
-        """Cut each sample's completion out of values [B, T-1, ...]."""
-        values = values.detach().cpu()
-        for i, sample in enumerate(samples):
-            end = len(sample.prompt["prompt_ids"]) + sample.length - 1
-            setattr(sample, name, values[i, end - sample.length : end].clone())
+        """Each sample's row of values [B, L, ...]."""
+        for sample, row in zip(samples, values.detach().cpu(), strict=True):
+            setattr(sample, name, row[: sample.length].clone())
 
     def fill_advantages(self, samples: list[Sample]) -> None:
         """One advantage per token and stream."""
@@ -310,16 +302,9 @@ class OnPolicyTrainer(
             sample.advantages = row[: sample.length]
 
     def policy_logps(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Log-probs at the sampling temperature and entropies (nats) of the completions' tokens, [B, T-1] each, 0
-        outside them."""
-        return token_logps(
-            model,
-            batch["input_ids"],
-            batch["attention_mask"],
-            temperature=self.args.temperature,
-            mask=pad(batch["completion_mask"], (1, 0)),
-            return_entropy=True,
-        )
+        """Log-probs at the sampling temperature and entropies (nats) of the completions' tokens, [B, L] each, 0 outside
+        them."""
+        return completion_logps(model, batch, temperature=self.args.temperature, return_entropy=True)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args, mask = self.args, inputs["completion_mask"]

@@ -115,6 +115,14 @@ class OnPolicyConfig(BaseConfig):
     )
     rollout_correction_high: float = field(default=3.0, metadata={"help": "Largest importance weight."})
     rollout_correction_low: float | None = field(default=None, metadata={"help": "Smallest one. Default: no bound."})
+    batching: str = field(
+        default="auto",
+        metadata={
+            "help": "shared_prefix: the samples of a prompt share its computation, and nothing is padded. padded: one "
+            "row per sample. auto: the first where the model allows it.",
+            "choices": ["auto", "shared_prefix", "padded"],
+        },
+    )
     disable_dropout: bool = field(default=True, metadata={"help": "Dropout makes the policy differ from its rollouts."})
     # ---- evaluation
     eval_on_start: bool = field(default=True, metadata={"help": "Evaluate before the first step: where curves start."})
@@ -147,6 +155,7 @@ class OnPolicyConfig(BaseConfig):
             "kl_estimator": ("k2", "k3"),
             "importance_sampling_level": RATIO_LEVELS,
             "rollout_correction": CORRECTIONS,
+            "batching": ("auto", "shared_prefix", "padded"),
         }.items():
             if getattr(self, name) not in valid:
                 more = "; the gradient of k1 is zero on average" if getattr(self, name) == "k1" else ""

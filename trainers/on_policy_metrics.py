@@ -6,6 +6,7 @@ from align.errors import TrainingError
 from align.objectives import kl
 from align.objectives.policy_loss import PolicyLoss
 from align.objectives.rollout_correction import log_ratios, mismatch
+from trainers.rollout_batches import padding_share
 from trainers.rollouts import Sample
 
 
@@ -48,7 +49,7 @@ class OnPolicyMetrics:
             self.record(f"{name}_per_token", kl.masked_mean(per_token, mask), tokens)
         for name, values in (("entropy", entropy), ("logps/mean", logps)):
             self.record(name, (values * mask).sum() / tokens, tokens)
-        self.record("padding", 1 - batch["attention_mask"].float().mean(), batch["attention_mask"].numel())
+        self.record("padding", padding_share(batch), batch["input_ids"].numel())
         if self.args.steps_per_rollout > 1:
             self.record("clip_ratio", policy.clipped.sum() / tokens, tokens)
             self.record("policy/approx_kl", policy.approx_kl, tokens)

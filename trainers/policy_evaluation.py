@@ -13,7 +13,8 @@ from align.errors import ConfigError
 from align.objectives.kl import k1, k3, masked_sum
 from align.rollout.seeds import derive_seed
 from align.rollout.types import SamplingParams
-from trainers.rollouts import Sample, as_text, collate, make_samples, split, tokenized_prompts
+from trainers.rollout_batches import split
+from trainers.rollouts import Sample, as_text, make_samples, tokenized_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ class PolicyEvaluation:
         size = self.args.per_device_eval_batch_size
         for part in split(samples, -(-len(samples) // size)):
             self.fill_reference(part)
-            batch = self._prepare_inputs(collate(part, self.pad_token_id))
+            batch = self._prepare_inputs(self.collate(part))
             logps, entropy = self.policy_logps(model, batch)
             mask = batch["completion_mask"]
             sums = [masked_sum(e(logps, batch["ref_logps"]), mask, dim=-1) for e in (k1, k3)]

@@ -7,13 +7,14 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from align.errors import ConfigError
+from align.modeling.prefix_support import enable_trunk
 from align.objectives.kl import k1, masked_mean
 from align.objectives.policy_loss import aggregate_tokens, value_losses
 from align.objectives.returns import gae, token_rewards
 from trainers.critic import CriticState, make_critic
 from trainers.on_policy import OnPolicyTrainer, Stream
 from trainers.on_policy_config import OnPolicyConfig
-from trainers.rollouts import Sample, collate, split
+from trainers.rollouts import Sample
 
 
 @dataclass
@@ -67,6 +68,9 @@ class PPOTrainer(OnPolicyTrainer):
             len(self.weighting.streams),
             gradient_checkpointing=args.gradient_checkpointing,
         )
+        if self.shares_prefixes:
+            longest = args.max_prompt_length + args.max_completion_length
+            self.shares_prefixes = self.may_share(enable_trunk(critic.backbone, self.model, longest))
         self.critic = CriticState(
             critic.to(args.device),
             self.accelerator,
@@ -82,8 +86,8 @@ class PPOTrainer(OnPolicyTrainer):
     def fill_values(self, samples: list[Sample]) -> None:
         size = self.args.train_batch_size * self.args.num_generations
         with self.phase("values"):
-            for part in split(samples, max(1, -(-len(samples) // size))):
-                batch = self._prepare_inputs(collate(part, self.pad_token_id))
+            for part in self.cut(samples, max(1, -(-len(samples) // size))):
+                batch = self._prepare_inputs(self.collate(part))
                 with self.accelerator.autocast():
                     self.give(part, "values", self.critic.values(batch))
 

@@ -79,38 +79,6 @@ def make_samples(tokenizer, prompt: dict, completions: list[Completion], weight_
     ]
 
 
-PER_TOKEN = ("engine_logps", "ref_logps", "old_logps", "advantages", "values", "returns")
-
-
-def collate(samples: list[Sample], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Samples -> right-padded tensors.
-
-    input_ids, attention_mask: [B, T] prompt and completion.
-    completion_mask: [B, T-1], 1 where the token that follows is one of the completion: aligned with `token_logps`.
-    Those of `PER_TOKEN` that the samples have: [B, T-1] (or [B, T-1, streams]), 0 outside the completion.
-    """
-    sequences = [sample.prompt["prompt_ids"] + sample.completion_ids for sample in samples]
-    width = max(map(len, sequences))
-    input_ids = torch.full((len(samples), width), pad_token_id)
-    attention_mask = torch.zeros(len(samples), width, dtype=torch.long)
-    completion_mask = torch.zeros(len(samples), width - 1)
-    spans = [slice(len(ids) - sample.length - 1, len(ids) - 1) for sample, ids in zip(samples, sequences, strict=True)]
-    for i, ids in enumerate(sequences):
-        input_ids[i, : len(ids)] = torch.tensor(ids)
-        attention_mask[i, : len(ids)] = 1
-        completion_mask[i, spans[i]] = 1
-    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "completion_mask": completion_mask}
-    for name in PER_TOKEN:
-        columns = [getattr(sample, name) for sample in samples]
-        if columns[0] is None or len(columns[0]) == 0:
-            continue
-        columns = [torch.as_tensor(column, dtype=torch.float32) for column in columns]
-        batch[name] = torch.zeros(len(samples), width - 1, *columns[0].shape[1:])
-        for i, column in enumerate(columns):
-            batch[name][i, spans[i]] = column
-    return batch
-
-
 def completion_matrix(samples: list[Sample], name: str) -> torch.Tensor:
     """A per-token attribute of the samples as [N, L] (or [N, L, streams]) float32, left-aligned, 0 beyond the end."""
     columns = [torch.as_tensor(getattr(sample, name), dtype=torch.float32) for sample in samples]
@@ -121,14 +89,3 @@ def completion_masks(samples: list[Sample]) -> torch.Tensor:
     """1 on the tokens of each completion, [N, L], left-aligned."""
     lengths = torch.tensor([sample.length for sample in samples])
     return (torch.arange(int(lengths.max())) < lengths[:, None]).float()
-
-
-def split(samples: list[Sample], batches: int) -> list[list[Sample]]:
-    """Sort by length and cut into `batches` of equal size (to within one), so that little is padded."""
-    if len(samples) < batches:
-        raise RolloutError(
-            f"{len(samples)} samples cannot fill {batches} micro-batches: lower gradient_accumulation_steps"
-        )
-    ordered = sorted(samples, key=lambda sample: len(sample.prompt["prompt_ids"]) + sample.length)
-    bounds = [round(i * len(ordered) / batches) for i in range(batches + 1)]
-    return [ordered[bounds[i] : bounds[i + 1]] for i in range(batches)]

@@ -9,7 +9,7 @@ from torch import Tensor
 from align.errors import ConfigError
 from align.objectives.policy_loss import aggregate_tokens
 from trainers.dynamic_weights import GradientWeights
-from trainers.rollouts import Sample, collate
+from trainers.rollouts import Sample
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class WeightingUpdates:
         total = torch.zeros(streams, sum(p.numel() for p in chosen), device=self.args.device)
         count = self.loss_count([sample for part in parts for sample in part])
         for part in parts:
-            batch = self._prepare_inputs(collate(part, self.pad_token_id))
+            batch = self._prepare_inputs(self.collate(part))
             logps, mask = self.policy_logps(model, batch)[0], batch["completion_mask"]
             for i in range(streams):
                 losses = -batch["advantages"][..., i + 1] * logps

@@ -38,6 +38,17 @@ def enable_shared_prefix(model: nn.Module, max_length: int | None) -> str | None
     return reason
 
 
+def enable_trunk(trunk: nn.Module, model: nn.Module, max_length: int | None) -> str | None:
+    """The same for a model without a head, such as a critic, of the kind that is in `model`, which takes such rows."""
+    kind, known = type(trunk).__name__, type(language_model(model).base_model).__name__
+    if kind != known:
+        return f"the critic is a {kind}, and the policy a {known}"
+    reason = _unsuitable(trunk, trunk, max_length)
+    if reason is None:
+        trunk.set_attn_implementation(shared_prefix.IMPLEMENTATION)
+    return reason
+
+
 def _unsuitable(model: nn.Module, core: nn.Module, max_length: int | None) -> str | None:
     from peft import PeftModel
 

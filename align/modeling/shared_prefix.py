@@ -1,12 +1,13 @@
-"""Attention over rows in which two completions share one prefix, for models that use transformers' attention interface.
+"""Attention over rows in which completions share one prefix, for models that use transformers' attention interface.
 
-Such a row is made of pairs: prefix, rest of the chosen sequence, rest of the rejected one, pair after pair. A prefix
-token sees the prefix before it; a token of a rest sees the whole prefix and its own rest before it. The attention mask
-is the table of these lengths, [1, 1, pairs, 3] integers: transformers hands a mask of four dimensions to each layer's
-attention function as it is, through wrappers and gradient checkpointing alike.
+Such a row is made of groups: a prefix and what follows it in each sequence that begins with it (a *rest*; in a pair,
+that of the chosen and that of the rejected sequence), group after group. A prefix token sees the prefix before it; a
+token of a rest sees the whole prefix and its own rest before it. The attention mask is the table of these lengths,
+[1, 1, groups, 1 + rests] integers, 0 where a group has fewer rests: transformers hands a mask of four dimensions to
+each layer's attention function as it is, through wrappers and gradient checkpointing alike.
 
-On GPUs the mask becomes a FlexAttention block mask; elsewhere each pair is two calls of SDPA, which cost no more than
-the pair's own tokens.
+On GPUs the mask becomes a FlexAttention block mask; elsewhere each sequence is a call of SDPA, which costs no more than
+its own tokens.
 """
 
 from collections.abc import Callable
@@ -55,22 +56,26 @@ def attention(
         mask = _once(attention_mask, block_mask)
         output, _ = flex_attention_forward(module, query, key, value, mask, scaling=scaling, dropout=dropout)
         return output, None
-    output = pair_by_pair(query, key, value, _once(attention_mask, _segments), scale=scaling, dropout_p=dropout)
+    output = group_by_group(query, key, value, _once(attention_mask, _segments), scale=scaling, dropout_p=dropout)
     return output.transpose(1, 2).contiguous(), None
 
 
-def pair_by_pair(query: Tensor, key: Tensor, value: Tensor, segments: list, **options) -> Tensor:
-    """[1, heads, N, d]. segments: of each pair, the lengths (prefix, chosen, rejected) and the mask of the rejected."""
+def group_by_group(query: Tensor, key: Tensor, value: Tensor, segments: list, **options) -> Tensor:
+    """[1, heads, N, d]. segments: of each group, the length of its prefix, and length and mask of each rest."""
     options["enable_gqa"] = query.shape[1] != key.shape[1]
-    sizes = [size for (prefix, chosen, rejected), _ in segments for size in (prefix + chosen, rejected)]
-    queries, keys, values = (t.split(sizes, dim=2) for t in (query, key, value))
+    sizes = []
+    for prefix, (first, *others) in segments:
+        sizes += [prefix + first[0], *(length for length, _ in others)]
+    pieces = zip(*(t.split(sizes, dim=2) for t in (query, key, value)), strict=True)
     outputs = []
-    for i, ((prefix, _, _), mask) in enumerate(segments):
-        q, k, v = queries[2 * i], keys[2 * i], values[2 * i]
+    for prefix, (_, *others) in segments:
+        q, k, v = next(pieces)  # the prefix and its first rest
         outputs.append(scaled_dot_product_attention(q, k, v, is_causal=True, **options))
-        q, *own = queries[2 * i + 1], keys[2 * i + 1], values[2 * i + 1]
-        k, v = (torch.cat([t[:, :, :prefix], rest], dim=2) for t, rest in zip((k, v), own, strict=True))
-        outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, **options))
+        before = [t[:, :, :prefix] for t in (k, v)]
+        for _, mask in others:
+            q, *own = next(pieces)
+            k, v = (torch.cat(both, dim=2) for both in zip(before, own, strict=True))
+            outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, **options))
     return torch.cat(outputs, dim=2)
 
 
@@ -84,23 +89,25 @@ def block_mask(table: Tensor):
 
 def visible(table: Tensor) -> Callable[..., Tensor]:
     """Whether a query sees a key, by their positions in the row."""
-    lengths = table.view(-1, 3)
-    part = torch.arange(3, device=table.device).repeat(len(lengths))  # 0 prefix, 1 chosen, 2 rejected
+    lengths = table.view(-1, table.shape[-1])
+    part = torch.arange(lengths.shape[1], device=table.device).repeat(len(lengths))  # 0: the prefix
     part = part.repeat_interleave(lengths.flatten())
-    pair = torch.arange(len(lengths), device=table.device).repeat_interleave(lengths.sum(-1))
+    group = torch.arange(len(lengths), device=table.device).repeat_interleave(lengths.sum(-1))
 
     def sees(batch, head, query, key):
-        return (query >= key) & (pair[query] == pair[key]) & ((part[key] == 0) | (part[key] == part[query]))
+        return (query >= key) & (group[query] == group[key]) & ((part[key] == 0) | (part[key] == part[query]))
 
     return sees
 
 
-def _segments(table: Tensor) -> list[tuple[list[int], Tensor]]:
+def _segments(table: Tensor) -> list[tuple[int, list[tuple[int, Tensor | None]]]]:
     segments = []
-    for lengths in table.view(-1, 3).tolist():
-        prefix, _, rejected = lengths
-        mask = torch.ones(rejected, prefix + rejected, dtype=torch.bool, device=table.device)
-        segments.append((lengths, mask.tril(prefix)))
+    for prefix, first, *others in table.view(-1, table.shape[-1]).tolist():
+        rests = [(first, None)]
+        for length in filter(None, others):
+            mask = torch.ones(length, prefix + length, dtype=torch.bool, device=table.device)
+            rests.append((length, mask.tril(prefix)))
+        segments.append((prefix, rests))
     return segments
 
 

@@ -150,7 +150,7 @@ def test_the_check_computes(monkeypatch):
     def wrong(query, key, value, segments, **options):
         return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
 
-    monkeypatch.setattr(shared_prefix, "pair_by_pair", wrong)
+    monkeypatch.setattr(shared_prefix, "group_by_group", wrong)
     assert "differ by" in enable_shared_prefix(model, None)
     assert model.config._attn_implementation == "sdpa"
 
@@ -175,6 +175,6 @@ def test_flex_attention_mask():
     from torch.nn.attention.flex_attention import flex_attention
 
     q, k, v = torch.randn(3, 1, 2, n, 8)
-    expected = shared_prefix.pair_by_pair(q, k, v, shared_prefix._segments(table))
+    expected = shared_prefix.group_by_group(q, k, v, shared_prefix._segments(table))
     actual = flex_attention(q, k, v, block_mask=shared_prefix.block_mask(table))
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)

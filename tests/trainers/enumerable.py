@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 from tiny_runs import on_policy, tiny_model
 
-from trainers.rollouts import collate
+from trainers.rollout_batches import collate
 
 
 def rolled_out(trainer, count: int = 4):

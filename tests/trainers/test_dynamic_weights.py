@@ -11,7 +11,7 @@ from align.data import toy
 from align.errors import ConfigError, TrainingError
 from align.objectives.policy_loss import aggregate_tokens
 from trainers.dynamic_weights import HypervolumeWeights
-from trainers.rollouts import collate, split
+from trainers.rollout_batches import collate, split
 
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 16, "eval_on_start": True}
 

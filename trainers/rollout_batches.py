@@ -1,0 +1,139 @@
+"""Micro-batches of samples, in two layouts: rows that share their prompts, or one padded row for each sample."""
+
+import logging
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from align.errors import ConfigError, RolloutError
+from align.modeling.prefix_support import enable_shared_prefix
+from trainers.rollouts import Sample, completion_masks, completion_matrix
+
+logger = logging.getLogger(__name__)
+
+PER_TOKEN = ("engine_logps", "ref_logps", "old_logps", "advantages", "values", "returns")
+
+
+class SampleBatches:
+    """Of an on-policy trainer: the layout of its batches (`shares_prefixes`), `collate` and `cut`."""
+
+    def enable_shared_prefixes(self) -> bool:
+        """Whether the samples of a prompt share its computation: as `batching` says, if policy and reference can."""
+        args, reason = self.args, None
+        if args.batching == "padded":
+            return False
+        longest = args.max_prompt_length + args.max_completion_length
+        for model in [self.model] if self.reference.adapter_off else [self.model, self.reference.model]:
+            reason = reason or enable_shared_prefix(model, longest)
+        return self.may_share(reason)
+
+    def may_share(self, reason: str | None) -> bool:
+        """reason: why a model cannot take shared prefixes, None if it can."""
+        if reason is not None and self.args.batching == "shared_prefix":
+            raise ConfigError(f"batching: shared_prefix cannot be used with this model: {reason}")
+        if reason is not None:
+            logger.info("batches are padded, the samples of a prompt do not share it: %s", reason)
+        return reason is None
+
+    def collate(self, samples: list[Sample]) -> dict[str, Tensor]:
+        return collate(samples, self.pad_token_id, shared_prefix=self.shares_prefixes)
+
+    def cut(self, samples: list[Sample], batches: int) -> list[list[Sample]]:
+        """The samples of whole prompts in micro-batches."""
+        return deal(samples, batches, self.args.num_generations) if self.shares_prefixes else split(samples, batches)
+
+
+def collate(samples: list[Sample], pad_token_id: int, *, shared_prefix: bool = False) -> dict[str, Tensor]:
+    """Samples -> tensors. B samples, L tokens of the longest completion; what is per token is left-aligned.
+
+    input_ids, attention_mask (with shared_prefix: position_ids): what the model gets, see `padded` and `shared`.
+    completion_ids, completion_mask (1.0 on the completion's tokens): [B, L].
+    completion_sources: [B, L], the position that predicts each token (the one before it), counted through the flattened
+    positions of input_ids; 0 outside the mask.
+    Those of `PER_TOKEN` that the samples have: [B, L] (or [B, L, streams]), 0 outside the mask.
+    """
+    ids = [torch.tensor(sample.completion_ids) for sample in samples]
+    batch = {
+        **(shared(samples) if shared_prefix else padded(samples, pad_token_id)),
+        "completion_ids": pad_sequence(ids, batch_first=True),
+        "completion_mask": completion_masks(samples),
+    }
+    for name in PER_TOKEN:
+        column = getattr(samples[0], name)
+        if column is not None and len(column):
+            batch[name] = completion_matrix(samples, name)
+    return batch
+
+
+def padded(samples: list[Sample], pad_token_id: int) -> dict[str, Tensor]:
+    """input_ids, attention_mask: [B, T], prompt and completion of each sample, padded on the right."""
+    sequences = [torch.tensor(sample.prompt["prompt_ids"] + sample.completion_ids) for sample in samples]
+    input_ids = pad_sequence(sequences, batch_first=True, padding_value=pad_token_id)
+    lengths = torch.tensor([len(ids) for ids in sequences])
+    sources = []
+    for i, sample in enumerate(samples):
+        start = i * input_ids.shape[1] + len(sample.prompt["prompt_ids"]) - 1
+        sources.append(torch.arange(start, start + sample.length))
+    return {
+        "input_ids": input_ids,
+        "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
+        "completion_sources": pad_sequence(sources, batch_first=True),
+    }
+
+
+def shared(samples: list[Sample]) -> dict[str, Tensor]:
+    """input_ids, position_ids: [1, N], every different prompt and after it the completions of its samples, each without
+    its last token, which predicts nothing. attention_mask: [1, 1, prompts, 1 + samples], their lengths
+    (`modeling.shared_prefix`)."""
+    groups: dict[tuple, list[int]] = {}
+    for i, sample in enumerate(samples):
+        groups.setdefault(tuple(sample.prompt["prompt_ids"]), []).append(i)
+    ids, positions, lengths, sources = [], [], [], [None] * len(samples)
+    for prompt, members in groups.items():
+        last = len(ids) + len(prompt) - 1
+        ids += prompt
+        positions += range(len(prompt))
+        lengths.append(torch.tensor([len(prompt), *(samples[i].length - 1 for i in members)]))
+        for i in members:
+            rest = samples[i].completion_ids[:-1]
+            sources[i] = torch.tensor([last, *range(len(ids), len(ids) + len(rest))])
+            ids += rest
+            positions += range(len(prompt), len(prompt) + len(rest))
+    return {
+        "input_ids": torch.tensor([ids]),
+        "position_ids": torch.tensor([positions]),
+        "attention_mask": pad_sequence(lengths, batch_first=True)[None, None],
+        "completion_sources": pad_sequence(sources, batch_first=True),
+    }
+
+
+def padding_share(batch: dict[str, Tensor]) -> Tensor:
+    """The share of a batch's positions that hold no token. In either layout the attention mask sums to the tokens."""
+    return 1 - batch["attention_mask"].sum() / batch["input_ids"].numel()
+
+
+def split(samples: list[Sample], batches: int) -> list[list[Sample]]:
+    """Sort by length and cut into `batches` of equal size (to within one), so that little is padded."""
+    _check(len(samples), "samples", batches)
+    ordered = sorted(samples, key=lambda sample: len(sample.prompt["prompt_ids"]) + sample.length)
+    bounds = [round(i * len(ordered) / batches) for i in range(batches + 1)]
+    return [ordered[bounds[i] : bounds[i + 1]] for i in range(batches)]
+
+
+def deal(samples: list[Sample], batches: int, together: int) -> list[list[Sample]]:
+    """`batches` with about as many tokens each; every `together` samples side by side, a prompt's, stay together."""
+    groups = [samples[i : i + together] for i in range(0, len(samples), together)]
+    _check(len(groups), "prompts", batches)
+    sizes = [len(group[0].prompt["prompt_ids"]) + sum(sample.length for sample in group) for group in groups]
+    dealt, totals = [[] for _ in range(batches)], [0] * batches
+    for i in sorted(range(len(groups)), key=lambda i: -sizes[i]):
+        lightest = min(range(batches), key=lambda b: totals[b])
+        dealt[lightest] += groups[i]
+        totals[lightest] += sizes[i]
+    return dealt
+
+
+def _check(count: int, what: str, batches: int) -> None:
+    if count < batches:
+        raise RolloutError(f"{count} {what} cannot fill {batches} micro-batches: lower gradient_accumulation_steps")
