@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from torch.distributed.tensor import DTensor
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import rotate_checkpoints
@@ -85,6 +85,30 @@ class BaseConfig(RunOptions, TrainingArguments):
     """Configuration of the trainers that build on transformers' Trainer directly."""
 
 
+class GradientsReachTheWeights(TrainerCallback):
+    """Before the first update of a run: an error if no trainable weight got a gradient, a warning if some did not."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.looked = False
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if self.looked:
+            return
+        self.looked = True
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        without = [name for name, p in trainable.items() if p.grad is None]
+        if without:
+            found = (
+                f"{len(without)} of {len(trainable)} trainable tensors got no gradient ({', '.join(without[:3])} ...)"
+            )
+            if len(without) == len(trainable):
+                raise TrainingError(
+                    f"{found}: nothing would be trained. Something on the way from the loss to the weights has no "
+                    "backward pass (a quantised layer in its inference form, a detached output)"
+                )
+            logger.warning("%s. Unused experts or layers may do without; others would not be trained", found)
+
+
 class TrainerMixin:
     """Guards and bookkeeping in front of a transformers-style trainer."""
 
@@ -96,6 +120,8 @@ class TrainerMixin:
         self.resume_step: int | None = None
         self.resume_folder: Path | None = None
         super().__init__(*args, **kwargs)
+        if not self.is_deepspeed_enabled:  # which keeps gradients where they cannot be seen
+            self.add_callback(GradientsReachTheWeights())
         if self.args.data_seed is None:
             # Left alone, accelerate shuffles by the seed that torch was given last, by whomever, and a resumed run
             # might see other batches.

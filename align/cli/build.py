@@ -67,7 +67,9 @@ def model(run: RunConfig):
     options: dict[str, Any] = {"revision": run.model.model_revision, "dtype": dtype(run)}
     quantization = load("trl:get_quantization_config")(run.model)
     if quantization is not None:
-        options |= {"quantization_config": quantization, "device_map": load("trl:get_kbit_device_map")()}
+        # quantised weights cannot be moved afterwards: every process loads them to where it trains
+        device = load("accelerate:PartialState")(cpu=run.training.use_cpu).device
+        options |= {"quantization_config": quantization, "device_map": {"": device}}
     if run.method.model == "classifier":
         options["head_seed"] = run.training.seed
     return load(LOADERS[run.method.model])(

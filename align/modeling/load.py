@@ -60,6 +60,7 @@ def load_policy(
     else:
         options = _loading_options(dtype, attn_implementation, peft_config, kwargs)
         model = _load(AutoModelForCausalLM, "AutoPeftModelForCausalLM", str(model), options)
+    _keep_4_bit_layers_differentiable(model)
     return _with_adapter(model, peft_config)
 
 
@@ -104,6 +105,7 @@ def load_sequence_classifier(
             {**options, "num_labels": 1},
             head_seed=head_seed if fresh_head else None,
         )
+    _keep_4_bit_layers_differentiable(model)
     head = head_name(model).split(".")[0]
     if model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = pad_token_id
@@ -209,7 +211,7 @@ def _frozen(model: nn.Module) -> nn.Module:
 def _from_pretrained(auto_class, source: str, what: str, **kwargs):
     try:
         return auto_class.from_pretrained(source, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # the last: bitsandbytes is missing
         raise ConfigError(f"cannot load the {what} {source!r}: {str(error).strip().splitlines()[0]}") from error
 
 
@@ -249,6 +251,14 @@ def _only_errors_from_transformers():
         yield
     finally:
         transformers_logging.set_verbosity(before)
+
+
+def _keep_4_bit_layers_differentiable(model: nn.Module) -> None:
+    """On processors bitsandbytes repacks a 4-bit layer at its first pass without gradient (an evaluation, a reference),
+    for good, into a form that has no backward pass."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # its Linear4bit
+            module.support_avx512bf16_for_cpu = False
 
 
 def _loading_options(dtype, attn_implementation: str | None, peft_config, kwargs: dict) -> dict:
