@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=2 python benchmarks/dpo_vs_trl.py [--data FILE] [--pairs 8] [--steps 6] [--repetitions 3]
 
 Both train the same randomly drawn Llama in float32 on real preference pairs (`--data`), `--pairs` of them per optimiser
-step, in the same order, none of them cut; transformers' default optimiser, the fused AdamW. First TRL's trainer is timed once per setting: the
-whole step as one batch, or in micro-batches with gradient accumulation, its pairs sorted by length for that. Then its
-fastest setting, the whole step, and ours (the whole step) take turns on further pairs. All that with a live reference,
-and again with log-probs precomputed on both sides (their computation is not counted).
+step, in the same order, none of them cut; the optimiser is transformers' default, the fused AdamW. First TRL's trainer
+is timed once per setting: the whole step as one batch, or in micro-batches with gradient accumulation, its pairs sorted
+by length for that. Then its fastest setting, the whole step, and ours (the whole step) take turns on further pairs. All
+that with a live reference, and again with log-probs precomputed on both sides (their computation is not counted).
 
 A step's time is that between the ends of two steps, loader, collation, optimiser and logging included; the first step
 of a run is left out. The losses of both sides must agree step by step to 1e-4 (relative).
