@@ -15,7 +15,7 @@ from torch import nn
 from align.errors import RewardError
 
 # attributes that say where and in what portions something is computed, not what
-PLACES = ("device", "batch_size", "batch_tokens")
+PLACES = ("device", "batch_size", "batch_tokens", "model_folders")
 
 
 def fingerprint(value: Any) -> str:

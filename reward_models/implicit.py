@@ -30,6 +30,8 @@ class ImplicitReward(Reward):
     different prompts are on no common scale. MODPO's margins are such rewards (Zhou et al. 2023). The score of a
     completion depends on nothing else in the batch.
 
+    `model_folders`: of policy and reference, or their hub names; None for one that came loaded.
+
     Args:
         model: the policy: a folder, hub name or loaded causal model. A folder with a LoRA adapter, or a loaded PEFT
             model, needs no reference: it is its own base, with the adapter switched off.
@@ -67,6 +69,8 @@ class ImplicitReward(Reward):
                 f"reward {self.name!r}: {source or type(self.model).__name__} has no adapter to switch off, so name "
                 "the reference that it was trained against"
             )
+        base = self.model.peft_config["default"].base_model_name_or_path if reference is None else reference
+        self.model_folders = (source, None if isinstance(base, nn.Module) else str(base))
         if reference is not None:
             _check_same_vocabulary(self.name, self.tokenizer, reference)
             reference = _load(reference, dtype, keep_adapter=False).to(self.device)

@@ -22,6 +22,8 @@ from align.evaluation.front import Front, Point, write_front
 from align.modeling.load import load_policy, load_tokenizer
 from align.modeling.logprobs import language_model
 from align.modeling.soups import make_soup
+from reward_models.base import Reward
+from reward_models.implicit import ImplicitReward
 from reward_models.margins import MarginRewards, rows_fingerprint
 from trainers.base import finish_tracking
 from trainers.modpo import SWEEP, MODPOConfig, MODPOTrainer, WeightOptions
@@ -62,7 +64,17 @@ def train_front(
     check_sweep(args)
     margins = MarginRewards(reward, processing_class, args.margin_folder)
     objectives = [args.objective, *margins.names]
-    vectors = sweep_weights(objectives, args)
+    start = model_name if callable(model) else str(model)
+    last = margin_policy(margins.rewards, start, args, peft_config)
+    vectors = sweep_weights(objectives, args, 0.1 if last is None else 0.0)
+    if vectors[-1][args.objective] > 0:
+        last = None
+    elif last is None:
+        raise ConfigError(
+            "sweep_min_weight 0: no pair trains the policy of that weight. It is there already where the one margin "
+            f"reward is `implicit` and its policy in a folder, trained from {start} with beta {args.beta} and saved as "
+            "the sweep's are (adapter or whole model); here it must be above 0"
+        )
     limits = {"max_length": args.max_length, "max_bad_share": args.max_bad_share}
     train_dataset = numbered_pairs(train_dataset, processing_class, **limits)
     started = time.perf_counter()
@@ -85,12 +97,12 @@ def train_front(
         )
 
     identity = {
-        "model": model_name if callable(model) else str(model),
+        "model": start,
         "data": rows_fingerprint(train_dataset),
         "margins": margins.fingerprints,
     }
     return train_points(
-        "modpo", trainer, args, objectives, vectors, identity, peft_config, seconds=seconds, resume=resume
+        "modpo", trainer, args, objectives, vectors, identity, peft_config, seconds=seconds, resume=resume, last=last
     )
 
 
@@ -105,11 +117,13 @@ def train_points(
     *,
     seconds: dict[str, float],
     resume: bool,
+    last: Path | None = None,
 ) -> Path:
     """Train and save one policy per weight vector, then the soups between neighbours where asked.
 
     make_trainer: from the config of one point. identity: what else decides the result; a point that was trained with
-    another identity, or with other options, is not taken for this sweep's.
+    another identity, or with other options, is not taken for this sweep's. last: a policy for the last vector, which is
+    then not trained.
     """
     root = Path(args.output_dir)
     front = Front(method, "", objectives, [], seconds)
@@ -118,6 +132,9 @@ def train_points(
         raise ConfigError(f"interpolate is for two objectives, whose points have neighbours; there are {objectives}")
     for number, weights in enumerate(vectors):
         name = point_name(weights)
+        if last is not None and number == len(vectors) - 1:
+            front.points.append(Point(name, str(last), weights, kind="margin"))
+            continue
         point_args = point_config(args, weights, root / name)
         options = {key: value for key, value in run_options(point_args).items() if key not in NOT_IN_RESULT}
         settings = json.loads(json.dumps({**options, **identity}, default=str))
@@ -131,8 +148,9 @@ def train_points(
         front.points.append(Point(name, name, weights, seconds=done["seconds"]))
         if args.process_index == 0:
             write_front(front, root)
-    if args.interpolate is not None and args.process_index == 0:
-        front.points = with_soups(front.points, args.interpolate, root)
+    if args.process_index == 0:
+        if args.interpolate is not None:
+            front.points = with_soups(front.points, args.interpolate, root)
         write_front(front, root)
     return root
 
@@ -178,12 +196,14 @@ def finished(folder: Path, settings: dict) -> dict | None:
 # ---- weights --------------------------------------------------------------------------------------------------------
 
 
-def sweep_weights(objectives: list[str], args: WeightOptions) -> list[dict[str, float]]:
-    """Weight vectors that sum to 1, evenly spread, the first objective's weight from 1 down to `sweep_min_weight`.
+def sweep_weights(objectives: list[str], args: WeightOptions, min_weight: float) -> list[dict[str, float]]:
+    """Weight vectors that sum to 1, evenly spread, the first objective's weight from 1 down to `sweep_min_weight`, or
+    where that is not given to min_weight.
 
     Two objectives: `sweep_points` vectors in order. More: the lattice with so many along each edge.
     """
-    points, min_weight = args.sweep_points or 5, args.sweep_min_weight or 0.1
+    points = args.sweep_points or 5
+    min_weight = min_weight if args.sweep_min_weight is None else args.sweep_min_weight
     if len(objectives) < 2:
         raise ConfigError(f"a sweep needs at least two objectives, got {objectives}")
     steps, free = points - 1, len(objectives) - 1
@@ -238,6 +258,21 @@ def check_model(model: Model, processing_class):
     if callable(model) and processing_class is None:
         raise ConfigError("a function that loads the policy does not say which tokenizer: pass processing_class")
     return processing_class or load_tokenizer(model)
+
+
+def margin_policy(rewards: list[Reward], start: str | None, args: MODPOConfig, peft_config: Any) -> Path | None:
+    """The folder of the optimum for weight 0 of `objective`, which need not be trained: the policy that the one margin
+    reward is made of. None if there are more rewards or another kind of, if its policy was trained from another one
+    than `start` or with another beta, or if it is saved in another form than the sweep's policies."""
+    (reward, *others) = rewards
+    if others or not isinstance(reward, ImplicitReward) or reward.beta != args.beta:
+        return None
+    policy, reference = reward.model_folders
+    if None in (policy, reference, start) or not Path(policy).is_dir():
+        return None
+    adapter = (Path(policy) / "adapter_config.json").exists()
+    same_start = reference == start or Path(reference).resolve() == Path(start).resolve()
+    return Path(policy).absolute() if same_start and adapter == (peft_config is not None) else None
 
 
 def check_sweep(args: WeightOptions) -> None:

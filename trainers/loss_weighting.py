@@ -115,7 +115,7 @@ def train_loss_weighting_front(
     processing_class = check_model(model, processing_class)
     check_sweep(args)
     objectives = [args.objective, *(name for name in train_dataset if name != args.objective)]
-    vectors = sweep_weights(objectives, args)
+    vectors = sweep_weights(objectives, args, 0.0)
     sets = tokenized_sets(train_dataset, processing_class, args)
 
     def trainer(point_args: LossWeightingConfig) -> LossWeightingTrainer:

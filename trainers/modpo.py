@@ -30,10 +30,14 @@ class WeightOptions:
         metadata={"help": "One weight per objective, {preference: 0.5, short: 0.5}; or `sweep`: train the front."},
     )
     sweep_points: int | None = field(
-        default=None, metadata={"help": "Points of a sweep between two objectives. Default: 5."}
+        default=None, metadata={"help": "Points of a sweep between two objectives, both ends counted. Default: 5."}
     )
     sweep_min_weight: float | None = field(
-        default=None, metadata={"help": "Smallest weight of `objective` in a sweep, > 0. Default: 0.1."}
+        default=None,
+        metadata={
+            "help": "Smallest weight of `objective` in a sweep. Default: 0 where the policy of that weight is there "
+            "already (the one margin reward is `implicit`, of the same beta and reference), else 0.1."
+        },
     )
     interpolate: int | None = field(
         default=None, metadata={"help": "Further points between neighbours of a sweep, by interpolating their weights."}
@@ -52,8 +56,8 @@ class WeightOptions:
                 raise ConfigError(f"weights must be finite numbers, got {bad}")
         if self.sweep_points is not None and self.sweep_points < 2:
             raise ConfigError(f"a sweep has at least 2 points, got sweep_points {self.sweep_points}")
-        if self.sweep_min_weight is not None and not 0 < self.sweep_min_weight < 1:
-            raise ConfigError(f"sweep_min_weight must be between 0 and 1, got {self.sweep_min_weight}")
+        if self.sweep_min_weight is not None and not 0 <= self.sweep_min_weight < 1:
+            raise ConfigError(f"sweep_min_weight must be from 0 to below 1, got {self.sweep_min_weight}")
         if self.interpolate is not None and self.interpolate < 1:
             raise ConfigError(f"interpolate counts the points between two neighbours, from 1, got {self.interpolate}")
 

@@ -11,8 +11,9 @@ FILE_NAME = "front.json"
 
 @dataclass
 class Point:
-    """One policy of a front. folder: where it is saved, relative to the file's. kind: trained, or soup (made of its
-    neighbours). seconds: that its training took, loading included."""
+    """One policy of a front. folder: where it is saved, relative to the file's. kind: trained, soup (made of its
+    neighbours), or margin (the policy that a margin reward is made of, where it was). seconds: that its training took,
+    loading included."""
 
     name: str
     folder: str

@@ -13,7 +13,8 @@ from align.errors import ConfigError, DataError
 from align.evaluation.front import read_front
 from align.modeling.load import load_policy
 from reward_models.base import Reward, RewardOutput
-from trainers.front import POINT_FILE, sweep_weights, train_front
+from reward_models.build import build_reward
+from trainers.front import POINT_FILE, margin_policy, sweep_weights, train_front
 from trainers.modpo import MODPOTrainer, WeightOptions
 
 SWEEP = {"weights": "sweep", "sweep_points": 3, "sweep_min_weight": 0.2, "objective": "strength"}
@@ -46,13 +47,13 @@ def weights_of(folder) -> dict[str, torch.Tensor]:
 
 
 def test_weights_of_a_sweep():
-    two = sweep_weights(["a", "b"], WeightOptions(sweep_points=5, sweep_min_weight=0.2))
+    two = sweep_weights(["a", "b"], WeightOptions(sweep_points=5, sweep_min_weight=0.2), 0.1)
     assert [list(w.values()) for w in two] == [[1, 0], [0.8, 0.2], [0.6, 0.4], [0.4, 0.6], [0.2, 0.8]]
-    three = sweep_weights(["a", "b", "c"], WeightOptions(sweep_points=3))
+    three = sweep_weights(["a", "b", "c"], WeightOptions(sweep_points=3), 0.1)
     assert len(three) == 6 and three[0] == {"a": 1, "b": 0, "c": 0} and {"a": 0.1, "b": 0.45, "c": 0.45} in three
     assert all(sum(w.values()) == pytest.approx(1) and w["a"] >= 0.1 for w in three)
     with pytest.raises(ConfigError, match="at least two objectives"):
-        sweep_weights(["a"], WeightOptions())
+        sweep_weights(["a"], WeightOptions(), 0.1)
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +149,51 @@ def test_points_of_another_reward_are_not_taken(whole, policy):
     folder, _ = whole
     with pytest.raises(ConfigError, match="margins .* before"):
         sweep(policy, folder, resume=True, reward=letters, precompute_ref_log_probs=True)
+
+
+@pytest.fixture(scope="module")
+def margin(policy, tmp_path_factory):
+    """What DPO made of the policy: whole, and as an adapter."""
+    from trainers.dpo import DPOConfig, DPOTrainer
+
+    folders = {}
+    for form, lora in {"whole": None, "adapter": LoraConfig(r=2, target_modules="all-linear")}.items():
+        folders[form] = tmp_path_factory.mktemp(form)
+        shared = {"max_steps": 1, "per_device_train_batch_size": 20, "learning_rate": 1e-2, "beta": 0.5}
+        args = DPOConfig(
+            str(folders[form]), use_cpu=True, report_to="none", save_strategy="no", max_length=32, **shared
+        )
+        trainer = DPOTrainer(policy, args, exact_pairs(), peft_config=lora)
+        trainer.train()
+        trainer.save_model()
+    return folders
+
+
+def test_the_margin_policy_is_the_last_point(policy, margin, tmp_path, monkeypatch):
+    monkeypatch.chdir(margin["adapter"].parent)
+    spec = {"type": "implicit", "path": margin["adapter"].name, "beta": 0.5, "name": "other"}
+    front = read_front(sweep(policy, tmp_path / "a", reward=spec, sweep_min_weight=None, interpolate=1))
+    assert [p.kind for p in front.points] == ["trained", "soup", "trained", "soup", "margin"]
+    assert [p.weights["strength"] for p in front.points] == pytest.approx([1, 0.75, 0.5, 0.25, 0])
+    assert front.points[-1].folder == str(margin["adapter"]) and not (tmp_path / "a" / "w_0_1").exists()
+    base, left, soup, right = (weights_of(f) for f in (policy, *(p.folder for p in front.points[2:])))
+    for name, values in base.items():
+        expected = (left[name] - values) / 2 + (right[name] - values) / 2
+        torch.testing.assert_close(soup[name] - values, expected, rtol=0, atol=1e-6)
+    again = sweep(policy, tmp_path / "b", reward=spec, sweep_min_weight=0.4)
+    assert [p.kind for p in read_front(again).points] == ["trained"] * 3
+
+
+@pytest.mark.parametrize("change", [{"beta": 0.1}, {"path": "whole"}, {"reference": "whole"}])
+def test_a_margin_policy_that_is_no_optimum_of_the_sweep_is_no_point(policy, margin, tmp_path, change):
+    """Of another beta, in another form than the sweep's adapters, or trained from another policy."""
+    spec = {"type": "implicit", "path": str(margin["adapter"]), "beta": 0.5, "name": "other", "reference": policy}
+    spec |= {key: str(margin[value]) if value in margin else value for key, value in change.items()}
+    with pytest.raises(ConfigError, match="sweep_min_weight 0: no pair trains the policy of that weight"):
+        sweep(policy, tmp_path, reward=spec, sweep_min_weight=0.0)
+    lora = LoraConfig(r=4, target_modules="all-linear")
+    args = sweep_config(tmp_path, sweep_min_weight=None)
+    assert margin_policy([build_reward(spec)], policy, args, lora) is None
 
 
 def test_what_is_refused(policy, tmp_path):

@@ -173,7 +173,7 @@ def test_a_saved_policy_is_the_trained_one(policy, tokenizer, tmp_path):
         ({"objective": "letters"}, "name of the pairs' own objective and of another"),
         ({"loss_type": "ipo"}, "loss_type must be one of sigmoid, hinge"),
         ({"weights": {"strength": math.nan, "letters": 1.0}}, "must be finite"),
-        ({"weights": "sweep", "sweep_min_weight": 0.0}, "sweep_min_weight must be between 0 and 1"),
+        ({"weights": "sweep", "sweep_min_weight": 1.0}, "sweep_min_weight must be from 0 to below 1"),
     ],
 )
 def test_what_is_refused(policy, tmp_path, options, message):

@@ -66,7 +66,7 @@ def test_the_page_runs(world, monkeypatch, capsys):
         extra = {"dpo": shorter, "front": ["--backend", "transformers"]}.get(argv[0], [])
         assert main([*argv, *extra]) == 0, capsys.readouterr().err
     front = read_front("runs/front")
-    assert [point.name for point in front.points][:2] == ["w_1_0", "w_0.775_0.225"] and len(front.points) == 5
+    assert [point.name for point in front.points][:2] == ["w_1_0", "w_0.75_0.25"] and len(front.points) == 5
     variables: dict = {}
     for number, code in enumerate(blocks("python")):
         exec(compile(code, f"docs/modpo.md, block {number}", "exec"), variables)
