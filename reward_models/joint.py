@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from align.errors import ConfigError, RewardError
-from align.modeling.load import load_sequence_classifier, load_tokenizer
+from align.modeling.load import load_sequence_classifier, load_tokenizer, weights_on_every_process
 from align.modeling.member_lora import MemberLora, add_member_adapters, load_adapter, save_adapter
 from align.modeling.members import copy_upper, member_state
 from reward_models.base import RewardBatch
@@ -82,7 +82,8 @@ def load_trunk(folder: Path, members: int, upper_layers: int, dtype) -> nn.Modul
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         state = {name: value.to(dtype) for name, value in state.items()}
     architecture = getattr(transformers, config.architectures[0])
-    model = architecture.from_pretrained(None, config=config, state_dict=member_state(state, 0), dtype=dtype)
+    with weights_on_every_process():
+        model = architecture.from_pretrained(None, config=config, state_dict=member_state(state, 0), dtype=dtype)
     copy_upper(model, members, upper_layers)
     try:
         model.load_state_dict(state, assign=True)  # not into copies: what is read stays in memory otherwise

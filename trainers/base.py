@@ -210,7 +210,8 @@ class TrainerMixin:
         return {}
 
     def save_further_files(self, folder: Path) -> None:
-        """Write what else belongs into a checkpoint, e.g. a second model. Main process only; `resume_folder` has it."""
+        """Write what else belongs into a checkpoint, e.g. a second model; `resume_folder` has it. Called on all
+        processes, as sharded weights need; the main process alone writes."""
 
     def _save_checkpoint(self, model, trial):
         self._check_weights()
@@ -231,8 +232,7 @@ class TrainerMixin:
             "method": self.extra_state(),
         }
         torch.save(state, folder / EXTRA_STATE.format(rank=self.args.process_index))
-        if self.args.should_save:
-            self.save_further_files(folder)
+        self.save_further_files(folder)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             write_manifest(folder)

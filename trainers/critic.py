@@ -5,7 +5,10 @@ import logging
 from pathlib import Path
 
 import torch
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
 
 from align.errors import ConfigError, TrainingError
 from align.modeling.load import disable_dropout, load_backbone
@@ -14,7 +17,7 @@ from align.modeling.pairs import pair_inputs
 
 logger = logging.getLogger(__name__)
 
-FILE_NAME = "critic.pt"
+CRITIC_FILE = "critic.pt"
 
 
 class Critic(nn.Module):
@@ -24,6 +27,7 @@ class Critic(nn.Module):
     def __init__(self, backbone: nn.Module, heads: int):
         super().__init__()
         self.backbone = backbone
+        self._no_split_modules = backbone._no_split_modules  # what FSDP wraps
         width = backbone.config.get_text_config().hidden_size
         self.head = nn.Linear(width, heads, bias=False)
         nn.init.zeros_(self.head.weight)
@@ -53,14 +57,14 @@ def make_critic(policy: nn.Module, source: str | None, heads: int, *, gradient_c
 
 
 class CriticState:
-    """The critic prepared for training, with its optimiser. DDP or one process; a critic is not sharded."""
+    """The critic prepared for training, with its optimiser: in one process, with DDP or with FSDP2."""
 
     def __init__(self, critic: Critic, accelerator, *, learning_rate: float, weight_decay: float, max_grad_norm: float):
         kind = str(accelerator.distributed_type).rpartition(".")[2]
-        if kind in ("FSDP", "DEEPSPEED"):
-            raise ConfigError(f"the critic of PPO is trained with DDP or in one process, not under {kind}")
-        self.accelerator, self.max_grad_norm, self.learning_rate = accelerator, max_grad_norm, learning_rate
-        self.model = accelerator.prepare_model(critic)
+        if kind == "DEEPSPEED" or (kind == "FSDP" and not accelerator.is_fsdp2):
+            raise ConfigError(f"the critic of PPO is trained with DDP or FSDP2 or in one process, not under {kind}")
+        self.max_grad_norm, self.learning_rate = max_grad_norm, learning_rate
+        self.model = fsdp2_prepare_model(accelerator, critic) if kind == "FSDP" else accelerator.prepare_model(critic)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=learning_rate, weight_decay=weight_decay, eps=1e-5, fused=False
         )
@@ -80,16 +84,23 @@ class CriticState:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(norm)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
-    def save(self, folder: str | Path) -> None:
-        bare = self.accelerator.unwrap_model(self.model)
-        torch.save({"model": bare.state_dict(), "optimizer": self.optimizer.state_dict()}, Path(folder) / FILE_NAME)
+    def state_dict(self) -> dict:
+        """Whole tensors in the main process, nothing in the others. All processes must call it."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        model, optimizer = get_state_dict(self.model, self.optimizer, options=options)
+        return {"model": model, "optimizer": optimizer}
 
     def load(self, folder: str | Path) -> None:
-        path = Path(folder) / FILE_NAME
+        path = Path(folder) / CRITIC_FILE
         if not path.exists():
-            raise TrainingError(f"{folder} has no {FILE_NAME}: it is not a checkpoint of PPO")
-        state = torch.load(path, weights_only=True, map_location=self.accelerator.device)
-        self.accelerator.unwrap_model(self.model).load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+            raise TrainingError(f"{folder} has no {CRITIC_FILE}: it is not a checkpoint of PPO")
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=StateDictOptions(full_state_dict=True),
+        )

@@ -102,7 +102,7 @@ class OnPolicyTrainer(
     ):
         processing_class = processing_class or load_tokenizer(model)
         set_seed(args.seed)  # a new adapter is drawn at random
-        model = load_policy(model, peft_config=peft_config)
+        model = load_policy(model, peft_config=peft_config, sharded=True)
         if args.disable_dropout:
             disable_dropout(model)
         self.rewards = RewardColumns(reward, args.reward_weights, tokenizer=processing_class)

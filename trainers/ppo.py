@@ -11,7 +11,7 @@ from align.modeling.prefix_support import enable_trunk
 from align.objectives.kl import k1, masked_mean
 from align.objectives.policy_loss import aggregate_tokens, value_losses
 from align.objectives.returns import gae, token_rewards
-from trainers.critic import CriticState, make_critic
+from trainers.critic import CRITIC_FILE, CriticState, make_critic
 from trainers.on_policy import OnPolicyTrainer, Stream
 from trainers.on_policy_config import OnPolicyConfig
 from trainers.rollouts import Sample
@@ -130,7 +130,9 @@ class PPOTrainer(OnPolicyTrainer):
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def save_further_files(self, folder) -> None:
-        self.critic.save(folder)
+        state = self.critic.state_dict()
+        if self.args.should_save:
+            torch.save(state, folder / CRITIC_FILE)
 
     def load_state(self, state: dict) -> None:
         super().load_state(state)

@@ -153,7 +153,7 @@ class PreferenceTrainer(PairEvaluation, PairReference, TrainerMixin, Trainer):
         self.args = args
         ref_model = self._reference_given(ref_model)
         set_seed(args.seed)  # a new adapter is drawn at random
-        model = load_policy(model, peft_config=peft_config)
+        model = load_policy(model, peft_config=peft_config, sharded=True)
         if args.disable_dropout:
             disable_dropout(model)
         self.check_start = ref_model is None

@@ -91,7 +91,11 @@ class RewardTrainer(PairEvaluation, TrainerMixin, Trainer):
     ):
         processing_class = with_own_padding(processing_class or load_tokenizer(model))
         model = load_sequence_classifier(
-            model, peft_config=peft_config, pad_token_id=processing_class.pad_token_id, head_seed=args.seed
+            model,
+            peft_config=peft_config,
+            pad_token_id=processing_class.pad_token_id,
+            head_seed=args.seed,
+            sharded=True,
         )
         # transformers refuses batches without one; where the last token is, the attention mask says
         model.config.get_text_config().pad_token_id = processing_class.pad_token_id

@@ -60,7 +60,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         if not isinstance(model, nn.Module):
             # the frozen weights under an adapter stay as they were saved on a GPU; TRL adds the adapter
             dtype = "auto" if peft_config is not None and torch.cuda.is_available() else None
-            model = load_policy(model, dtype=dtype)
+            model = load_policy(model, dtype=dtype, sharded=True)
         # TRL makes the labels from `completion_mask`, and packs where asked
         args.completion_only_loss = True
         super().__init__(

@@ -73,7 +73,7 @@ def model(run: RunConfig):
     if run.method.model == "classifier":
         options["head_seed"] = run.training.seed
     return load(LOADERS[run.method.model])(
-        run.model.model_name_or_path, attn_implementation=run.model.attn_implementation, **options
+        run.model.model_name_or_path, attn_implementation=run.model.attn_implementation, sharded=True, **options
     )
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -40,6 +41,7 @@ def load_policy(
     dtype: str | torch.dtype | None = None,
     attn_implementation: str | None = None,
     peft_config=None,
+    sharded: bool = False,
     **kwargs,
 ) -> nn.Module:
     """A causal language model, ready to train.
@@ -51,6 +53,7 @@ def load_policy(
         dtype: of the weights; None is float32, so that small updates are not rounded away (mixed precision is the
             trainer's `bf16`), except with `peft_config` on a GPU, where the frozen weights stay as they were saved.
         peft_config: a `peft.PeftConfig`; the model comes back wrapped, its adapter trainable.
+        sharded: FSDP may send the weights from the main process, and no other one needs to read them.
         kwargs: passed to `from_pretrained` (revision, trust_remote_code, quantization_config, device_map ...).
     """
     from transformers import AutoModelForCausalLM
@@ -58,7 +61,7 @@ def load_policy(
     if isinstance(model, nn.Module):
         _refuse_loading_options(dtype, attn_implementation, kwargs)
     else:
-        options = _loading_options(dtype, attn_implementation, peft_config, kwargs)
+        options = _loading_options(dtype, attn_implementation, peft_config, kwargs) | {"sharded": sharded}
         model = _load(AutoModelForCausalLM, "AutoPeftModelForCausalLM", str(model), options)
     _keep_4_bit_layers_differentiable(model)
     return _with_adapter(model, peft_config)
@@ -81,6 +84,7 @@ def load_sequence_classifier(
     pad_token_id: int | None = None,
     head_seed: int = 0,
     fresh_head: bool = True,
+    sharded: bool = False,
     **kwargs,
 ) -> nn.Module:
     """A model with one scalar output (`AutoModelForSequenceClassification`, num_labels=1), causal or encoder.
@@ -102,7 +106,7 @@ def load_sequence_classifier(
             AutoModelForSequenceClassification,
             "AutoPeftModelForSequenceClassification",
             source,
-            {**options, "num_labels": 1},
+            {**options, "num_labels": 1, "sharded": sharded},
             head_seed=head_seed if fresh_head else None,
         )
     _keep_4_bit_layers_differentiable(model)
@@ -160,6 +164,11 @@ class Reference:
             from trl.models import prepare_deepspeed
 
             self.model = prepare_deepspeed(self.model, accelerator)
+        elif accelerator.is_fsdp2:
+            from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+            # trl's prepare_fsdp shards what each process holds: zeros where only the main one has read the weights
+            self.model = fsdp2_prepare_model(accelerator, self.model)
         elif accelerator.distributed_type == DistributedType.FSDP:
             from trl.models import prepare_fsdp
 
@@ -208,9 +217,25 @@ def _frozen(model: nn.Module) -> nn.Module:
 # ---- loading ---------------------------------------------------------------------------------------------------------
 
 
-def _from_pretrained(auto_class, source: str, what: str, **kwargs):
+@contextmanager
+def weights_on_every_process():
+    """Under FSDP's cpu_ram_efficient_loading, transformers gives every process but the main one a model of zeros, of
+    whatever kind it is. Only the model that FSDP then shards gets its weights from the main process."""
+    name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    before = os.environ.get(name)
+    if before is not None:
+        os.environ[name] = "false"
     try:
-        return auto_class.from_pretrained(source, **kwargs)
+        yield
+    finally:
+        if before is not None:
+            os.environ[name] = before
+
+
+def _from_pretrained(auto_class, source: str, what: str, *, sharded: bool = False, **kwargs):
+    try:
+        with nullcontext() if sharded else weights_on_every_process():
+            return auto_class.from_pretrained(source, **kwargs)
     except (OSError, ValueError, ImportError) as error:  # the last: bitsandbytes is missing
         raise ConfigError(f"cannot load the {what} {source!r}: {str(error).strip().splitlines()[0]}") from error
 

@@ -4,6 +4,7 @@ import inspect
 import logging
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from align.data.collate import PairCollator
@@ -19,7 +20,8 @@ def enable_shared_prefix(model: nn.Module, max_length: int | None) -> str | None
     """Make a model take the batches of `SharedPrefixCollator`. Returns None, or why it cannot; then it is unchanged.
 
     Besides what its architecture and configuration tell, the log-probs of two made-up pairs are computed in both
-    layouts and must be the same. The model must not be wrapped for several processes yet.
+    layouts and must be the same. The model must not be wrapped for several processes yet; what the main process finds
+    holds for all, as the others may not have the weights before FSDP sends them.
 
     Args:
         max_length: the longest sequence (prompt and completion) to come, which an attention window must cover; None:
@@ -32,7 +34,7 @@ def enable_shared_prefix(model: nn.Module, max_length: int | None) -> str | None
     before = core.config._attn_implementation
     shared_prefix.register()
     core.set_attn_implementation(shared_prefix.IMPLEMENTATION)
-    reason = _difference(model)
+    (reason,) = broadcast_object_list([_difference(model)])
     if reason is not None:
         core.set_attn_implementation(before)
     return reason
