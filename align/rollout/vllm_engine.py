@@ -20,7 +20,7 @@ from align.rollout.weights import check_supported, checkpoint_weights
 logger = logging.getLogger(__name__)
 
 GIB = 1 << 30
-CPU_BLOCK = 128  # tokens per block of vLLM's key-value cache on CPUs
+CPU_BLOCK = 32  # tokens per block of the key-value cache on CPUs; prompts share whole blocks, so the smallest is best
 CPU_MEMORY_SHARE = 0.25  # of the free memory, at most, for the key-value cache
 USE_TRANSFORMERS = "set rollout_backend: transformers"
 
@@ -111,6 +111,7 @@ def start_llm(core, *, max_model_len, max_num_seqs, kv_cache_gib, gpu_memory_uti
     }
     if on_cpu:
         options["enforce_eager"] = True
+        options["block_size"] = CPU_BLOCK
         # vLLM takes back the draw of a seeded request whose prompt is processed in parts, which raises on CPUs
         options["enable_chunked_prefill"] = False
         options["kv_cache_memory_bytes"] = kv_cache_bytes(core, max_model_len, max_num_seqs, kv_cache_gib)

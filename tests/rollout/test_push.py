@@ -123,7 +123,7 @@ def test_adapters_are_merged_without_touching_the_model(holding, options):
             model.base_model.model.lm_head.modules_to_save["default"].weight.normal_(std=0.1)
     held = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     report = engine.push(model, 1)
-    assert report.probe_max_abs_diff < 1e-4
+    assert report.probe_max_abs_diff < 5e-4  # merged weights round in another way; missed adapters differ by over 1
     after = greedy(engine, ids)
     assert follows(model, ids, after) and not follows(model, ids, without)
     assert held.keys() == model.state_dict().keys()
@@ -138,7 +138,7 @@ def test_an_engine_starts_from_an_adapter_model_with_a_tied_base(make):
 
 
 def test_pushing_bfloat16_adapters_often_leaves_the_base_as_it_was(holding):
-    model = lora(never_ending(llama(dtype=torch.bfloat16)))
+    model = lora(never_ending(llama(scale=0.05, dtype=torch.bfloat16)))
     base = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
     held = base.detach().clone()
     engine = holding(model)

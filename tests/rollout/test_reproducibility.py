@@ -29,13 +29,22 @@ def test_draws_do_not_depend_on_what_else_is_in_the_call(holding):
     assert tokens(together)[:1] == tokens(alone)
 
 
+def test_draws_do_not_depend_on_who_shares_the_prompt(holding):
+    """The engine computes a prompt once for all that have it."""
+    model, ids = never_ending(llama()), prompts([100])
+    seeded, other = SamplingParams(12, seed=3), SamplingParams(12, n=2, seed=4)
+    alone = holding(model, seed=5).generate(ids, seeded)
+    together = holding(model, seed=5).generate(ids * 3, [SamplingParams(12, temperature=0), other, seeded])
+    assert tokens(together)[2:] == tokens(alone)
+
+
 @needs_vllm
 def test_draws_do_not_depend_on_the_room_in_the_cache():
     """With room for two and a half sequences, vLLM interrupts sequences and takes them up again."""
     model, ids = never_ending(llama()), prompts([120] * 8)
-    params = SamplingParams(30, n=2)  # each sequence grows from one block of 128 tokens into two
+    params = SamplingParams(30, n=2)  # each sequence grows from four blocks of 32 tokens into five
     drawn = []
-    for kv_cache_gib in (None, 5 * 128 / 2**20):  # 1 KiB per token
+    for kv_cache_gib in (None, 12 * 32 / 2**20):  # 1 KiB per token
         engine = make_engine(model, backend="vllm", max_model_len=256, kv_cache_gib=kv_cache_gib)
         drawn.append(tokens(engine.generate(ids, params)))
         engine.close()
