@@ -138,7 +138,7 @@ def test_an_engine_starts_from_an_adapter_model_with_a_tied_base(make):
 
 
 def test_pushing_bfloat16_adapters_often_leaves_the_base_as_it_was(holding):
-    model = lora(never_ending(llama(scale=0.05, dtype=torch.bfloat16)))
+    model = lora(never_ending(llama(scale=0.02, dtype=torch.bfloat16)))
     base = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
     held = base.detach().clone()
     engine = holding(model)
