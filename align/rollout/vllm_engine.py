@@ -164,7 +164,7 @@ def draw_by_row(worker) -> None:
 
     def forward(logits, generators, k, p):
         logps = apply_top_k_top_p(logits, k, p).log_softmax(-1, dtype=torch.float32)
-        uniforms = torch.zeros(len(logps), dtype=torch.float64)  # rows without a generator are greedy: vLLM overrules
+        uniforms = torch.rand(len(logps), dtype=torch.float64)  # stays so in rows without a seed
         for row, generator in generators.items():
             uniforms[row] = torch.rand((), dtype=torch.float64, generator=generator)
         return draw_tokens(logps, uniforms), logps
