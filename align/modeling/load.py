@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from align.distributed.shards import gathered, is_zero3, zero3_twin
 from align.errors import ConfigError
-from align.modeling.logprobs import token_logps
+from align.modeling.logprobs import language_model, token_logps
 
 logger = logging.getLogger(__name__)
 
@@ -131,8 +132,8 @@ def head_name(model: nn.Module) -> str:
 def draw_head(head: nn.Linear, seed: int) -> None:
     """Weights from N(0, 1/(d+1)), d the input width (Stiennon et al. 2020), bias 0."""
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1) ** 0.5
-    with torch.no_grad():
+    weight = torch.randn(head.out_features, head.in_features, generator=generator) / (head.in_features + 1) ** 0.5
+    with gathered(head.parameters(), written=True), torch.no_grad():
         head.weight.copy_(weight)
         if head.bias is not None:
             head.bias.zero_()
@@ -207,6 +208,8 @@ def reference_of(model: nn.Module, ref_model: str | Path | nn.Module | None = No
 
 def freeze_copy(model: nn.Module) -> nn.Module:
     """A copy of the model that no optimiser can change, in eval mode."""
+    if is_zero3(model.parameters()):
+        return _frozen(zero3_twin(language_model(model)))
     return _frozen(copy.deepcopy(model))
 
 

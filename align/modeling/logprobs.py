@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from align.distributed.shards import is_zero3
 from align.errors import TrainingError
 from align.modeling.heads import Head, LogitTransform, TokenValues, head_of
 from align.modeling.token_values import token_values
@@ -135,7 +136,7 @@ def model_inputs(core: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> 
 def _head_can_run_alone(core: nn.Module) -> bool:
     # ZeRO-3 frees a module's weights after its forward, so its head cannot be recomputed by itself in the backward pass
     head = core.get_output_embeddings()
-    return head is not None and not any(hasattr(p, "ds_id") for p in head.parameters())
+    return head is not None and not is_zero3(head.parameters())
 
 
 def _through_logits(model, inputs: dict, positions: Tensor, finish: Callable, temperature: float) -> TokenValues:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from align.distributed.shards import is_zero3
 from align.errors import ConfigError
 from align.modeling.logprobs import language_model
 from align.rollout.engine import RolloutEngine
@@ -33,7 +34,7 @@ class TransformersEngine(RolloutEngine):
     def __init__(self, model, tokenizer=None, *, max_model_len, seed=0, max_num_seqs=256, sync_tolerance=None):
         super().__init__(model, tokenizer, max_model_len=max_model_len, seed=seed, sync_tolerance=sync_tolerance)
         self.max_num_seqs = max_num_seqs
-        if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        if is_zero3(model.parameters()):
             raise ConfigError("the transformers rollout engine does not work with DeepSpeed ZeRO-3: use FSDP2 or vLLM")
         self._model = empty_copy(language_model(model))
         accepted = inspect.signature(self._model.forward).parameters

@@ -3,10 +3,10 @@
 import copy
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from align.distributed.shards import gathered, whole
 from align.errors import ConfigError
 from align.modeling.logprobs import language_model
 
@@ -100,7 +100,7 @@ def _merged_copy(layer: nn.Module) -> nn.Module:
     """The base layer of an adapter layer with its active adapters merged in, apart from the original."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    with _gathered(list(layer.parameters())):
+    with gathered(layer.parameters()):
         merged = copy.deepcopy(layer)
     for module in merged.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -111,21 +111,3 @@ def _merged_copy(layer: nn.Module) -> nn.Module:
         level.merge()
         level = level.base_layer
     return level
-
-
-def whole(parameter: Tensor) -> Tensor:
-    """The full tensor of a sharded parameter; the parameter itself (detached) if it is not sharded."""
-    if isinstance(parameter, DTensor):
-        return parameter.detach().full_tensor()
-    if hasattr(parameter, "ds_id"):  # ZeRO-3: freed again when the context ends
-        with _gathered([parameter]):
-            return parameter.detach().clone()
-    return parameter.detach()
-
-
-def _gathered(parameters: list[Tensor]):
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        return torch.no_grad()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(parameters)

@@ -1,0 +1,47 @@
+"""Parameters that are split over processes: FSDP2's are DTensors, ZeRO-3's are empty and marked with a `ds_id`.
+
+All processes must call these together, with the same parameters in the same order.
+"""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def is_zero3(parameters: Iterable[Tensor]) -> bool:
+    return any(hasattr(parameter, "ds_id") for parameter in parameters)
+
+
+def gathered(parameters: Iterable[Tensor], *, written: bool = False) -> AbstractContextManager:
+    """Inside, ZeRO-3's parameters are whole; what the main process has written to them holds if `written`."""
+    parameters = list(parameters)
+    if not is_zero3(parameters):
+        return torch.no_grad()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if written else None)
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """The full tensor of a sharded parameter; the parameter itself (detached) if it is not sharded."""
+    if isinstance(parameter, DTensor):
+        return parameter.detach().full_tensor()
+    if is_zero3([parameter]):  # freed again when the context ends
+        with gathered([parameter]):
+            return parameter.detach().clone()
+    return parameter.detach()
+
+
+def zero3_twin(model: nn.Module) -> nn.Module:
+    """A transformers model with the weights of one that ZeRO-3 has split while it loaded it: split likewise, and filled
+    tensor by tensor."""
+    twin = type(model)._from_config(
+        model.config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
+    )
+    for source, target in zip(model.parameters(), twin.parameters(), strict=True):
+        with gathered([source, target], written=True), torch.no_grad():
+            target.copy_(source)
+    return twin
