@@ -1,6 +1,6 @@
 """MODPO's front on the toy world against DPO loss weighting, DPO soups and RL on the weighted reward.
 
-    python benchmarks/modpo_front.py [--seeds 0 1 2] [--rl_seeds 0] [--work_dir DIR] [--output FILE] [--limit SECONDS]
+    python benchmarks/modpo_front.py [--seeds 0 1 2] [--work_dir DIR] [--output FILE] [--limit SECONDS]
 
 What is finished is kept in the work folder: after `--limit` seconds no new part is started, and the same command goes
 on later. The result is written from the seeds that are complete.
@@ -10,17 +10,20 @@ and `short` (half a point off for every word). Pairs of answers of one policy ar
 Bradley-Terry model's own noise. All methods start from that policy, train all of its weights with one KL strength, and
 see the same pairs in as many steps:
 
-    modpo   the margin reward is a policy that DPO trained on the `short` labels; the `helpful` labels are trained on
-    dpo_lw  DPO on both labels of every pair, each weighted by its objective's weight
-    soups   weighted averages of the two policies that DPO trained on one objective each
-    rl      ReMax on the weighted sum of the rewards that the two DPO policies imply, once per weight vector
+    modpo   the margin reward is a policy that DPO trained on the `short` labels, and the last point of the front; the
+            `helpful` labels are trained on; soups lie between neighbours
+    dpo_lw  DPO on both labels of every pair, each weighted by its objective's weight; the ends, where one of the
+            weights is 0, are the policies that DPO trained on one objective each
+    soups   weighted averages of these two policies
+    rl      ReMax on the weighted sum of the scores of two classifiers of the same pairs, once per weight vector
 
 Every policy is judged by the gold rewards on prompts that nothing was trained on. The cost of MODPO's front (margin
-policy included) is compared with RL's (the two DPO policies included) in two ways: with as many prompts as MODPO has
-pairs, and until RL has first reached what MODPO's policy of the same weights has, in w . r - beta KL. `oracle` is RL on
-the gold rewards themselves: nothing has to be trained or asked, which no real task offers. Seconds leave out
-evaluations and the start of the rollout engine; processor time is given too, which other work on the machine disturbs
-less.
+policy included) is compared with RL's (reward models included) in two ways: with as many prompts as MODPO has pairs,
+and until an evaluation of RL first finds what MODPO's policy of the same weights has, in w . r - beta KL; a run that
+never finds it counts with four times as many prompts as pairs. Two learning rates are run, and for each weight vector
+the faster one counts. `oracle` is RL on the gold rewards themselves: nothing
+has to be trained or asked, which no real task offers. Seconds leave out evaluations and the start of the rollout
+engine; processor time is given too, which other work on the machine disturbs less.
 """
 
 import argparse
@@ -29,6 +32,8 @@ import logging
 import os
 import platform
 import time
+from copy import copy
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -37,8 +42,9 @@ import modpo_world as toy_world
 import numpy as np
 import torch
 import transformers
-from modpo_world import BETA, MAX_COMPLETION, MAX_PROMPT, NAMES
+from modpo_world import BETA, MAX_COMPLETION, MAX_PROMPT, NAMES, objective
 
+import align
 from align.data import tokenize_prompts
 from align.evaluation.bootstrap import percentile_interval, resample_weights
 from align.evaluation.front import read_front
@@ -48,6 +54,7 @@ from align.evaluation.pareto import above_front, dominates
 from align.evaluation.plots import save_figure
 from align.modeling.load import load_tokenizer
 
+NOTHING = 1e-9  # rounding, where both fronts share a point
 RESULT = Path(__file__).parent / "results" / "modpo_front.json"
 SAMPLING = Sampling(n=16, max_completion_length=MAX_COMPLETION, backend="transformers")
 
@@ -93,67 +100,84 @@ class Study:
             for name in NAMES
         }
         parts["modpo"] = self.part("modpo", lambda: toy_world.modpo(world, ends["short"], folder / "modpo", seed))
-        vectors = [point.weights for point in read_front(folder / "modpo").points]
-        parts["dpo_lw"] = self.part("dpo_lw", lambda: toy_world.loss_weighting(world, folder / "dpo_lw", seed))
+        points = read_front(folder / "modpo").points
+        vectors = [point.weights for point in points if point.kind != "soup"]
+        train = partial(toy_world.loss_weighting, world, ends, vectors, folder / "dpo_lw", seed)
+        parts["dpo_lw"] = self.part("dpo_lw", train)
         parts["soups"] = self.part("soups", lambda: toy_world.soups(world, ends, vectors, folder / "soups"))
-        summary = self.part("scores", lambda: self.judge(world, ["modpo", "dpo_lw", "soups"]))["result"]
+        summary = self.part("scores", lambda: self.judge(world))["result"]
         for method in summary["runs"].values():
             for point in method["points"]:
                 del point["folder"]  # of no use elsewhere
-        rl = self.rl(world, vectors)
+        rl = self.rl(world, parts, targets(summary))
         seconds = {name: part["seconds"] for name, part in parts.items()}
         return {"seed": seed, "seconds": seconds, "summary": summary, "rl": rl}
 
-    def rl(self, world: dict, vectors: list[dict]) -> dict:
-        """The runs on the rewards that the two DPO policies imply, and on the gold rewards."""
-        folder, seed = self.folder, self.seed
-        implied = [
-            {
-                "type": "implicit",
-                "path": str(folder / f"dpo_{name}"),
-                "reference": world["policy"],
-                "beta": BETA,
-                "name": name,
-            }
-            for name in NAMES
-        ]
-        kinds = {"implicit": implied, "oracle": list(toy_world.rewards().values())}
+    def rl(self, world: dict, parts: dict, targets: list[tuple[dict, float]]) -> dict:
+        """The runs on what two classifiers say, which go on for as many prompts as there are pairs, and on the gold
+        rewards. Adds what the classifiers took to `parts`."""
+        folder, seed, rewards = self.folder, self.seed, {}
+        if "classifiers" in self.rl_kinds:
+            for name in NAMES:
+                path = folder / f"rm_{name}"
+                train = partial(toy_world.reward_model, world, name, path, seed)
+                parts[f"reward_model_{name}"] = self.part(f"reward_model_{name}", train)
+                spec = {"type": "classifier", "path": str(path), "normalize": False, "name": name}
+                rewards.setdefault("classifiers", []).append(spec)
+        if "oracle" in self.rl_kinds:
+            rewards["oracle"] = list(toy_world.rewards().values())
 
-        def run(kind: str, number: int) -> list[dict]:
-            name = f"rl_{kind}_{number}"
-            options = world, vectors[number], kinds[kind], folder / name, seed
-            return self.part(name, lambda: toy_world.reinforce(*options))["result"]
+        def run(kind: str, number: int) -> list[list[dict]]:
+            """One history per learning rate; the first is the stable one, which is waited for."""
+            histories, (weights, target) = [], targets[number]
+            for rate in toy_world.RL_LEARNING_RATES:
+                least = 0 if kind == "oracle" or histories else toy_world.RL_STEPS
+                most = toy_world.RL_STEPS if histories else toy_world.RL_MOST_STEPS
+                name = f"rl_{kind}_{number}_{rate}"
+                options = world, weights, rewards[kind], rate, target, (least, most), folder / name, seed
+                histories.append(self.part(name, partial(toy_world.reinforce, *options))["result"])
+            return histories
 
-        return {kind: [run(kind, number) for number in range(len(vectors))] for kind in kinds if kind in self.rl_kinds}
+        return {kind: [run(kind, number) for number in range(len(targets))] for kind in rewards}
 
-    def judge(self, world: dict, methods: list[str]) -> dict:
-        """The summary of `align front`, and how the other methods stand to MODPO's front."""
-        fronts = {name: read_front(self.folder / name) for name in methods}
+    def judge(self, world: dict) -> dict:
+        """The summary of `align front`, and how the methods stand to each other, MODPO with its soups and without."""
+        fronts = {name: read_front(self.folder / name) for name in ("modpo", "dpo_lw", "soups")}
         for front in fronts.values():
             front.reference = world["policy"]
         tokenizer = load_tokenizer(world["policy"])
         rows = datasets.Dataset.from_list(world["eval"])
         prompts = tokenize_prompts(rows, tokenizer, max_prompt_length=MAX_PROMPT)
         found = score_fronts(fronts, prompts, toy_world.rewards(), tokenizer, SAMPLING)
+        kept = [i for i, point in enumerate(fronts["modpo"].points) if point.kind != "soup"]
+        fronts = {"modpo": fronts["modpo"], "modpo, no soups": copy(fronts["modpo"]), **fronts}
+        fronts["modpo, no soups"].points = [fronts["modpo"].points[i] for i in kept]
+        found["modpo, no soups"] = [found["modpo"][i] for i in kept]
         summary = summarise(fronts, found, list(NAMES), seed=self.seed)
         means = {name: np.stack([p.scores.mean(0) for p in policies]) for name, policies in found.items()}
-        summary["above_modpo"] = {other: above_modpo(found, other, self.seed) for other in fronts if other != "modpo"}
-        summary["dpo_lw_dominates_modpo"] = dominates(means["dpo_lw"][:, None], means["modpo"]).tolist()
+        for ours in ("modpo", "modpo, no soups"):
+            summary[f"above {ours}"] = {name: above(found, name, ours, self.seed) for name in ("dpo_lw", "soups")}
+        summary["above dpo_lw"] = {"modpo, no soups": above(found, "modpo, no soups", "dpo_lw", self.seed)}
+        summary["dpo_lw_dominates_modpo"] = dominates(means["dpo_lw"][:, None], means["modpo, no soups"]).tolist()
         return summary
 
 
-def objective(entry: dict) -> float:
-    """w . r - beta KL of an evaluation of RL: what RL and MODPO both maximise."""
-    return entry["reward"] - BETA * entry["kl"]
+def targets(summary: dict) -> list[tuple[dict, float]]:
+    """The weights of MODPO's points without soups, and what their policies have in w . r - beta KL."""
+    found = []
+    for point in summary["runs"]["modpo, no soups"]["points"]:
+        reward = sum(weight * point["scores"][name]["mean"] for name, weight in point["weights"].items())
+        found.append((point["weights"], reward - BETA * point["kl"]["mean"]))
+    return found
 
 
-def above_modpo(found: dict, other: str, seed: int) -> list[dict]:
-    """How far each point of another method lies above the hull of MODPO's front (`above_front`), with its 95 %
-    interval over prompts."""
+def above(found: dict, other: str, ours: str, seed: int) -> list[dict]:
+    """How far each point of another method lies above the hull of our front (`above_front`), with its 95 % interval
+    over prompts."""
     weights = resample_weights(len(found[REFERENCE][0].kl), seed=seed)
-    theirs, ours = (np.stack([p.scores for p in found[name]], axis=1) for name in (other, "modpo"))  # [P, points, K]
-    mean = above_front(theirs.mean(0), ours.mean(0))
-    samples = np.stack([above_front(np.tensordot(w, theirs, 1), np.tensordot(w, ours, 1)) for w in weights])
+    theirs, front = (np.stack([p.scores for p in found[name]], axis=1) for name in (other, ours))  # [P, points, K]
+    mean = above_front(theirs.mean(0), front.mean(0))
+    samples = np.stack([above_front(np.tensordot(w, theirs, 1), np.tensordot(w, front, 1)) for w in weights])
     low, high = percentile_interval(samples)
     return [{"mean": float(m), "low": float(a), "high": float(b)} for m, a, b in zip(mean, low, high, strict=True)]
 
@@ -163,58 +187,65 @@ def above_modpo(found: dict, other: str, seed: int) -> list[dict]:
 
 def costs(seed: dict) -> dict:
     """Seconds of whole fronts, and ratios of MODPO's to RL's."""
-    spent, found = seed["seconds"], {}
-    modpo = {k: spent["train_short"][k] + spent["modpo"][k] for k in ("wall", "cpu")}
-    result = {"modpo": modpo, "dpo_lw": spent["dpo_lw"]}
-    result["soups"] = {k: sum(spent[part][k] for part in ("train_short", "train_helpful", "soups")) for k in modpo}
-    if not seed["rl"]:
-        return result
-    points = seed["summary"]["runs"]["modpo"]["points"]
-    targets = [
-        sum(w * p["scores"][name]["mean"] for name, w in p["weights"].items()) - BETA * p["kl"]["mean"] for p in points
-    ]
-    models = {k: sum(spent[f"train_{name}"][k] for name in NAMES) for k in modpo}
+    spent, clocks = seed["seconds"], ("wall", "cpu")
+
+    def total(*parts: str) -> dict:
+        return {k: sum(spent[part][k] for part in parts) for k in clocks}
+
+    ends = ("train_helpful", "train_short")
+    result = {
+        "modpo": total("train_short", "modpo"),
+        "dpo_lw": total(*ends, "dpo_lw"),
+        "soups": total(*ends, "soups"),
+        "rl": {},
+    }
+    aims = [target for _, target in targets(seed["summary"])]
     for kind, runs in seed["rl"].items():
-        own = models if kind == "implicit" else dict.fromkeys(modpo, 0.0)
-        arrived = [
-            next((e for e in run if objective(e) >= target), None) for run, target in zip(runs, targets, strict=True)
-        ]
-        whole = {k: own[k] + sum(run[-1][k] for run in runs) for k in modpo}
-        until = {k: own[k] + sum((e or run[-1])[k] for e, run in zip(arrived, runs, strict=True)) for k in modpo}
-        found[kind] = {
-            "as_many_prompts_as_pairs": whole,
-            "until_it_has_what_modpo_has": until,
+        models = (
+            total(*(f"reward_model_{name}" for name in NAMES)) if kind == "classifiers" else dict.fromkeys(clocks, 0)
+        )
+        arrived = [first_above(run, aim) for run, aim in zip(runs, aims, strict=True)]
+        until = [run[0][-1] if entry is None else entry for entry, run in zip(arrived, runs, strict=True)]
+        lengths = {"until_it_has_what_modpo_has": until}
+        if kind == "classifiers":
+            equal = [[e for e in run[0] if e["step"] <= toy_world.RL_STEPS][-1] for run in runs]
+            lengths["as_many_prompts_as_pairs"] = equal
+        result["rl"][kind] = {
+            "reward models": models,
             "steps_until": [None if e is None else e["step"] for e in arrived],
-            "w.r - beta KL": {"modpo": targets, "rl_best": [max(map(objective, run)) for run in runs]},
-            "modpo_over_whole": {k: modpo[k] / whole[k] for k in modpo},
-            "modpo_over_until": {k: modpo[k] / until[k] for k in modpo},
+            "w.r - beta KL": {
+                "modpo": aims,
+                "rl_best": [max(objective(e) for history in run for e in history) for run in runs],
+            },
         }
-    return {**result, "rl": found}
+        for name, entries in lengths.items():
+            seconds = {k: models[k] + sum(e[k] for e in entries) for k in clocks}
+            ratio = {k: result["modpo"][k] / seconds[k] for k in clocks}
+            result["rl"][kind][name] = {"seconds": seconds, "modpo_over_rl": ratio}
+    return result
 
 
-def means(seed: dict, method: str) -> np.ndarray:
-    """[points, K]"""
-    points = seed["summary"]["runs"][method]["points"]
-    return np.array([[point["scores"][name]["mean"] for name in NAMES] for point in points])
+def first_above(histories: list[list[dict]], aim: float) -> dict | None:
+    """The evaluation that found the aim after the least processor time, whichever the learning rate."""
+    found = [next((entry for entry in history if objective(entry) >= aim), None) for history in histories]
+    return min((entry for entry in found if entry is not None), key=lambda entry: entry["cpu"], default=None)
 
 
 def collect(seeds: list[dict]) -> dict:
-    above = {}
-    for other in ("dpo_lw", "soups"):
-        values = np.array([[p["mean"] for p in seed["summary"]["above_modpo"][other]] for seed in seeds])
-        error = values.std(0, ddof=1) / len(seeds) ** 0.5 if len(seeds) > 1 else np.full(values.shape[1], np.nan)
-        above[f"{other} above modpo"] = {"mean": values.mean(0).tolist(), "standard_error": error.tolist()}
-        reverse = np.array([above_front(means(seed, "modpo"), means(seed, other)) for seed in seeds])
-        above[f"modpo above {other}"] = {"mean": reverse.mean(0).tolist()}
-    runs = seeds[0]["summary"]["runs"]
+    """What lies above what, by seed, and the points for which the interval over prompts is above 0."""
+    lies = {}
+    for ours in ("modpo", "modpo, no soups", "dpo_lw"):
+        for other in seeds[0]["summary"][f"above {ours}"]:
+            points = [seed["summary"][f"above {ours}"][other] for seed in seeds]
+            lies[f"{other} above {ours}"] = {
+                "mean": [[round(p["mean"], 4) for p in row] for row in points],
+                "by more than the interval": [sum(p["low"] > NOTHING for p in row) for row in points],
+            }
+    runs = [seed["summary"]["runs"] for seed in seeds]
     return {
         "costs": {seed["seed"]: costs(seed) for seed in seeds},
-        "above": above,
-        "hypervolume": {
-            name: [seed["summary"]["runs"][name]["hypervolume"]["mean"] for seed in seeds]
-            for name in runs
-            if all(name in seed["summary"]["runs"] for seed in seeds)
-        },
+        "above": lies,
+        "hypervolume": {name: [run[name]["hypervolume"]["mean"] for run in runs] for name in runs[0]},
         "modpo_points_that_a_dpo_lw_point_dominates": [
             int(np.array(seed["summary"]["dpo_lw_dominates_modpo"]).any(0).sum()) for seed in seeds
         ],
@@ -224,8 +255,7 @@ def collect(seeds: list[dict]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rl_seeds", type=int, nargs="*", default=[0], help="seeds for which RL is trained too")
-    parser.add_argument("--rl", nargs="*", default=["implicit", "oracle"], help="on which rewards")
+    parser.add_argument("--rl", nargs="*", default=["classifiers", "oracle"], help="on which rewards")
     parser.add_argument("--work_dir", type=Path, default=Path("runs/modpo_front"))
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--figure", type=Path, help="draw the first seed's fronts here (without ending)")
@@ -234,10 +264,12 @@ def main() -> None:
     logging.disable(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    for name in ("SFTTrainer", "DPOTrainer", "MODPOTrainer", "RewardTrainer", "ReMaxTrainer", "build_reward"):
+        getattr(align, name)  # importing is no part's cost
     deadline, done = time.perf_counter() + args.limit, []
     for seed in args.seeds:
         try:
-            done.append(Study(args.work_dir, seed, deadline, args.rl if seed in args.rl_seeds else []).run())
+            done.append(Study(args.work_dir, seed, deadline, args.rl).run())
         except Later:
             print(f"seed {seed} is not complete: run the command again", flush=True)
     if not done:
@@ -255,7 +287,8 @@ def main() -> None:
         "seeds": done,
     }
     if args.figure:
-        save_figure(plot_fronts(done[0]["summary"]), args.figure)
+        runs = {k: run for k, run in done[0]["summary"]["runs"].items() if k != "modpo, no soups"}
+        save_figure(plot_fronts({**done[0]["summary"], "runs": runs}), args.figure)
     args.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({key: result[key] for key in collect(done)}, indent=1))
 

@@ -9,17 +9,23 @@ from datasets import Dataset
 
 import align
 from align.data import tokenize_prompts, toy
+from align.evaluation.front import Front, Point, write_front
 from align.modeling.load import load_policy, load_tokenizer
 from align.quickstart.phases import make_policy
 from reward_models.build import build_reward
-from trainers.loss_weighting import LossWeightingConfig, soup_front, train_loss_weighting_front
+from trainers.front import point_name
+from trainers.loss_weighting import LossWeightingConfig, LossWeightingTrainer, soup_front
 
 MAX_PROMPT, MAX_COMPLETION = 12, 17
 BETA = 0.1
 PAIRS = 4000
-BATCH, EPOCHS, LEARNING_RATE = 64, 1, 5e-4  # the best of 3e-4 to 1e-3 for DPO alone
-RL_PROMPTS, RL_STEPS, RL_EVERY = 64, 62, 6  # as many prompts as there are pairs
-RL_LEARNING_RATE = 1e-3
+BATCH, EPOCHS, LEARNING_RATE = 64, 2, 2.5e-4  # the best of 2.5e-4 to 5e-4 and one to two passes, seeds 100 to 102
+SOUPS = 3  # between neighbours of the sweep
+# RL at its best, found with seed 100 and weights of one half (docs/modpo.md): with which rewards, and which settings
+RM_LEARNING_RATE, RM_EPOCHS = 1e-3, {"helpful": 4, "short": 1}
+RL_PROMPTS, RL_LEARNING_RATES, RL_ENGINE = 64, (1e-3, 2e-3), "transformers"  # the faster rate is less stable
+RL_STEPS = PAIRS // RL_PROMPTS  # as many prompts as there are pairs
+RL_EVERY, RL_MOST_STEPS = 4, 4 * RL_STEPS
 NAMES = ("helpful", "short")
 
 
@@ -127,24 +133,64 @@ def dpo(world: dict, objective: str, folder: Path, seed: int) -> Path:
 
 
 def modpo(world: dict, margin: Path, folder: Path, seed: int) -> Path:
-    args = align.MODPOConfig(**preference_options(folder, seed), objective="helpful", weights="sweep")
+    """The sweep of `align modpo`: its last point is the margin policy, and soups lie between neighbours."""
+    options = {**preference_options(folder, seed), "objective": "helpful", "weights": "sweep", "interpolate": SOUPS}
     spec = {"type": "implicit", "path": str(margin), "reference": world["policy"], "beta": BETA, "name": "short"}
-    return align.train_front(world["policy"], spec, args, world["pairs"]["helpful"])
+    return align.train_front(world["policy"], spec, align.MODPOConfig(**options), world["pairs"]["helpful"])
 
 
-def loss_weighting(world: dict, folder: Path, seed: int) -> Path:
-    """As many steps as the others, each on twice as many pairs: every pair comes with both labels."""
-    options = {**preference_options(folder, seed), "per_device_train_batch_size": 2 * BATCH}
-    args = LossWeightingConfig(**options, objective="helpful", weights="sweep")
-    return train_loss_weighting_front(world["policy"], args, world["pairs"])
+def loss_weighting(world: dict, ends: dict[str, Path], vectors: list[dict], folder: Path, seed: int) -> Path:
+    """As many steps as the others, each on twice as many pairs: every pair comes with both labels. With all weight on
+    one objective it is DPO on that, which is there already."""
+    points = []
+    for weights in vectors:
+        name = point_name(weights)
+        (only,) = [n for n, weight in weights.items() if weight == 1] or [None]
+        point = Point(name, str(ends[only].absolute()), weights) if only else Point(name, name, weights)
+        points.append(point)
+        if only is None:
+            options = preference_options(folder / name, seed) | {"per_device_train_batch_size": 2 * BATCH}
+            args = LossWeightingConfig(**options, objective="helpful", weights=weights)
+            trainer = LossWeightingTrainer(world["policy"], args, world["pairs"])
+            trainer.train()
+            trainer.save_model()
+    write_front(Front("dpo_lw", world["policy"], list(NAMES), points), folder)
+    return folder
 
 
 def soups(world: dict, policies: dict[str, Path], vectors: list[dict], folder: Path) -> Path:
     return soup_front(policies, vectors, folder, world["policy"])
 
 
-def reinforce(world: dict, weights: dict, reward: list, folder: Path, seed: int) -> list[dict]:
-    """ReMax on the weighted rewards. At every evaluation: the step, the weighted gold reward, the KL, and the seconds
+def reward_model(world: dict, objective: str, folder: Path, seed: int) -> Path:
+    """A classifier of the pairs of one objective, on top of the policy."""
+    options = quiet(
+        folder,
+        max_length=MAX_PROMPT + MAX_COMPLETION,
+        learning_rate=RM_LEARNING_RATE,
+        lr_scheduler_type="cosine",
+        num_train_epochs=RM_EPOCHS[objective],
+        per_device_train_batch_size=BATCH,
+        seed=seed,
+    )
+    trainer = align.RewardTrainer(world["policy"], align.RewardConfig(**options), world["pairs"][objective])
+    trainer.train()
+    trainer.save_model()
+    return folder
+
+
+def reinforce(
+    world: dict,
+    weights: dict,
+    reward: list,
+    rate: float,
+    target: float,
+    steps: tuple[int, int],
+    folder: Path,
+    seed: int,
+) -> list[dict]:
+    """ReMax on the weighted rewards, until an evaluation finds the target in the gold w . r - beta KL, within the
+    least and the most steps. At every evaluation: the step, the weighted gold reward, the KL, and the seconds
     since training began, without those of the evaluations (and of the engine's start, which falls into the first)."""
     history, evaluating = [], np.zeros(2)
 
@@ -163,21 +209,24 @@ def reinforce(world: dict, weights: dict, reward: list, folder: Path, seed: int)
             metrics = super().evaluate(*args, **kwargs)
             entry = {"step": self.state.global_step, "reward": metrics["eval_gold"], "kl": metrics["eval_kl"]}
             history.append({**entry, "wall": wall, "cpu": cpu})
+            reached = any(objective(entry) >= target for entry in history)
+            self.control.should_training_stop |= reached and self.state.global_step >= steps[0]
             evaluating = evaluating + now() - before
             return metrics
 
     args = align.ReMaxConfig(
-        **quiet(folder, max_steps=RL_STEPS, per_device_train_batch_size=RL_PROMPTS, learning_rate=RL_LEARNING_RATE),
+        **quiet(folder, max_steps=steps[1], per_device_train_batch_size=RL_PROMPTS, learning_rate=rate),
         seed=seed,
         lr_scheduler_type="constant",
         beta=BETA,
         reward_weights=list(weights.values()),
         max_prompt_length=MAX_PROMPT,
         max_completion_length=MAX_COMPLETION,
+        rollout_backend=RL_ENGINE,
         per_device_eval_batch_size=256,
         eval_strategy="steps",
         eval_steps=RL_EVERY,
-        eval_num_generations=2,
+        eval_num_generations=4,
     )
     started = now()
     prompts = [Dataset.from_list(world[name]) for name in ("train", "eval")]
@@ -188,3 +237,8 @@ def reinforce(world: dict, weights: dict, reward: list, folder: Path, seed: int)
     finally:
         trainer.close()
     return history
+
+
+def objective(entry: dict) -> float:
+    """w . r - beta KL of an evaluation of RL: what RL and MODPO both maximise."""
+    return entry["reward"] - BETA * entry["kl"]

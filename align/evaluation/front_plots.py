@@ -29,11 +29,11 @@ def _pair(axis, summary: dict, x: str, y: str) -> None:
     axis.plot(start[x]["mean"], start[y]["mean"], "*", color="#777777", markersize=13, label="reference policy")
     for number, (name, run) in enumerate(summary["runs"].items()):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-        label = name
+        label, others = name, any(point["kind"] != "soup" for point in run["points"])
         for point in run["points"]:
             _mark(axis, point["scores"][x], point["scores"][y], colour, marker, point["kind"] != "soup", label)
             label = None
-            if point["weights"]:
+            if point["weights"] and (point["kind"] != "soup" or not others):  # soups between trained points: no room
                 weight = next(iter(point["weights"].values()))
                 place = (point["scores"][x]["mean"], point["scores"][y]["mean"])
                 axis.annotate(f"{weight:.2g}", place, (5, 4), textcoords="offset points", fontsize=7.5, color=colour)
