@@ -1,15 +1,18 @@
 """A step of RLOO against TRL's RLOOTrainer: same model, prompts, completion lengths, reward and optimiser.
 
-    python benchmarks/rloo_vs_trl.py [--blocks 5] [--steps 4] [--output FILE]
+    python benchmarks/rloo_vs_trl.py [--workload fixed data] [--blocks 5] [--steps 4] [--output FILE]
 
-Two comparisons in one run, in alternating blocks of steps:
+Two workloads (`on_policy_worlds.workload`): `fixed`, prompts of 32 tokens and completions of 96, in which nobody can
+gain from completions that end early; and `data`, the lengths of real prompts and answers (`--pairs`). Two comparisons
+in each, in one run, in alternating blocks of steps:
 
-    best engine    ours with vLLM in process, TRL with transformers' generation: its vLLM path needs CUDA
+    best engine    TRL with transformers' generation, its vLLM path needs CUDA; ours with the faster of its two engines
     same engine    both with transformers' generation
 
-Both sides take the same prompts and samples per step in one micro-batch, in float32 and without gradient checkpointing.
-A ratio is TRL's median step time of a block over ours of the neighbouring block. Completions end at the length limit or
-at a random end token, one in `--vocabulary` per token, for both alike.
+Both sides take the same prompts and samples per step, in float32 and without gradient checkpointing; TRL in one
+micro-batch and (`TRL, 4 parts`) in four, generated in one call. A ratio is TRL's median step time of a block, of the
+faster of these two, over ours of the same round: by the clock, and of the processors (on a machine with other work and
+with OMP_NUM_THREADS=1, the one to trust). `padding` is the largest share in any of our steps.
 """
 
 import argparse
@@ -21,6 +24,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait slow both sides down
 
 from on_policy_worlds import (
+    DATA,
     SHAPE,
     StepClock,
     even_words,
@@ -29,20 +33,22 @@ from on_policy_worlds import (
     make_tokenizer,
     phase_means,
     save,
+    sizes,
     spread,
+    workload,
 )
 
 RESULT = Path(__file__).parent / "results" / "rloo_vs_trl.json"
 
 
-def shared_options(folder: str, args) -> dict:
+def shared_options(folder: str, world, args) -> dict:
     return {
         "output_dir": folder,
         "max_steps": args.steps + 1,
         "learning_rate": 1e-5,
         "lr_scheduler_type": "constant",
         "num_generations": args.generations,
-        "max_completion_length": args.tokens,
+        "max_completion_length": world.max_completion_length,
         "beta": 0.05,
         "report_to": "none",
         "save_strategy": "no",
@@ -55,32 +61,52 @@ def shared_options(folder: str, args) -> dict:
     }
 
 
-def ours(backend: str, tokenizer, data, args, folder: str):
+def ours(backend: str, world, args, folder: str):
     from trainers.rloo import RLOOConfig, RLOOTrainer
 
+    tokenizer, data, model = make(world, args)
     config = RLOOConfig(
-        **shared_options(folder, args),
+        **shared_options(folder, world, args),
         per_device_train_batch_size=args.prompts,
-        max_prompt_length=args.prompt_tokens,
+        max_prompt_length=world.max_prompt_length,
         rollout_backend=backend,
     )
-    return RLOOTrainer(make_model(tokenizer), even_words, config, data, processing_class=tokenizer)
+    return RLOOTrainer(model, even_words, config, data, processing_class=tokenizer)
 
 
-def theirs(tokenizer, data, args, folder: str):
+def theirs(parts: int, world, args, folder: str):
     from trl import RLOOConfig, RLOOTrainer
 
+    tokenizer, data, model = make(world, args)
     config = RLOOConfig(
-        **shared_options(folder, args), per_device_train_batch_size=args.prompts * args.generations, use_vllm=False
+        **shared_options(folder, world, args),
+        per_device_train_batch_size=args.prompts * args.generations // parts,
+        gradient_accumulation_steps=parts,
+        use_vllm=False,
     )
     source = Path(folder) / "model"  # TRL loads the reference from where the policy came from
-    make_model(tokenizer).save_pretrained(source)
+    model.save_pretrained(source)
     return RLOOTrainer(str(source), even_words, config, data, processing_class=tokenizer)
 
 
-def block(make, key: str) -> dict:
+def make(world, args):
+    tokenizer = make_tokenizer(args.vocabulary)
+    data = make_prompts(256, world.prompt_lengths, args.vocabulary)
+    model = make_model(tokenizer, world.end, **sizes(args))
+    return tokenizer, data, model
+
+
+SIDES = {
+    "ours, vLLM": lambda *given: ours("vllm", *given),
+    "ours, transformers": lambda *given: ours("transformers", *given),
+    "TRL": lambda *given: theirs(1, *given),
+    "TRL, 4 parts": lambda *given: theirs(4, *given),
+}
+
+
+def block(key: str, world, args, folder: str) -> dict:
     """One trainer's steps: seconds per step, tokens per completion, and where our time goes."""
-    trainer, clock = make(), StepClock()
+    trainer, clock = SIDES[key](world, args, folder), StepClock()
     trainer.add_callback(clock)
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry][1:]
@@ -88,47 +114,60 @@ def block(make, key: str) -> dict:
     if hasattr(trainer, "close"):
         trainer.close()
     return {
-        "side": key,
-        "step": sorted(clock.seconds)[len(clock.seconds) // 2],
+        "clock": sorted(clock.seconds)[len(clock.seconds) // 2],
+        "processor": sorted(clock.processor_seconds)[len(clock.seconds) // 2],
         "length": sum(entry["completions/mean_length"] for entry in logs) / len(logs),
+        "padding": max(entry.get("padding", 0.0) for entry in logs),
         "phases": {name: sum(entry.get(name, 0.0) for entry in logs) / len(logs) for name in sorted(phases)},
+    }
+
+
+def measure(world, args, folder: str) -> dict:
+    """Rounds of blocks in turn, each round in another order."""
+    rounds, sides = [], args.sides
+    for number in range(args.blocks):
+        first = number % len(sides)
+        rounds.append({key: block(key, world, args, folder) for key in sides[first:] + sides[:first]})
+        print({key: round(value["processor"], 3) for key, value in rounds[-1].items()}, flush=True)
+    medians = {key: statistics.median(r[key]["processor"] for r in rounds) for key in sides}
+    our_best = min((key for key in sides if key.startswith("ours")), key=medians.get)
+    their_best = min((key for key in sides if key.startswith("TRL")), key=medians.get)
+    compared = {"best_engine": our_best, "same_engine": "ours, transformers"}
+    return {
+        **{
+            f"{name}_{clock}": spread([r[their_best][clock] / r[key][clock] for r in rounds])
+            for name, key in compared.items()
+            for clock in ("processor", "clock")
+        },
+        "sides_of_best_engine": [their_best, our_best],
+        "seconds_per_step": {key: [round(r[key]["clock"], 4) for r in rounds] for key in sides},
+        "processor_seconds_per_step": {key: [round(r[key]["processor"], 4) for r in rounds] for key in sides},
+        "tokens_per_completion": {key: statistics.mean(r[key]["length"] for r in rounds) for key in sides},
+        "padding": max(r[our_best]["padding"] for r in rounds),
+        "our_phases": {key: phase_means(rounds, key) for key in sides if key.startswith("ours")},
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", nargs="+", choices=("fixed", "data"), default=["fixed", "data"])
+    parser.add_argument("--pairs", type=Path, default=DATA, help="pairs whose lengths `data` has")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--blocks", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="measured steps per block")
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--generations", type=int, default=4)
-    parser.add_argument("--prompt_tokens", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--hidden", type=int, default=SHAPE["hidden_size"])
+    parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
     parser.add_argument("--output", type=Path, default=RESULT)
     args = parser.parse_args()
 
-    tokenizer = make_tokenizer(args.vocabulary)
-    data = make_prompts(256, args.prompt_tokens, args.vocabulary)
+    report = {}
     with tempfile.TemporaryDirectory() as folder:
-        sides = {
-            "ours, vLLM": lambda: ours("vllm", tokenizer, data, args, folder),
-            "TRL": lambda: theirs(tokenizer, data, args, folder),
-            "ours, transformers": lambda: ours("transformers", tokenizer, data, args, folder),
-        }
-        measured = []
-        for number in range(args.blocks):
-            order = list(sides)[number % 3 :] + list(sides)[: number % 3]
-            measured.append({key: block(sides[key], key) for key in order})
-            print({key: round(value["step"], 3) for key, value in measured[-1].items()}, flush=True)
-
-    report = {
-        "best_engine": spread([m["TRL"]["step"] / m["ours, vLLM"]["step"] for m in measured]),
-        "same_engine": spread([m["TRL"]["step"] / m["ours, transformers"]["step"] for m in measured]),
-        "seconds_per_step": {key: [round(m[key]["step"], 4) for m in measured] for key in sides},
-        "tokens_per_completion": {key: statistics.mean(m[key]["length"] for m in measured) for key in sides},
-        "our_phases": {key: phase_means(measured, key) for key in sides if key != "TRL"},
-    }
-    save(report, args, {"policy": SHAPE}, args.output)
+        for name in args.workload:
+            report[name] = measure(workload(name, args.pairs), args, folder)
+    save(report, args, {"policy": {**SHAPE, **sizes(args)}}, args.output)
 
 
 if __name__ == "__main__":
