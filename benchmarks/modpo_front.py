@@ -1,6 +1,6 @@
 """MODPO's front on the toy world against DPO loss weighting, DPO soups and RL on the weighted reward.
 
-    python benchmarks/modpo_front.py [--seeds 0 1 2] [--work_dir DIR] [--output FILE] [--limit SECONDS]
+    python benchmarks/modpo_front.py [--seeds 0 1 2] [--rl_seeds 0 1 2] [--work_dir DIR] [--limit SECONDS]
 
 What is finished is kept in the work folder: after `--limit` seconds no new part is started, and the same command goes
 on later. The result is written from the seeds that are complete.
@@ -255,6 +255,7 @@ def collect(seeds: list[dict]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rl_seeds", type=int, nargs="*", help="seeds for which RL is trained too; default: all")
     parser.add_argument("--rl", nargs="*", default=["classifiers", "oracle"], help="on which rewards")
     parser.add_argument("--work_dir", type=Path, default=Path("runs/modpo_front"))
     parser.add_argument("--output", type=Path, default=RESULT)
@@ -269,7 +270,8 @@ def main() -> None:
     deadline, done = time.perf_counter() + args.limit, []
     for seed in args.seeds:
         try:
-            done.append(Study(args.work_dir, seed, deadline, args.rl).run())
+            rl = args.rl if args.rl_seeds is None or seed in args.rl_seeds else []
+            done.append(Study(args.work_dir, seed, deadline, rl).run())
         except Later:
             print(f"seed {seed} is not complete: run the command again", flush=True)
     if not done:

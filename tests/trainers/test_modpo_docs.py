@@ -1,5 +1,6 @@
 """docs/modpo.md: its commands and Python run as they are written, one after the other, on a tiny policy."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -13,7 +14,8 @@ from align.cli.main import main
 from align.data import toy
 from align.evaluation.front import read_front
 
-DOCS = (Path(__file__).parents[2] / "docs" / "modpo.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+DOCS = (ROOT / "docs" / "modpo.md").read_text(encoding="utf-8")
 SHORTER = {"max_steps": 2, "max_length": 32, "per_device_train_batch_size": 8, "report_to": "none", "logging_steps": 1}
 RULES = """
 def helpful(completions, topic, **_):
@@ -87,6 +89,39 @@ def test_the_table_has_every_metric_of_modpo(world, monkeypatch, tmp_path):
     ours = {key for entry in trainer.state.log_history for key in entry if key.startswith(("rewards/", "agreement/"))}
     rows = " ".join(re.findall(r"^\| (`(?:rewards|agreement)/.*?) \|", DOCS, re.MULTILINE))
     assert {re.sub("^agreement/.*", "agreement/<objective>", key) for key in ours} == set(re.findall(r"`(.*?)`", rows))
+
+
+def test_the_numbers_are_those_of_the_last_measurement():
+    result = json.loads((ROOT / "benchmarks" / "results" / "modpo_front.json").read_text())
+    summaries = [seed["summary"] for seed in result["seeds"]]
+    for label, run in {
+        "MODPO": "modpo, no soups",
+        "DPO loss weighting": "dpo_lw",
+        "soups of two DPO policies": "soups",
+    }.items():
+        volumes = [summary["runs"][run]["hypervolume"] for summary in summaries]
+        shown = [f"{v['mean']:.2f} ({v['low']:.2f}-{v['high']:.2f})" for v in volumes]
+        assert f"| {label} | {' | '.join(shown)} |" in DOCS.replace("**", "")
+    above = [point for summary in summaries for point in summary["above modpo"]["dpo_lw"]]
+    largest = max(above, key=lambda point: point["mean"])
+    assert all(point["low"] <= 1e-9 for point in above)
+    assert " is {mean:.3f}, with an interval from {low:.3f} to {high:.3f}.".format(**largest) in DOCS
+    costs = list(result["costs"].values())
+    rl = [cost["rl"]["classifiers"] for cost in costs]
+    until = [f"{c['until_it_has_what_modpo_has']['seconds']['cpu']:.1f}" for c in rl]
+    until = [("at least " if None in c["steps_until"] else "") + seconds for c, seconds in zip(rl, until, strict=True)]
+    rows = {
+        "MODPO, margin policy and soups included": [f"{cost['modpo']['cpu']:.1f}" for cost in costs],
+        "RL with as many prompts as there are pairs": [
+            f"{c['as_many_prompts_as_pairs']['seconds']['cpu']:.1f}" for c in rl
+        ],
+        "RL until it has MODPO's `w . r - beta KL` at every weight": until,
+        "of that, the two reward models": [f"{c['reward models']['cpu']:.1f}" for c in rl],
+    }
+    for label, values in rows.items():
+        assert f"| {label} | {' | '.join(values)} |" in DOCS
+    ratios = [c["until_it_has_what_modpo_has"]["modpo_over_rl"]["cpu"] for c in rl]
+    assert "it costs {:.1f} and {:.1f} times RL".format(*ratios) in DOCS and f"at most {ratios[2]:.1f} on" in DOCS
 
 
 def test_options_and_keys_that_the_page_names_exist():
