@@ -9,10 +9,11 @@ in each, in one run, in alternating blocks of steps:
     best engine    TRL with transformers' generation, its vLLM path needs CUDA; ours with the faster of its two engines
     same engine    both with transformers' generation
 
-Both sides take the same prompts and samples per step, in float32 and without gradient checkpointing; TRL in one
-micro-batch and (`TRL, 4 parts`) in four, generated in one call. A ratio is TRL's median step time of a block, of the
-faster of these two, over ours of the same round: by the clock, and of the processors (on a machine with other work and
-with OMP_NUM_THREADS=1, the one to trust). `padding` is the largest share in any of our steps.
+Both sides take the same prompts and samples per step, in float32 and without gradient checkpointing; TRL in one micro-
+batch and (`TRL, 4 parts`) in four, generated in one call (its continuous batching is slower on processors, 36 seconds a
+step of `data` against 23, and its static cache no faster). A ratio is TRL's median step time of a block, of the faster
+of these two, over ours of the same round: by the clock, and of the processors (on a machine with other work and with
+OMP_NUM_THREADS=1, the one to trust). `padding` is the largest share in any of our steps.
 """
 
 import argparse
