@@ -20,10 +20,10 @@ from align.quickstart.workspace import Workspace
 # Seconds on two cores, for the estimate of the time left only.
 EXPECTED = {
     "supervised fine-tuning": 20.0,
-    "preference pairs": 12.0,
-    "reward models": 30.0,
-    "best-of-n": 35.0,
-    **{f"ReMax: {name}": 55.0 for name in phases.RUNS},
+    "preference pairs": 18.0,
+    "reward models": 40.0,
+    "best-of-n": 25.0,
+    **{f"ReMax: {name}": 45.0 for name in phases.RUNS},
     "report": 8.0,
 }
 

@@ -11,7 +11,7 @@ class Settings:
     sft_learning_rate: float = 5e-3
     train_prompts: int = 256
     eval_prompts: int = 128
-    pairs: int = 2000
+    pairs: int = 4000
     eval_pairs: int = 300
     label_noise: float = 0.25
     members: int = 5
@@ -21,11 +21,11 @@ class Settings:
     bon_prompts: int = 32
     bon_n: int = 512
     prompts_per_step: int = 64
-    steps: int = 48
+    steps: int = 96
     eval_every: int = 6
     eval_samples: int = 2
     learning_rate: float = 1e-3
-    beta: float = 0.01
+    beta: float = 0.06
     max_prompt_length: int = 12
     max_completion_length: int = 17
 
