@@ -20,6 +20,7 @@ import argparse
 import json
 import multiprocessing
 import platform
+import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
@@ -55,27 +56,26 @@ def run_seed(folder: Path, settings, seed: int, kinds: Sequence[str] = ()) -> di
     import torch
     from rich.console import Console
 
-    from align.quickstart import phases
     from align.quickstart.progress import PhaseProgress
-    from align.quickstart.run import EXPECTED
+    from align.quickstart.run import make_plan
+    from align.quickstart.workers import Phase
     from align.quickstart.workspace import Workspace
 
     torch.set_num_threads(1)
     space = Workspace(folder / f"seed_{seed}", settings.fingerprint(seed))
-    steps = {
-        "supervised fine-tuning": phases.sft,
-        "preference pairs": phases.pairs,
-        "reward models": phases.reward_models,
-        "best-of-n": phases.best_of_n,
-        **{kind: partial(other_kind, kind) for kind in kinds},
-    }
-    with PhaseProgress({name: EXPECTED.get(name, 20.0) for name in steps}, Console(stderr=True)) as progress:
-        for name, function in steps.items():
-            with progress.phase(name) as handle:
-                space.run(name, partial(function, space, settings, seed, handle))
+    plan = {name: phase for name, phase in make_plan(settings).items() if not name.startswith("ReMax")}
+    plan |= {kind: Phase(partial(other_kind, kind), (), 20.0) for kind in kinds}
+    with PhaseProgress({name: phase.expected for name, phase in plan.items()}, Console(stderr=True)) as progress:
+        for name, phase in plan.items():
+            if not space.finished(name):
+                start = time.perf_counter()
+                with progress.phase(name) as handle:
+                    result = phase.function(space, settings, seed, handle)
+                space.record(name, result, time.perf_counter() - start)
     results = {name: phase["result"] for name, phase in space.state["phases"].items()}
     table = pd.read_parquet(space.path("best_of_n", "answers.parquet"))
-    found = {"accuracy": results["reward models"]["accuracy"], **curves(table, settings)}
+    accuracies = [results[f"reward model {i}"]["accuracy"] for i in range(settings.members)]
+    found = {"accuracy": float(np.mean(accuracies)), **curves(table, settings)}
     for kind in kinds:
         scores = pd.read_parquet(space.path("best_of_n", f"{kind}.parquet"))
         of_kind = curves(table.assign(**{name: scores[name] for name in scores}), settings)

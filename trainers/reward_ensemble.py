@@ -33,6 +33,7 @@ def train_reward_ensemble(
     peft_config=None,
     callbacks=None,
     resume: bool = False,
+    member: int | None = None,
 ) -> Path:
     """Train `members` reward models on the same pairs, tokenised once; member i has seed `args.seed + i`.
 
@@ -48,9 +49,11 @@ def train_reward_ensemble(
 
     Saves the members and ensemble.json in `args.output_dir` and returns that folder, for `load_ensemble` or a reward of
     type ensemble. With `resume` a separate member that is already saved whole is kept, whatever settings it was trained
-    with, and one pass goes on from its newest checkpoint.
+    with, and one pass goes on from its newest checkpoint. `member` is the number of the one separate member to train in
+    this call, so that each can be a job of its own; the call that finds all members there writes ensemble.json.
     """
     _check(model, members, kind, upper_layers, train_trunk, peft_config)
+    _check_member(member, members, kind)
     processing_class = processing_class or load_tokenizer(model)
     train_dataset = tokenized_pairs(train_dataset, processing_class, args)
     if eval_dataset is not None:
@@ -58,8 +61,10 @@ def train_reward_ensemble(
     data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "processing_class": processing_class}
     folder, names = Path(args.output_dir), [f"member_{i}" for i in range(members)]
     if kind == "separate":
-        for i, name in enumerate(names):
-            _train_one(str(model), args, folder / name, i, data, peft_config, callbacks, resume)
+        for i in range(members) if member is None else [member]:
+            _train_one(str(model), args, folder / names[i], i, data, peft_config, callbacks, resume)
+        if not all(map(_whole, (folder / name for name in names))):
+            return folder
     elif resume and (folder / FILE_NAME).exists():
         logger.info("%s holds a trained ensemble, which is kept", folder)
         return folder
@@ -95,8 +100,23 @@ def _check(model, members: int, kind: str, upper_layers: int | None, train_trunk
         raise ConfigError(f"{model} holds an adapter, and members' adapters need a whole model: merge it first")
 
 
+def _check_member(member: int | None, members: int, kind: str) -> None:
+    if member is None:
+        return
+    if kind != "separate":
+        raise ConfigError(
+            f"members of kind {kind} are trained together, from one pass; member {member} cannot be alone"
+        )
+    if not 0 <= member < members:
+        raise ConfigError(f"there is no member {member} among {members}, which are numbered from 0")
+
+
+def _whole(folder: Path) -> bool:
+    return (folder / NORMALIZER_FILE).exists()  # the last file of a reward model to be written
+
+
 def _train_one(model: str, args: RewardConfig, folder: Path, index: int, data, peft_config, callbacks, resume) -> None:
-    if resume and (folder / NORMALIZER_FILE).exists():
+    if resume and _whole(folder):
         logger.info("%s is there and kept", folder)
         return
     member_args = copy.deepcopy(args)

@@ -196,4 +196,5 @@ def train_ensemble(run: RunConfig, resume: bool) -> Path:
         train_trunk=run.ensemble.ensemble_train_trunk,
         peft_config=peft_config(run),
         resume=resume,
+        member=run.ensemble.ensemble_member,
     )

@@ -3,7 +3,6 @@
 import argparse
 import logging
 import os
-import sys
 
 HELP = "the whole way on a toy world: SFT, reward ensemble, best-of-n, ReMax, report (minutes on a CPU)"
 
@@ -17,18 +16,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    console = Console(file=sys.stdout)  # bound now: what the libraries print goes to a file, see run_quickstart
-    console.print("loading torch, transformers and the rollout engine ...")
-    _quieten()
+    quieten()
     from align.quickstart.run import run_quickstart
     from align.quickstart.settings import FULL, SMALL
 
     name = f"runs/quickstart-seed{args.seed}{'-small' if args.small else ''}"
-    run_quickstart(args.output_dir or name, SMALL if args.small else FULL, args.seed, console)
+    run_quickstart(args.output_dir or name, SMALL if args.small else FULL, args.seed, Console())
     return 0
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """One progress display instead of seven libraries' bars and notes. Before these libraries are imported."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

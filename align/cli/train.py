@@ -60,7 +60,8 @@ def train(config: "RunConfig") -> None:
         if main_process:
             save_settings(values, output_dir)
         build.train_ensemble(config, keep_finished)
-        what = f"the {config.ensemble.ensemble} members of the ensemble"
+        count, member = config.ensemble.ensemble, config.ensemble.ensemble_member
+        what = f"the {count} members of the ensemble" if member is None else f"member {member} of {count}"
     elif build.is_sweep(config):
         if main_process:
             save_settings(values, output_dir)

@@ -50,6 +50,10 @@ class EnsembleArguments:
             "choices": ["separate", "lora", "shared_trunk"],
         },
     )
+    ensemble_member: int | None = field(
+        default=None,
+        metadata={"help": "Train this separate member alone (0 is the first), so that each can be a job of its own."},
+    )
     ensemble_upper_layers: int | None = field(
         default=None, metadata={"help": "Of a shared trunk: layers that each member has of its own."}
     )
@@ -77,6 +81,8 @@ class EnsembleArguments:
             raise ConfigError("ensemble_upper_layers and ensemble_train_trunk belong to ensemble_kind shared_trunk")
         if self.ensemble == 1 and self.ensemble_kind != "separate":
             raise ConfigError(f"ensemble_kind {self.ensemble_kind} needs an ensemble of 2 or more, not 1")
+        if self.ensemble_member is not None and (self.ensemble_kind != "separate" or self.ensemble == 1):
+            raise ConfigError("ensemble_member needs an ensemble of 2 or more of ensemble_kind separate")
         if not 0 <= self.label_noise < 1:
             raise ConfigError(f"label_noise is a share in [0, 1), got {self.label_noise}")
         if self.label_noise_seed and not self.label_noise:

@@ -4,8 +4,6 @@ import json
 import random
 from pathlib import Path
 
-import numpy as np
-
 import align
 from align.data import toy
 from align.quickstart.progress import PhaseHandle
@@ -108,7 +106,7 @@ def pairs(space: Workspace, settings: Settings, seed: int, handle: PhaseHandle) 
                 tokenizer,
                 max_prompt_length=settings.max_prompt_length,
             )
-            drawn = random.Random(f"pairs {part} {seed}").choices(range(len(prompts)), k=2 * wanted)
+            drawn = random.Random(f"pairs {part} {seed}").choices(range(len(prompts)), k=3 * wanted // 2)  # some tie
             chosen_rows = [prompts[i] for i in drawn]
             rollouts = engine.generate(
                 [row["prompt_ids"] for row in chosen_rows],
@@ -137,10 +135,8 @@ def pairs(space: Workspace, settings: Settings, seed: int, handle: PhaseHandle) 
     return {"pairs": counts["train"], "eval_pairs": counts["eval"], "flipped": len(flipped)}
 
 
-def reward_models(space: Workspace, settings: Settings, seed: int, handle: PhaseHandle) -> dict:
-    """The ensemble, each member on top of the fine-tuned policy; accuracies are on pairs without label noise."""
-    from align.lazy import load
-
+def reward_model(index: int, space: Workspace, settings: Settings, seed: int, handle: PhaseHandle) -> dict:
+    """A member of the ensemble, on top of the fine-tuned policy; its accuracy is on pairs without label noise."""
     args = align.RewardConfig(
         output_dir=str(space.path("reward_models")),
         num_train_epochs=settings.reward_epochs,
@@ -154,26 +150,21 @@ def reward_models(space: Workspace, settings: Settings, seed: int, handle: Phase
         **_quiet(),
     )
     evaluation = _rows(space.path("data", "eval_pairs.jsonl"))
-    train_ensemble = load("trainers.reward_ensemble:train_reward_ensemble")
-    folder = train_ensemble(
+    folder = align.train_reward_ensemble(
         space.path("sft"),
         args,
         _rows(space.path("data", "train_pairs_noisy.jsonl")),
         evaluation,
         members=settings.members,
+        member=index,
         callbacks=[handle.callback()],
-        resume=True,
     )
-    members = []
-    batch_type = load("reward_models.base:RewardBatch")
-    for i in range(settings.members):
-        reward = align.build_reward({"type": "classifier", "path": str(folder / f"member_{i}")})
-        better, worse = (
-            reward.score(batch_type(prompts=evaluation["prompt"], completions=evaluation[side])).scores
-            for side in ("chosen", "rejected")
-        )
-        members.append({"name": f"member {i}", "accuracy": (better > worse).float().mean().item()})
-    return {"members": members, "accuracy": float(np.mean([member["accuracy"] for member in members]))}
+    reward = align.build_reward({"type": "classifier", "path": str(folder / f"member_{index}")})
+    better, worse = (
+        reward.score(align.RewardBatch(prompts=evaluation["prompt"], completions=evaluation[side])).scores
+        for side in ("chosen", "rejected")
+    )
+    return {"name": f"member {index}", "accuracy": (better > worse).float().mean().item()}
 
 
 def ensemble_spec(space: Workspace, settings: Settings, aggregation: str, members: int | None = None) -> dict:

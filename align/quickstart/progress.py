@@ -1,11 +1,12 @@
-"""Which phase runs, how far it is, and how long is left."""
+"""Which phases run, how far they are, and how long is left."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 
 class PhaseProgress:
@@ -21,6 +22,9 @@ class PhaseProgress:
         self.start = time.perf_counter()
         self.done = 0.0  # expected seconds of the phases finished in this start
         self.skipped = 0.0
+        self.began: dict[str, float] = {}
+        self.fractions: dict[str, float] = {}  # done of the phases that run
+        self.tasks: dict[str, TaskID] = {}
         self.bar = Progress(
             TextColumn("{task.description:<34}"),
             BarColumn(bar_width=24),
@@ -38,9 +42,9 @@ class PhaseProgress:
     def __exit__(self, *error):
         return self.bar.__exit__(*error)
 
-    def left(self, fraction: float, phase: str) -> float:
-        """Seconds left, when `fraction` of `phase` is done."""
-        done = self.done + fraction * self.expected[phase]
+    def left(self) -> float:
+        """Seconds left."""
+        done = self.done + sum(self.expected[name] * self.fractions[name] for name in self.fractions)
         total = sum(self.expected.values()) - self.skipped
         elapsed = time.perf_counter() - self.start
         pace = elapsed / done if done > 0.05 * total else 1.0
@@ -51,32 +55,41 @@ class PhaseProgress:
         self.skipped += self.expected[phase]
         self.console.print(f"[dim]{phase}: finished earlier, kept[/]")
 
+    def begin(self, phase: str) -> None:
+        self.began[phase], self.fractions[phase] = time.perf_counter(), 0.0
+        self.tasks[phase] = self.bar.add_task(phase, total=1.0, note=self._note())
+        if self.bar.disable:
+            number = list(self.expected).index(phase) + 1
+            self.console.print(f"[{number}/{len(self.expected)}] {phase} ... ({self._note()})", markup=False)
+
+    def update(self, phase: str, fraction: float) -> None:
+        self.fractions[phase] = fraction
+        self.bar.update(self.tasks[phase], completed=fraction, note=self._note())
+
+    def end(self, phase: str) -> None:
+        del self.fractions[phase]
+        self.done += self.expected[phase]
+        self.bar.update(self.tasks[phase], completed=1.0, note="")
+        self.bar.stop_task(self.tasks[phase])
+        if self.bar.disable:
+            self.console.print(f"      {phase}: {time.perf_counter() - self.began[phase]:.0f} s")
+
     @contextmanager
     def phase(self, name: str) -> Iterator["PhaseHandle"]:
-        began = time.perf_counter()
-        task = self.bar.add_task(name, total=1.0, note=self._note(0.0, name))
-        if self.bar.disable:
-            number = list(self.expected).index(name) + 1
-            self.console.print(f"[{number}/{len(self.expected)}] {name} ... ({self._note(0.0, name)})", markup=False)
-        yield PhaseHandle(self, task, name)
-        self.bar.update(task, completed=1.0, note="")
-        self.done += self.expected[name]
-        if self.bar.disable:
-            self.console.print(f"      {name}: {time.perf_counter() - began:.0f} s")
+        self.begin(name)
+        yield PhaseHandle(partial(self.update, name))
+        self.end(name)
 
-    def _note(self, fraction: float, phase: str) -> str:
-        left = self.left(fraction, phase)
+    def _note(self) -> str:
+        left = self.left()
         return f"about {left / 60:.0f} min left" if left >= 90 else f"about {left:.0f} s left"
 
 
 class PhaseHandle:
-    """Reports the progress of one phase."""
+    """Reports how far one phase is: `update` takes the fraction done."""
 
-    def __init__(self, progress: PhaseProgress, task, name: str):
-        self.progress, self.task, self.name = progress, task, name
-
-    def update(self, fraction: float) -> None:
-        self.progress.bar.update(self.task, completed=fraction, note=self.progress._note(fraction, self.name))
+    def __init__(self, update: Callable[[float], None]):
+        self.update = update
 
     def callback(self, offset: float = 0.0, share: float = 1.0):
         """A transformers callback that reports a training run as the part [offset, offset + share] of the phase."""

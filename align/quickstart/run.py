@@ -1,6 +1,5 @@
 """`align quickstart`, phase by phase."""
 
-from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -15,41 +14,36 @@ from align.evaluation.summary import build_summary
 from align.quickstart import phases
 from align.quickstart.progress import PhaseProgress
 from align.quickstart.settings import Settings
+from align.quickstart.workers import Phase, run_phases
 from align.quickstart.workspace import Workspace
 
-# Seconds on two cores, for the estimate of the time left only.
-EXPECTED = {
-    "supervised fine-tuning": 20.0,
-    "preference pairs": 18.0,
-    "reward models": 40.0,
-    "best-of-n": 25.0,
-    **{f"ReMax: {name}": 45.0 for name in phases.RUNS},
-    "report": 8.0,
-}
+REPORT = "report"
+
+
+def make_plan(settings: Settings) -> dict[str, Phase]:
+    """The phases before the report, in the order in which they begin where several could."""
+    members = [f"reward model {i}" for i in range(settings.members)]
+    plan = {
+        "supervised fine-tuning": Phase(phases.sft, (), 20.0),
+        "preference pairs": Phase(phases.pairs, ("supervised fine-tuning",), 24.0),
+        **{name: Phase(partial(phases.reward_model, i), ("preference pairs",), 6.0) for i, name in enumerate(members)},
+        "best-of-n": Phase(phases.best_of_n, tuple(members), 15.0),
+    }
+    for name, reward in phases.RUNS.items():
+        needs = members[: reward.get("members", settings.members)]
+        plan[f"ReMax: {name}"] = Phase(partial(phases.remax, name), tuple(needs), 35.0)
+    return plan
 
 
 def run_quickstart(folder: str | Path, settings: Settings, seed: int, console: Console) -> Path:
     """Run or continue the quickstart in `folder`; returns the path of the report."""
-    import torch
-
-    torch.set_num_threads(1)  # models this small gain nothing from a second thread and lose much on a busy machine
     space = Workspace(folder, settings.fingerprint(seed))
-    steps = {
-        "supervised fine-tuning": phases.sft,
-        "preference pairs": phases.pairs,
-        "reward models": phases.reward_models,
-        "best-of-n": phases.best_of_n,
-        **{f"ReMax: {name}": partial(phases.remax, name) for name in phases.RUNS},
-    }
-    log = space.folder / "quickstart.log"  # the trainers' metrics
-    with PhaseProgress(EXPECTED, console) as progress:
-        for name, function in steps.items():
-            if space.finished(name):
-                progress.skip(name)
-                continue
-            with progress.phase(name) as handle, log.open("a") as file, redirect_stdout(file):
-                space.run(name, partial(function, space, settings, seed, handle))
-        with progress.phase("report"):
+    plan = make_plan(settings)
+    log = space.folder / "quickstart.log"  # what trainers and engine print
+    expected = {name: phase.expected for name, phase in plan.items()} | {REPORT: 8.0}
+    with PhaseProgress(expected, console) as progress:
+        run_phases(plan, space, (settings, seed), progress, log)
+        with progress.phase(REPORT):
             summary = summarise(space, settings, seed)
             report, _ = write_outputs(space.folder, summary, title=TITLE, intro=INTRO)
     print_summary(summary, [report, space.folder / "summary.json"])
@@ -58,11 +52,11 @@ def run_quickstart(folder: str | Path, settings: Settings, seed: int, console: C
 
 def summarise(space: Workspace, settings: Settings, seed: int) -> dict:
     results = {name: phase["result"] for name, phase in space.state["phases"].items()}
-    trained = results["reward models"]["members"]
+    trained = [results[name] for name in results if name.startswith("reward model ")]
     return build_summary(
         best_of_n=bon_curves(space, settings),
         runs={name: read_run(space.path("remax", name.replace(" ", "_"))) for name in phases.RUNS},
-        phases=space.seconds,
+        phases={name: space.seconds[name] for name in make_plan(settings)},
         setup={
             "seed": seed,
             "policy": "Llama, 2 layers, width 64, from scratch",
@@ -78,7 +72,7 @@ def summarise(space: Workspace, settings: Settings, seed: int) -> dict:
         },
         reward_models=[
             {**member, "label_noise": settings.label_noise, "pairs": results["preference pairs"]["pairs"]}
-            for member in trained
+            for member in sorted(trained, key=lambda member: member["name"])
         ],
         seed=seed,
     )

@@ -22,7 +22,7 @@ class Settings:
     bon_n: int = 512
     prompts_per_step: int = 64
     steps: int = 96
-    eval_every: int = 6
+    eval_every: int = 8
     eval_samples: int = 2
     learning_rate: float = 1e-3
     beta: float = 0.06

@@ -1,8 +1,6 @@
 """The quickstart's folder: what each finished phase left, so that a second start continues after it."""
 
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 from align.errors import ConfigError
@@ -33,14 +31,10 @@ class Workspace:
     def finished(self, phase: str) -> bool:
         return phase in self.state["phases"]
 
-    def run(self, phase: str, function: Callable[[], dict]) -> dict:
-        """The result of `function` (JSON values), or what it returned when the phase was finished earlier."""
-        if not self.finished(phase):
-            start = time.perf_counter()
-            result = function()
-            self.state["phases"][phase] = {"seconds": time.perf_counter() - start, "result": result}
-            self._save()
-        return self.state["phases"][phase]["result"]
+    def record(self, phase: str, result: dict, seconds: float) -> None:
+        """The phase is finished; `result` holds JSON values."""
+        self.state["phases"][phase] = {"seconds": seconds, "result": result}
+        self._save()
 
     @property
     def seconds(self) -> dict[str, float]:

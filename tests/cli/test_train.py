@@ -73,6 +73,12 @@ def test_an_ensemble_of_reward_models(tiny_model, pairs, tmp_path, capsys):
     assert "the 2 members of the ensemble" in capsys.readouterr().out
     assert (folder / "member_0" / "model.safetensors").exists() and (folder / "member_1" / "model.safetensors").exists()
     assert (folder / "ensemble.json").exists()
+    for member in (1, 0):
+        alone = train("reward", tmp_path / "jobs", *base, "--ensemble", 2, "--ensemble_member", member)
+        assert f"member {member} of 2" in capsys.readouterr().out
+        assert (alone / "ensemble.json").exists() == (member == 0)
+    for part in ("member_0/model.safetensors", "member_1/model.safetensors", "ensemble.json"):
+        assert (alone / part).read_bytes() == (folder / part).read_bytes()
     other = ["--output_dir", str(tmp_path / "other"), "--dtype", "bfloat16", "--use_cpu"]
     assert main(["reward", *map(str, base), "--ensemble", "2", *other]) == 2
     assert "dtype cannot be set with ensemble > 1" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from rich.console import Console
 
@@ -40,8 +41,11 @@ def killed_and_continued(tmp_path_factory):
         assert first.poll() is None, first.communicate()[0]
         assert time.monotonic() < deadline, "the first two phases took more than five minutes"
         time.sleep(0.2)
+    workers = psutil.Process(first.pid).children(recursive=True)
     first.send_signal(signal.SIGKILL)
     first.communicate()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert len(workers) >= 2 and not alive  # a phase that went on would write what the next start writes
     before = {path: path.stat().st_mtime_ns for path in (folder / "data").iterdir()}
     before[folder / "sft" / "model.safetensors"] = (folder / "sft" / "model.safetensors").stat().st_mtime_ns
     second = start(folder)
@@ -54,7 +58,7 @@ def test_continues_after_the_last_finished_phase(killed_and_continued):
     folder, before, output = killed_and_continued
     assert "supervised fine-tuning: finished earlier, kept" in output
     assert "preference pairs: finished earlier, kept" in output
-    assert "[3/8] reward models" in output
+    assert "[3/10] reward model 0" in output
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
@@ -77,7 +81,8 @@ def test_summary_and_report(killed_and_continued):
     assert sorted(gold["gold"]) == gold["gold"]  # choosing by gold can only help
     assert len(summary["reward_models"]) == 3
     assert set(summary["phases"]) == {
-        "supervised fine-tuning", "preference pairs", "reward models", "best-of-n", *(f"ReMax: {name}" for name in RUNS)
+        "supervised fine-tuning", "preference pairs", *(f"reward model {i}" for i in range(3)), "best-of-n",
+        *(f"ReMax: {name}" for name in RUNS),
     }  # fmt: skip
     report = (folder / "report.html").read_text()
     assert "report.html" in output
@@ -107,10 +112,25 @@ def test_time_left_follows_the_pace(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("align.quickstart.progress.time.perf_counter", lambda: now[0])
     progress = PhaseProgress({"a": 10.0, "b": 30.0}, Console(file=(tmp_path / "out").open("w")))
-    assert progress.left(0.0, "a") == 40.0
+    assert progress.left() == 40.0
+    progress.begin("a")
     now[0] = 20.0  # half of the expected pace
-    assert progress.left(1.0, "a") == pytest.approx(60.0)
-    with progress.phase("a"):
-        pass
-    now[0] = 50.0
-    assert progress.left(0.5, "b") == pytest.approx(30.0)
+    progress.update("a", 1.0)
+    assert progress.left() == pytest.approx(60.0)
+    progress.end("a")
+    with progress.phase("b") as handle:
+        now[0] = 50.0
+        handle.update(0.5)
+        assert progress.left() == pytest.approx(30.0)
+
+
+def test_time_left_counts_all_phases_that_run(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("align.quickstart.progress.time.perf_counter", lambda: now[0])
+    progress = PhaseProgress({"a": 10.0, "b": 30.0, "c": 20.0}, Console(file=(tmp_path / "out").open("w")))
+    progress.skip("c")
+    for name, fraction in (("a", 0.5), ("b", 0.5)):
+        progress.begin(name)
+        progress.update(name, fraction)
+    now[0] = 10.0
+    assert progress.left() == pytest.approx(10.0)

@@ -193,6 +193,8 @@ def test_separate_members(trunk, tmp_path):
         ({"members": 0}, "at least one member"),
         ({"kind": "bagged"}, "one of separate, lora, shared_trunk, got 'bagged'"),
         ({"kind": "shared_trunk"}, "needs upper_layers"),
+        ({"member": 5}, "no member 5 among 5, which are numbered from 0"),
+        ({"kind": "lora", "peft_config": LORA, "member": 0}, "member 0 cannot be alone"),
         ({"upper_layers": 1}, "upper_layers belongs to the kind shared_trunk; separate would ignore it"),
         ({"kind": "lora", "peft_config": LORA, "train_trunk": True}, "lora would ignore it"),
         ({"kind": "lora"}, "needs a peft_config"),
