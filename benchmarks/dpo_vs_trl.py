@@ -1,12 +1,15 @@
 """Pairs per second of DPOTrainer against TRL's, on the same pairs, model and optimiser, with the same losses.
 
     OMP_NUM_THREADS=2 python benchmarks/dpo_vs_trl.py [--data FILE] [--pairs 8] [--steps 6] [--repetitions 3]
+    OMP_NUM_THREADS=2 python benchmarks/dpo_vs_trl.py --pairs 32 --steps 2 --trl_micro 1 2 4 --ours_micro 8 \
+        --reference live --output benchmarks/results/dpo_vs_trl_32.json
 
 Both train the same randomly drawn Llama in float32 on real preference pairs (`--data`), `--pairs` of them per optimiser
 step, in the same order, none of them cut; the optimiser is transformers' default, the fused AdamW. First TRL's trainer
 is timed once per setting: the whole step as one batch, or in micro-batches with gradient accumulation, its pairs sorted
-by length for that. Then its fastest setting, the whole step, and ours (the whole step) take turns on further pairs. All
-that with a live reference, and again with log-probs precomputed on both sides (their computation is not counted).
+by length for that (`--trl_micro`: of these sizes only). Then its fastest setting, the whole step (unless left out by
+`--trl_micro`), and ours (`--ours_micro` pairs per micro-batch, or the whole step) take turns on further pairs. All that
+with a live reference, and again with log-probs precomputed on both sides (their computation is not counted).
 
 A step's time is that between the ends of two steps, loader, collation, optimiser and logging included; the first step
 of a run is left out. The losses of both sides must agree step by step to 1e-4 (relative).
@@ -153,9 +156,12 @@ def run(make, model: str, pairs: Dataset, settings: dict) -> dict:
 
 def compare(model: str, pairs: Dataset, args: argparse.Namespace, cached: bool, folder: Path):
     """Yields the result so far, after every repetition."""
-    sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if args.pairs % size == 0 and size < args.pairs]
+    sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if args.pairs % size == 0 and size <= args.pairs]
+    sizes = [size for size in sizes if args.trl_micro is None or size in args.trl_micro]
     trials = {f"{size} per micro-batch{', sorted' * (size > 1)}": (of_trl, size, size > 1) for size in sizes}
-    trials["whole step"] = (of_trl, args.pairs, False)
+    if args.pairs in sizes:
+        del trials[list(trials)[-1]]
+        trials["whole step"] = (of_trl, args.pairs, False)
 
     def one(side, number: int, steps: int) -> dict:
         make, micro, by_length = side
@@ -167,7 +173,8 @@ def compare(model: str, pairs: Dataset, args: argparse.Namespace, cached: bool, 
     clock = "wall" if torch.cuda.is_available() else "cpu"
     seconds = {name: sum(one(side, 0, args.trial_steps)[clock]) for name, side in trials.items()}
     best = min(seconds, key=seconds.get)
-    sides = {"trl plain": trials["whole step"], "ours": (of_ours, args.pairs, False), "trl best": trials[best]}
+    sides = {"trl plain": trials["whole step"]} if "whole step" in trials else {}
+    sides |= {"ours": (of_ours, args.ours_micro or args.pairs, False), "trl best": trials[best]}
     tried = {"clock": clock, "steps": args.trial_steps - 1, "seconds": {n: round(s, 2) for n, s in seconds.items()}}
     found = {name: [] for name in sides}
     for number in range(1, args.repetitions + 1):
@@ -180,7 +187,7 @@ def summary(found: dict[str, list[dict]], args: argparse.Namespace) -> dict:
     """Of the repetitions so far; SystemExit if the losses are not the same."""
     difference = max(
         abs(a - b) / abs(b)
-        for other in ("trl plain", "trl best")
+        for other in found.keys() - {"ours"}
         for ours, theirs in zip(found["ours"], found[other], strict=True)
         for a, b in zip(ours["losses"], theirs["losses"], strict=True)
     )
@@ -199,7 +206,7 @@ def summary(found: dict[str, list[dict]], args: argparse.Namespace) -> dict:
             for name, runs in found.items()
         }
         result[f"pairs_per_second_{clock}"] = {name: round(value, 3) for name, value in per_second.items()}
-        for other in ("trl best", "trl plain"):
+        for other in [name for name in ("trl best", "trl plain") if name in found]:
             ratios = [
                 sum(theirs[clock]) / sum(ours[clock]) for ours, theirs in zip(found["ours"], found[other], strict=True)
             ]
@@ -222,6 +229,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=6, help="per run, the first one not counted")
     parser.add_argument("--trial_steps", type=int, default=2, help="per trial of a setting of TRL's, first not counted")
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--trl_micro", type=int, nargs="+", help="try TRL's trainer with these micro-batches only")
+    parser.add_argument("--ours_micro", type=int, help="pairs per micro-batch of ours; default: the whole step")
     parser.add_argument("--hidden", type=int, default=384)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--vocabulary", type=int, default=32000, help="at most")

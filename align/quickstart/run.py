@@ -14,7 +14,7 @@ from align.evaluation.summary import build_summary
 from align.quickstart import phases
 from align.quickstart.progress import PhaseProgress
 from align.quickstart.settings import Settings
-from align.quickstart.workers import Phase, run_phases
+from align.quickstart.workers import Phase, run_phases, side_by_side
 from align.quickstart.workspace import Workspace
 
 REPORT = "report"
@@ -69,6 +69,7 @@ def summarise(space: Workspace, settings: Settings, seed: int) -> dict:
             "ReMax": f"{settings.steps} steps x {settings.prompts_per_step} prompts, lr {settings.learning_rate:g}, "
             f"beta {settings.beta:g}",
             "evaluation": f"{settings.eval_prompts} prompts x {settings.eval_samples} samples",
+            "phases at once": side_by_side(),
         },
         reward_models=[
             {**member, "label_noise": settings.label_noise, "pairs": results["preference pairs"]["pairs"]}
