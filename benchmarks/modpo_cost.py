@@ -13,9 +13,10 @@ steps of the same number of them:
     remax     a step of ReMax on two such models' weighted scores, with the KL to the reference; both rollout engines
 
 A front of MODPO is a margin policy, `once` for each pair, and four more points; one of RL is two reward models and five
-points. The sides take turns; the first step of each block is left out. `front` gives MODPO's processor seconds over
-RL's, RL with the faster engine: with one prompt of RL for every pair that MODPO sees, in one pass over the pairs for
-all, and in two passes of MODPO and one of RL.
+points. The sides take turns; the first step of each block is left out. `front` gives MODPO's seconds over RL's, RL with
+the faster engine and one prompt for every pair: in one pass over the pairs for all, and in two passes of MODPO and one
+of RL. RewardTrainer computes the prompt of a pair twice and DPO once; so that RL does not pay for that, its reward
+models count as much as steps of DPO.
 """
 
 import argparse
@@ -159,13 +160,14 @@ def ratio(block: dict, clock: str, passes: int) -> float:
     """A front of MODPO over one of RL in one pass."""
     cost = {side: seconds[clock] for side, seconds in block.items()}
     remax = min(cost["remax vllm"], cost["remax transformers"])
-    return (cost["once"] + passes * (cost["dpo"] + 4 * cost["modpo"])) / (2 * cost["reward"] + 5 * remax)
+    reward = min(cost["reward"], cost["dpo"])
+    return (cost["once"] + passes * (cost["dpo"] + 4 * cost["modpo"])) / (2 * reward + 5 * remax)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=Path, default=DATA, help="pairs whose lengths the random ones have")
-    parser.add_argument("--blocks", type=int, default=5)
+    parser.add_argument("--blocks", type=int, default=5, help="at least 2")
     parser.add_argument("--items", type=int, default=32, help="pairs or prompts per step")
     parser.add_argument("--steps", type=int, default=3, help="measured per block")
     parser.add_argument("--vocabulary", type=int, default=4096)
