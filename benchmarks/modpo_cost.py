@@ -9,14 +9,13 @@ steps of the same number of them:
     dpo       a step of DPO with cached reference log-probs: the margin policy of MODPO, its last point
     modpo     a step of MODPO with cached margins and reference log-probs
     once      the margins of an implicit reward and the reference log-probs, once for a whole front
-    reward    a step of a reward model
+    reward    a step of a reward model; `padded`: with padded rows, for comparison
     remax     a step of ReMax on two such models' weighted scores, with the KL to the reference; both rollout engines
 
 A front of MODPO is a margin policy, `once` for each pair, and four more points; one of RL is two reward models and five
 points. The sides take turns; the first step of each block is left out. `front` gives MODPO's seconds over RL's, RL with
 the faster engine and one prompt for every pair: in one pass over the pairs for all, and in two passes of MODPO and one
-of RL. RewardTrainer computes the prompt of a pair twice and DPO once; so that RL does not pay for that, its reward
-models count as much as steps of DPO.
+of RL.
 """
 
 import argparse
@@ -93,8 +92,10 @@ class World:
 
     def trainer(self, side: str, name: str, steps: int):
         policy = str(self.policy)
-        if side == "reward":
-            return align.RewardTrainer(policy, align.RewardConfig(**self.options(name, steps)), self.pairs)
+        if side.startswith("reward"):
+            batching = "padded" if "padded" in side else "shared_prefix"
+            args = align.RewardConfig(**self.options(name, steps, batching=batching))
+            return align.RewardTrainer(policy, args, self.pairs)
         if side == "dpo":
             args = align.DPOConfig(**self.options(name, steps, beta=BETA, precompute_ref_log_probs=True))
             return align.DPOTrainer(policy, args, self.pairs)
@@ -143,7 +144,7 @@ class World:
 
 
 def measure(world: World, blocks: int) -> list[dict]:
-    sides = ["dpo", "modpo", "once", "reward", "remax vllm", "remax transformers"]
+    sides = ["dpo", "modpo", "once", "reward", "reward padded", "remax vllm", "remax transformers"]
     found = []
     for number in range(blocks):
         first = number % len(sides)
@@ -160,8 +161,7 @@ def ratio(block: dict, clock: str, passes: int) -> float:
     """A front of MODPO over one of RL in one pass."""
     cost = {side: seconds[clock] for side, seconds in block.items()}
     remax = min(cost["remax vllm"], cost["remax transformers"])
-    reward = min(cost["reward"], cost["dpo"])
-    return (cost["once"] + passes * (cost["dpo"] + 4 * cost["modpo"])) / (2 * reward + 5 * remax)
+    return (cost["once"] + passes * (cost["dpo"] + 4 * cost["modpo"])) / (2 * cost["reward"] + 5 * remax)
 
 
 def main() -> None:

@@ -11,12 +11,15 @@ from transformers import Trainer
 from align.data.bad_rows import BadRow
 from align.data.checks import check_pair_numbers
 from align.data.collate import PairCollator
+from align.data.shared_prefix import SharedPrefixCollator
 from align.data.tokenize import tokenize_pairs
 from align.errors import ConfigError, DataError
 from align.evaluation.calibration import Reliability, reliability
 from align.modeling.load import disable_dropout, load_sequence_classifier, load_tokenizer
 from align.modeling.padding import padding_as_saved, with_own_padding
-from align.modeling.scores import sequence_scores
+from align.modeling.pairs import pair_count
+from align.modeling.prefix_support import enable_shared_scores
+from align.modeling.scores import pair_scores
 from align.objectives.reward_model import bradley_terry_loss, centering, score_l2
 from reward_models.normalizer import Normalizer
 from reward_models.sequences import longest_input
@@ -41,6 +44,14 @@ class RewardConfig(BaseConfig):
     score_l2_coefficient: float = field(
         default=0.0, metadata={"help": "Weight of (s+^2 + s-^2)/2, which keeps the scores small; 0.001 in the papers."}
     )
+    batching: str = field(
+        default="auto",
+        metadata={
+            "help": "shared_prefix: the answers of a pair share the computation of their prompt, without padding. "
+            "padded: one row per answer. auto: the first where the model allows it.",
+            "choices": ["auto", "shared_prefix", "padded"],
+        },
+    )
     disable_dropout: bool = field(default=True, metadata={"help": "Train without dropout."})
     normalizer_pairs: int = field(
         default=1000,
@@ -52,6 +63,8 @@ class RewardConfig(BaseConfig):
         super().__post_init__()
         if self.score_l2_coefficient < 0 or (self.center_rewards_coefficient or 0) < 0:
             raise ConfigError("score_l2_coefficient and center_rewards_coefficient must not be negative")
+        if self.batching not in ("auto", "shared_prefix", "padded"):
+            raise ConfigError(f"batching must be auto, shared_prefix or padded, got {self.batching!r}")
         if self.normalizer_pairs < 1:
             raise ConfigError("normalizer_pairs must be at least 1")
         if self.label_smoothing_factor:
@@ -110,7 +123,7 @@ class RewardTrainer(PairEvaluation, TrainerMixin, Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=PairCollator(processing_class.pad_token_id),
+            data_collator=self._collator(model, args, processing_class),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -120,11 +133,23 @@ class RewardTrainer(PairEvaluation, TrainerMixin, Trainer):
         )
         self.model_accepts_loss_kwargs = True  # the loss is normalised by the global count of pairs, not by Trainer
 
+    def _collator(self, model: nn.Module, args: RewardConfig, tokenizer) -> PairCollator | SharedPrefixCollator:
+        reason = "padded, as set" if args.batching == "padded" else self._cannot_share(model, args)
+        if reason is None:
+            return SharedPrefixCollator()
+        if args.batching == "shared_prefix":
+            raise ConfigError(f"batching: shared_prefix cannot be used with this model: {reason}")
+        logger.info("batches are padded, their pairs do not share prefixes: %s", reason)
+        return PairCollator(tokenizer.pad_token_id)
+
+    def _cannot_share(self, model: nn.Module, args: RewardConfig) -> str | None:
+        return enable_shared_scores(model, args.max_length)
+
     # ---- loss -------------------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        pairs = torch.tensor([sum(len(batch["input_ids"]) // 2 for batch in batches)], device=device)
+        pairs = torch.tensor([sum(map(pair_count, batches))], device=device)
         return batches, self.accelerator.gather(pairs).sum()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -136,7 +161,7 @@ class RewardTrainer(PairEvaluation, TrainerMixin, Trainer):
         return losses.sum() * self.accelerator.num_processes / num_items_in_batch
 
     def pair_values(self, model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        chosen, rejected = sequence_scores(model, batch["input_ids"], batch["attention_mask"]).chunk(2)
+        chosen, rejected = pair_scores(model, batch).chunk(2)
         return {
             "loss": self.pair_losses(chosen, rejected, batch),
             "rewards/chosen": chosen,

@@ -33,6 +33,9 @@ class JointRewardTrainer(RewardTrainer):
         self.count = next(len(module.members) for module in model.modules() if isinstance(module, Members))
         self.normalizers: list[Normalizer] | None = None
 
+    def _cannot_share(self, model: nn.Module, args: RewardConfig) -> str | None:
+        return "it holds several members"
+
     def pair_values(self, model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """`loss` is the sum over the members; the rest is of their mean score, and `.../member_<i>` of each."""
         scores = member_scores(model, batch["input_ids"], batch["attention_mask"], self.count)

@@ -2,16 +2,18 @@
 
 import inspect
 import logging
+from collections.abc import Callable
 
 import torch
 from accelerate.utils import broadcast_object_list
-from torch import nn
+from torch import Tensor, nn
 
 from align.data.collate import PairCollator
 from align.data.shared_prefix import SharedPrefixCollator
 from align.modeling import shared_prefix
 from align.modeling.logprobs import language_model
 from align.modeling.pairs import pair_tokens
+from align.modeling.scores import pair_scores
 
 logger = logging.getLogger(__name__)
 
@@ -27,17 +29,12 @@ def enable_shared_prefix(model: nn.Module, max_length: int | None) -> str | None
         max_length: the longest sequence (prompt and completion) to come, which an attention window must cover; None:
             any.
     """
-    core = language_model(model)
-    reason = _unsuitable(model, core, max_length)
-    if reason is not None:
-        return reason
-    before = core.config._attn_implementation
-    shared_prefix.register()
-    core.set_attn_implementation(shared_prefix.IMPLEMENTATION)
-    (reason,) = broadcast_object_list([_difference(model)])
-    if reason is not None:
-        core.set_attn_implementation(before)
-    return reason
+    return _enable(model, max_length, "log-probs", lambda batch: pair_tokens(model, batch).logps)
+
+
+def enable_shared_scores(model: nn.Module, max_length: int | None) -> str | None:
+    """The same for a classifier, whose scores of the two pairs must be the same."""
+    return _enable(model, max_length, "scores", lambda batch: pair_scores(model, batch))
 
 
 def enable_trunk(trunk: nn.Module, model: nn.Module, max_length: int | None) -> str | None:
@@ -48,6 +45,20 @@ def enable_trunk(trunk: nn.Module, model: nn.Module, max_length: int | None) -> 
     reason = _unsuitable(trunk, trunk, max_length)
     if reason is None:
         trunk.set_attn_implementation(shared_prefix.IMPLEMENTATION)
+    return reason
+
+
+def _enable(model: nn.Module, max_length: int | None, what: str, values: Callable[[dict], Tensor]) -> str | None:
+    core = language_model(model)
+    reason = _unsuitable(model, core, max_length)
+    if reason is not None:
+        return reason
+    before = core.config._attn_implementation
+    shared_prefix.register()
+    core.set_attn_implementation(shared_prefix.IMPLEMENTATION)
+    (reason,) = broadcast_object_list([_difference(model, what, values)])
+    if reason is not None:
+        core.set_attn_implementation(before)
     return reason
 
 
@@ -76,8 +87,8 @@ def _unsuitable(model: nn.Module, core: nn.Module, max_length: int | None) -> st
 
 
 @torch.no_grad()
-def _difference(model: nn.Module) -> str | None:
-    """Why the log-probs of two small pairs differ between the layouts; None if they do not."""
+def _difference(model: nn.Module, what: str, values: Callable[[dict], Tensor]) -> str | None:
+    """Why the values of two small pairs differ between the layouts; None if they do not."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = language_model(model).config.get_text_config().vocab_size
     shapes = {"prompt_ids": (6, 3), "chosen_ids": (4, 5), "rejected_ids": (5, 2)}
@@ -92,7 +103,7 @@ def _difference(model: nn.Module) -> str | None:
     model.eval()
     try:
         padded, shared = (
-            pair_tokens(model, {k: v.to(weights.device) for k, v in collate(pairs).items()}).logps
+            values({k: v.to(weights.device) for k, v in collate(pairs).items()})
             for collate in (PairCollator(pad_token_id=0), SharedPrefixCollator())
         )
     except Exception as error:  # whatever an architecture does with what it does not expect
@@ -100,6 +111,8 @@ def _difference(model: nn.Module) -> str | None:
     finally:
         model.train(training)
     difference, scale = (padded - shared).abs().max().item(), padded.abs().max().item()
+    if scale == 0:
+        return f"its {what} are all 0, so that nothing can be compared"
     if difference <= 16 * torch.finfo(weights.dtype).eps * scale:
         return None
-    return f"its log-probs of a pair in such a row differ by {difference:.2g} from those of the pair alone"
+    return f"its {what} of a pair in such a row differ by {difference:.2g} from those of the pair alone"

@@ -17,8 +17,36 @@ def sequence_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor)
     are moved to the left first, so the score does not depend on it. Encoders score with their own pooled output.
     """
     input_ids, attention_mask = to_right_padding(input_ids, attention_mask)
-    core = language_model(model)
     last = attention_mask.sum(-1) - 1
+    rows = torch.arange(len(last), device=last.device)
+    return _scores_at(model, {"input_ids": input_ids, "attention_mask": attention_mask}, (rows, last))
+
+
+def pair_scores(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Scores [2B] of a batch of pairs, chosen and then rejected, as `sequence_scores`.
+
+    batch: of `PairCollator`, or of `SharedPrefixCollator` for a model that takes such rows
+    (`prefix_support.enable_shared_scores`).
+    """
+    if "position_ids" not in batch:
+        return sequence_scores(model, batch["input_ids"], batch["attention_mask"])
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    return _scores_at(model, inputs, (0, last_of_rests(batch["attention_mask"])))
+
+
+def last_of_rests(table: Tensor) -> Tensor:
+    """Where each sequence of a row with shared prefixes ends: [rests * groups], the first rest of every group first.
+
+    table: [1, 1, groups, 1 + rests], of `modeling.shared_prefix`. Where a rest is empty, its sequence is the prefix.
+    """
+    lengths = table.view(-1, table.shape[-1])
+    ends = lengths.flatten().cumsum(0).view_as(lengths) - 1
+    return torch.where(lengths[:, 1:] > 0, ends[:, 1:], ends[:, :1]).T.flatten()
+
+
+def _scores_at(model: nn.Module, inputs: dict, last: tuple) -> Tensor:
+    """The outputs of the head in a forward pass; of a head on every token those at `last` (rows, positions)."""
+    core = language_model(model)
     kept = {}
 
     def keep_head_output(module, args, output):
@@ -27,7 +55,7 @@ def sequence_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor)
     def replace_output(module, args, output):
         scores = kept["scores"]
         if scores.dim() == 3:  # a head on every token: causal models
-            scores = scores[torch.arange(len(last), device=last.device), last]
+            scores = scores[last]
         kept["scores"] = output.logits = scores if scores.dtype == torch.float64 else scores.float()
         return output
 
@@ -36,7 +64,7 @@ def sequence_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor)
     hooks = [head.register_forward_hook(keep_head_output), core.register_forward_hook(replace_output, prepend=True)]
     no_cache = {"use_cache": False} if "use_cache" in inspect.signature(type(core).forward).parameters else {}
     try:
-        model(input_ids=input_ids, attention_mask=attention_mask, **no_cache)
+        model(**inputs, **no_cache)
     finally:
         for hook in hooks:
             hook.remove()

@@ -146,6 +146,7 @@ def reward_model(index: int, space: Workspace, settings: Settings, seed: int, ha
         lr_scheduler_type="linear",
         score_l2_coefficient=0.001,
         max_length=settings.max_prompt_length + settings.max_completion_length,
+        batching="padded",  # with prompts of six words nothing is gained by sharing them
         seed=seed * 100,
         **_quiet(),
     )

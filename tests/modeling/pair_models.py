@@ -29,7 +29,19 @@ MODELS = {
 
 def make(name, dtype=torch.float64):
     torch.manual_seed(0)
-    model = tf.AutoModelForCausalLM.from_config(MODELS[name]()).to(dtype).eval()
+    return exact(tf.AutoModelForCausalLM.from_config(MODELS[name]()), dtype)
+
+
+def make_classifier(name):
+    """float64, with one score."""
+    torch.manual_seed(0)
+    config = MODELS[name]()
+    config.num_labels, config.pad_token_id = 1, tiny.PAD
+    return exact(tf.AutoModelForSequenceClassification.from_config(config), torch.float64)
+
+
+def exact(model, dtype):
+    model = model.to(dtype).eval()
     for module in list(model.modules()):  # transformers normalises in float32, whatever the model's type
         for child, norm in module.named_children():
             if type(norm).__name__ in ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"):

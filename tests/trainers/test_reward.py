@@ -7,7 +7,9 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
+from align.data.collate import PairCollator
 from align.data.noise import flip_labels, save_flips
+from align.data.shared_prefix import SharedPrefixCollator
 from align.errors import ConfigError, DataError
 from reward_models.base import RewardBatch
 from reward_models.classifier import ClassifierReward
@@ -129,6 +131,27 @@ def test_two_processes_are_one(trunk, tmp_path):
         for actual, whole in zip(values, expected, strict=True):
             torch.testing.assert_close(torch.tensor(actual[0]), whole[0], rtol=1e-5, atol=1e-6)
         assert len(differences) == 8 and max(differences.values()) < 1e-9, differences
+
+
+def test_answers_that_share_their_prompt_train_as_padded_ones(trunk, encoder, tmp_path):
+    runs = {}
+    for batching in ("padded", "shared_prefix", "auto"):
+        options = {"batching": batching, "num_train_epochs": 1, "logging_steps": 1, "eval_strategy": "steps"}
+        args = config(tmp_path / batching, eval_steps=5, **options)
+        trainer = RewardTrainer(trunk, args, pairs(80), pairs(21, seed=1))
+        trainer.train()
+        runs[batching] = trainer
+        assert isinstance(trainer.data_collator, PairCollator if batching == "padded" else SharedPrefixCollator)
+    for key in ("loss", "rewards/margins", "eval_loss", "eval_rewards/accuracies"):
+        expected = logged(runs["padded"], key)
+        assert len(expected) > 0 and logged(runs["shared_prefix"], key) == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        assert logged(runs["auto"], key) == logged(runs["shared_prefix"], key)
+    assert runs["auto"].normalizer.mean == pytest.approx(runs["padded"].normalizer.mean, abs=1e-4)
+    assert isinstance(RewardTrainer(encoder, config(tmp_path), pairs(8)).data_collator, PairCollator)
+    with pytest.raises(ConfigError, match="shared_prefix cannot be used with this model: its scores of a pair"):
+        RewardTrainer(encoder, config(tmp_path, batching="shared_prefix"), pairs(8))
+    with pytest.raises(ConfigError, match="auto, shared_prefix or padded, got 'packed'"):
+        config(tmp_path, batching="packed")
 
 
 def test_margin_and_conversations(trunk, tmp_path):
