@@ -1,7 +1,7 @@
 """Pairs per second of DPOTrainer against TRL's, on the same pairs, model and optimiser, with the same losses.
 
     OMP_NUM_THREADS=2 python benchmarks/dpo_vs_trl.py [--data FILE] [--pairs 8] [--steps 6] [--repetitions 3]
-    OMP_NUM_THREADS=2 python benchmarks/dpo_vs_trl.py --pairs 32 --steps 2 --trl_micro 1 2 4 --ours_micro 8 \
+    OMP_NUM_THREADS=2 python benchmarks/dpo_vs_trl.py --pairs 32 --steps 2 --trl_micro 1 2 --ours_micro 8 \
         --reference live --output benchmarks/results/dpo_vs_trl_32.json
 
 Both train the same randomly drawn Llama in float32 on real preference pairs (`--data`), `--pairs` of them per optimiser
