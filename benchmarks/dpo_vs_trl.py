@@ -1,6 +1,9 @@
 """Pairs per second of DPOTrainer against TRL's, on the same pairs, model and optimiser, with the same losses.
 
     OMP_NUM_THREADS=2 python benchmarks/dpo_vs_trl.py [--data FILE] [--pairs 8] [--steps 6] [--repetitions 3]
+    OMP_NUM_THREADS=2 python benchmarks/dpo_vs_trl.py --steps 4 --reference live
+    OMP_NUM_THREADS=2 python benchmarks/dpo_vs_trl.py --steps 4 --reference cached \
+        --output benchmarks/results/dpo_vs_trl_cached.json
     OMP_NUM_THREADS=2 python benchmarks/dpo_vs_trl.py --pairs 32 --steps 2 --trl_micro 1 2 --ours_micro 8 \
         --reference live --output benchmarks/results/dpo_vs_trl_32.json
 
@@ -156,12 +159,11 @@ def run(make, model: str, pairs: Dataset, settings: dict) -> dict:
 
 def compare(model: str, pairs: Dataset, args: argparse.Namespace, cached: bool, folder: Path):
     """Yields the result so far, after every repetition."""
-    sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if args.pairs % size == 0 and size <= args.pairs]
-    sizes = [size for size in sizes if args.trl_micro is None or size in args.trl_micro]
+    sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if args.pairs % size == 0 and size < args.pairs]
     trials = {f"{size} per micro-batch{', sorted' * (size > 1)}": (of_trl, size, size > 1) for size in sizes}
-    if args.pairs in sizes:
-        del trials[list(trials)[-1]]
-        trials["whole step"] = (of_trl, args.pairs, False)
+    trials["whole step"] = (of_trl, args.pairs, False)
+    if args.trl_micro:
+        trials = {name: side for name, side in trials.items() if side[1] in args.trl_micro}
 
     def one(side, number: int, steps: int) -> dict:
         make, micro, by_length = side

@@ -52,7 +52,6 @@ def run_quickstart(folder: str | Path, settings: Settings, seed: int, console: C
 
 def summarise(space: Workspace, settings: Settings, seed: int) -> dict:
     results = {name: phase["result"] for name, phase in space.state["phases"].items()}
-    trained = [results[name] for name in results if name.startswith("reward model ")]
     return build_summary(
         best_of_n=bon_curves(space, settings),
         runs={name: read_run(space.path("remax", name.replace(" ", "_"))) for name in phases.RUNS},
@@ -72,8 +71,12 @@ def summarise(space: Workspace, settings: Settings, seed: int) -> dict:
             "phases at once": side_by_side(),
         },
         reward_models=[
-            {**member, "label_noise": settings.label_noise, "pairs": results["preference pairs"]["pairs"]}
-            for member in sorted(trained, key=lambda member: member["name"])
+            {
+                **results[f"reward model {i}"],
+                "label_noise": settings.label_noise,
+                "pairs": results["preference pairs"]["pairs"],
+            }
+            for i in range(settings.members)
         ],
         seed=seed,
     )

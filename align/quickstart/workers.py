@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -65,12 +66,9 @@ def run_phases(plan: dict[str, Phase], space: Workspace, arguments: tuple, progr
             f"the process of {' or '.join(running.values())} ended by itself (killed for want of memory?): its last "
             f"words are in {log}. Start again to continue after the last finished phase"
         ) from None
-    except BaseException:
-        owner.close()
-        raise
     finally:
+        owner.close()  # ends the processes, whatever they are at
         pool.shutdown(cancel_futures=True)
-        owner.close()
 
 
 def side_by_side() -> int:
@@ -95,6 +93,7 @@ def _start(alive: Connection, updates: SimpleQueue, log: Path) -> None:
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)  # a process that is ended writes nothing more
     quieten()
     import torch
 
