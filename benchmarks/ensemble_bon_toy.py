@@ -90,7 +90,7 @@ def other_kind(kind: str, space, settings, seed: int, handle) -> dict:
 
     import align
     from align.data import load_rows
-    from reward_models.ensemble import load_ensemble
+    from align.reward_models.ensemble import load_ensemble
 
     options = dict(KINDS[kind])
     args = align.RewardConfig(

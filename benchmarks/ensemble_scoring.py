@@ -74,8 +74,8 @@ def write_models(folder: Path, parts: list[str]) -> None:
     from align.modeling.load import load_sequence_classifier
     from align.modeling.member_lora import adapter_parameters, add_member_adapters
     from align.modeling.members import share_trunk
-    from reward_models.ensemble import save_ensemble
-    from reward_models.joint import save_adapters, save_trunk
+    from align.reward_models.ensemble import save_ensemble
+    from align.reward_models.joint import save_adapters, save_trunk
 
     names = [f"member_{i}" for i in range(MEMBERS)]
     if not (folder / "one").exists():
@@ -98,7 +98,7 @@ def write_models(folder: Path, parts: list[str]) -> None:
 
 
 def completions(count: int, seed: int):
-    from reward_models.base import RewardBatch
+    from align.reward_models.base import RewardBatch
 
     rng = random.Random(seed)
 
@@ -112,8 +112,8 @@ def completions(count: int, seed: int):
 
 
 def trunk_variants(folder: Path) -> dict:
-    from reward_models.classifier import ClassifierReward
-    from reward_models.ensemble import load_ensemble
+    from align.reward_models.classifier import ClassifierReward
+    from align.reward_models.ensemble import load_ensemble
 
     one = ClassifierReward(folder / "one", device="cpu", batch_tokens=BATCH_TOKENS)
     five = load_ensemble(folder / "trunk", "mean", normalize=False, device="cpu", batch_tokens=BATCH_TOKENS)
@@ -126,8 +126,8 @@ def lora_variants(folder: Path) -> dict:
 
     from align.data.batching import length_batches
     from align.data.collate import right_pad
-    from reward_models.classifier import ClassifierReward
-    from reward_models.ensemble import load_ensemble
+    from align.reward_models.classifier import ClassifierReward
+    from align.reward_models.ensemble import load_ensemble
 
     options = {"device": "cpu", "batch_tokens": BATCH_TOKENS, "normalize": False}
     members = [folder / "lora" / f"member_{i}" for i in range(MEMBERS)]
@@ -194,8 +194,8 @@ def resident(field: str) -> int:
 
 def memory_of(variant: str, folder: Path) -> dict[str, int]:
     """In a fresh process: bytes of the weights, and of resident memory at its peak while scoring, over that before."""
-    from reward_models.classifier import ClassifierReward
-    from reward_models.ensemble import load_ensemble
+    from align.reward_models.classifier import ClassifierReward
+    from align.reward_models.ensemble import load_ensemble
 
     batch, options = completions(64, 0), {"device": "cpu", "batch_tokens": BATCH_TOKENS, "normalize": False}
     ClassifierReward(tiny(), tokenizer=tokenizer(), **options).score(batch)  # what libraries load at their first use

@@ -32,8 +32,8 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, TrainerCal
 
 from align.modeling.member_lora import add_member_adapters
 from align.modeling.members import share_trunk
-from trainers.reward import RewardConfig, RewardTrainer
-from trainers.reward_joint import JointRewardTrainer
+from align.trainers.reward import RewardConfig, RewardTrainer
+from align.trainers.sweeps.joint_ensemble import JointRewardTrainer
 
 RESULT = Path(__file__).parent / "results" / "ensemble_training.json"
 SHAPE = {

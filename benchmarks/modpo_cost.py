@@ -43,8 +43,8 @@ from on_policy_worlds import (
 
 import align
 from align.data import load_rows
-from reward_models.margins import MarginRewards
-from trainers.pair_data import numbered_pairs
+from align.reward_models.margins import MarginRewards
+from align.trainers.pairs.data import numbered_pairs
 
 RESULT = Path(__file__).parent / "results" / "modpo_cost.json"
 BETA = 0.1

@@ -12,9 +12,9 @@ from align.data import tokenize_prompts, toy
 from align.evaluation.front import Front, Point, write_front
 from align.modeling.load import load_policy, load_tokenizer
 from align.quickstart.phases import make_policy
-from reward_models.build import build_reward
-from trainers.front import point_name
-from trainers.loss_weighting import LossWeightingConfig, LossWeightingTrainer, soup_front
+from align.reward_models.build import build_reward
+from align.trainers.sweeps.front import point_name
+from align.trainers.sweeps.loss_weighting import LossWeightingConfig, LossWeightingTrainer, soup_front
 
 MAX_PROMPT, MAX_COMPLETION = 12, 17
 BETA = 0.1

@@ -40,8 +40,8 @@ from on_policy_worlds import (
     workload,
 )
 
-from trainers.ppo import PPOConfig, PPOTrainer
-from trainers.remax import ReMaxConfig, ReMaxTrainer
+from align.trainers.ppo import PPOConfig, PPOTrainer
+from align.trainers.remax import ReMaxConfig, ReMaxTrainer
 
 RESULT = Path(__file__).parent / "results" / "remax_vs_ppo.json"
 LARGE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 12}

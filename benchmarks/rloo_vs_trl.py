@@ -63,7 +63,7 @@ def shared_options(folder: str, world, args) -> dict:
 
 
 def ours(backend: str, world, args, folder: str):
-    from trainers.rloo import RLOOConfig, RLOOTrainer
+    from align.trainers.rloo import RLOOConfig, RLOOTrainer
 
     tokenizer, data, model = make(world, args)
     config = RLOOConfig(

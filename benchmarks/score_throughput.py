@@ -39,8 +39,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from reward_models.base import RewardBatch
-from reward_models.classifier import ClassifierReward
+from align.reward_models.base import RewardBatch
+from align.reward_models.classifier import ClassifierReward
 
 RESULTS = Path(__file__).parent / "results"
 SHAPE = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4}

@@ -6,14 +6,14 @@ from typing import Any
 
 from align.errors import ConfigError, RewardError
 from align.objectives.ensemble import check_rule
-from reward_models.base import Reward
-from reward_models.classifier import ClassifierReward
-from reward_models.composite import CompositeReward
-from reward_models.ensemble import FILE_NAME, RewardEnsemble, ensemble_members, load_ensemble, models_held
-from reward_models.implicit import ImplicitReward
-from reward_models.remote import RemoteReward
-from reward_models.rules import RuleReward
-from reward_models.verifier import VerifierReward
+from align.reward_models.base import Reward
+from align.reward_models.classifier import ClassifierReward
+from align.reward_models.composite import CompositeReward
+from align.reward_models.ensemble import FILE_NAME, RewardEnsemble, ensemble_members, load_ensemble, models_held
+from align.reward_models.implicit import ImplicitReward
+from align.reward_models.remote import RemoteReward
+from align.reward_models.rules import RuleReward
+from align.reward_models.verifier import VerifierReward
 
 KEYS = {
     "classifier": ("path", "name", "normalize", "max_length", "batch_tokens", "batch_size", "dtype", "device"),

@@ -1,4 +1,4 @@
-r"""Ready verifiers, by import path: `{type: verifier, function: "reward_models.checkers:exact_answer"}`.
+r"""Ready verifiers, by import path: `{type: verifier, function: "align.reward_models.checkers:exact_answer"}`.
 
 Each takes one completion, text or messages (then the last assistant message counts), and says whether it passes.
 """

@@ -11,9 +11,9 @@ from align.data.collate import right_pad
 from align.errors import ConfigError, RewardError
 from align.modeling.load import load_sequence_classifier, load_tokenizer
 from align.modeling.scores import sequence_scores
-from reward_models.base import Reward, RewardBatch, RewardOutput
-from reward_models.normalizer import Normalizer
-from reward_models.sequences import SequenceEncoder, longest_input
+from align.reward_models.base import Reward, RewardBatch, RewardOutput
+from align.reward_models.normalizer import Normalizer
+from align.reward_models.sequences import SequenceEncoder, longest_input
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

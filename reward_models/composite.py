@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from align.errors import ConfigError
-from reward_models.base import Reward, RewardBatch, RewardOutput
+from align.reward_models.base import Reward, RewardBatch, RewardOutput
 
 
 class CompositeReward(Reward):

@@ -8,9 +8,9 @@ import torch
 
 from align.errors import ConfigError, RewardError
 from align.objectives.ensemble import aggregate, check_rule
-from reward_models.base import Reward, RewardBatch, RewardOutput
-from reward_models.classifier import ClassifierReward
-from reward_models.joint import JointMembers, check_tokenizers, load_joint
+from align.reward_models.base import Reward, RewardBatch, RewardOutput
+from align.reward_models.classifier import ClassifierReward
+from align.reward_models.joint import JointMembers, check_tokenizers, load_joint
 
 FILE_NAME = "ensemble.json"
 FORMAT = "align.reward_ensemble/2"

@@ -5,7 +5,7 @@ from pathlib import Path
 from align.errors import ConfigError
 from align.modeling.load import load_sequence_classifier, load_tokenizer
 from align.modeling.padding import padding_as_saved, with_own_padding
-from reward_models.normalizer import Normalizer
+from align.reward_models.normalizer import Normalizer
 
 
 def export_reward_model(source: str | Path, folder: str | Path, *, dtype: str = "float32") -> Path:

@@ -13,9 +13,9 @@ from align.data.collate import right_pad
 from align.errors import ConfigError, RewardError
 from align.modeling.load import load_policy, load_tokenizer, reference_of
 from align.modeling.logprobs import token_logps
-from reward_models.base import Reward, RewardBatch, RewardOutput
-from reward_models.classifier import scoring_device, scoring_tokens
-from reward_models.sequences import Pair, SequenceEncoder, longest_input
+from align.reward_models.base import Reward, RewardBatch, RewardOutput
+from align.reward_models.classifier import scoring_device, scoring_tokens
+from align.reward_models.sequences import Pair, SequenceEncoder, longest_input
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

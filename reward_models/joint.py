@@ -11,10 +11,10 @@ from align.errors import ConfigError, RewardError
 from align.modeling.load import load_sequence_classifier, load_tokenizer, weights_on_every_process
 from align.modeling.member_lora import MemberLora, add_member_adapters, load_adapter, save_adapter
 from align.modeling.members import copy_upper, member_state
-from reward_models.base import RewardBatch
-from reward_models.classifier import ClassifierReward, scoring_device
-from reward_models.normalizer import Normalizer
-from reward_models.sequences import same_tokenizer
+from align.reward_models.base import RewardBatch
+from align.reward_models.classifier import ClassifierReward, scoring_device
+from align.reward_models.normalizer import Normalizer
+from align.reward_models.sequences import same_tokenizer
 
 TRUNK_FILE = "shared_trunk.safetensors"
 

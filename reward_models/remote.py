@@ -11,8 +11,8 @@ import torch
 from urllib3.util import Retry
 
 from align.errors import ConfigError, RewardError
-from reward_models.base import Reward, RewardBatch, RewardOutput
-from reward_models.rules import not_numbers
+from align.reward_models.base import Reward, RewardBatch, RewardOutput
+from align.reward_models.rules import not_numbers
 
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # answers that may be another one soon
 LONGEST_WAIT = 30  # seconds between two attempts

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from align.errors import ConfigError, RewardError
-from reward_models.base import Reward, RewardBatch, RewardOutput
-from reward_models.functions import UserFunction, check_concurrency, run_concurrently
+from align.reward_models.base import Reward, RewardBatch, RewardOutput
+from align.reward_models.functions import UserFunction, check_concurrency, run_concurrently
 
 
 class RuleReward(Reward):

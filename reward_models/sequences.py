@@ -7,7 +7,7 @@ from torch import nn
 from align.data.bad_rows import BadRow
 from align.data.encode import check_tokenizer, close, encode, render_pair
 from align.errors import DataError, RewardError
-from reward_models.base import RewardBatch
+from align.reward_models.base import RewardBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

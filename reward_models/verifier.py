@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from align.errors import ConfigError, RewardError
-from reward_models.base import Reward, RewardBatch, RewardOutput
-from reward_models.functions import UserFunction, check_concurrency, run_concurrently
+from align.reward_models.base import Reward, RewardBatch, RewardOutput
+from align.reward_models.functions import UserFunction, check_concurrency, run_concurrently
 
 
 class VerifierReward(Reward):
@@ -18,7 +18,7 @@ class VerifierReward(Reward):
 
     Of `prompt`, `completion`, `prompt_ids`, `completion_ids` and the dataset's columns it gets those among its
     parameters. Async functions are awaited together. A function that raises is an error that names the row: a broken
-    check is no failed check. `reward_models.checkers` has some.
+    check is no failed check. `align.reward_models.checkers` has some.
 
     Args:
         function: the function, or where it is: "package.module:name" or "path/file.py:name".

@@ -89,8 +89,8 @@ def test_the_python_block_trains(monkeypatch, tmp_path):
     from align import build_reward
     from align.data import toy
     from align.quickstart.phases import make_policy
-    from reward_models.ensemble import save_ensemble
-    from reward_models.normalizer import Normalizer
+    from align.reward_models.ensemble import save_ensemble
+    from align.reward_models.normalizer import Normalizer
 
     monkeypatch.chdir(tmp_path)
     tokenizer = toy.tokenizer()

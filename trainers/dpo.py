@@ -14,7 +14,7 @@ from align.errors import ConfigError
 from align.modeling.pairs import PairTokens, pair_tokens, pair_tokens_with_kl
 from align.objectives.pair_logps import wpo_weights
 from align.objectives.preference_objective import PreferenceObjective, preference_objective
-from trainers.preference import PreferenceConfig, PreferenceTrainer
+from align.trainers.pairs.loop import PreferenceConfig, PreferenceTrainer
 
 
 def loss_option(help: str, default=None):

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from align.errors import ConfigError
 from align.objectives.groups import group_relative
-from trainers.on_policy import OnPolicyTrainer, Stream
-from trainers.on_policy_config import OnPolicyConfig
-from trainers.rloo import needs_groups, penalised
+from align.trainers.on_policy.config import OnPolicyConfig
+from align.trainers.on_policy.loop import OnPolicyTrainer, Stream
+from align.trainers.rloo import needs_groups, penalised
 
 SCALES = ("group", "batch", "none")
 

@@ -12,8 +12,8 @@ from align.errors import ConfigError
 from align.modeling.load import load_tokenizer
 from align.modeling.pairs import PairTokens
 from align.objectives.modpo import LOSS_TYPES, check_weight, modpo_loss, modpo_rewards
-from reward_models.margins import COLUMNS, MarginRewards
-from trainers.preference import PreferenceConfig, PreferenceTrainer
+from align.reward_models.margins import COLUMNS, MarginRewards
+from align.trainers.pairs.loop import PreferenceConfig, PreferenceTrainer
 
 SWEEP = "sweep"
 

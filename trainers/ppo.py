@@ -11,10 +11,10 @@ from align.modeling.prefix_support import enable_trunk
 from align.objectives.kl import k1, masked_mean
 from align.objectives.policy_loss import aggregate_tokens, value_losses
 from align.objectives.returns import gae, token_rewards
-from trainers.critic import CRITIC_FILE, CriticState, make_critic
-from trainers.on_policy import OnPolicyTrainer, Stream
-from trainers.on_policy_config import OnPolicyConfig
-from trainers.rollouts import Sample
+from align.trainers.on_policy.config import OnPolicyConfig
+from align.trainers.on_policy.critic import CRITIC_FILE, CriticState, make_critic
+from align.trainers.on_policy.loop import OnPolicyTrainer, Stream
+from align.trainers.on_policy.rollouts import Sample
 
 
 @dataclass

@@ -7,9 +7,9 @@ from torch import Tensor
 from align.errors import ConfigError
 from align.objectives.kl import k1
 from align.objectives.returns import reward_to_go, token_rewards
-from trainers.on_policy import OnPolicyTrainer, Stream
-from trainers.on_policy_config import OnPolicyConfig
-from trainers.rloo import needs_groups
+from align.trainers.on_policy.config import OnPolicyConfig
+from align.trainers.on_policy.loop import OnPolicyTrainer, Stream
+from align.trainers.rloo import needs_groups
 
 
 @dataclass

@@ -7,9 +7,9 @@ from torch import Tensor
 from align.errors import ConfigError
 from align.objectives.advantages import remax_token_weights
 from align.rollout.types import SamplingParams
-from trainers.on_policy import OnPolicyTrainer, Stream
-from trainers.on_policy_config import OnPolicyConfig
-from trainers.rollouts import Sample
+from align.trainers.on_policy.config import OnPolicyConfig
+from align.trainers.on_policy.loop import OnPolicyTrainer, Stream
+from align.trainers.on_policy.rollouts import Sample
 
 
 @dataclass

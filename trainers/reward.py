@@ -21,11 +21,11 @@ from align.modeling.pairs import pair_count
 from align.modeling.prefix_support import enable_shared_scores
 from align.modeling.scores import pair_scores
 from align.objectives.reward_model import bradley_terry_loss, centering, score_l2
-from reward_models.normalizer import Normalizer
-from reward_models.sequences import longest_input
-from trainers.base import BaseConfig, TrainerMixin
-from trainers.pair_data import IDS, flat_column
-from trainers.pair_evaluation import CHOSEN, REJECTED, PairEvaluation
+from align.reward_models.normalizer import Normalizer
+from align.reward_models.sequences import longest_input
+from align.trainers.core.base import BaseConfig, TrainerMixin
+from align.trainers.pairs.data import IDS, flat_column
+from align.trainers.pairs.evaluation import CHOSEN, REJECTED, PairEvaluation
 
 logger = logging.getLogger(__name__)
 

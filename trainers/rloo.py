@@ -7,8 +7,8 @@ from torch import Tensor
 from align.errors import ConfigError
 from align.objectives.groups import leave_one_out
 from align.objectives.kl import masked_sum
-from trainers.on_policy import OnPolicyTrainer, Stream
-from trainers.on_policy_config import OnPolicyConfig
+from align.trainers.on_policy.config import OnPolicyConfig
+from align.trainers.on_policy.loop import OnPolicyTrainer, Stream
 
 
 @dataclass

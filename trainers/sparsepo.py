@@ -23,8 +23,8 @@ from align.modeling.token_masks import (
     watch_states,
 )
 from align.objectives.sparse_po import implicit_rewards, masked_sums, sparse_po_loss, sparsity
-from trainers.preference import PreferenceTrainer
-from trainers.sparsepo_options import SparsePOConfig
+from align.trainers.pairs.loop import PreferenceTrainer
+from align.trainers.pairs.mask_options import SparsePOConfig
 
 PREFIX = "token_masks"
 

@@ -95,21 +95,21 @@ def pretrained_config(name: str, what: str, **options):
 
 def rewards(run: RunConfig, key: str, tokenizer) -> list:
     """The rewards of a section (`rewards` or `gold_reward`), built; an error names the place of the section."""
-    build_reward = load("reward_models.build:build_reward")
+    build_reward = load("align.reward_models.build:build_reward")
     return _of_each_reward(run, key, lambda spec: build_reward(spec, tokenizer=tokenizer))
 
 
 def check_rewards(run: RunConfig) -> None:
     """Raise what `rewards` would, as far as that can be told without loading a model or asking a server."""
     for key in ("rewards", "gold_reward") if run.method.rewards else ():
-        _of_each_reward(run, key, load("reward_models.build:check_reward"))
+        _of_each_reward(run, key, load("align.reward_models.build:check_reward"))
 
 
 def reward_models(run: RunConfig) -> dict[str, bool]:
     """Folders and hub names of the models that the rewards need; True for those with a score head."""
     found: dict[str, bool] = {}
     for key in ("rewards", "gold_reward"):
-        for paths in _of_each_reward(run, key, load("reward_models.build:model_paths")):
+        for paths in _of_each_reward(run, key, load("align.reward_models.build:model_paths")):
             found |= paths
     return found
 

@@ -198,7 +198,7 @@ def _check_reward(path: str, spec: Any, run: RunConfig) -> None:
         for i, item in enumerate(spec):
             _check_reward(f"{path}.{i}", item, run)
     elif isinstance(spec, dict):
-        keys, required = load("reward_models.build:KEYS"), load("reward_models.build:REQUIRED")
+        keys, required = load("align.reward_models.build:KEYS"), load("align.reward_models.build:REQUIRED")
         kind = spec.get("type")
         if kind not in keys:
             raise ConfigError(f"{run.where(path)}: {path}: type must be one of {', '.join(keys)}, not {kind!r}")

@@ -97,7 +97,7 @@ def score_policy(policy, reference, engine, prompts, rewards: dict, tokenizer, s
     drawn = [(row, c.token_ids) for row, rollout in zip(rows, rollouts, strict=True) for c in rollout.completions]
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for _, ids in drawn]
     chat = isinstance(rows[0]["prompt"], list)
-    batch = load("reward_models.base:RewardBatch")(
+    batch = load("align.reward_models.base:RewardBatch")(
         prompts=[row["prompt"] for row, _ in drawn],
         completions=[[{"role": "assistant", "content": text}] if chat else text for text in texts],
         prompt_ids=[row["prompt_ids"] for row, _ in drawn],

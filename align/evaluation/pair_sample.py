@@ -13,7 +13,7 @@ from align.evaluation.rewrite_sample import Rewritten
 from align.lazy import load
 
 if TYPE_CHECKING:
-    from reward_models.base import Reward
+    from align.reward_models.base import Reward
 
 
 @dataclass
@@ -87,7 +87,9 @@ def _add(report: BadRows, pairs: Pairs, found: PairScores, name: str) -> None:
 
 
 def _unit(reward: "Reward") -> tuple[float, str]:
-    normalizer = reward.normalizer if isinstance(reward, load("reward_models.classifier:ClassifierReward")) else None
+    normalizer = (
+        reward.normalizer if isinstance(reward, load("align.reward_models.classifier:ClassifierReward")) else None
+    )
     if normalizer is None:
         return 1.0, "the score"
     return normalizer.std, f"the score before normalisation (times {normalizer.std:.4g})"

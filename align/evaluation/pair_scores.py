@@ -13,7 +13,7 @@ from align.evaluation.pairs import Pairs
 from align.lazy import load
 
 if TYPE_CHECKING:
-    from reward_models.base import Reward
+    from align.reward_models.base import Reward
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def _outputs(reward: "Reward", pairs: Pairs, places: range, result: PairScores) 
 
 def _batch(pairs: Pairs, places):
     part = pairs.select(places)
-    return load("reward_models.base:RewardBatch")(
+    return load("align.reward_models.base:RewardBatch")(
         prompts=part.prompts * 2,
         completions=part.chosen + part.rejected,
         columns={name: values * 2 for name, values in part.columns.items()},

@@ -136,7 +136,7 @@ def check_specs(specs: list, taken: list[str]) -> None:
     """Raise ConfigError for what is wrong with the specs, before the first model is loaded."""
     if not specs:
         raise ConfigError("there is no reward to evaluate")
-    check_reward = load("reward_models.build:check_reward")
+    check_reward = load("align.reward_models.build:check_reward")
     names = []
     for spec in specs:
         check_reward(spec)
@@ -147,11 +147,11 @@ def check_specs(specs: list, taken: list[str]) -> None:
 
 def _name_in(spec: Any) -> str | None:
     """The name that the reward will have, where its spec alone tells it."""
-    if isinstance(spec, load("reward_models.base:Reward")):
+    if isinstance(spec, load("align.reward_models.base:Reward")):
         return spec.name
     if callable(spec):
         return spec.__name__
-    kind, options = load("reward_models.build:parse_spec")(spec)
+    kind, options = load("align.reward_models.build:parse_spec")(spec)
     if "name" in options or kind not in ("classifier", "rule"):
         return options.get("name")
     return Path(options["path"]).name if kind == "classifier" else str(options["function"]).rpartition(":")[2]
@@ -167,7 +167,7 @@ def loaded_one_by_one(specs: list, taken: list[str]) -> Iterator:
     may have."""
     import torch
 
-    build_reward = load("reward_models.build:build_reward")
+    build_reward = load("align.reward_models.build:build_reward")
     for spec in specs:
         reward = build_reward(spec)
         _refuse_taken(reward.name, taken)

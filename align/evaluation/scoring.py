@@ -25,13 +25,13 @@ def build_rewards(specs: list[str], gold: str | None, *, gold_name: str, tokeniz
         found = reward_specs(gold)
         if len(found) != 1:
             raise ConfigError(f"{gold} holds {len(found)} rewards; the gold score is one")
-        rewards[gold_name] = load("reward_models.build:build_reward")(found[0], tokenizer=tokenizer)
+        rewards[gold_name] = load("align.reward_models.build:build_reward")(found[0], tokenizer=tokenizer)
     return rewards
 
 
 def named_rewards(specs: list, *, reserved: str | None = None, tokenizer=None) -> dict:
     """The rewards of these specs by name. Raises ConfigError for two of one name, or one that is called `reserved`."""
-    build_reward = load("reward_models.build:build_reward")
+    build_reward = load("align.reward_models.build:build_reward")
     rewards: dict = {}
     for spec in specs:
         reward = build_reward(spec, tokenizer=tokenizer)
@@ -54,7 +54,7 @@ def score_table(path: str | Path, rewards: dict, output: str | Path, *, prompt: 
         raise ConfigError(
             f"{path} already has a column {taken[0]!r}: name the reward otherwise, or use --proxy {taken[0]}"
         )
-    reward_batch = load("reward_models.base:RewardBatch")
+    reward_batch = load("align.reward_models.base:RewardBatch")
     others = [column for column in frame if column not in (prompt, completion)]
 
     def batches() -> Iterator[tuple[dict[str, list], object]]:
@@ -102,7 +102,7 @@ def sample_table(
     params = SamplingParams(max_tokens=max_completion_length, n=n, temperature=temperature, top_p=top_p)
     longest = max(len(ids) for ids in dataset["prompt_ids"]) + max_completion_length
     engine = make_engine(load_policy(model), tokenizer, backend=backend, max_model_len=longest, seed=seed)
-    reward_batch = load("reward_models.base:RewardBatch")
+    reward_batch = load("align.reward_models.base:RewardBatch")
 
     def batches() -> Iterator[tuple[dict[str, list], object]]:
         for start in range(0, len(dataset), PROMPTS_AT_ONCE):

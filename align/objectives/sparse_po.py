@@ -55,7 +55,7 @@ def sparse_po_loss(
     """Losses of the pairs, [B]; their mean is the objective.
 
     l1_u, l1_d: lambda_u and lambda_d. For a common mask, where both norms are those of one mask, the authors halve both
-    before they get here (see `trainers.sparsepo`).
+    before they get here (see `align.trainers.sparsepo`).
     """
     logits = (chosen.u - rejected.u) - (rejected.d - chosen.d)
     losses = -F.logsigmoid(beta * logits)

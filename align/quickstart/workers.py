@@ -112,7 +112,7 @@ def _load_libraries() -> None:
     from align.lazy import load
     from align.rollout.make import choose_backend
 
-    load("trainers.remax:ReMaxTrainer")
+    load("align.trainers.remax:ReMaxTrainer")
     if choose_backend("auto") == "vllm":
         load("vllm:LLM")
 

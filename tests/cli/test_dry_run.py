@@ -74,7 +74,7 @@ def test_remax_counts_for_several_processes(tiny_model, prompts, rule, capsys):
 
 
 def test_every_reward_model_of_a_spec_is_found(tmp_path):
-    from reward_models.build import model_paths
+    from align.reward_models.build import model_paths
 
     members = [{"type": "classifier", "path": "a"}, "b", {"type": "rule", "function": "x:y"}]
     ensemble = {"type": "ensemble", "aggregation": "mean", "members": members}
@@ -84,10 +84,10 @@ def test_every_reward_model_of_a_spec_is_found(tmp_path):
     assert model_paths({"type": "remote", "url": "http://x"}) == {}
     for name in ("member_0", "member_1"):
         (tmp_path / name).mkdir()
-    load("reward_models.ensemble:save_ensemble")(tmp_path, ["member_0", "member_1"])
+    load("align.reward_models.ensemble:save_ensemble")(tmp_path, ["member_0", "member_1"])
     saved = {"type": "ensemble", "path": str(tmp_path), "aggregation": "mean"}
     assert model_paths(saved) == {str(tmp_path / "member_0"): True, str(tmp_path / "member_1"): True}
-    load("reward_models.ensemble:save_ensemble")(tmp_path, ["member_0", "member_1"], kind="lora")
+    load("align.reward_models.ensemble:save_ensemble")(tmp_path, ["member_0", "member_1"], kind="lora")
     assert model_paths(saved) == {str(tmp_path / "member_0"): True}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import align
-from align.lazy import PackageError, check_not_shadowed, load
+from align.lazy import load
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -59,28 +59,6 @@ def test_every_public_name_loads(name):
 def test_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'SFTrainer'"):
         align.SFTrainer  # noqa: B018
-
-
-def test_a_folder_that_hides_our_package_is_named_with_the_remedy(tmp_path):
-    mine = tmp_path / "trainers"
-    mine.mkdir()
-    (mine / "__init__.py").write_text("")
-    code = "import align; align.SFTTrainer"
-    env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
-    last = run.stderr.strip().splitlines()[-1]
-    assert run.returncode == 1
-    assert f"`import trainers` finds {mine}, which hides" in last
-    assert f"put {ROOT} first on PYTHONPATH" in last
-
-
-def test_a_single_file_that_hides_our_package_and_a_missing_package(tmp_path, monkeypatch):
-    (tmp_path / "hiding_module.py").write_text("")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(PackageError, match=r"finds .*hiding_module\.py, which hides"):
-        check_not_shadowed("hiding_module", home=ROOT)
-    with pytest.raises(ImportError, match="not installed"):
-        check_not_shadowed("no_such_package_of_ours", home=ROOT)
 
 
 def test_load_by_name():

@@ -8,7 +8,7 @@ from datasets import Dataset
 from align.errors import ConfigError, DataError, RewardError
 from align.evaluation.pair_scores import score_pairs
 from align.evaluation.pairs import prompt_keys, read_pairs, sample_places, text_length
-from reward_models.base import Reward, RewardOutput
+from align.reward_models.base import Reward, RewardOutput
 
 
 def said(role, content):

@@ -14,7 +14,7 @@ from align.errors import AlignError, ConfigError, DataError
 from align.evaluation.reward_eval import evaluate_reward
 from align.evaluation.rewardbench import PAIRS
 from align.evaluation.rewrites import REWRITES
-from reward_models.rules import RuleReward
+from align.reward_models.rules import RuleReward
 
 WORDS = ("wave", "calm", "salt", "reef", "foam", "tide")
 RULES = """
@@ -282,7 +282,7 @@ def test_one_reward_is_in_memory_at_a_time(world, monkeypatch):
         def __del__(self):
             alive.discard(id(self))
 
-    monkeypatch.setattr("reward_models.build.build_reward", Counted)
+    monkeypatch.setattr("align.reward_models.build.build_reward", Counted)
     specs = [rule(world, name) for name in ("longest", "waves", "capital")]
     found = evaluate_reward(specs, world / "pairs.jsonl", rewrites=["quotes"])
     assert list(found["rewards"]) == ["longest", "waves", "capital"] and most == [1, 1, 1]

@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from align.errors import ConfigError, RewardError
-from reward_models.base import RewardBatch
-from reward_models.classifier import ClassifierReward
-from reward_models.normalizer import Normalizer
-from reward_models.sequences import same_tokenizer
+from align.reward_models.base import RewardBatch
+from align.reward_models.classifier import ClassifierReward
+from align.reward_models.normalizer import Normalizer
+from align.reward_models.sequences import same_tokenizer
 from tests.modeling import tiny
 from tests.reward_models import worlds
 

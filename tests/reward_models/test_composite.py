@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from align.errors import AlignError, ConfigError, RewardError
-from reward_models.base import Reward, RewardBatch, RewardOutput
-from reward_models.build import build_reward, check_reward
-from reward_models.composite import CompositeReward
-from reward_models.ensemble import RewardEnsemble
+from align.reward_models.base import Reward, RewardBatch, RewardOutput
+from align.reward_models.build import build_reward, check_reward
+from align.reward_models.composite import CompositeReward
+from align.reward_models.ensemble import RewardEnsemble
 from tests.reward_models import worlds
 
 BATCH = RewardBatch(["p", "q"], ["a", "bcd"])

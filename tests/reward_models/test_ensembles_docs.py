@@ -12,13 +12,13 @@ from peft import LoraConfig
 from align.cli.main import build_parser
 from align.config.resolve import resolve
 from align.objectives.ensemble import RULES
-from reward_models.base import RewardBatch
-from reward_models.build import build_reward
-from reward_models.ensemble import KINDS
+from align.reward_models.base import RewardBatch
+from align.reward_models.build import build_reward
+from align.reward_models.ensemble import KINDS
+from align.trainers.sweeps.ensemble import train_reward_ensemble
 from tests.modeling import tiny
 from tests.reward_models import worlds
 from tests.trainers.reward_runs import config, pairs
-from trainers.reward_ensemble import train_reward_ensemble
 
 ROOT = Path(__file__).parents[2]
 DOCS = (ROOT / "docs" / "ensembles.md").read_text(encoding="utf-8")

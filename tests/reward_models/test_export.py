@@ -7,14 +7,14 @@ from peft import AutoPeftModelForSequenceClassification, LoraConfig
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from align.errors import ConfigError
-from reward_models.base import RewardBatch
-from reward_models.classifier import ClassifierReward
-from reward_models.export import export_reward_model
-from reward_models.normalizer import Normalizer
+from align.reward_models.base import RewardBatch
+from align.reward_models.classifier import ClassifierReward
+from align.reward_models.export import export_reward_model
+from align.reward_models.normalizer import Normalizer
+from align.trainers.reward import RewardTrainer
 from tests.modeling import tiny
 from tests.reward_models import worlds
 from tests.trainers.test_reward import config, pairs
-from trainers.reward import RewardTrainer
 
 PROMPTS = ["w1 w2 ", "w3 ", "w1 w4 w5 w6 ", "w9 "]
 COMPLETIONS = ["w7", "w8 w9 w10 w11 w12 w13", "w2", "w20 w21"]

@@ -9,8 +9,8 @@ import transformers as tf
 from align.data.collate import left_pad, right_pad
 from align.modeling.logprobs import token_logps
 from align.modeling.scores import sequence_scores
-from reward_models.classifier import ClassifierReward
-from reward_models.implicit import ImplicitReward
+from align.reward_models.classifier import ClassifierReward
+from align.reward_models.implicit import ImplicitReward
 from tests.modeling import tiny
 from tests.reward_models import worlds
 

@@ -10,12 +10,12 @@ from align.errors import ConfigError, RewardError
 from align.modeling.load import load_sequence_classifier, load_tokenizer
 from align.modeling.member_lora import adapter_parameters, add_member_adapters
 from align.modeling.members import Members, member_state, share_trunk
-from reward_models.base import RewardBatch
-from reward_models.build import build_reward, check_reward
-from reward_models.classifier import ClassifierReward
-from reward_models.ensemble import RewardEnsemble, load_ensemble, models_held, save_ensemble
-from reward_models.joint import save_adapters, save_trunk
-from reward_models.normalizer import Normalizer
+from align.reward_models.base import RewardBatch
+from align.reward_models.build import build_reward, check_reward
+from align.reward_models.classifier import ClassifierReward
+from align.reward_models.ensemble import RewardEnsemble, load_ensemble, models_held, save_ensemble
+from align.reward_models.joint import save_adapters, save_trunk
+from align.reward_models.normalizer import Normalizer
 from tests.modeling import tiny
 from tests.reward_models import worlds
 

@@ -12,7 +12,7 @@ SCRIPT = textwrap.dedent("""
     from accelerate import PartialState
     from align.data import tokenize_pairs, toy
     from datasets import Dataset
-    from reward_models.margins import COLUMNS, MarginRewards
+    from align.reward_models.margins import COLUMNS, MarginRewards
 
     state, folder, tokenizer = PartialState(cpu=True), Path(sys.argv[1]), toy.tokenizer()
     rows = [{"prompt": f"describe the {topic} : ", "chosen": "well " * (i + 1), "rejected": "so"}

@@ -10,9 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from align.errors import ConfigError, RewardError
-from reward_models.base import RewardBatch
-from reward_models.build import build_reward, check_reward
-from reward_models.remote import RemoteReward
+from align.reward_models.base import RewardBatch
+from align.reward_models.build import build_reward, check_reward
+from align.reward_models.remote import RemoteReward
 
 BATCH = RewardBatch(
     ["p"] * 5,

@@ -2,12 +2,12 @@ import pytest
 import torch
 
 from align.errors import ConfigError, RewardError
-from reward_models.base import Reward, RewardBatch, RewardOutput
-from reward_models.build import build_reward
-from reward_models.classifier import ClassifierReward
-from reward_models.ensemble import RewardEnsemble, ensemble_members, load_ensemble, save_ensemble
-from reward_models.normalizer import Normalizer
-from reward_models.rules import RuleReward
+from align.reward_models.base import Reward, RewardBatch, RewardOutput
+from align.reward_models.build import build_reward
+from align.reward_models.classifier import ClassifierReward
+from align.reward_models.ensemble import RewardEnsemble, ensemble_members, load_ensemble, save_ensemble
+from align.reward_models.normalizer import Normalizer
+from align.reward_models.rules import RuleReward
 from tests.reward_models import worlds
 
 BATCH = RewardBatch(["w1 w2 ", "w3 ", "w4 "], ["w7", "w8 w9", "w2 w2"])

@@ -13,16 +13,16 @@ from peft import LoraConfig
 
 from align.config.source import parse_value
 from align.modeling.load import load_sequence_classifier
-from reward_models.base import RewardBatch
-from reward_models.build import KEYS, build_reward, check_reward
-from reward_models.classifier import ClassifierReward
-from reward_models.ensemble import save_ensemble
-from reward_models.normalizer import Normalizer
+from align.reward_models.base import RewardBatch
+from align.reward_models.build import KEYS, build_reward, check_reward
+from align.reward_models.classifier import ClassifierReward
+from align.reward_models.ensemble import save_ensemble
+from align.reward_models.normalizer import Normalizer
+from align.trainers.reward import RewardConfig
 from tests.modeling import tiny
 from tests.reward_models import worlds
 from tests.reward_models.test_implicit import saved, saved_adapter
 from tests.trainers.test_reward import pairs
-from trainers.reward import RewardConfig
 
 DOCS = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
 BATCH = RewardBatch(

@@ -4,9 +4,9 @@ import threading
 import pytest
 
 from align.errors import ConfigError, RewardError
-from reward_models.base import RewardBatch
-from reward_models.functions import import_function
-from reward_models.rules import RuleReward
+from align.reward_models.base import RewardBatch
+from align.reward_models.functions import import_function
+from align.reward_models.rules import RuleReward
 
 BATCH = RewardBatch(["p", "q"], ["a", "bcd"], [[1], [2]], [[3], [4, 5]], columns={"answer": ["a", "x"]})
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from align.errors import ConfigError, RewardError
-from reward_models import checkers
-from reward_models.base import RewardBatch
-from reward_models.build import build_reward
-from reward_models.checkers import exact_answer, python_tests, regex
-from reward_models.verifier import VerifierReward
+from align.reward_models import checkers
+from align.reward_models.base import RewardBatch
+from align.reward_models.build import build_reward
+from align.reward_models.checkers import exact_answer, python_tests, regex
+from align.reward_models.verifier import VerifierReward
 
 BATCH = RewardBatch(
     ["p", "q", "r"], ["4", "5", "?"], [[1], [2], [3]], [[4], [5], [6]], columns={"answer": [4, 4, 4]}, rows=[10, 11, 12]
@@ -83,7 +83,7 @@ def test_async_checks_run_together():
 
 
 def test_spec():
-    spec = {"type": "verifier", "function": "reward_models.checkers:regex", "arguments": {"pattern": "^\\d$"}}
+    spec = {"type": "verifier", "function": "align.reward_models.checkers:regex", "arguments": {"pattern": "^\\d$"}}
     reward = build_reward({**spec, "name": "digit", "on_fail": -1})
     assert reward.name == "digit" and reward.score(BATCH).scores.tolist() == [1.0, 1.0, -1.0]
     with pytest.raises(ConfigError, match="unknown key 'on_fial' \\(nearest valid: on_fail\\)"):

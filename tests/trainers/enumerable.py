@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 from tiny_runs import on_policy, tiny_model
 
-from trainers.rollout_batches import collate
+from align.trainers.on_policy.batches import collate
 
 
 def rolled_out(trainer, count: int = 4):

@@ -15,9 +15,9 @@ from preference_runs import dpo_config, toy_pairs
 from tiny_runs import demonstrations, on_policy, prompts, sft_config, wanted_words
 
 from align.data import toy
-from trainers.dpo import DPOTrainer
-from trainers.reward import RewardTrainer
-from trainers.sft import SFTTrainer
+from align.trainers.dpo import DPOTrainer
+from align.trainers.reward import RewardTrainer
+from align.trainers.sft import SFTTrainer
 
 KEYS = (
     *(

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from tiny_runs import demonstrations, on_policy, parameters, prompts, remax_config, sft_config, wanted_words
 
-from trainers.remax import ReMaxTrainer
-from trainers.sft import SFTTrainer
+from align.trainers.remax import ReMaxTrainer
+from align.trainers.sft import SFTTrainer
 
 GOLD = "align.data.toy:gold"
 CHECKPOINTS = {"remax": "checkpoint-2", "ppo": "checkpoint-3"}  # PPO's is inside a rollout

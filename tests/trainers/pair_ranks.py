@@ -8,7 +8,7 @@ import torch.distributed as dist
 from preference_runs import dpo_config, history, toy_pairs
 from tiny_runs import parameters
 
-from trainers.dpo import DPOTrainer
+from align.trainers.dpo import DPOTrainer
 
 NAMES = ("loss", "grad_norm", "rewards/margins", "logps/chosen", "eval_loss", "eval_rewards/margins")
 CASES = {

@@ -21,7 +21,7 @@ def toy_pairs(count: int, seed: int = 0) -> Dataset:
 
 
 def dpo_config(folder, **options):
-    from trainers.dpo import DPOConfig
+    from align.trainers.dpo import DPOConfig
 
     defaults = {
         **QUIET,

@@ -4,7 +4,7 @@ import random
 
 from datasets import Dataset
 
-from trainers.reward import RewardConfig
+from align.trainers.reward import RewardConfig
 
 GOOD = 6  # w0 .. w5 are good words
 

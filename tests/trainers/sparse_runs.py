@@ -4,8 +4,8 @@ from preference_runs import toy_pairs
 from tiny_runs import QUIET
 
 from align.data import toy
-from trainers.sparsepo import SparsePOTrainer
-from trainers.sparsepo_options import SparsePOConfig
+from align.trainers.pairs.mask_options import SparsePOConfig
+from align.trainers.sparsepo import SparsePOTrainer
 
 
 def config(folder, **options) -> SparsePOConfig:

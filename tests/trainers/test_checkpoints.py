@@ -23,8 +23,8 @@ from transformers import TrainerCallback
 from align.errors import TrainingError
 from align.modeling.load import load_policy, load_tokenizer
 from align.rollout import make_engine
-from trainers.remax import ReMaxTrainer
-from trainers.sft import SFTTrainer
+from align.trainers.remax import ReMaxTrainer
+from align.trainers.sft import SFTTrainer
 
 GOLD = {"type": "rule", "function": "align.data.toy:gold", "name": "gold"}
 SAVED = {"save_strategy": "steps", "save_steps": 2, "max_steps": 8, "lr_scheduler_type": "linear"}

@@ -18,7 +18,7 @@ from align.config import configs_dir
 from align.config.resolve import resolve
 from align.data import toy
 from align.evaluation.records import EvalWriter
-from trainers.constraint_options import COMMON, LAGRANGIAN
+from align.trainers.weighting.options import COMMON, LAGRANGIAN
 
 ROOT = Path(__file__).parents[2]
 DOCS = (ROOT / "docs" / "constrained.md").read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ from tiny_runs import assert_same, logged, parameters
 from align.data.tokenize import tokenize_pairs
 from align.errors import ConfigError
 from align.objectives.preference import LOSSES, register_loss
-from trainers.dpo import DPOTrainer
+from align.trainers.dpo import DPOTrainer
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 OPTIONS = {"exo_pair": {"label_smoothing": 0.01}}

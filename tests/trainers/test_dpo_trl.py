@@ -13,7 +13,7 @@ from tiny_runs import QUIET, logged, parameters
 
 from align.data.tokenize import tokenize_pairs
 from align.modeling.load import load_policy, load_tokenizer
-from trainers.dpo import DPOTrainer
+from align.trainers.dpo import DPOTrainer
 
 LOSSES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",

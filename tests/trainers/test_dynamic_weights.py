@@ -10,8 +10,8 @@ from tiny_runs import assert_same, logged, on_policy, parameters, prompts, wante
 from align.data import toy
 from align.errors import ConfigError, TrainingError
 from align.objectives.policy_loss import aggregate_tokens
-from trainers.dynamic_weights import HypervolumeWeights
-from trainers.rollout_batches import collate, split
+from align.trainers.on_policy.batches import collate, split
+from align.trainers.weighting.dynamic import HypervolumeWeights
 
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 16, "eval_on_start": True}
 

@@ -11,16 +11,16 @@ from align.errors import ConfigError
 from align.modeling.load import load_sequence_classifier
 from align.modeling.member_lora import add_member_adapters
 from align.modeling.members import Members, share_trunk
-from reward_models.base import RewardBatch
-from reward_models.classifier import ClassifierReward
-from reward_models.ensemble import load_ensemble
-from reward_models.normalizer import Normalizer
+from align.reward_models.base import RewardBatch
+from align.reward_models.classifier import ClassifierReward
+from align.reward_models.ensemble import load_ensemble
+from align.reward_models.normalizer import Normalizer
+from align.trainers.reward import RewardTrainer
+from align.trainers.sweeps.ensemble import train_reward_ensemble
+from align.trainers.sweeps.joint_ensemble import JointRewardTrainer
 from tests.modeling import tiny
 from tests.reward_models import worlds
 from tests.trainers.reward_runs import config, logged, pairs
-from trainers.reward import RewardTrainer
-from trainers.reward_ensemble import train_reward_ensemble
-from trainers.reward_joint import JointRewardTrainer
 
 BATCH = RewardBatch(["w1 ", "w2 "], ["w3 w4", "w20 w9"])
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])

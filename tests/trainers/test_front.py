@@ -12,10 +12,10 @@ from tiny_runs import assert_same
 from align.errors import ConfigError, DataError
 from align.evaluation.front import read_front
 from align.modeling.load import load_policy
-from reward_models.base import Reward, RewardOutput
-from reward_models.build import build_reward
-from trainers.front import POINT_FILE, margin_policy, sweep_weights, train_front
-from trainers.modpo import MODPOTrainer, WeightOptions
+from align.reward_models.base import Reward, RewardOutput
+from align.reward_models.build import build_reward
+from align.trainers.modpo import MODPOTrainer, WeightOptions
+from align.trainers.sweeps.front import POINT_FILE, margin_policy, sweep_weights, train_front
 
 SWEEP = {"weights": "sweep", "sweep_points": 3, "sweep_min_weight": 0.2, "objective": "strength"}
 NAMES = ["w_1_0", "w_0.6_0.4", "w_0.2_0.8"]
@@ -154,7 +154,7 @@ def test_points_of_another_reward_are_not_taken(whole, policy):
 @pytest.fixture(scope="module")
 def margin(policy, tmp_path_factory):
     """What DPO made of the policy: whole, and as an adapter."""
-    from trainers.dpo import DPOConfig, DPOTrainer
+    from align.trainers.dpo import DPOConfig, DPOTrainer
 
     folders = {}
     for form, lora in {"whole": None, "adapter": LoraConfig(r=2, target_modules="all-linear")}.items():

@@ -11,7 +11,7 @@ from tiny_runs import QUIET, logged
 from align.errors import ConfigError
 from align.evaluation.front import read_front
 from align.modeling.load import load_policy
-from trainers.loss_weighting import (
+from align.trainers.sweeps.loss_weighting import (
     LossWeightingConfig,
     LossWeightingTrainer,
     soup_front,

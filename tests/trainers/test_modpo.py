@@ -13,7 +13,7 @@ from align.data.collate import right_pad
 from align.errors import ConfigError
 from align.modeling.load import load_policy
 from align.modeling.logprobs import token_logps
-from trainers.modpo import MODPOConfig, MODPOTrainer
+from align.trainers.modpo import MODPOConfig, MODPOTrainer
 
 PROMPTS = ("tell me about the garden : ", "describe the ocean : ")
 WORDS = ("rose", "thanks", "well", "ugly")

@@ -79,7 +79,7 @@ def test_the_page_runs(world, monkeypatch, capsys):
 
 
 def test_the_table_has_every_metric_of_modpo(world, monkeypatch, tmp_path):
-    from trainers.modpo import MODPOConfig, MODPOTrainer
+    from align.trainers.modpo import MODPOConfig, MODPOTrainer
 
     monkeypatch.chdir(world)
     weights = {"preference": 0.5, "short": 0.5}
@@ -126,7 +126,7 @@ def test_the_numbers_are_those_of_the_last_measurement():
 
 def test_options_and_keys_that_the_page_names_exist():
     from align.cli.front import add_arguments
-    from trainers.modpo import MODPOConfig
+    from align.trainers.modpo import MODPOConfig
 
     fields = MODPOConfig.__dataclass_fields__
     for name in ("sweep_points", "sweep_min_weight", "interpolate", "margin_cache_dir", "objective", "weights"):

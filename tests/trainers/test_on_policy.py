@@ -14,7 +14,7 @@ from align.errors import ConfigError, DataError, RewardError, TrainingError
 from align.evaluation.records import read_run
 from align.modeling.load import load_policy
 from align.modeling.logprobs import token_logps
-from trainers.remax import ReMaxConfig, ReMaxTrainer
+from align.trainers.remax import ReMaxConfig, ReMaxTrainer
 
 GOLD = {"type": "rule", "function": "align.data.toy:gold", "name": "gold"}
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 5}

@@ -47,7 +47,7 @@ def test_the_commands_resolve(line, monkeypatch):
 
 
 def test_the_error_is_the_one_shown(tmp_path):
-    from trainers.dpo import DPOConfig
+    from align.trainers.dpo import DPOConfig
 
     with pytest.raises(Exception, match="label_smoothing would be ignored") as caught:
         DPOConfig(output_dir=str(tmp_path), label_smoothing=0.1)

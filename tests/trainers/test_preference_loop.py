@@ -13,8 +13,8 @@ from align.data.collate import PairCollator
 from align.errors import ConfigError, DataError, TrainingError
 from align.modeling.load import load_policy, load_tokenizer
 from align.modeling.pairs import pair_tokens
-from trainers.dpo import DPOTrainer
-from trainers.pair_batches import PaddedPairs, SharedPrefixPairs, split_to
+from align.trainers.dpo import DPOTrainer
+from align.trainers.pairs.batches import PaddedPairs, SharedPrefixPairs, split_to
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 

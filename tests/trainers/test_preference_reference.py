@@ -8,8 +8,8 @@ from tiny_runs import logged
 
 from align.errors import ConfigError, TrainingError
 from align.modeling.load import load_policy, load_tokenizer
-from trainers.dpo import DPOTrainer
-from trainers.pair_data import flat_column, list_column
+from align.trainers.dpo import DPOTrainer
+from align.trainers.pairs.data import flat_column, list_column
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 

@@ -9,7 +9,7 @@ from tiny_runs import logged, parameters
 from align.cli.main import main
 from align.data.tokenize import tokenize_pairs
 from align.errors import TrainingError
-from trainers.dpo import DPOTrainer
+from align.trainers.dpo import DPOTrainer
 
 OPTIONS = (
     "--use_peft --load_in_4bit --lora_r 4 --max_length 32 --max_steps 3 --use_cpu --report_to none --logging_steps 1 "

@@ -9,8 +9,8 @@ from tiny_runs import logged, needs_vllm, prompts, remax_config, tiny_model, wan
 
 from align.errors import ConfigError
 from align.rollout.transformers_engine import TransformersEngine
-from trainers.remax import ReMaxTrainer
-from trainers.rollout_batches import collate
+from align.trainers.on_policy.batches import collate
+from align.trainers.remax import ReMaxTrainer
 
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 

@@ -10,8 +10,8 @@ from collections import defaultdict
 import pytest
 from tiny_runs import demonstrations, logged, prompts, remax_config, sft_config, wanted_words
 
-from trainers.remax import ReMaxTrainer
-from trainers.sft import SFTTrainer
+from align.trainers.remax import ReMaxTrainer
+from align.trainers.sft import SFTTrainer
 
 GOLD = {"type": "rule", "function": "align.data.toy:gold", "name": "gold"}
 
@@ -123,7 +123,7 @@ def test_every_metric_is_finite_and_averaged_between_logs(policy, tmp_path):
 
 CHECK = """
 import {first}
-import trainers
+import align.trainers
 from huggingface_hub import constants
 print(constants.HF_HUB_DISABLE_TELEMETRY)
 """

@@ -11,13 +11,13 @@ from align.data.collate import PairCollator
 from align.data.noise import flip_labels, save_flips
 from align.data.shared_prefix import SharedPrefixCollator
 from align.errors import ConfigError, DataError
-from reward_models.base import RewardBatch
-from reward_models.classifier import ClassifierReward
-from reward_models.normalizer import Normalizer
+from align.reward_models.base import RewardBatch
+from align.reward_models.classifier import ClassifierReward
+from align.reward_models.normalizer import Normalizer
+from align.trainers.reward import RewardTrainer
 from tests.modeling import tiny, wrapped
 from tests.reward_models import worlds
 from tests.trainers.reward_runs import config, logged, pairs
-from trainers.reward import RewardTrainer
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ from datasets import Dataset
 
 from align.errors import ConfigError, DataError
 from align.modeling.padding import with_own_padding
-from reward_models.base import RewardBatch
-from reward_models.classifier import ClassifierReward
+from align.reward_models.base import RewardBatch
+from align.reward_models.classifier import ClassifierReward
+from align.trainers.reward import RewardTrainer, reliability_figure
 from tests.reward_models import worlds
 from tests.trainers.test_reward import config, encoder, logged, pairs, trunk  # noqa: F401
-from trainers.reward import RewardTrainer, reliability_figure
 
 
 def test_soft_labels_are_learned(trunk, tmp_path):  # noqa: F811

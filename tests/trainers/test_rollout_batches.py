@@ -9,9 +9,9 @@ from align.errors import ConfigError, RolloutError
 from align.modeling.completions import completion_logps
 from align.modeling.logprobs import token_logps
 from align.modeling.prefix_support import enable_shared_prefix, enable_trunk
-from trainers.critic import make_critic
-from trainers.rollout_batches import collate, deal, padding_share, split
-from trainers.rollouts import Sample
+from align.trainers.on_policy.batches import collate, deal, padding_share, split
+from align.trainers.on_policy.critic import make_critic
+from align.trainers.on_policy.rollouts import Sample
 
 
 def sample(prompt: list[int], length: int, number: int = 0) -> Sample:

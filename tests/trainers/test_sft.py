@@ -9,7 +9,7 @@ from tiny_runs import demonstrations, logged, sft_config, tiny_model
 from align.errors import ConfigError, DataError, TrainingError
 from align.modeling.load import load_policy
 from align.modeling.logprobs import token_logps
-from trainers.sft import SFTTrainer
+from align.trainers.sft import SFTTrainer
 
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 

@@ -16,7 +16,7 @@ from align.errors import ConfigError, TrainingError
 from align.modeling.load import load_policy
 from align.modeling.pairs import completions
 from align.modeling.token_masks import FILE_NAME, load_masks, read_masks, watch_states
-from trainers.sparsepo_options import SparsePOConfig
+from align.trainers.pairs.mask_options import SparsePOConfig
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0}
 VARIANTS = ("common", "independent", "mapo")

@@ -12,7 +12,7 @@ from tiny_runs import tiny_model
 from align.cli.main import main
 from align.config import configs_dir
 from align.config.resolve import resolve
-from trainers.sparsepo_options import LEARNED, VARIANTS, SparsePOConfig
+from align.trainers.pairs.mask_options import LEARNED, VARIANTS, SparsePOConfig
 
 ROOT = Path(__file__).parents[2]
 DOCS = (ROOT / "docs" / "sparsepo.md").read_text(encoding="utf-8")

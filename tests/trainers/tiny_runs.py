@@ -70,7 +70,7 @@ def on_policy(method: str, folder, **options):
 
 
 def remax_config(folder, **options):
-    from trainers.remax import ReMaxConfig
+    from align.trainers.remax import ReMaxConfig
 
     return on_policy_config(ReMaxConfig, folder, **options)
 
@@ -90,7 +90,7 @@ def on_policy_config(config, folder, **options):
 
 
 def sft_config(folder, **options):
-    from trainers.sft import SFTConfig
+    from align.trainers.sft import SFTConfig
 
     defaults = {
         **QUIET,

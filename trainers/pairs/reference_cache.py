@@ -16,8 +16,8 @@ from torch import nn
 
 from align.errors import TrainingError
 from align.modeling.logprobs import language_model
-from reward_models.fingerprint import fingerprint
-from trainers.pair_data import IDS, flat_column, list_column
+from align.reward_models.fingerprint import fingerprint
+from align.trainers.pairs.data import IDS, flat_column, list_column
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from align.errors import TrainingError
 from align.objectives import kl
 from align.objectives.policy_loss import PolicyLoss
 from align.objectives.rollout_correction import log_ratios, mismatch
-from trainers.rollout_batches import padding_share
-from trainers.rollouts import Sample
+from align.trainers.on_policy.batches import padding_share
+from align.trainers.on_policy.rollouts import Sample
 
 
 class OnPolicyMetrics:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainers.pair_data import IDS
+from align.trainers.pairs.data import IDS
 
 CHOSEN, REJECTED = "rewards/chosen", "rewards/rejected"
 

@@ -13,8 +13,8 @@ from align.errors import ConfigError
 from align.objectives.kl import k1, k3, masked_sum
 from align.rollout.seeds import derive_seed
 from align.rollout.types import SamplingParams
-from trainers.rollout_batches import split
-from trainers.rollouts import Sample, as_text, make_samples, tokenized_prompts
+from align.trainers.on_policy.batches import split
+from align.trainers.on_policy.rollouts import Sample, as_text, make_samples, tokenized_prompts
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from align.errors import ConfigError, RolloutError
 from align.modeling.prefix_support import enable_shared_prefix
-from trainers.rollouts import Sample, completion_masks, completion_matrix
+from align.trainers.on_policy.rollouts import Sample, completion_masks, completion_matrix
 
 logger = logging.getLogger(__name__)
 

@@ -18,11 +18,20 @@ from align.modeling.load import load_tokenizer
 from align.modeling.pairs import PairTokens
 from align.modeling.soups import make_soup
 from align.objectives.modpo import modpo_loss
-from reward_models.margins import rows_fingerprint
-from trainers.front import Model, check_model, check_sweep, loaded, lora, point_name, sweep_weights, train_points
-from trainers.modpo import WeightOptions
-from trainers.pair_data import numbered_pairs
-from trainers.preference import PreferenceConfig, PreferenceTrainer
+from align.reward_models.margins import rows_fingerprint
+from align.trainers.modpo import WeightOptions
+from align.trainers.pairs.data import numbered_pairs
+from align.trainers.pairs.loop import PreferenceConfig, PreferenceTrainer
+from align.trainers.sweeps.front import (
+    Model,
+    check_model,
+    check_sweep,
+    loaded,
+    lora,
+    point_name,
+    sweep_weights,
+    train_points,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 
 from align.errors import ConfigError
 from align.objectives.policy_loss import AGGREGATIONS
-from trainers.base import BaseConfig
-from trainers.constraint_options import check_constraints
-from trainers.dynamic_weights import check_dynamic_weights
-from trainers.threshold_search import check_search
+from align.trainers.core.base import BaseConfig
+from align.trainers.weighting.dynamic import check_dynamic_weights
+from align.trainers.weighting.options import check_constraints
+from align.trainers.weighting.search import check_search
 
 RATIO_LEVELS = ("token", "sequence", "sequence_mean")
 CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")

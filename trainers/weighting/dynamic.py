@@ -13,7 +13,7 @@ from torch import Tensor
 
 from align.errors import ConfigError, TrainingError
 from align.objectives.reward_weighting import gradient_weights, hypervolume_gain, hypervolume_multiplier
-from trainers.weighting import TASK, FixedWeights, Weighting
+from align.trainers.weighting.base import TASK, FixedWeights, Weighting
 
 KEYS = {"hypervolume": (), "gradient": ("learning_rate", "mu", "parameters")}
 

@@ -4,7 +4,7 @@
 collects the micro-batches of one optimiser step, takes them from a rollout; at the rollout's first step it samples all
 prompts in one engine call (`fill_buffer`, the whole way from prompts to advantages). Methods plug in `requests` (what
 to sample for a prompt, the baseline included), `set_baselines`, and `estimate` (the advantages of one stream of
-scores); the weighting (trainers/weighting.py) says which streams there are and mixes them.
+scores); the weighting (trainers/weighting/base.py) says which streams there are and mixes them.
 
 Every draw is seeded by (seed, step, place of the prompt in the rollout's global batch), so a run does not depend on how
 its batches are cut into processes and micro-batches, nor on where it was resumed.
@@ -28,20 +28,26 @@ from align.objectives.rollout_correction import importance_weights, log_ratios
 from align.rollout.engine import RolloutEngine
 from align.rollout.seeds import derive_seed
 from align.rollout.types import SamplingParams
-from trainers.base import TrainerMixin
-from trainers.buffer import RolloutBuffer
-from trainers.engine_sync import EngineSync
-from trainers.on_policy_config import OnPolicyConfig
-from trainers.on_policy_metrics import OnPolicyMetrics
-from trainers.on_policy_state import OnPolicyState
-from trainers.policy_evaluation import Curve, PolicyEvaluation, eval_prompts
-from trainers.reference_checks import ReferenceChecks
-from trainers.rewards import RewardColumns
-from trainers.rollout_batches import SampleBatches
-from trainers.rollouts import Sample, completion_masks, completion_matrix, make_samples, tokenized_prompts
-from trainers.threshold_search import make_search
-from trainers.weighting import make_weighting
-from trainers.weighting_updates import WeightingUpdates
+from align.trainers.core.base import TrainerMixin
+from align.trainers.core.reference_checks import ReferenceChecks
+from align.trainers.on_policy.batches import SampleBatches
+from align.trainers.on_policy.buffer import RolloutBuffer
+from align.trainers.on_policy.config import OnPolicyConfig
+from align.trainers.on_policy.engine import EngineSync
+from align.trainers.on_policy.evaluation import Curve, PolicyEvaluation, eval_prompts
+from align.trainers.on_policy.metrics import OnPolicyMetrics
+from align.trainers.on_policy.rewards import RewardColumns
+from align.trainers.on_policy.rollouts import (
+    Sample,
+    completion_masks,
+    completion_matrix,
+    make_samples,
+    tokenized_prompts,
+)
+from align.trainers.on_policy.state import OnPolicyState
+from align.trainers.weighting.base import make_weighting
+from align.trainers.weighting.search import make_search
+from align.trainers.weighting.updates import WeightingUpdates
 
 
 @dataclass

@@ -3,15 +3,15 @@
 from typing import Any
 
 from align.errors import ConfigError
-from reward_models.base import Reward, RewardBatch
-from trainers.rollouts import Sample
+from align.reward_models.base import Reward, RewardBatch
+from align.trainers.on_policy.rollouts import Sample
 
 
 class RewardColumns:
     """Named rewards with fixed weights. `spec` is a `Reward`, a spec for `build_reward`, or a list of either."""
 
     def __init__(self, spec: Any, weights: list[float] | None, *, tokenizer=None):
-        from reward_models.build import build_reward
+        from align.reward_models.build import build_reward
 
         specs = spec if isinstance(spec, (list, tuple)) else [spec]
         if not specs:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from align.errors import ConfigError
 from align.objectives.policy_loss import aggregate_tokens
-from trainers.dynamic_weights import GradientWeights
-from trainers.rollouts import Sample
+from align.trainers.on_policy.rollouts import Sample
+from align.trainers.weighting.dynamic import GradientWeights
 
 logger = logging.getLogger(__name__)
 

@@ -22,13 +22,13 @@ from align.evaluation.front import Front, Point, write_front
 from align.modeling.load import load_policy, load_tokenizer
 from align.modeling.logprobs import language_model
 from align.modeling.soups import make_soup
-from reward_models.base import Reward
-from reward_models.implicit import ImplicitReward
-from reward_models.margins import MarginRewards, rows_fingerprint
-from trainers.base import finish_tracking
-from trainers.modpo import SWEEP, MODPOConfig, MODPOTrainer, WeightOptions
-from trainers.pair_data import numbered_pairs
-from trainers.policy_evaluation import run_options
+from align.reward_models.base import Reward
+from align.reward_models.implicit import ImplicitReward
+from align.reward_models.margins import MarginRewards, rows_fingerprint
+from align.trainers.core.base import finish_tracking
+from align.trainers.modpo import SWEEP, MODPOConfig, MODPOTrainer, WeightOptions
+from align.trainers.on_policy.evaluation import run_options
+from align.trainers.pairs.data import numbered_pairs
 
 logger = logging.getLogger(__name__)
 

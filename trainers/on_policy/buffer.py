@@ -7,7 +7,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from align.rollout.seeds import derive_seed
-from trainers.rollouts import Sample
+from align.trainers.on_policy.rollouts import Sample
 
 
 class BlockSampler(Sampler[int]):

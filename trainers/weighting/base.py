@@ -1,8 +1,8 @@
 """From the columns of the reward matrix to the streams that are estimated, and to the weights that mix them.
 
 A stream is a column of scores with an advantage of its own. Fixed weights make one stream, the weighted sum. Under
-constraints the task and every constraint are streams, mixed by Lagrange multipliers (trainers/constrained_weights.py).
-The mixture is weights @ advantages, at every optimiser step with the weights of that moment.
+constraints the task and every constraint are streams, mixed by Lagrange multipliers (`constrained.py` beside this
+file). The mixture is weights @ advantages, at every optimiser step with the weights of that moment.
 """
 
 from abc import ABC, abstractmethod
@@ -72,9 +72,9 @@ class FixedWeights(Weighting):
 
 def make_weighting(names: list[str], weights: list[float], args: Any) -> Weighting:
     """The weighting that a configuration (`OnPolicyConfig`) asks for."""
-    from trainers.constrained_weights import ConstrainedWeights, SatisficingPerEpisode, SatisficingWeights
-    from trainers.constraint_options import check_constraints
-    from trainers.dynamic_weights import GradientWeights, HypervolumeWeights, check_dynamic_weights
+    from align.trainers.weighting.constrained import ConstrainedWeights, SatisficingPerEpisode, SatisficingWeights
+    from align.trainers.weighting.dynamic import GradientWeights, HypervolumeWeights, check_dynamic_weights
+    from align.trainers.weighting.options import check_constraints
 
     dynamic = check_dynamic_weights(args)
     if dynamic is not None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from align.errors import ConfigError
 from align.modeling.activation_masks import groups_of
 from align.modeling.token_masks import INITS
-from trainers.preference import PreferenceConfig
+from align.trainers.pairs.loop import PreferenceConfig
 
 VARIANTS = ("common", "independent", "mapo")
 LEARNED = {  # options of the mask networks and what they are by default; none of them means anything to mapo

@@ -20,12 +20,12 @@ from align.errors import ConfigError, TrainingError
 from align.modeling.load import disable_dropout, load_policy, load_tokenizer
 from align.modeling.pairs import PairTokens, pair_tokens
 from align.modeling.prefix_support import enable_shared_prefix
-from trainers.base import BaseConfig, TrainerMixin
-from trainers.pair_batches import PaddedPairs, PairRows, SharedPrefixPairs, split_to
-from trainers.pair_data import IDS, flat_column, numbered_pairs
-from trainers.pair_evaluation import PairEvaluation
-from trainers.pair_reference import PairReference
-from trainers.reference_cache import COLUMNS as REF_COLUMNS
+from align.trainers.core.base import BaseConfig, TrainerMixin
+from align.trainers.pairs.batches import PaddedPairs, PairRows, SharedPrefixPairs, split_to
+from align.trainers.pairs.data import IDS, flat_column, numbered_pairs
+from align.trainers.pairs.evaluation import PairEvaluation
+from align.trainers.pairs.reference import PairReference
+from align.trainers.pairs.reference_cache import COLUMNS as REF_COLUMNS
 
 logger = logging.getLogger(__name__)
 

@@ -9,12 +9,12 @@ from align.errors import ConfigError
 from align.modeling.load import load_sequence_classifier, load_tokenizer
 from align.modeling.member_lora import add_member_adapters
 from align.modeling.members import share_trunk
-from reward_models.ensemble import FILE_NAME, KINDS, save_ensemble
-from reward_models.joint import save_adapters, save_trunk
-from reward_models.normalizer import FILE_NAME as NORMALIZER_FILE
-from trainers.base import finish_tracking
-from trainers.reward import RewardConfig, RewardTrainer, tokenized_pairs
-from trainers.reward_joint import JointRewardTrainer
+from align.reward_models.ensemble import FILE_NAME, KINDS, save_ensemble
+from align.reward_models.joint import save_adapters, save_trunk
+from align.reward_models.normalizer import FILE_NAME as NORMALIZER_FILE
+from align.trainers.core.base import finish_tracking
+from align.trainers.reward import RewardConfig, RewardTrainer, tokenized_pairs
+from align.trainers.sweeps.joint_ensemble import JointRewardTrainer
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from align.errors import ConfigError
 from align.objectives.constraints import Constraint, constraint_value, sat_reward_released, sat_weights
 from align.objectives.multipliers import Multipliers
-from trainers.constraint_options import ConstraintOptions
-from trainers.constraint_watch import ConstraintWatch
-from trainers.weighting import TASK, Weighting
+from align.trainers.weighting.base import TASK, Weighting
+from align.trainers.weighting.options import ConstraintOptions
+from align.trainers.weighting.watch import ConstraintWatch
 
 
 class Constrained(Weighting):

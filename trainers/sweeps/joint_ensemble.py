@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from align.errors import ConfigError
 from align.modeling.member_lora import MemberLora
 from align.modeling.members import Members, member_scores
-from reward_models.normalizer import Normalizer
-from trainers.reward import RewardConfig, RewardTrainer, agreement
+from align.reward_models.normalizer import Normalizer
+from align.trainers.reward import RewardConfig, RewardTrainer, agreement
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 import logging
 
 from align.errors import ConfigError, TrainingError
-from trainers.buffer import BlockSampler, RolloutBuffer
+from align.trainers.on_policy.buffer import BlockSampler, RolloutBuffer
 
 logger = logging.getLogger(__name__)
 

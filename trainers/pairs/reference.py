@@ -13,9 +13,9 @@ from align.errors import ConfigError, TrainingError
 from align.modeling.load import Reference, load_policy, reference_of
 from align.modeling.logprobs import language_model
 from align.modeling.pairs import PairTokens, completions, pair_tokens
-from trainers.pair_data import IDS
-from trainers.reference_cache import mark_of, weights_mark, with_cached_reference
-from trainers.reference_checks import ReferenceChecks
+from align.trainers.core.reference_checks import ReferenceChecks
+from align.trainers.pairs.data import IDS
+from align.trainers.pairs.reference_cache import mark_of, weights_mark, with_cached_reference
 
 
 class PairReference(ReferenceChecks):
