@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from align.errors import ConfigError, RewardError
+from align.modeling.fingerprint import fingerprint
 from align.reward_models.base import Reward, RewardBatch
 from align.reward_models.build import build_reward
-from align.reward_models.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -9,8 +9,7 @@ from align.errors import DataError
 from align.evaluation.best_of_n import bon_curve, n_grid
 from align.evaluation.bootstrap import mean_interval, percentile_interval, resample_weights
 from align.evaluation.peak import analyse_peak
-
-from .synthetic import scored_answers
+from tests.evaluation.synthetic import scored_answers
 
 
 def brute_force(selection, gold, n):

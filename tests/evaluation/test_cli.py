@@ -13,8 +13,7 @@ from align.errors import AlignError, ConfigError, DataError
 from align.evaluation.records import FILE_NAME
 from align.evaluation.strict_json import write_json
 from align.evaluation.summary import read_summary
-
-from .synthetic import scored_answers, write_run
+from tests.evaluation.synthetic import scored_answers, write_run
 
 ROOT = Path(__file__).parents[2]
 OUTPUTS = {"report.html", "summary.json", "figures"}

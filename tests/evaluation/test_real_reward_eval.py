@@ -8,8 +8,7 @@ import pandas as pd
 import pytest
 
 from align.cli.main import main
-
-from .test_real_best_of_n import tiny_classifier_base
+from tests.evaluation.test_real_best_of_n import tiny_classifier_base
 
 ROOT = Path(__file__).parents[2]
 PAIRS = Path(os.environ.get("ALIGN_SHARED_DATA", ROOT.parent / "shared" / "data")) / "hh_harmless_pairs.parquet"

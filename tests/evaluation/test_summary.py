@@ -14,8 +14,7 @@ from align.evaluation import report
 from align.evaluation.best_of_n import bon_curve
 from align.evaluation.records import read_run
 from align.evaluation.summary import build_summary, read_summary, validate_summary, write_summary
-
-from .synthetic import scored_answers, write_run
+from tests.evaluation.synthetic import scored_answers, write_run
 
 
 @pytest.fixture(scope="module")

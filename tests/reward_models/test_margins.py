@@ -12,9 +12,9 @@ from peft import LoraConfig, get_peft_model
 
 from align.data import tokenize_pairs, toy
 from align.errors import ConfigError, RewardError
+from align.modeling.fingerprint import fingerprint
 from align.modeling.load import load_policy
 from align.reward_models.base import Reward, RewardOutput
-from align.reward_models.fingerprint import fingerprint
 from align.reward_models.implicit import ImplicitReward
 from align.reward_models.margins import COLUMNS, MarginRewards
 from tests.modeling.tiny import causal
@@ -170,7 +170,7 @@ def test_fingerprints_of_models_follow_their_weights(tmp_path):
 def test_fingerprints_of_functions_follow_their_file(tmp_path):
     """In processes of their own, as two runs are."""
     script = textwrap.dedent("""
-        from align.reward_models.fingerprint import fingerprint
+        from align.modeling.fingerprint import fingerprint
         from align.reward_models.rules import RuleReward
         scale = 2
         def bound(factor):

@@ -1,10 +1,10 @@
 """Both engines, for every test that asks for one."""
 
 import pytest
-from rollout_models import llama, needs_vllm, never_ending
 
 from align.rollout import make_engine
 from align.rollout.engine import end_tokens
+from tests.rollout.rollout_models import llama, needs_vllm, never_ending
 
 BACKENDS = ["transformers", pytest.param("vllm", marks=needs_vllm)]
 

@@ -5,11 +5,11 @@ import logging
 
 import pytest
 import torch
-from rollout_models import VLLM_INSTALLED, llama, needs_vllm
 
 from align.errors import ConfigError
 from align.rollout import choose_backend, make_engine
 from align.rollout.engine import end_tokens
+from tests.rollout.rollout_models import VLLM_INSTALLED, llama, needs_vllm
 
 
 def test_auto_takes_vllm_where_it_is_installed_and_says_so(caplog):

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from rollout_models import EOS, VOCAB, is_greedy, llama, needs_vllm, never_ending, own_logps, prompts
 
 from align.errors import ConfigError, RolloutError
 from align.rollout import SamplingParams, make_engine
 from align.rollout.seeds import derive_seed
+from tests.rollout.rollout_models import EOS, VOCAB, is_greedy, llama, needs_vllm, never_ending, own_logps, prompts
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0)
 

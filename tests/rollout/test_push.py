@@ -3,11 +3,11 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from rollout_models import EOS, is_greedy, llama, needs_vllm, never_ending, prompts
 from torch import nn
 
 from align.errors import ConfigError, RolloutError
 from align.rollout import SamplingParams, make_engine, vllm_engine
+from tests.rollout.rollout_models import EOS, is_greedy, llama, needs_vllm, never_ending, prompts
 
 GREEDY = SamplingParams(max_tokens=16, temperature=0)
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from rollout_models import VLLM_INSTALLED, is_greedy, llama, needs_vllm, never_ending, prompts
 
 from align.errors import RolloutError
 from align.rollout import SamplingParams, make_engine
 from align.rollout.seeds import derive_seed
+from tests.rollout.rollout_models import VLLM_INSTALLED, is_greedy, llama, needs_vllm, never_ending, prompts
 
 SAMPLED = SamplingParams(max_tokens=12)
 
@@ -170,9 +170,9 @@ def test_training_goes_on_after_an_engine_was_made(holding):
 
 def test_two_ranks_each_have_their_engines():
     """Their gloo group survives the engines; each rank's engine holds its rank's model, or the gathered shards."""
-    script = os.path.join(os.path.dirname(__file__), "two_ranks.py")
     backends = ["transformers", "vllm"] if VLLM_INSTALLED else ["transformers"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *backends]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, "-m", "tests.rollout.two_ranks", *backends]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
     for backend in backends:

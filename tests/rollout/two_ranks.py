@@ -6,9 +6,9 @@ import sys
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
-from rollout_models import is_greedy, llama, never_ending, prompts
 
 from align.rollout import SamplingParams, make_engine
+from tests.rollout.rollout_models import is_greedy, llama, never_ending, prompts
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0)
 

@@ -1,7 +1,7 @@
 import pytest
-from tiny_runs import tiny_model
 
 from align.data import toy
+from tests.trainers.tiny_runs import tiny_model
 
 
 @pytest.fixture(scope="session")

@@ -9,14 +9,14 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from peft import LoraConfig
-from preference_runs import history, toy_pairs
-from sparse_runs import SparsePOTrainer, config
-from tiny_runs import parameters
 
 from align.modeling.load import Reference
 from align.modeling.token_masks import MaskSettings, TokenMasks
 from tests.modeling import tiny
 from tests.modeling.pair_batches import pairs
+from tests.trainers.pairs.preference_runs import history, toy_pairs
+from tests.trainers.sparse_runs import SparsePOTrainer, config
+from tests.trainers.tiny_runs import parameters
 
 NAMES = ("loss", "grad_norm", "kl/chosen", "mask_u_mean/chosen", "mask_u_sparsity/rejected", "eval_loss")
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}

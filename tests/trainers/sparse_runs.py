@@ -1,11 +1,10 @@
 """Settings for short SparsePO and MaPO runs."""
 
-from preference_runs import toy_pairs
-from tiny_runs import QUIET
-
 from align.data import toy
 from align.trainers.pairs.mask_options import SparsePOConfig
 from align.trainers.sparsepo import SparsePOTrainer
+from tests.trainers.pairs.preference_runs import toy_pairs
+from tests.trainers.tiny_runs import QUIET
 
 
 def config(folder, **options) -> SparsePOConfig:

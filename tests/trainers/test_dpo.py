@@ -3,13 +3,13 @@
 import pytest
 import torch
 from peft import LoraConfig
-from preference_runs import assert_close, dpo_config, history, toy_pairs
-from tiny_runs import assert_same, logged, parameters
 
 from align.data.tokenize import tokenize_pairs
 from align.errors import ConfigError
 from align.objectives.preference import LOSSES, register_loss
 from align.trainers.dpo import DPOTrainer
+from tests.trainers.pairs.preference_runs import assert_close, dpo_config, history, toy_pairs
+from tests.trainers.tiny_runs import assert_same, logged, parameters
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 OPTIONS = {"exo_pair": {"label_smoothing": 0.01}}

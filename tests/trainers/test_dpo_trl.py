@@ -8,12 +8,12 @@ import math
 
 import pytest
 import torch
-from preference_runs import dpo_config, toy_pairs
-from tiny_runs import QUIET, logged, parameters
 
 from align.data.tokenize import tokenize_pairs
 from align.modeling.load import load_policy, load_tokenizer
 from align.trainers.dpo import DPOTrainer
+from tests.trainers.pairs.preference_runs import dpo_config, toy_pairs
+from tests.trainers.tiny_runs import QUIET, logged, parameters
 
 LOSSES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",

@@ -7,13 +7,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from tiny_runs import QUIET, logged
 
 from align.data.collate import right_pad
 from align.errors import ConfigError
 from align.modeling.load import load_policy
 from align.modeling.logprobs import token_logps
 from align.trainers.modpo import MODPOConfig, MODPOTrainer
+from tests.trainers.tiny_runs import QUIET, logged
 
 PROMPTS = ("tell me about the garden : ", "describe the ocean : ")
 WORDS = ("rose", "thanks", "well", "ugly")

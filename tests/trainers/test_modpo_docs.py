@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 from datasets import Dataset
-from tiny_runs import tiny_model
 
 from align.cli.main import main
 from align.data import toy
 from align.evaluation.front import read_front
+from tests.trainers.tiny_runs import tiny_model
 
 ROOT = Path(__file__).parents[2]
 DOCS = (ROOT / "docs" / "modpo.md").read_text(encoding="utf-8")

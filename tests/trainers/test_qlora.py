@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from preference_runs import dpo_config, toy_pairs
 from safetensors.torch import load_file
-from tiny_runs import logged, parameters
 
 from align.cli.main import main
 from align.data.tokenize import tokenize_pairs
 from align.errors import TrainingError
 from align.trainers.dpo import DPOTrainer
+from tests.trainers.pairs.preference_runs import dpo_config, toy_pairs
+from tests.trainers.tiny_runs import logged, parameters
 
 OPTIONS = (
     "--use_peft --load_in_4bit --lora_r 4 --max_length 32 --max_steps 3 --use_cpu --report_to none --logging_steps 1 "

@@ -3,14 +3,14 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from enumerable import flat, rolled_out
 from peft import LoraConfig
-from tiny_runs import logged, needs_vllm, prompts, remax_config, tiny_model, wanted_words
 
 from align.errors import ConfigError
 from align.rollout.transformers_engine import TransformersEngine
 from align.trainers.on_policy.batches import collate
 from align.trainers.remax import ReMaxTrainer
+from tests.trainers.on_policy.enumerable import flat, rolled_out
+from tests.trainers.tiny_runs import logged, needs_vllm, prompts, remax_config, tiny_model, wanted_words
 
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 

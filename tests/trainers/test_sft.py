@@ -4,12 +4,12 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from tiny_runs import demonstrations, logged, sft_config, tiny_model
 
 from align.errors import ConfigError, DataError, TrainingError
 from align.modeling.load import load_policy
 from align.modeling.logprobs import token_logps
 from align.trainers.sft import SFTTrainer
+from tests.trainers.tiny_runs import demonstrations, logged, sft_config, tiny_model
 
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 

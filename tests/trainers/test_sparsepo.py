@@ -6,9 +6,6 @@ import re
 import pytest
 import torch
 from peft import LoraConfig
-from preference_runs import toy_pairs
-from sparse_runs import SparsePOTrainer, config, trainer
-from tiny_runs import assert_same, logged, parameters, tiny_model
 from transformers import AutoModelForCausalLM
 
 from align.data.collate import PairCollator
@@ -17,6 +14,9 @@ from align.modeling.load import load_policy
 from align.modeling.pairs import completions
 from align.modeling.token_masks import FILE_NAME, load_masks, read_masks, watch_states
 from align.trainers.pairs.mask_options import SparsePOConfig
+from tests.trainers.pairs.preference_runs import toy_pairs
+from tests.trainers.sparse_runs import SparsePOTrainer, config, trainer
+from tests.trainers.tiny_runs import assert_same, logged, parameters, tiny_model
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0}
 VARIANTS = ("common", "independent", "mapo")

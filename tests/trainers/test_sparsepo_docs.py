@@ -5,14 +5,14 @@ import shlex
 from pathlib import Path
 
 import pytest
-from preference_runs import toy_pairs
-from sparse_runs import trainer
-from tiny_runs import tiny_model
 
 from align.cli.main import main
 from align.config import configs_dir
 from align.config.resolve import resolve
 from align.trainers.pairs.mask_options import LEARNED, VARIANTS, SparsePOConfig
+from tests.trainers.pairs.preference_runs import toy_pairs
+from tests.trainers.sparse_runs import trainer
+from tests.trainers.tiny_runs import tiny_model
 
 ROOT = Path(__file__).parents[2]
 DOCS = (ROOT / "docs" / "sparsepo.md").read_text(encoding="utf-8")

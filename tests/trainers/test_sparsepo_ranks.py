@@ -1,17 +1,18 @@
 """Two processes (gloo) train policy and masks as one does."""
 
 import pytest
-from preference_runs import assert_close
-from sparse_ranks import CASES, train
-from tiny_runs import assert_same
-from two_processes import run_on_two
+
+from tests.trainers.pairs.preference_runs import assert_close
+from tests.trainers.sparse_ranks import CASES, train
+from tests.trainers.tiny_runs import assert_same
+from tests.trainers.two_processes import run_on_two
 
 
 @pytest.fixture(scope="module")
 def runs(policy, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sparse_ranks")
     one = train(policy, folder / "one", 1)
-    return one, *run_on_two("sparse_ranks.py", folder / "two", policy)
+    return one, *run_on_two("tests.trainers.sparse_ranks", folder / "two", policy)
 
 
 @pytest.mark.parametrize("case", CASES)

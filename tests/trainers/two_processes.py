@@ -1,4 +1,4 @@
-"""Starts a script of this folder on two processes (gloo)."""
+"""Starts a module of the tests on two processes (gloo)."""
 
 import os
 import subprocess
@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 
 
-def run_on_two(script: str, folder: Path, *arguments: str) -> list:
-    """What the two processes wrote as `folder/rank<r>.pt`; arguments: the script's, of which the folder is the second.
+def run_on_two(module: str, folder: Path, *arguments: str) -> list:
+    """What the two processes wrote as `folder/rank<r>.pt`; module: `tests.trainers.x`. arguments: its own;
+    the folder is put second.
 
     Fails with the end of their output if one of them does.
     """
     folder.mkdir()
     first, *rest = arguments
-    path = Path(__file__).parent / script
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(path)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", module]
     result = subprocess.run(
         [*command, first, str(folder), *rest],
         env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},

@@ -15,8 +15,8 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from align.errors import TrainingError
+from align.modeling.fingerprint import fingerprint
 from align.modeling.logprobs import language_model
-from align.reward_models.fingerprint import fingerprint
 from align.trainers.pairs.data import IDS, flat_column, list_column
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,115 @@
+"""Every trainer, unsharded in one process or under FSDP2 on two. Run as a script: policy, folder."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from peft import LoraConfig
+
+from align.data import toy
+from align.trainers.dpo import DPOTrainer
+from align.trainers.reward import RewardTrainer
+from align.trainers.sft import SFTTrainer
+from tests.trainers import reward_runs, sparse_runs
+from tests.trainers.pairs.preference_runs import dpo_config, toy_pairs
+from tests.trainers.tiny_runs import demonstrations, on_policy, prompts, sft_config, wanted_words
+
+KEYS = (
+    *(
+        "loss",
+        "grad_norm",
+        "eval_loss",
+        "eval_kl",
+        "eval_gold",
+        "reward",
+        "kl",
+        "rewards/margins",
+        "mask_u/chosen/mean",
+    ),
+    *("critic/loss", "critic/grad_norm"),
+)
+RESUMED = {"dpo": "checkpoint-2", "remax": "checkpoint-2", "ppo": "checkpoint-3"}  # PPO's is inside a rollout
+
+
+def settings(**options) -> dict:
+    """A global batch of 8. The large epsilon keeps AdamW from making whole steps of rounding errors."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    return {
+        "per_device_train_batch_size": 4 // world, "gradient_accumulation_steps": 2, "per_device_eval_batch_size": 2,
+        "max_steps": 4, "learning_rate": 5e-3, "adam_epsilon": 0.1, "eval_strategy": "steps", "eval_steps": 2,
+        "save_strategy": "steps", "save_steps": 2, "logging_steps": 1, **options,
+    }  # fmt: skip
+
+
+def makers(policy: str, folder: Path) -> dict:
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    pairs, eval_pairs = toy_pairs(24), toy_pairs(8, seed=1)
+
+    def on_prompts(method, **options):
+        trainer_class, args = on_policy(method, folder / method, num_generations=2, **settings(**options))
+        return trainer_class(policy, wanted_words, args, prompts(24), prompts(6, seed=1), gold_reward=toy.gold)
+
+    def dpo(name, **options):
+        return DPOTrainer(policy, dpo_config(folder / name, **settings()), pairs, eval_pairs, **options)
+
+    def reward():
+        args = reward_runs.config(folder / "reward", **settings())
+        return RewardTrainer(policy, args, pairs, eval_pairs, processing_class=toy.tokenizer())
+
+    made = {
+        "sft": lambda: SFTTrainer(
+            policy, sft_config(folder / "sft", **settings(eval_strategy="no")), demonstrations(24)
+        ),
+        "dpo": lambda: dpo("dpo"),
+        "dpo, adapter": lambda: dpo("dpo, adapter", peft_config=lora),
+        "sparsepo": lambda: sparse_runs.trainer(
+            policy, folder / "sparsepo", **settings(mask_dropout=0.0, eval_strategy="no")
+        ),
+        "reward": reward,
+        "remax": lambda: on_prompts("remax"),
+        "ppo": lambda: on_prompts("ppo", num_mini_batches=2, num_iterations=2, max_steps=8, save_steps=3),
+    }
+    return {**made, **{f"{name} resumed": made[name] for name in RESUMED}}
+
+
+def train(policy: str, folder: Path) -> dict[str, dict[str, list]]:
+    """What was logged, by method; the trained models are in folder/<method>/final."""
+    found = {}
+    for name, make in makers(policy, folder).items():
+        trainer = make()
+        method = name.removesuffix(" resumed")
+        trainer.train(None if method == name else folder / method / RESUMED[method])
+        logs = trainer.state.log_history
+        found[name] = {key: [entry[key] for entry in logs if key in entry] for key in KEYS}
+        trainer.save_model(str(folder / name / "final"))
+        if hasattr(trainer, "close"):
+            trainer.close()
+        trainer.accelerator.wait_for_everyone()
+    return found
+
+
+def fsdp_on_processors() -> None:
+    """As `configs/accelerate/fsdp2.yaml` has it. accelerate applies FSDP to accelerators alone, torch to processors
+    too."""
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+    as_it_was = AcceleratorState.__init__
+
+    def init(self, *args, **kwargs):
+        as_it_was(self, *args, **kwargs)
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="FULL_STATE_DICT"
+        )
+        self._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+
+    AcceleratorState.__init__ = init
+
+
+if __name__ == "__main__":
+    fsdp_on_processors()
+    found = train(sys.argv[1], Path(sys.argv[2]))
+    torch.save(found, Path(sys.argv[2]) / f"rank{dist.get_rank()}.pt")
+    dist.destroy_process_group()

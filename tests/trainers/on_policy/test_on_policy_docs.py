@@ -1,0 +1,67 @@
+"""docs/on_policy.md: its commands resolve, its programs run, its table names the metrics that there are."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from align.config import configs_dir
+from align.config.resolve import resolve
+from align.data import toy
+from tests.trainers.tiny_runs import logged, on_policy, prompts, tiny_model, wanted_words
+
+ROOT = Path(__file__).parents[3]
+DOCS = (ROOT / "docs" / "on_policy.md").read_text(encoding="utf-8")
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", DOCS, re.DOTALL) for line in block.strip().splitlines()]
+SHARED = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+
+
+def metrics(text: str) -> set[str]:
+    return set(re.findall(r"`([\w/<>]+)`", " ".join(re.findall(r"^\| (`.*?) \|", text, re.MULTILINE))))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_resolve(command):
+    align, method, *tokens = shlex.split(command)
+    tokens.remove("--dry-run")
+    file = tokens[tokens.index("--config") + 1]
+    run = resolve(method, str(configs_dir() / Path(file).name), [t for t in tokens if t not in ("--config", file)])
+    assert align == "align" and run.training.output_dir == f"runs/{method}"
+
+
+def test_programs_run(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_model(tokenizer, max_position_embeddings=1024).save_pretrained("my_policy")
+    tokenizer.save_pretrained("my_policy")
+    lines = [json.dumps({"prompt": row["prompt"]}) for row in toy.split_prompts(0, 40)[0]]
+    Path("train_prompts.jsonl").write_text("\n".join(lines))
+    Path("my_rewards.py").write_text(
+        "def short_answers(completions, **columns):\n    return [-float(len(text)) for text in completions]\n"
+    )
+    first, second = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
+    first = first.replace("max_steps=3", "max_steps=3, report_to='none', max_completion_length=8, use_cpu=True")
+    variables = {}
+    exec(compile(first, "docs/on_policy.md", "exec"), variables)
+    assert variables["trainer"].state.global_step == 3
+    exec(compile(second, "docs/on_policy.md", "exec"), variables)
+    _, args = on_policy("rloo", tmp_path / "own", num_generations=3)
+    trainer = variables["PassAtK"]("my_policy", wanted_words, args, prompts(16))
+    trainer.train()
+    assert len(logged(trainer, "loss")) == 2
+
+
+def test_the_tables_have_every_metric(policy, tmp_path):
+    named = set()
+    for method in ("ppo", "grpo"):
+        trainer_class, args = on_policy(method, tmp_path, num_mini_batches=2, kl_target=1.0, max_steps=4)
+        trainer = trainer_class(policy, wanted_words, args, prompts(16))
+        trainer.train()
+        named |= {key for entry in trainer.state.log_history for key in entry}
+    ours = {key for key in named if not key.startswith(("train_", "time/"))} - {"epoch", "step", "total_flos"}
+    ours = {re.sub("^rewards/.*", "rewards/<name>", re.sub("/task", "/<stream>", key)) for key in ours}
+    ours.discard("learning_rate")
+    table = metrics(DOCS.split("## Further metrics")[1])
+    assert table <= {key.replace("task_", "<stream>_") for key in ours}
+    assert {key.replace("task_", "<stream>_") for key in ours} <= table | metrics(SHARED)

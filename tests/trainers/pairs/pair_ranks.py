@@ -1,0 +1,46 @@
+"""DPO with one global batch of 8 pairs, on one process or two. Run as a script: policy, folder."""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from align.trainers.dpo import DPOTrainer
+from tests.trainers.pairs.preference_runs import dpo_config, history, toy_pairs
+from tests.trainers.tiny_runs import parameters
+
+NAMES = ("loss", "grad_norm", "rewards/margins", "logps/chosen", "eval_loss", "eval_rewards/margins")
+CASES = {
+    "live": {},
+    "cached": {"precompute_ref_log_probs": True},
+    "budget": {"tokens_per_batch": 70},
+    "budget, as many on each": {"tokens_per_batch": 40},
+}
+
+
+def train(policy: str, folder: Path, world: int) -> dict[str, dict]:
+    """What was logged and the final weights, by case. 24 pairs: three steps per epoch."""
+    found = {}
+    for name, options in CASES.items():
+        args = dpo_config(
+            folder / name.partition(",")[0],
+            per_device_train_batch_size=4 // world,
+            gradient_accumulation_steps=2,
+            per_device_eval_batch_size=2,
+            max_steps=4,
+            eval_strategy="steps",
+            eval_steps=2,
+            learning_rate=2e-3,
+            **options,
+        )
+        trainer = DPOTrainer(policy, args, toy_pairs(24), toy_pairs(8, seed=1))
+        trainer.train()
+        found[name] = {"logs": history(trainer, *NAMES), "weights": parameters(trainer.model)}
+    return found
+
+
+if __name__ == "__main__":
+    found = train(sys.argv[1], Path(sys.argv[2]), 2)
+    torch.save(found, Path(sys.argv[2]) / f"rank{dist.get_rank()}.pt")
+    dist.destroy_process_group()

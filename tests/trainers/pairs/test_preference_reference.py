@@ -1,0 +1,104 @@
+"""Cached reference log-probs are the live ones, are kept on disk, and are not used for anything else."""
+
+import numpy as np
+import pytest
+from peft import LoraConfig
+
+from align.errors import ConfigError, TrainingError
+from align.modeling.load import load_policy, load_tokenizer
+from align.trainers.dpo import DPOTrainer
+from align.trainers.pairs.data import flat_column, list_column
+from tests.trainers.pairs.preference_runs import assert_close, dpo_config, history, toy_pairs
+from tests.trainers.tiny_runs import logged
+
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return toy_pairs(24)
+
+
+def run(policy, args, pairs, *evaluate, **options):
+    trainer = DPOTrainer(policy, args, pairs, *evaluate, **options)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_cached_is_live(lora, policy, pairs, tmp_path):
+    settings = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 4, "learning_rate": 5e-3}
+    data = pairs, toy_pairs(10, seed=1)
+    live = run(policy, dpo_config(tmp_path / "live", **settings), *data, peft_config=lora)
+    args = dpo_config(tmp_path / "cached", precompute_ref_log_probs=True, precompute_ref_batch_size=5, **settings)
+    cached = run(policy, args, *data, peft_config=lora)
+    names = ("loss", "grad_norm", "rewards/chosen", "rewards/margins", "logps/rejected")
+    assert_close(history(cached, *names), history(live, *names), rtol=1e-5, atol=2e-6)
+    assert logged(cached, "eval_loss") == pytest.approx(logged(live, "eval_loss"), rel=1e-5)
+    assert (cached.reference is None) == (
+        lora is None
+    )  # a model of its own is not kept, an adapter can be switched off
+    assert not logged(cached, "time/reference") and logged(live, "time/reference")
+
+
+def test_the_cache_is_read_again_and_notices_changes(policy, pairs, tmp_path, caplog):
+    caplog.set_level("INFO")
+
+    def files(model=policy, data=pairs, **options):
+        args = dpo_config(
+            tmp_path / "run", precompute_ref_log_probs=True, ref_log_probs_dir=str(tmp_path / "shared"), **options
+        )
+        caplog.clear()
+        DPOTrainer(model, args, data, processing_class=load_tokenizer(policy))
+        return {path.name for path in (tmp_path / "shared").iterdir()}
+
+    first = files()
+    assert len(first) == 1 and "are read from" not in caplog.text and "computed anew" not in caplog.text
+    stored = np.load(tmp_path / "shared" / next(iter(first)))
+    assert files(seed=7, learning_rate=1.0, per_device_train_batch_size=2) == first and "are read from" in caplog.text
+    other_data = files(data=pairs.select(range(20)))
+    assert len(other_data) == 2 and "of other data or of another reference" in caplog.text
+    longer = files(max_length=12)
+    assert len(longer) == 3
+    moved = load_policy(policy)
+    moved.lm_head.weight.data[0, 0] += 1e-3
+    assert len(files(model=moved)) == 4
+    assert (stored["chosen"] < 0).all() and len(stored["chosen"]) != len(stored["rejected"])
+
+
+def test_a_damaged_cache_is_an_error(policy, pairs, tmp_path):
+    args = dpo_config(tmp_path, precompute_ref_log_probs=True)
+    DPOTrainer(policy, args, pairs)
+    (path,) = (tmp_path / "ref_log_probs").iterdir()
+    with np.load(path) as stored:
+        both = stored["chosen"][:-1], stored["rejected"]
+    np.savez(path, chosen=both[0], rejected=both[1])
+    with pytest.raises(TrainingError, match="delete it"):
+        DPOTrainer(policy, args, pairs)
+    np.savez(path, chosen=np.append(both[0], -50.0), rejected=both[1])  # the right size, a wrong number
+    with pytest.raises(TrainingError, match="the policy and its reference differ by"):
+        run(policy, dpo_config(tmp_path, precompute_ref_log_probs=True, per_device_train_batch_size=24), pairs)
+
+
+def test_other_pairs_cannot_be_evaluated_without_the_reference(policy, pairs, tmp_path):
+    trainer = DPOTrainer(policy, dpo_config(tmp_path, precompute_ref_log_probs=True), pairs)
+    with pytest.raises(ConfigError, match="other pairs than the trainer's own eval_dataset"):
+        trainer.evaluate(toy_pairs(4, seed=3))
+    lora = DPOTrainer(policy, dpo_config(tmp_path, precompute_ref_log_probs=True), pairs, peft_config=LORA)
+    assert lora.evaluate(toy_pairs(4, seed=3))["eval_loss"] == pytest.approx(0.693147, abs=1e-5)
+
+
+def test_a_resumed_run_needs_the_same_pairs_and_reference(policy, pairs, tmp_path):
+    settings = {"precompute_ref_log_probs": True, "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    run(policy, dpo_config(tmp_path, **settings), pairs)
+    fewer = DPOTrainer(policy, dpo_config(tmp_path, **settings), pairs.select(range(16)))
+    with pytest.raises(TrainingError, match="are not those of the run that is resumed"):
+        fewer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_columns_of_lists(pairs, tmp_path, policy):
+    trainer = DPOTrainer(policy, dpo_config(tmp_path), pairs)
+    rows = trainer.train_dataset.select([5, 2, 9])
+    lengths, values = flat_column(rows, "chosen_ids")
+    assert [list(part) for part in np.split(values, np.cumsum(lengths)[:-1])] == list(rows["chosen_ids"])
+    assert list_column(values, lengths).to_pylist() == [list(map(float, row)) for row in rows["chosen_ids"]]

@@ -1,0 +1,59 @@
+"""Runs whose weightings learn, with one global batch of 8, on one process or two. Run as a script: policy, folder."""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from align.data import toy
+from tests.trainers.tiny_runs import on_policy, parameters, prompts, wanted_words
+
+LEARNED = ("loss", "grad_norm", "constraints/", "dynamic_weights/", "eval_")
+HELD = [
+    {"reward": "polite", "direction": "at_least", "threshold": 0.6},
+    {"reward": "wanted_words", "direction": "at_most", "threshold": 0.1},
+]
+RUNS = {
+    "multipliers": ("rloo", {"constraints": HELD, "multipliers": {"update_per": "mini_batch", "learning_rate": 1.0}}),
+    "pid, tokens, standardised": (
+        "remax",
+        {"constraints": HELD, "multipliers": {"pid": {}, "estimator": "token_mean", "standardize": True}},
+    ),
+    "gradients": ("rloo", {"dynamic_weights": {"type": "gradient", "learning_rate": 1.0, "mu": 100.0}}),
+    "search": (
+        "rloo",
+        {
+            "constraints": [{**HELD[0], "direction": "equal"}],
+            "multipliers": {"pid": {}},
+            "threshold_search": {"start": {"polite": 0.2}, "reached": {"polite": 0.8}, "budget": 2, "steps": 2},
+        },
+    ),
+}
+
+
+def polite(completions, **columns) -> list[float]:
+    return [float(any(word in toy.POLITE for word in text.split())) for text in completions]
+
+
+def train(policy: str, folder: Path, world: int) -> dict[str, dict]:
+    found = {}
+    for name, (method, options) in RUNS.items():
+        kind, args = on_policy(
+            method, folder / name.split(",")[0], per_device_train_batch_size=4 // world, gradient_accumulation_steps=2,
+            num_mini_batches=2, num_generations=2, max_steps=4, learning_rate=5e-3, kl_in="reward",
+            eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=2, **options,
+        )  # fmt: skip
+        data = prompts(32), prompts(5, seed=1)
+        trainer = kind(policy, [polite, wanted_words], args, *data, gold_reward="align.data.toy:gold")
+        trainer.train()
+        logs = [{k: v for k, v in entry.items() if k.startswith(LEARNED)} for entry in trainer.state.log_history]
+        found[name] = {"logs": logs, "weights": parameters(trainer.model)}
+        trainer.close()
+    return found
+
+
+if __name__ == "__main__":
+    found = train(sys.argv[1], Path(sys.argv[2]), 2)
+    torch.save(found, Path(sys.argv[2]) / f"rank{dist.get_rank()}.pt")
+    dist.destroy_process_group()

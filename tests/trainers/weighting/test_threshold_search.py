@@ -1,0 +1,100 @@
+"""Nelder-Mead over thresholds within one run, on a tiny world."""
+
+import json
+
+import pytest
+import torch
+
+from align.data import toy
+from align.errors import ConfigError
+from tests.trainers.tiny_runs import assert_same, logged, on_policy, parameters, prompts
+
+HELD = [{"reward": "polite", "direction": "equal", "threshold": 0.2}]
+SEARCH = {"start": {"polite": 0.15}, "reached": {"polite": 0.9}, "budget": 4, "steps": 6}
+
+
+def polite(completions, **columns) -> list[float]:
+    return [float(any(word in toy.POLITE for word in text.split())) for text in completions]
+
+
+def moderate(completions, **columns) -> list[float]:
+    """Gold: best for one courtesy, worse for none and for more."""
+    return [1.0 - abs(sum(word in toy.POLITE for word in text.split()) - 1) for text in completions]
+
+
+def make(policy, folder, gold=moderate, search=SEARCH, **options):
+    settings = {
+        "constraints": HELD, "multipliers": {"pid": {"kp": 4.0, "ki": 0.5}}, "threshold_search": search, "beta": 0.1,
+        "per_device_train_batch_size": 16, "num_generations": 4, "max_completion_length": 4, "learning_rate": 5e-3,
+        "max_steps": 60, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 64,
+        "eval_num_generations": 4, **options,
+    }  # fmt: skip
+    kind, args = on_policy("rloo", folder, **settings)
+    return kind(policy, polite, args, prompts(64), prompts(32, seed=1), gold_reward=gold)
+
+
+def found(folder):
+    return json.loads((folder / "threshold_search.json").read_text())
+
+
+def test_a_search_keeps_its_budget_and_ends_the_run(policy, tmp_path):
+    trainer = make(policy, tmp_path)
+    trainer.train()
+    stretches = found(tmp_path)["stretches"]
+    assert len(stretches) == 4 and trainer.state.global_step == sum(s["steps"] for s in stretches) < 60
+    for stretch in stretches:
+        (threshold,), (value,) = stretch["thresholds"].values(), stretch["values"].values()
+        assert stretch["met"] == (abs(value - threshold) <= 0.05 * threshold)
+        assert stretch["met"] or stretch["steps"] == SEARCH["steps"]
+    golds = logged(trainer, "eval_gold")
+    ends = torch.tensor([s["steps"] for s in stretches]).cumsum(0).tolist()
+    assert [s["gold"] for s in stretches] == [golds[end // 2] for end in ends]  # an evaluation every two steps
+    best = max(stretches, key=lambda s: s["gold"])
+    assert found(tmp_path)["best"] == {"thresholds": best["thresholds"], "gold": best["gold"]}
+    assert trainer.weighting.constraints[0].threshold == best["thresholds"]["polite"]
+    used = logged(trainer, "constraints/polite_equal/threshold")
+    assert (used[0], used[-1]) == (stretches[0]["thresholds"]["polite"], stretches[-1]["thresholds"]["polite"])
+
+
+def test_every_stretch_can_start_from_the_first_policy(policy, tmp_path):
+    gentle = {"pid": {"kp": 1.0, "ki": 0.1}}
+    trainer = make(policy, tmp_path, search={**SEARCH, "restore": True, "budget": 3, "steps": 2}, multipliers=gentle)
+    trainer.train()
+    assert [s["steps"] for s in found(tmp_path)["stretches"]] == [2, 2, 2]
+    distances = logged(trainer, "kl")  # of the policy that is trained, before its update
+    assert distances[0] == distances[2] == distances[4] == 0 and min(distances[1], distances[3]) > 0
+    raw = logged(trainer, "constraints/polite_equal/raw")
+    values = logged(trainer, "constraints/polite_equal/value")
+    for step, stretch in zip((0, 2, 4), found(tmp_path)["stretches"], strict=True):
+        error = stretch["thresholds"]["polite"] - values[step]
+        assert raw[step] == pytest.approx(1.1 * error, rel=1e-4)  # the first step of a fresh controller
+
+
+def test_a_search_resumes_exactly(policy, tmp_path):
+    def run(resume):
+        trainer = make(policy, tmp_path, save_strategy="steps", save_steps=6)
+        trainer.train(tmp_path / "checkpoint-6" if resume else None)
+        return parameters(trainer.model), found(tmp_path), trainer.state.global_step
+
+    whole, resumed = run(False), run(True)
+    assert_same(whole[0], resumed[0])
+    assert whole[1:] == resumed[1:] and len(whole[1]["stretches"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"search": {"budget": 4}}, "needs start, reached, budget, steps and takes tolerance, restore"),
+        ({"search": {**SEARCH, "steps": 1}}, "steps is 1 and eval_steps 2"),
+        ({"search": {**SEARCH, "budget": 1}}, "budget at least 2"),
+        ({"search": {**SEARCH, "start": {"rude": 0}}}, "start and reached must name polite"),
+        ({"search": {**SEARCH, "reached": {"polite": 0.15}}}, "two different values per dimension, look at polite"),
+        ({"constraints": [{**HELD[0], "direction": "at_least"}], "multipliers": None}, "that are all `equal`"),
+        ({"eval_strategy": "no"}, "set eval_strategy: steps"),
+        ({"gold": None}, "needs a gold_reward"),
+        ({"search": {**SEARCH, "restore": True}, "num_iterations": 4}, "a multiple of the 4 steps of a rollout"),
+    ],
+)
+def test_what_does_not_fit_is_refused(options, message, policy, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        make(policy, tmp_path, **options)
