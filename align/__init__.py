@@ -57,6 +57,7 @@ _EXPORTS = {
     "build_reward": "align.reward_models.build:build_reward",
     # rollouts
     "make_engine": "align.rollout:make_engine",
+    "register_engine": "align.rollout:register_engine",
     "RolloutEngine": "align.rollout.engine:RolloutEngine",
     "SamplingParams": "align.rollout.types:SamplingParams",
     # data and evaluation

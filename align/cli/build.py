@@ -1,6 +1,5 @@
 """The parts of a run, made from its resolved config: rows, tokenizer, model, adapter, rewards, trainer."""
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,10 +124,6 @@ def _of_each_reward(run: RunConfig, key: str, function: Callable) -> list:
             name = f"{key}.{i}" if isinstance(specs, list) else key
             raise ConfigError(f"{run.where(key)}: {name}: {error}") from error
     return results
-
-
-def uses_vllm(backend: str) -> bool:
-    return backend == "vllm" or (backend == "auto" and importlib.util.find_spec("vllm") is not None)
 
 
 def trainer(run: RunConfig):

@@ -147,7 +147,7 @@ def _memory(run: RunConfig, config, rows):
         length=length,
         logits=not classifier,
         reference=_holds_reference(run, adapter=peft_config is not None),
-        engine=on_policy and build.uses_vllm(training.rollout_backend),
+        engine=on_policy,
         rewards=reward_shapes(run) if run.method.rewards else {},
     )
 

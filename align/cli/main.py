@@ -69,10 +69,9 @@ def _set_up_logging() -> None:
     """Our own messages from INFO (on the first process of several); other libraries keep their own handlers."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-    for package in ("align", "trainers", "reward_models"):
-        logger = logging.getLogger(package)
-        logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
-        logger.handlers[:] = [handler]
+    logger = logging.getLogger("align")
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    logger.handlers[:] = [handler]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""`import align`: quick, lazy, and clear about folders that hide its packages."""
+"""`import align`: quick and lazy."""
 
 import os
 import subprocess

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from align.errors import ConfigError
-from align.rollout import choose_backend, make_engine
+from align.rollout import choose_backend, make_engine, register_engine
 from align.rollout.engine import end_tokens
 from tests.rollout.rollout_models import VLLM_INSTALLED, llama, needs_vllm
 
@@ -29,6 +29,25 @@ def test_vllm_that_is_missing_is_an_error_with_the_command_that_installs_it(monk
 def test_an_unknown_backend_is_named():
     with pytest.raises(ConfigError, match="'sglang'.*auto, vllm, transformers"):
         choose_backend("sglang")
+
+
+def test_a_registered_back_end_is_made_like_the_others(monkeypatch):
+    from align.rollout import make
+    from align.rollout.transformers_engine import TransformersEngine
+
+    class Mine(TransformersEngine):
+        name = "mine"
+
+    monkeypatch.setattr(make, "BACKENDS", dict(make.BACKENDS))
+    register_engine("mine", Mine)
+    register_engine("absent", "no_such_package.engine:Engine", package="no_such_package", install="`pip install it`")
+    engine = make_engine(llama(), backend="mine", max_model_len=64, kv_cache_gib=1.0, max_num_seqs=7)
+    assert isinstance(engine, Mine) and engine.max_num_seqs == 7
+    with pytest.raises(ConfigError, match="no_such_package is not installed: `pip install it`"):
+        make_engine(llama(), backend="absent", max_model_len=64)
+    for name in ("mine", "vllm", "auto"):
+        with pytest.raises(ConfigError, match="already"):
+            register_engine(name, Mine)
 
 
 def test_a_length_beyond_the_models_positions_is_refused():

@@ -22,7 +22,7 @@ class OnPolicyConfig(BaseConfig):
     max_prompt_length: int = field(default=512, metadata={"help": "Longer prompts are bad rows (tokens)."})
     max_completion_length: int = field(default=256, metadata={"help": "Completions are cut here (tokens)."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; log-probs are taken at it too."})
-    rollout_backend: str = field(default="auto", metadata={"help": "auto, vllm or transformers."})
+    rollout_backend: str = field(default="auto", metadata={"help": "auto, vllm, transformers, or a registered one."})
     vllm_gpu_memory_utilization: float = field(default=0.3, metadata={"help": "Share of the GPU given to vLLM."})
     vllm_kv_cache_gib: float | None = field(
         default=None, metadata={"help": "Size of vLLM's key-value cache; default: computed on CPUs, vLLM's on GPUs."}
