@@ -23,7 +23,8 @@ from align.modeling.scores import pair_scores
 from align.objectives.reward_model import bradley_terry_loss, centering, score_l2
 from align.reward_models.normalizer import Normalizer
 from align.reward_models.sequences import longest_input
-from align.trainers.core.base import BaseConfig, TrainerMixin
+from align.trainers.core.options import BaseConfig
+from align.trainers.core.trainer import TrainerMixin
 from align.trainers.pairs.data import IDS, flat_column
 from align.trainers.pairs.evaluation import CHOSEN, REJECTED, PairEvaluation
 

@@ -11,7 +11,8 @@ from align.data.collate import IGNORED
 from align.data.tokenize import tokenize_completions
 from align.errors import ConfigError, DataError
 from align.modeling.load import load_policy, load_tokenizer
-from align.trainers.core.base import RunOptions, TrainerMixin
+from align.trainers.core.options import RunOptions
+from align.trainers.core.trainer import TrainerMixin
 
 
 @dataclass

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from align.errors import ConfigError
 from align.objectives.policy_loss import AGGREGATIONS
-from align.trainers.core.base import BaseConfig
+from align.trainers.core.options import BaseConfig
 from align.trainers.weighting.dynamic import check_dynamic_weights
 from align.trainers.weighting.options import check_constraints
 from align.trainers.weighting.search import check_search

@@ -28,8 +28,8 @@ from align.objectives.rollout_correction import importance_weights, log_ratios
 from align.rollout.engine import RolloutEngine
 from align.rollout.seeds import derive_seed
 from align.rollout.types import SamplingParams
-from align.trainers.core.base import TrainerMixin
 from align.trainers.core.reference_checks import ReferenceChecks
+from align.trainers.core.trainer import TrainerMixin
 from align.trainers.on_policy.batches import SampleBatches
 from align.trainers.on_policy.buffer import RolloutBuffer
 from align.trainers.on_policy.config import OnPolicyConfig

@@ -20,7 +20,8 @@ from align.errors import ConfigError, TrainingError
 from align.modeling.load import disable_dropout, load_policy, load_tokenizer
 from align.modeling.pairs import PairTokens, pair_tokens
 from align.modeling.prefix_support import enable_shared_prefix
-from align.trainers.core.base import BaseConfig, TrainerMixin
+from align.trainers.core.options import BaseConfig
+from align.trainers.core.trainer import TrainerMixin
 from align.trainers.pairs.batches import PaddedPairs, PairRows, SharedPrefixPairs, split_to
 from align.trainers.pairs.data import IDS, flat_column, numbered_pairs
 from align.trainers.pairs.evaluation import PairEvaluation

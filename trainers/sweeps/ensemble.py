@@ -12,7 +12,7 @@ from align.modeling.members import share_trunk
 from align.reward_models.ensemble import FILE_NAME, KINDS, save_ensemble
 from align.reward_models.joint import save_adapters, save_trunk
 from align.reward_models.normalizer import FILE_NAME as NORMALIZER_FILE
-from align.trainers.core.base import finish_tracking
+from align.trainers.core.trackers import finish_tracking
 from align.trainers.reward import RewardConfig, RewardTrainer, tokenized_pairs
 from align.trainers.sweeps.joint_ensemble import JointRewardTrainer
 

@@ -25,7 +25,7 @@ from align.modeling.soups import make_soup
 from align.reward_models.base import Reward
 from align.reward_models.implicit import ImplicitReward
 from align.reward_models.margins import MarginRewards, rows_fingerprint
-from align.trainers.core.base import finish_tracking
+from align.trainers.core.trackers import finish_tracking
 from align.trainers.modpo import SWEEP, MODPOConfig, MODPOTrainer, WeightOptions
 from align.trainers.on_policy.evaluation import run_options
 from align.trainers.pairs.data import numbered_pairs

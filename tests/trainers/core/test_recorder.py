@@ -1,0 +1,34 @@
+"""Metrics are weighted means between logs; a phase within another is counted once."""
+
+import time
+
+import pytest
+
+from align.trainers.core.recorder import Recorder
+
+
+def test_weighted_means_start_anew_at_each_log():
+    recorder = Recorder()
+    recorder.record("kl", 1.0, 3)
+    recorder.record("kl", 5.0)
+    recorder.record("nothing", 2.0, 0)
+    assert recorder.take() == {"kl": 2.0}
+    recorder.record("kl", 7.0)
+    assert recorder.take() == {"kl": 7.0}
+
+
+def test_a_phase_within_another_is_counted_there_only():
+    recorder = Recorder()
+    with recorder.phase("outer"):
+        time.sleep(0.01)
+        with recorder.phase("inner"):
+            time.sleep(0.05)
+    taken = recorder.take()
+    assert taken["time/inner"] >= 0.05 and 0.01 <= taken["time/outer"] < taken["time/inner"]
+
+
+def test_a_phase_that_fails_is_counted():
+    recorder = Recorder()
+    with pytest.raises(ZeroDivisionError), recorder.phase("outer"):
+        1 / 0  # noqa: B018
+    assert set(recorder.take()) == {"time/outer"}

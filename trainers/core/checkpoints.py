@@ -1,0 +1,95 @@
+"""What a checkpoint holds beyond transformers' files, and which one a run goes on from. Knows no trainer.
+
+A checkpoint is transformers' folder `checkpoint-<step>`, a file of each process with what its method keeps, and the
+manifest that declares it whole (`align.distributed.checkpoints`).
+"""
+
+import functools
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers.trainer_callback import TrainerState
+
+from align.distributed.checkpoints import damage, newest_whole
+from align.errors import TrainingError
+
+logger = logging.getLogger(__name__)
+
+EXTRA_STATE = "align_state_{rank}.pt"
+
+
+@dataclass
+class Resumed:
+    """The checkpoint that a run goes on from. state: what the method's `extra_state` returned, on this process."""
+
+    folder: Path
+    step: int
+    state: dict
+
+
+@functools.cache
+def let_torch_load_to_numbered_cpus() -> None:
+    """With several processes on CPUs, transformers loads the optimiser's state to the device "cpu:0", which
+    `torch.load` does not know."""
+    torch.serialization.register_package(
+        0, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+    )
+
+
+def write_extra_state(folder: Path, state: dict, *, rank: int, processes: int, model_only: bool) -> None:
+    """Write what this process's method keeps: tensors and plain values."""
+    content = {"model_only": model_only, "processes": processes, "method": state}
+    torch.save(content, folder / EXTRA_STATE.format(rank=rank))
+
+
+def read_checkpoint(folder: str | Path, *, rank: int, processes: int) -> Resumed:
+    """This process's part of a checkpoint. Raises `TrainingError` where so many cannot resume it."""
+    path = Path(folder) / EXTRA_STATE.format(rank=rank)
+    if not path.exists():
+        raise TrainingError(
+            f"{folder} was written by fewer than {rank + 1} processes ({path.name} is "
+            "missing): resume with the number of processes that wrote it"
+        )
+    content = torch.load(path, weights_only=True)
+    if content["model_only"]:
+        raise TrainingError(
+            f"{folder} was written with save_only_model: it has no optimiser state to resume with. It can be "
+            "the model of a new run"
+        )
+    if content["processes"] != processes:
+        logger.warning(
+            "%s was written by %d processes, and %d go on from it: the run is the same, up to rounding, only if a "
+            "step's batch is, and without dropout",
+            folder,
+            content["processes"],
+            processes,
+        )
+    let_torch_load_to_numbered_cpus()
+    step = TrainerState.load_from_json(Path(folder) / "trainer_state.json").global_step
+    return Resumed(Path(folder), step, content["method"])
+
+
+def choose_checkpoint(wanted: str | bool | None, output_dir: str | Path, *, main_process: bool) -> str | None:
+    """The folder to resume from, checked; None to start from the beginning. wanted: a folder; True for the newest whole
+    one below `output_dir`; None or False for none."""
+    if not wanted:
+        old = sorted(path.name for path in Path(output_dir).glob("checkpoint-*"))
+        if old and main_process:
+            logger.warning(
+                "training starts from the beginning, and %s holds %s of an earlier run: resuming later could take "
+                "them for this run's. Delete them, or use another output_dir",
+                output_dir,
+                ", ".join(old),
+            )
+        return None
+    if wanted is True:
+        newest = newest_whole(output_dir)
+        if newest is None:
+            raise TrainingError(f"nothing to resume: {output_dir} holds no undamaged checkpoint-<step>")
+        return str(newest)
+    problem = damage(wanted)
+    if problem:
+        raise TrainingError(f"cannot resume from {wanted}: {problem}")
+    return str(wanted)

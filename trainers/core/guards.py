@@ -1,0 +1,76 @@
+"""What ends a run that would go wrong: nothing reaches the weights, no token is trained, numbers are not finite."""
+
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+from align.errors import TrainingError
+
+logger = logging.getLogger(__name__)
+
+
+class GradientsReachTheWeights(TrainerCallback):
+    """Before the first update of a run: an error if no trainable weight got a gradient, a warning if some did not."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.looked = False
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if self.looked:
+            return
+        self.looked = True
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        without = [name for name, p in trainable.items() if p.grad is None]
+        if without:
+            found = (
+                f"{len(without)} of {len(trainable)} trainable tensors got no gradient ({', '.join(without[:3])} ...)"
+            )
+            if len(without) == len(trainable):
+                raise TrainingError(
+                    f"{found}: nothing would be trained. Something on the way from the loss to the weights has no "
+                    "backward pass (a quantised layer in its inference form, a detached output)"
+                )
+            logger.warning("%s. Unused experts or layers may do without; others would not be trained", found)
+
+
+def check_metrics(metrics: Mapping[str, Any], step: int, output_dir: str | None) -> None:
+    bad = {name: value for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)}
+    if bad:
+        raise TrainingError(
+            f"non-finite metrics at step {step}: {bad}. Lower the learning rate, or look at the "
+            f"rows of this step; nothing was saved after the last checkpoint in {output_dir}."
+        )
+
+
+def check_loss(loss: Tensor, step: int) -> None:
+    """step: the one that is being taken, from 1."""
+    if not torch.isfinite(loss):
+        raise TrainingError(
+            f"the loss of step {step} is {loss.item()}. Lower the learning rate, or look at "
+            "the rows of this step with --dry-run."
+        )
+
+
+def check_trained_tokens(batches: list, count: Tensor | int | None, step: int) -> None:
+    """count: trained items (tokens, pairs) of the step's batches on all processes, None where nobody counts."""
+    if batches and count is not None and int(torch.as_tensor(count).sum()) == 0:
+        raise TrainingError(
+            f"step {step} would train no token: every label of its {len(batches)} batches "
+            "is masked out. Look at the loss mask with --dry-run."
+        )
+
+
+def check_weights(parameters: Iterable[Tensor], step: int) -> None:
+    """Refuse to save weights that no run could go on from (the newest checkpoint is the one that is resumed)."""
+    local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters if p.requires_grad]
+    if not all(p.detach().isfinite().all() for p in local):
+        raise TrainingError(
+            f"the weights are not finite after step {step}: no checkpoint is written. Lower the "
+            "learning rate, and resume from the last checkpoint"
+        )

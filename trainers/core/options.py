@@ -1,0 +1,55 @@
+"""Options of every method whose default follows the machine, or differs from transformers'.
+
+`RunOptions` sits in front of transformers' or TRL's configuration (`class XConfig(RunOptions, TrainingArguments)`), so
+that a trainer built on one of TRL's keeps TRL's defaults.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+from align.errors import ConfigError
+
+
+def machine_has_cuda() -> bool:
+    return torch.cuda.is_available()
+
+
+@dataclass
+class RunOptions:
+    bf16: bool | None = field(
+        default=None, metadata={"help": "bfloat16 mixed precision. Default: on a GPU that has it, off elsewhere."}
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={"help": "Recompute activations in the backward pass. Default: on with a GPU, off on a CPU."},
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many optimiser steps."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "transformers' hiding of non-finite losses; off here: they are errors."}
+    )
+    max_bad_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of unusable rows (empty, malformed, too long) that is dropped with a warning; more is an "
+            "error."
+        },
+    )
+
+    def __post_init__(self):
+        cuda = machine_has_cuda() and not self.use_cpu
+        if self.bf16 is None:
+            self.bf16 = cuda and not self.fp16 and torch.cuda.is_bf16_supported()
+        if self.gradient_checkpointing is None:
+            self.gradient_checkpointing = cuda
+        if not cuda:
+            self.dataloader_pin_memory = False
+        if not 0 <= self.max_bad_share < 1:
+            raise ConfigError(f"max_bad_share is a share in [0, 1), got {self.max_bad_share}")
+        super().__post_init__()
+
+
+@dataclass
+class BaseConfig(RunOptions, TrainingArguments):
+    """Configuration of the trainers that build on transformers' Trainer directly."""

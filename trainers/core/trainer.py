@@ -1,0 +1,153 @@
+"""Wires what every trainer shares (metrics, guards, checkpoints, trackers) into the hooks of transformers' Trainer."""
+
+import logging
+import math
+import shutil
+from pathlib import Path
+
+from transformers.trainer_utils import rotate_checkpoints
+
+from align.distributed.checkpoints import write_manifest
+from align.errors import TrainingError
+from align.trainers.core import guards, trackers
+from align.trainers.core.checkpoints import Resumed, choose_checkpoint, read_checkpoint, write_extra_state
+from align.trainers.core.recorder import Recorder
+
+logger = logging.getLogger(__name__)
+
+
+class TrainerMixin:
+    """In front of a transformers-style trainer: `class XTrainer(TrainerMixin, Trainer)`. A mix-in, so that a trainer
+    built on one of TRL's keeps TRL's code."""
+
+    def __init__(self, *args, **kwargs):
+        self.recorder = Recorder()
+        self.resumed: Resumed | None = None
+        super().__init__(*args, **kwargs)
+        if not self.is_deepspeed_enabled:  # which keeps gradients where they cannot be seen
+            self.add_callback(guards.GradientsReachTheWeights())
+        if self.args.data_seed is None:
+            # Left alone, accelerate shuffles by the seed that torch was given last, by whomever, and a resumed run
+            # might see other batches.
+            self.accelerator.dataloader_config.data_seed = self.args.seed
+
+    # ---- metrics ----------------------------------------------------------------------------------------------------
+
+    def record(self, name: str, value: float, weight: float = 1.0) -> None:
+        self.recorder.record(name, value, weight)
+
+    def phase(self, name: str):
+        return self.recorder.phase(name)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        step, output_dir = self.state.global_step, self.args.output_dir
+        if not any(key.startswith("eval_") for key in logs):
+            logs.update(self.recorder.take())
+            if self.args.fp16 and not math.isfinite(logs.get("grad_norm", 0.0)):
+                del logs["grad_norm"]  # the loss scaler skipped this step and lowers its scale: that is how it works
+        guards.check_metrics(logs, step, output_dir)
+        super().log(logs, start_time)
+        guards.check_metrics(self.state.log_history[-1], step, output_dir)  # with what TRL has added
+
+    def log_table(self, name: str, columns: list[str], rows: list[list]) -> None:
+        trackers.log_table(self.args, self.state.global_step, name, columns, rows)
+
+    def log_figure(self, name: str, figure) -> None:
+        trackers.log_figure(self.args, self.callback_handler.callbacks, self.state.global_step, name, figure)
+
+    # ---- steps ------------------------------------------------------------------------------------------------------
+
+    @property
+    def finished(self) -> bool:
+        return self.state.global_step >= self.state.max_steps
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        if self.finished:  # transformers resumes a finished run with one more step if it ended within an epoch
+            return [], None
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        guards.check_trained_tokens(batches, count, self.state.global_step + 1)
+        return batches, count
+
+    def training_step(self, *args, **kwargs):
+        with self.phase("train"):
+            loss = super().training_step(*args, **kwargs)
+        guards.check_loss(loss, self.state.global_step + 1)
+        return loss
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def extra_state(self) -> dict:
+        """What a method keeps beyond model, optimiser, scheduler and random states: tensors and plain values. A resumed
+        run finds it in `resume_state`."""
+        return {}
+
+    def save_further_files(self, folder: Path) -> None:
+        """Write what else belongs into a checkpoint, e.g. a second model; `resume_folder` has it. Called on all
+        processes, as sharded weights need; the main process alone writes."""
+
+    @property
+    def resume_state(self) -> dict | None:
+        return None if self.resumed is None else self.resumed.state
+
+    @property
+    def resume_step(self) -> int | None:
+        return None if self.resumed is None else self.resumed.step
+
+    @property
+    def resume_folder(self) -> Path | None:
+        return None if self.resumed is None else self.resumed.folder
+
+    def _save_checkpoint(self, model, trial):
+        args, step = self.args, self.state.global_step
+        guards.check_weights(self.model.parameters(), step)
+        run_dir = self._get_output_dir(trial=trial)
+        folder = Path(run_dir) / f"checkpoint-{step}"
+        if args.should_save and folder.exists():  # a damaged one, or one of an earlier run: nothing of it may stay
+            shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()
+        # Older checkpoints are deleted only once the new one is declared whole.
+        limit, args.save_total_limit = args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            args.save_total_limit = limit
+        write_extra_state(
+            folder,
+            self.extra_state(),
+            rank=args.process_index,
+            processes=args.world_size,
+            model_only=args.save_only_model,
+        )
+        self.save_further_files(folder)
+        self.accelerator.wait_for_everyone()
+        if args.should_save:
+            write_manifest(folder)
+            rotate_checkpoints(
+                run_dir, save_total_limit=limit, best_model_checkpoint=self.state.best_model_checkpoint, use_mtime=True
+            )
+        self.accelerator.wait_for_everyone()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As transformers' `train`; `resume_from_checkpoint=True` takes the newest undamaged checkpoint."""
+        args = self.args
+        checkpoint = choose_checkpoint(
+            resume_from_checkpoint, args.output_dir, main_process=self.is_world_process_zero()
+        )
+        self.resumed = None
+        if checkpoint is not None:
+            self.resumed = read_checkpoint(checkpoint, rank=args.process_index, processes=args.world_size)
+        eval_on_start = args.eval_on_start
+        # The evaluation at a checkpoint's step was made before the checkpoint was, if one was due.
+        args.eval_on_start = eval_on_start and checkpoint is None
+        try:
+            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        finally:
+            args.eval_on_start = eval_on_start
+        if self.state.global_step == (self.resume_step or 0):
+            if checkpoint is None or not self.finished:
+                raise TrainingError(
+                    f"no step was trained after step {self.state.global_step} of {self.state.max_steps}: "
+                    f"{len(self.train_dataset)} training rows do not reach one more batch"
+                )
+            logger.warning("%s is finished already: no step was left to train", checkpoint)
+        return output
