@@ -23,6 +23,7 @@ from align.modeling.scores import pair_scores
 from align.objectives.reward_model import bradley_terry_loss, centering, score_l2
 from align.reward_models.normalizer import Normalizer
 from align.reward_models.sequences import longest_input
+from align.trainers.core.batching import BatchingOptions, resolve_layout
 from align.trainers.core.options import BaseConfig
 from align.trainers.core.trainer import TrainerMixin
 from align.trainers.pairs.data import IDS, flat_column
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class RewardConfig(BaseConfig):
+class RewardConfig(BatchingOptions, BaseConfig):
     """Options of reward-model training. Batch sizes count pairs."""
 
     learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate of AdamW."})
@@ -45,14 +46,6 @@ class RewardConfig(BaseConfig):
     score_l2_coefficient: float = field(
         default=0.0, metadata={"help": "Weight of (s+^2 + s-^2)/2, which keeps the scores small; 0.001 in the papers."}
     )
-    batching: str = field(
-        default="auto",
-        metadata={
-            "help": "shared_prefix: the answers of a pair share the computation of their prompt, without padding. "
-            "padded: one row per answer. auto: the first where the model allows it.",
-            "choices": ["auto", "shared_prefix", "padded"],
-        },
-    )
     disable_dropout: bool = field(default=True, metadata={"help": "Train without dropout."})
     normalizer_pairs: int = field(
         default=1000,
@@ -64,8 +57,6 @@ class RewardConfig(BaseConfig):
         super().__post_init__()
         if self.score_l2_coefficient < 0 or (self.center_rewards_coefficient or 0) < 0:
             raise ConfigError("score_l2_coefficient and center_rewards_coefficient must not be negative")
-        if self.batching not in ("auto", "shared_prefix", "padded"):
-            raise ConfigError(f"batching must be auto, shared_prefix or padded, got {self.batching!r}")
         if self.normalizer_pairs < 1:
             raise ConfigError("normalizer_pairs must be at least 1")
         if self.label_smoothing_factor:
@@ -135,13 +126,8 @@ class RewardTrainer(PairEvaluation, TrainerMixin, Trainer):
         self.model_accepts_loss_kwargs = True  # the loss is normalised by the global count of pairs, not by Trainer
 
     def _collator(self, model: nn.Module, args: RewardConfig, tokenizer) -> PairCollator | SharedPrefixCollator:
-        reason = "padded, as set" if args.batching == "padded" else self._cannot_share(model, args)
-        if reason is None:
-            return SharedPrefixCollator()
-        if args.batching == "shared_prefix":
-            raise ConfigError(f"batching: shared_prefix cannot be used with this model: {reason}")
-        logger.info("batches are padded, their pairs do not share prefixes: %s", reason)
-        return PairCollator(tokenizer.pad_token_id)
+        shares = resolve_layout(args.batching, (self._cannot_share(m, args) for m in [model]))
+        return SharedPrefixCollator() if shares else PairCollator(tokenizer.pad_token_id)
 
     def _cannot_share(self, model: nn.Module, args: RewardConfig) -> str | None:
         return enable_shared_scores(model, args.max_length)

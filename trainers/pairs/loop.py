@@ -6,7 +6,6 @@ what its losses need. The loss of an optimiser step is the mean over all of its 
 processes.
 """
 
-import logging
 import math
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from align.errors import ConfigError, TrainingError
 from align.modeling.load import disable_dropout, load_policy, load_tokenizer
 from align.modeling.pairs import PairTokens, pair_tokens
 from align.modeling.prefix_support import enable_shared_prefix
+from align.trainers.core.batching import BatchingOptions, resolve_layout
 from align.trainers.core.options import BaseConfig
 from align.trainers.core.trainer import TrainerMixin
 from align.trainers.pairs.batches import PaddedPairs, PairRows, SharedPrefixPairs, split_to
@@ -28,11 +28,9 @@ from align.trainers.pairs.evaluation import PairEvaluation
 from align.trainers.pairs.reference import PairReference
 from align.trainers.pairs.reference_cache import COLUMNS as REF_COLUMNS
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass
-class PreferenceConfig(BaseConfig):
+class PreferenceConfig(BatchingOptions, BaseConfig):
     """Options of every method that trains on pairs. Batch sizes count pairs."""
 
     learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of AdamW."})
@@ -54,14 +52,6 @@ class PreferenceConfig(BaseConfig):
         default=None,
         metadata={"help": "Folder of these log-probs, which runs may share. Default: output_dir/ref_log_probs."},
     )
-    batching: str = field(
-        default="auto",
-        metadata={
-            "help": "shared_prefix: the completions of a pair share the computation of their prompt, and nothing is "
-            "padded. padded: one row per completion. auto: the first where the model allows it.",
-            "choices": ["auto", "shared_prefix", "padded"],
-        },
-    )
     tokens_per_batch: int | None = field(
         default=None,
         metadata={
@@ -81,8 +71,6 @@ class PreferenceConfig(BaseConfig):
         super().__post_init__()
         if self.beta is not None and not 0 < self.beta < math.inf:
             raise ConfigError(f"beta must be > 0, got {self.beta}")
-        if self.batching not in ("auto", "shared_prefix", "padded"):
-            raise ConfigError(f"batching must be auto, shared_prefix or padded, got {self.batching!r}")
         for name in ("precompute_ref_batch_size", "tokens_per_batch", "chunk_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} counts from 1, got {getattr(self, name)}")
@@ -172,13 +160,13 @@ class PreferenceTrainer(PairEvaluation, PairReference, TrainerMixin, Trainer):
         )
         self.model_accepts_loss_kwargs = True  # the loss is normalised by the global count of pairs, not by Trainer
         self.reference = None
-        reason = None if args.batching == "padded" else enable_shared_prefix(self.model, args.max_length)
+        ref_model = self.load_reference(ref_model)
+        models = [self.model] if ref_model is None else [self.model, ref_model]
+        # before a reference is copied from the policy
+        shares = resolve_layout(args.batching, (enable_shared_prefix(model, args.max_length) for model in models))
+        self.collator = SharedPrefixPairs() if shares else PaddedPairs(processing_class.pad_token_id)
         if self.needs_reference:
-            ref_model = self.load_reference(ref_model)
-            if ref_model is not None and reason is None:
-                reason = enable_shared_prefix(ref_model, args.max_length)
             self.set_reference(ref_model)
-        self.collator = self._collator(reason)
         self.train_dataset = self._prepared(self.train_dataset, "train")
         if self.eval_dataset is not None:
             self.eval_dataset = self._prepared(self.eval_dataset, "eval")
@@ -206,16 +194,6 @@ class PreferenceTrainer(PairEvaluation, PairReference, TrainerMixin, Trainer):
                 "per_device_train_batch_size pairs"
             )
         return ref_model
-
-    def _collator(self, reason: str | None) -> PaddedPairs | SharedPrefixPairs:
-        """reason: why the models cannot take shared prefixes, None if they can."""
-        if self.args.batching != "padded" and reason is None:
-            return SharedPrefixPairs()
-        if self.args.batching == "shared_prefix":
-            raise ConfigError(f"batching: shared_prefix cannot be used with this model: {reason}")
-        if reason is not None:
-            logger.info("batches are padded, their pairs do not share prefixes: %s", reason)
-        return PaddedPairs(self.processing_class.pad_token_id)
 
     def _tokenized(self, dataset, tokenizer):
         args = self.args
