@@ -67,6 +67,11 @@ class TokenValues(NamedTuple):
 
 def head_of(module: nn.Module, vocabulary: int, transform: LogitTransform) -> Head:
     """The head of a model, with its weights where nothing but they make its output."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    if isinstance(module, ModulesToSaveWrapper) and len(module.active_adapters) == 1:  # a copy that is trained in full
+        off = module.disable_adapters
+        module = module.original_module if off else module.modules_to_save[module.active_adapters[0]]
     plain = (
         type(module) is nn.Linear
         and type(module.weight) in (nn.Parameter, Tensor)  # neither sharded nor quantised

@@ -49,7 +49,16 @@ def _chunked(head: Head, hidden: Tensor, targets: Tensor, reference, options: di
     parts = [t.split(size) for t in (hidden, targets, *([] if reference is None else [ref_hidden]))]
     if len(parts[0]) > 1 and torch.is_grad_enabled():
         step = partial(checkpoint, step, use_reentrant=False)
-    columns = zip(*[step(*chunk) for chunk in zip(*parts, strict=True)], strict=True)
+    device = hidden.device.type
+    # without its cache autocast casts the weights for every chunk, so that their gradients are summed in float32: the
+    # chunks' gradients of one cast copy would be summed in bfloat16
+    with torch.autocast(
+        device,
+        dtype=torch.get_autocast_dtype(device),
+        enabled=torch.is_autocast_enabled(device),
+        cache_enabled=False,
+    ):
+        columns = zip(*[step(*chunk) for chunk in zip(*parts, strict=True)], strict=True)
     return TokenValues(*[None if column[0] is None else torch.cat(column) for column in columns])
 
 

@@ -22,68 +22,95 @@ def tiled(head: Head, hidden: Tensor, targets: Tensor, reference, options: dict,
     sides = [(hidden, head)] if reference is None else [(hidden, head), (reference[1].detach(), reference[0])]
     device = hidden.device.type
     tensors = [t for states, h in sides for t in (states, h.weight, h.bias)]
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        tensors = [t if t is None else t.to(dtype) for t in tensors]
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     with torch.autocast(device, enabled=False):
-        return TokenValues(*_Tiled.apply(targets, [h.transform for _, h in sides], options, chunk_size, *tensors))
+        transforms = [h.transform for _, h in sides]
+        return TokenValues(*_Tiled.apply(targets, transforms, options, chunk_size, dtype, *tensors))
 
 
 class _Tiled(torch.autograd.Function):
     """The gradient of logit z_v, with p the policy, q the reference, g = dL/dlogp and k = dL/dKL:
 
     g (1[v = target] - p_v) + k (p_v - q_v)
+
+    It is summed in float32 before anything is rounded to the dtype of the products: at a token that the policy is sure
+    of, g and g p differ by less than bfloat16 can tell. Each product with it is rounded once, and products are added up
+    in float32, in one order.
     """
 
     @staticmethod
-    def forward(ctx, targets, transforms, options, chunk_size, *tensors):
+    def forward(ctx, targets, transforms, options, chunk_size, dtype, *tensors):
         ctx.set_materialize_grads(False)
-        sides, tiling = _sides(tensors, transforms), _Tiling(targets, tensors[1], chunk_size)
+        sides = _sides(tensors, transforms, dtype)
+        tiling = _Tiling(targets, sides[0].weight, chunk_size)
         blocks = [_block_values(sides, targets[rows], rows, tiling, **options) for rows in tiling.blocks]
         columns = [None if column[0] is None else torch.cat(column) for column in zip(*blocks, strict=True)]
-        values, at_target, normalisers = TokenValues(*columns[:5]), columns[5], columns[6:]
-        ctx.transforms, ctx.chunk_size = transforms, chunk_size
-        ctx.save_for_backward(targets, at_target, *normalisers, *tensors)
+        values, normalisers = TokenValues(*columns[:5]), columns[5:]
+        ctx.transforms, ctx.chunk_size, ctx.dtype = transforms, chunk_size, dtype
+        # as they came: what autocast makes of them is made again, rather than kept until then
+        ctx.save_for_backward(targets, *normalisers, *tensors)
         ctx.mark_non_differentiable(*[t for t in values[2:] if t is not None])
         return tuple(values)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g, k, *_):
-        targets, at_target, lse, ref_lse, *tensors = ctx.saved_tensors
-        sides, tiling = _sides(tensors, ctx.transforms), _Tiling(targets, tensors[1], ctx.chunk_size)
-        hidden, weight, bias = tensors[:3]
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[4:7]
-        g = torch.zeros_like(lse) if g is None else g
-        into_p = -g if k is None else k - g
-        d_hidden = torch.zeros_like(hidden, dtype=lse.dtype) if need_hidden else None
-        d_weight = torch.empty_like(weight) if need_weight else None
-        d_bias = torch.zeros_like(bias, dtype=lse.dtype) if need_bias else None
-        for rows in tiling.blocks:
-            for tile in tiling.tiles:
-                z = sides[0].logits(rows, tile, tiling, "policy")
-                slope = sides[0].transform.slope(z, out=tiling.like(z, "slope") if sides[0].transform.cap else None)
-                d = z.sub_(lse[rows, None]).exp_().mul_(into_p[rows, None])
-                if k is not None:
-                    q = sides[1].logits(rows, tile, tiling, "reference").sub_(ref_lse[rows, None]).exp_()
-                    d.sub_(q.mul_(k[rows, None]))
-                if isinstance(slope, Tensor) or slope != 1.0:
-                    d.mul_(slope)
+        targets, top, total, ref_top, ref_total, *tensors = ctx.saved_tensors
+        sides = _sides(tensors, ctx.transforms, ctx.dtype)
+        policy, tiling = sides[0], _Tiling(targets, sides[0].weight, ctx.chunk_size)
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[5:8]
+        g = torch.zeros_like(top) if g is None else g
+        normalisers = (top, total), (ref_top, ref_total)
+        d_hidden = torch.zeros_like(policy.hidden, dtype=top.dtype) if need_hidden else None
+        d_weight = torch.empty_like(tensors[1]) if need_weight else None
+        d_bias = torch.empty_like(tensors[2]) if need_bias else None
+        for tile in tiling.tiles:
+            weight = policy.weight[tile]
+            tile_weight = torch.zeros_like(weight, dtype=top.dtype) if need_weight else None
+            tile_bias = top.new_zeros(len(weight)) if need_bias else None
+            for rows in tiling.blocks:
+                d = _logit_gradients(sides, rows, tile, tiling, targets, g, k, normalisers)
                 if need_bias:
-                    d_bias[tile] += d.sum(0)
+                    tile_bias += d.sum(0)
                 d = tiling.cast(d, weight.dtype, "gradient")
-                if need_weight:  # with beta 0 what is there is not read
-                    d_weight[tile].addmm_(d.T, hidden[rows], beta=int(rows.start > 0))
+                if need_weight:
+                    _add_product(tile_weight, d.T, policy.hidden[rows])
                 if need_hidden:
-                    d_hidden[rows] += d @ weight[tile]
-        one_hot = (g * sides[0].transform.slope(at_target))[:, None]
+                    _add_product(d_hidden[rows], d, weight)
+            if need_weight:
+                d_weight[tile] = tile_weight
+            if need_bias:
+                d_bias[tile] = tile_bias
         if need_hidden:
-            d_hidden = d_hidden.addcmul_(one_hot, weight[targets]).to(hidden.dtype)
-        if need_weight:
-            d_weight.index_add_(0, targets, (one_hot * hidden).to(weight.dtype))
-        if need_bias:
-            d_bias = d_bias.index_add_(0, targets, one_hot[:, 0]).to(bias.dtype)
-        return None, None, None, None, d_hidden, d_weight, d_bias, *[None] * (len(tensors) - 3)
+            d_hidden = d_hidden.to(tensors[0].dtype)
+        return None, None, None, None, None, d_hidden, d_weight, d_bias, *[None] * (len(tensors) - 3)
+
+
+def _logit_gradients(sides, rows, tile, tiling, targets, g, k, normalisers) -> Tensor:
+    """dL/d(product of the head) of a tile, [rows, tile], in a buffer."""
+    (top, total), (ref_top, ref_total) = normalisers
+    transform = sides[0].transform
+    z = sides[0].logits(rows, tile, tiling, "policy")
+    slope = transform.slope(z, out=tiling.like(z, "slope") if transform.cap else None)
+    into_p = -g if k is None else k - g
+    d = z.sub_(top[rows, None]).exp_().mul_((into_p / total)[rows, None])
+    if k is not None:
+        q = sides[1].logits(rows, tile, tiling, "reference").sub_(ref_top[rows, None]).exp_()
+        d.sub_(q.mul_((k / ref_total)[rows, None]))
+    places = targets[rows] - tile.start
+    inside, places = (places >= 0) & (places < d.shape[1]), places.clamp(0, d.shape[1] - 1)[:, None]
+    d.scatter_(1, places, d.gather(1, places) + torch.where(inside, g[rows], 0.0)[:, None])
+    if isinstance(slope, Tensor) or slope != 1.0:
+        d.mul_(slope)
+    return d
+
+
+def _add_product(total: Tensor, first: Tensor, second: Tensor) -> None:
+    """total += first @ second, the sum in the dtype of total."""
+    if total.dtype == first.dtype:
+        total.addmm_(first, second)
+    else:
+        total += first @ second
 
 
 class _Side(NamedTuple):
@@ -98,13 +125,15 @@ class _Side(NamedTuple):
         """[rows, tile], float32 or float64, in buffers of this name."""
         hidden, weight = self.hidden[rows], self.weight[tile]
         out = tiling.buffer(name, weight.dtype, len(hidden), len(weight))
-        products = torch.mm(hidden, weight.T, out=out)
+        products = tiling.cast(torch.mm(hidden, weight.T, out=out), wide(weight[:0]).dtype, name)
         if self.bias is not None:
-            products.add_(self.bias[tile])
-        return self.transform.apply_(tiling.cast(products, wide(weight[:0]).dtype, name))
+            products.add_(self.bias[tile])  # here: in the dtype of the product it would be rounded a second time
+        return self.transform.apply_(products)
 
 
-def _sides(tensors, transforms) -> list[_Side]:
+def _sides(tensors, transforms, dtype: torch.dtype | None) -> list[_Side]:
+    if dtype is not None:
+        tensors = [t if t is None else t.to(dtype) for t in tensors]
     return [_Side(*tensors[3 * i : 3 * i + 3], transform) for i, transform in enumerate(transforms)]
 
 
@@ -137,7 +166,7 @@ class _Tiling:
 
 
 def _block_values(sides: list[_Side], targets: Tensor, rows: slice, tiling: _Tiling, entropy, sum_squares) -> tuple:
-    """The fields of TokenValues, then the target's logit and the logarithms of the two normalisers."""
+    """The fields of TokenValues, then largest logit and normaliser of policy and reference."""
     policy, reference = _Sums(), _Sums()
     at_target = ref_at_target = None
     for tile in tiling.tiles:
@@ -148,14 +177,15 @@ def _block_values(sides: list[_Side], targets: Tensor, rows: slice, tiling: _Til
             ref_at_target = _at_targets(ref_z, targets, tile, ref_at_target)
             reference.add(ref_z, torch.sub(ref_z, z, out=tiling.like(z, "weighted")))
         policy.add(z, tiling.like(z, "weighted").copy_(z) if entropy else None, sum_squares)
-    lse, mean_logit, log_squares = policy.finish()
-    logps = at_target - lse
+    top, total, mean_logit, log_squares = policy.finish()
+    logps, lse = (at_target - top) - total.log(), top + total.log()  # the first is exact to the end where p is near 1
     spread = lse - mean_logit if entropy else None
     if len(sides) == 1:
-        return logps, None, spread, log_squares, None, at_target, lse, None
-    ref_lse, mean_difference, _ = reference.finish()
-    kl = mean_difference - ref_lse + lse
-    return logps, kl, spread, log_squares, ref_at_target - ref_lse, at_target, lse, ref_lse
+        return logps, None, spread, log_squares, None, top, total, None, None
+    ref_top, ref_total, mean_difference, _ = reference.finish()
+    kl = mean_difference - (ref_top + ref_total.log()) + lse
+    ref_logps = (ref_at_target - ref_top) - ref_total.log()
+    return logps, kl, spread, log_squares, ref_logps, top, total, ref_top, ref_total
 
 
 def _at_targets(logits: Tensor, targets: Tensor, tile: slice, before: Tensor | None) -> Tensor:
@@ -165,7 +195,7 @@ def _at_targets(logits: Tensor, targets: Tensor, tile: slice, before: Tensor | N
 
 
 class _Sums:
-    """From tiles: log sum_v exp(z_v); the mean of x under p = softmax(z); log sum_v p_v^2."""
+    """From tiles: max_v z_v; sum_v exp(z_v - max); the mean of x under p = softmax(z); log sum_v p_v^2."""
 
     def __init__(self):
         self.tops, self.sums, self.weighted, self.squares = [], [], [], []
@@ -183,11 +213,11 @@ class _Sums:
         if squares:
             self.squares.append(weights.square_().sum(-1, keepdim=True))
 
-    def finish(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def finish(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         tops = torch.cat(self.tops, -1)
         top = tops.amax(-1, keepdim=True)
         scales = (tops - top).exp()
         total = (torch.cat(self.sums, -1) * scales).sum(-1)
         mean = (torch.cat(self.weighted, -1) * scales).sum(-1) / total if self.weighted else None
         squares = (torch.cat(self.squares, -1) * scales**2).sum(-1).log() - 2 * total.log() if self.squares else None
-        return top.squeeze(-1) + total.log(), mean, squares
+        return top.squeeze(-1), total, mean, squares
