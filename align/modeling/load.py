@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from align.distributed.shards import gathered, is_zero3, zero3_twin
 from align.errors import ConfigError
 from align.modeling.logprobs import language_model, token_logps
+from align.modeling.shared_prefix import compute_soft_caps
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ def load_policy(
         options = _loading_options(dtype, attn_implementation, peft_config, kwargs) | {"sharded": sharded}
         model = _load(AutoModelForCausalLM, "AutoPeftModelForCausalLM", str(model), options)
     _keep_4_bit_layers_differentiable(model)
+    compute_soft_caps(language_model(model))
     return _with_adapter(model, peft_config)
 
 
@@ -73,7 +75,9 @@ def load_backbone(source: str | Path, *, dtype: str | torch.dtype = "float32") -
     from transformers import AutoModel
 
     with _only_errors_from_transformers():  # the head that is left out is expected
-        return _from_pretrained(AutoModel, str(source), "model", dtype=dtype)
+        model = _from_pretrained(AutoModel, str(source), "model", dtype=dtype)
+    compute_soft_caps(model)
+    return model
 
 
 def load_sequence_classifier(
@@ -111,6 +115,7 @@ def load_sequence_classifier(
             head_seed=head_seed if fresh_head else None,
         )
     _keep_4_bit_layers_differentiable(model)
+    compute_soft_caps(language_model(model))
     head = head_name(model).split(".")[0]
     if model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = pad_token_id
@@ -140,12 +145,25 @@ def draw_head(head: nn.Linear, seed: int) -> None:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout to 0. Dropout makes a policy differ from its rollouts and from its reference."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
+    """Set every dropout to 0. Dropout makes a policy differ from its rollouts and from its reference.
+
+    Dropouts are modules, or numbers that a module passes on (`dropout` and `layerdrop` of OPT, `attention_dropout`).
+    """
+    adapters = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            if module.p > 0 and "lora_dropout" in name:
+                adapters.add(module.p)
             module.p = 0.0
-        if isinstance(vars(module).get("attention_dropout"), float):  # a number that attention layers pass on
-            module.attention_dropout = 0.0
+        for key, value in vars(module).items():
+            if isinstance(value, float) and "drop" in key:
+                setattr(module, key, 0.0)
+    if adapters:
+        logger.warning(
+            "lora_dropout %s is off: disable_dropout is true, and dropout in an adapter makes the policy differ from "
+            "its reference and its rollouts; to train with it set disable_dropout: false",
+            ", ".join(map(str, sorted(adapters))),
+        )
 
 
 class Reference:

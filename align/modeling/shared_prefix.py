@@ -7,10 +7,11 @@ token of a rest sees the whole prefix and its own rest before it. The attention 
 each layer's attention function as it is, through wrappers and gradient checkpointing alike.
 
 On GPUs the mask becomes a FlexAttention block mask; elsewhere each sequence is a call of SDPA, which costs no more than
-its own tokens.
+its own tokens. Soft-capped scores (Gemma-2), which SDPA does not know, are computed as such in either layout.
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from align.errors import TrainingError
 
 IMPLEMENTATION = "sdpa_shared_prefix"
+BLOCK = 128  # FlexAttention's blocks, in tokens
 _prepared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # one table serves all layers
 
 
@@ -30,6 +32,14 @@ def register() -> None:
 
     AttentionInterface.register(IMPLEMENTATION, attention)
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+def compute_soft_caps(core: nn.Module) -> None:
+    """Have a model with soft-capped attention scores (Gemma-2) compute them: transformers' SDPA leaves the cap out."""
+    capped = vars(core.config.get_text_config()).get("attn_logit_softcapping")
+    if capped is not None and core.config._attn_implementation == "sdpa":
+        register()
+        core.set_attn_implementation(IMPLEMENTATION)
 
 
 def attention(
@@ -43,26 +53,43 @@ def attention(
     **kwargs,
 ) -> tuple[Tensor, None]:
     """An attention function of transformers. query [1, heads, N, d], key and value [1, key heads, N, d]."""
+    softcap = kwargs.get("softcap")
     if attention_mask is None or attention_mask.dtype not in (torch.int32, torch.int64):
+        if softcap is not None:
+            causal = attention_mask is None and query.shape[2] > 1
+            options = {"attn_mask": attention_mask, "is_causal": causal, "scale": scaling, "dropout_p": dropout}
+            return soft_capped(query, key, value, softcap=softcap, **options).transpose(1, 2).contiguous(), None
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     _check(attention_mask, kwargs)
-    if query.is_cuda:
-        from transformers.integrations.flex_attention import flex_attention_forward
-
-        mask = _once(attention_mask, block_mask)
-        output, _ = flex_attention_forward(module, query, key, value, mask, scaling=scaling, dropout=dropout)
-        return output, None
-    output = group_by_group(query, key, value, _once(attention_mask, _segments), scale=scaling, dropout_p=dropout)
+    query, key, value = _of_one_dtype(query, key, value)
+    if query.is_cuda and dropout == 0:  # FlexAttention has no dropout
+        mask = _once(attention_mask, block_mask, query.shape[2])
+        output = flex(query, key, value, mask, scale=scaling, softcap=softcap)
+    else:
+        segments = _once(attention_mask, _segments)
+        output = group_by_group(query, key, value, segments, scale=scaling, dropout_p=dropout, softcap=softcap)
     return output.transpose(1, 2).contiguous(), None
 
 
-def group_by_group(query: Tensor, key: Tensor, value: Tensor, segments: list, **options) -> Tensor:
+def _of_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    """Rotary embeddings leave queries and keys in float32 under autocast, which casts SDPA's inputs and no others."""
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def group_by_group(
+    query: Tensor, key: Tensor, value: Tensor, segments: list, *, softcap: float | None = None, **options
+) -> Tensor:
     """[1, heads, N, d]. segments: of each group, the length of its prefix, and length and mask of each rest."""
-    options["enable_gqa"] = query.shape[1] != key.shape[1]
+    if softcap is not None:
+        attend, options = soft_capped, {**options, "softcap": softcap}
+    else:
+        attend, options = scaled_dot_product_attention, {**options, "enable_gqa": query.shape[1] != key.shape[1]}
     sizes = []
     for prefix, (first, *others) in segments:
         sizes += [prefix + first[0], *(length for length, _ in others)]
@@ -70,34 +97,116 @@ def group_by_group(query: Tensor, key: Tensor, value: Tensor, segments: list, **
     outputs = []
     for prefix, (_, *others) in segments:
         q, k, v = next(pieces)  # the prefix and its first rest
-        outputs.append(scaled_dot_product_attention(q, k, v, is_causal=True, **options))
+        outputs.append(attend(q, k, v, is_causal=True, **options))
         before = [t[:, :, :prefix] for t in (k, v)]
         for _, mask in others:
             q, *own = next(pieces)
             k, v = (torch.cat(both, dim=2) for both in zip(before, own, strict=True))
-            outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, **options))
+            outputs.append(attend(q, k, v, attn_mask=mask, **options))
     return torch.cat(outputs, dim=2)
 
 
-def block_mask(table: Tensor):
-    """The FlexAttention mask of a table."""
-    from torch.nn.attention.flex_attention import create_block_mask
+def soft_capped(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    softcap: float,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """SDPA with scores softcap * tanh(score / softcap), all of them at once: [B, heads, Q, d].
 
-    count = int(table.sum())
-    return create_block_mask(visible(table), B=None, H=None, Q_LEN=count, KV_LEN=count, device=table.device)
+    query: [B, heads, Q, d]; key, value: [B, key heads, K, d]; attn_mask: [.., Q, K], bool (seen) or added to scores.
+    """
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(repeats, dim=1) if repeats > 1 else t for t in (key, value))
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = softcap * torch.tanh(scores / softcap)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
+    return nn.functional.dropout(weights, dropout_p) @ value
 
 
-def visible(table: Tensor) -> Callable[..., Tensor]:
+# ---- FlexAttention ---------------------------------------------------------------------------------------------------
+
+
+def flex(query: Tensor, key: Tensor, value: Tensor, mask, *, scale: float | None, softcap: float | None) -> Tensor:
+    """[1, heads, N, d]. Keys are shared within the groups of query heads, whatever their number."""
+    compiled = _flex_attention(compiled=query.is_cuda and not torch.compiler.is_compiling())
+    grouped = query.shape[1] != key.shape[1]
+    return compiled(query, key, value, _cap(softcap), block_mask=mask, scale=scale, enable_gqa=grouped)
+
+
+@cache
+def _flex_attention(compiled: bool) -> Callable:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention) if compiled else flex_attention
+
+
+@cache  # one function per cap, so that a compiled kernel is found again
+def _cap(softcap: float | None) -> Callable | None:
+    def capped(score, batch, head, query, key):
+        return softcap * torch.tanh(score / softcap)
+
+    return None if softcap is None else capped
+
+
+def block_mask(table: Tensor, count: int | None = None):
+    """The FlexAttention mask of a table, from its lengths: O(rests * N/BLOCK + (N/BLOCK)^2) memory.
+
+    How many pairs of positions of a block see each other is a sum over rectangles (rests see their prefix) and triangles
+    (prefix and rests see themselves), that is a product of [segments, N/BLOCK] matrices. Equal to what
+    `create_block_mask` makes of `visible`, for which that needs 10 N^2 bytes. With `count` (the tokens N), the device
+    is not waited for.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    count = int(table.sum()) if count is None else count
+    lengths = table.view(-1, table.shape[-1])
+    ends = lengths.flatten().cumsum(0).view_as(lengths)
+    edges = torch.arange(0, count, BLOCK, device=table.device)
+    # how many tokens of each segment [groups, 1 + rests] lie in each block
+    inside = torch.minimum(ends[..., None], edges + BLOCK) - torch.maximum((ends - lengths)[..., None], edges)
+    inside = inside.clamp(min=0).float()  # counts up to BLOCK^2 are exact in float32
+    prefixes, rests, segments = inside[:, 0], inside[:, 1:].sum(1), inside.flatten(0, 1)
+    whole = rests.T @ prefixes + segments.T @ segments
+    own = (rests * prefixes).sum(0) + (segments * (segments + 1) / 2).sum(0)
+    seen = whole.tril(-1) + own.diag()
+    full = seen == BLOCK**2
+    blocks = [_ordered(kind[None, None]) for kind in ((seen > 0) & ~full, full)]
+    return BlockMask.from_kv_blocks(
+        *blocks[0], *blocks[1], BLOCK_SIZE=BLOCK, mask_mod=visible(table, count), seq_lengths=(count, count)
+    )
+
+
+def _ordered(dense: Tensor) -> tuple[Tensor, Tensor]:
+    """Number and indices of the key blocks of each query block, those that are in front."""
+    return dense.sum(-1, dtype=torch.int32), dense.int().argsort(dim=-1, descending=True, stable=True).int()
+
+
+def visible(table: Tensor, count: int | None = None) -> Callable[..., Tensor]:
     """Whether a query sees a key, by their positions in the row."""
     lengths = table.view(-1, table.shape[-1])
     part = torch.arange(lengths.shape[1], device=table.device).repeat(len(lengths))  # 0: the prefix
-    part = part.repeat_interleave(lengths.flatten())
-    group = torch.arange(len(lengths), device=table.device).repeat_interleave(lengths.sum(-1))
+    part = part.repeat_interleave(lengths.flatten(), output_size=count)
+    group = torch.arange(len(lengths), device=table.device).repeat_interleave(lengths.sum(-1), output_size=count)
 
     def sees(batch, head, query, key):
         return (query >= key) & (group[query] == group[key]) & ((part[key] == 0) | (part[key] == part[query]))
 
     return sees
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
 
 
 def _segments(table: Tensor) -> list[tuple[int, list[tuple[int, Tensor | None]]]]:
@@ -111,19 +220,24 @@ def _segments(table: Tensor) -> list[tuple[int, list[tuple[int, Tensor | None]]]
     return segments
 
 
-def _once(table: Tensor, make):
-    if table not in _prepared:
-        _prepared[table] = make(table)
-    return _prepared[table]
+def _once(table: Tensor, make: Callable, *inputs):
+    made = _prepared.setdefault(table, {})
+    if make not in made:
+        made[make] = make(table, *inputs)
+    return made[make]
+
+
+def _longest(table: Tensor) -> int:
+    return int((table[..., 0] + table[..., 1:].amax(-1)).max())
 
 
 def _check(table: Tensor, kwargs: dict) -> None:
     window = kwargs.get("sliding_window")
-    longest = int((table[..., 0] + table[..., 1:].amax(-1)).max()) if window else 0
-    if window and longest > window:
+    if window and _once(table, _longest) > window:
         raise TrainingError(
-            f"a sequence of {longest} tokens is longer than the model's attention window of {window}: shared prefixes "
-            "cannot be used; train on padded batches, or lower max_length"
+            f"a sequence of {_once(table, _longest)} tokens is longer than the model's attention window of {window}: "
+            "shared prefixes cannot be used; train on padded batches, or lower max_length"
         )
-    if kwargs.get("position_bias") is not None:
-        raise TrainingError("a model with position biases cannot take shared prefixes; train on padded batches")
+    for name, what in (("position_bias", "position biases"), ("s_aux", "attention sinks")):
+        if kwargs.get(name) is not None:
+            raise TrainingError(f"a model with {what} cannot take shared prefixes; train on padded batches")

@@ -101,7 +101,8 @@ def test_sums_over_blocks_are_not_rounded_between():
     for count in (1, N):
         layer.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            values = token_values(head_of(layer, V, LogitTransform()), row.expand(count, D), targets[:count], chunk_size=1)
+            head = head_of(layer, V, LogitTransform())
+            values = token_values(head, row.expand(count, D), targets[:count], chunk_size=1)
         values.logps.sum().backward()
         found[count] = layer.weight.grad.clone()
     torch.testing.assert_close(found[N], N * found[1], rtol=1e-5, atol=0)

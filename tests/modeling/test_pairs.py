@@ -1,4 +1,7 @@
+import pytest
 import torch
+import transformers as tf
+from peft import LoraConfig, get_peft_model
 
 from align.data import PairCollator
 from align.modeling.load import disable_dropout
@@ -48,3 +51,24 @@ def test_no_dropout_is_left_in_attention():
     disable_dropout(model)
     expected = pair_tokens(model.eval(), batch).logps
     torch.testing.assert_close(pair_tokens(model.train(), batch).logps, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["opt", "gpt2", "llama with an adapter"])
+def test_every_dropout_is_disabled(kind, caplog):
+    """Numbers that OPT hands to functions, its layerdrop, modules, and those of an adapter, which are said."""
+    sizes = {"vocab_size": tiny.VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = {
+        "opt": lambda: tf.OPTConfig(**sizes, ffn_dim=16, word_embed_proj_dim=16, dropout=0.5, layerdrop=0.5),
+        "gpt2": lambda: tf.GPT2Config(vocab_size=tiny.VOCAB, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0.5),
+        "llama with an adapter": lambda: tf.LlamaConfig(**tiny.SIZES),
+    }[kind]()
+    model = tf.AutoModelForCausalLM.from_config(config)
+    if kind == "llama with an adapter":
+        lora = LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.5, init_lora_weights=False)
+        model = get_peft_model(model, lora)
+    batch = PairCollator(tiny.PAD)(features())
+    model.train()
+    assert not torch.equal(pair_tokens(model, batch).logps, pair_tokens(model, batch).logps)
+    disable_dropout(model)
+    assert torch.equal(pair_tokens(model, batch).logps, pair_tokens(model, batch).logps)
+    assert ("lora_dropout 0.5 is off" in caplog.text) == (kind == "llama with an adapter")

@@ -9,7 +9,8 @@ from torch import nn
 from align.data import PairCollator, SharedPrefixCollator
 from align.errors import TrainingError
 from align.modeling import shared_prefix
-from align.modeling.logprobs import language_model
+from align.modeling.load import load_policy
+from align.modeling.logprobs import language_model, token_logps
 from align.modeling.pairs import pair_tokens
 from align.modeling.prefix_support import enable_shared_prefix
 from tests.modeling import tiny
@@ -178,3 +179,59 @@ def test_flex_attention_mask():
     expected = shared_prefix.group_by_group(q, k, v, shared_prefix._segments(table))
     actual = flex_attention(q, k, v, block_mask=shared_prefix.block_mask(table))
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
+
+
+# ---- what attention does besides -------------------------------------------------------------------------------------
+
+
+def gemma2(implementation, dtype=torch.float64):
+    torch.manual_seed(0)
+    config = tf.Gemma2Config(**tiny.SIZES, attn_logit_softcapping=1.0, query_pre_attn_scalar=8, sliding_window=32)
+    model = tf.AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+    return model.to(dtype).eval()
+
+
+def test_soft_capped_attention(tmp_path):
+    """A folder of Gemma-2 is loaded with its cap, padded and shared, as in eager attention."""
+    gemma2("eager", torch.float32).save_pretrained(tmp_path)
+    model, eager = load_policy(tmp_path), gemma2("eager", torch.float32)
+    ids, mask = tiny.rows()
+    expected = token_logps(eager, ids, mask)
+    torch.testing.assert_close(token_logps(model, ids, mask), expected, rtol=0, atol=1e-4)
+    without = load_policy(tmp_path, attn_implementation="eager")
+    without.config.attn_logit_softcapping = None
+    for layer in without.model.layers:
+        layer.self_attn.attn_logit_softcapping = None
+    assert (token_logps(without, ids, mask) - expected).abs().max() > 0.01
+    ids, mask = tiny.rows(side="left")
+    assert torch.equal(
+        *(m.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False) for m in (model, eager))
+    )
+    assert enable_shared_prefix(model, 32) is None
+    assert_same(model, atol=1e-4, dtype=torch.float32)
+
+
+def test_one_dtype_under_autocast(monkeypatch):
+    """Rotary embeddings make queries and keys float32 beside values in bfloat16; FlexAttention would refuse them."""
+    model, seen = make("llama", torch.float32), []
+    assert enable_shared_prefix(model, None) is None
+    original = shared_prefix.group_by_group
+
+    def spy(query, key, value, segments, **options):
+        seen.append({query.dtype, key.dtype, value.dtype})
+        return original(query, key, value, segments, **options)
+
+    monkeypatch.setattr(shared_prefix, "group_by_group", spy)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        pair_tokens(model, SharedPrefixCollator()(pairs()))
+    assert seen == [{torch.bfloat16}] * 2
+
+
+def test_attention_dropout():
+    """Kept where it is wanted: SDPA computes it in shared rows."""
+    config = tf.LlamaConfig(**tiny.SIZES, attention_dropout=0.5)
+    model = tf.AutoModelForCausalLM.from_config(config).train()
+    assert enable_shared_prefix(model, None) is None
+    batch = SharedPrefixCollator()(pairs())
+    first, second = (pair_tokens(model, batch).logps for _ in range(2))
+    assert not torch.equal(first, second)
