@@ -2,14 +2,59 @@
 
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from align.errors import ConfigError
 from align.objectives.advantages import remax_token_weights
 from align.rollout.types import SamplingParams
-from align.trainers.on_policy.config import OnPolicyConfig
-from align.trainers.on_policy.loop import OnPolicyTrainer, Stream
-from align.trainers.on_policy.rollouts import Sample
+from align.trainers.core.ranks import Ranks
+from align.trainers.on_policy.config import ESTIMATOR_HELP, OnPolicyConfig
+from align.trainers.on_policy.estimators import Estimate, Estimator, register_estimator
+from align.trainers.on_policy.loop import OnPolicyTrainer
+from align.trainers.on_policy.pipeline import ScoredRollout
+from align.trainers.on_policy.streams import Stream
+
+
+@register_estimator("remax")
+@dataclass
+class ReMax(Estimator):
+    """Sampled and greedy requests go to the engine in one call; there is no critic."""
+
+    num_generations: int
+    kl_mode: str
+    gamma: float
+    reward_clip: float | None
+
+    def __post_init__(self):
+        if self.kl_mode not in ("to_go", "one_step", "none"):
+            raise ConfigError(f"kl_mode must be to_go, one_step or none, got {self.kl_mode!r}")
+        if not 0 < self.gamma <= 1:
+            raise ConfigError(f"gamma must be in (0, 1], got {self.gamma}")
+
+    def requests(self, sampling: SamplingParams) -> list[SamplingParams]:
+        return [sampling, SamplingParams(max_tokens=sampling.max_tokens, temperature=0)]
+
+    def estimate(self, stream: Stream, ranks: Ranks) -> Estimate:
+        greedy = stream.extra_scores[:, 0].repeat_interleave(self.num_generations)
+        advantages = remax_token_weights(
+            stream.scores,
+            greedy,
+            stream.logps,
+            stream.ref_logps,
+            stream.mask,
+            beta=stream.beta,
+            gamma=self.gamma,
+            reward_clip=self.reward_clip,
+            kl_mode=self.kl_mode,
+        )
+        return Estimate(advantages)
+
+    def metrics(self, rollout: ScoredRollout) -> dict[str, list[float]]:
+        pairs = [(sample, rollout.extra[i // self.num_generations][0]) for i, sample in enumerate(rollout.samples)]
+        return {
+            "remax/greedy_reward": [greedy.score for _, greedy in pairs],
+            "remax/advantage": [sample.score - greedy.score for sample, greedy in pairs],
+            "remax/same_as_greedy": [sample.completion_ids == greedy.completion_ids for sample, greedy in pairs],
+            "remax/length_minus_greedy": [sample.length - greedy.length for sample, greedy in pairs],
+        }
 
 
 @dataclass
@@ -17,6 +62,7 @@ class ReMaxConfig(OnPolicyConfig):
     """Defaults: the exact gradient of `E[r] - beta KL(pi || ref)`. The released trainer's settings (one-step KL, gamma
     0.99, clip 5, token mean) are in configs/remax_released.yaml."""
 
+    estimator: str = field(default="remax", metadata=ESTIMATOR_HELP)
     kl_mode: str = field(
         default="to_go",
         metadata={"help": "KL in a token's weight: to_go (summed over the tokens that follow), one_step or none."},
@@ -26,40 +72,6 @@ class ReMaxConfig(OnPolicyConfig):
         default=None, metadata={"help": "Clip the difference between sampled and greedy reward to +- this."}
     )
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.kl_mode not in ("to_go", "one_step", "none"):
-            raise ConfigError(f"kl_mode must be to_go, one_step or none, got {self.kl_mode!r}")
-        if not 0 < self.gamma <= 1:
-            raise ConfigError(f"gamma must be in (0, 1], got {self.gamma}")
-
 
 class ReMaxTrainer(OnPolicyTrainer):
-    """Sampled and greedy requests go to the engine in one call; there is no critic."""
-
-    def requests(self) -> list[SamplingParams]:
-        greedy = SamplingParams(max_tokens=self.args.max_completion_length, temperature=0)
-        return [*super().requests(), greedy]
-
-    def set_baselines(self, samples: list[Sample], extra: list[list[Sample]]) -> None:
-        for i, sample in enumerate(samples):
-            (greedy,) = extra[i // self.args.num_generations]
-            sample.baseline = greedy.score
-            sample.baselines = self.weighting.scores(greedy.rewards)
-            self.record("remax/greedy_reward", greedy.score)
-            self.record("remax/advantage", sample.score - greedy.score)
-            self.record("remax/same_as_greedy", sample.completion_ids == greedy.completion_ids)
-            self.record("remax/length_minus_greedy", sample.length - greedy.length)
-
-    def estimate(self, stream: Stream, place: int) -> Tensor:
-        return remax_token_weights(
-            stream.scores,
-            stream.baselines,
-            stream.logps,
-            stream.ref_logps,
-            stream.mask,
-            beta=stream.beta,
-            gamma=self.args.gamma,
-            reward_clip=self.args.reward_clip,
-            kl_mode=self.args.kl_mode,
-        )
+    """One policy, and one more, greedy, completion per prompt."""

@@ -1,47 +1,38 @@
 """Micro-batches of samples, in two layouts: rows that share their prompts, or one padded row for each sample."""
 
-import logging
-
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from align.errors import ConfigError, RolloutError
-from align.modeling.prefix_support import enable_shared_prefix
-from align.trainers.on_policy.rollouts import Sample, completion_masks, completion_matrix
-
-logger = logging.getLogger(__name__)
+from align.errors import RolloutError
+from align.trainers.on_policy.samples import Sample, completion_masks, completion_matrix
 
 PER_TOKEN = ("engine_logps", "ref_logps", "old_logps", "advantages", "values", "returns")
 
 
-class SampleBatches:
-    """Of an on-policy trainer: the layout of its batches (`shares_prefixes`), `collate` and `cut`."""
+class BatchPlanner:
+    """Cuts samples into micro-batches, and makes tensors of them.
 
-    def enable_shared_prefixes(self) -> bool:
-        """Whether the samples of a prompt share its computation: as `batching` says, if policy and reference can."""
-        args, reason = self.args, None
-        if args.batching == "padded":
-            return False
-        longest = args.max_prompt_length + args.max_completion_length
-        for model in [self.model] if self.reference.adapter_off else [self.model, self.reference.model]:
-            reason = reason or enable_shared_prefix(model, longest)
-        return self.may_share(reason)
+    Args:
+        num_generations: samples of a prompt, side by side.
+        shared_prefix: whether the samples of a prompt share its computation (`resolve_layout`), and stay together.
+    """
 
-    def may_share(self, reason: str | None) -> bool:
-        """reason: why a model cannot take shared prefixes, None if it can."""
-        if reason is not None and self.args.batching == "shared_prefix":
-            raise ConfigError(f"batching: shared_prefix cannot be used with this model: {reason}")
-        if reason is not None:
-            logger.info("batches are padded, the samples of a prompt do not share it: %s", reason)
-        return reason is None
+    def __init__(self, pad_token_id: int, *, num_generations: int, shared_prefix: bool):
+        self.pad_token_id, self.num_generations, self.shared_prefix = pad_token_id, num_generations, shared_prefix
+
+    def plan(self, samples: list[Sample], batches: int) -> list[list[Sample]]:
+        """So many micro-batches, with about as many tokens each; RolloutError when there are too few samples."""
+        if self.shared_prefix:
+            return balance(samples, batches, self.num_generations)
+        return split_by_length(samples, batches)
+
+    def plan_of_size(self, samples: list[Sample], size: int) -> list[list[Sample]]:
+        """Micro-batches of about `size` samples, for passes without gradient."""
+        return self.plan(samples, max(1, -(-len(samples) // size)))
 
     def collate(self, samples: list[Sample]) -> dict[str, Tensor]:
-        return collate(samples, self.pad_token_id, shared_prefix=self.shares_prefixes)
-
-    def cut(self, samples: list[Sample], batches: int) -> list[list[Sample]]:
-        """The samples of whole prompts in micro-batches."""
-        return deal(samples, batches, self.args.num_generations) if self.shares_prefixes else split(samples, batches)
+        return collate(samples, self.pad_token_id, shared_prefix=self.shared_prefix)
 
 
 def collate(samples: list[Sample], pad_token_id: int, *, shared_prefix: bool = False) -> dict[str, Tensor]:
@@ -113,7 +104,7 @@ def padding_share(batch: dict[str, Tensor]) -> Tensor:
     return 1 - batch["attention_mask"].sum() / batch["input_ids"].numel()
 
 
-def split(samples: list[Sample], batches: int) -> list[list[Sample]]:
+def split_by_length(samples: list[Sample], batches: int) -> list[list[Sample]]:
     """Sort by length and cut into `batches` of equal size (to within one), so that little is padded."""
     _check(len(samples), "samples", batches)
     ordered = sorted(samples, key=lambda sample: len(sample.prompt["prompt_ids"]) + sample.length)
@@ -121,17 +112,17 @@ def split(samples: list[Sample], batches: int) -> list[list[Sample]]:
     return [ordered[bounds[i] : bounds[i + 1]] for i in range(batches)]
 
 
-def deal(samples: list[Sample], batches: int, together: int) -> list[list[Sample]]:
+def balance(samples: list[Sample], batches: int, together: int) -> list[list[Sample]]:
     """`batches` with about as many tokens each; every `together` samples side by side, a prompt's, stay together."""
     groups = [samples[i : i + together] for i in range(0, len(samples), together)]
     _check(len(groups), "prompts", batches)
     sizes = [len(group[0].prompt["prompt_ids"]) + sum(sample.length for sample in group) for group in groups]
-    dealt, totals = [[] for _ in range(batches)], [0] * batches
+    parts, totals = [[] for _ in range(batches)], [0] * batches
     for i in sorted(range(len(groups)), key=lambda i: -sizes[i]):
         lightest = min(range(batches), key=lambda b: totals[b])
-        dealt[lightest] += groups[i]
+        parts[lightest] += groups[i]
         totals[lightest] += sizes[i]
-    return dealt
+    return parts
 
 
 def _check(count: int, what: str, batches: int) -> None:

@@ -1,13 +1,19 @@
-"""A rollout that several optimiser steps are made from: its order, its mini-batches, and its place in a checkpoint."""
+"""A rollout that several optimiser steps are made from: how prompts come to it, its mini-batches, its checkpoint."""
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from itertools import islice
 
 import numpy as np
 from torch.utils.data import Sampler
 
+from align.errors import ConfigError, TrainingError
 from align.rollout.seeds import derive_seed
-from align.trainers.on_policy.rollouts import Sample
+from align.trainers.on_policy.config import OnPolicyConfig
+from align.trainers.on_policy.samples import Sample
+
+logger = logging.getLogger(__name__)
 
 
 class BlockSampler(Sampler[int]):
@@ -31,6 +37,53 @@ class BlockSampler(Sampler[int]):
                 yield from order[start : start + self.block].tolist()
 
 
+def block_sampler(args: OnPolicyConfig, rows: int, step: Callable[[], int]) -> BlockSampler:
+    """Of a run whose rollouts are made several steps from. step: called for the optimiser step that an epoch begins
+    with."""
+    block = args.prompts_per_rollout
+    steps_per_epoch = rows // block * args.steps_per_rollout
+    return BlockSampler(rows, block, args.num_iterations, args.seed, lambda: step() // steps_per_epoch)
+
+
+def take_prompts(
+    epoch_iterator: Iterator[list[dict]], num_batches: int, args: OnPolicyConfig
+) -> tuple[list[dict], list[int]]:
+    """The prompts of a rollout on this process, and their indices in its global batch. num_batches: micro-batches of an
+    optimiser step."""
+    prompts, indices = [], []
+    for number, batch in enumerate(islice(epoch_iterator, num_batches * args.steps_per_rollout)):
+        if number >= num_batches * args.num_mini_batches:
+            continue  # the block's repetitions, one for each further pass
+        # accelerate gives whole batches to the processes in turn
+        first = (number * args.world_size + args.process_index) * args.train_batch_size
+        prompts += batch
+        indices += range(first, first + len(batch))
+    return prompts, indices
+
+
+def check_arithmetic(args: OnPolicyConfig, rows: int) -> None:
+    """Say what a rollout is made of; raises `ConfigError` when there are fewer prompts than one takes."""
+    prompts = args.prompts_per_rollout
+    if rows < prompts:
+        times = f" x num_mini_batches {args.num_mini_batches}" if args.num_mini_batches > 1 else ""
+        raise ConfigError(
+            f"{rows} prompts are fewer than the {prompts} of one step "
+            f"(per_device_train_batch_size {args.train_batch_size} x gradient_accumulation_steps "
+            f"{args.gradient_accumulation_steps} x {args.world_size} processes{times}): lower one of them"
+        )
+    if args.process_index == 0:
+        steps = args.steps_per_rollout
+        logger.info(
+            "each %s: %d prompts x %d samples -> %d sequences -> %d optimiser step%s",
+            "step" if steps == 1 else "rollout",
+            prompts,
+            args.num_generations,
+            prompts * args.num_generations,
+            steps,
+            "" if steps == 1 else "s",
+        )
+
+
 class RolloutBuffer:
     """The samples of one rollout on this process, in mini-batches of one optimiser step each.
 
@@ -41,6 +94,12 @@ class RolloutBuffer:
     def __init__(self, mini_batches: list[list[Sample]], seed: int, number: int):
         self.mini_batches, self.seed, self.number = mini_batches, seed, number
 
+    @classmethod
+    def of(cls, samples: list[Sample], mini_batches: int, seed: int, number: int) -> "RolloutBuffer":
+        """Samples of whole prompts in their order, in so many mini-batches. number: of the rollout's first step."""
+        size = -(-len(samples) // mini_batches)
+        return cls([samples[i : i + size] for i in range(0, len(samples), size)], seed, number)
+
     @property
     def samples(self) -> list[Sample]:
         return [sample for mini_batch in self.mini_batches for sample in mini_batch]
@@ -48,11 +107,11 @@ class RolloutBuffer:
     def mini_batch(self, position: int) -> list[Sample]:
         """The samples of the optimiser step at this position, counted from the rollout's first."""
         count = len(self.mini_batches)
-        iteration, place = divmod(position, count)
+        iteration, index = divmod(position, count)
         if iteration == 0 or count == 1:
-            return self.mini_batches[place]
+            return self.mini_batches[index]
         order = np.random.default_rng(derive_seed(self.seed, "order", self.number, iteration)).permutation(count)
-        return self.mini_batches[order[place]]
+        return self.mini_batches[order[index]]
 
     def state_dict(self) -> dict:
         return {
@@ -63,3 +122,12 @@ class RolloutBuffer:
     @classmethod
     def from_state(cls, state: dict, seed: int) -> "RolloutBuffer":
         return cls([[Sample(**sample) for sample in batch] for batch in state["mini_batches"]], seed, state["number"])
+
+
+def check_position(buffer: RolloutBuffer | None, step: int, steps_per_rollout: int) -> None:
+    """Of a resumed run: there is a rollout to go on with if, and only if, the step is inside one."""
+    if (buffer is not None) != bool(step % steps_per_rollout):
+        raise TrainingError(
+            "the checkpoint was written with other num_mini_batches or num_iterations: its rollout cannot be "
+            "continued. Resume with the settings of the run"
+        )

@@ -4,7 +4,9 @@ from dataclasses import dataclass, field
 
 from align.errors import ConfigError
 from align.objectives.policy_loss import AGGREGATIONS
+from align.trainers.core.batching import BatchingOptions
 from align.trainers.core.options import BaseConfig
+from align.trainers.on_policy.estimators import make_estimator
 from align.trainers.weighting.dynamic import check_dynamic_weights
 from align.trainers.weighting.options import check_constraints
 from align.trainers.weighting.search import check_search
@@ -12,9 +14,14 @@ from align.trainers.weighting.search import check_search
 RATIO_LEVELS = ("token", "sequence", "sequence_mean")
 CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
+ESTIMATOR_HELP = {
+    "help": "How advantages are estimated: a registered name (`register_estimator`), or path/file.py:Class. Default: "
+    "the method's own."
+}
+
 
 @dataclass
-class OnPolicyConfig(BaseConfig):
+class OnPolicyConfig(BatchingOptions, BaseConfig):
     """Options of every on-policy method. `per_device_train_batch_size` counts prompts."""
 
     # ---- rollouts
@@ -36,6 +43,7 @@ class OnPolicyConfig(BaseConfig):
         },
     )
     # ---- objective
+    estimator: str = field(default="", metadata=ESTIMATOR_HELP)
     learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of AdamW."})
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "One weight per reward; their weighted sum is maximised. Default: all 1."}
@@ -115,14 +123,6 @@ class OnPolicyConfig(BaseConfig):
     )
     rollout_correction_high: float = field(default=3.0, metadata={"help": "Largest importance weight."})
     rollout_correction_low: float | None = field(default=None, metadata={"help": "Smallest one. Default: no bound."})
-    batching: str = field(
-        default="auto",
-        metadata={
-            "help": "shared_prefix: the samples of a prompt share its computation, and nothing is padded. padded: one "
-            "row per sample. auto: the first where the model allows it.",
-            "choices": ["auto", "shared_prefix", "padded"],
-        },
-    )
     disable_dropout: bool = field(default=True, metadata={"help": "Dropout makes the policy differ from its rollouts."})
     # ---- evaluation
     eval_on_start: bool = field(default=True, metadata={"help": "Evaluate before the first step: where curves start."})
@@ -136,14 +136,20 @@ class OnPolicyConfig(BaseConfig):
         return self.num_mini_batches * self.num_iterations
 
     @property
+    def prompts_per_rollout(self) -> int:
+        """Of all processes."""
+        per_step = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+        return per_step * self.num_mini_batches
+
+    @property
     def whitens(self) -> bool:
         """Whether the method itself gives advantages mean 0 and deviation 1 over the rollout."""
-        return False
+        return make_estimator(self).whitens
 
     @property
     def cancels_scale(self) -> bool:
         """Whether a factor on all scores cancels from the advantages."""
-        return self.whitens
+        return make_estimator(self).cancels_scale
 
     def __post_init__(self):
         super().__post_init__()
@@ -155,7 +161,6 @@ class OnPolicyConfig(BaseConfig):
             "kl_estimator": ("k2", "k3"),
             "importance_sampling_level": RATIO_LEVELS,
             "rollout_correction": CORRECTIONS,
-            "batching": ("auto", "shared_prefix", "padded"),
         }.items():
             if getattr(self, name) not in valid:
                 more = "; the gradient of k1 is zero on average" if getattr(self, name) == "k1" else ""
@@ -172,6 +177,7 @@ class OnPolicyConfig(BaseConfig):
                 "importance_sampling_level: sequence gives every token the whole sequence's ratio, so its loss is the "
                 "mean over tokens: set loss_aggregation: sequence_mean"
             )
+        make_estimator(self)  # which checks its own options
         check_constraints(self)
         check_dynamic_weights(self)
         check_search(self)

@@ -1,21 +1,24 @@
 """The critic of PPO: a network of its own that values each state, with its own optimiser and place in checkpoints."""
 
 import copy
-import logging
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
 
 from align.errors import ConfigError, TrainingError
 from align.modeling.load import disable_dropout, load_backbone
 from align.modeling.logprobs import language_model
 from align.modeling.pairs import pair_inputs
-
-logger = logging.getLogger(__name__)
+from align.objectives.kl import masked_mean
+from align.objectives.policy_loss import aggregate_tokens, value_losses
+from align.trainers.core.recorder import Recorder
 
 CRITIC_FILE = "critic.pt"
 
@@ -38,10 +41,41 @@ class Critic(nn.Module):
         return self.head(hidden.flatten(0, 1)[batch["completion_sources"]].to(self.head.weight.dtype)).float()
 
 
-def make_critic(policy: nn.Module, source: str | None, heads: int, *, gradient_checkpointing: bool) -> Critic:
-    """The critic: the trunk of `source` (a folder or hub name; a reward model is usual), else of the policy."""
-    if source is not None:
-        backbone = load_backbone(source)
+@dataclass
+class CriticOptions:
+    """Options of a configuration whose estimator needs a critic."""
+
+    critic_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "What the critic's trunk starts from. Default: a copy of the policy's."}
+    )
+    critic_learning_rate: float = field(
+        default=1e-5, metadata={"help": "Learning rate of the critic; it follows the policy's schedule."}
+    )
+    critic_warmup_steps: int = field(
+        default=0, metadata={"help": "Optimiser steps in which only the critic is trained."}
+    )
+    value_clip: float | None = field(
+        default=0.2, metadata={"help": "Clip of the value's change in a rollout; null: the plain squared error."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.critic_learning_rate <= 0 or self.critic_warmup_steps < 0:
+            raise ConfigError("critic_learning_rate must be above 0, critic_warmup_steps not negative")
+        if self.value_clip is not None and self.value_clip <= 0:
+            raise ConfigError(f"value_clip must be above 0 or null, got {self.value_clip}")
+
+
+def make_critic(policy: nn.Module, args, *, heads: int) -> Critic:
+    """The critic of a configuration with `CriticOptions`: the trunk of `critic_model_name_or_path` (a folder or hub
+    name; a reward model is usual), else of the policy."""
+    if not isinstance(args, CriticOptions):
+        raise ConfigError(
+            f"estimator {args.estimator!r} needs a critic, and {type(args).__name__} has no options of one: use "
+            "PPOConfig, or a configuration with CriticOptions"
+        )
+    if args.critic_model_name_or_path is not None:
+        backbone = load_backbone(args.critic_model_name_or_path)
     elif hasattr(policy, "peft_config"):
         raise ConfigError(
             "a policy with an adapter needs critic_model_name_or_path: the critic is trained in full, and the adapted "
@@ -51,46 +85,68 @@ def make_critic(policy: nn.Module, source: str | None, heads: int, *, gradient_c
         backbone = copy.deepcopy(language_model(policy).base_model)
     backbone.requires_grad_(True).train()
     disable_dropout(backbone)
-    if gradient_checkpointing:
+    if args.gradient_checkpointing:
         backbone.gradient_checkpointing_enable({"use_reentrant": False})
     return Critic(backbone, heads)
 
 
-class CriticState:
-    """The critic prepared for training, with its optimiser: in one process, with DDP or with FSDP2."""
+class CriticLearner:
+    """The critic prepared for training, with its loss and its optimiser: in one process, with DDP or with FSDP2.
 
-    def __init__(self, critic: Critic, accelerator, *, learning_rate: float, weight_decay: float, max_grad_norm: float):
+    Args:
+        args: a configuration with `CriticOptions`.
+    """
+
+    def __init__(self, critic: Critic, accelerator: Accelerator, args, recorder: Recorder):
         kind = str(accelerator.distributed_type).rpartition(".")[2]
         if kind == "DEEPSPEED" or (kind == "FSDP" and not accelerator.is_fsdp2):
             raise ConfigError(f"the critic of PPO is trained with DDP or FSDP2 or in one process, not under {kind}")
-        self.max_grad_norm, self.learning_rate = max_grad_norm, learning_rate
+        self.accelerator, self.args, self.recorder = accelerator, args, recorder
+        critic = critic.to(accelerator.device)
         self.model = fsdp2_prepare_model(accelerator, critic) if kind == "FSDP" else accelerator.prepare_model(critic)
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=learning_rate, weight_decay=weight_decay, eps=1e-5, fused=False
+            self.model.parameters(), lr=args.critic_learning_rate, weight_decay=args.weight_decay, eps=1e-5, fused=False
         )
 
     def values(self, batch: dict[str, Tensor]) -> Tensor:
-        return self.model(batch)
+        """As `Critic.forward`."""
+        with self.accelerator.autocast():
+            return self.model(batch)
 
-    def backward(self, loss: Tensor) -> None:
+    def learn(self, batch: dict[str, Tensor], normalizer: Tensor | None) -> None:
+        """Add the gradient of the squared error on this micro-batch's returns. normalizer: of the step's loss, counted
+        over all processes (`aggregate_tokens`)."""
+        mask = batch["completion_mask"]
+        with self.recorder.phase("critic"):
+            values = self.values(batch)
+        losses, clipped = value_losses(
+            values, batch["values"], batch["returns"], mask[..., None], clip=self.args.value_clip
+        )
+        losses = losses.mean(-1)
+        loss = aggregate_tokens(losses, mask, self.args.loss_aggregation, normalizer) * self.accelerator.num_processes
+        self.recorder.record("critic/loss", masked_mean(losses.detach(), mask), mask.sum())
+        self.recorder.record("critic/clip_ratio", masked_mean(clipped.float().mean(-1), mask), mask.sum())
+        self.recorder.record("critic/value", masked_mean(values.detach().mean(-1), mask), mask.sum())
         if not torch.isfinite(loss):
             raise TrainingError(f"the critic's loss is {loss.item()}: lower critic_learning_rate")
-        loss.backward()
+        with self.recorder.phase("critic"):
+            loss.backward()
 
-    def step(self, scale: float) -> float:
-        """One optimiser step at `scale` times the learning rate; returns the gradient norm before clipping."""
+    def step(self, scale: float) -> None:
+        """One optimiser step at `scale` times the learning rate."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * scale
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+            group["lr"] = self.args.critic_learning_rate * scale
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        self.recorder.record("critic/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
-    def state_dict(self) -> dict:
-        """Whole tensors in the main process, nothing in the others. All processes must call it."""
+    def save(self, folder: Path) -> None:
+        """All processes must call it; the main one writes."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         model, optimizer = get_state_dict(self.model, self.optimizer, options=options)
-        return {"model": model, "optimizer": optimizer}
+        if self.args.should_save:
+            torch.save({"model": model, "optimizer": optimizer}, folder / CRITIC_FILE)
 
     def load(self, folder: str | Path) -> None:
         path = Path(folder) / CRITIC_FILE
@@ -104,3 +160,16 @@ class CriticState:
             optim_state_dict=state["optimizer"],
             options=StateDictOptions(full_state_dict=True),
         )
+
+
+class CriticStep(TrainerCallback):
+    """Steps the critic with the policy, and holds the policy still while the critic warms up."""
+
+    def __init__(self, critic: CriticLearner):
+        self.critic = critic
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, lr_scheduler=None, **kwargs):
+        self.critic.step(lr_scheduler.get_last_lr()[0] / args.learning_rate if args.learning_rate else 1.0)
+        if state.global_step < args.critic_warmup_steps:
+            for parameter in model.parameters():
+                parameter.grad = None  # an optimiser passes over what has no gradient, decay included

@@ -1,43 +1,79 @@
 """The rollout engine of a trainer: made when it is first needed, and given the weights of every rollout."""
 
+from collections.abc import Callable
+
+from torch import nn
+
 from align.rollout import make_engine
 from align.rollout.engine import RolloutEngine
+from align.rollout.types import Rollout, SamplingParams
+from align.trainers.core.recorder import Recorder
 
 
-class EngineSync:
-    """Of an on-policy trainer: `engine`, `sync_engine` and `close`."""
+class SyncedEngine:
+    """Holds an engine and knows which step's weights it has.
 
-    engine: RolloutEngine | None
-    owns_engine: bool
-    engine_step: int | None  # whose weights the engine has, as far as the trainer knows
+    Args:
+        make: makes the engine from a model, with its weights.
+        engine: one to use instead, and to leave open; its weights are pushed before they are used.
+    """
 
-    def sync_engine(self) -> None:
-        """Make the engine, if there is none yet, and give it the weights of this step."""
-        step = self.state.global_step
-        if self.engine is not None and self.engine_step == step:
+    def __init__(
+        self,
+        make: Callable[[nn.Module], RolloutEngine],
+        engine: RolloutEngine | None = None,
+        *,
+        recorder: Recorder,
+    ):
+        self.make, self.engine, self.owned = make, engine, engine is None
+        self.recorder = recorder
+        self.step: int | None = None  # whose weights the engine has, as far as is known
+
+    @property
+    def name(self) -> str:
+        return self.engine.name
+
+    def sync(self, model: nn.Module, step: int) -> None:
+        """Make the engine, if there is none yet, and give it the weights of this step. All processes must call it."""
+        if self.engine is not None and self.step == step:
             return
-        model = self.accelerator.unwrap_model(self.model)
-        with self.phase("sync"):
+        with self.recorder.phase("sync"):
             if self.engine is None:
-                self.engine = make_engine(
-                    model,
-                    self.processing_class,
-                    backend=self.args.rollout_backend,
-                    max_model_len=self.args.max_prompt_length + self.args.max_completion_length,
-                    seed=self.args.seed,
-                    max_num_seqs=self.args.max_num_seqs,
-                    kv_cache_gib=self.args.vllm_kv_cache_gib,
-                    gpu_memory_utilization=self.args.vllm_gpu_memory_utilization,
-                    sync_tolerance=self.args.sync_tolerance,
-                )
+                self.engine = self.make(model)
                 self.engine.weight_version = step
             else:
                 report = self.engine.push(model, step)
-                self.record("rollout/probe_max_abs_diff", report.probe_max_abs_diff)
-        self.engine_step = step
+                self.recorder.record("rollout/probe_max_abs_diff", report.probe_max_abs_diff)
+        self.step = step
+
+    def forget(self) -> None:
+        """Push at the next `sync` whatever the step: the weights were changed by something else than a step."""
+        self.step = None
+
+    def generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Rollout]:
+        return self.engine.generate(prompts, params)
 
     def close(self) -> None:
-        """Free the rollout engine that the trainer made. It can go on: it makes a new one when it needs it."""
-        if self.engine is not None and self.owns_engine:
+        """Free the engine, unless it was given. The next `sync` makes a new one."""
+        if self.engine is not None and self.owned:
             self.engine.close()
-            self.engine = self.engine_step = None
+            self.engine = self.step = None
+
+
+def engine_maker(args, tokenizer) -> Callable[[nn.Module], RolloutEngine]:
+    """A function that makes the engine that a configuration (`OnPolicyConfig`) asks for."""
+
+    def make(model: nn.Module) -> RolloutEngine:
+        return make_engine(
+            model,
+            tokenizer,
+            backend=args.rollout_backend,
+            max_model_len=args.max_prompt_length + args.max_completion_length,
+            seed=args.seed,
+            max_num_seqs=args.max_num_seqs,
+            kv_cache_gib=args.vllm_kv_cache_gib,
+            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+            sync_tolerance=args.sync_tolerance,
+        )
+
+    return make

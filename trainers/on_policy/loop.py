@@ -1,84 +1,71 @@
 """The one on-policy loop: prompts -> rollouts -> reward columns -> streams -> advantages -> updates.
 
 `OnPolicyTrainer` is transformers' Trainer whose batches are made by the policy itself. `get_batch_samples`, which
-collects the micro-batches of one optimiser step, takes them from a rollout; at the rollout's first step it samples all
-prompts in one engine call (`fill_buffer`, the whole way from prompts to advantages). Methods plug in `requests` (what
-to sample for a prompt, the baseline included), `set_baselines`, and `estimate` (the advantages of one stream of
-scores); the weighting (trainers/weighting/base.py) says which streams there are and mixes them.
+collects the micro-batches of one optimiser step, takes them from a rollout; at the rollout's first step it makes one
+(`make_rollout`, the whole way from prompts to advantages). The work is done by parts that know only what they are
+given, each in a file of this folder:
 
-Every draw is seeded by (seed, step, place of the prompt in the rollout's global batch), so a run does not depend on how
+    engine      SyncedEngine: a rollout engine with the weights of a step
+    pipeline    RolloutPipeline: prompts in, scored samples out
+    forward     ForwardPasses: log-probs of reference and policy
+    estimator   Estimator: from a stream of scores to advantages; the one thing in which methods differ
+    weighting   Weighting (trainers/weighting/): which streams there are, and what each counts now
+    critic      CriticLearner, for estimators that need values
+    planner     BatchPlanner: samples in, micro-batches out
+    evaluator   PolicyEvaluator
+
+Every draw is seeded by (seed, step, index of the prompt in the rollout's global batch), so a run does not depend on how
 its batches are cut into processes and micro-batches, nor on where it was resumed.
 """
 
-from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import Trainer, set_seed
 
+from align.errors import ConfigError
 from align.modeling.completions import completion_logps
 from align.modeling.load import disable_dropout, load_policy, load_tokenizer, reference_of
-from align.objectives import kl
-from align.objectives.controllers import AdaptiveKL
-from align.objectives.policy_loss import aggregate_tokens, clipped_policy_loss
-from align.objectives.returns import whiten
-from align.objectives.rollout_correction import importance_weights, log_ratios
+from align.modeling.prefix_support import enable_shared_prefix, enable_trunk
+from align.objectives.kl import masked_sum
+from align.objectives.policy_loss import aggregate_tokens
 from align.rollout.engine import RolloutEngine
-from align.rollout.seeds import derive_seed
 from align.rollout.types import SamplingParams
-from align.trainers.core.reference_checks import ReferenceChecks
+from align.trainers.core.batching import resolve_layout
+from align.trainers.core.ranks import Ranks
+from align.trainers.core.reference_checks import check_reference, check_same_start, logp_tolerance, reference_probe
 from align.trainers.core.trainer import TrainerMixin
-from align.trainers.on_policy.batches import SampleBatches
-from align.trainers.on_policy.buffer import RolloutBuffer
+from align.trainers.on_policy.batches import BatchPlanner
+from align.trainers.on_policy.buffer import RolloutBuffer, block_sampler, check_arithmetic, check_position, take_prompts
 from align.trainers.on_policy.config import OnPolicyConfig
-from align.trainers.on_policy.engine import EngineSync
-from align.trainers.on_policy.evaluation import Curve, PolicyEvaluation, eval_prompts
+from align.trainers.on_policy.critic import CriticLearner, CriticStep, make_critic
+from align.trainers.on_policy.engine import SyncedEngine, engine_maker
+from align.trainers.on_policy.estimators import make_estimator
+from align.trainers.on_policy.evaluation import Curve, EvaluationFile, PolicyEvaluator, eval_prompts
+from align.trainers.on_policy.forward import ForwardPasses
+from align.trainers.on_policy.kl_coefficient import KLCoefficient
 from align.trainers.on_policy.metrics import OnPolicyMetrics
+from align.trainers.on_policy.objective import loss_count, policy_objective
+from align.trainers.on_policy.pipeline import RolloutPipeline
 from align.trainers.on_policy.rewards import RewardColumns
-from align.trainers.on_policy.rollouts import (
+from align.trainers.on_policy.samples import (
     Sample,
     completion_masks,
     completion_matrix,
-    make_samples,
+    sampling_logps,
     tokenized_prompts,
 )
-from align.trainers.on_policy.state import OnPolicyState
+from align.trainers.on_policy.streams import fill_advantages, mix
 from align.trainers.weighting.base import make_weighting
+from align.trainers.weighting.gradients import gradient_parameters, stream_gradients
 from align.trainers.weighting.search import make_search
 from align.trainers.weighting.updates import WeightingUpdates
 
 
-@dataclass
-class Stream:
-    """One column of scores and what its advantages are estimated from. N samples (a prompt's side by side), L tokens.
-
-    scores, baselines (None without): [N]. beta: coefficient of the KL inside this stream's reward, 0 for all but the
-    task. logps: of the policy that sampled; ref_logps, mask: [N, L]. values: [N, L], of a critic, or None.
-    """
-
-    scores: Tensor
-    baselines: Tensor | None
-    beta: float
-    logps: Tensor
-    ref_logps: Tensor
-    mask: Tensor
-    values: Tensor | None
-
-
-class OnPolicyTrainer(
-    EngineSync,
-    SampleBatches,
-    OnPolicyState,
-    WeightingUpdates,
-    OnPolicyMetrics,
-    PolicyEvaluation,
-    ReferenceChecks,
-    TrainerMixin,
-    Trainer,
-):
-    """The loop. Subclasses implement `estimate`, and `requests` and `set_baselines` where they need more.
+class OnPolicyTrainer(TrainerMixin, Trainer):
+    """The loop. `args.estimator` says how advantages are estimated.
 
     Args:
         model: a model, a folder or a hub name.
@@ -106,23 +93,18 @@ class OnPolicyTrainer(
         optimizers=(None, None),
         engine: RolloutEngine | None = None,
     ):
-        processing_class = processing_class or load_tokenizer(model)
+        tokenizer = processing_class or load_tokenizer(model)
         set_seed(args.seed)  # a new adapter is drawn at random
         model = load_policy(model, peft_config=peft_config, sharded=True)
         if args.disable_dropout:
             disable_dropout(model)
-        self.rewards = RewardColumns(reward, args.reward_weights, tokenizer=processing_class)
-        self.gold = RewardColumns(gold_reward, None, tokenizer=processing_class) if gold_reward is not None else None
-        self.weighting = make_weighting(self.rewards.names, self.rewards.weights, args)
-        self.kl_controller = None
-        if args.kl_target is not None:
-            self.kl_controller = AdaptiveKL(args.beta, args.kl_target, args.kl_horizon)
+        self.rewards = RewardColumns(reward, args.reward_weights, tokenizer=tokenizer)
+        self.gold = RewardColumns(gold_reward, None, tokenizer=tokenizer) if gold_reward is not None else None
+        self.weighting = make_weighting(self.rewards.weights, args)
+        self.estimator = make_estimator(args)
+        self.kl = KLCoefficient(args.beta, args.kl_target, args.kl_horizon)
         self.check_start = ref_model is None
         self.reference = reference_of(model, ref_model)
-        self.engine = engine
-        self.owns_engine = engine is None
-        self.engine_step = None
-        self.eval_writer = None
         self.buffer: RolloutBuffer | None = None
         args.remove_unused_columns = False
         if eval_dataset is None:
@@ -131,52 +113,79 @@ class OnPolicyTrainer(
             model=model,
             args=args,
             data_collator=list,
-            train_dataset=tokenized_prompts(train_dataset, processing_class, args),
-            eval_dataset=None if eval_dataset is None else eval_prompts(eval_dataset, processing_class, args),
-            processing_class=processing_class,
+            train_dataset=tokenized_prompts(train_dataset, tokenizer, args),
+            eval_dataset=None if eval_dataset is None else eval_prompts(eval_dataset, tokenizer, args),
+            processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = True  # the losses are normalised by the global count, not by Trainer
-        self.shares_prefixes = self.enable_shared_prefixes()
-        self.reference.prepare(self.accelerator)
-        # Before the trackers' own callbacks: TensorBoard closes its writer there.
-        self.callback_handler.callbacks.insert(0, Curve(self))
+        self.ranks, self.metrics = Ranks(self.accelerator), OnPolicyMetrics(self.recorder)
+        self._make_passes()
+        self._make_rollouts(engine)
         self.search = make_search(self)
+        if self.critic is not None:
+            self.add_callback(CriticStep(self.critic))
 
-    # ---- what a method plugs in -------------------------------------------------------------------------------------
+    def _make_passes(self) -> None:
+        """What computes log-probs and values: reference, critic and forward passes, in one layout of the batches."""
+        args, longest = self.args, self.args.max_prompt_length + self.args.max_completion_length
+        models = [self.model] if self.reference.adapter_off else [self.model, self.reference.model]
+        shared = resolve_layout(args.batching, (enable_shared_prefix(model, longest) for model in models))
+        self.reference.prepare(self.accelerator)
+        self.critic: CriticLearner | None = None
+        if self.estimator.needs_values:
+            critic = make_critic(self.model, args, heads=len(self.weighting.streams))
+            if shared:
+                shared = resolve_layout(args.batching, [enable_trunk(critic.backbone, self.model, longest)])
+            self.critic = CriticLearner(critic, self.accelerator, args, self.recorder)
+        tokenizer = self.processing_class
+        padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.planner = BatchPlanner(padding, num_generations=args.num_generations, shared_prefix=shared)
+        self.forward = ForwardPasses(self.planner, self._prepare_inputs, args.temperature)
 
-    def requests(self) -> list[SamplingParams]:
-        """The requests made for every prompt, in order. The first is the trained one (`num_generations` samples)."""
-        return [
-            SamplingParams(
-                max_tokens=self.args.max_completion_length,
-                n=self.args.num_generations,
-                temperature=self.args.temperature,
-            )
-        ]
+    def _make_rollouts(self, engine: RolloutEngine | None) -> None:
+        """What makes and scores completions, in training and evaluation."""
+        args, tokenizer = self.args, self.processing_class
+        make = engine_maker(args, tokenizer)
+        self.engine = SyncedEngine(make, engine, recorder=self.recorder)
+        sampling = SamplingParams(
+            max_tokens=args.max_completion_length, n=args.num_generations, temperature=args.temperature
+        )
+        requests = self.estimator.requests(sampling)
+        self.pipeline = RolloutPipeline(
+            self.engine, tokenizer, self.rewards, requests, seed=args.seed, recorder=self.recorder
+        )
+        self.updates = WeightingUpdates(self.weighting, self.ranks, self.recorder)
+        self.evaluator = PolicyEvaluator(
+            args, self.engine, tokenizer, self.rewards, self.gold, self.forward, self.ranks
+        )
+        self.evaluations = EvaluationFile(
+            args,
+            method=type(self).__name__.removesuffix("Trainer").lower(),
+            proxy=self.rewards.name,
+            gold=self.gold.name if self.gold is not None else None,
+        )
+        if self.eval_dataset is not None:
+            # Before the trackers' own callbacks: TensorBoard closes its writer there.
+            curve = Curve(self.evaluations, lambda: self.resume_step, self.log_figure)
+            self.callback_handler.callbacks.insert(0, curve)
 
-    def set_baselines(self, samples: list[Sample], extra: list[list[Sample]]) -> None:
-        """Fill `sample.baseline` and `.baselines`; `extra[p]` holds the samples of the further requests of prompt p."""
-
-    def fill_values(self, samples: list[Sample]) -> None:
-        """Fill `sample.values`, for a method with a critic."""
-
-    def estimate(self, stream: Stream, place: int) -> Tensor:
-        """The advantages [N, L] of the stream at this place of the weighting, detached, 0 outside the mask."""
-        raise TypeError(f"{type(self).__name__} does not say how advantages are estimated")
-
-    def further_loss(self, batch: dict[str, Tensor], normalizer: Tensor | None) -> None:
-        """Train what is not the policy (a critic) on this micro-batch."""
-
-    # ---- the loop ---------------------------------------------------------------------------------------------------
+    # ---- transformers' hooks ----------------------------------------------------------------------------------------
 
     def train(self, *args, **kwargs):
-        self.check_arithmetic()
-        self.engine_step, self.eval_writer, self.buffer = None, None, None  # they may be another run's
+        check_arithmetic(self.args, len(self.train_dataset))
+        self.engine.forget()  # what is there may be another run's
+        self.evaluations.close()
+        self.buffer = None
         output = super().train(*args, **kwargs)
-        self.engine_step = None  # the best checkpoint may have been loaded
+        self.engine.forget()  # the best checkpoint may have been loaded
         return output
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.steps_per_rollout == 1:
+            return super()._get_train_sampler(train_dataset)
+        return block_sampler(self.args, len(self.train_dataset), lambda: self.state.global_step)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """One optimiser step's micro-batches, from a rollout of the policy as it was at the rollout's first step."""
@@ -185,195 +194,159 @@ class OnPolicyTrainer(
         steps = self.args.steps_per_rollout
         position = self.state.global_step % steps
         if self.state.global_step == self.resume_step:
-            self.check_reference()
             self.load_state(self.resume_state)
             if position:  # the prompts of the rest of this rollout are in the buffer
                 list(islice(epoch_iterator, (steps - position) * num_batches))
         if position == 0:
-            prompts, places = self.take_prompts(epoch_iterator, num_batches)
+            prompts, indices = take_prompts(epoch_iterator, num_batches, self.args)
             if not prompts:
                 return [], None
-            self.buffer = self.fill_buffer(prompts, places, num_batches)
+            self.buffer = self.make_rollout(prompts, indices)
         samples = self.buffer.mini_batch(position)
         if self.weighting.update_per == "mini_batch":
-            self.update_weighting(samples)
-        count = self.loss_count(samples)
-        return [self.collate(batch) for batch in self.cut(samples, num_batches)], count
-
-    def take_prompts(self, epoch_iterator, num_batches: int) -> tuple[list[dict], list[int]]:
-        """The prompts of a rollout on this process, and their places in its global batch."""
-        args, prompts, places = self.args, [], []
-        for number, batch in enumerate(islice(epoch_iterator, num_batches * args.steps_per_rollout)):
-            if number >= num_batches * args.num_mini_batches:
-                continue  # the block's repetitions, one for each further pass
-            # accelerate deals whole batches to the processes in turn
-            first = (number * args.world_size + args.process_index) * args.train_batch_size
-            prompts += batch
-            places += range(first, first + len(batch))
-        return prompts, places
-
-    def fill_buffer(self, prompts: list[dict], places: list[int], num_batches: int) -> RolloutBuffer:
-        """From prompts to samples that know their advantages."""
-        self.sync_engine()
-        with self.phase("generate"):
-            samples, extra = self.roll_out(prompts, places)
-        with self.phase("score"):
-            self.rewards.fill(samples + [sample for group in extra for sample in group])
-            self.set_baselines(samples, extra)
-        parts = self.cut(samples, max(1, -(-len(samples) // (self.args.train_batch_size * self.args.num_generations))))
-        with self.phase("reference"):
-            for part in parts:
-                self.fill_reference(part)
-        if self.args.steps_per_rollout > 1:
-            with self.phase("old_logps"):
-                for part in parts:
-                    self.fill_old_logps(part)
-        with self.phase("advantages"):
-            self.fill_values(samples)
-            self.fill_advantages(samples)
-        self.learn_from_gradients(parts)
-        self.record_rollouts(samples)
-        if self.weighting.update_per == "rollout":
-            self.update_weighting(samples)
-        if self.kl_controller is not None:
-            self.update_kl_coefficient(samples)
-        size = -(-len(samples) // self.args.num_mini_batches)
-        mini_batches = [samples[i : i + size] for i in range(0, len(samples), size)]
-        return RolloutBuffer(mini_batches, self.args.seed, self.state.global_step)
-
-    def roll_out(self, prompts: list[dict], places: list[int]) -> tuple[list[Sample], list[list[Sample]]]:
-        """One engine call for all requests of all prompts; returns the trained samples and, per prompt, the others.
-
-        places: of the prompts in the global batch of this rollout.
-        """
-        requests = self.requests()
-        rollouts = self.engine.generate(
-            [prompt["prompt_ids"] for prompt in prompts for _ in requests],
-            [
-                replace(request, seed=derive_seed(self.args.seed, "train", self.state.global_step, place, number))
-                for place in places
-                for number, request in enumerate(requests)
-            ],
-        )
-        samples, extra = [], []
-        for i, prompt in enumerate(prompts):
-            made = [
-                make_samples(self.processing_class, prompt, rollout.completions, rollout.weight_version)
-                for rollout in rollouts[i * len(requests) : (i + 1) * len(requests)]
-            ]
-            samples += made[0]
-            extra.append([sample for group in made[1:] for sample in group])
-        return samples, extra
-
-    def fill_reference(self, samples: list[Sample]) -> None:
-        """Reference log-probs of each sample's completion, at the sampling temperature."""
-        batch = self._prepare_inputs(self.collate(samples))
-        with self.reference.active() as model:
-            logps = completion_logps(model, batch, temperature=self.args.temperature)
-        self.give(samples, "ref_logps", logps)
-
-    @torch.no_grad()
-    def fill_old_logps(self, samples: list[Sample]) -> None:
-        """Log-probs of the policy before the rollout's first update, which the ratio is taken against."""
-        batch = self._prepare_inputs(self.collate(samples))
-        self.give(samples, "old_logps", self.policy_logps(self.model, batch)[0])
-
-    @staticmethod
-    def give(samples: list[Sample], name: str, values: Tensor) -> None:
-        """Each sample's row of values [B, L, ...]."""
-        for sample, row in zip(samples, values.detach().cpu(), strict=True):
-            setattr(sample, name, row[: sample.length].clone())
-
-    def fill_advantages(self, samples: list[Sample]) -> None:
-        """One advantage per token and stream."""
-        mask, columns = completion_masks(samples), [self.weighting.scores(sample.rewards) for sample in samples]
-        logps = completion_matrix(samples, "old_logps" if samples[0].old_logps is not None else "engine_logps")
-        ref_logps = completion_matrix(samples, "ref_logps")
-        values = completion_matrix(samples, "values") if samples[0].values is not None else None
-        advantages = []
-        for place, name in enumerate(self.weighting.streams):
-            baselines = [sample.baselines[name] for sample in samples] if samples[0].baselines else None
-            stream = Stream(
-                scores=torch.tensor([column[name] for column in columns]),
-                baselines=None if baselines is None else torch.tensor(baselines),
-                beta=self.beta if self.args.kl_in == "reward" and (place == 0 or self.weighting.kl_everywhere) else 0.0,
-                logps=logps,
-                ref_logps=ref_logps,
-                mask=mask,
-                values=None if values is None else values[..., place],
-            )
-            estimated = self.estimate(stream, place)
-            advantages.append(self.whitened(estimated, mask) if self.weighting.standardize else estimated)
-        for sample, row in zip(samples, torch.stack(advantages, dim=-1), strict=True):
-            sample.advantages = row[: sample.length]
-
-    def policy_logps(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Log-probs at the sampling temperature and entropies (nats) of the completions' tokens, [B, L] each, 0 outside
-        them."""
-        return completion_logps(model, batch, temperature=self.args.temperature, return_entropy=True)
+            self.updates.learn(samples, self.state.global_step + 1)
+        batches = self.planner.plan(samples, num_batches)
+        return [self.planner.collate(batch) for batch in batches], self.loss_count(samples)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args, mask = self.args, inputs["completion_mask"]
-        logps, entropy = self.policy_logps(model, inputs)
-        old_logps = inputs.get("old_logps", logps.detach())
+        logps, entropy = completion_logps(model, inputs, temperature=args.temperature, return_entropy=True)
         if self.state.global_step % args.steps_per_rollout == 0:
             self.check_logps(logps.detach(), inputs)
-        advantages = inputs["advantages"] @ torch.tensor(self.weighting.weights()).to(inputs["advantages"])
-        policy = clipped_policy_loss(
-            logps,
-            old_logps,
-            advantages,
-            mask,
-            clip_low=args.epsilon,
-            clip_high=args.epsilon_high or args.epsilon,
-            dual_clip=args.dual_clip,
-            ratio_level=args.importance_sampling_level,
-        )
-        losses = policy.losses
-        if args.rollout_correction != "none":
-            level, outside = args.rollout_correction.split("_")
-            bounds = {"high": args.rollout_correction_high, "low": args.rollout_correction_low}
-            ratios = log_ratios(old_logps, inputs["engine_logps"], mask)
-            losses = losses * importance_weights(ratios, mask, level=level, outside=outside, **bounds)
-        if args.kl_in == "loss" and self.beta:
-            price = self.beta * self.weighting.weights()[0]  # the KL is a part of the task
-            losses = losses + price * getattr(kl, args.kl_estimator)(logps, inputs["ref_logps"])
-        self.record_update(logps.detach(), entropy, policy, inputs)
-        self.further_loss(inputs, num_items_in_batch)
+        advantages = mix(inputs["advantages"], self.weighting)
+        coefficient = self.kl.value * self.weighting.kl_weight
+        losses, policy = policy_objective(logps, advantages, inputs, args, kl_coefficient=coefficient)
+        self.metrics.update(logps.detach(), entropy, inputs)
+        if args.steps_per_rollout > 1:
+            self.metrics.surrogate(policy, mask)
+        if self.critic is not None:
+            self.critic.learn(inputs, num_items_in_batch)
         # The count is of all ranks, and DDP averages the gradients over them.
         loss = aggregate_tokens(losses, mask, args.loss_aggregation, num_items_in_batch)
         return loss * self.accelerator.num_processes
 
-    # ---- over all processes -----------------------------------------------------------------------------------------
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """Sample from the policy at the training temperature on the evaluation prompts, score, and log the means.
 
-    def everywhere(self, values: Tensor) -> Tensor:
-        """Rows of all processes, this one's at `own_rows(N)`. values: [N, ...], N the same everywhere."""
-        if self.accelerator.num_processes == 1:
-            return values
-        if values.dim() > 1:
-            values = self.accelerator.pad_across_processes(values, dim=1)
-        return self.accelerator.gather(values.to(self.args.device)).cpu()
+        The evaluation file takes what training and, after it, calls without `eval_dataset` (raw or tokenised prompts,
+        all of which are used) evaluate, once per step.
+        """
+        dataset = self.eval_dataset
+        if eval_dataset is not None:
+            dataset = tokenized_prompts(eval_dataset, self.processing_class, self.args)
+        if dataset is None:
+            raise ConfigError("there is nothing to evaluate on: pass eval_dataset")
+        self.sync_engine()
+        with self.phase("evaluate"):
+            rows = self.evaluator.evaluate(dataset, self.model, self.reference)
+        measured = self.evaluator.measured
+        metrics = {f"{metric_key_prefix}_{name}": sum(row[name] for row in rows) / len(rows) for name in measured}
+        if eval_dataset is None and self.is_in_train:
+            scores = {name: [row[f"rewards/{name}"] for row in rows] for name in self.rewards.names}
+            learned = self.weighting.observe(scores)
+            metrics |= {f"{metric_key_prefix}_{name}": value for name, value in learned.items()}
+        self.log(metrics)
+        if eval_dataset is None:
+            table = self.evaluations.write(self.state.global_step, rows, measured)
+            if table:
+                self.log_table("completions", ["step", "prompt", "completion", "proxy", "gold"], table)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
-    def own_rows(self, count: int) -> slice:
-        return slice(self.args.process_index * count, (self.args.process_index + 1) * count)
+    # ---- from prompts to advantages ---------------------------------------------------------------------------------
 
-    def whitened(self, values: Tensor, mask: Tensor) -> Tensor:
-        """Mean 0, deviation 1 over the tokens of all processes. values, mask: [N, L]."""
-        everyone = whiten(self.everywhere(values), self.everywhere(mask))
-        return everyone[self.own_rows(len(values)), : values.shape[1]]
+    def sync_engine(self) -> None:
+        self.engine.sync(self.accelerator.unwrap_model(self.model), self.state.global_step)
 
-    def update_kl_coefficient(self, samples: list[Sample]) -> None:
-        logps = completion_matrix(samples, "old_logps" if samples[0].old_logps is not None else "engine_logps")
-        gaps = kl.masked_sum(logps - completion_matrix(samples, "ref_logps"), completion_masks(samples))
-        gaps = self.everywhere(gaps)
-        self.kl_controller.update(gaps.mean().item(), len(gaps))
+    def make_rollout(self, prompts: list[dict], indices: list[int]) -> RolloutBuffer:
+        """From prompts to samples that know their advantages. indices: of the prompts in the rollout's global batch."""
+        args, step = self.args, self.state.global_step
+        self.sync_engine()
+        rollout = self.pipeline.run(prompts, indices, step, weight_version=step)
+        samples = rollout.samples
+        parts = self.planner.plan_of_size(samples, args.train_batch_size * args.num_generations)
+        with self.phase("reference"):
+            self.forward.fill(parts, "ref_logps", self.forward.reference_logps(self.reference))
+        if args.steps_per_rollout > 1:
+            with self.phase("old_logps"):
+                self.forward.fill(parts, "old_logps", self.forward.policy_logps(self.model))
+        if self.critic is not None:
+            with self.phase("values"):
+                self.forward.fill(parts, "values", self.critic.values)
+        with self.phase("advantages"):
+            beta = self.kl.value if args.kl_in == "reward" else 0.0
+            self.metrics.all(fill_advantages(rollout, self.estimator, self.weighting, self.ranks, beta))
+        if self.weighting.needs_gradients:
+            with self.phase("objective_gradients"):
+                self.updates.learn_from_gradients(self.stream_gradients(parts))
+        self.metrics.rollout(samples)
+        if self.weighting.update_per == "rollout":
+            self.updates.learn(samples, step + 1)
+        if self.kl.adapts:
+            self.adapt_kl(samples)
+        return RolloutBuffer.of(samples, args.num_mini_batches, args.seed, step)
 
-    @property
-    def beta(self) -> float:
-        """The KL coefficient now."""
-        return self.args.beta if self.kl_controller is None else self.kl_controller.value
+    def adapt_kl(self, samples: list[Sample]) -> None:
+        """Adapt the KL coefficient."""
+        self.record("beta", self.kl.value)
+        log_ratios = sampling_logps(samples) - completion_matrix(samples, "ref_logps")
+        self.kl.update(self.ranks.gather(masked_sum(log_ratios, completion_masks(samples))))
 
-    @property
-    def pad_token_id(self) -> int:
-        tokenizer = self.processing_class
-        return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    def stream_gradients(self, parts: list[list[Sample]]) -> Tensor:
+        """Of the streams that the weighting learns from, on the global rollout given in micro-batches."""
+        model, names = self.accelerator.unwrap_model(self.model), [stream.name for stream in self.weighting.streams]
+        return stream_gradients(
+            model,
+            (self._prepare_inputs(self.planner.collate(part)) for part in parts),
+            [names.index(name) for name in self.weighting.needs_gradients],
+            gradient_parameters(model, self.weighting.gradient_parameters, self.ranks),
+            temperature=self.args.temperature,
+            aggregation=self.args.loss_aggregation,
+            count=self.loss_count([sample for part in parts for sample in part]),
+            ranks=self.ranks,
+        )
+
+    def loss_count(self, samples: list[Sample]) -> Tensor:
+        """What the loss of these samples is divided by, counted over all processes."""
+        return self.ranks.total(loss_count([sample.length for sample in samples], self.args))
+
+    def check_logps(self, logps: Tensor, batch: dict[str, Tensor]) -> None:
+        """The policy that is trained must be the one that sampled, and at step 0 also the reference."""
+        tolerance, step = logp_tolerance(self.accelerator, self.model), self.state.global_step
+        self.metrics.engine_agrees(logps, batch, tolerance=tolerance, step=step + 1, engine=self.engine.name)
+        if step == 0 and self.check_start:
+            check_same_start(logps, batch["ref_logps"], batch["completion_mask"], tolerance)
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def extra_state(self) -> dict:
+        inside = self.buffer is not None and self.state.global_step % self.args.steps_per_rollout != 0
+        return {
+            "reference": reference_probe(self.reference, self.args.device),
+            "weighting": self.weighting.state_dict(),
+            "kl_controller": self.kl.state_dict(),
+            "search": None if self.search is None else self.search.state_dict(),
+            "buffer": self.buffer.state_dict() if inside else None,
+        }
+
+    def load_state(self, state: dict) -> None:
+        """Go on with what a checkpoint holds beyond model and optimiser."""
+        probe = reference_probe(self.reference, self.args.device)
+        check_reference(probe, state["reference"], logp_tolerance(self.accelerator, self.model))
+        self.weighting.load_state_dict(state["weighting"])
+        self.kl.load_state_dict(state["kl_controller"])
+        if self.search is not None:
+            self.search.load_state_dict(state["search"])
+        if state["buffer"] is not None:
+            self.buffer = RolloutBuffer.from_state(state["buffer"], self.args.seed)
+        check_position(self.buffer, self.state.global_step, self.args.steps_per_rollout)
+        if self.critic is not None:
+            self.critic.load(self.resume_folder)
+
+    def save_further_files(self, folder: Path) -> None:
+        if self.critic is not None:
+            self.critic.save(folder)
+
+    def close(self) -> None:
+        """Free the rollout engine that the trainer made. It can go on: it makes a new one when it needs it."""
+        self.engine.close()

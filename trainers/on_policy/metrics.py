@@ -1,4 +1,4 @@
-"""What an on-policy run logs, and the checks of its log-probs."""
+"""What an on-policy run logs of its rollouts and updates, and the check of its log-probs."""
 
 from torch import Tensor
 
@@ -6,41 +6,50 @@ from align.errors import TrainingError
 from align.objectives import kl
 from align.objectives.policy_loss import PolicyLoss
 from align.objectives.rollout_correction import log_ratios, mismatch
+from align.trainers.core.recorder import Recorder
 from align.trainers.on_policy.batches import padding_share
-from align.trainers.on_policy.rollouts import Sample
+from align.trainers.on_policy.samples import Sample
 
 
 class OnPolicyMetrics:
-    """Of an on-policy trainer."""
+    """Records what they are of: the log shows means over samples, sequences or tokens."""
 
-    def check_logps(self, logps: Tensor, batch: dict[str, Tensor]) -> None:
-        """The policy that is trained must be the one that sampled, and at step 0 also the reference."""
-        mask, tolerance = batch["completion_mask"], self.logp_tolerance
-        gap = ((logps - batch["engine_logps"]) * mask).abs().sum() / mask.sum()
-        self.record("rollout/mean_abs_logp_diff", gap, mask.sum())
-        if not gap <= tolerance:
-            raise TrainingError(
-                f"step {self.state.global_step + 1}: the log-probs of the rollouts differ by {gap:.4f} nats per token "
-                f"between the {self.engine.name} engine and the trainer (allowed {tolerance}). Does something change "
-                "the weights or the logits outside the trainer? Compare with rollout_backend: transformers"
-            )
-        for name, value in mismatch(log_ratios(logps, batch["engine_logps"], mask), mask).items():
-            if name in ("kl_k3", "effective_sample_size"):
-                self.record(f"rollout/{name}", value, mask.sum())
-        if self.state.global_step == 0 and self.check_start:
-            self.check_same_start(logps, batch["ref_logps"], mask)
+    def __init__(self, recorder: Recorder):
+        self.record = recorder.record
 
-    def record_rollouts(self, samples: list[Sample]) -> None:
+    def rollout(self, samples: list[Sample]) -> None:
         for sample in samples:
             for name, value in {**sample.rewards, **sample.extras}.items():
                 self.record(f"rewards/{name}", value)
             self.record("reward", sample.score)
             self.record("completions/mean_length", sample.length)
             self.record("completions/clipped_ratio", sample.truncated)
-        if self.kl_controller is not None:
-            self.record("beta", self.beta)
 
-    def record_update(self, logps: Tensor, entropy: Tensor, policy: PolicyLoss, batch: dict[str, Tensor]) -> None:
+    def all(self, metrics: dict[str, list[float]]) -> None:
+        """Of an estimator."""
+        for name, values in metrics.items():
+            for value in values:
+                self.record(name, value)
+
+    def engine_agrees(
+        self, logps: Tensor, batch: dict[str, Tensor], *, tolerance: float, step: int, engine: str
+    ) -> None:
+        """The policy that is trained must be the one that sampled: raises `TrainingError` if the mean difference of
+        their log-probs is above the tolerance (nats)."""
+        mask = batch["completion_mask"]
+        gap = ((logps - batch["engine_logps"]) * mask).abs().sum() / mask.sum()
+        self.record("rollout/mean_abs_logp_diff", gap, mask.sum())
+        if not gap <= tolerance:
+            raise TrainingError(
+                f"step {step}: the log-probs of the rollouts differ by {gap:.4f} nats per token between the {engine} "
+                f"engine and the trainer (allowed {tolerance}). Does something change the weights or the logits "
+                "outside the trainer? Compare with rollout_backend: transformers"
+            )
+        for name, value in mismatch(log_ratios(logps, batch["engine_logps"], mask), mask).items():
+            if name in ("kl_k3", "effective_sample_size"):
+                self.record(f"rollout/{name}", value, mask.sum())
+
+    def update(self, logps: Tensor, entropy: Tensor, batch: dict[str, Tensor]) -> None:
         mask = batch["completion_mask"]
         tokens = mask.sum()
         for name, estimator in (("kl", kl.k1), ("kl_k3", kl.k3)):
@@ -50,7 +59,10 @@ class OnPolicyMetrics:
         for name, values in (("entropy", entropy), ("logps/mean", logps)):
             self.record(name, (values * mask).sum() / tokens, tokens)
         self.record("padding", padding_share(batch), batch["input_ids"].numel())
-        if self.args.steps_per_rollout > 1:
-            self.record("clip_ratio", policy.clipped.sum() / tokens, tokens)
-            self.record("policy/approx_kl", policy.approx_kl, tokens)
-            self.record("policy/ratio", kl.masked_mean(policy.ratio, mask), tokens)
+
+    def surrogate(self, policy: PolicyLoss, mask: Tensor) -> None:
+        """Of the clipped loss, where several steps are made from a rollout."""
+        tokens = mask.sum()
+        self.record("clip_ratio", policy.clipped.sum() / tokens, tokens)
+        self.record("policy/approx_kl", policy.approx_kl, tokens)
+        self.record("policy/ratio", kl.masked_mean(policy.ratio, mask), tokens)

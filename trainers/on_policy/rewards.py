@@ -4,7 +4,8 @@ from typing import Any
 
 from align.errors import ConfigError
 from align.reward_models.base import Reward, RewardBatch
-from align.trainers.on_policy.rollouts import Sample
+from align.trainers.on_policy.samples import Sample
+from align.trainers.weighting.base import weighted_sum
 
 
 class RewardColumns:
@@ -20,9 +21,10 @@ class RewardColumns:
         self.names = [reward.name for reward in self.rewards]
         if len(set(self.names)) != len(self.names):
             raise ConfigError(f"two rewards have the same name in {self.names}: give each its own `name`")
-        self.weights = [1.0] * len(self.rewards) if weights is None else weights
-        if len(self.weights) != len(self.rewards):
-            raise ConfigError(f"{len(self.weights)} reward_weights for {len(self.rewards)} rewards {self.names}")
+        weights = [1.0] * len(self.rewards) if weights is None else weights
+        if len(weights) != len(self.rewards):
+            raise ConfigError(f"{len(weights)} reward_weights for {len(self.rewards)} rewards {self.names}")
+        self.weights = dict(zip(self.names, weights, strict=True))
 
     @property
     def name(self) -> str:
@@ -37,7 +39,7 @@ class RewardColumns:
                 for sample, value in zip(samples, values.tolist(), strict=True):
                     sample.extras[f"{name}/{key}"] = value
         for sample in samples:
-            sample.score = sum(w * sample.rewards[name] for w, name in zip(self.weights, self.names, strict=True))
+            sample.score = weighted_sum(sample.rewards, self.weights)
 
     def scores(self, samples: list[Sample]) -> dict:
         batch = RewardBatch(
@@ -58,4 +60,6 @@ class RewardColumns:
         """The weighted sum only, leaving the samples as they are (for a gold reward)."""
         scores = self.scores(samples)
         columns = [scores[name].scores.tolist() for name in self.names]
-        return [sum(w * x for w, x in zip(self.weights, row, strict=True)) for row in zip(*columns, strict=True)]
+        return [
+            weighted_sum(dict(zip(self.names, row, strict=True)), self.weights) for row in zip(*columns, strict=True)
+        ]

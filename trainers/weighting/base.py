@@ -6,6 +6,7 @@ file). The mixture is weights @ advantages, at every optimiser step with the wei
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -14,21 +15,36 @@ TASK = "task"
 FLAT_PATIENCE = 10  # rollouts
 
 
-class Weighting(ABC):
-    """What the loop asks of a weighting. `names` are the rewards, `reward_weights` one number for each.
+@dataclass(frozen=True)
+class StreamSpec:
+    """A stream of a weighting. kl: what the KL coefficient is multiplied by inside its reward, with `kl_in: reward`."""
 
-    streams: their names; the first has the KL of `kl_in: reward`. update_per: rollout or mini_batch, when `update` is
-    called. standardize: whether each stream's advantages get mean 0 and deviation 1 before they are mixed.
-    kl_everywhere: whether every stream has the KL. messages: warnings that the loop has not passed on yet.
+    name: str
+    kl: float = 0.0
+
+
+def weighted_sum(rewards: dict[str, float], weights: dict[str, float]) -> float:
+    """sum_i w_i r_i over the rewards that have a weight."""
+    return sum(weight * rewards[name] for name, weight in weights.items())
+
+
+class Weighting(ABC):
+    """What the loop asks of a weighting. `names` are the rewards, `weights` one number for each.
+
+    streams: see `StreamSpec`. update_per: rollout or mini_batch, when `update` is called. standardize: whether each
+    stream's advantages get mean 0 and deviation 1 before they are mixed. needs_gradients: names of the streams whose
+    policy gradients it learns from, of the parameters whose name has the regular expression `gradient_parameters`.
+    messages: warnings that the loop has not passed on yet.
     """
 
-    streams = [TASK]
+    streams = [StreamSpec(TASK, kl=1.0)]
     update_per = "rollout"
     standardize = False
-    kl_everywhere = False
+    needs_gradients: tuple[str, ...] = ()
+    gradient_parameters = ""
 
     def __init__(self, names: list[str], weights: list[float]):
-        self.names, self.reward_weights = names, weights
+        self.reward_weights = dict(zip(names, weights, strict=True))
         self.flat = dict.fromkeys(names, 0)  # updates in a row in which all scores of a reward were the same
         self.messages: list[str] = []
 
@@ -39,6 +55,11 @@ class Weighting(ABC):
     def weights(self) -> list[float]:
         """What each stream's advantage is multiplied by now."""
         return [1.0]
+
+    @property
+    def kl_weight(self) -> float:
+        """What the KL coefficient is multiplied by where the KL is in the loss, not in the rewards."""
+        return sum(weight * stream.kl for weight, stream in zip(self.weights(), self.streams, strict=True))
 
     def update(self, columns: dict[str, Tensor], lengths: Tensor) -> dict[str, float]:
         """Learn from the rewards of the global batch, by name [B], of completions of so many tokens [B]; returns what
@@ -56,6 +77,11 @@ class Weighting(ABC):
         """Learn from an evaluation of the rewards, by name, one number per prompt; returns what to log."""
         return {}
 
+    def learn_from_gradients(self, gradients: Tensor) -> dict[str, float]:
+        """Learn from the policy gradient of the global rollout in each stream of `needs_gradients` [n, parameters];
+        returns what to log."""
+        return {}
+
     def state_dict(self) -> dict:
         return {"flat": dict(self.flat)}
 
@@ -67,15 +93,16 @@ class FixedWeights(Weighting):
     """One stream: sum_i w_i r_i."""
 
     def scores(self, rewards: dict[str, float]) -> dict[str, float]:
-        return {TASK: sum(w * rewards[name] for w, name in zip(self.reward_weights, self.names, strict=True))}
+        return {TASK: weighted_sum(rewards, self.reward_weights)}
 
 
-def make_weighting(names: list[str], weights: list[float], args: Any) -> Weighting:
+def make_weighting(reward_weights: dict[str, float], args: Any) -> Weighting:
     """The weighting that a configuration (`OnPolicyConfig`) asks for."""
     from align.trainers.weighting.constrained import ConstrainedWeights, SatisficingPerEpisode, SatisficingWeights
     from align.trainers.weighting.dynamic import GradientWeights, HypervolumeWeights, check_dynamic_weights
     from align.trainers.weighting.options import check_constraints
 
+    names, weights = list(reward_weights), list(reward_weights.values())
     dynamic = check_dynamic_weights(args)
     if dynamic is not None:
         kind = dynamic.type

@@ -12,7 +12,7 @@ from torch import Tensor
 from align.errors import ConfigError
 from align.objectives.constraints import Constraint, constraint_value, sat_reward_released, sat_weights
 from align.objectives.multipliers import Multipliers
-from align.trainers.weighting.base import TASK, Weighting
+from align.trainers.weighting.base import TASK, StreamSpec, Weighting, weighted_sum
 from align.trainers.weighting.options import ConstraintOptions
 from align.trainers.weighting.watch import ConstraintWatch
 
@@ -25,7 +25,6 @@ class Constrained(Weighting):
         super().__init__(names, weights)
         self.options, self.constraints = options, options.constraints
         self.update_per, self.standardize = options.update_per, options.standardize
-        self.kl_everywhere = options.kl_in_constraints
         held = {c.reward for c in self.constraints}
         task = [name for name in names if name not in held] if options.task_rewards is None else options.task_rewards
         for what, found in (("constraints", sorted(held)), ("task_rewards", task)):
@@ -37,12 +36,16 @@ class Constrained(Weighting):
             raise ConfigError(
                 f"{', '.join(unused)} is neither constrained nor among task_rewards: it would only cost time"
             )
-        self.task = [(name, w) for name, w in zip(names, weights, strict=True) if name in task]
-        self.streams = [TASK, *(f"{c.reward}_{c.direction}" for c in self.constraints)]
+        self.task = {name: w for name, w in zip(names, weights, strict=True) if name in task}
+        kl = 1.0 if options.kl_in_constraints else 0.0
+        self.streams = [
+            StreamSpec(TASK, kl=1.0),
+            *(StreamSpec(f"{c.reward}_{c.direction}", kl) for c in self.constraints),
+        ]
 
     def scores(self, rewards: dict[str, float]) -> dict[str, float]:
-        task = sum(w * rewards[name] for name, w in self.task)
-        return dict(zip(self.streams, [task, *(rewards[c.reward] for c in self.constraints)], strict=True))
+        columns = [weighted_sum(rewards, self.task), *(rewards[c.reward] for c in self.constraints)]
+        return {stream.name: score for stream, score in zip(self.streams, columns, strict=True)}
 
     def update(self, columns: dict[str, Tensor], lengths: Tensor) -> dict[str, float]:
         super().update(columns, lengths)
@@ -133,14 +136,13 @@ class SatisficingPerEpisode(Constrained):
 
     def __init__(self, names: list[str], weights: list[float], options: ConstraintOptions):
         super().__init__(names, weights, options)
-        self.streams = [TASK]
+        self.streams = [StreamSpec(TASK, kl=1.0)]
 
     def scores(self, rewards: dict[str, float]) -> dict[str, float]:
-        task = sum(w * rewards[name] for name, w in self.task)
         row = torch.tensor([[rewards[c.reward] for c in self.constraints]], dtype=torch.float64)
         thresholds = torch.tensor([c.threshold for c in self.constraints], dtype=torch.float64)
         coefficients = torch.tensor(self.options.coefficients, dtype=torch.float64)
-        return {TASK: task + sat_reward_released(row, thresholds, coefficients).item()}
+        return {TASK: weighted_sum(rewards, self.task) + sat_reward_released(row, thresholds, coefficients).item()}
 
     def move(self, values: dict[str, float]) -> dict[str, float]:
         return {

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from align.errors import ConfigError, TrainingError
 from align.objectives.reward_weighting import gradient_weights, hypervolume_gain, hypervolume_multiplier
-from align.trainers.weighting.base import TASK, FixedWeights, Weighting
+from align.trainers.weighting.base import TASK, FixedWeights, StreamSpec, Weighting
 
 KEYS = {"hypervolume": (), "gradient": ("learning_rate", "mu", "parameters")}
 
@@ -129,11 +129,12 @@ class GradientWeights(Weighting):
                 f"{dict(zip(names, weights, strict=True))}"
             )
         self.options = options
-        self.streams = [TASK, *names]
+        self.streams = [StreamSpec(TASK, kl=1.0), *(StreamSpec(name) for name in names)]
+        self.needs_gradients, self.gradient_parameters = tuple(names), options.parameters
         self.applied = torch.tensor(weights, dtype=torch.float64) / sum(weights)
 
     def scores(self, rewards: dict[str, float]) -> dict[str, float]:
-        return {TASK: 0.0, **{name: rewards[name] for name in self.names}}
+        return {TASK: 0.0, **{name: rewards[name] for name in self.reward_weights}}
 
     def weights(self) -> list[float]:
         return [1.0, *self.applied.tolist()]
@@ -146,9 +147,12 @@ class GradientWeights(Weighting):
         rates = {"learning_rate": self.options.learning_rate, "mu": self.options.mu}
         moved = gradient_weights(self.applied, gradients.double().cpu(), **rates)
         self.applied = moved.clamp(min=1e-12) / moved.clamp(min=1e-12).sum()  # log(0) would never come back
-        logged = {f"dynamic_weights/{name}": w for name, w in zip(self.names, self.applied.tolist(), strict=True)}
+        logged = {
+            f"dynamic_weights/{name}": w for name, w in zip(self.reward_weights, self.applied.tolist(), strict=True)
+        }
         return logged | {
-            f"dynamic_weights/influence/{name}": x for name, x in zip(self.names, influence.tolist(), strict=True)
+            f"dynamic_weights/influence/{name}": x
+            for name, x in zip(self.reward_weights, influence.tolist(), strict=True)
         }
 
     def state_dict(self) -> dict:

@@ -150,7 +150,7 @@ class ThresholdSearch(TrainerCallback):
                 parameter.copy_(self.first[name])
         self.trainer.optimizer.state.clear()
         self.trainer.weighting.restart()
-        self.trainer.engine_step = None  # it has the weights from before
+        self.trainer.engine.forget()  # it has the weights from before
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 

@@ -6,20 +6,27 @@ import torch
 from datasets import Dataset
 
 from align.trainers.on_policy.batches import collate
+from align.trainers.on_policy.streams import fill_advantages
 from tests.trainers.tiny_runs import on_policy, tiny_model
 
 
 def rolled_out(trainer, count: int = 4):
     """Samples and the completions of further requests of the first prompts, by the trainer's own loop."""
     trainer.sync_engine()
+    return rolled_out_for(trainer, trainer.state.global_step, count)
+
+
+def rolled_out_for(trainer, step: int, count: int):
+    """The same for a step, whose draws are its own, with the weights that the engine has."""
     rows = [trainer.train_dataset[i] for i in range(count)]
-    samples, extra = trainer.roll_out(rows, list(range(count)))
-    trainer.rewards.fill(samples + [sample for group in extra for sample in group])
-    trainer.set_baselines(samples, extra)
-    trainer.fill_reference(samples)
-    trainer.fill_values(samples)
-    trainer.fill_advantages(samples)
-    return samples, extra
+    rollout = trainer.pipeline.run(rows, list(range(count)), step, weight_version=trainer.engine.step)
+    samples = rollout.samples
+    trainer.forward.fill([samples], "ref_logps", trainer.forward.reference_logps(trainer.reference))
+    if trainer.critic is not None:
+        trainer.forward.fill([samples], "values", trainer.critic.values)
+    beta = trainer.kl.value if trainer.args.kl_in == "reward" else 0.0
+    fill_advantages(rollout, trainer.estimator, trainer.weighting, trainer.ranks, beta)
+    return samples, rollout.extra
 
 
 def small_world(tmp_path, method: str = "remax", **options):
@@ -75,8 +82,7 @@ def estimates(trainer, count: int = 40) -> torch.Tensor:
     trainer.sync_engine()
     found = []
     for step in range(1, count + 1):
-        trainer.state.global_step = trainer.engine_step = step  # other seeds, the same weights
-        samples, _ = rolled_out(trainer, count=2)
+        samples, _ = rolled_out_for(trainer, step, count=2)
         loss = trainer.compute_loss(trainer.model, collate(samples, 0), num_items_in_batch=torch.tensor(len(samples)))
         found.append(flat(torch.autograd.grad(loss, list(trainer.model.parameters()), allow_unused=True), trainer))
     return torch.stack(found).double()

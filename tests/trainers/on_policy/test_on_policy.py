@@ -174,7 +174,7 @@ def test_what_is_saved_loads_with_the_same_log_probs(lora, policy, tmp_path):
 
 
 def test_training_says_what_a_step_is(policy, tmp_path, caplog):
-    caplog.set_level(logging.INFO, logger="trainers")
+    caplog.set_level(logging.INFO, logger="align.trainers")
     args = remax_config(tmp_path, gradient_accumulation_steps=2, num_generations=3, max_steps=1)
     ReMaxTrainer(policy, wanted_words, args, prompts(16)).train()
     assert "each step: 16 prompts x 3 samples -> 48 sequences -> 1 optimiser step" in caplog.text

@@ -10,6 +10,7 @@ import pytest
 from align.config import configs_dir
 from align.config.resolve import resolve
 from align.data import toy
+from align.trainers.on_policy.estimators import ESTIMATORS
 from tests.trainers.tiny_runs import logged, on_policy, prompts, tiny_model, wanted_words
 
 ROOT = Path(__file__).parents[3]
@@ -46,10 +47,16 @@ def test_programs_run(tokenizer, tmp_path, monkeypatch):
     exec(compile(first, "docs/on_policy.md", "exec"), variables)
     assert variables["trainer"].state.global_step == 3
     exec(compile(second, "docs/on_policy.md", "exec"), variables)
-    _, args = on_policy("rloo", tmp_path / "own", num_generations=3)
-    trainer = variables["PassAtK"]("my_policy", wanted_words, args, prompts(16))
-    trainer.train()
-    assert len(logged(trainer, "loss")) == 2
+    try:
+        assert variables["args"].estimator == "pass_at_k"
+        Path("my_estimator.py").write_text(second.replace('@register_estimator("pass_at_k")\n', ""))
+        for name in ("pass_at_k", "my_estimator.py:PassAtK"):
+            trainer_class, args = on_policy("rloo", tmp_path / "own", num_generations=3, estimator=name)
+            trainer = trainer_class("my_policy", wanted_words, args, prompts(16))
+            trainer.train()
+            assert type(trainer.estimator).__name__ == "PassAtK" and len(logged(trainer, "loss")) == 2
+    finally:
+        ESTIMATORS.pop("pass_at_k")
 
 
 def test_the_tables_have_every_metric(policy, tmp_path):

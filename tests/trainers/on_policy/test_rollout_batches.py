@@ -8,9 +8,9 @@ from align.errors import ConfigError, RolloutError
 from align.modeling.completions import completion_logps
 from align.modeling.logprobs import token_logps
 from align.modeling.prefix_support import enable_shared_prefix, enable_trunk
-from align.trainers.on_policy.batches import collate, deal, padding_share, split
+from align.trainers.on_policy.batches import balance, collate, padding_share, split_by_length
 from align.trainers.on_policy.critic import make_critic
-from align.trainers.on_policy.rollouts import Sample
+from align.trainers.on_policy.samples import Sample
 from tests.trainers.tiny_runs import logged, on_policy, prompts, tiny_model, wanted_words
 
 
@@ -50,10 +50,11 @@ def test_the_layouts_give_the_same_logps_and_gradients(tokenizer):
         assert not found[1][0][i, one.length :].any() and not found[1][1][i, one.length :].any()
 
 
-def test_the_critic_takes_both_layouts(tokenizer):
+def test_the_critic_takes_both_layouts(tokenizer, tmp_path):
     model = tiny_model(tokenizer).double()
     enable_shared_prefix(model, 64)
-    critic = make_critic(model, None, 2, gradient_checkpointing=False).double()
+    _, args = on_policy("ppo", tmp_path, gradient_checkpointing=False)
+    critic = make_critic(model, args, heads=2).double()
     assert enable_trunk(critic.backbone, model, 64) is None
     nn.init.normal_(critic.head.weight)
     padded, shared = (critic(collate(SAMPLES, 0, shared_prefix=shared)) for shared in (False, True))
@@ -72,18 +73,18 @@ def test_nothing_is_padded_in_shared_rows():
     assert batch["input_ids"].shape == (2, 9) and padding_share(batch) == pytest.approx(3 / 18)
 
 
-def test_prompts_are_dealt_evenly_and_whole():
+def test_prompts_are_balanced_and_whole():
     groups = [[sample([4] * (1 + i), 10 * (1 + i % 4), j) for j in range(2)] for i in range(12)]
-    dealt = deal([one for group in groups for one in group], 3, 2)
-    assert sorted(map(id, sum(dealt, []))) == sorted(id(one) for group in groups for one in group)
-    for batch in dealt:
+    parts = balance([one for group in groups for one in group], 3, 2)
+    assert sorted(map(id, sum(parts, []))) == sorted(id(one) for group in groups for one in group)
+    for batch in parts:
         assert all(batch[i].prompt == batch[i + 1].prompt for i in range(0, len(batch), 2))
-    tokens = [collate(batch, 0, shared_prefix=True)["input_ids"].numel() for batch in dealt]
+    tokens = [collate(batch, 0, shared_prefix=True)["input_ids"].numel() for batch in parts]
     assert max(tokens) < 1.1 * min(tokens)
     with pytest.raises(RolloutError, match="12 prompts cannot fill 13"):
-        deal(sum(groups, []), 13, 2)
+        balance(sum(groups, []), 13, 2)
     with pytest.raises(RolloutError, match="24 samples cannot fill 25"):
-        split(sum(groups, []), 25)
+        split_by_length(sum(groups, []), 25)
 
 
 @pytest.mark.parametrize("method", ["remax", "rloo", "ppo"])
@@ -106,7 +107,7 @@ def test_a_model_that_cannot_share_is_padded_or_refused(tokenizer, tmp_path):
     model = tiny_model(tokenizer, attn_implementation="eager")
     trainer_class, args = on_policy("rloo", tmp_path, max_steps=1)
     trainer = trainer_class(model, wanted_words, args, prompts(64), processing_class=tokenizer)
-    assert not trainer.shares_prefixes
+    assert not trainer.planner.shared_prefix
     trainer.train()
     assert logged(trainer, "padding")[0] > 0
     args.batching = "shared_prefix"

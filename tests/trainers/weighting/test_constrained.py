@@ -89,12 +89,12 @@ def test_every_column_has_its_own_baseline(method, policy, tmp_path):
     options = {"kl_in": "reward", "beta": 0.3}
     trainer = make(method, policy, tmp_path, polite, wanted_words, constraints=BOTH, **options)
     samples, _ = rolled_out(trainer)
-    assert trainer.weighting.streams == ["task", "polite_at_least", "wanted_words_at_most"]
-    for place, reward in ((1, polite), (2, wanted_words)):
+    assert [stream.name for stream in trainer.weighting.streams] == ["task", "polite_at_least", "wanted_words_at_most"]
+    for index, reward in ((1, polite), (2, wanted_words)):
         alone, _ = rolled_out(make(method, policy, tmp_path, reward, **{**options, "beta": 0.0}))
         for sample, other in zip(samples, alone, strict=True):
             assert sample.completion_ids == other.completion_ids
-            torch.testing.assert_close(sample.advantages[:, place], other.advantages[:, 0])
+            torch.testing.assert_close(sample.advantages[:, index], other.advantages[:, 0])
     assert any(sample.advantages[:, 1].abs().max() > 0 for sample in samples)
 
 
@@ -168,7 +168,7 @@ def test_every_number_of_a_constraint_is_logged(policy, tmp_path):
 
 
 def test_an_infeasible_threshold_is_reported(policy, tmp_path, caplog):
-    caplog.set_level(logging.WARNING, logger="trainers")
+    caplog.set_level(logging.WARNING, logger="align.trainers")
     trainer = make(
         "rloo", policy, tmp_path, constraints=[{**AT_LEAST[0], "threshold": 1.4}], max_steps=30,
         multipliers={"learning_rate": 20.0}, per_device_train_batch_size=4, max_completion_length=2,
@@ -181,7 +181,7 @@ def test_an_infeasible_threshold_is_reported(policy, tmp_path, caplog):
 
 
 def test_a_reward_without_variance_is_reported(policy, tmp_path, caplog):
-    caplog.set_level(logging.WARNING, logger="trainers")
+    caplog.set_level(logging.WARNING, logger="align.trainers")
     trainer = make("remax", policy, tmp_path, constant, wanted_words, max_steps=12, max_completion_length=2)
     trainer.train()
     found = [record.getMessage() for record in caplog.records if "nothing can be learned" in record.getMessage()]

@@ -8,7 +8,7 @@ import torch
 from align.data import toy
 from align.errors import ConfigError, TrainingError
 from align.objectives.policy_loss import aggregate_tokens
-from align.trainers.on_policy.batches import collate, split
+from align.trainers.on_policy.batches import collate, split_by_length
 from align.trainers.weighting.dynamic import HypervolumeWeights
 from tests.trainers.on_policy.enumerable import rolled_out
 from tests.trainers.tiny_runs import assert_same, logged, on_policy, parameters, prompts, wanted_words
@@ -108,11 +108,11 @@ def test_gradients_are_those_of_each_reward(policy, tmp_path):
     trainer = make("rloo", policy, tmp_path, "gradient")
     trainer.model.requires_grad_(True)
     samples, _ = rolled_out(trainer, 8)
-    gradients = trainer.objective_gradients(split(samples, 3))
-    batch = collate(samples, trainer.pad_token_id)
+    gradients = trainer.stream_gradients(split_by_length(samples, 3))
+    batch = collate(samples, trainer.planner.pad_token_id)
     for i in range(2):
         trainer.model.zero_grad()
-        losses = -batch["advantages"][..., i + 1] * trainer.policy_logps(trainer.model, batch)[0]
+        losses = -batch["advantages"][..., i + 1] * trainer.forward.policy_logps(trainer.model)(batch)
         aggregate_tokens(losses, batch["completion_mask"], "sequence_sum", torch.tensor(len(samples))).backward()
         expected = torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
         torch.testing.assert_close(gradients[i], expected, rtol=1e-4, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Prompts and samples: what the rows of the data become on their way through the engine to a loss."""
+"""Prompts and samples: what the rows of the data become on their way from the engine to a loss."""
 
 from dataclasses import dataclass, field
 
@@ -11,12 +11,11 @@ from align.rollout.types import Completion
 
 @dataclass
 class Sample:
-    """One sampled completion of a training prompt. The trainer fills it in as it goes through the loop.
+    """One completion of a prompt. What is None or empty at first is filled in on the way to the loss.
 
     engine_logps: log-probs under the engine, [L]. rewards: one score per reward, by name. score: their weighted sum.
-    baseline: what the score is compared with (ReMax: the greedy completion's score); baselines: the same of every
-    stream of the weighting. ref_logps, old_logps: under the reference and under the policy before the first update,
-    [L], nats. advantages, values, returns: [L, streams].
+    ref_logps, old_logps: under the reference and under the policy before the first update, [L], nats. advantages,
+    values, returns: [L, streams].
     """
 
     prompt: dict
@@ -28,8 +27,6 @@ class Sample:
     rewards: dict[str, float] = field(default_factory=dict)
     extras: dict[str, float] = field(default_factory=dict)
     score: float = 0.0
-    baseline: float = 0.0
-    baselines: dict[str, float] = field(default_factory=dict)
     ref_logps: torch.Tensor | None = None
     old_logps: torch.Tensor | None = None
     advantages: torch.Tensor | None = None
@@ -89,3 +86,14 @@ def completion_masks(samples: list[Sample]) -> torch.Tensor:
     """1 on the tokens of each completion, [N, L], left-aligned."""
     lengths = torch.tensor([sample.length for sample in samples])
     return (torch.arange(int(lengths.max())) < lengths[:, None]).float()
+
+
+def sampling_logps(samples: list[Sample]) -> torch.Tensor:
+    """Log-probs of the policy that sampled, [N, L]: the trainer's where it has computed them, else the engine's."""
+    return completion_matrix(samples, "old_logps" if samples[0].old_logps is not None else "engine_logps")
+
+
+def scatter(samples: list[Sample], name: str, values: torch.Tensor) -> None:
+    """Give each sample its row of values [N, L, ...], as a tensor of its own: a view would keep, and save, them all."""
+    for sample, row in zip(samples, values.detach().cpu(), strict=True):
+        setattr(sample, name, row[: sample.length].clone())

@@ -1,0 +1,34 @@
+"""The coefficient of the KL to the reference: fixed, or moved towards a target."""
+
+from torch import Tensor
+
+from align.objectives.controllers import AdaptiveKL
+
+
+class KLCoefficient:
+    """`value` is the coefficient now. target: KL per sequence (nats) that it is adapted to, None to leave it at beta;
+    horizon: episodes over which it adapts."""
+
+    def __init__(self, beta: float, target: float | None = None, horizon: float = 10_000):
+        self.beta = beta
+        self.controller = None if target is None else AdaptiveKL(beta, target, horizon)
+
+    @property
+    def adapts(self) -> bool:
+        return self.controller is not None
+
+    @property
+    def value(self) -> float:
+        return self.beta if self.controller is None else self.controller.value
+
+    def update(self, kl: Tensor) -> None:
+        """kl: of each sequence of the global rollout, [N] nats."""
+        if self.controller is not None:
+            self.controller.update(kl.mean().item(), len(kl))
+
+    def state_dict(self) -> dict | None:
+        return None if self.controller is None else self.controller.state_dict()
+
+    def load_state_dict(self, state: dict | None) -> None:
+        if self.controller is not None:
+            self.controller.load_state_dict(state)

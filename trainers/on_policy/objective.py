@@ -1,0 +1,44 @@
+"""The loss of a micro-batch of samples, token by token."""
+
+from torch import Tensor
+
+from align.objectives import kl
+from align.objectives.policy_loss import PolicyLoss, clipped_policy_loss
+from align.objectives.rollout_correction import importance_weights, log_ratios
+from align.trainers.on_policy.config import OnPolicyConfig
+
+
+def policy_objective(
+    logps: Tensor, advantages: Tensor, batch: dict[str, Tensor], args: OnPolicyConfig, *, kl_coefficient: float
+) -> tuple[Tensor, PolicyLoss]:
+    """The clipped surrogate with rollout correction and, with `kl_in: loss`, the KL: losses [B, L] and the surrogate.
+
+    logps: of the policy that is trained, [B, L]. advantages: mixed, [B, L]. batch: of `collate`, with `ref_logps`, and
+    with `old_logps` where several steps are made from a rollout. kl_coefficient: of the KL in the loss.
+    """
+    mask, old_logps = batch["completion_mask"], batch.get("old_logps", logps.detach())
+    policy = clipped_policy_loss(
+        logps,
+        old_logps,
+        advantages,
+        mask,
+        clip_low=args.epsilon,
+        clip_high=args.epsilon_high or args.epsilon,
+        dual_clip=args.dual_clip,
+        ratio_level=args.importance_sampling_level,
+    )
+    losses = policy.losses
+    if args.rollout_correction != "none":
+        level, outside = args.rollout_correction.split("_")
+        bounds = {"high": args.rollout_correction_high, "low": args.rollout_correction_low}
+        ratios = log_ratios(old_logps, batch["engine_logps"], mask)
+        losses = losses * importance_weights(ratios, mask, level=level, outside=outside, **bounds)
+    if args.kl_in == "loss" and kl_coefficient:
+        losses = losses + kl_coefficient * getattr(kl, args.kl_estimator)(logps, batch["ref_logps"])
+    return losses, policy
+
+
+def loss_count(lengths: list[int], args: OnPolicyConfig) -> int:
+    """What the loss of completions of these lengths is divided by: tokens, sequences, or their largest size."""
+    counts = {"token_mean": sum(lengths), "constant": len(lengths) * args.max_completion_length}
+    return counts.get(args.loss_aggregation, len(lengths))

@@ -1,0 +1,96 @@
+"""The rollout pipeline: prompts in, scored samples out."""
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from align.errors import RolloutError
+from align.rollout.seeds import derive_seed
+from align.rollout.types import Rollout, SamplingParams
+from align.trainers.core.recorder import Recorder
+from align.trainers.on_policy.rewards import RewardColumns
+from align.trainers.on_policy.samples import Sample, make_samples
+
+
+class CompletionSource(Protocol):
+    """What the pipeline needs of a rollout engine."""
+
+    def generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Rollout]: ...
+
+
+@dataclass
+class ScoredRollout:
+    """The completions of a rollout's prompts.
+
+    samples: those that are trained on, each prompt's side by side. extra: per prompt, the completions of the further
+    requests. weight_version: of the weights that made them.
+    """
+
+    samples: list[Sample]
+    extra: list[list[Sample]]
+    weight_version: int
+
+
+class RolloutPipeline:
+    """Asks the engine for completions and the rewards for scores.
+
+    It holds no trainer, no model that is trained and no count of steps, so that it can run ahead of training or in
+    another process: everything that changes comes with the call.
+
+    Args:
+        engine: a `RolloutEngine`, or whatever has its `generate`.
+        requests: what is asked for every prompt; the first is trained on (`Estimator.requests`).
+        seed: of the run; each request's seed follows from it, the step, the prompt's index and the request's number.
+        recorder: gets the seconds of the phases `generate` and `score`.
+    """
+
+    def __init__(
+        self,
+        engine: CompletionSource,
+        tokenizer,
+        rewards: RewardColumns,
+        requests: list[SamplingParams],
+        *,
+        seed: int,
+        recorder: Recorder,
+    ):
+        self.engine, self.tokenizer, self.rewards, self.requests = engine, tokenizer, rewards, requests
+        self.seed, self.recorder = seed, recorder
+
+    def run(self, prompts: list[dict], indices: list[int], step: int, weight_version: int) -> ScoredRollout:
+        """Sample and score, with one engine call for all requests of all prompts.
+
+        indices: of the prompts in the rollout's global batch, so that the draws do not depend on how it is cut into
+        processes. step: of the optimiser, that the rollout is made for; it changes the draws. weight_version: of the
+        weights that the engine must have; raises `RolloutError` if it has others.
+        """
+        with self.recorder.phase("generate"):
+            rollout = self.generate(prompts, indices, step)
+        if rollout.weight_version != weight_version:
+            raise RolloutError(
+                f"the rollouts of step {step} were made by weights of version {rollout.weight_version}, and version "
+                f"{weight_version} was asked for: push the weights before"
+            )
+        with self.recorder.phase("score"):
+            self.rewards.fill(rollout.samples + [sample for group in rollout.extra for sample in group])
+        return rollout
+
+    def generate(self, prompts: list[dict], indices: list[int], step: int) -> ScoredRollout:
+        """Completions without scores."""
+        count = len(self.requests)
+        rollouts = self.engine.generate(
+            [prompt["prompt_ids"] for prompt in prompts for _ in self.requests],
+            [
+                replace(request, seed=derive_seed(self.seed, "train", step, index, number))
+                for index in indices
+                for number, request in enumerate(self.requests)
+            ],
+        )
+        samples, extra = [], []
+        for i, prompt in enumerate(prompts):
+            made = [
+                make_samples(self.tokenizer, prompt, rollout.completions, rollout.weight_version)
+                for rollout in rollouts[i * count : (i + 1) * count]
+            ]
+            samples += made[0]
+            extra.append([sample for group in made[1:] for sample in group])
+        return ScoredRollout(samples, extra, rollouts[0].weight_version)

@@ -1,0 +1,83 @@
+"""Streams of scores, and their advantages: what an estimator is given, and what becomes of what it returns."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from align.trainers.core.ranks import Ranks
+from align.trainers.on_policy.pipeline import ScoredRollout
+from align.trainers.on_policy.samples import completion_masks, completion_matrix, sampling_logps, scatter
+from align.trainers.weighting.base import Weighting
+
+
+@dataclass
+class Stream:
+    """One column of scores and what its advantages are estimated from. P prompts, N samples (a prompt's side by side),
+    L tokens.
+
+    scores: [N]. extra_scores: [P, E], of the completions of each prompt that are not trained on (ReMax's greedy one),
+    None without. beta: coefficient of the KL inside this stream's reward. logps: of the policy that sampled; ref_logps,
+    mask: [N, L]. values: [N, L], of a critic, or None.
+    """
+
+    name: str
+    scores: Tensor
+    extra_scores: Tensor | None
+    beta: float
+    logps: Tensor
+    ref_logps: Tensor
+    mask: Tensor
+    values: Tensor | None = None
+
+
+def make_streams(rollout: ScoredRollout, weighting: Weighting, beta: float) -> list[Stream]:
+    """The streams of a weighting. beta: coefficient of the KL that is a part of the reward, 0 if it is not."""
+    samples = rollout.samples
+    own = [weighting.scores(sample.rewards) for sample in samples]
+    extra = [[weighting.scores(sample.rewards) for sample in group] for group in rollout.extra]
+    values = completion_matrix(samples, "values") if samples[0].values is not None else None
+    shared = {
+        "logps": sampling_logps(samples),
+        "ref_logps": completion_matrix(samples, "ref_logps"),
+        "mask": completion_masks(samples),
+    }
+    return [
+        Stream(
+            name=stream.name,
+            scores=torch.tensor([scores[stream.name] for scores in own]),
+            extra_scores=torch.tensor([[s[stream.name] for s in group] for group in extra]) if extra[0] else None,
+            beta=beta * stream.kl,
+            values=None if values is None else values[..., i],
+            **shared,
+        )
+        for i, stream in enumerate(weighting.streams)
+    ]
+
+
+def fill_advantages(rollout: ScoredRollout, estimator, weighting: Weighting, ranks: Ranks, beta: float) -> dict:
+    """Give every sample its advantages, and the returns that a critic learns; returns the metrics, by name."""
+    streams = make_streams(rollout, weighting, beta)
+    advantages, returns, metrics = estimate_advantages(streams, estimator, weighting, ranks)
+    scatter(rollout.samples, "advantages", advantages)
+    if returns is not None:
+        scatter(rollout.samples, "returns", returns)
+    return {**estimator.metrics(rollout), **metrics}
+
+
+def estimate_advantages(
+    streams: list[Stream], estimator, weighting: Weighting, ranks: Ranks
+) -> tuple[Tensor, Tensor | None, dict]:
+    """Advantages of every stream, [N, L, S], their returns likewise (None without a critic), and metrics."""
+    found = [estimator.estimate(stream, ranks) for stream in streams]
+    advantages = [one.advantages for one in found]
+    if weighting.standardize:
+        advantages = [ranks.whiten(a, stream.mask) for a, stream in zip(advantages, streams, strict=True)]
+    returns = None if found[0].returns is None else torch.stack([one.returns for one in found], dim=-1)
+    metrics = {name: values for one in found for name, values in one.metrics.items()}
+    return torch.stack(advantages, dim=-1), returns, metrics
+
+
+def mix(advantages: Tensor, weighting: Weighting) -> Tensor:
+    """The advantages that the policy is trained on: each stream's times its weight now. [B, L, S] -> [B, L]."""
+    return advantages @ torch.tensor(weighting.weights()).to(advantages)
