@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from align.errors import ConfigError
+from align.objectives.groups import centred
 from align.objectives.kl import k1
 from align.objectives.returns import reward_to_go, token_rewards
 from align.trainers.core.ranks import Ranks
@@ -35,8 +36,7 @@ class ReinforcePP(Estimator):
     def estimate(self, stream: Stream, ranks: Ranks) -> Estimate:
         scores = stream.scores
         if self.group_baseline:
-            groups = scores.view(-1, self.num_generations)
-            scores = (groups - groups.mean(-1, keepdim=True)).flatten()
+            scores = centred(scores.view(-1, self.num_generations)).flatten()
         rewards = token_rewards(scores, k1(stream.logps, stream.ref_logps), stream.mask, beta=stream.beta)
         returns = reward_to_go(rewards, stream.mask, self.gamma)
         return Estimate(ranks.whiten(returns, stream.mask))

@@ -12,10 +12,18 @@ from torch import Tensor
 from align.errors import ConfigError, TrainingError
 
 
+def centred(scores: Tensor) -> Tensor:
+    """s_i - mean of the prompt's scores, detached; exactly 0 where they are all equal, which the mean's rounding alone
+    would not give: the residue, divided by a deviation of next to nothing, would be trained on."""
+    scores = scores.detach()
+    equal = (scores == scores[:, :1]).all(-1, keepdim=True)
+    return (scores - scores.mean(-1, keepdim=True)).masked_fill(equal, 0.0)
+
+
 def leave_one_out(scores: Tensor) -> Tensor:
     """RLOO (Ahmadian et al. 2024, arXiv 2402.14740): s_i - mean of the others = n/(n-1) * (s_i - mean). Unbiased."""
     n = _group_size(scores)
-    return (n / (n - 1)) * (scores - scores.mean(-1, keepdim=True)).detach()
+    return (n / (n - 1)) * centred(scores)
 
 
 def group_relative(scores: Tensor, *, scale: Literal["group", "batch", "none"] = "group", eps: float = 1e-4) -> Tensor:
@@ -26,13 +34,13 @@ def group_relative(scores: Tensor, *, scale: Literal["group", "batch", "none"] =
     scores are close. A group without variance gets 0. eps: TRL 1e-4, verl 1e-6.
     """
     _group_size(scores)
-    centred = (scores - scores.mean(-1, keepdim=True)).detach()
+    differences = centred(scores)
     if scale == "none":
-        return centred
+        return differences
     if scale == "batch":
-        return centred / (scores.detach().std() + eps)
+        return differences / (scores.detach().std() + eps)
     if scale == "group":
-        return centred / (scores.detach().std(-1, keepdim=True) + eps)
+        return differences / (scores.detach().std(-1, keepdim=True) + eps)
     raise ConfigError(f"scale must be group, batch or none, got {scale!r}")
 
 

@@ -77,6 +77,25 @@ def test_a_critic_that_is_right_leaves_no_advantage():
     assert found.metrics == {"critic/explained_variance/task": [1.0]}
 
 
+@pytest.mark.parametrize("value", [0.1, 0.35, 1e6 + 0.1, -3e5])
+def test_equal_scores_give_exactly_no_advantage(value):
+    """Of the group, and of the whole rollout: rounding is not divided by a deviation of next to nothing."""
+    greedy, equal = torch.full((2, 1), value), [value] * 4
+    for estimator in (
+        RLOO(num_generations=2),
+        *(GRPO(num_generations=2, scale_rewards=scale) for scale in ("group", "batch", "none")),
+        ReMax(num_generations=2, kl_mode="to_go", gamma=0.9, reward_clip=None),
+        *(ReinforcePP(num_generations=2, group_baseline=baseline, gamma=1.0) for baseline in (False, True)),
+        PPO(gamma=1.0, lam=1.0, whiten_advantages=True),
+    ):
+        given = stream(equal, extra=greedy, values=torch.zeros(4, 3))
+        assert not estimator.estimate(given, ALONE).advantages.any(), estimator
+    seven_of_eight = torch.tensor([value] * 7 + [value + 1.0])  # one that differs is seen
+    given = Stream("task", seven_of_eight, None, 0.0, *(torch.zeros(8, 1),) * 2, torch.ones(8, 1))
+    found = GRPO(num_generations=8, scale_rewards="group").estimate(given, ALONE).advantages
+    assert found[7] > 2 and found[:7].max() < 0
+
+
 def test_estimating_changes_nothing():
     """Neither the stream nor the estimator."""
     estimator, given = ReMax(2, "to_go", 0.9, 0.5), stream([1.0, 0.0, 3.0, 1.0], 0.1, torch.tensor([[0.5], [2.0]]))
