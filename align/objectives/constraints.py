@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from align.errors import ConfigError, TrainingError
+from align.errors import ConfigError
 
 DIRECTIONS = ("at_least", "at_most", "equal")
 FORMS = ("sigmoid", "tanh", "softplus")
@@ -67,27 +67,6 @@ def applied_weights(raw: Tensor, form: str, constraints: Sequence[Constraint]) -
     if form == "softplus":
         return 1 / (1 + s.sum()), signs * s / (1 + s.sum())
     return len(constraints) - s.sum(), signs * s
-
-
-def mix_advantages(task: Tensor, columns: Tensor, task_weight: Tensor, weights: Tensor) -> Tensor:
-    """task_weight * A_task + sum_i w_i A_i. task: [...]; columns: [..., N]; weights: [N]."""
-    if columns.shape != (*task.shape, len(weights)):
-        raise TrainingError(
-            f"{len(weights)} constraints cannot weigh advantages of shape {tuple(columns.shape)} beside a task of "
-            f"shape {tuple(task.shape)}"
-        )
-    return task_weight * task + columns @ weights.to(columns)
-
-
-def standardize(advantages: Tensor, eps: float = 1e-8) -> Tensor:
-    """(A - mean) / (unbiased std + eps) over the first dimension, each column by itself. [B] or [B, N].
-
-    The released code does this to every head before mixing (the paper does not say it). It makes the scale of a reward,
-    and with it the KL coefficient, irrelevant to the policy's gradient.
-    """
-    if len(advantages) < 2:
-        raise TrainingError("one advantage cannot be standardised: its deviation is not defined")
-    return (advantages - advantages.mean(0)) / (advantages.std(0) + eps)
 
 
 def constraint_value(scores: Tensor, lengths: Tensor, estimator: Literal["episode_mean", "token_mean"]) -> float:

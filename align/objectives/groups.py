@@ -44,13 +44,6 @@ def group_relative(scores: Tensor, *, scale: Literal["group", "batch", "none"] =
     raise ConfigError(f"scale must be group, batch or none, got {scale!r}")
 
 
-def length_weighted(scores: Tensor, lengths: Tensor) -> Tensor:
-    """OPO (Hao et al. 2025, arXiv 2505.23585): s_i - sum_j len_j s_j / sum_j len_j. lengths: [P, n] tokens."""
-    _group_size(scores)
-    baseline = (lengths * scores).sum(-1, keepdim=True) / lengths.sum(-1, keepdim=True)
-    return (scores - baseline).detach()
-
-
 def best_only(scores: Tensor, *, eps: float = 1e-6) -> Tensor:
     """Pass@k: the best sample gets (s_1st - s_2nd) / (std + eps), every other 0. With a tie for the best all get 0."""
     _group_size(scores)

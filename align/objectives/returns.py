@@ -74,9 +74,9 @@ def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True, ddof: int =
     """(x - mean) / sqrt(var + eps) over every token of the mask, 0 outside it. values, mask: [B, T].
 
     `shift_mean=False` adds the mean back, for rewards. The statistics are of this tensor: give it the whole batch of
-    the optimiser step, all ranks included, or the ranks' advantages will differ in scale. Values that are all equal give
-    exactly 0 (plus the mean), not the mean's rounding divided by sqrt(eps). A mask of fewer than ddof + 1 tokens is an
-    error, because its variance is not defined.
+    the optimiser step, all ranks included, or the ranks' advantages will differ in scale. Values that are all equal
+    give exactly 0 (plus the mean), not the mean's rounding divided by sqrt(eps). A mask of fewer than ddof + 1 tokens
+    is an error, because its variance is not defined.
     """
     valid = mask.bool()
     if int(valid.sum()) <= ddof:

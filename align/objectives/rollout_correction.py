@@ -4,14 +4,13 @@ With l_t = log pi_train(y_t) - log pi_engine(y_t), rho_t = e^l_t. All results ar
 does not enter.
 """
 
-import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from align.errors import ConfigError
-from align.objectives.kl import k2, masked_mean, masked_sum
+from align.objectives.kl import masked_mean, masked_sum
 
 LEVELS = ("token", "sequence", "sequence_mean")
 MAX_LOG_RATIO = 20.0
@@ -57,42 +56,6 @@ def importance_weights(
     if normalize:
         weights = weights / (masked_mean(weights, mask) if level == "token" else weights[valid.any(-1)].mean())
     return torch.where(valid, weights.expand(mask.shape), torch.zeros_like(log_ratio)).detach()
-
-
-def keep_mask(
-    log_ratio: Tensor,
-    mask: Tensor,
-    *,
-    estimator: Literal["k1", "k2", "k3"] = "k1",
-    level: Literal["token", "sequence_sum", "sequence_mean", "sequence_max"] = "token",
-    high: float,
-    low: float | None = None,
-) -> Tensor:
-    """Rejection: the mask without the tokens (or whole sequences) that are too far off, [B, T] of the mask's dtype.
-
-    k1 bounds the ratio: it keeps low <= e^l <= high (of the token; for a sequence e to the sum, mean or largest l).
-    k2 = l^2 / 2 and k3 = e^l - 1 - l (engine's KL to the trainer, samples from the engine) are bounded by high alone.
-    """
-    if estimator == "k1":
-        value, bounds = log_ratio, (None if low is None else math.log(low), math.log(high))
-    elif low is not None:
-        raise ConfigError(f"rejection by {estimator} has an upper bound only")
-    else:
-        value = k2(log_ratio, torch.zeros_like(log_ratio)) if estimator == "k2" else log_ratio.expm1() - log_ratio
-        bounds = (None, high)
-    valid = mask.bool()
-    if level == "sequence_sum":
-        value = masked_sum(value, mask)[:, None]
-    elif level == "sequence_mean":
-        value = masked_sum(value, mask)[:, None] / valid.sum(-1, keepdim=True).clamp(min=1)
-    elif level == "sequence_max":
-        value = value.masked_fill(~valid, -torch.inf).amax(-1, keepdim=True)
-    elif level != "token":
-        raise ConfigError(f"rejection level must be token, sequence_sum, sequence_mean or sequence_max, got {level!r}")
-    keep = value <= bounds[1]
-    if bounds[0] is not None:
-        keep = keep & (value >= bounds[0])
-    return mask * keep.expand(mask.shape).to(mask.dtype)
 
 
 def mismatch(log_ratio: Tensor, mask: Tensor) -> dict[str, float]:

@@ -6,7 +6,7 @@ import torch
 from align.errors import ConfigError, TrainingError
 from align.objectives.groups import best_only, group_relative, leave_one_out
 from align.objectives.policy_loss import AGGREGATIONS, aggregate_tokens, clipped_policy_loss, value_losses
-from align.objectives.rollout_correction import importance_weights, keep_mask, log_ratios, mismatch
+from align.objectives.rollout_correction import importance_weights, log_ratios, mismatch
 
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
 
@@ -111,7 +111,6 @@ def test_correction_of_an_engine_that_agrees_changes_nothing():
         for outside in ("truncate", "mask"):
             weights = importance_weights(zero, MASK, level=level, high=2.0, low=0.5, outside=outside, normalize=True)
             assert torch.equal(weights, MASK.double())
-    assert torch.equal(keep_mask(zero, MASK, high=1.1, low=0.9), MASK)
     numbers = mismatch(zero, MASK)
     assert numbers["kl"] == 0 and numbers["effective_sample_size"] == pytest.approx(1)
 
@@ -129,7 +128,3 @@ def test_correction_options_that_make_no_sense_are_refused():
     for options in ({"high": 1.0, "low": 2.0}, {"high": 2.0, "level": "batch"}, {"high": 2.0, "outside": "drop"}):
         with pytest.raises(ConfigError, match="rollout correction"):
             importance_weights(zero, MASK, **options)
-    with pytest.raises(ConfigError, match="upper bound only"):
-        keep_mask(zero, MASK, estimator="k3", low=0.1, high=1.0)
-    with pytest.raises(ConfigError, match="rejection level"):
-        keep_mask(zero, MASK, level="sequence", high=1.0)

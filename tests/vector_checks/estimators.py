@@ -5,11 +5,11 @@ import torch
 
 from align.errors import TrainingError
 from align.objectives.controllers import AdaptiveKL
-from align.objectives.groups import best_only, group_relative, leave_one_out, length_weighted
+from align.objectives.groups import best_only, group_relative, leave_one_out
 from align.objectives.kl import k1, masked_sum
 from align.objectives.policy_loss import aggregate_tokens, clipped_policy_loss, value_losses
 from align.objectives.returns import gae, reward_to_go, token_rewards, whiten
-from align.objectives.rollout_correction import importance_weights, keep_mask, log_ratios, mismatch
+from align.objectives.rollout_correction import importance_weights, log_ratios, mismatch
 from tests.vector_checks.registry import close, covers, t64
 
 OPENRLHF = {"rtol": 1e-5, "atol": 1e-7}  # casts the KL to float32
@@ -95,13 +95,6 @@ def reinforce_plus_plus_with_group_baseline(inputs, outputs):
     rewards, mask = t64(inputs["token_level_rewards"]), t64(inputs["mask"])
     centred = group_relative(grouped(masked_sum(rewards, mask)), scale="none")
     close(whiten(on_tokens(centred, mask), mask), t64(outputs["advantages"]) * mask)
-
-
-@covers(*(f"verl_opo_{kl}" for kl in KL_KINDS))
-def opo(inputs, outputs):
-    rewards, mask = t64(inputs["token_level_rewards"]), t64(inputs["mask"])
-    advantages = length_weighted(grouped(masked_sum(rewards, mask)), grouped(mask.sum(-1)))
-    close(on_tokens(advantages, mask), outputs["advantages"])
 
 
 @covers("verl_grpo_passk_nokl")
@@ -270,39 +263,15 @@ def importance_ratios_of_trl(inputs, outputs, common):
         close(weights, t64(expected) * mask)  # TRL leaves 1 outside the mask
 
 
-@covers("openrlhf_is_tis", "openrlhf_is_icepop", "openrlhf_is_seq-mask-tis")
+@covers("openrlhf_is_tis", "openrlhf_is_icepop")
 def importance_sampling_of_openrlhf(inputs, outputs, name, common):
     log_ratio, mask = mismatched(common)
     low, high = inputs["threshold"]
-    if name.endswith("seq-mask-tis"):  # a gate on the sequence's geometric mean, times the ratio as it is
-        kept = keep_mask(log_ratio, mask, level="sequence_mean", low=low, high=high)
-        weights = importance_weights(log_ratio, mask, high=1e9) * kept
-    else:
-        outside = "mask" if name.endswith("icepop") else "truncate"
-        weights = importance_weights(log_ratio, mask, low=low, high=high, outside=outside)
+    outside = "mask" if name.endswith("icepop") else "truncate"
+    weights = importance_weights(log_ratio, mask, low=low, high=high, outside=outside)
     losses = clipped_policy_loss(t64(inputs["new"]), t64(inputs["old"]), t64(inputs["adv"]), mask).losses
     close(aggregate_tokens(weights * losses, mask, "token_mean"), outputs["loss"])
     close(mismatch(log_ratio, mask)["kl"], outputs["vllm_kl"])
-
-
-REJECTIONS = {
-    "token_k1": [("token", "k1", 0.5, 2.0)],
-    "seq_sum_k1": [("sequence_sum", "k1", 0.5, 2.0)],
-    "seq_mean_k1": [("sequence_mean", "k1", 0.9, 1.1)],
-    "seq_mean_k3": [("sequence_mean", "k3", None, 0.05)],
-    "seq_max_k2": [("sequence_max", "k2", None, 0.5)],
-    "token_k1,seq_max_k3": [("token", "k1", 0.3, 3.0), ("sequence_max", "k3", None, 0.8)],
-}
-
-
-@covers(*(f"verl_rs_{name}" for name in REJECTIONS))
-def rejection(outputs, name, common):
-    log_ratio, mask = mismatched(common)
-    kept = mask
-    for level, estimator, low, high in REJECTIONS[name.removeprefix("verl_rs_")]:
-        kept = kept * keep_mask(log_ratio, mask, level=level, estimator=estimator, low=low, high=high)
-    close(kept, outputs["mask"])
-    close(1 - kept.sum() / mask.sum(), outputs["masked_fraction"], rtol=1e-6, atol=1e-7)
 
 
 @covers("verl_offpolicy_metrics")
