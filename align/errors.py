@@ -6,7 +6,12 @@ class AlignError(Exception):
 
 
 class ConfigError(AlignError):
-    """A configuration file or a command line that does not describe a run."""
+    """A configuration file or a command line that does not describe a run. key: the dotted path of the option at fault
+    (`rewards.0.path`), where it is known, so that a reader of files can name the line."""
+
+    def __init__(self, message: str, *, key: str | None = None):
+        super().__init__(message)
+        self.key = key
 
 
 class DataError(AlignError):

@@ -8,48 +8,53 @@ from align.config.resolve import RunConfig
 from align.errors import AlignError, ConfigError
 from align.lazy import load
 
-LOADERS = {
-    "policy": "align.modeling.load:load_policy",
-    "classifier": "align.modeling.load:load_sequence_classifier",
-}
-
 
 def train_rows(run: RunConfig):
     """The rows to train on, some labels flipped if `label_noise` says so."""
-    rows = load("align.data:load_rows")(run.data.dataset_name, run.data.dataset_train_split, run.data.dataset_config)
+    from align.data import load_rows
+    from align.data.noise import flip_labels
+
+    rows = load_rows(run.data.dataset_name, run.data.dataset_train_split, run.data.dataset_config)
     noise = run.ensemble
     if noise is None or not noise.label_noise:
         return rows
-    return load("align.data.noise:flip_labels")(rows, noise.label_noise, noise.label_noise_seed)[0]
+    return flip_labels(rows, noise.label_noise, noise.label_noise_seed)[0]
 
 
 def save_label_noise(run: RunConfig, rows: int) -> None:
     """Write which of the training rows are flipped to output_dir, if any are."""
+    from align.data.noise import FILE_NAME, flipped_rows, save_flips
+
     noise, folder = run.ensemble, Path(run.training.output_dir)
     if noise is None or not noise.label_noise or run.training.process_index != 0:
         return
-    flipped = load("align.data.noise:flipped_rows")(rows, noise.label_noise, noise.label_noise_seed)
+    flipped = flipped_rows(rows, noise.label_noise, noise.label_noise_seed)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / load("align.data.noise:FILE_NAME")
-    load("align.data.noise:save_flips")(path, flipped, share=noise.label_noise, seed=noise.label_noise_seed)
+    save_flips(folder / FILE_NAME, flipped, share=noise.label_noise, seed=noise.label_noise_seed)
 
 
 def eval_rows(run: RunConfig):
     """The rows to evaluate on, None where the run does not evaluate."""
+    from align.data import load_rows
+
     if run.training.eval_strategy == "no" and not run.given.get("eval_on_start"):
         return None
     other = run.data.eval_dataset_name
     config = None if other else run.data.dataset_config
-    return load("align.data:load_rows")(other or run.data.dataset_name, run.data.dataset_test_split, config)
+    return load_rows(other or run.data.dataset_name, run.data.dataset_test_split, config)
 
 
 def tokenizer(run: RunConfig):
-    return load("align.modeling.load:load_tokenizer")(run.model.model_name_or_path, revision=run.model.model_revision)
+    from align.modeling.load import load_tokenizer
+
+    return load_tokenizer(run.model.model_name_or_path, revision=run.model.model_revision)
 
 
 def peft_config(run: RunConfig):
     """The LoRA config, None without `use_peft`."""
-    return load("trl:get_peft_config")(run.model)
+    from trl import get_peft_config
+
+    return get_peft_config(run.model)
 
 
 def dtype(run: RunConfig) -> str:
@@ -63,15 +68,21 @@ def dtype(run: RunConfig) -> str:
 
 def model(run: RunConfig):
     """The model that is trained, without its adapter."""
+    from accelerate import PartialState
+    from trl import get_quantization_config
+
+    from align.modeling.load import load_policy, load_sequence_classifier
+
     options: dict[str, Any] = {"revision": run.model.model_revision, "dtype": dtype(run)}
-    quantization = load("trl:get_quantization_config")(run.model)
+    quantization = get_quantization_config(run.model)
     if quantization is not None:
         # quantised weights cannot be moved afterwards: every process loads them to where it trains
-        device = load("accelerate:PartialState")(cpu=run.training.use_cpu).device
+        device = PartialState(cpu=run.training.use_cpu).device
         options |= {"quantization_config": quantization, "device_map": {"": device}}
     if run.method.model == "classifier":
         options["head_seed"] = run.training.seed
-    return load(LOADERS[run.method.model])(
+    load_model = load_sequence_classifier if run.method.model == "classifier" else load_policy
+    return load_model(
         run.model.model_name_or_path, attn_implementation=run.model.attn_implementation, sharded=True, **options
     )
 
@@ -82,10 +93,11 @@ def model_config(run: RunConfig):
 
 def pretrained_config(name: str, what: str, **options):
     """The transformers config of a folder or hub name; that of the base model for the folder of an adapter."""
+    from peft import PeftConfig
     from transformers import AutoConfig
 
     if (Path(name) / "adapter_config.json").exists():
-        name, options = load("peft:PeftConfig").from_pretrained(name).base_model_name_or_path, {}
+        name, options = PeftConfig.from_pretrained(name).base_model_name_or_path, {}
     try:
         return AutoConfig.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
@@ -94,21 +106,26 @@ def pretrained_config(name: str, what: str, **options):
 
 def rewards(run: RunConfig, key: str, tokenizer) -> list:
     """The rewards of a section (`rewards` or `gold_reward`), built; an error names the place of the section."""
-    build_reward = load("align.reward_models.build:build_reward")
+    from align.reward_models.build import build_reward
+
     return _of_each_reward(run, key, lambda spec: build_reward(spec, tokenizer=tokenizer))
 
 
 def check_rewards(run: RunConfig) -> None:
     """Raise what `rewards` would, as far as that can be told without loading a model or asking a server."""
-    for key in ("rewards", "gold_reward") if run.method.rewards else ():
-        _of_each_reward(run, key, load("align.reward_models.build:check_reward"))
+    from align.reward_models.build import check_reward
+
+    for key in ("rewards", "gold_reward"):
+        _of_each_reward(run, key, check_reward)
 
 
 def reward_models(run: RunConfig) -> dict[str, bool]:
     """Folders and hub names of the models that the rewards need; True for those with a score head."""
+    from align.reward_models.build import model_paths
+
     found: dict[str, bool] = {}
     for key in ("rewards", "gold_reward"):
-        for paths in _of_each_reward(run, key, load("align.reward_models.build:model_paths")):
+        for paths in _of_each_reward(run, key, model_paths):
             found |= paths
     return found
 
@@ -122,7 +139,7 @@ def _of_each_reward(run: RunConfig, key: str, function: Callable) -> list:
             results.append(function(spec))
         except AlignError as error:
             name = f"{key}.{i}" if isinstance(specs, list) else key
-            raise ConfigError(f"{run.where(key)}: {name}: {error}") from error
+            raise ConfigError(f"{run.where(name)}: {name}: {error}") from error
     return results
 
 
@@ -172,9 +189,11 @@ def train_sweep(run: RunConfig, resume: bool) -> Path:
 
 def train_ensemble(run: RunConfig, resume: bool) -> Path:
     """Train the members of an ensemble; return the folder that holds them. With `resume`, finished ones are kept."""
+    from trl import get_quantization_config
+
     not_default = [key for key in ("dtype", "attn_implementation", "model_revision") if key in run.given]
     not_default = [key for key in not_default if not (key == "dtype" and run.model.dtype == "float32")]
-    if not_default or load("trl:get_quantization_config")(run.model) is not None:
+    if not_default or get_quantization_config(run.model) is not None:
         keys = ", ".join(not_default or ["load_in_4bit, load_in_8bit"])
         raise ConfigError(f"{keys} cannot be set with ensemble > 1: members are loaded in float32")
     rows = train_rows(run)

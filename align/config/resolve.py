@@ -117,7 +117,7 @@ class RunConfig:
         head = key.partition(".")[0]
         if head not in self.entries:
             return "default"
-        return self.entries[head].nested.get(key, self.entries[head].where)
+        return self.entries[head].place(key)
 
 
 def resolve(method_name: str, config_file: str | None, tokens: list[str]) -> RunConfig:
@@ -142,13 +142,23 @@ def resolve(method_name: str, config_file: str | None, tokens: list[str]) -> Run
                 arguments[part][key] = value = _typed(key, entry, cls)
                 as_written = dataclasses.is_dataclass(value) or type(entry.value) is int and entry.value == value
                 given[key] = entry.value if as_written else _plain(value)
-    built = {part: _build(cls, arguments[part], config_file) for part, cls in classes.items()}
-    nested = {key: given.get(key) for key in REWARD_SECTIONS}
+    try:
+        nested = {key: _reward_section(key, given.get(key)) for key in REWARD_SECTIONS}
+        built = {part: _build(cls, arguments[part], config_file) for part, cls in classes.items()}
+    except ConfigError as error:
+        raise (_placed(error, entries, config_file) if error.key else error) from error
     run = RunConfig(method=method, **built, **nested, entries=entries, given=given)
-    for key in sections:
-        _check_reward(key, nested[key], run)
     _check_required(run, config_file)
     return run
+
+
+def _reward_section(key: str, value: Any) -> Any:
+    """The specs of `rewards` (a list) or of `gold_reward` (one)."""
+    from align.reward_models.specs import parse_reward, parse_rewards
+
+    if value is None:
+        return None
+    return parse_rewards(value, key) if key == "rewards" else parse_reward(value, key)
 
 
 def reward_sections(method: Method) -> tuple[str, ...]:
@@ -192,25 +202,11 @@ def _check_keys(entries: dict[str, Entry], valid: list[str], method: Method) -> 
         raise ConfigError("; ".join(problems))
 
 
-def _check_reward(path: str, spec: Any, run: RunConfig) -> None:
-    """Keys of the reward specs in a section, so that they too are refused with their line and before any loading."""
-    if isinstance(spec, list):
-        for i, item in enumerate(spec):
-            _check_reward(f"{path}.{i}", item, run)
-    elif isinstance(spec, dict):
-        keys, required = load("align.reward_models.build:KEYS"), load("align.reward_models.build:REQUIRED")
-        kind = spec.get("type")
-        if kind not in keys:
-            raise ConfigError(f"{run.where(path)}: {path}: type must be one of {', '.join(keys)}, not {kind!r}")
-        if not spec.get(required[kind]):
-            raise ConfigError(f"{run.where(path)}: {path}: a {kind} reward needs {required[kind]!r}")
-        for key in spec:
-            if key != "type" and key not in keys[kind]:
-                nearest = difflib.get_close_matches(str(key), keys[kind], n=1)
-                hint = f"nearest valid: {nearest[0]}" if nearest else f"valid: {', '.join(keys[kind])}"
-                raise ConfigError(f"{run.where(f'{path}.{key}')}: unknown key {path}.{key} of a {kind} reward; {hint}")
-        for key in ("members", "rewards"):
-            _check_reward(f"{path}.{key}", spec.get(key), run)
+def _placed(error: ConfigError, entries: dict[str, Entry], config_file: str | None) -> ConfigError:
+    """The error with the place of the option that it is about."""
+    head = (error.key or "").partition(".")[0]
+    place = entries[head].place(error.key) if head in entries else config_file or COMMAND_LINE
+    return ConfigError(f"{place}: {' '.join(str(error).split())}", key=error.key)
 
 
 def _typed(key: str, entry: Entry, cls: type) -> Any:
@@ -254,6 +250,10 @@ def _type_name(hint: Any) -> str:
 def _build(cls: type, arguments: dict[str, Any], config_file: str | None) -> Any:
     try:
         return cls(**arguments)
+    except ConfigError as error:
+        if error.key:
+            raise
+        raise ConfigError(f"{config_file or COMMAND_LINE}: {error}") from error
     except ValueError as error:  # what the __post_init__ of transformers, trl and our configs raise
         message = " ".join(str(error).split())
         raise ConfigError(f"{config_file or COMMAND_LINE}: {message}") from error

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peft import PeftConfig
 
 from align.data.collate import right_pad
 from align.errors import ConfigError, DataError
 from align.evaluation.bootstrap import percentile_interval, resample_weights
 from align.evaluation.front import Front, Point
 from align.evaluation.pareto import dominated_share, non_dominated
-from align.lazy import load
 from align.objectives.reward_weighting import hypervolume
+from align.reward_models.base import RewardBatch
 from align.rollout.seeds import derive_seed
 from align.rollout.types import SamplingParams
 
@@ -97,7 +98,7 @@ def score_policy(policy, reference, engine, prompts, rewards: dict, tokenizer, s
     drawn = [(row, c.token_ids) for row, rollout in zip(rows, rollouts, strict=True) for c in rollout.completions]
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for _, ids in drawn]
     chat = isinstance(rows[0]["prompt"], list)
-    batch = load("align.reward_models.base:RewardBatch")(
+    batch = RewardBatch(
         prompts=[row["prompt"] for row, _ in drawn],
         completions=[[{"role": "assistant", "content": text}] if chat else text for text in texts],
         prompt_ids=[row["prompt_ids"] for row, _ in drawn],
@@ -217,7 +218,7 @@ def as_front(path: str | Path) -> Front:
     folder = Path(path)
     if folder.is_dir() and not (folder / FILE_NAME).exists():
         if (folder / "adapter_config.json").exists():
-            reference = load("peft:PeftConfig").from_pretrained(str(folder)).base_model_name_or_path
+            reference = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
             return Front("policy", reference, [], [Point(folder.name, str(folder), {})])
         if (folder / "config.json").exists():
             return Front("policy", "", [], [Point(folder.name, str(folder), {})])

@@ -10,7 +10,6 @@ from align.data.bad_rows import BadRows
 from align.evaluation.pair_scores import PairScores, score_pairs
 from align.evaluation.pairs import Pairs
 from align.evaluation.rewrite_sample import Rewritten
-from align.lazy import load
 
 if TYPE_CHECKING:
     from align.reward_models.base import Reward
@@ -87,9 +86,9 @@ def _add(report: BadRows, pairs: Pairs, found: PairScores, name: str) -> None:
 
 
 def _unit(reward: "Reward") -> tuple[float, str]:
-    normalizer = (
-        reward.normalizer if isinstance(reward, load("align.reward_models.classifier:ClassifierReward")) else None
-    )
+    from align.reward_models.classifier import ClassifierReward
+
+    normalizer = reward.normalizer if isinstance(reward, ClassifierReward) else None
     if normalizer is None:
         return 1.0, "the score"
     return normalizer.std, f"the score before normalisation (times {normalizer.std:.4g})"

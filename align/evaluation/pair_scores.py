@@ -10,7 +10,6 @@ import numpy as np
 
 from align.errors import RewardError
 from align.evaluation.pairs import Pairs
-from align.lazy import load
 
 if TYPE_CHECKING:
     from align.reward_models.base import Reward
@@ -92,8 +91,10 @@ def _outputs(reward: "Reward", pairs: Pairs, places: range, result: PairScores) 
 
 
 def _batch(pairs: Pairs, places):
+    from align.reward_models.base import RewardBatch
+
     part = pairs.select(places)
-    return load("align.reward_models.base:RewardBatch")(
+    return RewardBatch(
         prompts=part.prompts * 2,
         completions=part.chosen + part.rejected,
         columns={name: values * 2 for name, values in part.columns.items()},

@@ -18,7 +18,6 @@ from align.evaluation.rewrite_sample import rewrite_sample
 from align.evaluation.rewrites import choose_rewrites
 from align.evaluation.strict_json import plain, refuse_non_finite
 from align.evaluation.summary import package_versions
-from align.lazy import load
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -128,7 +127,9 @@ def evaluate_reward(
     result = plain(result, "reward_eval")
     refuse_non_finite(result, "reward_eval")
     if output_dir is not None:
-        load("align.evaluation.reward_page:write_reward_eval")(output_dir, result)
+        from align.evaluation.reward_page import write_reward_eval
+
+        write_reward_eval(output_dir, result)
     return result
 
 
@@ -136,25 +137,17 @@ def check_specs(specs: list, taken: list[str]) -> None:
     """Raise ConfigError for what is wrong with the specs, before the first model is loaded."""
     if not specs:
         raise ConfigError("there is no reward to evaluate")
-    check_reward = load("align.reward_models.build:check_reward")
+    from align.reward_models.base import Reward
+    from align.reward_models.specs import parse_reward
+
     names = []
     for spec in specs:
-        check_reward(spec)
-        name = _name_in(spec)
+        parsed = parse_reward(spec)
+        name = parsed.name if isinstance(parsed, Reward) else parsed.stated_name
+        if not isinstance(parsed, Reward):
+            parsed.check()
         _refuse_taken(name, [*taken, *names])
         names += [name] if name else []
-
-
-def _name_in(spec: Any) -> str | None:
-    """The name that the reward will have, where its spec alone tells it."""
-    if isinstance(spec, load("align.reward_models.base:Reward")):
-        return spec.name
-    if callable(spec):
-        return spec.__name__
-    kind, options = load("align.reward_models.build:parse_spec")(spec)
-    if "name" in options or kind not in ("classifier", "rule"):
-        return options.get("name")
-    return Path(options["path"]).name if kind == "classifier" else str(options["function"]).rpartition(":")[2]
 
 
 def _refuse_taken(name: str | None, taken: list[str]) -> None:
@@ -167,7 +160,8 @@ def loaded_one_by_one(specs: list, taken: list[str]) -> Iterator:
     may have."""
     import torch
 
-    build_reward = load("align.reward_models.build:build_reward")
+    from align.reward_models.build import build_reward
+
     for spec in specs:
         reward = build_reward(spec)
         _refuse_taken(reward.name, taken)

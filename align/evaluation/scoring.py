@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from align.errors import ConfigError, DataError
-from align.lazy import load
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +17,8 @@ def build_rewards(specs: list[str], gold: str | None, *, gold_name: str, tokeniz
 
     The gold reward, if any, is the last one, under `gold_name`. Raises ConfigError for two of one name.
     """
+    from align.reward_models.build import build_reward
+
     rewards = named_rewards(
         [s for given in specs for s in reward_specs(given)], reserved=gold_name, tokenizer=tokenizer
     )
@@ -25,13 +26,14 @@ def build_rewards(specs: list[str], gold: str | None, *, gold_name: str, tokeniz
         found = reward_specs(gold)
         if len(found) != 1:
             raise ConfigError(f"{gold} holds {len(found)} rewards; the gold score is one")
-        rewards[gold_name] = load("align.reward_models.build:build_reward")(found[0], tokenizer=tokenizer)
+        rewards[gold_name] = build_reward(found[0], tokenizer=tokenizer)
     return rewards
 
 
 def named_rewards(specs: list, *, reserved: str | None = None, tokenizer=None) -> dict:
     """The rewards of these specs by name. Raises ConfigError for two of one name, or one that is called `reserved`."""
-    build_reward = load("align.reward_models.build:build_reward")
+    from align.reward_models.build import build_reward
+
     rewards: dict = {}
     for spec in specs:
         reward = build_reward(spec, tokenizer=tokenizer)
@@ -44,6 +46,7 @@ def named_rewards(specs: list, *, reserved: str | None = None, tokenizer=None) -
 def score_table(path: str | Path, rewards: dict, output: str | Path, *, prompt: str, completion: str) -> Path:
     """Score the completions of a table; write it with one more column per reward to `output` (parquet)."""
     from align.evaluation.score_table import load_table
+    from align.reward_models.base import RewardBatch
 
     frame = load_table(Path(path))
     for column in (prompt, completion):
@@ -54,14 +57,13 @@ def score_table(path: str | Path, rewards: dict, output: str | Path, *, prompt: 
         raise ConfigError(
             f"{path} already has a column {taken[0]!r}: name the reward otherwise, or use --proxy {taken[0]}"
         )
-    reward_batch = load("align.reward_models.base:RewardBatch")
     others = [column for column in frame if column not in (prompt, completion)]
 
     def batches() -> Iterator[tuple[dict[str, list], object]]:
         for start in range(0, len(frame), ROWS_AT_ONCE):
             rows = {name: frame[name].iloc[start : start + ROWS_AT_ONCE].tolist() for name in frame}
             columns = {name: rows[name] for name in others}
-            yield rows, reward_batch(prompts=rows[prompt], completions=rows[completion], columns=columns)
+            yield rows, RewardBatch(prompts=rows[prompt], completions=rows[completion], columns=columns)
 
     return _write(batches(), rewards, output, total=len(frame))
 
@@ -90,6 +92,7 @@ def sample_table(
     """
     from align.data import load_rows, tokenize_prompts
     from align.modeling.load import load_policy, load_tokenizer
+    from align.reward_models.base import RewardBatch
     from align.rollout import SamplingParams, make_engine
 
     tokenizer = load_tokenizer(model)
@@ -102,7 +105,6 @@ def sample_table(
     params = SamplingParams(max_tokens=max_completion_length, n=n, temperature=temperature, top_p=top_p)
     longest = max(len(ids) for ids in dataset["prompt_ids"]) + max_completion_length
     engine = make_engine(load_policy(model), tokenizer, backend=backend, max_model_len=longest, seed=seed)
-    reward_batch = load("align.reward_models.base:RewardBatch")
 
     def batches() -> Iterator[tuple[dict[str, list], object]]:
         for start in range(0, len(dataset), PROMPTS_AT_ONCE):
@@ -111,7 +113,7 @@ def sample_table(
             pairs = [(row, c, i) for row, r in zip(chunk, rollouts, strict=True) for i, c in enumerate(r.completions)]
             texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for _, c, _ in pairs]
             chat = isinstance(chunk[0]["prompt"], list)
-            batch = reward_batch(
+            batch = RewardBatch(
                 prompts=[row["prompt"] for row, _, _ in pairs],
                 completions=[[{"role": "assistant", "content": text}] if chat else text for text in texts],
                 prompt_ids=[row["prompt_ids"] for row, _, _ in pairs],

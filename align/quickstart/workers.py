@@ -109,12 +109,11 @@ def _end_with_main_process(alive: Connection) -> None:
 
 def _load_libraries() -> None:
     """What takes the first ten seconds of a phase."""
-    from align.lazy import load
+    import align.trainers.remax  # noqa: F401
     from align.rollout.make import choose_backend
 
-    load("align.trainers.remax:ReMaxTrainer")
     if choose_backend("auto") == "vllm":
-        load("vllm:LLM")
+        import vllm  # noqa: F401
 
 
 def _run(function: Callable[..., dict], arguments: tuple, name: str) -> tuple[dict, float]:

@@ -122,8 +122,8 @@ def test_what_is_missing_is_named():
 def test_rewards_are_nested_and_can_be_overridden(file):
     path = file("rewards:\n  - {type: classifier, path: a, name: proxy}\ngold_reward: gold.py:score\n")
     run = resolve("remax", path, ["--rewards.0.path", "b", "--learning_rate", "5e-7"])
-    assert run.rewards == [{"type": "classifier", "path": "b", "name": "proxy"}]
-    assert run.gold_reward == "gold.py:score"
+    assert [spec.given() for spec in run.rewards] == [{"type": "classifier", "path": "b", "name": "proxy"}]
+    assert run.gold_reward.given() == {"type": "rule", "function": "gold.py:score"}
     assert run.training.learning_rate == 5e-7
 
 
@@ -131,11 +131,11 @@ def test_rewards_are_nested_and_can_be_overridden(file):
     ("text", "message"),
     [
         ("  - a.py:f\n  - type: rule\n    function: b\n    nam: c\n", "line 7: unknown key rewards.1.nam of a rule"),
-        ("  - {type: classifier, name: a}\n", "line 3: rewards.0: a classifier reward needs 'path'"),
-        ("  - {type: clasifier, path: a}\n", "line 3: rewards.0: type must be one of classifier, implicit, rule, "),
+        ("  - {type: classifier, name: a}\n", "line 4: rewards.0: a classifier reward needs 'path'"),
+        ("  - {type: clasifier, path: a}\n", "line 4: rewards.0: type must be one of classifier, implicit, rule, "),
         (
             "  type: ensemble\n  aggregation: mean\n  members:\n    - path: a\n      typ: classifier\n",
-            "line 3: rewards.members.0: type must be one of",
+            "line 6: rewards.members.0: type must be one of",
         ),
     ],
 )

@@ -139,7 +139,7 @@ def test_spec(tmp_path):
     spec = {"type": "implicit", "path": folder, "reference": saved(tmp_path / "b", seed=1), "beta": 0.3, "name": "dpo"}
     reward = build_reward(spec, tokenizer=worlds.tokenizer(), device="cpu")
     assert reward.name == "dpo" and reward.beta == 0.3 and reward.encoder.shares_ids
-    with pytest.raises(ConfigError, match="unknown key 'refrence' \\(nearest valid: reference\\)"):
+    with pytest.raises(ConfigError, match="unknown key reward.refrence of an implicit reward; .*: reference"):
         build_reward({"type": "implicit", "path": folder, "refrence": folder})
 
 

@@ -190,12 +190,12 @@ def test_specs_send_nothing():
     [
         ({"url": "localhost:8000/score"}, "url must be http"),
         ({"url": "http:///score"}, "url must be http"),
-        ({"url": "http://x", "batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
-        ({"url": "http://x", "retries": -1}, "retries must be a whole number of at least 0"),
-        ({"url": "http://x", "timeout": 0}, "timeout must be > 0"),
+        ({"url": "http://x", "batch_size": 0}, "batch_size: input should be greater than or equal to 1, not 0"),
+        ({"url": "http://x", "retries": -1}, "retries: input should be greater than or equal to 0"),
+        ({"url": "http://x", "timeout": 0}, "timeout: input should be greater than 0"),
         ({"url": "http://x", "headers": {"A": "${NOT_SET_ANYWHERE}"}}, "header A needs .* NOT_SET_ANYWHERE, not set"),
-        ({"url": "http://x", "timout": 3}, "unknown key 'timout' \\(nearest valid: timeout\\)"),
-        ({"name": "x"}, "reward of type remote needs 'url'"),
+        ({"url": "http://x", "timout": 3}, "unknown key reward.timout of a remote reward; nearest valid: timeout"),
+        ({"name": "x"}, "a remote reward needs 'url'"),
     ],
 )
 def test_specs_that_describe_nothing(options, message):

@@ -120,14 +120,20 @@ def test_build(saved):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"type": "classifer", "path": "x"}, "type must be one of .*ensemble, got 'classifer'"),
+        (
+            {"type": "classifer", "path": "x"},
+            "type must be one of .*ensemble, .*; nearest valid: classifier",
+        ),
         ({"path": "x"}, "type must be one of"),
-        ({"type": "classifier", "pth": "x"}, "unknown key 'pth' \\(nearest valid: path\\)"),
+        ({"type": "classifier", "pth": "x"}, "unknown key reward.pth of a classifier reward; nearest valid: path"),
         ({"type": "classifier", "name": "x"}, "needs 'path'"),
-        ({"type": "rule", "function": "nowhere:f", "zz": 1}, "unknown key 'zz' \\(valid: function, name, arguments"),
+        (
+            {"type": "rule", "function": "nowhere:f", "zz": 1},
+            "unknown key reward.zz of a rule reward; valid: fun",
+        ),
         ({"type": "ensemble", "aggregation": "mean"}, "either members .* or path"),
         ({"type": "ensemble", "members": ["a:b"]}, "needs 'aggregation'"),
-        ({"type": "ensemble", "aggregation": "mean", "members": {}}, "members must be a list"),
+        ({"type": "ensemble", "aggregation": "mean", "members": {}}, "members: input should be a valid list"),
         ({"type": "ensemble", "aggregation": "uwo", "members": ["json:dumps"] * 2}, "needs lambda"),
         ("", "a reward is empty"),
         (3, "a mapping or a text, got int"),

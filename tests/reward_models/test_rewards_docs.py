@@ -14,10 +14,11 @@ from peft import LoraConfig
 from align.config.source import parse_value
 from align.modeling.load import load_sequence_classifier
 from align.reward_models.base import RewardBatch
-from align.reward_models.build import KEYS, build_reward, check_reward
+from align.reward_models.build import build_reward, check_reward
 from align.reward_models.classifier import ClassifierReward
 from align.reward_models.ensemble import save_ensemble
 from align.reward_models.normalizer import Normalizer
+from align.reward_models.specs import REWARDS
 from align.trainers.reward import RewardConfig
 from tests.modeling import tiny
 from tests.reward_models import worlds
@@ -79,7 +80,7 @@ def test_every_spec_is_built_and_scores(world):
             output = build_reward(spec).score(BATCH)
             assert output.scores.shape == (1,)
             kinds.add(spec["type"])
-    assert kinds == set(KEYS)
+    assert kinds == set(REWARDS.kinds)
     assert build_reward("my_rewards.py:contains_answer").score(BATCH).scores.tolist() == [1.0]
 
 
@@ -112,10 +113,10 @@ def test_training_in_python(world):
 
 def test_what_is_named_exists():
     ensembles = (Path(__file__).parents[2] / "docs" / "ensembles.md").read_text(encoding="utf-8")
-    for kind, keys in KEYS.items():
+    for kind, spec in REWARDS.kinds.items():
         assert f"## type: {kind}" in DOCS
         text = DOCS + ensembles if kind == "ensemble" else DOCS
-        for key in keys:
+        for key in spec.keys():
             assert re.search(rf"`{key}`|[{{ ]{key}:[ \n]", text), f"{key} of {kind} is not documented"
     for option in ("center_rewards_coefficient", "score_l2_coefficient", "normalizer_pairs"):
         assert option in DOCS and option in RewardConfig.__dataclass_fields__

@@ -86,7 +86,7 @@ def test_spec():
     spec = {"type": "verifier", "function": "align.reward_models.checkers:regex", "arguments": {"pattern": "^\\d$"}}
     reward = build_reward({**spec, "name": "digit", "on_fail": -1})
     assert reward.name == "digit" and reward.score(BATCH).scores.tolist() == [1.0, 1.0, -1.0]
-    with pytest.raises(ConfigError, match="unknown key 'on_fial' \\(nearest valid: on_fail\\)"):
+    with pytest.raises(ConfigError, match="unknown key reward.on_fial of a verifier reward; nearest valid: on_fail"):
         build_reward({**spec, "on_fial": 0})
     with pytest.raises(ConfigError, match="takes no patern: its parameters are completion, pattern"):
         build_reward({**spec, "arguments": {"patern": "x"}})

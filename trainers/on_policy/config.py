@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from align.config.sections import plain
 from align.errors import ConfigError
 from align.objectives.policy_loss import AGGREGATIONS
 from align.trainers.core.batching import BatchingOptions
@@ -10,9 +11,16 @@ from align.trainers.on_policy.estimators import make_estimator
 from align.trainers.weighting.dynamic import check_dynamic_weights
 from align.trainers.weighting.options import check_constraints
 from align.trainers.weighting.search import check_search
+from align.trainers.weighting.sections import DYNAMIC_WEIGHTS, MULTIPLIERS, parse_constraints, parse_search
 
 RATIO_LEVELS = ("token", "sequence", "sequence_mean")
 CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+SECTIONS = {
+    "constraints": parse_constraints,
+    "multipliers": MULTIPLIERS.parse,
+    "dynamic_weights": DYNAMIC_WEIGHTS.parse,
+    "threshold_search": parse_search,
+}
 
 ESTIMATOR_HELP = {
     "help": "How advantages are estimated: a registered name (`register_estimator`), or path/file.py:Class. Default: "
@@ -22,7 +30,11 @@ ESTIMATOR_HELP = {
 
 @dataclass
 class OnPolicyConfig(BatchingOptions, BaseConfig):
-    """Options of every on-policy method. `per_device_train_batch_size` counts prompts."""
+    """Options of every on-policy method. `per_device_train_batch_size` counts prompts.
+
+    sections: the nested options (`constraints` ...) that are set, by name, checked and typed
+    (`align.trainers.weighting.sections`). The fields keep them as plain values, for what writes a configuration down.
+    """
 
     # ---- rollouts
     num_generations: int = field(default=1, metadata={"help": "Sampled completions per prompt and rollout."})
@@ -177,6 +189,10 @@ class OnPolicyConfig(BatchingOptions, BaseConfig):
                 "importance_sampling_level: sequence gives every token the whole sequence's ratio, so its loss is the "
                 "mean over tokens: set loss_aggregation: sequence_mean"
             )
+        given = {name: getattr(self, name) for name in SECTIONS}
+        self.sections = {name: SECTIONS[name](value, name) for name, value in given.items() if value is not None}
+        for name, section in self.sections.items():
+            setattr(self, name, plain(section))
         make_estimator(self)  # which checks its own options
         check_constraints(self)
         check_dynamic_weights(self)

@@ -99,14 +99,15 @@ class FixedWeights(Weighting):
 def make_weighting(reward_weights: dict[str, float], args: Any) -> Weighting:
     """The weighting that a configuration (`OnPolicyConfig`) asks for."""
     from align.trainers.weighting.constrained import ConstrainedWeights, SatisficingPerEpisode, SatisficingWeights
-    from align.trainers.weighting.dynamic import GradientWeights, HypervolumeWeights, check_dynamic_weights
+    from align.trainers.weighting.dynamic import GradientWeights, HypervolumeWeights
     from align.trainers.weighting.options import check_constraints
+    from align.trainers.weighting.sections import GradientSection
 
     names, weights = list(reward_weights), list(reward_weights.values())
-    dynamic = check_dynamic_weights(args)
+    dynamic = args.sections.get("dynamic_weights")
     if dynamic is not None:
-        kind = dynamic.type
-        return HypervolumeWeights(names, weights) if kind == "hypervolume" else GradientWeights(names, weights, dynamic)
+        gradient = isinstance(dynamic, GradientSection)
+        return GradientWeights(names, weights, dynamic) if gradient else HypervolumeWeights(names, weights)
     options = check_constraints(args)
     if options is None:
         return FixedWeights(names, weights)

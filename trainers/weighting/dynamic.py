@@ -4,7 +4,6 @@ Of dynamic reward weighting (arXiv 2509.11452), on every estimator of advantages
 align/objectives/reward_weighting.py.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,50 +13,34 @@ from torch import Tensor
 from align.errors import ConfigError, TrainingError
 from align.objectives.reward_weighting import gradient_weights, hypervolume_gain, hypervolume_multiplier
 from align.trainers.weighting.base import TASK, FixedWeights, StreamSpec, Weighting
-
-KEYS = {"hypervolume": (), "gradient": ("learning_rate", "mu", "parameters")}
-
-
-@dataclass
-class DynamicOptions:
-    """type: hypervolume or gradient. learning_rate, mu: of the gradient weights, 1e-6 and 1e-5 in the paper; only their
-    ratio counts. parameters: a regular expression; gradients are taken of the parameters whose name has it."""
-
-    type: str
-    learning_rate: float = 1e-6
-    mu: float = 1e-5
-    parameters: str = ""
+from align.trainers.weighting.sections import GradientSection, HypervolumeSection
 
 
-def check_dynamic_weights(args: Any) -> DynamicOptions | None:
-    """The section `dynamic_weights` of an `OnPolicyConfig`, None without; ConfigError naming what is wrong."""
-    given = args.dynamic_weights
-    if given is None:
+def check_dynamic_weights(args: Any) -> HypervolumeSection | GradientSection | None:
+    """The section `dynamic_weights` of an `OnPolicyConfig`, None without; ConfigError naming what does not fit it."""
+    section = args.sections.get("dynamic_weights")
+    if section is None:
         return None
     if args.constraints:
-        raise ConfigError("dynamic_weights and constraints both decide the weights of the rewards: set one of them")
-    if not isinstance(given, dict) or given.get("type") not in KEYS:
-        raise ConfigError(f"dynamic_weights needs a type, {' or '.join(KEYS)}, got {given!r}")
-    valid = ("type", *KEYS[given["type"]])
-    unknown = [key for key in given if key not in valid]
-    if unknown:
-        raise ConfigError(f"dynamic_weights: unknown key {', '.join(unknown)}; valid: {', '.join(valid)}")
-    if given["type"] == "hypervolume":
+        raise ConfigError(
+            "dynamic_weights and constraints both decide the weights of the rewards: set one of them",
+            key="dynamic_weights",
+        )
+    if isinstance(section, HypervolumeSection):
         if args.cancels_scale:
             raise ConfigError(
                 "dynamic_weights of type hypervolume multiplies all rewards by one number, and this method divides "
                 "advantages by their deviation, from which it cancels: nothing would change. Use rloo, remax, grpo "
-                "with scale_rewards: none or ppo with whiten_advantages: false; or type: gradient"
+                "with scale_rewards: none or ppo with whiten_advantages: false; or type: gradient",
+                key="dynamic_weights",
             )
         if str(args.eval_strategy) in ("no", "IntervalStrategy.NO") or not args.eval_on_start:
             raise ConfigError(
                 "dynamic_weights of type hypervolume learns from evaluations: set eval_strategy: steps, eval_steps and "
-                "eval_on_start: true (the policy as it starts is the reference point)"
+                "eval_on_start: true (the policy as it starts is the reference point)",
+                key="dynamic_weights",
             )
-    options = DynamicOptions(**given)
-    if not (options.learning_rate > 0 and options.mu > 0):
-        raise ConfigError("dynamic_weights: learning_rate and mu must be above 0")
-    return options
+    return section
 
 
 class HypervolumeWeights(FixedWeights):
@@ -121,7 +104,7 @@ class GradientWeights(Weighting):
     """A stream per reward, with weights that sum to 1; a reward whose policy gradient agrees with the others' gains.
     The KL is a stream of its own, with weight 1."""
 
-    def __init__(self, names: list[str], weights: list[float], options: DynamicOptions):
+    def __init__(self, names: list[str], weights: list[float], options: GradientSection):
         super().__init__(names, weights)
         if len(names) < 2 or min(weights) <= 0:
             raise ConfigError(

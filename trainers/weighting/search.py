@@ -7,7 +7,6 @@ evaluation set must be a validation set: the search selects on it, and only othe
 
 import json
 import logging
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,70 +16,52 @@ from transformers import TrainerCallback
 
 from align.errors import ConfigError
 from align.objectives.nelder_mead import NelderMead, random_simplex
+from align.trainers.weighting.sections import SearchSection
 
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "threshold_search.json"
 
 
-@dataclass
-class SearchOptions:
-    """The section `threshold_search`.
-
-    start, reached: by reward, its value at the start and the largest that was ever seen (in runs of one reward each):
-    the first thresholds are drawn between the two. budget: stretches of training, at most. steps: optimiser steps per
-    stretch, at most. tolerance: share of a threshold. restore: every stretch starts from the first policy again (the
-    paper goes on with the same one, so that the scores depend on the path). convergence, cache: `NelderMead`'s
-    tolerance and cache_tolerance (a share of the distance from start to reached).
-    """
-
-    start: dict[str, float]
-    reached: dict[str, float]
-    budget: int
-    steps: int
-    tolerance: float = 0.05
-    restore: bool = False
-    convergence: float = 0.01
-    cache: float | None = 0.05
-
-
-def check_search(args: Any) -> SearchOptions | None:
-    """The section of an `OnPolicyConfig`, None without; ConfigError naming what is wrong."""
-    given = args.threshold_search
-    if given is None:
+def check_search(args: Any) -> SearchSection | None:
+    """The section `threshold_search` of an `OnPolicyConfig`, None without; ConfigError naming what does not fit it."""
+    options = args.sections.get("threshold_search")
+    if options is None:
         return None
-    known = [f.name for f in fields(SearchOptions)]
-    needed = known[:4]
-    if not isinstance(given, dict) or not set(needed) <= set(given) <= set(known):
-        raise ConfigError(f"threshold_search needs {', '.join(needed)} and takes {', '.join(known[4:])}, got {given!r}")
-    options = SearchOptions(**given)
-    held = args.constraints or []
-    if not held or any(entry.get("direction") != "equal" for entry in held):
-        raise ConfigError("threshold_search moves the thresholds of constraints that are all `equal`")
-    names = {entry["reward"] for entry in held}
+    problem = _does_not_fit(args, options)
+    if problem:
+        raise ConfigError(problem, key="threshold_search")
+    return options
+
+
+def _does_not_fit(args: Any, options: SearchSection) -> str | None:
+    held = args.sections.get("constraints", [])
+    if not held or any(constraint.direction != "equal" for constraint in held):
+        return "threshold_search moves the thresholds of constraints that are all `equal`"
+    names = {constraint.reward for constraint in held}
     if set(options.start) != names or set(options.reached) != names:
-        raise ConfigError(f"threshold_search: start and reached must name {', '.join(sorted(names))}")
+        return f"threshold_search: start and reached must name {', '.join(sorted(names))}"
+    if options.budget <= len(names):
+        return f"threshold_search: budget must be at least {len(names) + 1}, got {options.budget}"
     if str(args.eval_strategy) not in ("steps", "IntervalStrategy.STEPS"):
-        raise ConfigError("threshold_search looks at evaluations: set eval_strategy: steps and eval_steps")
+        return "threshold_search looks at evaluations: set eval_strategy: steps and eval_steps"
     if options.steps < args.eval_steps:
-        raise ConfigError(
+        return (
             f"threshold_search.steps is {options.steps} and eval_steps {args.eval_steps:g}: a stretch of training ends "
             "at an evaluation"
         )
     if options.restore and args.eval_steps % args.steps_per_rollout:
-        raise ConfigError(
+        return (
             f"threshold_search.restore: eval_steps must be a multiple of the {args.steps_per_rollout} steps of a "
             "rollout, or the first policy would be trained on another's rollout"
         )
-    if not (options.tolerance > 0 and options.budget > len(names)):
-        raise ConfigError(f"threshold_search: tolerance must be above 0, budget at least {len(names) + 1}")
-    return options
+    return None
 
 
 class ThresholdSearch(TrainerCallback):
     """Runs the search at the trainer's evaluations, and ends the run with it. Its state is a part of checkpoints."""
 
-    def __init__(self, trainer, options: SearchOptions):
+    def __init__(self, trainer, options: SearchSection):
         self.trainer, self.options = trainer, options
         spans = {name: options.reached[name] - low for name, low in options.start.items()}
         self.search = NelderMead(

@@ -17,7 +17,7 @@ from align.config import configs_dir
 from align.config.resolve import resolve
 from align.data import toy
 from align.evaluation.records import EvalWriter
-from align.trainers.weighting.options import COMMON, LAGRANGIAN
+from align.trainers.weighting.sections import LagrangianSection
 from tests.trainers.tiny_runs import on_policy, prompts, tiny_model, wanted_words
 
 ROOT = Path(__file__).parents[3]
@@ -126,7 +126,7 @@ def rows(section: str) -> set[str]:
 
 def test_the_tables_name_what_there_is(policy, tmp_path):
     sections = {part.split("\n")[0]: part for part in DOCS.split("\n## ")}
-    assert rows(sections["Multipliers"]) == {*COMMON, *LAGRANGIAN, "coefficients"}
+    assert rows(sections["Multipliers"]) == {*LagrangianSection.model_fields, "coefficients"}
     held = [{"reward": "wanted_words", "direction": "at_least", "threshold": 0.5}]
     two = [wanted_words, toy_polite]
     for options, section in (

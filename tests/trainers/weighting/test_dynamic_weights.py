@@ -150,12 +150,16 @@ def test_gradient_weights_resume_exactly(policy, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("volume", {}, "needs a type, hypervolume or gradient, got .'type': 'volume'."),
-        ("hypervolume", {"dynamic_weights": {"mu": 1.0}}, "unknown key mu; valid: type"),
+        ("volume", {}, "type must be one of hypervolume, gradient, not 'volume'"),
+        (
+            "hypervolume",
+            {"dynamic_weights": {"mu": 1.0}},
+            "unknown key dynamic_weights.mu of type hyper",
+        ),
         ("hypervolume", {"eval_strategy": "no"}, "learns from evaluations: set eval_strategy"),
         ("hypervolume", {"reward_weights": [1.0, 0.0]}, "at least two rewards with a weight, got 1"),
         ("gradient", {"reward_weights": [1.0, -1.0]}, "reward_weights above 0 of at least two rewards"),
-        ("gradient", {"dynamic_weights": {"mu": 0}}, "must be above 0"),
+        ("gradient", {"dynamic_weights": {"mu": 0}}, "dynamic_weights.mu: input should be greater than 0"),
         (
             "gradient",
             {"constraints": [{"reward": "polite", "direction": "equal", "threshold": 0.5}]},

@@ -84,9 +84,9 @@ def test_a_search_resumes_exactly(policy, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"search": {"budget": 4}}, "needs start, reached, budget, steps and takes tolerance, restore"),
+        ({"search": {"budget": 4}}, "threshold_search needs 'start' and 'reached' and 'steps'"),
         ({"search": {**SEARCH, "steps": 1}}, "steps is 1 and eval_steps 2"),
-        ({"search": {**SEARCH, "budget": 1}}, "budget at least 2"),
+        ({"search": {**SEARCH, "budget": 1}}, "budget must be at least 2"),
         ({"search": {**SEARCH, "start": {"rude": 0}}}, "start and reached must name polite"),
         ({"search": {**SEARCH, "reached": {"polite": 0.15}}}, "two different values per dimension, look at polite"),
         ({"constraints": [{**HELD[0], "direction": "at_least"}], "multipliers": None}, "that are all `equal`"),

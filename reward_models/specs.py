@@ -1,0 +1,333 @@
+"""The kinds of rewards that a configuration may name: their options, and how each is made. A kind is one entry here.
+
+Nothing heavy is imported before a reward is made, so that a configuration is checked at once.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from align.config.sections import Kinds, Section, parse_list, plain
+from align.errors import ConfigError, RewardError
+
+if TYPE_CHECKING:
+    from align.reward_models.base import Reward
+
+PathText = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
+# torch.bfloat16 and torch.device("cpu") as well as their names
+TorchName = Annotated[str, BeforeValidator(lambda value: str(value).removeprefix("torch."))]
+Count = Annotated[int, Field(ge=1)]
+
+REWARDS = Kinds("reward", {})
+
+
+class RewardSpec(Section):
+    """The options of one kind of reward. A subclass declares them as fields, says in `build` what they make, and is
+    registered with `register_reward`.
+
+    nested: names of the fields that hold further specs. `check` and `models` are for --dry-run.
+    """
+
+    kind: ClassVar[str]
+    nested: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def build(self, tokenizer=None, device=None) -> "Reward":
+        """The reward. tokenizer: the policy's, so that its token ids can be scored. device: for models; default: a GPU
+        if there is one."""
+
+    def check(self) -> None:
+        """Raise what `build` would, as far as that can be told without loading a model or asking a server."""
+        for spec in self.parts():
+            if isinstance(spec, RewardSpec):
+                spec.check()
+
+    def models(self) -> dict[str, bool]:
+        """Folders and hub names of the models that it needs, each once; True for those with a score head."""
+        paths: dict[str, bool] = {}
+        for spec in self.parts():
+            paths |= spec.models() if isinstance(spec, RewardSpec) else {}
+        return paths
+
+    def parts(self) -> list:
+        """The rewards that it is made of."""
+        return [spec for name in self.nested for spec in getattr(self, name) or []]
+
+    @property
+    def stated_name(self) -> str | None:
+        """The name that the reward will have, where the options alone tell it."""
+        return getattr(self, "name", None)
+
+    def options(self, *without: str) -> dict[str, Any]:
+        """What was set, as keyword arguments."""
+        return {name: getattr(self, name) for name in self.model_fields_set if name not in without}
+
+    def given(self) -> dict[str, Any]:
+        return {"type": self.kind, **super().given()}
+
+
+Spec = TypeVar("Spec", bound=type[RewardSpec])
+
+
+def register_reward(name: str) -> Callable[[Spec], Spec]:
+    """Class decorator: `{type: name, ...}` in a configuration is this kind of reward."""
+
+    def register(cls: Spec) -> Spec:
+        if name in REWARDS.kinds:
+            raise ConfigError(f"there is a reward of type {name!r} already: {REWARDS.kinds[name].__qualname__}")
+        cls.kind, cls.label = name, f"{'an' if name[0] in 'aeiou' else 'a'} {name} reward"
+        REWARDS.kinds[name] = cls
+        return cls
+
+    return register
+
+
+def parse_reward(spec: Any, key: str = "reward") -> "RewardSpec | Reward":
+    """The options that `spec` describes, checked; a `Reward` is returned as it is.
+
+    spec: a mapping with `type`; a text: the folder or hub name of a classifier, or a rule if it contains a colon; a
+    function. key: the dotted path of the spec, for errors. Raises `ConfigError`.
+    """
+    if isinstance(spec, str | Path):
+        text = str(spec)
+        if not text:
+            raise ConfigError(f"{key}: a reward is empty: name a classifier's folder or a function", key=key)
+        return RuleSpec(function=text) if ":" in text else ClassifierSpec(path=text)
+    if not isinstance(spec, Mapping | RewardSpec):
+        from align.reward_models.base import Reward
+
+        if isinstance(spec, Reward):
+            return spec
+        if callable(spec):
+            return RuleSpec(function=spec)
+        raise ConfigError(f"{key}: a reward is a mapping or a text, got {type(spec).__name__}: {spec!r:.100}", key=key)
+    parsed = REWARDS.parse(spec, key)
+    parts = {
+        name: parse_list(parse_reward, getattr(parsed, name), f"{key}.{name}")
+        for name in parsed.nested
+        if getattr(parsed, name) is not None
+    }
+    return parsed.model_copy(update=parts)
+
+
+def parse_rewards(specs: Any, key: str = "rewards") -> "list[RewardSpec | Reward]":
+    """The specs of a section, one or a list of them."""
+    return parse_list(parse_reward, specs, key) if isinstance(specs, list | tuple) else [parse_reward(specs, key)]
+
+
+def as_written(spec: "RewardSpec | Reward") -> Any:
+    """A spec as a plain mapping; the name of a reward that came as an object."""
+    return plain(spec) if isinstance(spec, RewardSpec) else spec.name
+
+
+# ---- kinds ----------------------------------------------------------------------------------------------------------
+
+
+class OfModel(RewardSpec):
+    """Options of a reward that reads a model."""
+
+    path: PathText = Field(description="Folder (a LoRA adapter's too) or hub name.")
+    name: str | None = Field(None, description="In metrics. Default: the folder's name.")
+    max_length: Count | None = Field(
+        None, description="Longer sequences lose the start of their prompt. Default: they are an error."
+    )
+    batch_tokens: Count | None = Field(None, description="Padded tokens per forward pass.")
+    device: int | TorchName | None = Field(None, description="Default: a GPU if there is one.")
+    dtype: TorchName | None = Field(None, description="Default: as saved on a GPU, float32 on a CPU.")
+
+    @property
+    def stated_name(self) -> str:
+        return self.name or Path(self.path).name
+
+
+@register_reward("classifier")
+class ClassifierSpec(OfModel):
+    """The score of a trained model with one output."""
+
+    normalize: bool | None = Field(
+        None, description="true needs the normaliser saved beside the model, false ignores it. Default: used if there."
+    )
+    batch_size: Count | None = Field(None, description="At most so many sequences per forward pass.")
+
+    def build(self, tokenizer=None, device=None):
+        from align.reward_models.classifier import ClassifierReward
+
+        self.check()
+        return ClassifierReward(self.path, policy_tokenizer=tokenizer, **{"device": device, **self.options("path")})
+
+    def check(self) -> None:
+        from align.reward_models.ensemble import FILE_NAME
+
+        if (Path(self.path) / FILE_NAME).exists():
+            raise ConfigError(
+                f"{self.path} holds an ensemble: write {{type: ensemble, path: {self.path}, aggregation: uwo, lambda: "
+                "0.5}, or name one of its members"
+            )
+
+    def models(self) -> dict[str, bool]:
+        return {self.path: True}
+
+
+@register_reward("implicit")
+class ImplicitSpec(OfModel):
+    """What a policy was trained to prefer: beta times the log-ratio to its reference."""
+
+    reference: PathText | None = Field(None, description="The model it was trained from. A LoRA adapter needs none.")
+    beta: float = Field(0.1, gt=0, description="Scales the score.")
+
+    def build(self, tokenizer=None, device=None):
+        from align.reward_models.implicit import ImplicitReward
+
+        return ImplicitReward(self.path, policy_tokenizer=tokenizer, **{"device": device, **self.options("path")})
+
+    def models(self) -> dict[str, bool]:
+        return {path: False for path in (self.path, self.reference) if path is not None}
+
+
+class OfFunction(RewardSpec):
+    """Options of a reward that calls a function."""
+
+    function: str | Callable = Field(description="package.module:name or path/file.py:name.")
+    name: str | None = Field(None, description="In metrics. Default: the function's name.")
+    arguments: dict[str, Any] | None = Field(None, description="Further keyword arguments of every call.")
+    concurrency: Count | None = Field(None, description="Of an async function: calls in flight at most [16].")
+
+    @property
+    def stated_name(self) -> str:
+        source = self.function if isinstance(self.function, str) else self.function.__name__
+        return self.name or source.rpartition(":")[2].rpartition(".")[2]
+
+    def check(self) -> None:
+        self.build()
+
+
+@register_reward("rule")
+class RuleSpec(OfFunction):
+    """A Python function of the whole batch, plain or async."""
+
+    batch_size: Count | None = Field(None, description="Of an async function: completions per call.")
+
+    def build(self, tokenizer=None, device=None):
+        from align.reward_models.rules import RuleReward
+
+        return RuleReward(**self.options())
+
+
+@register_reward("verifier")
+class VerifierSpec(OfFunction):
+    """Stated scores for passed, failed and undecided, one completion at a time."""
+
+    on_pass: float = Field(1.0, description="The score of True.")
+    on_fail: float = Field(0.0, description="The score of False.")
+    on_none: float | None = Field(None, description="The score of None, which is an error without it.")
+
+    def build(self, tokenizer=None, device=None):
+        from align.reward_models.verifier import VerifierReward
+
+        return VerifierReward(**self.options())
+
+
+@register_reward("remote")
+class RemoteSpec(RewardSpec):
+    """The score of a server."""
+
+    url: str = Field(description="Where to post. ${NAME} stands for an environment variable.")
+    name: str = Field("remote", description="In metrics.")
+    columns: list[str] = Field([], description="Columns of the dataset to send along.")
+    headers: dict[str, str | int | float] = Field({}, description="Of every request, with ${NAME} as in url.")
+    batch_size: int = Field(64, ge=1, description="Completions per request.")
+    concurrency: int = Field(4, ge=1, description="Requests in flight at most.")
+    timeout: float = Field(60.0, gt=0, description="Seconds for a connection, and then for the answer.")
+    retries: int = Field(5, ge=0, description="Further attempts.")
+    backoff: float = Field(0.5, ge=0, description="Seconds, doubled with every attempt.")
+
+    def build(self, tokenizer=None, device=None):
+        from align.reward_models.remote import RemoteReward
+
+        return RemoteReward(**self.options())
+
+    def check(self) -> None:
+        self.build()
+
+
+@register_reward("composite")
+class CompositeSpec(RewardSpec):
+    """The weighted sum of named rewards."""
+
+    nested = ("rewards",)
+    rewards: list[Any] = Field(min_length=1, description="Specs, each with a name of its own.")
+    weights: dict[str, float] | None = Field(None, description="By name. Default: 1 for all.")
+    name: str = Field("composite", description="In metrics.")
+
+    def build(self, tokenizer=None, device=None):
+        from align.reward_models.build import build_reward
+        from align.reward_models.composite import CompositeReward
+
+        built = [build_reward(spec, tokenizer=tokenizer, device=device) for spec in self.rewards]
+        return CompositeReward(built, **self.options("rewards"))
+
+
+@register_reward("ensemble")
+class EnsembleSpec(RewardSpec):
+    """Several rewards for the same thing, combined against over-optimisation."""
+
+    nested = ("members",)
+    aggregation: str = Field(description="mean, wco, uwo, lcb or quantile.")
+    members: list[Any] | None = Field(None, min_length=1, description="Specs of any kind.")
+    path: PathText | None = Field(None, description="A folder that `align reward` made with `ensemble`.")
+    lambda_: float | None = Field(None, alias="lambda", description="Of uwo and lcb.")
+    quantile: float | None = Field(None, description="Of quantile.")
+    ddof: int | None = Field(None, ge=0, le=1, description="0: population variance [0], 1: unbiased.")
+    name: str | None = Field(None, description="In metrics.")
+    normalize: bool = Field(True, description="false: combine raw scores, for members on one scale.")
+    max_length: Count | None = Field(None, description="Of the models of path.")
+    batch_tokens: Count | None = Field(None, description="Of the models of path.")
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        if (self.members is None) == (self.path is None):
+            raise ValueError("give either members (a list of rewards) or path (a saved ensemble)")
+        of_path = [name for name in ("max_length", "batch_tokens") if getattr(self, name) is not None]
+        if of_path and self.path is None:
+            raise ValueError(f"{', '.join(of_path)} of an ensemble belong to path: set them for each of the members")
+        return self
+
+    def build(self, tokenizer=None, device=None):
+        from align.reward_models.build import build_reward
+        from align.reward_models.ensemble import RewardEnsemble, load_ensemble
+
+        rule = {"aggregation": self.aggregation, "lambda_": self.lambda_, "normalize": self.normalize}
+        rule |= {name: value for name, value in self.options().items() if name in ("ddof", "quantile")}
+        try:
+            if self.path is not None:
+                models = {name: v for name, v in self.options().items() if name in ("max_length", "batch_tokens")}
+                models |= {"policy_tokenizer": tokenizer, "device": device}
+                return load_ensemble(self.path, **rule, **models, name=self.name)
+            members = self.members if self.normalize else [_raw(member) for member in self.members]
+            built = [build_reward(member, tokenizer=tokenizer, device=device) for member in members]
+            return RewardEnsemble(built, **rule, name=self.name or "ensemble")
+        except RewardError as error:
+            raise ConfigError(str(error)) from error
+
+    def check(self) -> None:
+        from align.objectives.ensemble import check_rule
+        from align.reward_models.ensemble import ensemble_members
+
+        count = len(self.members if self.path is None else ensemble_members(self.path))
+        check_rule(self.aggregation, count, self.lambda_, self.ddof or 0, self.quantile)
+        super().check()
+
+    def models(self) -> dict[str, bool]:
+        from align.reward_models.ensemble import models_held
+
+        return super().models() if self.path is None else {str(path): True for path in models_held(self.path)}
+
+
+def _raw(member: "RewardSpec | Reward") -> "RewardSpec | Reward":
+    """A member that leaves its normaliser out, unless it says otherwise itself."""
+    if isinstance(member, ClassifierSpec) and "normalize" not in member.model_fields_set:
+        return member.model_copy(update={"normalize": False})
+    return member
