@@ -15,6 +15,7 @@ from align.errors import AlignError
 from align.methods import METHODS
 
 TOOLS = {
+    "configs": "align.cli.configs",
     "quickstart": "align.cli.quickstart",
     "masks": "align.cli.masks",
     "reward-eval": "align.cli.reward_eval",

@@ -60,6 +60,7 @@ def _scalar(kind: str, read):
     return construct
 
 
+_TRUTH = {"true": True, "false": False}
 for _tag, _pattern, _first, _read in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""], lambda text: None),
     (

@@ -8,6 +8,7 @@ import yaml
 from align.cli.main import main
 from align.config import configs_dir
 from align.config.resolve import resolve, settings, write_settings
+from align.config.source import read_file
 from align.errors import ConfigError
 
 BASE = "model_name_or_path: some/model\ndataset_name: rows.jsonl\n"
@@ -135,7 +136,7 @@ def test_rewards_are_nested_and_can_be_overridden(file):
         ("  - {type: clasifier, path: a}\n", "line 4: rewards.0: type must be one of classifier, implicit, rule, "),
         (
             "  type: ensemble\n  aggregation: mean\n  members:\n    - path: a\n      typ: classifier\n",
-            "line 6: rewards.members.0: type must be one of",
+            "line 7: rewards.members.0: type must be one of",
         ),
     ],
 )
@@ -164,7 +165,7 @@ def test_settings_are_written_and_read_back(file, tmp_path):
 
 @pytest.mark.parametrize("path", sorted(configs_dir().glob("*.yaml")), ids=lambda path: path.name)
 def test_every_recipe_resolves(path: Path):
-    method = yaml.safe_load(path.read_text())["method"]
+    method = read_file(path)["method"].value
     run = resolve(method, str(path), [])
     assert run.training.output_dir == f"runs/{path.stem}"
     assert main(["launch", str(path), "--num-processes", "8", "--dry-run"]) == 0

@@ -127,3 +127,78 @@ def test_overrides_that_reach_nowhere_are_refused(tmp_path, tokens):
     entries = read_file(write(tmp_path, "rewards:\n  - {path: a}\n  - {path: a}\nseed: 1\n"))
     with pytest.raises(ConfigError, match=f"command line: {tokens.split()[0]}: "):
         apply_overrides(entries, read_overrides(tokens.split()))
+
+
+def test_a_file_extends_another_and_every_value_knows_its_file(tmp_path):
+    (tmp_path / "base.yaml").write_text("seed: 1\nrewards:\n  - {type: rule, function: a}\nmultipliers: {form: tanh}\n")
+    (tmp_path / "middle.yaml").write_text("extends: base.yaml\nseed: 2\nmultipliers.form: sigmoid\n")
+    (tmp_path / "top.yaml").write_text("extends: middle.yaml\nrewards.0.function: b\nrewards.0.name: c\nnew: 3\n")
+    entries = read_file(tmp_path / "top.yaml")
+    assert values(entries) == {
+        "seed": 2,
+        "rewards": [{"type": "rule", "function": "b", "name": "c"}],
+        "multipliers": {"form": "sigmoid"},
+        "new": 3,
+    }
+    assert entries["seed"].where == f"{tmp_path / 'middle.yaml'}, line 2"
+    assert entries["rewards"].place("rewards.0.type") == f"{tmp_path / 'base.yaml'}, line 3"
+    assert entries["rewards"].place("rewards.0.function") == f"{tmp_path / 'top.yaml'}, line 2"
+    assert entries["multipliers"].place("multipliers.form.x") == f"{tmp_path / 'middle.yaml'}, line 3"
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["extends: 0.yaml\n"], "0.yaml, line 1: files extend each other in a circle: .*0.yaml -> .*0.yaml"),
+        (["extends: 1.yaml\n", "a: 1\nextends: 0.yaml\n"], "1.yaml, line 2: .* circle: .*0.yaml -> .*1.yaml -> .*0.ya"),
+        (["extends: nowhere.yaml\n"], "0.yaml, line 1: extends: there is no config file .*nowhere.yaml"),
+        (["extends: base/pars\n"], "line 1: extends: there is no ready config 'base/pars'; nearest: base/pairs"),
+        (["extends: [a.yaml]\n"], "line 1: extends names one config"),
+        (["extends: 1.yaml\n", "a: 1\na: 2\n"], "1.yaml, line 2: key 'a' is already set on line 1"),
+        (["extends: 1.yaml\na.b: 1\n", "a: 1\n"], "0.yaml, line 2: a.b: there is nothing below 1 to set 'b' in"),
+    ],
+)
+def test_extending_what_cannot_be_extended(tmp_path, texts, message):
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_file(tmp_path / "0.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: 1\nb: caf\xe9\n", "line 2: not UTF-8 (byte 0xe9)"),
+        (b"a: 1\nb: \x07\n", "line 2: a character that no YAML file may have: 0x7"),
+        (b"a: &x\n  - 1\n  - *x\n", "line 1: an anchor that holds itself"),
+        (b"a: 1\nb: !!int x\n", "line 2: not valid YAML: 'x' is no int"),
+        (b"b: !!float x\n", "line 1: not valid YAML: 'x' is no float"),
+        (b"b: !!bool x\n", "line 1: not valid YAML: 'x' is no bool"),
+        (b"b: !!timestamp 2020-13-45\n", "line 1: not valid YAML: could not determine a constructor"),
+        (b"a: 1\n? |\n  two\n  lines\n: 2\n", "line 2: a key must be one line of text"),
+        (b"? [a]\n: 2\n", "line 1: a key must be one line of text"),
+        (b"a: " + b"[" * 5000, "line 1: lists or mappings are nested too deeply"),
+        (b"a: " + b"9" * 5000, "line 1: not valid YAML: '99999"),
+        (b"a: &a [1,2,3,4,5,6,7,8,9]\n" + b"".join(
+            b"%c: &%c [%s]\n" % (98 + i, 98 + i, b",".join([b"*%c" % (97 + i)] * 9)) for i in range(9)
+        ), "more than 10000 values, counting each use of an anchor"),
+    ],
+)  # fmt: skip
+def test_files_that_are_no_text_or_no_plain_yaml(tmp_path, content, message):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as error:
+        read_file(path)
+    assert str(error.value).startswith(f"{path}, ") and message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_folders_and_ready_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="is a folder, not a config file"):
+        read_file(tmp_path)
+    with pytest.raises(ConfigError, match="there is no config file dpoo; nearest ready config: dpo"):
+        read_file("dpoo")
+    (tmp_path / "dpo").mkdir()  # the output of a run does not hide the ready config
+    assert read_file("dpo")["method"].value == "dpo"
+    (tmp_path / "rloo").write_text("seed: 1\n")
+    assert list(read_file("rloo")) == ["seed"]

@@ -103,7 +103,7 @@ def test_rewards_are_checked_and_no_server_is_asked(tiny_model, prompts, tmp_pat
             server.accept()
     for wrong, message in (
         ("tiemout: 3", "line 4: unknown key rewards.0.tiemout of a remote reward; nearest valid: timeout"),
-        ("timeout: 0", "line 3: rewards.0: reward 'remote': timeout must be > 0 and backoff >= 0, got 0 and 0.5"),
+        ("timeout: 0", "line 4: rewards.0.timeout: input should be greater than 0, not 0"),
     ):
         config.write_text(
             f"method: remax\nmodel_name_or_path: {tiny_model}\nrewards:\n  - {remote}\n".replace("name: judge", wrong)
