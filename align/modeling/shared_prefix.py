@@ -163,8 +163,8 @@ def _cap(softcap: float | None) -> Callable | None:
 def block_mask(table: Tensor, count: int | None = None):
     """The FlexAttention mask of a table, from its lengths: O(rests * N/BLOCK + (N/BLOCK)^2) memory.
 
-    How many pairs of positions of a block see each other is a sum over rectangles (rests see their prefix) and triangles
-    (prefix and rests see themselves), that is a product of [segments, N/BLOCK] matrices. Equal to what
+    How many pairs of positions of a block see each other is a sum over rectangles (rests see their prefix) and
+    triangles (prefix and rests see themselves), that is a product of [segments, N/BLOCK] matrices. Equal to what
     `create_block_mask` makes of `visible`, for which that needs 10 N^2 bytes. With `count` (the tokens N), the device
     is not waited for.
     """
