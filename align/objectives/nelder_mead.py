@@ -123,7 +123,9 @@ class NelderMead:
             if loss < vertices[0][0]:
                 expanded = centroid + self.expand * (reflected - centroid)
                 expanded_loss = self._loss(expanded)
-                vertices[-1] = (expanded_loss, expanded) if expanded_loss < loss else (loss, reflected)
+                # Kept if it beats the best vertex, as in the released code; textbooks ask it to beat the reflection.
+                kept = expanded_loss < vertices[0][0]
+                vertices[-1] = (expanded_loss, expanded) if kept else (loss, reflected)
                 continue
             contracted = centroid + self.contract * (worst - centroid)
             contracted_loss = self._loss(contracted)

@@ -174,6 +174,17 @@ def test_a_point_near_an_earlier_one_is_not_evaluated_again():
     assert len(cached.history) < len(search().history)
 
 
+def test_an_expansion_is_kept_if_it_beats_the_best_vertex():
+    """And not only if it beats the reflection, as in the released code: 3 is kept beside 1, and mirrored at 5."""
+    scores = {0.0: 0.0, 1.0: 1.0, 2.0: 3.0, 3.0: 2.0}
+    search = NelderMead([{"a": 0.0}, {"a": 1.0}], budget=9, cache_tolerance=None)
+    asked = []
+    while (point := search.ask()) is not None and point["a"] in scores:
+        asked.append(point["a"])
+        search.tell(point, scores[point["a"]])
+    assert asked == [0.0, 1.0, 2.0, 3.0] and point == {"a": 5.0}
+
+
 def test_the_search_refuses_what_it_cannot_use():
     simplex = [{"a": 0.0}, {"a": 1.0}]
     with pytest.raises(ConfigError, match="simplex of 2 points"):

@@ -113,14 +113,24 @@ class RolloutBuffer:
         order = np.random.default_rng(derive_seed(self.seed, "order", self.number, iteration)).permutation(count)
         return self.mini_batches[order[index]]
 
-    def state_dict(self) -> dict:
+    def state_dict(self, processes: int) -> dict:
+        """This process's share of a rollout on so many processes."""
         return {
+            "processes": processes,
             "number": self.number,
             "mini_batches": [[asdict(sample) for sample in batch] for batch in self.mini_batches],
         }
 
     @classmethod
-    def from_state(cls, state: dict, seed: int) -> "RolloutBuffer":
+    def from_state(cls, state: dict, seed: int, *, processes: int) -> "RolloutBuffer":
+        """Raises `TrainingError` when the rollout was shared by another number of processes: samples would be left out
+        of the rest of its steps, or be missing."""
+        if state["processes"] != processes:
+            raise TrainingError(
+                f"the checkpoint is inside a rollout that {state['processes']} processes share, and {processes} resume "
+                f"it: each process has its own part. Resume with {state['processes']} processes, or from a checkpoint "
+                "at the end of a rollout (save_steps a multiple of num_mini_batches x num_iterations)"
+            )
         return cls([[Sample(**sample) for sample in batch] for batch in state["mini_batches"]], seed, state["number"])
 
 

@@ -77,6 +77,13 @@ class OnPolicyConfig(BatchingOptions, BaseConfig):
         metadata={"help": "Adapt beta so that the KL per sequence (nats) stays at this (Ziegler et al. 2019)."},
     )
     kl_horizon: float = field(default=10_000, metadata={"help": "With kl_target: episodes over which beta adapts."})
+    kl_gain: float | None = field(
+        default=None,
+        metadata={
+            "help": "With kl_target: how strongly beta follows per rollout, a constant (0.1 in Moskovitz et al. 2023) "
+            "instead of the rollout's share of kl_horizon."
+        },
+    )
     loss_aggregation: str = field(
         default="sequence_sum",
         metadata={
@@ -184,6 +191,10 @@ class OnPolicyConfig(BatchingOptions, BaseConfig):
             raise ConfigError("epsilon and epsilon_high must be above 0")
         if self.kl_target is not None and not (self.kl_target > 0 and self.beta > 0):
             raise ConfigError("kl_target needs a target and a beta (its starting point) above 0")
+        if self.kl_gain is not None and (self.kl_target is None or not self.kl_gain > 0):
+            raise ConfigError(f"kl_gain needs kl_target and a value above 0, got {self.kl_gain}")
+        if self.kl_gain is not None and self.kl_horizon != 10_000:
+            raise ConfigError("kl_gain takes the place of kl_horizon: set one of them")
         if self.importance_sampling_level == "sequence" and self.loss_aggregation != "sequence_mean":
             raise ConfigError(
                 "importance_sampling_level: sequence gives every token the whole sequence's ratio, so its loss is the "

@@ -7,11 +7,11 @@ from align.objectives.controllers import AdaptiveKL
 
 class KLCoefficient:
     """`value` is the coefficient now. target: KL per sequence (nats) that it is adapted to, None to leave it at beta;
-    horizon: episodes over which it adapts."""
+    horizon: episodes over which it adapts; gain: a constant share per rollout instead (`AdaptiveKL`)."""
 
-    def __init__(self, beta: float, target: float | None = None, horizon: float = 10_000):
+    def __init__(self, beta: float, target: float | None = None, *, horizon: float = 10_000, gain: float | None = None):
         self.beta = beta
-        self.controller = None if target is None else AdaptiveKL(beta, target, horizon)
+        self.controller = None if target is None else AdaptiveKL(beta, target, horizon, gain=gain)
 
     @property
     def adapts(self) -> bool:

@@ -102,7 +102,7 @@ class OnPolicyTrainer(TrainerMixin, Trainer):
         self.gold = RewardColumns(gold_reward, None, tokenizer=tokenizer) if gold_reward is not None else None
         self.weighting = make_weighting(self.rewards.weights, args)
         self.estimator = make_estimator(args)
-        self.kl = KLCoefficient(args.beta, args.kl_target, args.kl_horizon)
+        self.kl = KLCoefficient(args.beta, args.kl_target, horizon=args.kl_horizon, gain=args.kl_gain)
         self.check_start = ref_model is None
         self.reference = reference_of(model, ref_model)
         self.buffer: RolloutBuffer | None = None
@@ -326,7 +326,7 @@ class OnPolicyTrainer(TrainerMixin, Trainer):
             "weighting": self.weighting.state_dict(),
             "kl_controller": self.kl.state_dict(),
             "search": None if self.search is None else self.search.state_dict(),
-            "buffer": self.buffer.state_dict() if inside else None,
+            "buffer": self.buffer.state_dict(processes=self.ranks.count) if inside else None,
         }
 
     def load_state(self, state: dict) -> None:
@@ -338,7 +338,7 @@ class OnPolicyTrainer(TrainerMixin, Trainer):
         if self.search is not None:
             self.search.load_state_dict(state["search"])
         if state["buffer"] is not None:
-            self.buffer = RolloutBuffer.from_state(state["buffer"], self.args.seed)
+            self.buffer = RolloutBuffer.from_state(state["buffer"], self.args.seed, processes=self.ranks.count)
         check_position(self.buffer, self.state.global_step, self.args.steps_per_rollout)
         if self.critic is not None:
             self.critic.load(self.resume_folder)

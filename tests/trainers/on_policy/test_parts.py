@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from align.errors import ConfigError, RolloutError
+from align.errors import ConfigError, RolloutError, TrainingError
 from align.modeling.load import reference_of
 from align.modeling.logprobs import token_logps
 from align.objectives.constraints import Constraint
@@ -15,13 +15,16 @@ from align.trainers.core.ranks import Ranks
 from align.trainers.core.recorder import Recorder
 from align.trainers.grpo import GRPO
 from align.trainers.on_policy.batches import BatchPlanner
+from align.trainers.on_policy.buffer import RolloutBuffer
 from align.trainers.on_policy.config import OnPolicyConfig
 from align.trainers.on_policy.engine import SyncedEngine
 from align.trainers.on_policy.estimators import Estimate, Estimator, make_estimator, register_estimator
 from align.trainers.on_policy.evaluation import PolicyEvaluator
 from align.trainers.on_policy.forward import ForwardPasses
+from align.trainers.on_policy.kl_coefficient import KLCoefficient
 from align.trainers.on_policy.pipeline import RolloutPipeline
 from align.trainers.on_policy.rewards import RewardColumns
+from align.trainers.on_policy.samples import scatter
 from align.trainers.on_policy.streams import Stream, fill_advantages, make_streams, mix
 from align.trainers.ppo import PPO, PPOConfig
 from align.trainers.reinforce_pp import ReinforcePP
@@ -149,6 +152,25 @@ def test_an_estimator_is_found_by_its_name_and_reads_its_options(tmp_path):
     assert not RLOOConfig(**QUIET).whitens and PPOConfig(**QUIET).whitens
 
 
+def test_the_kl_coefficient_follows_by_share_or_by_gain(tmp_path):
+    """A KL of twice the target: 20 % of the rollout's share of the horizon, or of the gain."""
+    far = torch.full((50,), 2.0)
+    for options, expected in (({"horizon": 100}, 1.1), ({"gain": 0.1}, 1.02), ({"horizon": 100, "gain": 0.5}, 1.1)):
+        coefficient = KLCoefficient(1.0, 1.0, **options)
+        coefficient.update(far)
+        assert coefficient.value == pytest.approx(expected), options
+    fixed = KLCoefficient(0.3)
+    fixed.update(far)
+    assert fixed.value == 0.3 and not fixed.adapts
+    for options, message in (
+        ({"kl_gain": 0.1}, "kl_gain needs kl_target"),
+        ({"kl_gain": 0.0, "kl_target": 1.0}, "a value above 0"),
+        ({"kl_gain": 0.1, "kl_target": 1.0, "kl_horizon": 50}, "takes the place of kl_horizon"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            on_policy_config(RLOOConfig, tmp_path, **options)
+
+
 # ---- rollouts -------------------------------------------------------------------------------------------------------
 
 
@@ -271,6 +293,22 @@ def test_the_evaluator_measures_a_policy(engine, model, tokenizer, tmp_path):
     for row, other in zip(found["gold"], found["none"], strict=True):
         assert row["kl"] == 0 and row["gold"] > 1 and "gold" not in other
         assert row["proxy"] == pytest.approx(2 * row["rewards/wanted_words"]) == pytest.approx(other["proxy"])
+
+
+def test_a_saved_rollout_is_as_large_as_its_samples(engine, tokenizer, tmp_path):
+    """One long completion among short ones: what is saved does not grow with the longest times their number."""
+    samples = pipeline(engine, tokenizer).run(rows(tokenizer), [0, 1, 2, 3], 0, 0).samples
+    for sample, length in zip(samples, [20_000, *[1] * 7], strict=True):
+        sample.completion_ids = [5] * length
+    scatter(samples, "advantages", torch.zeros(8, 20_000, 1))
+    scatter(samples, "ref_logps", torch.zeros(8, 20_000))
+    path = tmp_path / "buffer.pt"
+    torch.save(RolloutBuffer.of(samples, 2, seed=0, number=4).state_dict(processes=2), path)
+    assert path.stat().st_size < 2 * 4 * 20_000 + 100_000  # 1,280,000 with views of whole matrices
+    state = torch.load(path, weights_only=True)
+    assert RolloutBuffer.from_state(state, 0, processes=2).mini_batch(0)[0].ref_logps.shape == (20_000,)
+    with pytest.raises(TrainingError, match="2 processes share, and 1 resume it"):
+        RolloutBuffer.from_state(state, 0, processes=1)
 
 
 # ---- weightings and streams -----------------------------------------------------------------------------------------
