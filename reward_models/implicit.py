@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from align.data.batching import length_batches
 from align.data.collate import right_pad
 from align.errors import ConfigError, RewardError
-from align.modeling.load import load_policy, load_tokenizer, reference_of
+from align.modeling.adapters import adapter_start, is_adapter
+from align.modeling.load import load_adapted, load_policy, load_tokenizer, reference_of
 from align.modeling.logprobs import token_logps
 from align.reward_models.base import Reward, RewardBatch, RewardOutput
 from align.reward_models.classifier import scoring_device, scoring_tokens
@@ -69,7 +70,9 @@ class ImplicitReward(Reward):
                 f"reward {self.name!r}: {source or type(self.model).__name__} has no adapter to switch off, so name "
                 "the reference that it was trained against"
             )
-        base = self.model.peft_config["default"].base_model_name_or_path if reference is None else reference
+        base = reference
+        if reference is None:
+            base = adapter_start(source) if source else self.model.peft_config["default"].base_model_name_or_path
         self.model_folders = (source, None if isinstance(base, nn.Module) else str(base))
         if reference is not None:
             _check_same_vocabulary(self.name, self.tokenizer, reference)
@@ -125,13 +128,10 @@ def _load(model: str | Path | nn.Module, dtype, *, keep_adapter: bool) -> nn.Mod
     """A causal model; with `keep_adapter` the adapter of a folder is not merged, so that it can be switched off."""
     if isinstance(model, nn.Module):
         return model
-    if not (keep_adapter and (Path(model) / "adapter_config.json").exists()):
+    if not (keep_adapter and is_adapter(model)):
         return load_policy(model, dtype=dtype)
-    from peft import PeftConfig, PeftModel
-
-    base = PeftConfig.from_pretrained(str(model)).base_model_name_or_path
-    logger.info("%s is an adapter of %s, which is its reference", model, base)
-    return PeftModel.from_pretrained(load_policy(base, dtype=dtype), str(model))
+    logger.info("%s is an adapter, and what it was trained on (%s) is its reference", model, adapter_start(model))
+    return load_adapted(model, dtype=dtype)
 
 
 def _has_adapter(model: nn.Module) -> bool:

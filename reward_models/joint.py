@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from align.errors import ConfigError, RewardError
-from align.modeling.load import load_sequence_classifier, load_tokenizer, weights_on_every_process
+from align.modeling.adapters import adapter_base
+from align.modeling.load import load_sequence_classifier, load_tokenizer
 from align.modeling.member_lora import MemberLora, add_member_adapters, load_adapter, save_adapter
 from align.modeling.members import copy_upper, member_state
+from align.modeling.pretrained import weights_on_every_process
 from align.reward_models.base import RewardBatch
 from align.reward_models.classifier import ClassifierReward, scoring_device
 from align.reward_models.normalizer import Normalizer
@@ -109,7 +111,7 @@ def load_adapters(folders: Sequence[Path], dtype) -> nn.Module:
     from peft import PeftConfig
 
     configs = [PeftConfig.from_pretrained(str(folder)) for folder in folders]
-    base = configs[0].base_model_name_or_path
+    base = adapter_base(folders[0])
     for folder, config in zip(folders, configs, strict=True):
         if config.base_model_name_or_path != base:
             raise ConfigError(f"{folder} adapts {config.base_model_name_or_path}, and {folders[0]} adapts {base}")

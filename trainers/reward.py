@@ -2,11 +2,12 @@
 
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, set_seed
 
 from align.data.bad_rows import BadRow
 from align.data.checks import check_pair_numbers
@@ -21,6 +22,7 @@ from align.modeling.pairs import pair_count
 from align.modeling.prefix_support import enable_shared_scores
 from align.modeling.scores import pair_scores
 from align.objectives.reward_model import bradley_terry_loss, centering, score_l2
+from align.reward_models.normalizer import FILE_NAME as NORMALIZER_FILE
 from align.reward_models.normalizer import Normalizer
 from align.reward_models.sequences import longest_input
 from align.trainers.core.batching import BatchingOptions, resolve_layout
@@ -95,6 +97,7 @@ class RewardTrainer(PairEvaluation, TrainerMixin, Trainer):
         optimizers=(None, None),
     ):
         processing_class = with_own_padding(processing_class or load_tokenizer(model))
+        set_seed(args.seed)  # a new adapter is drawn at random
         model = load_sequence_classifier(
             model,
             peft_config=peft_config,
@@ -219,8 +222,12 @@ class RewardTrainer(PairEvaluation, TrainerMixin, Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         with padding_as_saved(self.model, self.processing_class):
             super().save_model(output_dir, _internal_call)
-        if self.normalizer is not None and self.args.should_save:
-            self.normalizer.save(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            if self.normalizer is not None:
+                self.normalizer.save(folder)
+            elif not _internal_call:  # an earlier model's would be taken for this one's
+                (folder / NORMALIZER_FILE).unlink(missing_ok=True)
 
 
 def agreement(margins: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:

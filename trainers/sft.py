@@ -6,11 +6,13 @@ import torch
 import trl
 from accelerate.utils import gather_object
 from torch import nn
+from transformers import set_seed
 
 from align.data.collate import IGNORED
 from align.data.tokenize import tokenize_completions
 from align.errors import ConfigError, DataError
-from align.modeling.load import load_policy, load_tokenizer
+from align.modeling.adapters import check_stack
+from align.modeling.load import load_policy, load_tokenizer, train_in_float32
 from align.trainers.core.options import RunOptions
 from align.trainers.core.trainer import TrainerMixin
 
@@ -62,6 +64,11 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
             # the frozen weights under an adapter stay as they were saved on a GPU; TRL adds the adapter
             dtype = "auto" if peft_config is not None and torch.cuda.is_available() else None
             model = load_policy(model, dtype=dtype, sharded=True)
+        else:
+            train_in_float32(model, adapter=peft_config is not None)
+        if peft_config is not None:
+            check_stack(model, peft_config)
+            set_seed(args.seed)  # TRL draws the adapter
         # TRL makes the labels from `completion_mask`, and packs where asked
         args.completion_only_loss = True
         super().__init__(

@@ -93,11 +93,12 @@ def model_config(run: RunConfig):
 
 def pretrained_config(name: str, what: str, **options):
     """The transformers config of a folder or hub name; that of the base model for the folder of an adapter."""
-    from peft import PeftConfig
     from transformers import AutoConfig
 
-    if (Path(name) / "adapter_config.json").exists():
-        name, options = PeftConfig.from_pretrained(name).base_model_name_or_path, {}
+    from align.modeling.adapters import adapter_base, is_adapter
+
+    if is_adapter(name):
+        name, options = adapter_base(name), {}
     try:
         return AutoConfig.from_pretrained(name, **options)
     except (OSError, ValueError) as error:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import PeftConfig
 
 from align.data.collate import right_pad
 from align.errors import ConfigError, DataError
 from align.evaluation.bootstrap import percentile_interval, resample_weights
 from align.evaluation.front import Front, Point
 from align.evaluation.pareto import dominated_share, non_dominated
+from align.modeling.adapters import adapter_start
 from align.objectives.reward_weighting import hypervolume
 from align.reward_models.base import RewardBatch
 from align.rollout.seeds import derive_seed
@@ -218,7 +218,7 @@ def as_front(path: str | Path) -> Front:
     folder = Path(path)
     if folder.is_dir() and not (folder / FILE_NAME).exists():
         if (folder / "adapter_config.json").exists():
-            reference = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+            reference = adapter_start(folder)
             return Front("policy", reference, [], [Point(folder.name, str(folder), {})])
         if (folder / "config.json").exists():
             return Front("policy", "", [], [Point(folder.name, str(folder), {})])

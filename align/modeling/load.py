@@ -2,16 +2,27 @@
 
 import copy
 import logging
-import os
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from align.distributed.shards import gathered, is_zero3, zero3_twin
+from align.distributed.shards import is_zero3, zero3_twin
 from align.errors import ConfigError
+from align.modeling.adapters import adapter_base, attached, check_stack, is_adapter, split
 from align.modeling.logprobs import language_model, token_logps
+from align.modeling.merged import load_merged
+from align.modeling.pretrained import (
+    check_one_label,
+    from_pretrained,
+    keep_4_bit_layers_differentiable,
+    load_whole,
+    loading_options,
+    only_errors_from_transformers,
+    refuse_loading_options,
+)
+from align.modeling.score_head import head_name
 from align.modeling.shared_prefix import compute_soft_caps
 
 logger = logging.getLogger(__name__)
@@ -27,7 +38,7 @@ def load_tokenizer(model: str | Path | nn.Module, **kwargs):
     source = str(model) if isinstance(model, (str, Path)) else model.config._name_or_path
     if not source:
         raise ConfigError("the model was not loaded from anywhere: pass its tokenizer as processing_class")
-    tokenizer = _from_pretrained(AutoTokenizer, source, "tokenizer", **kwargs)
+    tokenizer = from_pretrained(AutoTokenizer, source, "tokenizer", **kwargs)
     if tokenizer.eos_token_id is None and tokenizer.sep_token_id is not None:
         tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
     if tokenizer.eos_token_id is None:
@@ -51,7 +62,8 @@ def load_policy(
     Args:
         model: a folder, a hub name or a loaded model (then the loading options must be left out). A folder that holds a
             LoRA adapter is loaded with its base and merged: the merged model is what training starts from, and so what
-            the reference is.
+            the reference is. A new adapter on it is saved together with the first one, as their sum
+            (align.modeling.adapters).
         dtype: of the weights; None is float32, so that small updates are not rounded away (mixed precision is the
             trainer's `bf16`), except with `peft_config` on a GPU, where the frozen weights stay as they were saved.
         peft_config: a `peft.PeftConfig`; the model comes back wrapped, its adapter trainable.
@@ -61,21 +73,48 @@ def load_policy(
     from transformers import AutoModelForCausalLM
 
     if isinstance(model, nn.Module):
-        _refuse_loading_options(dtype, attn_implementation, kwargs)
+        refuse_loading_options(dtype, attn_implementation, kwargs)
+        train_in_float32(model, adapter=peft_config is not None)
     else:
-        options = _loading_options(dtype, attn_implementation, peft_config, kwargs) | {"sharded": sharded}
-        model = _load(AutoModelForCausalLM, "AutoPeftModelForCausalLM", str(model), options)
-    _keep_4_bit_layers_differentiable(model)
+        options = loading_options(dtype, attn_implementation, peft_config, kwargs) | {"sharded": sharded}
+        load = load_merged if is_adapter(model) else load_whole
+        model = load(AutoModelForCausalLM, str(model), options)
+    keep_4_bit_layers_differentiable(model)
     compute_soft_caps(language_model(model))
     return _with_adapter(model, peft_config)
 
 
-def load_backbone(source: str | Path, *, dtype: str | torch.dtype = "float32") -> nn.Module:
-    """The transformer under the head of a causal model or a classifier, from a folder or hub name."""
-    from transformers import AutoModel
+def load_adapted(folder: str | Path, *, dtype: str | torch.dtype | None = None) -> nn.Module:
+    """The policy of an adapter's folder with its adapter not merged, frozen. With the adapter off it is the policy that
+    the training of the adapter started from."""
+    from peft import PeftConfig, PeftModel
 
-    with _only_errors_from_transformers():  # the head that is left out is expected
-        model = _from_pretrained(AutoModel, str(source), "model", dtype=dtype)
+    base = load_policy(adapter_base(folder), dtype=dtype)
+    start, trained = split(folder)
+    if not start:
+        return PeftModel.from_pretrained(base, str(folder))
+    config = PeftConfig.from_pretrained(str(folder))
+    core = attached(base, config, start).merge_and_unload()
+    return attached(core, config, trained).requires_grad_(False)
+
+
+def load_backbone(source: str | Path, *, dtype: str | torch.dtype = "float32") -> nn.Module:
+    """The transformer under the head of a causal model or a classifier, from a folder (of an adapter too) or hub
+    name."""
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    if is_adapter(source):
+        from peft import PeftConfig
+
+        if PeftConfig.from_pretrained(str(source)).task_type != "SEQ_CLS":
+            whole = load_merged(AutoModelForCausalLM, str(source), {"dtype": dtype})
+        else:
+            options = {"dtype": dtype, "num_labels": 1}
+            whole = load_merged(AutoModelForSequenceClassification, str(source), options, head_seed=0)
+        model = whole.base_model
+    else:
+        with only_errors_from_transformers():  # the head that is left out is expected
+            model = from_pretrained(AutoModel, str(source), "model", dtype=dtype)
     compute_soft_caps(model)
     return model
 
@@ -103,18 +142,19 @@ def load_sequence_classifier(
     from transformers import AutoModelForSequenceClassification
 
     if isinstance(model, nn.Module):
-        _refuse_loading_options(dtype, attn_implementation, kwargs)
+        refuse_loading_options(dtype, attn_implementation, kwargs)
+        train_in_float32(model, adapter=peft_config is not None)
     else:
-        source, options = str(model), _loading_options(dtype, attn_implementation, peft_config, kwargs)
-        _check_one_label(source, kwargs)
-        model = _load(
+        source, options = str(model), loading_options(dtype, attn_implementation, peft_config, kwargs)
+        check_one_label(source, kwargs)
+        load = load_merged if is_adapter(source) else load_whole
+        model = load(
             AutoModelForSequenceClassification,
-            "AutoPeftModelForSequenceClassification",
             source,
             {**options, "num_labels": 1, "sharded": sharded},
             head_seed=head_seed if fresh_head else None,
         )
-    _keep_4_bit_layers_differentiable(model)
+    keep_4_bit_layers_differentiable(model)
     compute_soft_caps(language_model(model))
     head = head_name(model).split(".")[0]
     if model.config.get_text_config().pad_token_id is None:
@@ -126,22 +166,21 @@ def load_sequence_classifier(
     return _with_adapter(model, peft_config)
 
 
-def head_name(model: nn.Module) -> str:
-    """Name of the linear layer that makes the one score."""
-    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features == 1]
-    if not names:
-        raise ConfigError(f"{type(model).__name__} has no linear layer with one output: it is no reward model")
-    return names[-1]
-
-
-def draw_head(head: nn.Linear, seed: int) -> None:
-    """Weights from N(0, 1/(d+1)), d the input width (Stiennon et al. 2020), bias 0."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(head.out_features, head.in_features, generator=generator) / (head.in_features + 1) ** 0.5
-    with gathered(head.parameters(), written=True), torch.no_grad():
-        head.weight.copy_(weight)
-        if head.bias is not None:
-            head.bias.zero_()
+def train_in_float32(model: nn.Module, *, adapter: bool) -> None:
+    """Hold the weights that will be trained in float32, in place: an update of a learning rate as 1e-6 is smaller than
+    the gap between two bfloat16 numbers, and most weights would never move. Mixed precision (`bf16`) computes in
+    bfloat16 nevertheless. adapter: one will be added, and the weights that are there stay frozen, as they are."""
+    if adapter or vars(model).get("is_quantized"):
+        return
+    half = {p.dtype for p in model.parameters() if p.requires_grad and p.dtype in (torch.float16, torch.bfloat16)}
+    if half:
+        if any(not p.requires_grad for p in model.parameters()):
+            raise ConfigError(
+                f"some weights are frozen and others are to be trained in {half.pop()}, where small updates are "
+                "rounded away: load the model in float32"
+            )
+        logger.warning("the model was loaded in %s: its weights are trained, and so held, in float32", half.pop())
+        model.float()
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -235,105 +274,6 @@ def _frozen(model: nn.Module) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-# ---- loading ---------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def weights_on_every_process():
-    """Under FSDP's cpu_ram_efficient_loading, transformers gives every process but the main one a model of zeros, of
-    whatever kind it is. Only the model that FSDP then shards gets its weights from the main process."""
-    name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
-    before = os.environ.get(name)
-    if before is not None:
-        os.environ[name] = "false"
-    try:
-        yield
-    finally:
-        if before is not None:
-            os.environ[name] = before
-
-
-def _from_pretrained(auto_class, source: str, what: str, *, sharded: bool = False, **kwargs):
-    try:
-        with nullcontext() if sharded else weights_on_every_process():
-            return auto_class.from_pretrained(source, **kwargs)
-    except (OSError, ValueError, ImportError) as error:  # the last: bitsandbytes is missing
-        raise ConfigError(f"cannot load the {what} {source!r}: {str(error).strip().splitlines()[0]}") from error
-
-
-def _load(auto_class, peft_class: str, source: str, options: dict, **head) -> nn.Module:
-    if (Path(source) / "adapter_config.json").exists():
-        import peft
-
-        model = _from_pretrained(getattr(peft, peft_class), source, "adapter", **options)
-        logger.info("%s holds an adapter: it is merged into its base model", source)
-        merged = model.merge_and_unload()
-        for parameter in merged.parameters():  # PEFT froze them under the adapter
-            parameter.requires_grad_(parameter.is_floating_point())
-        return merged
-    if not head:
-        return _from_pretrained(auto_class, source, "model", **options)
-    with _only_errors_from_transformers():  # a missing head is expected; what else is missing is said below
-        model, report = _from_pretrained(auto_class, source, "model", output_loading_info=True, **options)
-    name, missing = head_name(model), set(report["missing_keys"])
-    if f"{name}.weight" in missing:
-        if head["head_seed"] is None:
-            raise ConfigError(f"{source} is no reward model: it holds no weights for its score ({name})")
-        logger.info("%s has no score head: %s is drawn with seed %d", source, name, head["head_seed"])
-        draw_head(model.get_submodule(name), head["head_seed"])
-    others = sorted(key for key in missing if not key.startswith(f"{name}."))
-    if others:
-        logger.warning("%s holds no weights for %s: they are new, drawn at random", source, ", ".join(others))
-    return model
-
-
-@contextmanager
-def _only_errors_from_transformers():
-    from transformers.utils import logging as transformers_logging
-
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(before)
-
-
-def _keep_4_bit_layers_differentiable(model: nn.Module) -> None:
-    """On processors bitsandbytes repacks a 4-bit layer at its first pass without gradient (an evaluation, a reference),
-    for good, into a form that has no backward pass."""
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # its Linear4bit
-            module.support_avx512bf16_for_cpu = False
-
-
-def _loading_options(dtype, attn_implementation: str | None, peft_config, kwargs: dict) -> dict:
-    if dtype is None:
-        dtype = "auto" if peft_config is not None and torch.cuda.is_available() else "float32"
-    options = {"dtype": dtype, **kwargs}
-    return options if attn_implementation is None else {**options, "attn_implementation": attn_implementation}
-
-
-def _refuse_loading_options(dtype, attn_implementation: str | None, kwargs: dict) -> None:
-    given = [
-        k for k, v in {"dtype": dtype, "attn_implementation": attn_implementation, **kwargs}.items() if v is not None
-    ]
-    if given:
-        raise ConfigError(f"{', '.join(given)}: these say how to load a model, and the model given is already loaded")
-
-
-def _check_one_label(source: str, kwargs: dict) -> None:
-    from transformers import AutoConfig
-
-    if (Path(source) / "adapter_config.json").exists():
-        return
-    keys = ("revision", "trust_remote_code", "token", "cache_dir")
-    config = _from_pretrained(AutoConfig, source, "model", **{k: kwargs[k] for k in keys if k in kwargs})
-    is_classifier = any("ForSequenceClassification" in name for name in config.architectures or ())
-    if is_classifier and config.num_labels != 1:
-        raise ConfigError(f"{source} classifies into {config.num_labels} labels; a reward model has one output")
-
-
 def _with_adapter(model: nn.Module, peft_config) -> nn.Module:
     if peft_config is None:
         return model
@@ -341,4 +281,5 @@ def _with_adapter(model: nn.Module, peft_config) -> nn.Module:
 
     if isinstance(model, PeftModel):
         raise ConfigError("the model already has an adapter: leave peft_config out, or merge it first")
+    check_stack(model, peft_config)
     return get_peft_model(model, peft_config)

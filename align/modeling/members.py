@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from align.errors import ConfigError
-from align.modeling.load import draw_head, head_name
+from align.modeling.score_head import draw_head, head_name
 from align.modeling.scores import sequence_scores
 
 

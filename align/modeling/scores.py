@@ -5,8 +5,8 @@ import inspect
 import torch
 from torch import Tensor, nn
 
-from align.modeling.load import head_name
 from align.modeling.logprobs import language_model
+from align.modeling.score_head import head_name
 
 
 def sequence_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -3,8 +3,9 @@ import torch
 from peft import LoraConfig
 
 from align.errors import ConfigError
-from align.modeling.load import head_name, load_policy, load_sequence_classifier, load_tokenizer, reference_of
+from align.modeling.load import load_policy, load_sequence_classifier, load_tokenizer, reference_of
 from align.modeling.logprobs import token_logps
+from align.modeling.score_head import head_name
 from align.modeling.scores import sequence_scores, to_right_padding
 from tests.modeling import tiny
 

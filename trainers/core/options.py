@@ -4,12 +4,14 @@
 that a trainer built on one of TRL's keeps TRL's defaults.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 
 import torch
 from transformers import TrainingArguments
 
 from align.errors import ConfigError
+
+PLACES = ("_dir", "_path", "_token", "run_name", "report_to", "hub_model_id", "disable_tqdm", "use_cpu")
 
 
 def machine_has_cuda() -> bool:
@@ -37,6 +39,11 @@ class RunOptions:
         },
     )
 
+    verify_saved: bool = field(
+        default=True,
+        metadata={"help": "Read the model back after the final save and compare it with the one that was trained."},
+    )
+
     def __post_init__(self):
         cuda = machine_has_cuda() and not self.use_cpu
         if self.bf16 is None:
@@ -53,3 +60,12 @@ class RunOptions:
 @dataclass
 class BaseConfig(RunOptions, TrainingArguments):
     """Configuration of the trainers that build on transformers' Trainer directly."""
+
+
+def changed_settings(args: TrainingArguments) -> dict:
+    """The settings that differ from their defaults, without those that say where something lies or is shown."""
+    return {
+        f.name: getattr(args, f.name)
+        for f in fields(args)
+        if f.default is not MISSING and getattr(args, f.name) != f.default and not f.name.endswith(PLACES)
+    }

@@ -3,14 +3,19 @@
 import logging
 import math
 import shutil
+from collections.abc import Sized
 from pathlib import Path
 
+from peft import PeftModel, set_peft_model_state_dict
+from transformers import PreTrainedModel
 from transformers.trainer_utils import rotate_checkpoints
 
 from align.distributed.checkpoints import write_manifest
 from align.errors import TrainingError
-from align.trainers.core import guards, trackers
+from align.modeling.adapters import adapter_start, notes, split
+from align.trainers.core import guards, saving, trackers
 from align.trainers.core.checkpoints import Resumed, choose_checkpoint, read_checkpoint, write_extra_state
+from align.trainers.core.options import changed_settings
 from align.trainers.core.recorder import Recorder
 
 logger = logging.getLogger(__name__)
@@ -23,9 +28,12 @@ class TrainerMixin:
     def __init__(self, *args, **kwargs):
         self.recorder = Recorder()
         self.resumed: Resumed | None = None
+        self._verify = False
         super().__init__(*args, **kwargs)
         if not self.is_deepspeed_enabled:  # which keeps gradients where they cannot be seen
             self.add_callback(guards.GradientsReachTheWeights())
+        if self.is_world_process_zero() and not self.is_deepspeed_enabled:
+            saving.check_base(self.model, self.args.output_dir)
         if self.args.data_seed is None:
             # Left alone, accelerate shuffles by the seed that torch was given last, by whomever, and a resumed run
             # might see other batches.
@@ -96,6 +104,54 @@ class TrainerMixin:
     @property
     def resume_folder(self) -> Path | None:
         return None if self.resumed is None else self.resumed.folder
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As transformers' `save_model`; then what was written is read back and compared (`verify_saved`)."""
+        self._verify = self.args.verify_saved and not _internal_call
+        super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        card = folder / "README.md"
+        previous = card.read_text(encoding="utf-8") if card.is_file() else None
+        super()._save(output_dir, state_dict)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if not isinstance(model, PreTrainedModel | PeftModel):
+            return
+        saving.finish_folder(folder, model)
+        base = adapter_start(folder) if saving.is_peft(model) else model.config._name_or_path
+        saving.write_card(folder, previous, self.card_facts(), base=base, adapter=saving.is_peft(model))
+        if self._verify:
+            saving.verify_saved(folder, model, model.state_dict() if state_dict is None else state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if not self._load_stacked(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._load_stacked(self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def _load_stacked(self, folder: str) -> bool:
+        """Whether the folder holds an adapter that was trained on another one: then what was trained is loaded."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or "start_rank" not in notes(folder):
+            return False
+        set_peft_model_state_dict(self.accelerator.unwrap_model(self.model), split(folder)[1])
+        return True
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """`_save` has written one."""
+
+    def card_facts(self) -> dict[str, object]:
+        """What the model card says beside the base model and the versions."""
+        args = self.args
+        rows = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else "a stream"
+        return {
+            "method": type(self).__name__.removesuffix("Trainer"),
+            "data": f"{rows} rows",
+            "steps": self.state.global_step,
+            "settings": changed_settings(args),
+        }
 
     def _save_checkpoint(self, model, trial):
         args, step = self.args, self.state.global_step

@@ -1,0 +1,92 @@
+"""The model that the folder of an adapter stands for, the adapter merged into its base."""
+
+import copy
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from align.errors import ConfigError
+from align.modeling.adapters import adapter_base, is_adapter, read_start
+from align.modeling.pretrained import load_whole, only_errors_from_transformers
+from align.modeling.score_head import draw_head, head_name
+
+logger = logging.getLogger(__name__)
+
+
+def load_merged(auto_class, folder: str, options: dict, **head) -> nn.Module:
+    """The model that an adapter's folder stands for, trainable, with `adapter_start` set. head: as for `load_whole`."""
+    from peft import PeftConfig, PeftModel
+
+    base, task = adapter_base(folder), PeftConfig.from_pretrained(folder).task_type
+    load = load_merged if is_adapter(base) else load_whole
+    if head and task != "SEQ_CLS":  # an adapter of a language model under a new head
+        return _grafted(folder, options, head["head_seed"])
+    if not head and task == "SEQ_CLS":
+        raise ConfigError(f"{folder} is the adapter of a reward model, and a language model is needed here")
+    with only_errors_from_transformers():  # a head that the base lacks is the adapter's
+        model = load(auto_class, base, options, **({"head_seed": 0} if head else {}))
+        try:
+            adapted = PeftModel.from_pretrained(model, folder)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(f"cannot load the adapter {folder!r} on its base {base!r}: {reason}") from error
+    logger.info("%s holds an adapter of %s: it is merged into it", folder, base)
+    probes = _weights_before(adapted)
+    model = adapted.merge_and_unload()
+    _warn_of_rounding(folder, probes)
+    for parameter in model.parameters():  # PEFT froze them under the adapter
+        parameter.requires_grad_(parameter.is_floating_point())
+    model.adapter_start = read_start(folder, base)
+    return model
+
+
+def _grafted(folder: str, options: dict, head_seed: int | None) -> nn.Module:
+    """A classifier on the merged trunk of a language model's adapter, its head drawn with head_seed."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    if head_seed is None:
+        raise ConfigError(f"{folder} is no reward model: it is the adapter of a language model")
+    options = {key: value for key, value in options.items() if key != "num_labels"}
+    policy = load_merged(AutoModelForCausalLM, folder, options)
+    config = copy.deepcopy(policy.config)
+    config.num_labels, config.architectures = 1, None
+    attention = policy.config._attn_implementation
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(
+            config, dtype=policy.dtype, attn_implementation=attention
+        )
+    setattr(model, model.base_model_prefix, policy.base_model)
+    name = head_name(model)
+    head = model.get_submodule(name).to_empty(device=policy.device)
+    draw_head(head, head_seed)
+    model.adapter_start = policy.adapter_start
+    model.generation_config = None
+    return model
+
+
+def _weights_before(adapted: nn.Module) -> list[tuple[nn.Module, Tensor, Tensor]]:
+    """Of at most four adapted layers: the plain layer, its weight before the merge, and what the merge should add."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [m for m in adapted.modules() if isinstance(m, LoraLayer) and isinstance(m.get_base_layer(), nn.Linear)]
+    return [
+        (layer.get_base_layer(), layer.get_base_layer().weight.detach().clone(), layer.get_delta_weight("default"))
+        for layer in layers[:: max(len(layers) // 4, 1)][:4]
+        if layer.get_base_layer().weight.dtype in (torch.float16, torch.bfloat16)
+    ]
+
+
+def _warn_of_rounding(folder: str, probes: list[tuple[nn.Module, Tensor, Tensor]]) -> None:
+    """16-bit weights round small updates away: say how much of the adapter has arrived."""
+    wanted = sum(delta.float().square().sum().item() for _, _, delta in probes)
+    if wanted:
+        got = sum(((m.weight - before).float() * delta.float()).sum().item() for m, before, delta in probes)
+        if got / wanted < 0.95:
+            logger.warning(
+                "%.0f %% of the adapter %s arrive in the %s weights that it is merged into, the rest is rounded away: "
+                "load the model in float32 (dtype: float32)",
+                100 * got / wanted,
+                folder,
+                str(probes[0][1].dtype).removeprefix("torch."),
+            )

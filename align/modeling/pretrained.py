@@ -1,0 +1,101 @@
+"""transformers' `from_pretrained` with one-line errors, on every process, and with a head drawn where none is saved."""
+
+import logging
+import os
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import nn
+
+from align.errors import ConfigError
+from align.modeling.adapters import is_adapter
+from align.modeling.score_head import draw_head, head_name
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def weights_on_every_process():
+    """Under FSDP's cpu_ram_efficient_loading, transformers gives every process but the main one a model of zeros, of
+    whatever kind it is. Only the model that FSDP then shards gets its weights from the main process."""
+    name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    before = os.environ.get(name)
+    if before is not None:
+        os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[name] = before
+
+
+def from_pretrained(auto_class, source: str, what: str, *, sharded: bool = False, **kwargs):
+    try:
+        with nullcontext() if sharded else weights_on_every_process():
+            return auto_class.from_pretrained(source, **kwargs)
+    except (OSError, ValueError, ImportError) as error:  # the last: bitsandbytes is missing
+        raise ConfigError(f"cannot load the {what} {source!r}: {str(error).strip().splitlines()[0]}") from error
+
+
+def load_whole(auto_class, source: str, options: dict, **head) -> nn.Module:
+    if not head:
+        return from_pretrained(auto_class, source, "model", **options)
+    with only_errors_from_transformers():  # a missing head is expected; what else is missing is said below
+        model, report = from_pretrained(auto_class, source, "model", output_loading_info=True, **options)
+    name, missing = head_name(model), set(report["missing_keys"])
+    if f"{name}.weight" in missing:
+        if head["head_seed"] is None:
+            raise ConfigError(f"{source} is no reward model: it holds no weights for its score ({name})")
+        logger.info("%s has no score head: %s is drawn with seed %d", source, name, head["head_seed"])
+        draw_head(model.get_submodule(name), head["head_seed"])
+    others = sorted(key for key in missing if not key.startswith(f"{name}."))
+    if others:
+        logger.warning("%s holds no weights for %s: they are new, drawn at random", source, ", ".join(others))
+    return model
+
+
+@contextmanager
+def only_errors_from_transformers():
+    from transformers.utils import logging as transformers_logging
+
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+def keep_4_bit_layers_differentiable(model: nn.Module) -> None:
+    """On processors bitsandbytes repacks a 4-bit layer at its first pass without gradient (an evaluation, a reference),
+    for good, into a form that has no backward pass."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # its Linear4bit
+            module.support_avx512bf16_for_cpu = False
+
+
+def loading_options(dtype, attn_implementation: str | None, peft_config, kwargs: dict) -> dict:
+    if dtype is None:
+        dtype = "auto" if peft_config is not None and torch.cuda.is_available() else "float32"
+    options = {"dtype": dtype, **kwargs}
+    return options if attn_implementation is None else {**options, "attn_implementation": attn_implementation}
+
+
+def refuse_loading_options(dtype, attn_implementation: str | None, kwargs: dict) -> None:
+    given = [
+        k for k, v in {"dtype": dtype, "attn_implementation": attn_implementation, **kwargs}.items() if v is not None
+    ]
+    if given:
+        raise ConfigError(f"{', '.join(given)}: these say how to load a model, and the model given is already loaded")
+
+
+def check_one_label(source: str, kwargs: dict) -> None:
+    from transformers import AutoConfig
+
+    if is_adapter(source):
+        return
+    keys = ("revision", "trust_remote_code", "token", "cache_dir")
+    config = from_pretrained(AutoConfig, source, "model", **{k: kwargs[k] for k in keys if k in kwargs})
+    is_classifier = any("ForSequenceClassification" in name for name in config.architectures or ())
+    if is_classifier and config.num_labels != 1:
+        raise ConfigError(f"{source} classifies into {config.num_labels} labels; a reward model has one output")

@@ -1,0 +1,25 @@
+"""The linear layer that makes a reward model's one score."""
+
+import torch
+from torch import nn
+
+from align.distributed.shards import gathered
+from align.errors import ConfigError
+
+
+def head_name(model: nn.Module) -> str:
+    """Name of the linear layer that makes the one score."""
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features == 1]
+    if not names:
+        raise ConfigError(f"{type(model).__name__} has no linear layer with one output: it is no reward model")
+    return names[-1]
+
+
+def draw_head(head: nn.Linear, seed: int) -> None:
+    """Weights from N(0, 1/(d+1)), d the input width (Stiennon et al. 2020), bias 0."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(head.out_features, head.in_features, generator=generator) / (head.in_features + 1) ** 0.5
+    with gathered(head.parameters(), written=True), torch.no_grad():
+        head.weight.copy_(weight)
+        if head.bias is not None:
+            head.bias.zero_()

@@ -1,0 +1,293 @@
+"""What is saved is what was trained: every trainer's folder, loaded by transformers, PEFT and us, gives the log-probs
+or scores of the trained model, for full and LoRA runs and for LoRA on LoRA."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from align.data import toy
+from align.errors import ConfigError, TrainingError
+from align.modeling.adapters import save_merged
+from align.modeling.load import load_policy, load_sequence_classifier
+from align.reward_models.build import build_reward
+from align.trainers.dpo import DPOTrainer
+from align.trainers.modpo import MODPOConfig, MODPOTrainer
+from align.trainers.reward import RewardTrainer
+from align.trainers.sft import SFTTrainer
+from tests.trainers import reward_runs, sparse_runs
+from tests.trainers.pairs.preference_runs import dpo_config, toy_pairs
+from tests.trainers.tiny_runs import demonstrations, on_policy, prompts, sft_config, tiny_model, wanted_words
+
+IDS = torch.tensor([[5, 9, 14, 7, 3, 11, 20, 2]])
+
+
+def lora(**options) -> LoraConfig:
+    return LoraConfig(**{"r": 4, "lora_alpha": 16, "target_modules": "all-linear", **options})
+
+
+def make(method: str, model, folder, peft=None, **options):
+    options = {"max_steps": 2, "learning_rate": 3e-3, **options}
+    if method == "sft":
+        return SFTTrainer(model, sft_config(folder, **options), demonstrations(16), peft_config=peft)
+    if method == "dpo":
+        return DPOTrainer(model, dpo_config(folder, **options), toy_pairs(16), peft_config=peft)
+    if method == "sparsepo":
+        return sparse_runs.trainer(model, folder, lora=peft, **options)
+    if method == "modpo":
+        weights = {"better": 0.5, "wanted_words": 0.5}
+        args = MODPOConfig(**{**vars_of(dpo_config(folder, **options)), "objective": "better", "weights": weights})
+        return MODPOTrainer(model, wanted_words, args, toy_pairs(16), peft_config=peft)
+    if method == "reward":
+        args = reward_runs.config(folder, **options)
+        return RewardTrainer(model, args, toy_pairs(16), toy_pairs(8, seed=1), peft_config=peft)
+    trainer, args = on_policy(method, folder, **options)
+    if method == "ppo" and peft is not None:
+        args.critic_model_name_or_path = str(model)
+    return trainer(model, wanted_words, args, prompts(16), peft_config=peft)
+
+
+def vars_of(args) -> dict:
+    names = "output_dir per_device_train_batch_size max_length max_steps learning_rate report_to save_strategy use_cpu"
+    return {name: getattr(args, name) for name in names.split()}
+
+
+def trained(method: str, model, folder, peft=None, **options):
+    trainer = make(method, model, folder, peft, **options)
+    trainer.train()
+    trainer.save_model()
+    if hasattr(trainer, "close"):
+        trainer.close()
+    return trainer
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(IDS).logits
+
+
+def assert_saved(method: str, trainer, folder) -> None:
+    """The folder under every loader against the live model."""
+    live, folder = logits(trainer.model), str(folder)
+    adapter = (Path(folder) / "adapter_config.json").exists()
+    if method == "reward":
+        loaded = [load_sequence_classifier(folder, fresh_head=False)]
+        if adapter:
+            loaded.append(AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1))
+    else:
+        loaded = [load_policy(folder)]
+        if adapter:
+            loaded.append(AutoPeftModelForCausalLM.from_pretrained(folder))
+        if not adapter or not loaded[-1].peft_config["default"].modules_to_save:  # which transformers leaves out
+            loaded.append(AutoModelForCausalLM.from_pretrained(folder))
+    for model in loaded:
+        torch.testing.assert_close(logits(model), live, atol=2e-5, rtol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def start(policy, tmp_path_factory) -> str:
+    """An SFT adapter that has moved the policy far."""
+    folder = tmp_path_factory.mktemp("start") / "sft"
+    trained("sft", policy, folder, lora(lora_alpha=64), learning_rate=1e-2, max_steps=4)
+    assert (logits(load_policy(folder)) - logits(load_policy(policy))).abs().max() > 1
+    return str(folder)
+
+
+METHODS = ["sft", "dpo", "modpo", "sparsepo", "reward", "remax", "ppo"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("form", ["full", "lora", "lora on lora"])
+def test_the_folder_is_the_trained_model(method, form, policy, start, tmp_path):
+    model = start if form == "lora on lora" else policy
+    peft = None if form == "full" else lora(r=2, lora_alpha=6, use_rslora=method == "dpo")
+    trainer = trained(method, model, tmp_path, peft)
+    assert_saved(method, trainer, tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "More Information Needed" not in card and Path(model).name in card
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        ({}, {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}),
+        ({"modules_to_save": ["lm_head"], "target_modules": ["q_proj", "up_proj"]}, {"target_modules": ["v_proj"]}),
+        ({"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj": 3}, "use_rslora": True}, {"r": 3}),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, {"alpha_pattern": {"q_proj": 5}}),
+    ],
+    ids=["head trained second", "head trained first", "patterns", "embeddings"],
+)
+def test_unlike_adapters_are_added(first, second, policy, tmp_path):
+    trained("sft", policy, tmp_path / "one", lora(**first), learning_rate=1e-2)
+    trainer = trained("dpo", str(tmp_path / "one"), tmp_path / "two", lora(**second))
+    assert_saved("dpo", trainer, tmp_path / "two")
+
+
+def test_three_stages_and_the_implicit_reward_of_the_last(policy, start, tmp_path):
+    trained("sft", start, tmp_path / "two", lora(r=2), learning_rate=1e-2)
+    before = load_policy(tmp_path / "two")
+    trainer = trained("dpo", str(tmp_path / "two"), tmp_path / "three", lora(r=3), max_steps=4)
+    assert_saved("dpo", trainer, tmp_path / "three")
+    reward = build_reward({"type": "implicit", "path": str(tmp_path / "three"), "beta": 0.5})
+    assert reward.model_folders[1] == str(tmp_path / "two")
+    tokens = IDS[0].tolist()
+    score = reward.score_ids([(tokens[:3], tokens[3:])])
+    new, old = (
+        m.log_softmax(-1)[0, 2:-1].gather(-1, IDS[0, 3:, None]).sum() for m in map(logits, (trainer.model, before))
+    )
+    torch.testing.assert_close(score[0], 0.5 * (new - old), atol=1e-4, rtol=1e-3)
+    assert abs(score[0]) > 1e-3
+
+
+def test_resuming_a_stacked_run_is_exact(start, tmp_path):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    straight = trained("dpo", start, tmp_path / "straight", lora(r=3, lora_alpha=5), **options)
+    shutil.copytree(tmp_path / "straight" / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
+    resumed = make("dpo", start, tmp_path / "run", lora(r=3, lora_alpha=5), **options)
+    resumed.train(resume_from_checkpoint=True)
+    for (name, a), b in zip(straight.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    best = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "straight" / "checkpoint-4")  # a folder as any other
+    torch.testing.assert_close(logits(best), logits(straight.model), atol=2e-5, rtol=2e-5)
+
+
+def test_a_folder_is_what_was_written_last(policy, tmp_path):
+    trained("sft", policy, tmp_path, lora(), learning_rate=1e-2)
+    assert_saved("sft", trained("sft", policy, tmp_path, learning_rate=1e-2), tmp_path)
+    assert_saved("sft", trained("sft", policy, tmp_path, lora(), learning_rate=1e-2), tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_every_model_argument_takes_an_adapter(policy, start, tmp_path):
+    """A reward model on a policy's adapter; it, all linear layers adapted, as PPO's critic and proxy."""
+    trainer = trained("reward", start, tmp_path / "rm", lora())
+    assert_saved("reward", trainer, tmp_path / "rm")
+    full = trained("reward", start, tmp_path / "full")
+    assert_saved("reward", full, tmp_path / "full")
+    kind, args = on_policy("ppo", tmp_path / "ppo", critic_model_name_or_path=str(tmp_path / "rm"), max_steps=1)
+    reward = {"type": "classifier", "path": str(tmp_path / "rm")}
+    ppo = kind(start, reward, args, prompts(16), peft_config=lora())
+    merged = load_sequence_classifier(tmp_path / "rm", fresh_head=False)
+    live = dict(ppo.critic.model.backbone.named_parameters())
+    for name, value in merged.base_model.named_parameters():
+        torch.testing.assert_close(live[name].detach(), value.detach(), msg=name)
+    ppo.train()
+    ppo.close()
+
+
+def test_the_generation_config_lies_beside_an_adapter(start):
+    assert (Path(start) / "generation_config.json").exists()
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+def test_a_base_under_a_relative_path(policy, tmp_path, monkeypatch):
+    shutil.copytree(policy, tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    trained("sft", "base", "run", lora())
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    tiny_model(toy.tokenizer(), seed=9).save_pretrained("base")
+    assert torch.equal(logits(load_policy("../run")), logits(load_policy(tmp_path / "run")))
+    shutil.rmtree(tmp_path / "base")
+    os.rename("base", tmp_path / "base")  # another model under the name
+    with pytest.raises(ConfigError, match="was trained on another model than .*base holds now"):
+        load_policy(tmp_path / "run")
+
+
+def test_a_base_that_was_changed_in_memory_is_refused(policy, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(policy)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.add_(0.1)
+    with pytest.raises(ConfigError, match="layers.1.mlp.up_proj.weight of the model given is not that of"):
+        make("sft", model, tmp_path, lora())
+
+
+def test_an_adapter_over_its_own_base_is_refused(policy, tmp_path):
+    shutil.copytree(policy, tmp_path / "base")
+    with pytest.raises(ConfigError, match="is the folder of the base model"):
+        make("sft", str(tmp_path / "base"), tmp_path / "base", lora())
+
+
+def test_what_is_no_sum_is_refused_and_saved_merged(policy, tmp_path):
+    trainer = trained("sft", policy, tmp_path / "dora", lora(use_dora=True), learning_rate=1e-2)
+    with pytest.raises(ConfigError, match="cannot be trained on with a second one: it uses use_dora"):
+        make("dpo", str(tmp_path / "dora"), tmp_path / "dpo", lora())
+    save_merged(tmp_path / "dora", tmp_path / "merged")
+    torch.testing.assert_close(logits(load_policy(tmp_path / "merged")), logits(trainer.model), atol=2e-5, rtol=2e-5)
+    assert_saved("dpo", trained("dpo", str(tmp_path / "merged"), tmp_path / "dpo", lora()), tmp_path / "dpo")
+
+
+@pytest.mark.parametrize("peft", [None, lora()], ids=["full", "lora"])
+def test_a_save_that_went_wrong_is_seen(peft, policy, tmp_path):
+    """The file is changed between the writing and the reading back; then a config that scales the update otherwise."""
+    trainer = make("sft", policy, tmp_path, peft)
+    trainer.train()
+    wrong = trainer.model.save_pretrained
+    file = tmp_path / ("model.safetensors" if peft is None else "adapter_model.safetensors")
+
+    def save_other_weights(folder, **options):
+        wrong(folder, **options)
+        tensors = load_file(file)
+        name = sorted(name for name in tensors if "up_proj" in name)[-1]
+        tensors[name] = tensors[name] + 0.1
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    trainer.model.save_pretrained = save_other_weights
+    with pytest.raises(TrainingError, match="is not what was trained: .*up_proj"):
+        trainer.save_model()
+    trainer.args.verify_saved = False
+    trainer.save_model()
+    if peft is None:
+        return
+
+    def save_other_scale(folder, **options):
+        wrong(folder, **options)
+        path = Path(folder) / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 17}))
+
+    trainer.model.save_pretrained, trainer.args.verify_saved = save_other_scale, True
+    with pytest.raises(TrainingError, match="is not what was trained: the update of"):
+        trainer.save_model()
+
+
+def test_weights_are_trained_in_float32(policy, tmp_path, caplog):
+    """At 1e-6 a weight in bfloat16 would not move."""
+    model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.bfloat16)
+    before = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+    trainer = make("sft", model, tmp_path, learning_rate=1e-6)
+    trainer.train()
+    moved = [(p != before[name]).float().mean() for name, p in trainer.model.named_parameters() if "layers" in name]
+    assert min(moved) > 0.3 and "held, in float32" in caplog.text
+
+
+def test_bf16_says_what_of_an_adapter_is_rounded_away(policy, tmp_path, caplog):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(policy), lora(init_lora_weights=False))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.mul_(1e-5)
+    model.save_pretrained(tmp_path)
+    load_policy(tmp_path, dtype="bfloat16")
+    assert "% of the adapter" in caplog.text and "is rounded away" in caplog.text
+    caplog.clear()
+    load_policy(tmp_path)
+    assert "rounded away" not in caplog.text
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "reward", "remax"])
+def test_the_same_command_twice(method, policy, tmp_path):
+    """Whatever the process has drawn before, the adapter (and head) start as the seed says."""
+    folders = []
+    for seed in (3, 4):
+        torch.manual_seed(seed)
+        folders.append(trained(method, policy, tmp_path / str(seed), lora(), seed=1, data_seed=1, max_steps=1).args)
+    first, second = (load_file(Path(args.output_dir) / "adapter_model.safetensors") for args in folders)
+    assert all(torch.equal(first[name], second[name]) for name in first)

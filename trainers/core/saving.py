@@ -1,0 +1,204 @@
+"""What a saved folder stands for: the model that was written last, as it was trained, and how it came about."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from align.errors import ConfigError, TrainingError
+from align.modeling.adapters import (
+    CONFIG_FILE,
+    NOTES_FILE,
+    PREFIX,
+    START_FILE,
+    WEIGHTS_FILE,
+    finish_adapter,
+    folder_digest,
+    notes,
+)
+
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, NOTES_FILE, START_FILE, "adapter_model.bin")
+MODEL_FILES = ("config.json", "model*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
+PROBED_LAYERS = 8
+
+
+def is_peft(model: nn.Module) -> bool:
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
+
+
+def check_base(model: nn.Module, output_dir: str | None) -> None:
+    """Before training an adapter: ConfigError if its folder could not name the model that it adapts. The weights of a
+    model that was not loaded by us are compared with those of the folder that it says it came from (samples of each).
+    Call it on the main process, before the weights are sharded."""
+    if not is_peft(model):
+        return
+    core = model.get_base_model()
+    base = model.peft_config["default"].base_model_name_or_path or core.config._name_or_path
+    if not base:
+        raise ConfigError(
+            "the model was not loaded from anywhere, so its adapter would name no base and could not be loaded: save "
+            "the model in a folder, and start from that"
+        )
+    if output_dir and Path(base).is_dir() and Path(base).resolve() == Path(output_dir).resolve():
+        raise ConfigError(f"output_dir {output_dir} is the folder of the base model: an adapter needs one of its own")
+    if vars(core).get("adapter_start") is None and not vars(core).get("is_quantized"):
+        name = _first_difference(core, Path(base))
+        if name:
+            raise ConfigError(
+                f"{name} of the model given is not that of {base}, which its adapter would name as its base: save the "
+                "model in a folder, and start from that"
+            )
+
+
+def _first_difference(core: nn.Module, base: Path) -> str | None:
+    """The first frozen weight that differs from the one of its name in the folder; None if none does, as far as the
+    names are the same."""
+    from safetensors import safe_open
+
+    live = {name.replace(".base_layer", ""): value for name, value in core.named_parameters() if not value.is_meta}
+    for path in sorted(base.glob("*.safetensors")):
+        if path.name in (WEIGHTS_FILE, START_FILE):
+            continue
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (it is no mapping)
+                part, value = file.get_slice(name), live.get(name)
+                if value is None or value.requires_grad or list(value.shape) != part.get_shape() or not value.dim():
+                    continue
+                saved = part[:1].to(value.device, value.dtype)
+                if not torch.equal(saved, value[:1]):
+                    return name
+    return None
+
+
+def finish_folder(folder: str | Path, model: nn.Module) -> None:
+    """After transformers or PEFT has written the model: complete an adapter's folder, and delete what an earlier run
+    has left there that would be loaded instead."""
+    folder = Path(folder)
+    if is_peft(model):
+        finish_adapter(folder, model)
+        generation = getattr(model.get_base_model(), "generation_config", None)  # a classifier has none
+        if generation is not None:
+            generation.save_pretrained(folder)
+        stale = [path for pattern in MODEL_FILES for path in folder.glob(pattern)]
+        stale = [path for path in stale if path.name not in ADAPTER_FILES]
+    else:
+        stale = [folder / name for name in ADAPTER_FILES]
+    for path in stale:
+        path.unlink(missing_ok=True)
+
+
+# ---- verification ----------------------------------------------------------------------------------------------------
+
+
+def verify_saved(folder: str | Path, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Raise `TrainingError` unless the folder holds what was trained. state: the whole tensors of `model` by name, as
+    they were given to `save_pretrained`.
+
+    Reads the files back tensor by tensor: a whole model bit by bit; of an adapter, the modules trained in full bit by
+    bit, and for some layers the update that PEFT will make of files and config against the one that was trained.
+    """
+    problem = _adapter_problem(Path(folder), model, state) if is_peft(model) else _model_problem(Path(folder), state)
+    if problem:
+        raise TrainingError(f"what was saved in {folder} is not what was trained: {problem}")
+
+
+def _model_problem(folder: Path, state: Mapping[str, Tensor]) -> str | None:
+    from safetensors import safe_open
+
+    if (folder / CONFIG_FILE).exists():
+        return f"{CONFIG_FILE} of another run is there, and would be loaded"
+    seen = set()
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                live = state.get(name)
+                if live is None:  # mixtures of experts are stored under other names than they are held
+                    continue
+                saved = file.get_tensor(name)
+                seen.add(name)
+                if not torch.equal(saved, live.detach().to(saved.device, saved.dtype)):
+                    return f"{name} differs"
+    return None if seen else "no tensor has the name of one that was trained"
+
+
+def _adapter_problem(folder: Path, model: nn.Module, state: Mapping[str, Tensor]) -> str | None:
+    from peft import PeftConfig
+    from peft.tuners.lora import LoraLayer
+    from safetensors.torch import load_file
+
+    config, saved = PeftConfig.from_pretrained(str(folder)), load_file(folder / WEIGHTS_FILE)
+    digest = notes(folder).get("base_digest")
+    if digest and digest != folder_digest(config.base_model_name_or_path):
+        return f"its base {config.base_model_name_or_path} has changed"
+    start = vars(model.get_base_model()).get("adapter_start")
+    for name, value in saved.items():
+        live = state.get(_held_name(name, state))
+        if ".lora_" not in name and live is not None:
+            if not torch.equal(value, live.detach().to(value.device, value.dtype)):
+                return f"{name} differs"
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer) and "default" in m.lora_A}
+    names = list(layers)
+    for name in names[:: max(len(names) // PROBED_LAYERS, 1)]:
+        trained = _update(state, f"{name}.lora_{{}}.default.weight", layers[name].scaling["default"])
+        if start is not None and f"{name}.lora_A.weight" in start.tensors:
+            trained = trained + _update(start.tensors, f"{name}.lora_{{}}.weight", 1.0)
+        loaded = _update(saved, f"{name}.lora_{{}}.weight", _config_scaling(config, name))
+        if not (loaded - trained).norm() <= 1e-3 * trained.norm():
+            return f"the update of {name} differs by {(loaded - trained).norm():.3g}, it is {trained.norm():.3g}"
+    return None
+
+
+def _held_name(name: str, state: Mapping[str, Tensor]) -> str:
+    """The name in the live model of a tensor that PEFT saves for a module trained in full."""
+    module, _, leaf = name.rpartition(".")
+    held = f"{module}.modules_to_save.default.{leaf}"
+    return held if held in state else name
+
+
+def _update(tensors: Mapping[str, Tensor], name: str, scaling: float) -> Tensor:
+    a, b = (tensors[name.format(letter)].detach().cpu().float() for letter in "AB")
+    return scaling * (b.flatten(1) @ a.flatten(1))
+
+
+def _config_scaling(config, name: str) -> float:
+    from peft.utils.other import get_pattern_key
+
+    module = name.removeprefix(PREFIX)
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
+    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
+    return alpha / (rank**0.5 if config.use_rslora else rank)
+
+
+# ---- the model card --------------------------------------------------------------------------------------------------
+
+MADE_BY = "<!-- written by align when the model was saved; delete this line to keep your own text -->"
+
+
+def write_card(folder: str | Path, previous: str | None, facts: dict[str, object], *, base: str, adapter: bool) -> None:
+    """README.md of a saved model. previous: the text that lay there before; a text of the user's own stays."""
+    import peft
+    import torch as torch_module
+    import transformers
+
+    path = Path(folder) / "README.md"
+    if previous is not None and MADE_BY not in previous and "library_name: peft" not in previous:
+        path.write_text(previous, encoding="utf-8")
+        return
+    head = ["---", f"library_name: {'peft' if adapter else 'transformers'}", "tags: [align]"]
+    if base and not Path(base).exists():  # the hub takes names of its own models only
+        head.append(f"base_model: {base}")
+    versions = f"transformers {transformers.__version__}, peft {peft.__version__}, torch {torch_module.__version__}"
+    rows = {"base model": base or "none: trained from a model that was not loaded from anywhere", **facts}
+    rows["versions"] = versions
+    lines = [*head, "---", MADE_BY, "", f"# {Path(folder).absolute().name}", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {_cell(value)} |" for name, value in rows.items()]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _cell(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text.replace("|", "\\|").replace("\n", " ")
