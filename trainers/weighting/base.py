@@ -98,7 +98,12 @@ class FixedWeights(Weighting):
 
 def make_weighting(reward_weights: dict[str, float], args: Any) -> Weighting:
     """The weighting that a configuration (`OnPolicyConfig`) asks for."""
-    from align.trainers.weighting.constrained import ConstrainedWeights, SatisficingPerEpisode, SatisficingWeights
+    from align.trainers.weighting.constrained import (
+        ConstrainedWeights,
+        RewardStreams,
+        SatisficingPerEpisode,
+        SatisficingWeights,
+    )
     from align.trainers.weighting.dynamic import GradientWeights, HypervolumeWeights
     from align.trainers.weighting.options import check_constraints
     from align.trainers.weighting.sections import GradientSection
@@ -111,5 +116,7 @@ def make_weighting(reward_weights: dict[str, float], args: Any) -> Weighting:
     options = check_constraints(args)
     if options is None:
         return FixedWeights(names, weights)
+    if options.task_apart:
+        return RewardStreams(names, weights, options)
     kinds = {"squared": SatisficingWeights, "squared_per_episode": SatisficingPerEpisode}
     return kinds.get(options.form, ConstrainedWeights)(names, weights, options)

@@ -97,6 +97,31 @@ class ConstrainedWeights(Constrained):
         self.watch.load_state_dict(state["watch"])
 
 
+class RewardStreams(ConstrainedWeights):
+    """One stream per reward, constrained or not, with its weight in the task and its multipliers added up: All-PPO as
+    released, whose task advantage is the sum of the rewards' own advantages, standardised apart.
+
+    The KL is inside every reward of the task, and inside the others with `kl_in_constraints`. So it counts as often as
+    there are streams that hold it: for two rewards, both in the task with weight 1 and both at most their thresholds,
+    (2 - s_1 - s_2) * 2 - s_1 - s_2 = 4 - 3 (s_1 + s_2).
+    """
+
+    def __init__(self, names: list[str], weights: list[float], options: ConstraintOptions):
+        super().__init__(names, weights, options)
+        rest = 1.0 if options.kl_in_constraints else 0.0
+        self.streams = [StreamSpec(name, kl=1.0 if name in self.task else rest) for name in names]
+
+    def scores(self, rewards: dict[str, float]) -> dict[str, float]:
+        return {stream.name: rewards[stream.name] for stream in self.streams}
+
+    def weights(self) -> list[float]:
+        task, held = self.multipliers.weights()
+        total = {stream.name: task * self.task.get(stream.name, 0.0) for stream in self.streams}
+        for constraint, weight in zip(self.constraints, held, strict=True):
+            total[constraint.reward] += weight
+        return list(total.values())
+
+
 class SatisficingWeights(Constrained):
     """PPO-SAT on the batch mean: the gradient of task - sum_i a_i (v_i - theta_i)^2, v_i the mean of the batch."""
 

@@ -26,6 +26,7 @@ class ConstraintOptions:
     estimator: str = "episode_mean"
     standardize: bool = False
     kl_in_constraints: bool = False
+    task_apart: bool = False
     coefficients: list[float] = field(default_factory=list)
     lagrangian: dict = field(default_factory=dict)
 

@@ -1,0 +1,87 @@
+"""What every reward and the KL count in the advantage that the policy is trained on, for the presets of the paper."""
+
+import pytest
+import torch
+
+from align.objectives.constraints import Constraint
+from align.trainers.core.ranks import Ranks
+from align.trainers.on_policy.pipeline import ScoredRollout
+from align.trainers.on_policy.samples import Sample
+from align.trainers.on_policy.streams import fill_advantages, mix
+from align.trainers.ppo import PPO
+from align.trainers.weighting.constrained import ConstrainedWeights, RewardStreams
+from align.trainers.weighting.options import ConstraintOptions
+
+RAW = [0.4, -0.7]
+S1, S2 = torch.sigmoid(torch.tensor(RAW, dtype=torch.float64)).tolist()
+KL = 0.5  # of the one token of every completion
+
+
+def mixed(weighting, rewards: list[dict], beta: float, whiten: bool = False) -> torch.Tensor:
+    """The mixed advantages of completions of one token [N], by the code that trains; the critic says 0."""
+    samples = [Sample({"prompt_ids": [1]}, [2], "", [-1.0], False, 0, rewards=row) for row in rewards]
+    for sample in samples:
+        sample.ref_logps = torch.tensor([-1.0 - KL])
+        sample.values = torch.zeros(1, len(weighting.streams))
+    rollout = ScoredRollout(samples, [[] for _ in samples], weight_version=0)
+    fill_advantages(rollout, PPO(gamma=1.0, lam=1.0, whiten_advantages=whiten), weighting, Ranks(), beta)
+    return mix(torch.stack([sample.advantages for sample in samples]), weighting)[:, 0]
+
+
+def make(kind, directions, task, weights, **options):
+    held = [Constraint(name, direction, 0.3) for name, direction in zip("ab", directions, strict=True)]
+    form = "tanh" if "equal" in directions else "sigmoid"
+    return kind(["a", "b"], weights, ConstraintOptions(held, form, task, lagrangian={"initial": RAW}, **options))
+
+
+ALL = {"directions": ["at_most", "at_most"], "task": ["a", "b"]}
+T1, T2 = torch.tanh(torch.tensor(RAW, dtype=torch.float64)).tolist()
+LEFT = 2 - S1 - S2
+CASES = {  # weighting -> net weights of a, b and the KL
+    "mu_ppo": (make(ConstrainedWeights, ["at_least"] * 2, None, [1.0, 1.0]), (S1, S2, LEFT)),
+    "xi_ppo": (make(ConstrainedWeights, ["equal"] * 2, None, [1.0, 1.0]), (T1, T2, 2 - T1 - T2)),
+    "all_ppo": (make(ConstrainedWeights, weights=[0.5, 1.0], **ALL), (0.5 * LEFT - S1, LEFT - S2, LEFT)),
+    "all_ppo, kl_in_constraints": (
+        make(ConstrainedWeights, weights=[0.5, 1.0], kl_in_constraints=True, **ALL),
+        (0.5 * LEFT - S1, LEFT - S2, 2 - 2 * (S1 + S2)),
+    ),
+    "all_ppo_released": (
+        make(RewardStreams, weights=[1.0, 1.0], **ALL),
+        (2 - 2 * S1 - S2, 2 - S1 - 2 * S2, 4 - 3 * (S1 + S2)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_net_weights(name):
+    weighting, expected = CASES[name]
+    nothing = {"a": 0.0, "b": 0.0}
+    found = [mixed(weighting, [{**nothing, reward: 1.0}], beta=0.0).item() for reward in "ab"]
+    found.append(mixed(weighting, [nothing], beta=1.0).item() / -KL)
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert weighting.kl_weight == pytest.approx(expected[2])  # the same where the KL is in the loss
+
+
+def test_released_all_ppo_standardises_the_rewards_of_its_task_apart():
+    """A reward in units a hundred times larger counts the same; in one stream of the sum it decides alone."""
+    torch.manual_seed(0)
+    values = torch.randn(64, 2).tolist()
+    small = [{"a": a, "b": b} for a, b in values]
+    large = [{"a": 100 * a, "b": b} for a, b in values]
+    apart = make(RewardStreams, weights=[1.0, 1.0], **ALL)
+    standardised = [(column - column.mean()) / column.std() for column in torch.tensor(values).T]
+    expected = (2 - 2 * S1 - S2) * standardised[0] + (2 - S1 - 2 * S2) * standardised[1]
+    for rows in (small, large):
+        torch.testing.assert_close(mixed(apart, rows, 0.0, whiten=True), expected, rtol=1e-4, atol=1e-4)
+    together = make(ConstrainedWeights, weights=[1.0, 1.0], **ALL)
+    gap = mixed(together, small, 0.0, whiten=True) - mixed(together, large, 0.0, whiten=True)
+    assert gap.abs().max() > 0.1
+
+
+def test_a_reward_without_a_constraint_and_one_outside_the_task():
+    held = [Constraint("a", "at_least", 0.3)]
+    options = ConstraintOptions(held, "sigmoid", ["b"], lagrangian={"initial": [RAW[0]]})
+    streams = RewardStreams(["a", "b"], [1.0, 3.0], options)
+    assert streams.weights() == pytest.approx([S1, 3 * (1 - S1)])
+    assert [stream.kl for stream in streams.streams] == [0.0, 1.0]
+    assert streams.scores({"a": 0.1, "b": 0.2}) == {"a": 0.1, "b": 0.2}
