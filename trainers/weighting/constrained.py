@@ -108,6 +108,8 @@ class RewardStreams(ConstrainedWeights):
 
     def __init__(self, names: list[str], weights: list[float], options: ConstraintOptions):
         super().__init__(names, weights, options)
+        if not self.task:
+            raise ConfigError("multipliers.task_apart needs task_rewards: without one the KL would be in no stream")
         rest = 1.0 if options.kl_in_constraints else 0.0
         self.streams = [StreamSpec(name, kl=1.0 if name in self.task else rest) for name in names]
 

@@ -54,7 +54,9 @@ def check_constraints(args: Any) -> ConstraintOptions | None:
         options.coefficients = _coefficients(section.coefficients, held)
     else:
         given = {name: getattr(section, name) for name in section.model_fields_set}
-        options.lagrangian = {n: v for n, v in given.items() if n != "form" and n not in common}
+        options.task_apart = section.task_apart
+        ours = {"form", "task_apart", *common}
+        options.lagrangian = {name: value for name, value in given.items() if name not in ours}
         if section.pid is not None:
             options.lagrangian["pid"] = PID(**section.pid.given())
         Multipliers(held, form, **options.lagrangian)  # what does not fit together is said now

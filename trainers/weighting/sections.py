@@ -53,6 +53,9 @@ class LagrangianSection(Updates):
     initial: float | list[float] = Field(0.0, description="Raw value to start from, one or one per constraint.")
     bounds: list[float] | None = Field(None, description="Smallest and largest raw value. Default: by form.")
     warmup: int = Field(0, ge=0, description="Updates in which they are measured and not moved.")
+    task_apart: bool = Field(
+        False, description="Each reward of the task in a stream of its own with the KL, as in the released All-PPO."
+    )
     pid: PIDSection | None = Field(None, description="kp, ki, kd, integral_bound: a PID controller sets the raw value.")
 
     @model_validator(mode="after")

@@ -3,12 +3,16 @@
 import pytest
 import torch
 
+from align.config import configs_dir
+from align.config.resolve import resolve
+from align.errors import ConfigError
 from align.objectives.constraints import Constraint
 from align.trainers.core.ranks import Ranks
 from align.trainers.on_policy.pipeline import ScoredRollout
 from align.trainers.on_policy.samples import Sample
 from align.trainers.on_policy.streams import fill_advantages, mix
 from align.trainers.ppo import PPO
+from align.trainers.weighting.base import make_weighting
 from align.trainers.weighting.constrained import ConstrainedWeights, RewardStreams
 from align.trainers.weighting.options import ConstraintOptions
 
@@ -76,6 +80,20 @@ def test_released_all_ppo_standardises_the_rewards_of_its_task_apart():
     together = make(ConstrainedWeights, weights=[1.0, 1.0], **ALL)
     gap = mixed(together, small, 0.0, whiten=True) - mixed(together, large, 0.0, whiten=True)
     assert gap.abs().max() > 0.1
+
+
+def test_the_presets_have_these_forms():
+    for preset, kind, gain in (("all_ppo", ConstrainedWeights, 0.1), ("all_ppo_released", RewardStreams, 0.1)):
+        args = resolve("ppo", str(configs_dir() / f"{preset}.yaml"), []).training
+        rewards = dict(zip(["meteor", "intent"], args.reward_weights, strict=True))
+        weighting = make_weighting(rewards, args)
+        assert type(weighting) is kind and args.kl_gain == gain
+        assert weighting.kl_weight == pytest.approx(1.0)  # multipliers of 1/2
+
+
+def test_a_task_of_no_reward_cannot_be_taken_apart():
+    with pytest.raises(ConfigError, match="task_apart needs task_rewards"):
+        make(RewardStreams, ["at_least"] * 2, None, [1.0, 1.0])
 
 
 def test_a_reward_without_a_constraint_and_one_outside_the_task():
