@@ -31,7 +31,7 @@ _EXPORTS = {
     "train_front": "align.trainers.sweeps.front:train_front",
     "make_soup": "align.modeling.soups:make_soup",
     "SparsePOTrainer": "align.trainers.sparsepo:SparsePOTrainer",
-    "SparsePOConfig": "align.trainers.pairs.mask_options:SparsePOConfig",
+    "SparsePOConfig": "align.trainers.sparsepo:SparsePOConfig",
     "ReMaxTrainer": "align.trainers.remax:ReMaxTrainer",
     "ReMaxConfig": "align.trainers.remax:ReMaxConfig",
     "PPOTrainer": "align.trainers.ppo:PPOTrainer",

@@ -71,7 +71,7 @@ METHODS = {
         Method(
             "sparsepo",
             trainer="align.trainers.sparsepo:SparsePOTrainer",
-            config="align.trainers.pairs.mask_options:SparsePOConfig",
+            config="align.trainers.sparsepo:SparsePOConfig",
             data="pairs",
             help="preference optimisation with a weight per token, learned or from activations (SparsePO, MaPO)",
         ),

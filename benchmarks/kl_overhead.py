@@ -45,7 +45,7 @@ def trainers(model: str, pairs: Dataset, folder: Path) -> dict:
 
 def step(trainer, batch: dict) -> dict[str, float]:
     wall, cpu = time.perf_counter(), time.process_time()
-    loss = trainer.pair_values(trainer.model, batch)["loss"].mean()
+    loss = trainer.pair_losses(trainer.model, batch).losses.mean()
     loss.backward()
     taken = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
     trainer.model.zero_grad()
@@ -60,7 +60,7 @@ def measure(made: dict, pairs: Dataset, args) -> dict[str, list[dict[str, float]
         for number in range(args.batches):
             rows = [pairs[i] for i in range(number * args.pairs, (number + 1) * args.pairs)]
             for name in list(made) if (repetition + number) % 2 else list(made)[::-1]:
-                batch = made[name].collate(rows)
+                batch = made[name].planner.collate(rows)
                 batch["mean_chosen_length"] = torch.tensor(100.0)
                 for clock, seconds in step(made[name], batch).items():
                     totals[name][clock] += seconds

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from align.errors import ConfigError
 from align.modeling.pairs import PairTokens, pair_tokens, pair_tokens_with_kl
 from align.objectives.pair_logps import wpo_weights
+from align.objectives.pair_losses import PairLosses
 from align.objectives.preference_objective import PreferenceObjective, preference_objective
-from align.trainers.pairs.loop import PreferenceConfig, PreferenceTrainer
+from align.trainers.pairs.config import PreferenceConfig
+from align.trainers.pairs.preference import PreferenceTrainer
 
 
 def loss_option(help: str, default=None):
@@ -114,9 +116,7 @@ class DPOTrainer(PreferenceTrainer):
         policy = pair_tokens(model, batch, **options)
         return policy, self.reference_tokens(batch) if self.needs_reference else None
 
-    def losses(
-        self, policy: PairTokens, reference: PairTokens | None, batch: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, policy: PairTokens, reference: PairTokens | None, batch: dict[str, Tensor]) -> PairLosses:
         objective = self.objective
         ref_logps = None if reference is None else reference.logps
         pairs = objective.pairs(policy.logps, policy.mask, ref_logps, policy.kl, batch["mean_chosen_length"])
@@ -124,20 +124,11 @@ class DPOTrainer(PreferenceTrainer):
         weights = None
         if objective.use_weighting:
             weights = wpo_weights(policy.logps, policy.log_sum_sq_probs, policy.mask)
-        chosen, rejected = objective.rewards(pairs)
-        metrics = {
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-            "rewards/margins": chosen - rejected,
-            "rewards/accuracies": chosen > rejected,
-            "logps/chosen": pairs.chosen,
-            "logps/rejected": pairs.rejected,
-        }
+        found = objective(pairs, weights, draws)
+        found.metrics |= {"logps/chosen": pairs.chosen, "logps/rejected": pairs.rejected}
         if policy.kl is not None:
-            metrics |= {"kl/chosen": pairs.chosen_kl, "kl/rejected": pairs.rejected_kl}
-        if len(objective.terms) > 1:
-            metrics |= {f"loss/{name}": values for name, values in objective.parts(pairs, draws).items()}
-        return objective.losses(pairs, weights, draws), metrics
+            found.metrics |= {"kl/chosen": pairs.chosen_kl, "kl/rejected": pairs.rejected_kl}
+        return found
 
     def _gather(self, values: Tensor) -> tuple[list[Tensor], int]:
         return gather_object([values.cpu()]), self.args.process_index

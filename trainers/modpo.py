@@ -12,8 +12,10 @@ from align.errors import ConfigError
 from align.modeling.load import load_tokenizer
 from align.modeling.pairs import PairTokens
 from align.objectives.modpo import LOSS_TYPES, check_weight, modpo_loss, modpo_rewards
+from align.objectives.pair_losses import PairLosses
 from align.reward_models.margins import COLUMNS, MarginRewards
-from align.trainers.pairs.loop import PreferenceConfig, PreferenceTrainer
+from align.trainers.pairs.config import PreferenceConfig
+from align.trainers.pairs.preference import PreferenceTrainer
 
 SWEEP = "sweep"
 
@@ -132,23 +134,16 @@ class MODPOTrainer(PreferenceTrainer):
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, **kwargs)
         self.margins.free()
 
-    def prepare_dataset(self, dataset, name: str):
+    def prepare_dataset(self, dataset):
         return self.margins.add_to(dataset)
 
-    def losses(
-        self, policy: PairTokens, reference: PairTokens, batch: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, policy: PairTokens, reference: PairTokens, batch: dict[str, Tensor]) -> PairLosses:
         logps, ref_logps = policy.logps.sum(-1), reference.logps.sum(-1)
         margins = torch.cat([batch[column] for column in COLUMNS])
         options = {"weight": self.weight, "margin_weights": torch.tensor(self.margin_weights), "beta": self.args.beta}
         chosen, rejected = modpo_rewards(logps, ref_logps, margins, **options).chunk(2)
-        return modpo_loss(chosen, rejected, self.args.loss_type), {
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-            "rewards/margins": chosen - rejected,
-            "rewards/accuracies": chosen > rejected,
-            **self.agreement((logps - ref_logps).detach(), margins),
-        }
+        agreement = self.agreement((logps - ref_logps).detach(), margins)
+        return PairLosses(modpo_loss(chosen, rejected, self.args.loss_type), chosen, rejected, agreement)
 
     def agreement(self, log_ratios: Tensor, margins: Tensor) -> dict[str, Tensor]:
         """For every objective, whether the policy prefers the completion that this objective prefers, per pair (0.5

@@ -13,6 +13,7 @@ from align.errors import ConfigError
 from align.objectives.beta_dpo import PRESETS, BetaDraw
 from align.objectives.f_divergences import F_DIVERGENCES, f_divergence
 from align.objectives.pair_logps import PairLogps, pair_logps
+from align.objectives.pair_losses import PairLosses
 from align.objectives.preference import LOSSES, MODIFIERS, PreferenceLoss, implicit_rewards, keyword_options
 
 ABOVE_ZERO = (lambda value: 0 < value < math.inf, "> 0")
@@ -102,7 +103,7 @@ class PreferenceObjective:
     def draw(
         self, pairs: PairLogps, gather: Callable[[Tensor], tuple[Sequence[Tensor], int]] | None = None
     ) -> dict[str, BetaDraw]:
-        """What the states give to `losses` for this batch; in training only, for it moves them.
+        """What the states give to the losses for this batch; in training only, for it moves them.
 
         gather: a tensor [B] of this process -> those of all processes, in order, and this one's number.
         """
@@ -124,15 +125,19 @@ class PreferenceObjective:
             for term in self.terms
         }
 
-    def losses(
+    def __call__(
         self, pairs: PairLogps, weights: Tensor | None = None, draws: dict[str, BetaDraw] | None = None
-    ) -> Tensor:
-        """The sum [B]. weights: of the pairs [B], with `use_weighting` (`wpo_weights`)."""
+    ) -> PairLosses:
+        """The sum, its rewards, and of a mixture each loss as `loss/<name>`.
+
+        weights: of the pairs [B], with `use_weighting` (`wpo_weights`). draws: of `draw`; None in evaluations.
+        """
         parts = self.parts(pairs, draws)
         total = sum(term.weight * parts[term.name] for term in self.terms)
-        return total if weights is None else weights * total
+        metrics = {f"loss/{name}": values for name, values in parts.items()} if len(parts) > 1 else {}
+        return PairLosses(total if weights is None else weights * total, *self._rewards(pairs), metrics)
 
-    def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
+    def _rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
         """What to log as rewards of chosen and rejected, [B] each, without gradient: those of the first loss that has
         a beta; log-ratios (without a reference log-probs) if none has."""
         with torch.no_grad():

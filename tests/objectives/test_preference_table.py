@@ -29,16 +29,16 @@ def test_every_option_has_a_range_and_a_default():
 def test_a_loss_asks_for_all_that_it_looks_at(name):
     """Without what the table says it does not need, the loss is the same."""
     objective, pairs = preference_objective(name), random_pairs()
-    expected = objective.losses(pairs)
+    expected = objective(pairs).losses
     if not objective.needs_reference:
         pairs.ref_chosen = pairs.ref_rejected = None
     if not objective.needs_kl:
         pairs.chosen_kl = pairs.rejected_kl = None
-    assert torch.equal(objective.losses(pairs), expected)
-    assert all(values.isfinite().all() for values in objective.rewards(pairs))
+    assert torch.equal(objective(pairs).losses, expected)
+    assert all(values.isfinite().all() for values in objective(pairs).rewards)
     if not objective.needs_mean_length:
         pairs.mean_chosen_length = torch.tensor(1e6)
-        assert torch.equal(objective.losses(pairs), expected)
+        assert torch.equal(objective(pairs).losses, expected)
 
 
 @pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if not loss.needs_mean_length])
@@ -51,7 +51,7 @@ def test_which_losses_look_across_pairs(name):
         values = getattr(changed, field).detach().clone()
         values[1:] = getattr(other, field)[1:]
         setattr(changed, field, values)
-    same = torch.equal(objective.losses(pairs)[:1], objective.losses(changed)[:1])
+    same = torch.equal(objective(pairs).losses[:1], objective(changed).losses[:1])
     assert same == (not objective.across_pairs) or objective.states
 
 
@@ -108,22 +108,22 @@ def test_a_mix_is_the_weighted_sum_with_its_own_options():
     pairs = random_pairs()
     mix = preference_objective(["robust", "hinge"], [0.25, 2.0], {"beta": 0.3, "label_smoothing": 0.2})
     alone = [
-        preference_objective("robust", None, {"beta": 0.3, "label_smoothing": 0.2}).losses(pairs),
-        preference_objective("hinge", None, {"beta": 0.3}).losses(pairs),
+        preference_objective("robust", None, {"beta": 0.3, "label_smoothing": 0.2})(pairs).losses,
+        preference_objective("hinge", None, {"beta": 0.3})(pairs).losses,
     ]
-    torch.testing.assert_close(mix.losses(pairs), 0.25 * alone[0] + 2.0 * alone[1])
+    torch.testing.assert_close(mix(pairs).losses, 0.25 * alone[0] + 2.0 * alone[1])
     assert preference_objective("simpo").terms[0].options == {"beta": 2.0, "simpo_gamma": 1.0}
 
 
 def test_rewards_are_scaled_by_the_beta_that_is_used():
     pairs = random_pairs()
-    assert torch.equal(preference_objective(["sft", "sigmoid"]).rewards(pairs)[0], 0.1 * pairs.chosen_ratio.detach())
-    simpo = preference_objective("simpo").rewards(pairs)[1]
+    assert torch.equal(preference_objective(["sft", "sigmoid"])(pairs).rewards[0], 0.1 * pairs.chosen_ratio.detach())
+    simpo = preference_objective("simpo")(pairs).rewards[1]
     torch.testing.assert_close(simpo, 2.0 * pairs.rejected.detach() / pairs.rejected_length)
     assert not simpo.requires_grad
-    assert torch.equal(preference_objective("cpo").rewards(pairs)[0], 0.1 * pairs.chosen_ratio.detach())
+    assert torch.equal(preference_objective("cpo")(pairs).rewards[0], 0.1 * pairs.chosen_ratio.detach())
     pairs.ref_chosen = pairs.ref_rejected = None
-    assert torch.equal(preference_objective("sft").rewards(pairs)[0], pairs.chosen.detach())
+    assert torch.equal(preference_objective("sft")(pairs).rewards[0], pairs.chosen.detach())
 
 
 @pytest.fixture
@@ -141,8 +141,8 @@ def test_a_loss_of_one_s_own(table):
         return -((1 - p) ** focal_gamma) * p.log()
 
     pairs = pair_of(3.0)
-    losses = preference_objective("focal", None, {"focal_gamma": 0.0}).losses(pairs)
-    torch.testing.assert_close(losses, preference_objective("sigmoid").losses(pairs))
+    losses = preference_objective("focal", None, {"focal_gamma": 0.0})(pairs).losses
+    torch.testing.assert_close(losses, preference_objective("sigmoid")(pairs).losses)
     with pytest.raises(ConfigError, match="focal_gamma would be ignored by sigmoid; the losses that use it: focal"):
         preference_objective("sigmoid", None, {"focal_gamma": 1.0})
     preference_objective(["focal", "sigmoid"], None, {"f_divergence_type": "js_divergence"})

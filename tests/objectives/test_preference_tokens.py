@@ -83,6 +83,6 @@ def test_weights_and_modifiers_reach_the_losses():
     parts = objective.parts(pairs)
     torch.testing.assert_close(parts["sft"], -(logps * MASK).sum(-1)[:2] / 10)
     torch.testing.assert_close(parts["sigmoid"], -torch.nn.functional.logsigmoid(0.1 * pairs.delta))
-    torch.testing.assert_close(objective.losses(pairs, weights), weights * (parts["sigmoid"] + 0.2 * parts["sft"]))
+    torch.testing.assert_close(objective(pairs, weights).losses, weights * (parts["sigmoid"] + 0.2 * parts["sft"]))
     forward = preference_objective("sigmoid", None, {"f_divergence_type": "forward_kl"}).pairs(logps, MASK, ref)
     torch.testing.assert_close(forward.chosen_score, 1 - torch.exp(-forward.chosen_ratio))

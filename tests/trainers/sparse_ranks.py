@@ -2,7 +2,6 @@
 
 import sys
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +11,7 @@ from peft import LoraConfig
 
 from align.modeling.load import Reference
 from align.modeling.token_masks import MaskSettings, TokenMasks
+from align.trainers.masks.forward import MaskedForward
 from tests.modeling import tiny
 from tests.modeling.pair_batches import pairs
 from tests.trainers.pairs.preference_runs import history, toy_pairs
@@ -60,14 +60,11 @@ def sharded_difference(rank: int) -> float:
         return model
 
     def losses(model, batch):
-        trainer = SimpleNamespace(
-            model=model, masks=model.token_masks, reference=Reference(tiny.causal(seed=1), adapter_off=False),
-            args=SimpleNamespace(mask_layers="all", chunk_size=None, beta=0.5, l1={"l1_u": 0.1}),
-            accelerator=SimpleNamespace(autocast=nullcontext, unwrap_model=lambda model, **options: model),
-        )  # fmt: skip
-        trainer._masks_in = partial(SparsePOTrainer._masks_in, trainer)
-        tokens = SparsePOTrainer.forward(trainer, model, batch)
-        return SparsePOTrainer.losses(trainer, *tokens, batch)[0]
+        reference = Reference(tiny.causal(seed=1), adapter_off=False)
+        masked = MaskedForward(reference, model.token_masks, nullcontext, layers="all")
+        tokens = masked(model, model, batch, chunk_size=None)
+        trainer = SimpleNamespace(args=SimpleNamespace(beta=0.5, l1={"l1_u": 0.1}))
+        return SparsePOTrainer.losses(trainer, *tokens, batch).losses
 
     alone, sharded, batches = make(), make(), [pairs(seed=0), pairs(seed=1)]
     for layer in sharded.model.layers:

@@ -1,8 +1,7 @@
 """Settings for short SparsePO and MaPO runs."""
 
 from align.data import toy
-from align.trainers.pairs.mask_options import SparsePOConfig
-from align.trainers.sparsepo import SparsePOTrainer
+from align.trainers.sparsepo import SparsePOConfig, SparsePOTrainer
 from tests.trainers.pairs.preference_runs import toy_pairs
 from tests.trainers.tiny_runs import QUIET
 

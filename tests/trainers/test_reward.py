@@ -141,13 +141,13 @@ def test_answers_that_share_their_prompt_train_as_padded_ones(trunk, encoder, tm
         trainer = RewardTrainer(trunk, args, pairs(80), pairs(21, seed=1))
         trainer.train()
         runs[batching] = trainer
-        assert isinstance(trainer.data_collator, PairCollator if batching == "padded" else SharedPrefixCollator)
+        assert isinstance(trainer.planner.layout, PairCollator if batching == "padded" else SharedPrefixCollator)
     for key in ("loss", "rewards/margins", "eval_loss", "eval_rewards/accuracies"):
         expected = logged(runs["padded"], key)
         assert len(expected) > 0 and logged(runs["shared_prefix"], key) == pytest.approx(expected, rel=1e-4, abs=1e-5)
         assert logged(runs["auto"], key) == logged(runs["shared_prefix"], key)
     assert runs["auto"].normalizer.mean == pytest.approx(runs["padded"].normalizer.mean, abs=1e-4)
-    assert isinstance(RewardTrainer(encoder, config(tmp_path), pairs(8)).data_collator, PairCollator)
+    assert isinstance(RewardTrainer(encoder, config(tmp_path), pairs(8)).planner.layout, PairCollator)
     with pytest.raises(ConfigError, match="shared_prefix cannot be used with this model: its scores of a pair"):
         RewardTrainer(encoder, config(tmp_path, batching="shared_prefix"), pairs(8))
     with pytest.raises(ConfigError, match="auto, shared_prefix or padded, got 'packed'"):

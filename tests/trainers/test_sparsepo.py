@@ -13,7 +13,7 @@ from align.errors import ConfigError, TrainingError
 from align.modeling.load import load_policy
 from align.modeling.pairs import completions
 from align.modeling.token_masks import FILE_NAME, load_masks, read_masks, watch_states
-from align.trainers.pairs.mask_options import SparsePOConfig
+from align.trainers.sparsepo import SparsePOConfig
 from tests.trainers.pairs.preference_runs import toy_pairs
 from tests.trainers.sparse_runs import SparsePOTrainer, config, trainer
 from tests.trainers.tiny_runs import assert_same, logged, parameters, tiny_model
@@ -29,13 +29,13 @@ def masks_of(trainer) -> dict[str, torch.Tensor]:
 
 def losses_of(trainer, rows=slice(0, 6)):
     """Losses and gradients of one batch of the trainer's own pairs: [B], gradients by name, the tokens, metrics."""
-    batch = trainer.collate(trainer.train_dataset.select(range(*rows.indices(16))).to_list())
+    batch = trainer.planner.collate(trainer.train_dataset.select(range(*rows.indices(16))).to_list())
     trainer.model.zero_grad()
     policy, reference = trainer.forward(trainer.model.train(), batch)
-    losses, metrics = trainer.losses(policy, reference, batch)
-    losses.mean().backward()
+    found = trainer.losses(policy, reference, batch)
+    found.losses.mean().backward()
     grads = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
-    return losses.detach(), grads, policy, metrics
+    return found.losses.detach(), grads, policy, found.values()
 
 
 def moved_policy(policy):
@@ -80,7 +80,7 @@ def test_weights_of_one_are_exactly_tdpo1(policy, tmp_path):
         if "token_masks" not in name:
             torch.testing.assert_close(grads[name], p.grad, rtol=1e-5, atol=1e-6)  # a Llama norms in float32
     assert (kl > 0.01).all() and all(g.any() for n, g in grads.items() if ".first." in n or ".mixer." in n)
-    torch.testing.assert_close(metrics["rewards/margins"].detach(), 0.5 * z.detach())
+    torch.testing.assert_close(metrics["rewards/margins"], 0.5 * z.detach())
     torch.testing.assert_close(metrics["kl/chosen"], kl[:6])
 
 
@@ -289,7 +289,7 @@ def test_pictures_of_the_masks(policy, tmp_path):
     run.train()
     content = json.loads((tmp_path / "masks.json").read_text())
     assert len(content["pairs"]) == 2 and list(content["masks"]) == ["m_u", "m_d"]
-    batch = run.collate(run.eval_dataset.select(range(2)).to_list())
+    batch = run.planner.collate(run.eval_dataset.select(range(2)).to_list())
     with torch.no_grad():
         tokens, _ = run.forward(run.model.eval(), batch)
     shown = content["pairs"][1]["rejected"]

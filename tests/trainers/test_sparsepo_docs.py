@@ -9,7 +9,8 @@ import pytest
 from align.cli.main import main
 from align.config import configs_dir
 from align.config.resolve import resolve
-from align.trainers.pairs.mask_options import LEARNED, VARIANTS, SparsePOConfig
+from align.trainers.masks.options import LEARNED, VARIANTS
+from align.trainers.sparsepo import SparsePOConfig
 from tests.trainers.pairs.preference_runs import toy_pairs
 from tests.trainers.sparse_runs import trainer
 from tests.trainers.tiny_runs import tiny_model

@@ -72,10 +72,10 @@ def dpo_repository(inputs, params, outputs, grads):
         name, given["cpo_alpha"] = "cpo", 0.0
         exact(LOSSES["cpo"].rewards(pairs, beta=params["beta"])[0], outputs["chosen_rewards"])
     objective = preference_objective(name, None, given)
-    losses = objective.losses(pairs)
+    losses = objective(pairs).losses
     exact(losses, outputs["losses"])
     exact(losses.mean(), outputs["mean_loss"])
-    check_rewards(objective.rewards(pairs), outputs)
+    check_rewards(objective(pairs).rewards, outputs)
     check_gradients(losses.sum(), pairs, grads)
 
 
@@ -107,10 +107,10 @@ def check_tdpo(head, inputs, params, outputs, grads):
     exact(torch.cat([pairs.chosen, pairs.rejected]), outputs["logps"])
     exact(torch.cat([pairs.chosen_ratio, pairs.rejected_ratio]), outputs["logps_margin"])
     exact(torch.cat([pairs.chosen_kl, pairs.rejected_kl]), outputs["position_kl"])
-    losses = objective.losses(pairs)
+    losses = objective(pairs).losses
     exact(losses, outputs["losses"])
     exact(losses.mean(), outputs["mean_loss"])
-    check_rewards(objective.rewards(pairs), outputs)
+    check_rewards(objective(pairs).rewards, outputs)
     losses.sum().backward()
     exact(logits.grad, grads["d(sum_loss)/d(policy_logits)"])
 
@@ -123,7 +123,7 @@ def tdpo_from_sums(inputs, params, outputs, grads):
     )
     zeros = torch.zeros_like(ratios[0])
     pairs = PairLogps(*ratios, zeros, zeros, zeros + 1, zeros + 1, chosen_kl=kls[0], rejected_kl=kls[1])
-    losses = tdpo_objective(params).losses(pairs)
+    losses = tdpo_objective(params)(pairs).losses
     exact(losses, outputs["losses"])
     check_rewards(tdpo_rewards(pairs, beta=params["beta"]), outputs)
     losses.sum().backward()
@@ -218,9 +218,9 @@ def simpo(inputs, params, outputs, grads):
     pairs = free_pairs(inputs, [f"{name}_logps" for name in names])
     given = {"beta": params["beta"], "simpo_gamma": params["gamma_beta_ratio"] * params["beta"]}
     objective = preference_objective("simpo_hinge" if params["loss_type"] == "hinge" else "simpo", None, given)
-    losses = objective.losses(pairs)
+    losses = objective(pairs).losses
     exact(losses, outputs["losses"])
-    check_rewards(objective.rewards(pairs), outputs)
+    check_rewards(objective(pairs).rewards, outputs)
     check_gradients(losses.sum(), pairs, grads, names=names)
 
 
@@ -235,9 +235,9 @@ def trl_cpo(inputs, params, outputs, grads):
     else:
         name, given = "alphapo", {"simpo_gamma": params["simpo_gamma"], "alphapo_alpha": params["alpha"]}
     objective = preference_objective(name, None, {"beta": params["beta"], **given})
-    losses = objective.losses(pairs)
+    losses = objective(pairs).losses
     exact(losses, outputs["losses"])
-    check_rewards(objective.rewards(pairs), outputs)
+    check_rewards(objective(pairs).rewards, outputs)
     check_gradients(losses.sum(), pairs, grads, names=names)
 
 
@@ -248,7 +248,7 @@ def trl_orpo(inputs, params, outputs):
     )
     ones = torch.ones_like(chosen)
     pairs = PairLogps(chosen, rejected, None, None, ones, ones)
-    losses = preference_objective("orpo", None, {"beta": params["beta"]}).losses(pairs)
+    losses = preference_objective("orpo", None, {"beta": params["beta"]})(pairs).losses
     close(-chosen - losses, outputs["term"], rtol=1e-5, atol=1e-6)  # without the likelihood term
     difference = log_odds(chosen) - log_odds(rejected)
     close(difference.mean(), outputs["mean_log_odds"], rtol=1e-6)
@@ -277,7 +277,7 @@ def check_trl(objective, inputs, outputs, grads, *, beta, dtype=torch.float64, r
     weights = None
     if objective.use_weighting:
         weights = wpo_weights(logps, torch.tensor(inputs["log_sum_sq_probs"], dtype=dtype), mask)
-    losses = objective.losses(pairs, weights)
+    losses = objective(pairs, weights).losses
     loss = losses.mean()
     loss.backward()
     close(loss.detach(), outputs["mean_loss"], rtol=rtol, atol=atol)
@@ -325,7 +325,7 @@ def aot_of_one_pair(inputs, params, outputs):
     pairs = pair_logps(t64(inputs["per_token_logps_shifted"]), mask)
     pairs.ref_chosen, pairs.ref_rejected = t64(inputs["ref_chosen_logps"]), t64(inputs["ref_rejected_logps"])
     for name in ("aot", "cdpo"):
-        loss = preference_objective(name, None, params).losses(pairs)
+        loss = preference_objective(name, None, params)(pairs).losses
         exact(loss.mean(), outputs["trl_aot"])
         exact(loss, outputs["original_cdpo"])
     assert not torch.allclose(sigmoid(pairs, beta=params["beta"]), loss)

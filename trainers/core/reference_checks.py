@@ -41,20 +41,3 @@ def check_reference(probe: Tensor, saved: Tensor, tolerance: float) -> None:
             f"the reference is not the one of the run that is resumed (their log-probs differ by up to {gap:.3f} "
             "nats): start the trainer from the same model as at first, not from the checkpoint"
         )
-
-
-class ReferenceChecks:
-    """Of a trainer whose `reference` is an `align.modeling.load.Reference`."""
-
-    @property
-    def logp_tolerance(self) -> float:
-        return logp_tolerance(self.accelerator, self.model)
-
-    def check_same_start(self, logps: Tensor, ref_logps: Tensor, mask: Tensor) -> None:
-        check_same_start(logps, ref_logps, mask, self.logp_tolerance)
-
-    def reference_probe(self) -> Tensor:
-        return reference_probe(self.reference, self.args.device)
-
-    def check_reference(self) -> None:
-        check_reference(self.reference_probe(), self.resume_state["reference"], self.logp_tolerance)

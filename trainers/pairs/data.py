@@ -1,11 +1,44 @@
-"""Tokenised pairs as the preference trainers take them."""
+"""Datasets of pairs as the loop takes them: tokenised, numbered, with the columns that a method needs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from align.data.bad_rows import BadRow
+from align.data.checks import check_pair_numbers
 from align.data.tokenize import tokenize_pairs
 from align.errors import DataError
 
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+NUMBERS = ("margin", "chosen_prob")
+"""Columns of numbers that reward models look at."""
+
+
+@dataclass
+class PairData:
+    """How a run prepares its datasets.
+
+    tokenizer, max_length, max_bad_share: as `tokenize_pairs` takes them.
+    columns: of the dataset, needed beside the tokens. optional: kept where they are there.
+    further: tokenised pairs -> the same with what the method computes for each of them.
+    """
+
+    tokenizer: Any
+    max_length: int | None
+    max_bad_share: float
+    columns: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    further: Callable[[Any], Any] | None = None
+
+    def prepare(self, dataset):
+        """Pairs in TRL's formats, or tokenised ones, with the columns of `IDS`, `row`, `columns` and `optional`."""
+        dataset = numbered_pairs(dataset, self.tokenizer, max_length=self.max_length, max_bad_share=self.max_bad_share)
+        if self.further is not None:
+            dataset = self.further(dataset)
+        optional = [column for column in self.optional if column in dataset.column_names]
+        return dataset.select_columns([*IDS, "row", *self.columns, *optional])
 
 
 def flat_column(dataset, column: str) -> tuple[np.ndarray, np.ndarray]:
@@ -25,12 +58,22 @@ def list_column(values: np.ndarray, lengths: np.ndarray):
 
 
 def numbered_pairs(dataset, tokenizer, *, max_length: int | None, max_bad_share: float):
-    """The output of `tokenize_pairs`. A dataset that is tokenised already is taken as it is, if no completion is empty;
-    its rows are numbered where they have no column `row`."""
+    """The output of `tokenize_pairs`. A dataset that is tokenised already is taken as it is, if no completion is empty
+    and its numbers are usable; its rows are numbered where they have no column `row`."""
     if not set(IDS) <= set(dataset.column_names):
         return tokenize_pairs(dataset, tokenizer, max_length=max_length, max_bad_share=max_bad_share)
     for column in IDS:
         empty = np.flatnonzero(flat_column(dataset, column)[0] == 0)
         if len(empty):
             raise DataError(f"{len(empty)} tokenised pairs have an empty {column}: rows {empty[:10].tolist()}")
+    _check_numbers(dataset)
     return dataset if "row" in dataset.column_names else dataset.add_column("row", np.arange(len(dataset)))
+
+
+def _check_numbers(dataset) -> None:
+    names = [name for name in NUMBERS if name in dataset.column_names]
+    for index, row in enumerate(dataset.select_columns(names) if names else ()):
+        try:
+            check_pair_numbers(row)
+        except BadRow as reason:
+            raise DataError(f"tokenised pairs, row {index}: {reason}") from reason

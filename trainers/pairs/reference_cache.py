@@ -41,33 +41,52 @@ def mark_of(dataset, weights: str, precision: str) -> str:
     return digest.hexdigest()
 
 
-def with_cached_reference(
-    dataset, folder: Path, name: str, mark: str, compute: Callable[[], tuple[np.ndarray, np.ndarray]]
-):
-    """The dataset with the columns `COLUMNS`: per row the float32 log-probs of its completions' tokens.
+class ReferenceCache:
+    """The reference's log-probs of whole datasets, in a folder that runs may share.
 
-    The main process reads them from `folder/<name>-<mark>.npz`. If there is no such file, every process calls `compute`
-    (all tokens of chosen and of rejected, row after row) and the main one writes it.
+    Args:
+        weights: of the reference, their `weights_mark`.
+        precision: what it computes in, in words.
+
+    marks: of the datasets that were asked for, by name.
     """
-    path, main = Path(folder) / f"{name}-{mark}.npz", PartialState().is_main_process
-    flat = broadcast_object_list([_read(path) if main else None])[0]
-    if flat is None:
-        others = sorted(other.name for other in path.parent.glob(f"{name}-*.npz"))
-        if others and main:
+
+    def __init__(self, folder: str | Path, weights: str, precision: str):
+        self.folder = Path(folder)
+        self.weights = weights
+        self.precision = precision
+        self.marks: dict[str, str] = {}
+
+    def add_to(self, dataset, name: str, compute: Callable[[], tuple[np.ndarray, np.ndarray]]):
+        """The dataset with the columns `COLUMNS`: per row the float32 log-probs of its completions' tokens.
+
+        The main process reads them from `folder/<name>-<mark>.npz`. If there is no such file, every process calls
+        `compute` (all tokens of chosen and of rejected, row after row) and the main one writes it.
+        """
+        mark = self.marks[name] = mark_of(dataset, self.weights, self.precision)
+        path, main = self.folder / f"{name}-{mark}.npz", PartialState().is_main_process
+        flat = broadcast_object_list([_read(path) if main else None])[0]
+        if flat is None:
+            if main:
+                self._warn_of_others(name)
+            flat = compute()
+            if main:
+                _write(path, flat)
+        for column, ids, values in zip(COLUMNS, IDS[1:], flat, strict=True):
+            lengths, _ = flat_column(dataset, ids)
+            if len(values) != lengths.sum():
+                raise TrainingError(f"{path} holds {len(values)} log-probs for {lengths.sum()} tokens: delete it")
+            dataset = dataset.add_column(column, list_column(values, lengths))
+        return dataset
+
+    def _warn_of_others(self, name: str) -> None:
+        others = sorted(other.name for other in self.folder.glob(f"{name}-*.npz"))
+        if others:
             logger.warning(
                 "%s has reference log-probs of other data or of another reference (%s): these are computed anew",
-                folder,
+                self.folder,
                 ", ".join(others),
             )
-        flat = compute()
-        if main:
-            _write(path, flat)
-    for column, ids, values in zip(COLUMNS, IDS[1:], flat, strict=True):
-        lengths, _ = flat_column(dataset, ids)
-        if len(values) != lengths.sum():
-            raise TrainingError(f"{path} holds {len(values)} log-probs for {lengths.sum()} tokens: delete it")
-        dataset = dataset.add_column(column, list_column(values, lengths))
-    return dataset
 
 
 def _read(path: Path) -> tuple[np.ndarray, np.ndarray] | None:

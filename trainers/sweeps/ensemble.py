@@ -13,7 +13,7 @@ from align.reward_models.ensemble import FILE_NAME, KINDS, save_ensemble
 from align.reward_models.joint import save_adapters, save_trunk
 from align.reward_models.normalizer import FILE_NAME as NORMALIZER_FILE
 from align.trainers.core.trackers import finish_tracking
-from align.trainers.reward import RewardConfig, RewardTrainer, tokenized_pairs
+from align.trainers.reward import RewardConfig, RewardTrainer, pair_data
 from align.trainers.sweeps.joint_ensemble import JointRewardTrainer
 
 logger = logging.getLogger(__name__)
@@ -55,9 +55,10 @@ def train_reward_ensemble(
     _check(model, members, kind, upper_layers, train_trunk, peft_config)
     _check_member(member, members, kind)
     processing_class = processing_class or load_tokenizer(model)
-    train_dataset = tokenized_pairs(train_dataset, processing_class, args)
+    data = pair_data(processing_class, args)
+    train_dataset = data.prepare(train_dataset)
     if eval_dataset is not None:
-        eval_dataset = tokenized_pairs(eval_dataset, processing_class, args)
+        eval_dataset = data.prepare(eval_dataset)
     data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "processing_class": processing_class}
     folder, names = Path(args.output_dir), [f"member_{i}" for i in range(members)]
     if kind == "separate":

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from align.errors import ConfigError
 from align.modeling.member_lora import MemberLora
 from align.modeling.members import Members, member_scores
+from align.objectives.pair_losses import PairLosses
 from align.reward_models.normalizer import Normalizer
 from align.trainers.reward import RewardConfig, RewardTrainer, agreement
 
@@ -33,30 +34,27 @@ class JointRewardTrainer(RewardTrainer):
         self.count = next(len(module.members) for module in model.modules() if isinstance(module, Members))
         self.normalizers: list[Normalizer] | None = None
 
-    def _cannot_share(self, model: nn.Module, args: RewardConfig) -> str | None:
+    def _cannot_share(self) -> str | None:
         return "it holds several members"
 
-    def pair_values(self, model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`loss` is the sum over the members; the rest is of their mean score, and `.../member_<i>` of each."""
+    def pair_losses(self, model: nn.Module, batch: dict[str, Tensor]) -> PairLosses:
+        """The losses are sums over the members, the rewards their mean scores; `.../member_<i>` is of each."""
         scores = member_scores(model, batch["input_ids"], batch["attention_mask"], self.count)
         chosen, rejected = scores.chunk(2, dim=1)
-        losses, margins = self.pair_losses(chosen, rejected, batch), chosen - rejected
-        values = {
-            "loss": losses.sum(0),
-            "rewards/chosen": chosen.mean(0),
-            "rewards/rejected": rejected.mean(0),
+        losses, margins = self.losses_of_scores(chosen, rejected, batch), chosen - rejected
+        metrics = {
             "rewards/margins": margins.mean(0),
             "rewards/margins_std": margins.std(0, correction=0),
             **agreement(margins.mean(0), batch),
         }
         for i in range(self.count):
-            values |= {
+            metrics |= {
                 f"loss/member_{i}": losses[i],
                 f"rewards/chosen/member_{i}": chosen[i],
                 f"rewards/rejected/member_{i}": rejected[i],
                 f"rewards/accuracies/member_{i}": agreement(margins[i], batch)["rewards/accuracies"],
             }
-        return values
+        return PairLosses(losses.sum(0), chosen.mean(0), rejected.mean(0), metrics)
 
     def _clip_grad_norm(self, model) -> Tensor:
         """Clip each member by itself; returns the norm of the whole gradient before."""

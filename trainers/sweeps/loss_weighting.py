@@ -18,10 +18,12 @@ from align.modeling.load import load_tokenizer
 from align.modeling.pairs import PairTokens
 from align.modeling.soups import make_soup
 from align.objectives.modpo import modpo_loss
+from align.objectives.pair_losses import PairLosses
 from align.reward_models.margins import rows_fingerprint
 from align.trainers.modpo import WeightOptions
+from align.trainers.pairs.config import PreferenceConfig
 from align.trainers.pairs.data import numbered_pairs
-from align.trainers.pairs.loop import PreferenceConfig, PreferenceTrainer
+from align.trainers.pairs.preference import PreferenceTrainer
 from align.trainers.sweeps.front import (
     Model,
     check_model,
@@ -72,17 +74,10 @@ class LossWeightingTrainer(PreferenceTrainer):
         mixed = mix(tokenized_sets(train_dataset, processing_class, args), args.weights)
         super().__init__(model, args, mixed, None, processing_class, **kwargs)
 
-    def losses(
-        self, policy: PairTokens, reference: PairTokens, batch: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, policy: PairTokens, reference: PairTokens, batch: dict[str, Tensor]) -> PairLosses:
         rewards = self.args.beta * (policy.logps - reference.logps).sum(-1)
         chosen, rejected = rewards.chunk(2)
-        return batch[PAIR_WEIGHT] * modpo_loss(chosen, rejected), {
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-            "rewards/margins": chosen - rejected,
-            "rewards/accuracies": chosen > rejected,
-        }
+        return PairLosses(batch[PAIR_WEIGHT] * modpo_loss(chosen, rejected), chosen, rejected)
 
 
 def tokenized_sets(datasets: dict, tokenizer, args: PreferenceConfig) -> dict:

@@ -12,7 +12,7 @@ from align.errors import ConfigError, DataError, TrainingError
 from align.modeling.load import load_policy, load_tokenizer
 from align.modeling.pairs import pair_tokens
 from align.trainers.dpo import DPOTrainer
-from align.trainers.pairs.batches import PaddedPairs, SharedPrefixPairs, split_to
+from align.trainers.pairs.micro_batches import PaddedPairs, SharedPrefixPairs
 from tests.trainers.pairs.preference_runs import assert_close, dpo_config, history, toy_pairs
 from tests.trainers.tiny_runs import assert_same, logged, parameters
 
@@ -48,44 +48,11 @@ def test_how_a_step_is_batched_does_not_matter(options, policy, pairs, tmp_path)
     settings = {"max_steps": 3}
     whole = trained(policy, dpo_config(tmp_path / "a", per_device_train_batch_size=16, **settings), pairs)
     cut = trained(policy, dpo_config(tmp_path / "b", **settings, **options), pairs)
-    assert isinstance(whole.collator, SharedPrefixPairs)
-    assert isinstance(cut.collator, PaddedPairs if "batching" in options else SharedPrefixPairs)
+    assert isinstance(whole.planner.layout, SharedPrefixPairs)
+    assert isinstance(cut.planner.layout, PaddedPairs if "batching" in options else SharedPrefixPairs)
     assert_close(history(cut), history(whole), rtol=2e-5, atol=2e-6)
     for name, weight in parameters(whole.model).items():
         torch.testing.assert_close(cut.model.get_parameter(name), weight, rtol=0, atol=1e-4, msg=name)
-
-
-def rows_of(*lengths) -> list[dict]:
-    return [
-        {"row": i, "prompt_ids": [9] * prompt, "chosen_ids": [1] * chosen, "rejected_ids": [2] * rejected}
-        for i, (prompt, chosen, rejected) in enumerate(lengths)
-    ]
-
-
-def numbers(batches) -> list[list[int]]:
-    return [[row["row"] for row in batch] for batch in batches]
-
-
-def test_padded_micro_batches_are_of_similar_length_and_within_the_budget():
-    padded, rows = PaddedPairs(0), rows_of((10, 5, 2), (1, 1, 1), (4, 2, 1), (20, 1, 5), (2, 1, 1), (3, 2, 2))
-    assert [padded.tokens_of(row) for row in rows] == [30, 4, 12, 50, 6, 10]
-    assert numbers(padded.cut(rows, 2, None)) == [[3, 0], [2, 5], [4, 1]]
-    batches = padded.cut(rows, None, 36)
-    assert numbers(batches) == [[3], [0], [2, 5, 4], [1]]
-    assert all(padded(batch)["input_ids"].numel() <= 36 for batch in batches[1:])
-    assert [len(batch) for batch in split_to(batches, 5)] == [1, 1, 1, 2, 1]
-    assert [len(batch) for batch in split_to(batches, 9)] == [1] * 6 and split_to(batches, 2) == batches
-
-
-def test_shared_prefix_micro_batches_hold_no_more_tokens_than_the_budget():
-    shared, rows = SharedPrefixPairs(), rows_of((10, 5, 2), (1, 1, 1), (4, 2, 1), (20, 1, 5), (2, 1, 1), (3, 2, 2))
-    assert [shared.tokens_of(row) for row in rows] == [17, 3, 7, 26, 4, 7]
-    assert sorted(map(len, shared.cut(rows, 4, None))) == [2, 4]
-    batches = shared.cut(rows, None, 22)
-    assert sorted(sum(numbers(batches), [])) == [0, 1, 2, 3, 4, 5]
-    assert [shared(batch)["input_ids"].numel() for batch in batches] == [26, 21, 17]
-    same_start = {"prompt_ids": [3, 4], "chosen_ids": [5, 6, 7], "rejected_ids": [5, 6, 8, 9]}
-    assert shared.tokens_of(same_start) == 2 + 2 + 1 + 2 == shared([same_start])["input_ids"].numel()
 
 
 def test_an_evaluation_is_a_mean_over_pairs(policy, pairs, tmp_path):
@@ -144,8 +111,9 @@ def test_a_policy_that_is_not_its_reference_at_the_start_is_an_error(policy, pai
 def test_a_loss_that_is_not_finite_names_its_rows(policy, pairs, tmp_path):
     class Broken(DPOTrainer):
         def losses(self, policy, reference, batch):
-            losses, metrics = super().losses(policy, reference, batch)
-            return torch.where((batch["row"] == 11) | (batch["row"] == 3), torch.nan, losses), metrics
+            found = super().losses(policy, reference, batch)
+            found.losses = torch.where((batch["row"] == 11) | (batch["row"] == 3), torch.nan, found.losses)
+            return found
 
     with pytest.raises(TrainingError, match=r"the loss is not finite on rows \[(3|11)"):
         Broken(policy, dpo_config(tmp_path, per_device_train_batch_size=40), pairs).train()
@@ -164,12 +132,12 @@ def test_a_model_that_cannot_share_prefixes_gets_padded_batches(policy, pairs, t
     caplog.set_level("INFO")
     eager = load_policy(policy, attn_implementation="eager")
     trainer = DPOTrainer(eager, dpo_config(tmp_path), pairs, processing_class=tokenizer)
-    assert isinstance(trainer.collator, PaddedPairs) and "batches are padded" in caplog.text
+    assert isinstance(trainer.planner.layout, PaddedPairs) and "batches are padded" in caplog.text
     with pytest.raises(ConfigError, match="shared_prefix cannot be used with this model: its attention is eager"):
         DPOTrainer(eager, dpo_config(tmp_path, batching="shared_prefix"), pairs, processing_class=tokenizer)
     # a reference that cannot decides for both
     both = DPOTrainer(policy, dpo_config(tmp_path), pairs, ref_model=eager)
-    assert isinstance(both.collator, PaddedPairs)
+    assert isinstance(both.planner.layout, PaddedPairs)
     both.train()
 
 
@@ -234,4 +202,6 @@ def test_wandb_gets_a_table_and_a_histogram(policy, pairs, wandb_offline):
 def test_the_tokens_of_a_step_are_counted(policy, pairs, tmp_path):
     args = dpo_config(tmp_path, include_num_input_tokens_seen="all", per_device_train_batch_size=20, max_steps=2)
     trainer = trained(policy, args, pairs)
-    assert trainer.state.num_input_tokens_seen == sum(trainer.collator.tokens_of(row) for row in trainer.train_dataset)
+    assert trainer.state.num_input_tokens_seen == sum(
+        trainer.planner.layout.tokens_of(row) for row in trainer.train_dataset
+    )

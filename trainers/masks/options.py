@@ -1,11 +1,10 @@
-"""Options of SparsePO and MaPO."""
+"""Options of the weights of tokens, learned (SparsePO) or from activations (MaPO)."""
 
 from dataclasses import dataclass, field
 
 from align.errors import ConfigError
 from align.modeling.activation_masks import groups_of
 from align.modeling.token_masks import INITS
-from align.trainers.pairs.loop import PreferenceConfig
 
 VARIANTS = ("common", "independent", "mapo")
 LEARNED = {  # options of the mask networks and what they are by default; none of them means anything to mapo
@@ -21,9 +20,8 @@ LEARNED = {  # options of the mask networks and what they are by default; none o
 
 
 @dataclass
-class SparsePOConfig(PreferenceConfig):
-    """Options of SparsePO and MaPO. The options of learned masks are errors with `variant: mapo`, and the other way
-    round."""
+class MaskOptions:
+    """Mixed into a config. The options of learned masks are errors with `variant: mapo`, and the other way round."""
 
     variant: str = field(
         default="common",

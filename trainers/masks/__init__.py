@@ -1,0 +1,1 @@
+"""Parts of SparsePO and MaPO: options, forward pass, optimiser groups and files of the weights of tokens."""

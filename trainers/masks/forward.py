@@ -1,0 +1,114 @@
+"""The forward pass of policy and reference that also gives every token its weights."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from align.modeling.activation_masks import watch_activations
+from align.modeling.load import Reference
+from align.modeling.logprobs import language_model
+from align.modeling.pairs import Completions, PairTokens, completions, pair_tokens_with_kl
+from align.modeling.token_masks import TokenMasks, watch_states
+
+
+@dataclass
+class MaskedTokens(PairTokens):
+    """The policy's tokens with their weights m_u and m_d, [2B, L] each; None is weight 1."""
+
+    m_u: Tensor | None = None
+    m_d: Tensor | None = None
+
+
+@dataclass
+class MaskedForward:
+    """Gives the tokens of a batch of pairs under both models, with their KL and weights.
+
+    reference: what the weights are read from while it runs.
+    masks: the networks that make them of its hidden states (after each of `layers`); None: they are made of its
+        activations in `groups`, and nothing is learned.
+    on_reward, on_kl: which of the two terms is weighed.
+    """
+
+    reference: Reference
+    masks: TokenMasks | None
+    autocast: Callable[[], AbstractContextManager]
+    layers: str | None = None
+    groups: tuple[str, ...] = ()
+    on_reward: bool = True
+    on_kl: bool = True
+
+    def __call__(
+        self, model: nn.Module, inner: nn.Module, batch: dict[str, Tensor], *, chunk_size: int | None
+    ) -> tuple[MaskedTokens, PairTokens]:
+        """model: the policy as it is called; inner: the module within all wrappers, which holds the networks."""
+        places = completions(batch)
+
+        def watch(core: nn.Module):
+            if self.masks is None:
+                return watch_activations(core, places, self.groups)
+            return watch_states(core, places, self.layers)
+
+        watched = WatchedReference(self.reference, watch, self.autocast)
+        with nullcontext() if self.masks is None else self._run_networks(inner, watched, places) as weights:
+            policy, reference = pair_tokens_with_kl(model, watched, batch, chunk_size=chunk_size)
+        if self.masks is None:
+            mask = watched.seen.mask()
+            m_u, m_d = (mask if on else None for on in (self.on_reward, self.on_kl))
+        else:
+            m_u, m_d = weights["masks"]
+        return MaskedTokens(**vars(policy), m_u=m_u, m_d=m_d), reference
+
+    @contextmanager
+    def _run_networks(self, inner: nn.Module, watched: "WatchedReference", places: Completions):
+        """A dict that holds the weights once the policy has run. The networks run inside the policy's own forward pass
+        and are part of its output: DDP takes parameters that it cannot reach from there for unused, and FSDP has their
+        weights together only there."""
+        kept = {}
+
+        def run(module, args, output):
+            if watched.inside:  # an adapter's reference is the same module
+                return
+            with self.autocast():
+                kept["masks"] = self.masks(watched.seen, places.mask)
+            output.hidden_states = tuple(m for m in kept["masks"] if m is not None)
+
+        # prepended: the wrappers' own hooks must see the output with the weights
+        hook = inner.register_forward_hook(run, prepend=True)
+        try:
+            yield kept
+        finally:
+            hook.remove()
+
+
+class WatchedReference:
+    """A reference that is looked into while it runs. `seen` is what `watch` yielded, `inside` whether it is running."""
+
+    def __init__(self, reference: Reference, watch, autocast):
+        self.reference = reference
+        self.watch = watch
+        self.autocast = autocast
+        self.seen = None
+        self.inside = False
+
+    @contextmanager
+    def active(self):
+        with self.reference.active() as model, self.autocast(), self.watch(language_model(model)) as self.seen:
+            self.inside = True
+            try:
+                yield model
+            finally:
+                self.inside = False
+
+
+@torch.no_grad()
+def masks_of_pairs(run: Callable[[nn.Module, dict], tuple], model: nn.Module, batch: dict) -> MaskedTokens:
+    """The tokens of a batch in eval mode. run: a trainer's `forward`."""
+    training = model.training
+    model.eval()
+    try:
+        return run(model, batch)[0]
+    finally:
+        model.train(training)

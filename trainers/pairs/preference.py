@@ -1,0 +1,246 @@
+"""Preference optimisation on the loop for pairs: policy and reference log-probs -> losses per pair -> update.
+
+A method is a subclass that says what its losses are (`losses`); it may also override `forward` (other inputs than the
+two models' token log-probs), `columns` and `prepare_dataset` (further inputs per pair), and the attributes that say
+what its losses need.
+"""
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import set_seed
+
+from align.errors import ConfigError, TrainingError
+from align.modeling.load import Reference, disable_dropout, load_policy, load_tokenizer
+from align.modeling.logprobs import language_model
+from align.modeling.pairs import PairTokens, pair_tokens
+from align.modeling.prefix_support import enable_shared_prefix
+from align.objectives.pair_losses import PairLosses
+from align.trainers.core.batching import resolve_layout
+from align.trainers.core.reference_checks import (
+    check_reference,
+    check_same_start,
+    logp_tolerance,
+    reference_probe,
+)
+from align.trainers.pairs.config import PreferenceConfig
+from align.trainers.pairs.data import PairData
+from align.trainers.pairs.loop import PairTrainer
+from align.trainers.pairs.micro_batches import MicroBatchPlanner, PaddedPairs, SharedPrefixPairs
+from align.trainers.pairs.reference import (
+    cached_tokens,
+    live_tokens,
+    load_reference,
+    logps_of_all,
+    make_reference,
+    prepare_reference,
+)
+from align.trainers.pairs.reference_cache import ReferenceCache, weights_mark
+
+
+class PreferenceTrainer(PairTrainer):
+    """The loop for a policy. Subclasses implement `losses`.
+
+    Args:
+        model: a model, a folder or a hub name.
+        train_dataset, eval_dataset: preference pairs in TRL's formats, or the output of `tokenize_pairs`.
+        ref_model: the reference; by default the policy as it starts (with LoRA: the adapter switched off).
+        peft_config: trains an adapter.
+    """
+
+    _tag_names = ["align", "preference"]
+
+    # ---- what a method says of its losses ---------------------------------------------------------------------------
+
+    columns: tuple[str, ...] = ()
+    """Numeric columns of the dataset that go into the batch as float32 tensors [B, ...]."""
+    needs_reference = True
+    """False: no reference is loaded, and `losses` gets None for it. May be a property that looks at `self.args`."""
+    needs_reference_model = False
+    """True: `forward` takes more from the reference than the log-probs of the tokens, so that these alone, computed
+    beforehand, are not enough."""
+    across_pairs = False
+    """True: the loss of a pair depends on the others of its batch. A micro-batch is then exactly one per-device batch
+    of `per_device_train_batch_size` pairs, in the order of the data."""
+
+    def losses(self, policy: PairTokens, reference: PairTokens | None, batch: dict[str, Tensor]) -> PairLosses:
+        """The losses of the pairs [B], whose mean is trained on, their rewards and what else to log."""
+        raise TypeError(f"{type(self).__name__} does not say what its losses are")
+
+    def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[PairTokens, PairTokens | None]:
+        """The tokens of policy and reference: what `losses` gets. Under `torch.no_grad` in evaluations."""
+        policy = pair_tokens(model, batch, chunk_size=self.args.chunk_size)
+        return policy, self.reference_tokens(batch) if self.needs_reference else None
+
+    def prepare_dataset(self, dataset):
+        """Tokenised pairs -> the same with what the method needs beside them. Called once per dataset, before the
+        columns that are not needed are dropped."""
+        return dataset
+
+    # ---- set-up -----------------------------------------------------------------------------------------------------
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        args: PreferenceConfig,
+        train_dataset,
+        eval_dataset=None,
+        processing_class=None,
+        ref_model: str | nn.Module | None = None,
+        peft_config=None,
+        callbacks=None,
+        optimizers=(None, None),
+    ):
+        processing_class = processing_class or load_tokenizer(model)
+        self.args = args
+        ref_model = self._reference_given(ref_model)
+        set_seed(args.seed)  # a new adapter is drawn at random
+        model = load_policy(model, peft_config=peft_config, sharded=True)
+        if args.disable_dropout:
+            disable_dropout(model)
+        self.check_start = ref_model is None
+        data = PairData(
+            processing_class, args.max_length, args.max_bad_share, self.columns, further=self.prepare_dataset
+        )
+        super().__init__(model, args, data, train_dataset, eval_dataset, callbacks, optimizers)
+        ref_model = load_reference(ref_model, self.model)
+        models = [self.model] if ref_model is None else [self.model, ref_model]
+        # before a reference is copied from the policy
+        shares = resolve_layout(args.batching, (enable_shared_prefix(m, args.max_length) for m in models))
+        self.planner = MicroBatchPlanner(
+            SharedPrefixPairs() if shares else PaddedPairs(processing_class.pad_token_id),
+            args.train_batch_size,
+            args.tokens_per_batch,
+            self.columns,
+            as_given=self.across_pairs,
+        )
+        self.reference: Reference | None = None
+        self.reference_cache: ReferenceCache | None = None
+        if self.needs_reference:
+            self._set_up_reference(ref_model)
+
+    def _reference_given(self, ref_model: str | nn.Module | None) -> str | nn.Module | None:
+        """The model that serves as reference if one is named; ConfigError for options that would be ignored."""
+        args = self.args
+        if ref_model is not None and args.ref_model_name_or_path is not None:
+            raise ConfigError("the reference is named twice, by ref_model and by ref_model_name_or_path")
+        ref_model = ref_model or args.ref_model_name_or_path
+        if not self.needs_reference and (ref_model is not None or args.precompute_ref_log_probs):
+            raise ConfigError(
+                "this loss has no reference: leave out ref_model, ref_model_name_or_path and precompute_ref_log_probs"
+            )
+        if self.needs_reference_model and args.precompute_ref_log_probs:
+            raise ConfigError(
+                "precompute_ref_log_probs: this loss compares whole distributions with the reference's at every token, "
+                "so log-probs of the tokens alone are not enough"
+            )
+        if self.across_pairs and args.tokens_per_batch is not None:
+            raise ConfigError(
+                "tokens_per_batch: this loss depends on which pairs are in a micro-batch together, so a micro-batch is "
+                "per_device_train_batch_size pairs"
+            )
+        return ref_model
+
+    def _set_up_reference(self, ref_model: nn.Module | None) -> None:
+        """Before the first step, while the policy is what it starts as."""
+        args, sharded = self.args, self.is_fsdp_enabled or self.is_deepspeed_enabled
+        once = args.precompute_ref_log_probs
+        self.reference = make_reference(self.model, ref_model, for_one_pass=once and not sharded)
+        if once:
+            if self.is_deepspeed_enabled and self.accelerator.deepspeed_plugin.zero_stage == 3:
+                raise ConfigError("precompute_ref_log_probs does not work under ZeRO-3: use fsdp2, or a live reference")
+            # where weights are sharded, only the main process may have them all
+            mark = weights_mark(self.reference.model, frozen_only=self.reference.adapter_off)
+            self.reference_cache = ReferenceCache(
+                args.ref_log_probs_dir or Path(args.output_dir) / "ref_log_probs",
+                broadcast_object_list([mark])[0],
+                f"{self.accelerator.mixed_precision} {language_model(self.model).dtype}",
+            )
+        prepare_reference(self.reference, self.model, self.accelerator)
+        if once:
+            self.train_dataset = self._with_reference(self.train_dataset, "train", args.train_batch_size)
+            if self.eval_dataset is not None:
+                self.eval_dataset = self._with_reference(self.eval_dataset, "eval", args.eval_batch_size)
+            if not self.reference.adapter_off:
+                self.reference = None  # what it was for is on disk
+
+    # ---- the reference ----------------------------------------------------------------------------------------------
+
+    def reference_tokens(self, batch: dict[str, Tensor]) -> PairTokens:
+        """The reference's tokens of a batch, without gradient: computed, or as they were computed beforehand."""
+        if "ref_logps" in batch:
+            return cached_tokens(batch)
+        with self.phase("reference") if self.model.training else nullcontext():
+            return self._live_tokens(batch)
+
+    def _live_tokens(self, batch: dict[str, Tensor]) -> PairTokens:
+        return live_tokens(self.reference, batch, chunk_size=self.args.chunk_size, autocast=self.accelerator.autocast)
+
+    def prepare_other(self, dataset):
+        dataset = super().prepare_other(dataset)
+        if self.reference_cache is None:
+            return dataset
+        if self.reference is None:
+            raise ConfigError(
+                "precompute_ref_log_probs: the reference is not kept after set-up, so other pairs than the trainer's "
+                "own eval_dataset cannot be evaluated"
+            )
+        return self._with_reference(dataset, "eval", self.args.eval_batch_size)
+
+    def _with_reference(self, dataset, name: str, batch_size: int):
+        """With the reference's log-probs, from the cache or computed."""
+        args = self.args
+        pairs, world = args.precompute_ref_batch_size or batch_size, args.world_size
+
+        def compute() -> tuple[np.ndarray, np.ndarray]:
+            with tqdm(
+                total=len(dataset),
+                desc=f"Reference log-probs of the {name} pairs",
+                disable=args.disable_tqdm or not self.is_world_process_zero(),
+            ) as progress:
+                return logps_of_all(
+                    dataset,
+                    lambda rows: self.planner.cut(rows, pairs),
+                    lambda rows: self._live_tokens(self._prepare_inputs(self.planner.collate(rows))).logps,
+                    at_once=64 * pairs * world,
+                    rank=args.process_index,
+                    world=world,
+                    progress=progress,
+                )
+
+        return self.reference_cache.add_to(dataset, name, compute)
+
+    # ---- loss -------------------------------------------------------------------------------------------------------
+
+    def pair_losses(self, model: nn.Module, batch: dict[str, Tensor]) -> PairLosses:
+        policy, reference = self.forward(model, batch)
+        if self.check_start and model.training and self.state.global_step == 0 and reference is not None:
+            check_same_start(policy.logps.detach(), reference.logps, policy.mask, self.logp_tolerance)
+        return self.losses(policy, reference, batch)
+
+    @property
+    def logp_tolerance(self) -> float:
+        return logp_tolerance(self.accelerator, self.model)
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def extra_state(self) -> dict:
+        """What tells the reference of this run from another: its log-probs of fixed tokens, or of the cached ones the
+        mark."""
+        if self.reference is not None:
+            return {"reference": reference_probe(self.reference, self.args.device)}
+        return {"reference": None if self.reference_cache is None else self.reference_cache.marks["train"]}
+
+    def restore_state(self, state: dict) -> None:
+        before, now = state["reference"], self.extra_state()["reference"]
+        if isinstance(before, Tensor) and isinstance(now, Tensor):
+            check_reference(now, before, self.logp_tolerance)
+        elif isinstance(before, Tensor) or isinstance(now, Tensor) or before != now:
+            raise TrainingError(
+                "the pairs or the reference are not those of the run that is resumed: start the trainer with the same "
+                "data, model and precompute_ref_log_probs as at first"
+            )
