@@ -134,7 +134,7 @@ class MODPOTrainer(PreferenceTrainer):
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, **kwargs)
         self.margins.free()
 
-    def prepare_dataset(self, dataset):
+    def prepare_dataset(self, dataset, name: str):
         return self.margins.add_to(dataset)
 
     def losses(self, policy: PairTokens, reference: PairTokens, batch: dict[str, Tensor]) -> PairLosses:

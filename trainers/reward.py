@@ -29,6 +29,8 @@ from align.trainers.pairs.micro_batches import MicroBatchPlanner, PaddedPairs, S
 
 logger = logging.getLogger(__name__)
 
+WORDS = {"train": "training", "eval": "evaluation"}
+
 
 @dataclass
 class RewardConfig(PairConfig):
@@ -116,13 +118,13 @@ class RewardTrainer(PairTrainer):
         """Why the model cannot take shared prefixes; None if it can, and then it does."""
         return enable_shared_scores(self.model, self.args.max_length)
 
-    def _check_lengths(self, dataset):
+    def _check_lengths(self, dataset, name: str):
         """The dataset; an index error in the middle of a run would say less."""
         limit, (prompt, chosen, rejected) = self._longest_input, (flat_column(dataset, column)[0] for column in IDS)
         lengths = prompt + np.maximum(chosen, rejected)
         if limit is not None and lengths.max() > limit:
             raise ConfigError(
-                f"{(lengths > limit).sum()} pairs are longer than the {limit} tokens that the model takes (up "
+                f"{(lengths > limit).sum()} {WORDS[name]} pairs are longer than the {limit} tokens that the model takes (up "
                 f"to {lengths.max()}): set max_length: {limit}"
             )
         return dataset

@@ -22,7 +22,7 @@ class PairData:
 
     tokenizer, max_length, max_bad_share: as `tokenize_pairs` takes them.
     columns: of the dataset, needed beside the tokens. optional: kept where they are there.
-    further: tokenised pairs -> the same with what the method computes for each of them.
+    further: tokenised pairs, train or eval -> the same with what the method computes for each of them.
     """
 
     tokenizer: Any
@@ -30,13 +30,14 @@ class PairData:
     max_bad_share: float
     columns: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
-    further: Callable[[Any], Any] | None = None
+    further: Callable[[Any, str], Any] | None = None
 
-    def prepare(self, dataset):
-        """Pairs in TRL's formats, or tokenised ones, with the columns of `IDS`, `row`, `columns` and `optional`."""
+    def prepare(self, dataset, name: str):
+        """Pairs in TRL's formats, or tokenised ones, with the columns of `IDS`, `row`, `columns` and `optional`; name:
+        train or eval."""
         dataset = numbered_pairs(dataset, self.tokenizer, max_length=self.max_length, max_bad_share=self.max_bad_share)
         if self.further is not None:
-            dataset = self.further(dataset)
+            dataset = self.further(dataset, name)
         optional = [column for column in self.optional if column in dataset.column_names]
         return dataset.select_columns([*IDS, "row", *self.columns, *optional])
 

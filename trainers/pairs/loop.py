@@ -54,13 +54,14 @@ class PairTrainer(TrainerMixin, Trainer):
             model=model,
             args=args,
             data_collator=PairRows,
-            train_dataset=data.prepare(train_dataset),
-            eval_dataset=None if eval_dataset is None else data.prepare(eval_dataset),
+            train_dataset=data.prepare(train_dataset, "train"),
+            eval_dataset=None if eval_dataset is None else data.prepare(eval_dataset, "eval"),
             processing_class=data.tokenizer,
             compute_metrics=self.pair_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self._step_loss = torch.zeros((), device=args.device)
         self.model_accepts_loss_kwargs = True  # the loss is normalised by the global count of pairs, not by Trainer
 
     # ---- what a method says -----------------------------------------------------------------------------------------
@@ -99,16 +100,18 @@ class PairTrainer(TrainerMixin, Trainer):
             super()._track_num_input_tokens(batch)
 
     def training_step(self, model, inputs: list[dict], num_items_in_batch=None):
+        """Some micro-batches of a step. The last ones return the loss of the whole step, the others 0."""
         ends_step = self.accelerator.gradient_state.sync_gradients
-        total = torch.zeros((), device=self.args.device)
         with self.phase("train"):
             for number, batch in enumerate(inputs, start=1):
                 with nullcontext() if ends_step and number == len(inputs) else self._goes_on(model):
                     # not TrainerMixin's, which waits for the device after each to look at its loss
-                    total += super(TrainerMixin, self).training_step(model, batch, num_items_in_batch)
+                    self._step_loss += super(TrainerMixin, self).training_step(model, batch, num_items_in_batch)
+        loss = torch.zeros((), device=self.args.device)
         if ends_step:
             self._check_losses()
-        return total
+            loss, self._step_loss = self._step_loss, loss
+        return loss
 
     @contextmanager
     def _goes_on(self, model):
@@ -156,7 +159,7 @@ class PairTrainer(TrainerMixin, Trainer):
 
     def prepare_other(self, dataset):
         """A dataset that was not given to the trainer, as its own are."""
-        return self.data.prepare(dataset)
+        return self.data.prepare(dataset, "eval")
 
     def evaluation_loop(self, dataloader, *args, **kwargs):
         self._eval_mean_length = float(flat_column(dataloader.dataset, "chosen_ids")[0].mean())

@@ -76,9 +76,9 @@ class PreferenceTrainer(PairTrainer):
         policy = pair_tokens(model, batch, chunk_size=self.args.chunk_size)
         return policy, self.reference_tokens(batch) if self.needs_reference else None
 
-    def prepare_dataset(self, dataset):
-        """Tokenised pairs -> the same with what the method needs beside them. Called once per dataset, before the
-        columns that are not needed are dropped."""
+    def prepare_dataset(self, dataset, name: str):
+        """Tokenised pairs -> the same with what the method needs beside them; name: train or eval. Called once per
+        dataset, before the columns that are not needed are dropped."""
         return dataset
 
     # ---- set-up -----------------------------------------------------------------------------------------------------

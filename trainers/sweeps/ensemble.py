@@ -56,9 +56,9 @@ def train_reward_ensemble(
     _check_member(member, members, kind)
     processing_class = processing_class or load_tokenizer(model)
     data = pair_data(processing_class, args)
-    train_dataset = data.prepare(train_dataset)
+    train_dataset = data.prepare(train_dataset, "train")
     if eval_dataset is not None:
-        eval_dataset = data.prepare(eval_dataset)
+        eval_dataset = data.prepare(eval_dataset, "eval")
     data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "processing_class": processing_class}
     folder, names = Path(args.output_dir), [f"member_{i}" for i in range(members)]
     if kind == "separate":

@@ -114,15 +114,16 @@ def test_columns_and_the_reference_of_the_rows_are_in_the_batch():
 
 
 def test_datasets_get_the_columns_that_are_asked_for_and_no_others():
-    def further(dataset):
+    def further(dataset, name):
+        assert name == "train"
         return dataset.add_column("strength", [float(row) for row in dataset["row"]])
 
     raw = toy_pairs(6).add_column("margin", [0.5] * 6).add_column("weather", ["fine"] * 6)
     data = PairData(toy.tokenizer(), 32, 0.0, ("strength",), optional=("margin", "chosen_prob"), further=further)
-    found = data.prepare(raw)
+    found = data.prepare(raw, "train")
     assert found.column_names == ["prompt_ids", "chosen_ids", "rejected_ids", "row", "strength", "margin"]
     assert found["strength"][:] == [0, 1, 2, 3, 4, 5]
-    again = PairData(toy.tokenizer(), 32, 0.0).prepare(found.remove_columns("row"))  # tokenised already
+    again = PairData(toy.tokenizer(), 32, 0.0).prepare(found.remove_columns("row"), "train")  # tokenised already
     assert again.column_names == ["prompt_ids", "chosen_ids", "rejected_ids", "row"] and again["row"][:] == [*range(6)]
 
 
@@ -130,9 +131,9 @@ def test_tokenised_rows_are_checked():
     data = PairData(toy.tokenizer(), 32, 0.0)
     rows = {"prompt_ids": [[3], [3]], "chosen_ids": [[4], [5]], "rejected_ids": [[5], [6]]}
     with pytest.raises(DataError, match=r"empty chosen_ids: rows \[1\]"):
-        data.prepare(Dataset.from_dict({**rows, "chosen_ids": [[4], []]}))
+        data.prepare(Dataset.from_dict({**rows, "chosen_ids": [[4], []]}), "train")
     with pytest.raises(DataError, match="tokenised pairs, row 1: .*chosen_prob"):
-        data.prepare(Dataset.from_dict({**rows, "chosen_prob": [0.5, 1.5]}))
+        data.prepare(Dataset.from_dict({**rows, "chosen_prob": [0.5, 1.5]}), "train")
 
 
 # ---- metrics and evaluation ------------------------------------------------------------------------------------------
@@ -184,7 +185,7 @@ def test_losses_that_are_not_finite_are_named_by_their_rows():
 
 @pytest.fixture(scope="module")
 def tokenised():
-    return PairData(toy.tokenizer(), 32, 0.0).prepare(toy_pairs(7))
+    return PairData(toy.tokenizer(), 32, 0.0).prepare(toy_pairs(7), "train")
 
 
 def every_logp(model, dataset, pairs_at_once, **options):
