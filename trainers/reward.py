@@ -124,8 +124,8 @@ class RewardTrainer(PairTrainer):
         lengths = prompt + np.maximum(chosen, rejected)
         if limit is not None and lengths.max() > limit:
             raise ConfigError(
-                f"{(lengths > limit).sum()} {WORDS[name]} pairs are longer than the {limit} tokens that the model takes (up "
-                f"to {lengths.max()}): set max_length: {limit}"
+                f"{(lengths > limit).sum()} {WORDS[name]} pairs are longer than the {limit} tokens that the model "
+                f"takes (up to {lengths.max()}): set max_length: {limit}"
             )
         return dataset
 
