@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from align.data.batching import length_batches, packed_batches
 from align.errors import RolloutError
+from align.trainers.core.ranks import Ranks
 from align.trainers.on_policy.samples import Sample, completion_masks, completion_matrix
 
 PER_TOKEN = ("engine_logps", "ref_logps", "old_logps", "advantages", "values", "returns")
@@ -13,23 +15,60 @@ PER_TOKEN = ("engine_logps", "ref_logps", "old_logps", "advantages", "values", "
 class BatchPlanner:
     """Cuts samples into micro-batches, and makes tensors of them.
 
+    Without a budget, micro-batches are so many as asked for, and with shared prefixes a prompt's samples stay together.
+    With one they have at most so many tokens (padding counted), whatever the number of samples and their lengths, and
+    the samples of a prompt may lie in several. Then all processes make as many: they wait for one another wherever
+    gradients are summed or weights gathered.
+
     Args:
         num_generations: samples of a prompt, side by side.
-        shared_prefix: whether the samples of a prompt share its computation (`resolve_layout`), and stay together.
+        shared_prefix: whether the samples of a prompt share its computation (`resolve_layout`).
+        tokens: budget of a micro-batch that is trained on. forward_tokens: of one without gradient.
     """
 
-    def __init__(self, pad_token_id: int, *, num_generations: int, shared_prefix: bool):
+    def __init__(
+        self,
+        pad_token_id: int,
+        *,
+        num_generations: int,
+        shared_prefix: bool,
+        tokens: int | None = None,
+        forward_tokens: int | None = None,
+        ranks: Ranks | None = None,
+    ):
         self.pad_token_id, self.num_generations, self.shared_prefix = pad_token_id, num_generations, shared_prefix
+        self.tokens, self.forward_tokens, self.ranks = tokens, forward_tokens, ranks or Ranks()
 
     def plan(self, samples: list[Sample], batches: int) -> list[list[Sample]]:
-        """So many micro-batches, with about as many tokens each; RolloutError when there are too few samples."""
+        """Micro-batches to train on: so many, with about as many tokens each, or by the budget. RolloutError when there
+        are too few samples."""
+        if self.tokens is not None:
+            return self._within(samples, self.tokens)
         if self.shared_prefix:
             return balance(samples, batches, self.num_generations)
         return split_by_length(samples, batches)
 
-    def plan_of_size(self, samples: list[Sample], size: int) -> list[list[Sample]]:
-        """Micro-batches of about `size` samples, for passes without gradient."""
-        return self.plan(samples, max(1, -(-len(samples) // size)))
+    def plan_forward(self, samples: list[Sample], size: int) -> list[list[Sample]]:
+        """Micro-batches for passes without gradient: of about `size` samples, or by the budget."""
+        if self.forward_tokens is not None:
+            return self._within(samples, self.forward_tokens)
+        count = max(1, -(-len(samples) // size))
+        return balance(samples, count, self.num_generations) if self.shared_prefix else split_by_length(samples, count)
+
+    def plan_evaluation(self, samples: list[Sample], size: int) -> list[list[Sample]]:
+        """The same for the samples of an evaluation, which come one at a time."""
+        if self.forward_tokens is not None:
+            return self._within(samples, self.forward_tokens)
+        return split_by_length(samples, -(-len(samples) // size))
+
+    def _within(self, samples: list[Sample], budget: int) -> list[list[Sample]]:
+        parts = pack(samples, budget) if self.shared_prefix else pad_within(samples, budget)
+        count = int(self.ranks.gather(torch.tensor([len(parts)])).max())
+        while len(parts) < count:
+            largest = max(range(len(parts)), key=lambda i: len(parts[i]))
+            whole = parts[largest]
+            parts[largest : largest + 1] = [whole[: len(whole) // 2], whole[len(whole) // 2 :]]
+        return parts
 
     def collate(self, samples: list[Sample]) -> dict[str, Tensor]:
         return collate(samples, self.pad_token_id, shared_prefix=self.shared_prefix)
@@ -123,6 +162,33 @@ def balance(samples: list[Sample], batches: int, together: int) -> list[list[Sam
         parts[lightest] += groups[i]
         totals[lightest] += sizes[i]
     return parts
+
+
+def sequence_tokens(sample: Sample) -> int:
+    return len(sample.prompt["prompt_ids"]) + sample.length
+
+
+def pad_within(samples: list[Sample], budget: int) -> list[list[Sample]]:
+    """Rows of similar length, each padded to the longest of its micro-batch: at most `budget` positions."""
+    batches = length_batches([sequence_tokens(sample) for sample in samples], budget)
+    return [[samples[i] for i in batch] for batch in batches]
+
+
+def pack(samples: list[Sample], budget: int) -> list[list[Sample]]:
+    """Micro-batches in which samples share the prompts that they have in common: at most `budget` tokens.
+
+    As many samples of a prompt as fit go together; what is left of each prompt fills up what has room.
+    """
+    groups: dict[tuple, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(tuple(sample.prompt["prompt_ids"]), []).append(sample)
+    pieces, sizes = [], []
+    for prompt, members in groups.items():
+        room = max(1, budget - len(prompt))
+        for piece in packed_batches([sample.length for sample in members], room):
+            pieces.append([members[i] for i in piece])
+            sizes.append(len(prompt) + sum(members[i].length for i in piece))
+    return [[sample for i in batch for sample in pieces[i]] for batch in packed_batches(sizes, budget)]
 
 
 def _check(count: int, what: str, batches: int) -> None:

@@ -142,6 +142,20 @@ class OnPolicyConfig(BatchingOptions, BaseConfig):
     )
     rollout_correction_high: float = field(default=3.0, metadata={"help": "Largest importance weight."})
     rollout_correction_low: float | None = field(default=None, metadata={"help": "Smallest one. Default: no bound."})
+    tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Cut an optimiser step's samples into micro-batches of at most so many tokens (padding counted) "
+            "instead of per_device_train_batch_size prompts with all of their samples. Does not change the loss."
+        },
+    )
+    forward_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "The same for passes without gradient (reference, old log-probs, values, evaluation). Default: 4 x "
+            "tokens_per_batch, or without it by number of samples."
+        },
+    )
     disable_dropout: bool = field(default=True, metadata={"help": "Dropout makes the policy differ from its rollouts."})
     # ---- evaluation
     eval_on_start: bool = field(default=True, metadata={"help": "Evaluate before the first step: where curves start."})
@@ -191,6 +205,15 @@ class OnPolicyConfig(BatchingOptions, BaseConfig):
             raise ConfigError("epsilon and epsilon_high must be above 0")
         if self.kl_target is not None and not (self.kl_target > 0 and self.beta > 0):
             raise ConfigError("kl_target needs a target and a beta (its starting point) above 0")
+        if self.tokens_per_batch is not None and self.forward_tokens_per_batch is None:
+            self.forward_tokens_per_batch = 4 * self.tokens_per_batch
+        longest = self.max_prompt_length + self.max_completion_length
+        for name in ("tokens_per_batch", "forward_tokens_per_batch"):
+            if getattr(self, name) is not None and getattr(self, name) < longest:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)}, and one completion with its prompt may have {longest} tokens "
+                    f"(max_prompt_length + max_completion_length): set {name} to at least {longest}"
+                )
         if self.kl_gain is not None and (self.kl_target is None or not self.kl_gain > 0):
             raise ConfigError(f"kl_gain needs kl_target and a value above 0, got {self.kl_gain}")
         if self.kl_gain is not None and self.kl_horizon != 10_000:

@@ -13,7 +13,6 @@ from align.modeling.load import Reference
 from align.rollout.seeds import derive_seed
 from align.rollout.types import SamplingParams
 from align.trainers.core.ranks import Ranks
-from align.trainers.on_policy.batches import split_by_length
 from align.trainers.on_policy.config import OnPolicyConfig
 from align.trainers.on_policy.forward import ForwardPasses
 from align.trainers.on_policy.pipeline import CompletionSource
@@ -122,7 +121,7 @@ class PolicyEvaluator:
 
     def _kl_and_entropy(self, samples: list[Sample], model, reference) -> dict[str, list[float]]:
         size = self.args.per_device_eval_batch_size
-        parts = split_by_length(samples, -(-len(samples) // size))
+        parts = self.forward.planner.plan_evaluation(samples, size)
         found = self.forward.kl_and_entropy(parts, model, reference)
         columns = zip(*(found[id(sample)] for sample in samples), strict=True)
         return dict(zip(("kl", "kl_k3", "entropy"), columns, strict=True))

@@ -34,9 +34,9 @@ from align.objectives.policy_loss import aggregate_tokens
 from align.rollout.engine import RolloutEngine
 from align.rollout.types import SamplingParams
 from align.trainers.core.batching import resolve_layout
+from align.trainers.core.micro_batches import MicroBatchLists, in_lists
 from align.trainers.core.ranks import Ranks
 from align.trainers.core.reference_checks import check_reference, check_same_start, logp_tolerance, reference_probe
-from align.trainers.core.trainer import TrainerMixin
 from align.trainers.on_policy.batches import BatchPlanner
 from align.trainers.on_policy.buffer import RolloutBuffer, block_sampler, check_arithmetic, check_position, take_prompts
 from align.trainers.on_policy.config import OnPolicyConfig
@@ -64,7 +64,7 @@ from align.trainers.weighting.search import make_search
 from align.trainers.weighting.updates import WeightingUpdates
 
 
-class OnPolicyTrainer(TrainerMixin, Trainer):
+class OnPolicyTrainer(MicroBatchLists, Trainer):
     """The loop. `args.estimator` says how advantages are estimated.
 
     Args:
@@ -141,7 +141,14 @@ class OnPolicyTrainer(TrainerMixin, Trainer):
             self.critic = CriticLearner(critic, self.accelerator, args, self.recorder)
         tokenizer = self.processing_class
         padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self.planner = BatchPlanner(padding, num_generations=args.num_generations, shared_prefix=shared)
+        self.planner = BatchPlanner(
+            padding,
+            num_generations=args.num_generations,
+            shared_prefix=shared,
+            tokens=args.tokens_per_batch,
+            forward_tokens=args.forward_tokens_per_batch,
+            ranks=self.ranks,
+        )
         self.forward = ForwardPasses(self.planner, self._prepare_inputs, args.temperature)
 
     def _make_rollouts(self, engine: RolloutEngine | None) -> None:
@@ -206,7 +213,7 @@ class OnPolicyTrainer(TrainerMixin, Trainer):
         if self.weighting.update_per == "mini_batch":
             self.updates.learn(samples, self.state.global_step + 1)
         batches = self.planner.plan(samples, num_batches)
-        return [self.planner.collate(batch) for batch in batches], self.loss_count(samples)
+        return in_lists([self.planner.collate(batch) for batch in batches], num_batches), self.loss_count(samples)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args, mask = self.args, inputs["completion_mask"]
@@ -264,7 +271,7 @@ class OnPolicyTrainer(TrainerMixin, Trainer):
         self.sync_engine()
         rollout = self.pipeline.run(prompts, indices, step, weight_version=step)
         samples = rollout.samples
-        parts = self.planner.plan_of_size(samples, args.train_batch_size * args.num_generations)
+        parts = self.planner.plan_forward(samples, args.train_batch_size * args.num_generations)
         with self.phase("reference"):
             self.forward.fill(parts, "ref_logps", self.forward.reference_logps(self.reference))
         if args.steps_per_rollout > 1:
@@ -278,7 +285,7 @@ class OnPolicyTrainer(TrainerMixin, Trainer):
             self.metrics.all(fill_advantages(rollout, self.estimator, self.weighting, self.ranks, beta))
         if self.weighting.needs_gradients:
             with self.phase("objective_gradients"):
-                self.updates.learn_from_gradients(self.stream_gradients(parts))
+                self.updates.learn_from_gradients(self.stream_gradients(self.planner.plan(samples, len(parts))))
         self.metrics.rollout(samples)
         if self.weighting.update_per == "rollout":
             self.updates.learn(samples, step + 1)

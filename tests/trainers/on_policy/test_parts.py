@@ -262,7 +262,7 @@ def test_forward_passes_are_those_of_the_models(engine, model, tokenizer):
     planner = BatchPlanner(tokenizer.pad_token_id, num_generations=2, shared_prefix=False)
     forward = ForwardPasses(planner, prepare=lambda batch: batch, temperature=0.7)
     samples = pipeline(engine, tokenizer).run(rows(tokenizer), [0, 1, 2, 3], 0, 0).samples
-    parts = planner.plan_of_size(samples, 3)
+    parts = planner.plan_forward(samples, 3)
     assert [len(part) for part in parts] == [3, 2, 3] and {id(s) for p in parts for s in p} == set(map(id, samples))
     forward.fill(parts, "ref_logps", forward.reference_logps(reference_of(model, other)))
     forward.fill(parts, "old_logps", forward.policy_logps(model))

@@ -8,7 +8,8 @@ from align.errors import ConfigError, RolloutError
 from align.modeling.completions import completion_logps
 from align.modeling.logprobs import token_logps
 from align.modeling.prefix_support import enable_shared_prefix, enable_trunk
-from align.trainers.on_policy.batches import balance, collate, padding_share, split_by_length
+from align.trainers.core.ranks import Ranks
+from align.trainers.on_policy.batches import BatchPlanner, balance, collate, padding_share, split_by_length
 from align.trainers.on_policy.critic import make_critic
 from align.trainers.on_policy.samples import Sample
 from tests.trainers.tiny_runs import logged, on_policy, prompts, tiny_model, wanted_words
@@ -119,3 +120,73 @@ def test_a_model_that_cannot_share_is_padded_or_refused(tokenizer, tmp_path):
             prompts(64),
             processing_class=tokenizer,
         )
+
+
+# ---- budgets of tokens ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("budget", [24, 60, 10_000])
+def test_micro_batches_keep_their_budget(shared, budget):
+    """Whatever the lengths and the number of samples; a prompt's samples may lie in several of them."""
+    generator = torch.Generator().manual_seed(budget)
+    lengths = torch.randint(1, 20, (40,), generator=generator).tolist()
+    prompts = [[5 + i] * (1 + i % 4) for i in range(5)]
+    samples = [sample(prompts[i // 8], length, i) for i, length in enumerate(lengths)]  # eight of each prompt
+    planner = BatchPlanner(0, num_generations=8, shared_prefix=shared, tokens=budget, forward_tokens=2 * budget)
+    for plan, limit in ((planner.plan(samples, 5), budget), (planner.plan_forward(samples, 8), 2 * budget)):
+        assert sorted(id(one) for part in plan for one in part) == sorted(map(id, samples))
+        sizes = [planner.collate(part)["input_ids"].numel() for part in plan]
+        assert max(sizes) <= limit
+        total = sum(len(p) for p in prompts) + sum(lengths)
+        assert len(plan) <= (1 if budget == 10_000 else 2 * total * (2 if not shared else 1) / limit + 8)
+
+
+def test_processes_make_as_many_micro_batches(monkeypatch):
+    """The one whose samples are short cuts them into as many as the other needs."""
+    ranks = Ranks()
+    monkeypatch.setattr(ranks, "gather", lambda values: torch.cat([values, torch.tensor([5])]))
+    planner = BatchPlanner(0, num_generations=2, shared_prefix=True, tokens=1000, forward_tokens=1000, ranks=ranks)
+    plan = planner.plan(SAMPLES, 2)
+    assert len(plan) == 5 and sorted(id(one) for part in plan for one in part) == sorted(map(id, SAMPLES))
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("grpo", {"num_generations": 8, "batching": "shared_prefix"}),
+        ("ppo", {"num_generations": 4, "batching": "padded", "num_mini_batches": 2, "num_iterations": 2}),
+    ],
+)
+def test_a_budget_changes_nothing_but_memory(method, options, policy, tmp_path):
+    """Loss, gradient norm, KL and evaluation of a run, to rounding; more micro-batches than transformers counts, and
+    fewer. Nothing larger than the budget goes through the model."""
+    found = []
+    for budget in (None, 24, 2000):
+        several = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "eval_num_generations": 3}
+        trainer_class, args = on_policy(
+            method, tmp_path, max_steps=3, beta=0.1, tokens_per_batch=budget, forward_tokens_per_batch=budget and 40,
+            **several, **options,
+        )  # fmt: skip
+        trainer = trainer_class(policy, wanted_words, args, prompts(64), prompts(6, seed=1))
+        sizes, collated = [], trainer.planner.collate
+        trainer.planner.collate = lambda part, collated=collated, sizes=sizes: sized(collated(part), sizes)
+        trainer.train()
+        trainer.close()
+        assert max(sizes) <= (40 if budget == 24 else 2000)
+        keys = ("loss", "grad_norm", "reward", "kl", "eval_kl", *(("critic/grad_norm",) if method == "ppo" else ()))
+        found.append({key: torch.tensor(logged(trainer, key)) for key in keys})
+    for key in found[0]:
+        for other in found[1:]:
+            torch.testing.assert_close(other[key], found[0][key], rtol=2e-3, atol=1e-4, msg=key)
+
+
+def sized(batch, sizes):
+    sizes.append(batch["input_ids"].numel())
+    return batch
+
+
+def test_a_budget_that_one_completion_exceeds_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="may have 22 tokens .*set tokens_per_batch to at least 22"):
+        on_policy("rloo", tmp_path, tokens_per_batch=21)
+    assert on_policy("rloo", tmp_path, tokens_per_batch=22)[1].forward_tokens_per_batch == 88
