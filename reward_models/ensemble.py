@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,7 +45,8 @@ class RewardEnsemble(Reward):
     ):
         self.name = name
         self.members = members if isinstance(members, JointMembers) else list(members)
-        self.aggregation, self.options = aggregation, {"lambda_": lambda_, "ddof": ddof, "quantile": quantile}
+        self.aggregation = aggregation
+        self.options: dict[str, Any] = {"lambda_": lambda_, "ddof": ddof, "quantile": quantile}
         try:
             check_rule(aggregation, len(self.members), **self.options)
             raw = _check_members(self.members)
@@ -137,9 +139,11 @@ def load_ensemble(
     """
     saved, folders = read_ensemble(folder)
     name = name or Path(folder).name
+    members: list[ClassifierReward] | JointMembers
     if saved["kind"] == "separate":
         members = [ClassifierReward(m, name=m.name, normalize=normalize, **classifier_options) for m in folders]
     else:
         members = load_joint(Path(folder), saved, folders, name=name, normalize=normalize, **classifier_options)
-    options = {"lambda_": lambda_, "ddof": ddof, "quantile": quantile}
-    return RewardEnsemble(members, aggregation, **options, name=name, normalize=normalize)
+    return RewardEnsemble(
+        members, aggregation, lambda_=lambda_, ddof=ddof, quantile=quantile, name=name, normalize=normalize
+    )

@@ -138,6 +138,8 @@ def _load_file(file: Path, path: str):
     if not file.is_file():
         raise ConfigError(f"reward function {path!r}: no file {file.resolve()}")
     spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"reward function {path!r}: {file.resolve()} is no Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

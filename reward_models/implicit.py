@@ -14,6 +14,7 @@ from align.errors import ConfigError, RewardError
 from align.modeling.adapters import adapter_start, is_adapter
 from align.modeling.load import load_adapted, load_policy, load_tokenizer, reference_of
 from align.modeling.logprobs import token_logps
+from align.modeling.types import Model
 from align.reward_models.base import Reward, RewardBatch, RewardOutput
 from align.reward_models.classifier import scoring_device, scoring_tokens
 from align.reward_models.sequences import Pair, SequenceEncoder, longest_input
@@ -45,9 +46,9 @@ class ImplicitReward(Reward):
 
     def __init__(
         self,
-        model: str | Path | nn.Module,
+        model: str | Path | Model,
         *,
-        reference: str | Path | nn.Module | None = None,
+        reference: str | Path | Model | None = None,
         beta: float = 0.1,
         name: str | None = None,
         tokenizer: "PreTrainedTokenizerBase | None" = None,
@@ -124,7 +125,7 @@ class ImplicitReward(Reward):
         return RewardOutput(self.score_ids(pairs))
 
 
-def _load(model: str | Path | nn.Module, dtype, *, keep_adapter: bool) -> nn.Module:
+def _load(model: str | Path | Model, dtype, *, keep_adapter: bool) -> Model:
     """A causal model; with `keep_adapter` the adapter of a folder is not merged, so that it can be switched off."""
     if isinstance(model, nn.Module):
         return model
@@ -134,13 +135,13 @@ def _load(model: str | Path | nn.Module, dtype, *, keep_adapter: bool) -> nn.Mod
     return load_adapted(model, dtype=dtype)
 
 
-def _has_adapter(model: nn.Module) -> bool:
+def _has_adapter(model: Model) -> bool:
     from peft import PeftModel
 
     return isinstance(model, PeftModel)
 
 
-def _check_same_vocabulary(name: str, tokenizer, reference: str | Path | nn.Module) -> None:
+def _check_same_vocabulary(name: str, tokenizer, reference: str | Path | Model) -> None:
     """The two models must read the same ids as the same tokens."""
     if isinstance(reference, nn.Module):
         return

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from align.errors import ConfigError, RewardError
 from align.modeling.adapters import adapter_base
@@ -13,6 +13,7 @@ from align.modeling.load import load_sequence_classifier, load_tokenizer
 from align.modeling.member_lora import MemberLora, add_member_adapters, load_adapter, save_adapter
 from align.modeling.members import copy_upper, member_state
 from align.modeling.pretrained import weights_on_every_process
+from align.modeling.types import Model
 from align.reward_models.base import RewardBatch
 from align.reward_models.classifier import ClassifierReward, scoring_device
 from align.reward_models.normalizer import Normalizer
@@ -30,7 +31,7 @@ class JointMembers:
     """
 
     def __init__(
-        self, model: nn.Module, names: Sequence[str], *, normalizers: Sequence[Normalizer] | None, name: str, **options
+        self, model: Model, names: Sequence[str], *, normalizers: Sequence[Normalizer] | None, name: str, **options
     ):
         self.name, self.names, self.normalizers = name, list(names), normalizers
         self.classifier = ClassifierReward(model, name=name, normalize=False, **options)
@@ -60,7 +61,7 @@ class JointMembers:
 # ---- a shared trunk -------------------------------------------------------------------------------------------------
 
 
-def save_trunk(model: nn.Module, folder: Path) -> None:
+def save_trunk(model: Model, folder: Path) -> None:
     """Weights of trunk and members in one file, and the config beside it."""
     from safetensors.torch import save_file
 
@@ -71,7 +72,7 @@ def save_trunk(model: nn.Module, folder: Path) -> None:
     save_file({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, folder / TRUNK_FILE)
 
 
-def load_trunk(folder: Path, members: int, upper_layers: int, dtype) -> nn.Module:
+def load_trunk(folder: Path, members: int, upper_layers: int, dtype) -> Model:
     """The model that `save_trunk` wrote. Raises `RewardError` for weights of other members or layers."""
     import transformers
     from safetensors.torch import load_file
@@ -97,7 +98,7 @@ def load_trunk(folder: Path, members: int, upper_layers: int, dtype) -> nn.Modul
 # ---- LoRA -----------------------------------------------------------------------------------------------------------
 
 
-def save_adapters(model: nn.Module, folders: Sequence[Path], peft_config, tokenizer) -> None:
+def save_adapters(model: Model, folders: Sequence[Path], peft_config, tokenizer) -> None:
     """One PEFT adapter per member; each folder is a classifier by itself."""
     for index, folder in enumerate(folders):
         folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +106,7 @@ def save_adapters(model: nn.Module, folders: Sequence[Path], peft_config, tokeni
         tokenizer.save_pretrained(folder)
 
 
-def load_adapters(folders: Sequence[Path], dtype) -> nn.Module:
+def load_adapters(folders: Sequence[Path], dtype) -> Model:
     """The base model once, with the adapter and head of every folder. Raises `ConfigError` naming a folder that was
     trained on another base, with other options, or with another tokenizer."""
     from peft import PeftConfig
@@ -127,6 +128,16 @@ def load_adapters(folders: Sequence[Path], dtype) -> nn.Module:
 # ---- both -----------------------------------------------------------------------------------------------------------
 
 
+def _normalizer(name: str, member: Path) -> Normalizer:
+    found = Normalizer.load(member)
+    if found is None:
+        raise RewardError(
+            f"reward {name!r}: normalize is true and {member.name} has no normaliser beside it; "
+            "train_reward_ensemble saves them"
+        )
+    return found
+
+
 def load_joint(folder: Path, saved: dict, members: Sequence[Path], *, name: str, normalize: bool, **options):
     """The `JointMembers` of a saved ensemble. saved: its ensemble.json."""
     device, dtype = scoring_device(options.pop("device", None), options.pop("dtype", None))
@@ -135,12 +146,7 @@ def load_joint(folder: Path, saved: dict, members: Sequence[Path], *, name: str,
     check_tokenizers([member.name for member in members], tokenizers)
     model = load_adapters(members, dtype) if lora else load_trunk(folder, len(members), saved["upper_layers"], dtype)
     names = [member.name for member in members]
-    normalizers = [Normalizer.load(member) for member in members] if normalize else None
-    if normalizers is not None and None in normalizers:
-        raise RewardError(
-            f"reward {name!r}: normalize is true and {names[normalizers.index(None)]} has no normaliser beside it; "
-            "train_reward_ensemble saves them"
-        )
+    normalizers = [_normalizer(name, member) for member in members] if normalize else None
     return JointMembers(
         model, names, normalizers=normalizers, name=name, tokenizer=tokenizers[0], device=device, **options
     )

@@ -63,7 +63,7 @@ class MarginRewards:
     def fingerprints(self) -> list[str | None]:
         """One per reward; None for a reward that has none, whose scores are then not kept."""
         found: list[str | None] = []
-        for reward in self.rewards:
+        for reward in self.rewards or ():
             try:
                 found.append(fingerprint(reward))
             except RewardError as error:
@@ -94,7 +94,7 @@ class MarginRewards:
         """[N, 2] of one reward: from the folder, or scored now, shared among the processes, and kept."""
         state, path = PartialState(), self._path(number, rows)
         (there,) = broadcast_object_list([path is not None and path.exists()])
-        if there:
+        if there and path is not None:
             logger.info("margin reward %s: scores read from %s", self.names[number], path)
             return _read(path, len(dataset))
         if self.rewards is None:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -97,6 +97,6 @@ class RuleReward(Reward):
         return [float(score) for score in scores]
 
 
-def not_numbers(scores: list) -> list[int]:
+def not_numbers(scores: Sequence) -> list[int]:
     """The places of what is no finite number."""
     return [i for i, score in enumerate(scores) if not isinstance(score, Real) or not math.isfinite(score)]

@@ -2,11 +2,10 @@
 
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from align.data.bad_rows import BadRow
 from align.data.encode import check_tokenizer, close, encode, render_pair
 from align.errors import DataError, RewardError
+from align.modeling.types import Model
 from align.reward_models.base import RewardBatch
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ class SequenceEncoder:
     def __call__(self, batch: RewardBatch) -> list[Pair]:
         """(prompt_ids, completion_ids) of each completion. Raises `RewardError` naming the row."""
         if self.shares_ids and batch.prompt_ids is not None and batch.completion_ids is not None:
-            pairs = zip(batch.prompt_ids, batch.completion_ids, strict=True)
+            pairs = list(zip(batch.prompt_ids, batch.completion_ids, strict=True))
         else:
             pairs = self._encode(batch)
         fitted = []
@@ -119,7 +118,7 @@ def same_tokenizer(a: "PreTrainedTokenizerBase", b: "PreTrainedTokenizerBase") -
     )
 
 
-def longest_input(model: nn.Module) -> int | None:
+def longest_input(model: Model) -> int | None:
     """Tokens that a model takes at most, None where its config names no limit.
 
     RoBERTa and its kin count positions from their padding token's id + 1, so they take fewer than they have positions.

@@ -6,7 +6,7 @@ Nothing heavy is imported before a reward is made, so that a configuration is ch
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, cast
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -104,7 +104,7 @@ def parse_reward(spec: Any, key: str = "reward") -> "RewardSpec | Reward":
         if callable(spec):
             return RuleSpec(function=spec)
         raise ConfigError(f"{key}: a reward is a mapping or a text, got {type(spec).__name__}: {spec!r:.100}", key=key)
-    parsed = REWARDS.parse(spec, key)
+    parsed = cast(RewardSpec, REWARDS.parse(spec, key))
     parts = {
         name: parse_list(parse_reward, getattr(parsed, name), f"{key}.{name}")
         for name in parsed.nested
@@ -299,14 +299,16 @@ class EnsembleSpec(RewardSpec):
         from align.reward_models.build import build_reward
         from align.reward_models.ensemble import RewardEnsemble, load_ensemble
 
-        rule = {"aggregation": self.aggregation, "lambda_": self.lambda_, "normalize": self.normalize}
+        rule: dict[str, Any] = {"aggregation": self.aggregation, "lambda_": self.lambda_, "normalize": self.normalize}
         rule |= {name: value for name, value in self.options().items() if name in ("ddof", "quantile")}
         try:
             if self.path is not None:
                 models = {name: v for name, v in self.options().items() if name in ("max_length", "batch_tokens")}
                 models |= {"policy_tokenizer": tokenizer, "device": device}
                 return load_ensemble(self.path, **rule, **models, name=self.name)
-            members = self.members if self.normalize else [_raw(member) for member in self.members]
+            members = list(self.members or ())
+            if not self.normalize:
+                members = [_raw(member) for member in members]
             built = [build_reward(member, tokenizer=tokenizer, device=device) for member in members]
             return RewardEnsemble(built, **rule, name=self.name or "ensemble")
         except RewardError as error:
@@ -316,7 +318,7 @@ class EnsembleSpec(RewardSpec):
         from align.objectives.ensemble import check_rule
         from align.reward_models.ensemble import ensemble_members
 
-        count = len(self.members if self.path is None else ensemble_members(self.path))
+        count = len(self.members or () if self.path is None else ensemble_members(self.path))
         check_rule(self.aggregation, count, self.lambda_, self.ddof or 0, self.quantile)
         super().check()
 

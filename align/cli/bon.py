@@ -5,6 +5,7 @@ import argparse
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 from align.errors import ConfigError
 from align.rollout.make import backend_names
@@ -125,7 +126,7 @@ def ensemble_scores(members: list, rule: str):
 
     kind, _, number = rule.partition(":")
     try:
-        options = {"quantile" if kind == "quantile" else "lambda_": float(number)} if number else {}
+        options: dict[str, Any] = {"quantile" if kind == "quantile" else "lambda_": float(number)} if number else {}
     except ValueError as error:
         raise ConfigError(f"--ensemble {rule}: {number!r} is not a number; the form is uwo:0.5") from error
     if len(members) < 2:

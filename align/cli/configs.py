@@ -59,10 +59,9 @@ def shown(entries: dict) -> str:
 
     from align.config.secrets import masked
 
-    lines = []
+    lines: list[str] = []
     for key, entry in entries.items():
         text = yaml.safe_dump({key: masked(entry.value, key)}, sort_keys=False, allow_unicode=True)
-        text = text.rstrip("\n").split("\n")
-        text[0] = f"{text[0]:<56} # {entry.where}"
-        lines += text
+        first, *rest = text.rstrip("\n").split("\n")
+        lines += [f"{first:<56} # {entry.where}", *rest]
     return "\n".join(lines) + "\n"

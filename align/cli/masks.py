@@ -42,16 +42,16 @@ def run(args: argparse.Namespace) -> int:
         description, _ = read_masks(args.model)
         reference = args.reference or description["reference"]
         if description["variant"] == "mapo":
-            groups, what = description["activations"], "the reference's activations"
+            layers, what = description["activations"], "the reference's activations"
             masked = description["on_reward"], description["on_kl"]
         else:
             masks, _ = load_masks(args.model)
-            groups, what = None, f"{description['variant']} masks"
+            layers, what = masks.settings.layers, f"{description['variant']} masks"
         title = f"Token masks of {args.model}"
     else:
         if args.reference is not None:
             raise ConfigError(f"--reference is for a run, and {args.model} holds no {FILE_NAME}")
-        reference, groups, what = args.model, args.activations or "all", "the model's activations"
+        reference, layers, what = args.model, args.activations or "all", "the model's activations"
         title = f"MaPO masks of {args.model}"
     tokenizer = load_tokenizer(args.model)
     rows = load_rows(args.data, args.split)
@@ -61,16 +61,14 @@ def run(args: argparse.Namespace) -> int:
         core = load_policy(reference)
     except AlignError as error:
         raise ConfigError(f"the masks read the states of {reference!r}: {error}. Name it with --reference") from error
-    weights = masks_of_pairs(core, rows, tokenizer.pad_token_id, masks, groups)
+    weights = masks_of_pairs(core, rows, tokenizer.pad_token_id, masks, layers)
     m_u, m_d = (m if on else None for m, on in zip(weights, masked, strict=True))
-    intro = (
-        f"{len(rows)} pairs of {args.data}, weighed by {what} ({groups or masks.settings.layers}); read by {reference}."
-    )
+    intro = f"{len(rows)} pairs of {args.data}, weighed by {what} ({layers}); read by {reference}."
     print(write_page(args.output, picture(rows, tokenizer, m_u, m_d), title=title, intro=intro))
     return 0
 
 
-def masks_of_pairs(core, rows: list[dict], pad_token_id: int, masks=None, groups: str | None = None):
+def masks_of_pairs(core, rows: list[dict], pad_token_id: int, masks=None, groups: str = "all"):
     """(m_u, m_d) [2B, L] of tokenised pairs, from trained networks or from groups of activations of `core`."""
     import torch
 

@@ -24,21 +24,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from align.evaluation.console import print_summary
     from align.evaluation.masks import read_content
-    from align.evaluation.records import read_run
+    from align.evaluation.records import Run, read_run
     from align.evaluation.report import write_outputs
     from align.evaluation.summary import build_summary
 
     if args.names and len(args.names) != len(args.runs):
         raise ConfigError(f"--names gives {len(args.names)} names for {len(args.runs)} runs")
     started = time.perf_counter()
-    runs, masks = {}, {}
+    runs: dict[str, Run] = {}
+    masks: dict[str, dict] = {}
     for number, path in enumerate(args.runs):
         found = read_run(path)
         name = args.names[number] if args.names else found.name
         if name in runs:
             raise DataError(f"{path} and {runs[name].path} are both named {name!r}: tell them apart with --names")
         runs[name] = found
-        if content := read_content(found.path.parent):
+        if content := read_content(Path(path)):
             masks[name] = content
     read = time.perf_counter()
     setup = {"runs": [str(Path(path)) for path in args.runs], "bootstrap seed": args.seed}

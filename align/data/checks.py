@@ -6,7 +6,7 @@ from typing import Any
 from align.data.bad_rows import BadRow
 from align.data.formats import DataFormat
 
-Text = str | list[dict[str, Any]]
+Text = Any  # a string, or a list of messages where `DataFormat.conversational`: the format decides, not the type
 
 REPEATED = "repeats the prompt (drop the column prompt, it is then taken from the pair)"
 SHORT = 20  # characters: two answers may well begin with a prompt that is shorter

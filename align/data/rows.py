@@ -132,7 +132,7 @@ def _split_hint(path: Path) -> str:
     return " Splits come from file names such as train.jsonl and test.jsonl."
 
 
-def _unreadable(files: list[Path], error: Exception) -> str:
+def _unreadable(files: list[Path], error: BaseException) -> str:
     """What is wrong in which file: for JSON the line that is broken."""
     for file in files:
         if BUILDERS[file.suffix.lower()] == "json":
@@ -232,5 +232,5 @@ def _nearest(path: Path) -> str:
     return f"{where} has nothing named like {path.name!r}."
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]

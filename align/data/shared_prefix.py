@@ -23,7 +23,11 @@ class SharedPrefixCollator:
     """
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
-        ids, positions, lengths, chosen, rejected = [], [], [], [], []
+        ids: list[int] = []
+        positions: list[int] = []
+        lengths: list[list[int]] = []
+        chosen: list[list[int]] = []
+        rejected: list[list[int]] = []
         for row in features:
             prompt, both = row["prompt_ids"], (row["chosen_ids"], row["rejected_ids"])
             start, shared = len(ids), common_prefix(*both)
@@ -37,7 +41,7 @@ class SharedPrefixCollator:
             for sources, end, rest in ((chosen, start, rests[0]), (rejected, start + len(rests[0]), rests[1])):
                 own = range(end + prefix, end + prefix + len(rest) - 1)
                 sources.append([*common, *own][: shared + len(rest)])
-        sources, mask = _right_pad(chosen + rejected)
+        padded_sources, mask = _right_pad(chosen + rejected)
         completions, _ = _right_pad([row[name] for name in ("chosen_ids", "rejected_ids") for row in features])
         return {
             "input_ids": torch.tensor([ids]),
@@ -45,7 +49,7 @@ class SharedPrefixCollator:
             "attention_mask": torch.tensor([[lengths]]),
             "completion_ids": completions,
             "completion_mask": mask,
-            "completion_sources": sources,
+            "completion_sources": padded_sources,
             **per_pair(features),
         }
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from align.data import checks
 from align.data.bad_rows import BadRow, BadRows
 from align.data.encode import Encoded, check_tokenizer, close, encode, encode_conversation, render, render_pair
-from align.data.formats import format_for
+from align.data.formats import DataFormat, format_for
 from align.data.rows import source_of
 
 if TYPE_CHECKING:
@@ -89,22 +89,11 @@ def tokenize_completions(
     report = _start(report, source, dataset)
     fmt = format_for(dataset, "completions", report.source)
     check_tokenizer(tokenizer, fmt.conversational, needs_eos=True)
-    whole = fmt.kind == "language_modeling"
     columns = {"input_ids": "int32", "completion_mask": "int8"}
-
-    def prepare_conversation(row: Columns) -> tuple[tuple, Columns]:
-        messages, options = checks.text_of(row, fmt), checks.template_kwargs(row)
-        return encode_conversation(messages, tokenizer, options), {}
-
-    def finish_conversation(encoded: tuple[list[int], list[int]], note: Note) -> Columns:
-        ids, mask = encoded
-        closed = close(ids, tokenizer)
-        if len(closed) > len(ids):
-            note(_eos_added(tokenizer))
-        mask = mask[: len(closed)] + [1] * (len(closed) - len(mask))
-        if not mask[-1]:
-            note("the EOS of the last answer is not trained: the template's generation block ends before it")
-        return _sequence(closed, mask, max_length, note)
+    whole = fmt.kind == "language_modeling"
+    if whole and fmt.conversational:
+        how = _conversations(tokenizer, fmt, max_length)
+        return _tokenize(dataset, how[0], list, how[1], columns=columns, report=report, max_bad_share=max_bad_share)
 
     def prepare(row: Columns) -> tuple[tuple, Columns]:
         if whole:
@@ -123,16 +112,35 @@ def tokenize_completions(
         mask = [0] * len(prompt_ids) + [1] * len(completion)
         return _sequence(prompt_ids + completion, mask, max_length, note)
 
-    talk = whole and fmt.conversational
     return _tokenize(
         dataset,
-        prepare_conversation if talk else prepare,
-        list if talk else lambda rows: encode(tokenizer, rows, add_bos=not fmt.conversational),
-        finish_conversation if talk else finish,
+        prepare,
+        lambda rows: encode(tokenizer, rows, add_bos=not fmt.conversational),
+        finish,
         columns=columns,
         report=report,
         max_bad_share=max_bad_share,
     )
+
+
+def _conversations(tokenizer, fmt: DataFormat, max_length: int | None):
+    """`prepare` and `finish` of whole conversations, whose template tells the assistant's tokens."""
+
+    def prepare(row: Columns) -> tuple[tuple, Columns]:
+        messages, options = checks.text_of(row, fmt), checks.template_kwargs(row)
+        return encode_conversation(messages, tokenizer, options), {}
+
+    def finish(encoded: tuple[list[int], list[int]], note: Note) -> Columns:
+        ids, mask = encoded
+        closed = close(ids, tokenizer)
+        if len(closed) > len(ids):
+            note(_eos_added(tokenizer))
+        mask = mask[: len(closed)] + [1] * (len(closed) - len(mask))
+        if not mask[-1]:
+            note("the EOS of the last answer is not trained: the template's generation block ends before it")
+        return _sequence(closed, mask, max_length, note)
+
+    return prepare, finish
 
 
 def tokenize_pairs(
@@ -247,8 +255,8 @@ def _tokenize(
             except BadRow as reason:
                 report.add(row["row"], str(reason))
                 continue
-            for text in notes:
-                report.note(row["row"], text)
+            for message in notes:
+                report.note(row["row"], message)
         return {name: [row[name] for row in kept] for name in features}
 
     # In memory and never from the cache: the cache would not know of a change in this code.

@@ -5,10 +5,13 @@ All processes must call these together, with the same parameters in the same ord
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from align.modeling.types import Model
 
 
 def is_zero3(parameters: Iterable[Tensor]) -> bool:
@@ -28,14 +31,14 @@ def gathered(parameters: Iterable[Tensor], *, written: bool = False) -> Abstract
 def whole(parameter: Tensor) -> Tensor:
     """The full tensor of a sharded parameter; the parameter itself (detached) if it is not sharded."""
     if isinstance(parameter, DTensor):
-        return parameter.detach().full_tensor()
+        return cast(DTensor, parameter.detach()).full_tensor()
     if is_zero3([parameter]):  # freed again when the context ends
         with gathered([parameter]):
             return parameter.detach().clone()
     return parameter.detach()
 
 
-def zero3_twin(model: nn.Module) -> nn.Module:
+def zero3_twin(model: Model) -> Model:
     """A transformers model with the weights of one that ZeRO-3 has split while it loaded it: split likewise, and filled
     tensor by tensor."""
     twin = type(model)._from_config(

@@ -59,7 +59,42 @@ def bon_curve(
     """
     if len(selection) != len(gold) or any(len(s) != len(g) for s, g in zip(selection, gold, strict=False)):
         raise DataError(f"{name}: selection and gold scores must have the same prompts and the same answers")
+    keep, grid, notes = _choose(np.array([len(scores) for scores in selection]), ns, min_answers, name)
+    selection = [np.asarray(selection[p], dtype=np.float64) for p in keep]
+    gold = [np.asarray(gold[p], dtype=np.float64) for p in keep]
     counts = np.array([len(scores) for scores in selection])
+    per_prompt = {"proxy": np.empty((len(grid), keep.size)), "gold": np.empty((len(grid), keep.size))}
+    for count in np.unique(counts):
+        rows = np.flatnonzero(counts == count)
+        scores = np.stack([selection[p] for p in rows])
+        per_prompt["proxy"][:, rows] = bon_expected(scores, scores, grid).T
+        per_prompt["gold"][:, rows] = bon_expected(scores, np.stack([gold[p] for p in rows]), grid).T
+    tied = sum(len(scores) - len(np.unique(scores)) for scores in selection)
+    if tied:
+        share = tied / counts.sum()
+        notes.append(
+            f"{100 * share:.0f} % of the answers tie with another of their prompt: the true KL is below the formula's"
+        )
+    return BonCurve(
+        name=name,
+        proxy_name=proxy_name or name,
+        gold_name=gold_name,
+        n=np.array(grid),
+        kl=bon_kl(np.array(grid)),
+        proxy=per_prompt["proxy"].mean(1),
+        gold=per_prompt["gold"].mean(1),
+        per_prompt=per_prompt,
+        proxy_sd=float(np.concatenate(selection).std()),
+        gold_sd=float(np.concatenate(gold).std()),
+        answers=(int(counts.min()), int(counts.max())),
+        notes=notes,
+    )
+
+
+def _choose(
+    counts: np.ndarray, ns: Sequence[int] | None, min_answers: int | None, name: str
+) -> tuple[np.ndarray, list[int], list[str]]:
+    """Which prompts, by their numbers of answers [P], and which values of n; notes for the reader."""
     notes = []
     keep = np.flatnonzero(counts >= (min_answers or 1))
     if keep.size == 0:
@@ -86,31 +121,4 @@ def bon_curve(
             f"prompts have {smallest} to {largest} answers: n stops at {smallest}, the smallest number "
             "(min_answers leaves short prompts out instead)"
         )
-    selection = [np.asarray(selection[p], dtype=np.float64) for p in keep]
-    gold = [np.asarray(gold[p], dtype=np.float64) for p in keep]
-    per_prompt = {"proxy": np.empty((len(grid), keep.size)), "gold": np.empty((len(grid), keep.size))}
-    for count in np.unique(counts):
-        rows = np.flatnonzero(counts == count)
-        scores = np.stack([selection[p] for p in rows])
-        per_prompt["proxy"][:, rows] = bon_expected(scores, scores, grid).T
-        per_prompt["gold"][:, rows] = bon_expected(scores, np.stack([gold[p] for p in rows]), grid).T
-    tied = sum(len(scores) - len(np.unique(scores)) for scores in selection)
-    if tied:
-        share = tied / counts.sum()
-        notes.append(
-            f"{100 * share:.0f} % of the answers tie with another of their prompt: the true KL is below the formula's"
-        )
-    return BonCurve(
-        name=name,
-        proxy_name=proxy_name or name,
-        gold_name=gold_name,
-        n=np.array(grid),
-        kl=bon_kl(np.array(grid)),
-        proxy=per_prompt["proxy"].mean(1),
-        gold=per_prompt["gold"].mean(1),
-        per_prompt=per_prompt,
-        proxy_sd=float(np.concatenate(selection).std()),
-        gold_sd=float(np.concatenate(gold).std()),
-        answers=(smallest, largest),
-        notes=notes,
-    )
+    return keep, grid, notes

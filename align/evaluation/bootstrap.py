@@ -6,7 +6,7 @@ RESAMPLES = 1000
 LEVEL = 0.95
 
 
-def resample_weights(num_prompts: int, *, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+def resample_weights(num_prompts: int, *, resamples: int = RESAMPLES, seed: int | tuple[int, int] = 0) -> np.ndarray:
     """[resamples, P], rows sum to 1: `weights @ values` are means over prompts drawn with replacement.
 
     One set of weights used for several quantities keeps them paired: the same prompts in every quantity.

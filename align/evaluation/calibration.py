@@ -57,8 +57,8 @@ def expected_calibration_error(margins, bins: int = BINS, labels=None) -> float:
 def pair_confidence(margins: np.ndarray, labels: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(confidence, correct), float [N] each: sigmoid(|m|), and how often the label agrees: 1, 0 or, for a tie, 0.5;
     with labels p, p where m > 0 and 1 - p where m < 0."""
-    labels = 1.0 if labels is None else np.asarray(labels, dtype=np.float64)
-    return 1 / (1 + np.exp(-np.abs(margins))), 0.5 + np.sign(margins) * (labels - 0.5)
+    lean = 0.5 if labels is None else np.asarray(labels, dtype=np.float64) - 0.5
+    return 1 / (1 + np.exp(-np.abs(margins))), 0.5 + np.sign(margins) * lean
 
 
 def best_scale(margins, labels=None) -> float | None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from align.evaluation.bootstrap import percentile_interval, resample_weights
+from align.evaluation.strict_json import finite
 
 FORMS = ("bon", "rl")
 MIN_POINTS = 3  # two coefficients and something left to judge them by
@@ -167,10 +168,7 @@ def fit_gao_bootstrap(form: str, kl, gold, unit: float, *, seed: int = 0) -> Gao
     peaks = [_peak_d(form, alpha, beta) for alpha, beta in zip(alphas, betas, strict=True)]
     samples = np.stack([alphas, betas, peaks], axis=1)
     low, high = percentile_interval(samples)
-    fit.intervals = {
-        name: tuple(float(x) if np.isfinite(x) else None for x in (low[i], high[i]))
-        for i, name in enumerate(("alpha", "beta", "peak_d"))
-    }
+    fit.intervals = {name: (finite(low[i]), finite(high[i])) for i, name in enumerate(("alpha", "beta", "peak_d"))}
     return fit
 
 

@@ -12,9 +12,9 @@ from align.errors import ConfigError, DataError
 from align.evaluation.bootstrap import percentile_interval, resample_weights
 from align.evaluation.front import Front, Point
 from align.evaluation.pareto import dominated_share, non_dominated
+from align.evaluation.scoring import drawn_batch
 from align.modeling.adapters import adapter_start
 from align.objectives.reward_weighting import hypervolume
-from align.reward_models.base import RewardBatch
 from align.rollout.seeds import derive_seed
 from align.rollout.types import SamplingParams
 
@@ -95,27 +95,24 @@ def score_policy(policy, reference, engine, prompts, rewards: dict, tokenizer, s
     ]
     rows = [prompts[i] for i in range(len(prompts))]
     rollouts = engine.generate([row["prompt_ids"] for row in rows], params)
-    drawn = [(row, c.token_ids) for row, rollout in zip(rows, rollouts, strict=True) for c in rollout.completions]
-    texts = [tokenizer.decode(ids, skip_special_tokens=True) for _, ids in drawn]
-    chat = isinstance(rows[0]["prompt"], list)
-    batch = RewardBatch(
-        prompts=[row["prompt"] for row, _ in drawn],
-        completions=[[{"role": "assistant", "content": text}] if chat else text for text in texts],
-        prompt_ids=[row["prompt_ids"] for row, _ in drawn],
-        completion_ids=[ids for _, ids in drawn],
-        columns={
-            name: [row[name] for row, _ in drawn] for name in rows[0] if name not in ("prompt", "prompt_ids", "row")
-        },
-        rows=[row["row"] for row, _ in drawn],
-    )
+    drawn = [
+        (row, c.token_ids, tokenizer.decode(c.token_ids, skip_special_tokens=True))
+        for row, rollout in zip(rows, rollouts, strict=True)
+        for c in rollout.completions
+    ]
+    batch = drawn_batch(drawn)
     scores = np.stack([reward.score(batch).scores.double().numpy() for reward in rewards.values()], axis=-1)
-    pairs = [(row["prompt_ids"], ids) for row, ids in drawn]
+    pairs = [(row["prompt_ids"], ids) for row, ids, _ in drawn]
     kl = kl_of_draws(policy, reference, pairs, tokenizer.pad_token_id, sampling.temperature)
-    length = np.array([len(ids) for _, ids in drawn], dtype=np.float64)
+    length = np.array([len(ids) for _, ids, _ in drawn], dtype=np.float64)
     by_prompt = (len(rows), sampling.n)
     first = range(0, len(drawn), sampling.n)
     samples = [
-        {"prompt": drawn[i][0]["prompt"], "completion": texts[i], **dict(zip(rewards, scores[i].tolist(), strict=True))}
+        {
+            "prompt": drawn[i][0]["prompt"],
+            "completion": drawn[i][2],
+            **dict(zip(rewards, scores[i].tolist(), strict=True)),
+        }
         for i in first
     ]
     return PolicyScores(
@@ -176,7 +173,7 @@ def summarise(
         volume = hypervolume(means[name].tolist(), corner.tolist())
         runs[name] = {
             "method": front.method,
-            "seconds": {**front.seconds, "training": sum(point.seconds for point in front.points)},
+            "seconds": front.seconds | {"training": float(sum(point.seconds for point in front.points))},
             "hypervolume": {"mean": volume, "low": float(low), "high": float(high)},
             "points": [
                 {

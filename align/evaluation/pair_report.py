@@ -1,6 +1,8 @@
 """The parts of reward_eval.json about preference pairs, from scores."""
 
+from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +32,7 @@ def describe_pairs(result: dict, sample: PairSample, seed: int) -> None:
         result["rewards"][name] = {
             **accuracy_entry(found.margins, pairs, groups, lengths, seed),
             "scores": score_entry(found),
-            "length": metrics.length_bias(found.chosen, found.rejected, *lengths, pairs.labels),
+            "length": metrics.length_bias(found.chosen, found.rejected, lengths[0], lengths[1], pairs.labels),
             "calibration": calibration_entry(found.margins * scored.unit, scored.meaning, pairs.labels),
             "answers_per_second": scored.answers_per_second,
         }
@@ -43,7 +45,7 @@ def describe_pairs(result: dict, sample: PairSample, seed: int) -> None:
     if len(scores) > 1:
         every = np.stack([[found.chosen, found.rejected] for found in scores.values()])
         result["agreement"]["rewards"] = agreement_entry(list(scores), every, pairs)
-    longer = PairScores(*lengths)
+    longer = PairScores(lengths[0], lengths[1])
     result["baselines"][LONGER] = accuracy_entry(longer.margins, pairs, groups, lengths, seed)
     result["comparisons"] = comparisons({n: s.margins for n, s in {**scores, LONGER: longer}.items()}, pairs, seed)
     if sample.rewritten:
@@ -57,7 +59,7 @@ def describe_pairs(result: dict, sample: PairSample, seed: int) -> None:
         "rewardbench": pairs.rewardbench,
     }
     if pairs.rewardbench:
-        lacking = rewardbench.incomplete({name: pairs.subsets.count(name) for name in set(pairs.subsets)})
+        lacking = rewardbench.incomplete(Counter(pairs.subsets))
         if lacking:
             more = f" and {len(lacking) - SHOWN} more" if len(lacking) > SHOWN else ""
             result["notes"].append(f"not RewardBench as published: {', '.join(lacking[:SHOWN])}{more}")
@@ -95,7 +97,7 @@ def accuracy_entry(
     """
     correct, won = metrics.correct(margins, pairs.labels), metrics.won(margins, pairs.labels)
     subsets = np.array(pairs.subsets, dtype=object) if pairs.subsets is not None else None
-    names = [] if subsets is None else list(dict.fromkeys(pairs.subsets))
+    names = list(dict.fromkeys(pairs.subsets or ()))
     bins, longer = metrics.length_bin(*lengths), lengths[0] > lengths[1]
     shorter = lengths[0] < lengths[1]
     columns = {"accuracy": correct, "strict": won}
@@ -138,7 +140,7 @@ def _rewardbench_entry(names: list[str], columns: dict, samples: dict) -> dict:
     sections = rewardbench.section_scores(shares)
     drawn = rewardbench.section_scores({name: samples[f"won/{name}"] for name in names})
     score = rewardbench.overall_score(sections)
-    entry = {"sections": {}, "score": None}
+    entry: dict[str, Any] = {"sections": {}, "score": None}
     for section, value in sections.items():
         low, high = metrics.interval(drawn[section])
         count = sum(int((~np.isnan(columns[f"won/{n}"])).sum()) for n in names if n in rewardbench.WEIGHTS[section])

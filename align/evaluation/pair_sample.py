@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -10,9 +9,8 @@ from align.data.bad_rows import BadRows
 from align.evaluation.pair_scores import PairScores, score_pairs
 from align.evaluation.pairs import Pairs
 from align.evaluation.rewrite_sample import Rewritten
-
-if TYPE_CHECKING:
-    from align.reward_models.base import Reward
+from align.reward_models.base import Reward
+from align.reward_models.classifier import ClassifierReward
 
 
 @dataclass
@@ -49,7 +47,7 @@ class PairSample:
         if self.report.bad == self.report.total:
             self.report.check(self.max_bad_share)
 
-    def score(self, reward: "Reward") -> None:
+    def score(self, reward: Reward) -> None:
         """Score the pairs and their rewrites. Raises as soon as too many rows are refused."""
         total = len(self.pairs) + sum(len(rewritten.pairs) for rewritten in self.rewritten)
         with tqdm(total=2 * total, unit="answer", desc=reward.name) as progress:
@@ -85,9 +83,7 @@ def _add(report: BadRows, pairs: Pairs, found: PairScores, name: str) -> None:
         report.add(pairs.rows[place], f"reward {name!r} refuses it (first: {found.reason})")
 
 
-def _unit(reward: "Reward") -> tuple[float, str]:
-    from align.reward_models.classifier import ClassifierReward
-
+def _unit(reward: Reward) -> tuple[float, str]:
     normalizer = reward.normalizer if isinstance(reward, ClassifierReward) else None
     if normalizer is None:
         return 1.0, "the score"

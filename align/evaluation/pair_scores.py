@@ -4,15 +4,12 @@ import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from align.errors import RewardError
 from align.evaluation.pairs import Pairs
-
-if TYPE_CHECKING:
-    from align.reward_models.base import Reward
+from align.reward_models.base import Reward, RewardBatch, RewardOutput
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +43,7 @@ class PairScores:
         return PairScores(self.chosen[places], self.rejected[places], members)
 
 
-def score_pairs(reward: "Reward", pairs: Pairs, progress=None) -> PairScores:
+def score_pairs(reward: Reward, pairs: Pairs, progress=None) -> PairScores:
     """Score all pairs.
 
     A batch that the reward refuses is scored again pair by pair, so that one answer that is too long does not end the
@@ -68,7 +65,9 @@ def score_pairs(reward: "Reward", pairs: Pairs, progress=None) -> PairScores:
     return result
 
 
-def _outputs(reward: "Reward", pairs: Pairs, places: range, result: PairScores) -> Iterator[tuple[list[int], object]]:
+def _outputs(
+    reward: Reward, pairs: Pairs, places: range, result: PairScores
+) -> Iterator[tuple[list[int], RewardOutput]]:
     try:
         yield list(places), reward.score(_batch(pairs, places))
         return
@@ -91,7 +90,6 @@ def _outputs(reward: "Reward", pairs: Pairs, places: range, result: PairScores) 
 
 
 def _batch(pairs: Pairs, places):
-    from align.reward_models.base import RewardBatch
 
     part = pairs.select(places)
     return RewardBatch(

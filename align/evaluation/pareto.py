@@ -7,12 +7,12 @@ from align.errors import ConfigError
 
 def dominates(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Whether `a` is at least as good as `b` in every objective and better in one. a, b: [..., K]; result [...]."""
-    return (a >= b).all(-1) & (a > b).any(-1)
+    return np.asarray((a >= b).all(-1) & (a > b).any(-1))
 
 
 def non_dominated(points: np.ndarray) -> np.ndarray:
     """bool [P]: the points [P, K] that no other point dominates."""
-    return ~dominates(points[:, None], points[None]).any(0)
+    return np.asarray(~dominates(points[:, None], points[None]).any(0))
 
 
 def dominated_share(points: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ import html
 import re
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 PROXY_COLOUR, GOLD_COLOUR = "#D55E00", "#0072B2"
 FORM_LABELS = {"bon": "d(α − β d)", "rl": "d(α − β ln d)"}
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 10,

@@ -59,7 +59,12 @@ def read_score_table(
     frame = load_table(path)
     prompt = prompt or next((name for name in PROMPT_COLUMNS if name in frame), None)
     id_column = id_column or next((name for name in ID_COLUMNS if name in frame), None)
-    wanted = {**{name: "proxy" for name in proxies}, gold: "gold", prompt: "prompt", id_column: "id"}
+    wanted: dict[str | None, str] = {
+        **{name: "proxy" for name in proxies},
+        gold: "gold",
+        prompt: "prompt",
+        id_column: "id",
+    }
     wanted.pop(None, None)
     if prompt is None:
         raise DataError(f"{path} has neither a prompt_id nor a prompt column (columns: {', '.join(frame)})")

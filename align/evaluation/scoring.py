@@ -3,8 +3,12 @@
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from align.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from align.reward_models.base import RewardBatch
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +96,6 @@ def sample_table(
     """
     from align.data import load_rows, tokenize_prompts
     from align.modeling.load import load_policy, load_tokenizer
-    from align.reward_models.base import RewardBatch
     from align.rollout import SamplingParams, make_engine
 
     tokenizer = load_tokenizer(model)
@@ -112,18 +115,7 @@ def sample_table(
             rollouts = engine.generate([row["prompt_ids"] for row in chunk], params)
             pairs = [(row, c, i) for row, r in zip(chunk, rollouts, strict=True) for i, c in enumerate(r.completions)]
             texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for _, c, _ in pairs]
-            chat = isinstance(chunk[0]["prompt"], list)
-            batch = RewardBatch(
-                prompts=[row["prompt"] for row, _, _ in pairs],
-                completions=[[{"role": "assistant", "content": text}] if chat else text for text in texts],
-                prompt_ids=[row["prompt_ids"] for row, _, _ in pairs],
-                completion_ids=[c.token_ids for _, c, _ in pairs],
-                columns={
-                    name: [row[name] for row, _, _ in pairs]
-                    for name in chunk[0]
-                    if name not in ("prompt", "prompt_ids", "row")
-                },
-            )
+            batch = drawn_batch([(row, c.token_ids, text) for (row, c, _), text in zip(pairs, texts, strict=True)])
             columns = {
                 "prompt_id": [row["row"] for row, _, _ in pairs],
                 "completion_id": [i for _, _, i in pairs],
@@ -137,6 +129,22 @@ def sample_table(
         return _write(batches(), rewards, output, total=len(dataset) * n)
     finally:
         engine.close()
+
+
+def drawn_batch(drawn: list[tuple[dict, list[int], str]]) -> "RewardBatch":
+    """What rewards get of drawn completions: of each the row (`tokenize_prompts`), the token ids and the text."""
+    from align.reward_models.base import RewardBatch
+
+    chat = isinstance(drawn[0][0]["prompt"], list)
+    others = [name for name in drawn[0][0] if name not in ("prompt", "prompt_ids", "row")]
+    return RewardBatch(
+        prompts=[row["prompt"] for row, _, _ in drawn],
+        completions=[[{"role": "assistant", "content": text}] if chat else text for _, _, text in drawn],
+        prompt_ids=[row["prompt_ids"] for row, _, _ in drawn],
+        completion_ids=[ids for _, ids, _ in drawn],
+        columns={name: [row[name] for row, _, _ in drawn] for name in others},
+        rows=[row["row"] for row, _, _ in drawn],
+    )
 
 
 def _write(batches: Iterator, rewards: dict, output: str | Path, *, total: int) -> Path:

@@ -14,6 +14,7 @@ import platform
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -173,7 +174,7 @@ def _run_entry(run: Run, seed: int) -> dict:
         "unit": {
             "proxy_zero": run.proxy[0],
             "proxy_sd": per_prompt["proxy"][0].std(),
-            "gold_zero": run.gold[0] if has_gold else None,
+            "gold_zero": None if run.gold is None else run.gold[0],
             "gold_sd": per_prompt["gold"][0].std() if has_gold else None,
         },
         "extras": {key: [None if math.isnan(x) else x for x in value.tolist()] for key, value in run.extras.items()},
@@ -182,7 +183,7 @@ def _run_entry(run: Run, seed: int) -> dict:
         "config": run.config,
     }
     end = len(run) - 1
-    peak = int(np.argmax(run.gold)) if has_gold else end
+    peak = end if run.gold is None else int(np.argmax(run.gold))
     entry["samples"] = _samples({"start": run.samples[0], "peak": run.samples[peak], "end": run.samples[end]})
     return entry
 
@@ -199,7 +200,7 @@ def _columns(values: dict, per_prompt: dict[str, np.ndarray], seed: int) -> dict
 
 def _peak_entry(axis: str, axis_values, kl, per_prompt: dict[str, np.ndarray], seed: int) -> dict:
     peak = asdict(analyse_peak(per_prompt["proxy"], per_prompt["gold"], seed=seed))
-    entry = {}
+    entry: dict[str, Any] = {}
     for place in ("start", "peak", "end"):
         index = peak.pop(place)
         entry[place] = {
@@ -212,10 +213,8 @@ def _peak_entry(axis: str, axis_values, kl, per_prompt: dict[str, np.ndarray], s
     for key, value in peak.items():
         if key.endswith("_interval"):
             low, high = (None, None) if value is None else value
-            entry[key.replace("_interval", "_low")], entry[key.replace("_interval", "_high")] = (
-                finite(low),
-                finite(high),
-            )
+            entry[key.replace("_interval", "_low")] = finite(low)
+            entry[key.replace("_interval", "_high")] = finite(high)
         else:
             entry[key] = value
     return entry

@@ -8,6 +8,9 @@ min-max, which changes nothing, and round the statistics to float16, which does.
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 from align.errors import ConfigError
 from align.modeling.pairs import Completions, at_completions
 from align.modeling.token_masks import decoder_layers, first_of
+from align.modeling.types import Model
 
 GROUPS = ("mlp", "attn", "resid", "logits")
 
@@ -68,7 +72,7 @@ ARCHITECTURES = {
 }
 
 
-def architecture(core: nn.Module) -> Names:
+def architecture(core: Model) -> Names:
     """The names for a model; ConfigError for an architecture that is not known."""
     kind = core.config.model_type
     if kind not in ARCHITECTURES:
@@ -125,11 +129,11 @@ class Activations:
 
     def mask(self) -> Tensor:
         """The mean of the groups' means, [2B, L]."""
-        return sum(total / self.counts[group] for group, total in self.sums.items()) / len(self.sums)
+        return reduce(add, (total / self.counts[group] for group, total in self.sums.items())) / len(self.sums)
 
 
 @contextmanager
-def watch_activations(core: nn.Module, places: Completions, groups: tuple[str, ...] = GROUPS):
+def watch_activations(core: Model, places: Completions, groups: tuple[str, ...] = GROUPS):
     """An `Activations` that has seen everything in `groups` after a forward pass of `core` inside.
 
     mlp: what enters the second linear layer. attn: query, key and value, query and key after the rotation (where there
@@ -229,7 +233,7 @@ def _watch_attention(block: nn.Module, names: Names, seen: Activations) -> list:
     return hooks
 
 
-def _heads(kept: list[Tensor], attention: nn.Module, names: Names) -> list[Tensor]:
+def _heads(kept: list[Tensor], attention: Any, names: Names) -> list[Tensor]:
     """Query, key and value, [rows, T, heads, size] each, from what the projections returned."""
     if len(kept) == 3:
         return [x if x.dim() == 4 else x.unflatten(-1, (-1, attention.head_dim)) for x in kept]
@@ -239,7 +243,7 @@ def _heads(kept: list[Tensor], attention: nn.Module, names: Names) -> list[Tenso
     return [x.unflatten(-1, (attention.num_heads, -1)) for x in joint.chunk(3, dim=-1)]
 
 
-def _watch_logits(core: nn.Module, seen: Activations):
+def _watch_logits(core: Model, seen: Activations):
     """The mean logit is the hidden state times the mean row of the head: the logits themselves are not needed."""
 
     def see(hidden):

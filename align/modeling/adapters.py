@@ -13,11 +13,13 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from align.errors import ConfigError
+from align.modeling.types import Model
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +120,7 @@ def not_plain(config, tensors: dict[str, Tensor] | None = None) -> str | None:
     return f"it holds {others[0]}" if others else None
 
 
-def check_stack(model: nn.Module, config) -> None:
+def check_stack(model: Model, config) -> None:
     """ConfigError if a second adapter of this config could not be saved together with the first, or if merging the
     first one into quantised weights has rounded it away."""
     start: Start | None = vars(model).get("adapter_start")
@@ -143,7 +145,7 @@ def save_merged(source: str | Path, folder: str | Path, *, dtype: str = "auto") 
     return Path(folder)
 
 
-def finish_adapter(folder: str | Path, model: nn.Module) -> None:
+def finish_adapter(folder: str | Path, model: Model) -> None:
     """After PEFT has written the trained adapter of `model` into `folder`: name the base by its absolute path, add the
     adapter that training started on, and write the notes. A PEFT model; the main process only."""
     from safetensors.torch import load_file, save_file
@@ -155,7 +157,7 @@ def finish_adapter(folder: str | Path, model: nn.Module) -> None:
     if base and Path(base).is_dir():
         base = str(Path(base).absolute())
     config["base_model_name_or_path"] = base
-    found = {"base_digest": folder_digest(base) if base else None}
+    found: dict[str, Any] = {"base_digest": folder_digest(base) if base else None}
     if start is not None:
         trained = load_file(folder / WEIGHTS_FILE)
         modules = {name for name, _ in core.named_modules()}
@@ -183,7 +185,7 @@ def combine(start: dict[str, Tensor], trained: dict[str, Tensor], config) -> tup
     both = {name: value for name, value in {**start, **trained}.items() if not _is(name, A + B)}
     for name in sorted({n for n in (*start, *trained) if _is(n, A + B)}):
         dim, module = (0, _module(name)) if _is(name, A) else (1, _module(name))
-        like = trained.get(name, start.get(name))
+        like = trained[name] if name in trained else start[name]
         old = _padded(start.get(name), like, dim, first)
         new = _padded(trained.get(name), like, dim, last)
         if dim == 1:
@@ -225,7 +227,7 @@ def split(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return start | (load_file(path) if path.exists() else {}), trained
 
 
-def attached(model: nn.Module, config, tensors: dict[str, Tensor]) -> nn.Module:
+def attached(model: Model, config, tensors: dict[str, Tensor]) -> Model:
     """The model with a part of the adapter of `config` (as `split` cuts it): a PEFT model of the rank of the part."""
     from peft import get_peft_model, set_peft_model_state_dict
 

@@ -1,16 +1,30 @@
 """Log-probs of the tokens of sampled completions, whatever the layout of the batch."""
 
 from functools import partial
+from typing import Literal, overload
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from align.modeling.logprobs import values_at
 from align.modeling.pairs import Completions, pair_inputs
 from align.modeling.token_values import token_values
+from align.modeling.types import Model
+
+
+@overload
+def completion_logps(
+    model: Model, batch: dict[str, Tensor], *, temperature: float = 1.0, return_entropy: Literal[False] = False
+) -> Tensor: ...
+
+
+@overload
+def completion_logps(
+    model: Model, batch: dict[str, Tensor], *, temperature: float = 1.0, return_entropy: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
 
 
 def completion_logps(
-    model: nn.Module, batch: dict[str, Tensor], *, temperature: float = 1.0, return_entropy: bool = False
+    model: Model, batch: dict[str, Tensor], *, temperature: float = 1.0, return_entropy: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log p of each completion token at `temperature`, natural log: [B, L] float32 (or float64), 0 outside the mask.
 
@@ -30,4 +44,5 @@ def completion_logps(
         for v in (values.logps, values.entropy)
         if v is not None
     )
-    return tuple(spread) if return_entropy else next(spread)
+    logps = next(spread)
+    return (logps, next(spread)) if return_entropy else logps

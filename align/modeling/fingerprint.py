@@ -58,7 +58,7 @@ def _parts(value: Any):
     if isinstance(value, torch.Tensor):
         plain = value.detach().cpu().contiguous()
         yield from [("shape", str(tuple(plain.shape))), ("dtype", plain.dtype)]
-        yield "bytes", memoryview(plain.flatten().view(torch.uint8).numpy())
+        yield "bytes", plain.flatten().view(torch.uint8).numpy().data
     elif isinstance(value, nn.Module):
         yield from sorted(value.state_dict().items())
         if isinstance(getattr(value, "config", None), PretrainedConfig):
@@ -93,7 +93,7 @@ def _parts(value: Any):
 def _code(thing: Any) -> str | bytes:
     """The text of the file that `thing` was written in (what it calls is mostly there too), or its byte code."""
     try:
-        return Path(inspect.getsourcefile(thing)).read_text(encoding="utf-8")
+        return Path(inspect.getsourcefile(thing) or "").read_text(encoding="utf-8")
     except (TypeError, OSError):
         code = getattr(thing, "__code__", None)
         return "" if code is None else marshal.dumps(code, 2)  # later formats depend on reference counts

@@ -4,6 +4,7 @@ import copy
 import logging
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +25,12 @@ from align.modeling.pretrained import (
 )
 from align.modeling.score_head import head_name
 from align.modeling.shared_prefix import compute_soft_caps
+from align.modeling.types import Model
 
 logger = logging.getLogger(__name__)
 
 
-def load_tokenizer(model: str | Path | nn.Module, **kwargs):
+def load_tokenizer(model: str | Path | Model, **kwargs):
     """The tokenizer of a folder, a hub name or a loaded model.
 
     Without a padding token it pads with the end token. An encoder's CLS and SEP serve as BOS and EOS where it has none.
@@ -49,14 +51,14 @@ def load_tokenizer(model: str | Path | nn.Module, **kwargs):
 
 
 def load_policy(
-    model: str | Path | nn.Module,
+    model: str | Path | Model,
     *,
     dtype: str | torch.dtype | None = None,
     attn_implementation: str | None = None,
     peft_config=None,
     sharded: bool = False,
     **kwargs,
-) -> nn.Module:
+) -> Model:
     """A causal language model, ready to train.
 
     Args:
@@ -84,7 +86,7 @@ def load_policy(
     return _with_adapter(model, peft_config)
 
 
-def load_adapted(folder: str | Path, *, dtype: str | torch.dtype | None = None) -> nn.Module:
+def load_adapted(folder: str | Path, *, dtype: str | torch.dtype | None = None) -> Model:
     """The policy of an adapter's folder with its adapter not merged, frozen. With the adapter off it is the policy that
     the training of the adapter started from."""
     from peft import PeftConfig, PeftModel
@@ -98,7 +100,7 @@ def load_adapted(folder: str | Path, *, dtype: str | torch.dtype | None = None) 
     return attached(core, config, trained).requires_grad_(False)
 
 
-def load_backbone(source: str | Path, *, dtype: str | torch.dtype = "float32") -> nn.Module:
+def load_backbone(source: str | Path, *, dtype: str | torch.dtype = "float32") -> Model:
     """The transformer under the head of a causal model or a classifier, from a folder (of an adapter too) or hub
     name."""
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -120,7 +122,7 @@ def load_backbone(source: str | Path, *, dtype: str | torch.dtype = "float32") -
 
 
 def load_sequence_classifier(
-    model: str | Path | nn.Module,
+    model: str | Path | Model,
     *,
     dtype: str | torch.dtype | None = None,
     attn_implementation: str | None = None,
@@ -130,7 +132,7 @@ def load_sequence_classifier(
     fresh_head: bool = True,
     sharded: bool = False,
     **kwargs,
-) -> nn.Module:
+) -> Model:
     """A model with one scalar output (`AutoModelForSequenceClassification`, num_labels=1), causal or encoder.
 
     A head that the checkpoint does not hold is drawn from N(0, 1/(d+1)), d its input width (Stiennon et al. 2020), with
@@ -157,8 +159,9 @@ def load_sequence_classifier(
     keep_4_bit_layers_differentiable(model)
     compute_soft_caps(language_model(model))
     head = head_name(model).split(".")[0]
-    if model.config.get_text_config().pad_token_id is None:
-        model.config.get_text_config().pad_token_id = pad_token_id
+    text_config = cast("Model", model).config.get_text_config()
+    if text_config.pad_token_id is None:
+        text_config.pad_token_id = pad_token_id
     if peft_config is not None:
         peft_config = copy.deepcopy(peft_config)
         peft_config.task_type = "SEQ_CLS"
@@ -166,7 +169,7 @@ def load_sequence_classifier(
     return _with_adapter(model, peft_config)
 
 
-def train_in_float32(model: nn.Module, *, adapter: bool) -> None:
+def train_in_float32(model: Model, *, adapter: bool) -> None:
     """Hold the weights that will be trained in float32, in place: an update of a learning rate as 1e-6 is smaller than
     the gap between two bfloat16 numbers, and most weights would never move. Mixed precision (`bf16`) computes in
     bfloat16 nevertheless. adapter: one will be added, and the weights that are there stay frozen, as they are."""
@@ -183,7 +186,7 @@ def train_in_float32(model: nn.Module, *, adapter: bool) -> None:
         model.float()
 
 
-def disable_dropout(model: nn.Module) -> None:
+def disable_dropout(model: Model) -> None:
     """Set every dropout to 0. Dropout makes a policy differ from its rollouts and from its reference.
 
     Dropouts are modules, or numbers that a module passes on (`dropout` and `layerdrop` of OPT, `attention_dropout`).
@@ -208,7 +211,7 @@ def disable_dropout(model: nn.Module) -> None:
 class Reference:
     """The frozen policy that KL is measured to: a copy, a model given, or the policy with its adapter switched off."""
 
-    def __init__(self, model: nn.Module, *, adapter_off: bool):
+    def __init__(self, model: Model, *, adapter_off: bool):
         self.model = model
         self.adapter_off = adapter_off
 
@@ -234,10 +237,12 @@ class Reference:
         else:
             self.model = accelerator.prepare_model(self.model, evaluation_mode=True)
 
-    def logps(self, input_ids: Tensor, attention_mask: Tensor, temperature: float = 1.0, **options) -> Tensor:
+    def logps(
+        self, input_ids: Tensor, attention_mask: Tensor, temperature: float = 1.0, *, mask: Tensor | None = None
+    ) -> Tensor:
         """As `token_logps`, under the reference: [B, T-1]."""
         with self.active() as model:
-            return token_logps(model, input_ids, attention_mask, temperature=temperature, **options)
+            return token_logps(model, input_ids, attention_mask, temperature=temperature, mask=mask)
 
     @contextmanager
     def active(self):
@@ -251,7 +256,7 @@ class Reference:
             self.model.train(training)
 
 
-def reference_of(model: nn.Module, ref_model: str | Path | nn.Module | None = None) -> Reference:
+def reference_of(model: Model, ref_model: str | Path | Model | None = None) -> Reference:
     """The reference of a policy that has not been trained yet.
 
     `ref_model` if given; else for a PEFT model itself with the adapter off; else a frozen copy of it.
@@ -263,18 +268,18 @@ def reference_of(model: nn.Module, ref_model: str | Path | nn.Module | None = No
     return Reference(freeze_copy(model) if ref_model is None else _frozen(load_policy(ref_model)), adapter_off=False)
 
 
-def freeze_copy(model: nn.Module) -> nn.Module:
+def freeze_copy(model: Model) -> Model:
     """A copy of the model that no optimiser can change, in eval mode."""
     if is_zero3(model.parameters()):
         return _frozen(zero3_twin(language_model(model)))
     return _frozen(copy.deepcopy(model))
 
 
-def _frozen(model: nn.Module) -> nn.Module:
+def _frozen(model: Model) -> Model:
     return model.eval().requires_grad_(False)
 
 
-def _with_adapter(model: nn.Module, peft_config) -> nn.Module:
+def _with_adapter(model: Model, peft_config) -> nn.Module:
     if peft_config is None:
         return model
     from peft import PeftModel, get_peft_model

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
+from typing import Any, Literal, overload
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,14 +19,41 @@ from align.distributed.shards import is_zero3
 from align.errors import TrainingError
 from align.modeling.heads import Head, LogitTransform, TokenValues, head_of
 from align.modeling.token_values import token_values
+from align.modeling.types import Model
 
 logger = logging.getLogger(__name__)
 
 _separable: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
+@overload
 def token_logps(
-    model: nn.Module,
+    model: Model,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    chunk_size: int | None = None,
+    return_entropy: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def token_logps(
+    model: Model,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    chunk_size: int | None = None,
+    return_entropy: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def token_logps(
+    model: Model,
     input_ids: Tensor,
     attention_mask: Tensor,
     *,
@@ -55,11 +83,13 @@ def token_logps(
     positions = nn.functional.pad(wanted, (0, 1)).flatten().nonzero().squeeze(-1)
     values = values_at(model, inputs, positions, finish, temperature=temperature)
     logps = values.logps.new_zeros(wanted.shape).masked_scatter(wanted, values.logps)
-    return (logps, torch.zeros_like(logps).masked_scatter(wanted, values.entropy)) if return_entropy else logps
+    if values.entropy is None:
+        return logps
+    return logps, torch.zeros_like(logps).masked_scatter(wanted, values.entropy)
 
 
 def values_at(
-    model: nn.Module,
+    model: Model,
     inputs: dict,
     positions: Tensor,
     finish: Callable[[Head, Tensor], TokenValues],
@@ -77,27 +107,27 @@ def values_at(
     return _through_logits(model, inputs, positions, finish, temperature)
 
 
-def head_inputs(model: nn.Module, inputs: dict, positions: Tensor) -> tuple[Head, Tensor]:
+def head_inputs(model: Model, inputs: dict, positions: Tensor) -> tuple[Head, Tensor]:
     """What a frozen model's logits at `positions` come from: its head, and hidden states [N, d] without gradient.
 
     Unlike the head in `values_at`, this one can be used after the forward pass: sharded weights are gathered, and an
     adapter that is off now stays out of it.
     """
-    kept = {}
+    kept: list[tuple[Head, Tensor]] = []
 
     def keep(head: Head, hidden: Tensor) -> TokenValues:
-        kept["head"], kept["hidden"] = head, hidden.detach()
+        kept.append((head, hidden.detach()))
         return TokenValues(hidden[:, 0])
 
     with torch.no_grad():
         values_at(model, inputs, positions, keep)
-    head, core = kept["head"], language_model(model)
+    (head, hidden), core = kept[-1], language_model(model)
     if head.forward is not _identity:
         head = head_of(_free_of_wrappers(core.get_output_embeddings()), head.vocabulary, head.transform)
-    return head, kept["hidden"]
+    return head, hidden
 
 
-def _free_of_wrappers(module: nn.Module) -> nn.Module:
+def _free_of_wrappers(module: Any) -> nn.Module:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper
 
@@ -105,13 +135,14 @@ def _free_of_wrappers(module: nn.Module) -> nn.Module:
         module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
     if not any(hasattr(p, "full_tensor") for p in module.parameters()):  # a DTensor, whose import is slow
         return module
-    whole = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+    whole = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
     whole.weight = nn.Parameter(module.weight.full_tensor(), requires_grad=False)
-    whole.bias = None if module.bias is None else nn.Parameter(module.bias.full_tensor(), requires_grad=False)
+    if module.bias is not None:
+        whole.bias = nn.Parameter(module.bias.full_tensor(), requires_grad=False)
     return whole
 
 
-def language_model(model: nn.Module) -> nn.Module:
+def language_model(model: Model) -> Model:
     """The transformers model inside wrappers (DDP, FSDP, torch.compile, PEFT)."""
     from accelerate.utils import extract_model_from_parallel
     from peft import PeftModel
@@ -125,7 +156,7 @@ def language_model(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def model_inputs(core: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> dict:
+def model_inputs(core: Model, input_ids: Tensor, attention_mask: Tensor) -> dict:
     """Keyword arguments of a forward pass: position ids follow the mask, where the model takes them."""
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     if "position_ids" in inspect.signature(type(core).forward).parameters:
@@ -133,7 +164,7 @@ def model_inputs(core: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> 
     return inputs
 
 
-def _head_can_run_alone(core: nn.Module) -> bool:
+def _head_can_run_alone(core: Model) -> bool:
     # ZeRO-3 frees a module's weights after its forward, so its head cannot be recomputed by itself in the backward pass
     head = core.get_output_embeddings()
     return head is not None and not is_zero3(head.parameters())
@@ -145,7 +176,7 @@ def _through_logits(model, inputs: dict, positions: Tensor, finish: Callable, te
 
 
 def _through_head(
-    model: nn.Module, core: nn.Module, inputs: dict, positions: Tensor, finish: Callable, temperature: float
+    model: Model, core: Model, inputs: dict, positions: Tensor, finish: Callable, temperature: float
 ) -> TokenValues:
     """One forward pass in which the head returns only the last position's logits and `finish` gets what it needs."""
     module, transform = core.get_output_embeddings(), logit_transform(core.config)
@@ -192,7 +223,7 @@ def _identity(logits: Tensor) -> Tensor:
     return logits
 
 
-def vocabulary_of(core: nn.Module) -> int:
+def vocabulary_of(core: Model) -> int:
     return core.config.get_text_config().vocab_size
 
 

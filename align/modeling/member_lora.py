@@ -9,12 +9,14 @@ import math
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from align.errors import ConfigError
 from align.modeling.members import Members, draw_heads, layer_list, modules_after
+from align.modeling.types import Model
 
 PREFIX = "base_model.model."  # PEFT's, of every name
 WEIGHTS = "adapter_model.safetensors"
@@ -46,7 +48,7 @@ class MemberLora(nn.Module):
         super().__init__()
         self.base, self.scaling, self.dropout = base, scaling, nn.Dropout(dropout)
         inputs, outputs = features
-        device = base.weight.device
+        device = base.get_parameter("weight").device
         bound = math.sqrt(1 / inputs)
         drawn = [(torch.rand(r, inputs, generator=torch.Generator().manual_seed(s)) * 2 - 1) * bound for s in seeds]
         self.lora_A = nn.Parameter(torch.stack(drawn).to(device))
@@ -66,7 +68,8 @@ class _Rows:
     """Multiplies what the layers get besides their hidden states (masks, positions), once per forward pass."""
 
     def __init__(self, count: int):
-        self.count, self.known = count, {}
+        self.count = count
+        self.known: dict[Any, Any] = {}
 
     def __call__(self, layer, args, kwargs, first: bool):
         hidden, *rest = args
@@ -88,7 +91,7 @@ class _Rows:
         return self.known[id(value)][1]
 
 
-def add_member_adapters(model: nn.Module, peft_config, seeds: list[int]) -> nn.Module:
+def add_member_adapters(model: Model, peft_config, seeds: list[int]) -> Model:
     """Freeze a classifier and give it one LoRA adapter and one head per seed. Changes the model in place.
 
     What follows the backbone (the head; with DistilBERT also the layer before it) is trained in full, as PEFT does.
@@ -125,7 +128,7 @@ def add_member_adapters(model: nn.Module, peft_config, seeds: list[int]) -> nn.M
     return model
 
 
-def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+def adapter_parameters(model: Model) -> list[nn.Parameter]:
     """The stacked matrices, [K, ...] each."""
     return [p for module in model.modules() if isinstance(module, MemberLora) for p in (module.lora_A, module.lora_B)]
 
@@ -143,7 +146,7 @@ def check_plain(peft_config) -> None:
         raise ConfigError(f"members on one model support plain LoRA only: leave {', '.join(other)} out")
 
 
-def save_adapter(model: nn.Module, index: int, peft_config, folder: str | Path) -> None:
+def save_adapter(model: Model, index: int, peft_config, folder: str | Path) -> None:
     """Write one member as a PEFT adapter of a classifier: `adapter_config.json` and the weights, with its head."""
     from safetensors.torch import save_file
 
@@ -156,7 +159,7 @@ def save_adapter(model: nn.Module, index: int, peft_config, folder: str | Path) 
     save_file(state, Path(folder) / WEIGHTS)
 
 
-def load_adapter(model: nn.Module, index: int, folder: str | Path) -> None:
+def load_adapter(model: Model, index: int, folder: str | Path) -> None:
     """Read what `save_adapter` (or PEFT) wrote into member `index`. Raises `ConfigError` unless the names match."""
     from safetensors.torch import load_file
 
@@ -169,7 +172,7 @@ def load_adapter(model: nn.Module, index: int, folder: str | Path) -> None:
             value.copy_(saved[name])
 
 
-def adapter_state(model: nn.Module, index: int) -> dict[str, Tensor]:
+def adapter_state(model: Model, index: int) -> dict[str, Tensor]:
     """One member's weights under PEFT's names; views, not copies."""
     state = {}
     for name, module in model.named_modules():
@@ -181,7 +184,7 @@ def adapter_state(model: nn.Module, index: int) -> dict[str, Tensor]:
     return state
 
 
-def _adapted(model: nn.Module, peft_config, seeds: list[int]) -> dict[str, MemberLora]:
+def _adapted(model: Model, peft_config, seeds: list[int]) -> dict[str, MemberLora]:
     """What PEFT would adapt, by name. PEFT finds the modules; the model is as before afterwards."""
     from peft import inject_adapter_in_model
     from peft.tuners.lora import LoraLayer

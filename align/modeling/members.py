@@ -8,6 +8,7 @@ the model looks like a classifier with K outputs.
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from align.errors import ConfigError
 from align.modeling.score_head import draw_head, head_name
 from align.modeling.scores import sequence_scores
+from align.modeling.types import Model
 
 
 class Members(nn.Module):
@@ -39,7 +41,7 @@ class Members(nn.Module):
 
     def _filled(self, outputs: Iterable[Tensor], hidden: Tensor) -> Tensor:
         """As torch.cat, without holding the outputs twice: the input of all but the first is overwritten."""
-        whole = None if self.first else hidden.contiguous().view(len(self.members), -1, *hidden.shape[1:])
+        whole: Any = None if self.first else hidden.contiguous().view(len(self.members), -1, *hidden.shape[1:])
         for i, output in enumerate(outputs):
             if whole is None or whole[i].shape != output.shape or whole.dtype != output.dtype:
                 whole = output.new_empty(len(self.members), *output.shape)
@@ -55,12 +57,12 @@ class Members(nn.Module):
             return getattr(self.members[0], name)
 
 
-def member_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, count: int) -> Tensor:
+def member_scores(model: Model, input_ids: Tensor, attention_mask: Tensor, count: int) -> Tensor:
     """Scores [K, B] of every member, as `sequence_scores`."""
     return sequence_scores(model, input_ids, attention_mask).view(-1, count).T
 
 
-def share_trunk(model: nn.Module, seeds: list[int], upper_layers: int, *, train_trunk: bool = False) -> nn.Module:
+def share_trunk(model: Model, seeds: list[int], upper_layers: int, *, train_trunk: bool = False) -> Model:
     """Make a classifier hold one member per seed: the upper `upper_layers` layers and all that follows them are copied.
 
     Every member's head is drawn anew with its seed; all else starts as it was. Without `train_trunk` what the members
@@ -73,7 +75,7 @@ def share_trunk(model: nn.Module, seeds: list[int], upper_layers: int, *, train_
     return model
 
 
-def copy_upper(model: nn.Module, count: int, upper_layers: int) -> None:
+def copy_upper(model: Model, count: int, upper_layers: int) -> None:
     """Replace the upper layers and what follows them by `count` copies, in place."""
     layers = layer_list(model)
     if not 1 <= upper_layers < len(layers):
@@ -90,14 +92,14 @@ def copy_upper(model: nn.Module, count: int, upper_layers: int) -> None:
     model.config.get_text_config().use_cache = False  # the members' layers of one index would write to one cache
 
 
-def draw_heads(model: nn.Module, seeds: list[int]) -> None:
+def draw_heads(model: Model, seeds: list[int]) -> None:
     """A new head for every member, each with its seed."""
     head = model.get_submodule(head_name(model).split(".")[0])
     for member, seed in zip(head.members, seeds, strict=True):
         draw_head(member if isinstance(member, nn.Linear) else member.get_submodule(head_name(member)), seed)
 
 
-def freeze_all_but_members(model: nn.Module) -> None:
+def freeze_all_but_members(model: Model) -> None:
     model.requires_grad_(False)
     for module in model.modules():
         if isinstance(module, Members):
@@ -119,7 +121,7 @@ def member_state(state: dict[str, Tensor], index: int) -> dict[str, Tensor]:
 # ---- where the layers are -------------------------------------------------------------------------------------------
 
 
-def layer_list(model: nn.Module) -> nn.ModuleList:
+def layer_list(model: Model) -> nn.ModuleList:
     """The list of transformer layers: the outermost module list with as many entries of one class as the config says.
 
     Raises `ConfigError` where there is none or more than one (encoder-decoders, layers that share weights).
@@ -142,7 +144,7 @@ def layer_list(model: nn.Module) -> nn.ModuleList:
 
 
 @torch.no_grad()
-def modules_after(model: nn.Module, layers: nn.ModuleList) -> list[str]:
+def modules_after(model: Model, layers: nn.ModuleList) -> list[str]:
     """Names of the outermost modules with parameters that run after the last layer (final norm, pooler, head)."""
     ran, outputs = [], []
 

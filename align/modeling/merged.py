@@ -10,11 +10,12 @@ from align.errors import ConfigError
 from align.modeling.adapters import adapter_base, is_adapter, read_start
 from align.modeling.pretrained import load_whole, only_errors_from_transformers
 from align.modeling.score_head import draw_head, head_name
+from align.modeling.types import Model
 
 logger = logging.getLogger(__name__)
 
 
-def load_merged(auto_class, folder: str, options: dict, **head) -> nn.Module:
+def load_merged(auto_class, folder: str, options: dict, **head) -> Model:
     """The model that an adapter's folder stands for, trainable, with `adapter_start` set. head: as for `load_whole`."""
     from peft import PeftConfig, PeftModel
 
@@ -65,7 +66,7 @@ def _grafted(folder: str, options: dict, head_seed: int | None) -> nn.Module:
     return model
 
 
-def _weights_before(adapted: nn.Module) -> list[tuple[nn.Module, Tensor, Tensor]]:
+def _weights_before(adapted: nn.Module) -> list[tuple[nn.Linear, Tensor, Tensor]]:
     """Of at most four adapted layers: the plain layer, its weight before the merge, and what the merge should add."""
     from peft.tuners.lora import LoraLayer
 
@@ -77,7 +78,7 @@ def _weights_before(adapted: nn.Module) -> list[tuple[nn.Module, Tensor, Tensor]
     ]
 
 
-def _warn_of_rounding(folder: str, probes: list[tuple[nn.Module, Tensor, Tensor]]) -> None:
+def _warn_of_rounding(folder: str, probes: list[tuple[nn.Linear, Tensor, Tensor]]) -> None:
     """16-bit weights round small updates away: say how much of the adapter has arrived."""
     wanted = sum(delta.float().square().sum().item() for _, _, delta in probes)
     if wanted:

@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from align.modeling.load import Reference
 from align.modeling.logprobs import head_inputs, language_model, model_inputs, values_at
 from align.modeling.token_values import token_values
+from align.modeling.types import Model
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Completions(NamedTuple):
 
 
 def pair_tokens(
-    model: nn.Module, batch: dict[str, Tensor], *, chunk_size: int | None = None, sum_squares: bool = False
+    model: Model, batch: dict[str, Tensor], *, chunk_size: int | None = None, sum_squares: bool = False
 ) -> PairTokens:
     """Log-probs of the completions of a batch of pairs, differentiable.
 
@@ -57,7 +58,7 @@ def pair_tokens(
 
 
 def pair_tokens_with_kl(
-    model: nn.Module,
+    model: Model,
     reference: Reference,
     batch: dict[str, Tensor],
     *,
@@ -72,18 +73,22 @@ def pair_tokens_with_kl(
     places = completions(batch)
     with reference.active() as ref_model:
         head, hidden = head_inputs(ref_model, pair_inputs(ref_model, batch), places.sources[places.mask])
-    return _tokens(model, batch, chunk_size=chunk_size, sum_squares=sum_squares, reference=(head, hidden))
+    policy, ref = _tokens(model, batch, chunk_size=chunk_size, sum_squares=sum_squares, reference=(head, hidden))
+    return policy, cast(PairTokens, ref)
 
 
-def _tokens(model: nn.Module, batch: dict[str, Tensor], **options) -> tuple[PairTokens, PairTokens]:
+def _tokens(model: Model, batch: dict[str, Tensor], **options) -> tuple[PairTokens, PairTokens | None]:
     places = completions(batch)
     finish = partial(token_values, targets=places.ids[places.mask], **options)
     values = values_at(model, pair_inputs(model, batch), places.sources[places.mask], finish)
-    logps, kl, _, log_squares, ref_logps = (None if v is None else _rows(v, places) for v in values)
-    return PairTokens(logps, places.mask, kl, log_squares), PairTokens(ref_logps, places.mask)
+    kl, log_squares, ref_logps = (
+        None if v is None else _rows(v, places) for v in (values.kl, values.log_sum_squares, values.ref_logps)
+    )
+    policy = PairTokens(_rows(values.logps, places), places.mask, kl, log_squares)
+    return policy, None if ref_logps is None else PairTokens(ref_logps, places.mask)
 
 
-def pair_inputs(model: nn.Module, batch: dict[str, Tensor]) -> dict:
+def pair_inputs(model: Model, batch: dict[str, Tensor]) -> dict:
     """Keyword arguments of a forward pass of the model."""
     if "position_ids" in batch:
         return {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")} | {"use_cache": False}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 from accelerate.utils import broadcast_object_list
-from torch import Tensor, nn
+from torch import Tensor
 
 from align.data.collate import PairCollator
 from align.data.shared_prefix import SharedPrefixCollator
@@ -14,11 +14,12 @@ from align.modeling import shared_prefix
 from align.modeling.logprobs import language_model
 from align.modeling.pairs import pair_tokens
 from align.modeling.scores import pair_scores
+from align.modeling.types import Model
 
 logger = logging.getLogger(__name__)
 
 
-def enable_shared_prefix(model: nn.Module, max_length: int | None) -> str | None:
+def enable_shared_prefix(model: Model, max_length: int | None) -> str | None:
     """Make a model take the batches of `SharedPrefixCollator`. Returns None, or why it cannot; then it is unchanged.
 
     Besides what its architecture and configuration tell, the log-probs of two made-up pairs are computed in both
@@ -32,12 +33,12 @@ def enable_shared_prefix(model: nn.Module, max_length: int | None) -> str | None
     return _enable(model, max_length, "log-probs", lambda batch: pair_tokens(model, batch).logps)
 
 
-def enable_shared_scores(model: nn.Module, max_length: int | None) -> str | None:
+def enable_shared_scores(model: Model, max_length: int | None) -> str | None:
     """The same for a classifier, whose scores of the two pairs must be the same."""
     return _enable(model, max_length, "scores", lambda batch: pair_scores(model, batch))
 
 
-def enable_trunk(trunk: nn.Module, model: nn.Module, max_length: int | None) -> str | None:
+def enable_trunk(trunk: Model, model: Model, max_length: int | None) -> str | None:
     """The same for a model without a head, such as a critic, of the kind that is in `model`, which takes such rows."""
     kind, known = type(trunk).__name__, type(language_model(model).base_model).__name__
     if kind != known:
@@ -48,7 +49,7 @@ def enable_trunk(trunk: nn.Module, model: nn.Module, max_length: int | None) -> 
     return reason
 
 
-def _enable(model: nn.Module, max_length: int | None, what: str, values: Callable[[dict], Tensor]) -> str | None:
+def _enable(model: Model, max_length: int | None, what: str, values: Callable[[dict], Tensor]) -> str | None:
     core = language_model(model)
     reason = _unsuitable(model, core, max_length)
     if reason is not None:
@@ -62,7 +63,7 @@ def _enable(model: nn.Module, max_length: int | None, what: str, values: Callabl
     return reason
 
 
-def _unsuitable(model: nn.Module, core: nn.Module, max_length: int | None) -> str | None:
+def _unsuitable(model: Model, core: Model, max_length: int | None) -> str | None:
     from peft import PeftModel
 
     config = core.config.get_text_config()
@@ -87,7 +88,7 @@ def _unsuitable(model: nn.Module, core: nn.Module, max_length: int | None) -> st
 
 
 @torch.no_grad()
-def _difference(model: nn.Module, what: str, values: Callable[[dict], Tensor]) -> str | None:
+def _difference(model: Model, what: str, values: Callable[[dict], Tensor]) -> str | None:
     """Why the values of two small pairs differ between the layouts; None if they do not."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = language_model(model).config.get_text_config().vocab_size

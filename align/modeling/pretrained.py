@@ -5,11 +5,11 @@ import os
 from contextlib import contextmanager, nullcontext
 
 import torch
-from torch import nn
 
 from align.errors import ConfigError
 from align.modeling.adapters import is_adapter
 from align.modeling.score_head import draw_head, head_name
+from align.modeling.types import Model
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def from_pretrained(auto_class, source: str, what: str, *, sharded: bool = False
         raise ConfigError(f"cannot load the {what} {source!r}: {str(error).strip().splitlines()[0]}") from error
 
 
-def load_whole(auto_class, source: str, options: dict, **head) -> nn.Module:
+def load_whole(auto_class, source: str, options: dict, **head) -> Model:
     if not head:
         return from_pretrained(auto_class, source, "model", **options)
     with only_errors_from_transformers():  # a missing head is expected; what else is missing is said below
@@ -66,7 +66,7 @@ def only_errors_from_transformers():
         transformers_logging.set_verbosity(before)
 
 
-def keep_4_bit_layers_differentiable(model: nn.Module) -> None:
+def keep_4_bit_layers_differentiable(model: Model) -> None:
     """On processors bitsandbytes repacks a 4-bit layer at its first pass without gradient (an evaluation, a reference),
     for good, into a form that has no backward pass."""
     for module in model.modules():

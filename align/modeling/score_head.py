@@ -5,9 +5,10 @@ from torch import nn
 
 from align.distributed.shards import gathered
 from align.errors import ConfigError
+from align.modeling.types import Model
 
 
-def head_name(model: nn.Module) -> str:
+def head_name(model: Model) -> str:
     """Name of the linear layer that makes the one score."""
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features == 1]
     if not names:

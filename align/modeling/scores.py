@@ -3,13 +3,14 @@
 import inspect
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from align.modeling.logprobs import language_model
 from align.modeling.score_head import head_name
+from align.modeling.types import Model
 
 
-def sequence_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def sequence_scores(model: Model, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """One score per sequence [B], float32 (or float64), differentiable. input_ids, attention_mask: [B, T].
 
     The last real token is found from the attention mask alone. transformers looks for the last token that is not the
@@ -22,7 +23,7 @@ def sequence_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor)
     return _scores_at(model, {"input_ids": input_ids, "attention_mask": attention_mask}, (rows, last))
 
 
-def pair_scores(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def pair_scores(model: Model, batch: dict[str, Tensor]) -> Tensor:
     """Scores [2B] of a batch of pairs, chosen and then rejected, as `sequence_scores`.
 
     batch: of `PairCollator`, or of `SharedPrefixCollator` for a model that takes such rows
@@ -44,7 +45,7 @@ def last_of_rests(table: Tensor) -> Tensor:
     return torch.where(lengths[:, 1:] > 0, ends[:, 1:], ends[:, :1]).T.flatten()
 
 
-def _scores_at(model: nn.Module, inputs: dict, last: tuple) -> Tensor:
+def _scores_at(model: Model, inputs: dict, last: tuple) -> Tensor:
     """The outputs of the head in a forward pass; of a head on every token those at `last` (rows, positions)."""
     core = language_model(model)
     kept = {}

@@ -12,6 +12,7 @@ its own tokens. Soft-capped scores (Gemma-2), which SDPA does not know, are comp
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from align.errors import TrainingError
+from align.modeling.types import Model
 
 IMPLEMENTATION = "sdpa_shared_prefix"
 BLOCK = 128  # FlexAttention's blocks, in tokens
@@ -34,7 +36,7 @@ def register() -> None:
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
 
 
-def compute_soft_caps(core: nn.Module) -> None:
+def compute_soft_caps(core: Model) -> None:
     """Have a model with soft-capped attention scores (Gemma-2) compute them: transformers' SDPA leaves the cap out."""
     capped = vars(core.config.get_text_config()).get("attn_logit_softcapping")
     if capped is not None and core.config._attn_implementation == "sdpa":
@@ -57,7 +59,12 @@ def attention(
     if attention_mask is None or attention_mask.dtype not in (torch.int32, torch.int64):
         if softcap is not None:
             causal = attention_mask is None and query.shape[2] > 1
-            options = {"attn_mask": attention_mask, "is_causal": causal, "scale": scaling, "dropout_p": dropout}
+            options: dict[str, Any] = {
+                "attn_mask": attention_mask,
+                "is_causal": causal,
+                "scale": scaling,
+                "dropout_p": dropout,
+            }
             return soft_capped(query, key, value, softcap=softcap, **options).transpose(1, 2).contiguous(), None
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -86,6 +93,7 @@ def group_by_group(
     query: Tensor, key: Tensor, value: Tensor, segments: list, *, softcap: float | None = None, **options
 ) -> Tensor:
     """[1, heads, N, d]. segments: of each group, the length of its prefix, and length and mask of each rest."""
+    attend: Callable[..., Tensor]
     if softcap is not None:
         attend, options = soft_capped, {**options, "softcap": softcap}
     else:
@@ -149,15 +157,18 @@ def flex(query: Tensor, key: Tensor, value: Tensor, mask, *, scale: float | None
 def _flex_attention(compiled: bool) -> Callable:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention) if compiled else flex_attention
+    return cast(Callable, torch.compile(flex_attention) if compiled else flex_attention)
 
 
 @cache  # one function per cap, so that a compiled kernel is found again
 def _cap(softcap: float | None) -> Callable | None:
+    if softcap is None:
+        return None
+
     def capped(score, batch, head, query, key):
         return softcap * torch.tanh(score / softcap)
 
-    return None if softcap is None else capped
+    return capped
 
 
 def block_mask(table: Tensor, count: int | None = None):
@@ -212,7 +223,7 @@ def visible(table: Tensor, count: int | None = None) -> Callable[..., Tensor]:
 def _segments(table: Tensor) -> list[tuple[int, list[tuple[int, Tensor | None]]]]:
     segments = []
     for prefix, first, *others in table.view(-1, table.shape[-1]).tolist():
-        rests = [(first, None)]
+        rests: list[tuple[int, Tensor | None]] = [(first, None)]
         for length in filter(None, others):
             mask = torch.ones(length, prefix + length, dtype=torch.bool, device=table.device)
             rests.append((length, mask.tril(prefix)))

@@ -23,17 +23,19 @@ def make_soup(folders: Sequence[str | Path], weights: Sequence[float], output_di
     by side, so its rank is the sum of theirs. (Averaging the factors A and B would add cross terms.) Whole models are
     averaged weight by weight; their weights must sum to 1. Raises ConfigError for policies that have no exact soup.
     """
-    folders, output_dir = [Path(folder) for folder in folders], Path(output_dir)
-    if not folders or len(folders) != len(weights):
-        raise ConfigError(f"a soup needs one weight per policy, got {len(folders)} policies and {len(weights)} weights")
-    are_adapters = {(folder / "adapter_config.json").exists() for folder in folders}
+    policies, output_dir = [Path(folder) for folder in folders], Path(output_dir)
+    if not policies or len(policies) != len(weights):
+        raise ConfigError(
+            f"a soup needs one weight per policy, got {len(policies)} policies and {len(weights)} weights"
+        )
+    are_adapters = {(folder / "adapter_config.json").exists() for folder in policies}
     if len(are_adapters) > 1:
-        raise ConfigError(f"a soup is of adapters or of whole models, not of both: {', '.join(map(str, folders))}")
+        raise ConfigError(f"a soup is of adapters or of whole models, not of both: {', '.join(map(str, policies))}")
     if are_adapters.pop():
-        _adapter_soup(folders, weights, output_dir)
+        _adapter_soup(policies, weights, output_dir)
     else:
-        _model_soup(folders, weights, output_dir)
-    load_tokenizer(folders[0]).save_pretrained(output_dir)
+        _model_soup(policies, weights, output_dir)
+    load_tokenizer(policies[0]).save_pretrained(output_dir)
     return output_dir
 
 
@@ -67,12 +69,12 @@ def _adapter_soup(folders: list[Path], weights: Sequence[float], output_dir: Pat
     left = sorted(states[0].keys() - soup.keys())
     if left:
         raise ConfigError(f"{folders[0]} holds {left[0]}, which is no factor of LoRA: its soup would not be exact")
-    config: LoraConfig = configs[0]
-    config.r = config.lora_alpha = sum(other.r for other in configs)  # scale 1: the scales are in B
-    config.use_rslora, config.lora_dropout, config.inference_mode = False, 0.0, True
+    joined: LoraConfig = configs[0]
+    joined.r = joined.lora_alpha = sum(other.r for other in configs)  # scale 1: the scales are in B
+    joined.use_rslora, joined.lora_dropout, joined.inference_mode = False, 0.0, True
     output_dir.mkdir(parents=True, exist_ok=True)
     save_file({name: values.contiguous() for name, values in soup.items()}, output_dir / "adapter_model.safetensors")
-    config.save_pretrained(str(output_dir))
+    joined.save_pretrained(str(output_dir))
 
 
 def _check_adapter(folder: Path, config, first) -> None:

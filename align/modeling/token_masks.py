@@ -9,6 +9,7 @@ import json
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from align.errors import ConfigError, DataError
 from align.modeling.members import layer_list
 from align.modeling.pairs import Completions
+from align.modeling.types import Model
 
 FILE_NAME = "token_masks.safetensors"
 INITS = ("unit", "released")
@@ -71,7 +73,9 @@ class TokenMask(nn.Module):
         return weights if weights.dtype == torch.float64 else weights.float()
 
     def _layer(self, layer: int, h: Tensor) -> Tensor:
-        weight, bias = self.first[layer].weight, self.first[layer].bias
+        first = self.first[layer]
+        weight: Tensor = first.get_parameter("weight")
+        bias: Tensor = first.get_parameter("bias")
         if self.norm is not None:
             # LayerNorm's gain and shift are folded in, so that the backward pass keeps one copy of the standardised
             # state, which both networks share, and not one per network and operation
@@ -92,7 +96,7 @@ class TokenMask(nn.Module):
             fifths of the tokens and about 0.01 for the others: the loss starts nearly flat.
         """
         for layer, first in enumerate(self.first):
-            linears = [first, self.second[layer]] if self.second else [first]
+            linears: list[Any] = [first, self.second[layer]] if self.second else [first]
             for linear in linears:
                 spread = 0.02 if init == "released" else linear.in_features**-0.5
                 linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator) * spread)
@@ -121,7 +125,7 @@ class TokenMasks(nn.Module):
         """Draw all networks with one seed; returns self."""
         generator = torch.Generator().manual_seed(seed)
         for network in self.networks.values():
-            network.initialise(init, generator)
+            cast(TokenMask, network).initialise(init, generator)
         return self
 
     def forward(self, states: list[Tensor], mask: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -148,7 +152,7 @@ def standardise(h: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 @contextmanager
-def watch_states(core: nn.Module, places: Completions, layers: str = "all"):
+def watch_states(core: Model, places: Completions, layers: str = "all"):
     """A list that holds, after a forward pass of `core` inside, what `TokenMasks` reads for the N completion tokens of
     the batch: [N, d] per layer. The states are transformers' `hidden_states[1:]` before each token, the last one after
     the final norm; standardised for `all` layers, as it is for the `last`. Nothing else of them is kept.
@@ -158,7 +162,7 @@ def watch_states(core: nn.Module, places: Completions, layers: str = "all"):
     """
     states: list[Tensor] = []
     sources = places.sources[places.mask]
-    blocks = decoder_layers(core)[:-1] if layers == "all" else []
+    blocks = list(decoder_layers(core))[:-1] if layers == "all" else []
 
     def keep(module, args, output):
         h = first_of(output).detach().flatten(0, 1)[sources]
@@ -174,7 +178,7 @@ def watch_states(core: nn.Module, places: Completions, layers: str = "all"):
             hook.remove()
 
 
-def decoder_layers(core: nn.Module) -> nn.ModuleList:
+def decoder_layers(core: Model) -> nn.ModuleList:
     """The transformer layers of a model. Raises ConfigError where they cannot be told."""
     try:
         return layer_list(core)

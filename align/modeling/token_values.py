@@ -44,9 +44,9 @@ def token_values(
 
 def _chunked(head: Head, hidden: Tensor, targets: Tensor, reference, options: dict, chunk_size: int | None):
     size = chunk_size or max(LARGE_TILE // head.vocabulary, 1)
-    ref_head, ref_hidden = reference or (None, None)
+    ref_head, *ref_hidden = reference or (None,)
     step = partial(_chunk_values, head, ref_head, **options)
-    parts = [t.split(size) for t in (hidden, targets, *([] if reference is None else [ref_hidden]))]
+    parts = [t.split(size) for t in (hidden, targets, *ref_hidden)]
     if len(parts[0]) > 1 and torch.is_grad_enabled():
         step = partial(checkpoint, step, use_reentrant=False)
     device = hidden.device.type
@@ -58,8 +58,8 @@ def _chunked(head: Head, hidden: Tensor, targets: Tensor, reference, options: di
         enabled=torch.is_autocast_enabled(device),
         cache_enabled=False,
     ):
-        columns = zip(*[step(*chunk) for chunk in zip(*parts, strict=True)], strict=True)
-    return TokenValues(*[None if column[0] is None else torch.cat(column) for column in columns])
+        logps, *others = zip(*[step(*chunk) for chunk in zip(*parts, strict=True)], strict=True)
+    return TokenValues(torch.cat(logps), *[None if column[0] is None else torch.cat(column) for column in others])
 
 
 def _chunk_values(

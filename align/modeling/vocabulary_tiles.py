@@ -5,7 +5,7 @@ costs one more product with the head, and saves writing and reading [tokens, voc
 the faster of the two.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -44,8 +44,9 @@ class _Tiled(torch.autograd.Function):
         sides = _sides(tensors, transforms, dtype)
         tiling = _Tiling(targets, sides[0].weight, chunk_size)
         blocks = [_block_values(sides, targets[rows], rows, tiling, **options) for rows in tiling.blocks]
-        columns = [None if column[0] is None else torch.cat(column) for column in zip(*blocks, strict=True)]
-        values, normalisers = TokenValues(*columns[:5]), columns[5:]
+        logps, *others = zip(*blocks, strict=True)
+        columns = [None if column[0] is None else torch.cat(column) for column in others]
+        values, normalisers = TokenValues(torch.cat(logps), *columns[:4]), columns[4:]
         ctx.transforms, ctx.chunk_size, ctx.dtype = transforms, chunk_size, dtype
         # as they came: what autocast makes of them is made again, rather than kept until then
         ctx.save_for_backward(targets, *normalisers, *tensors)
@@ -66,22 +67,22 @@ class _Tiled(torch.autograd.Function):
         d_bias = torch.empty_like(tensors[2]) if need_bias else None
         for tile in tiling.tiles:
             weight = policy.weight[tile]
-            tile_weight = torch.zeros_like(weight, dtype=top.dtype) if need_weight else None
-            tile_bias = top.new_zeros(len(weight)) if need_bias else None
+            tile_weight = None if d_weight is None else torch.zeros_like(weight, dtype=top.dtype)
+            tile_bias = None if d_bias is None else top.new_zeros(len(weight))
             for rows in tiling.blocks:
                 d = _logit_gradients(sides, rows, tile, tiling, targets, g, k, normalisers)
-                if need_bias:
+                if tile_bias is not None:
                     tile_bias += d.sum(0)
                 d = tiling.cast(d, weight.dtype, "gradient")
-                if need_weight:
+                if tile_weight is not None:
                     _add_product(tile_weight, d.T, policy.hidden[rows])
-                if need_hidden:
+                if d_hidden is not None:
                     _add_product(d_hidden[rows], d, weight)
-            if need_weight:
+            if d_weight is not None and tile_weight is not None:
                 d_weight[tile] = tile_weight
-            if need_bias:
+            if d_bias is not None and tile_bias is not None:
                 d_bias[tile] = tile_bias
-        if need_hidden:
+        if d_hidden is not None:
             d_hidden = d_hidden.to(tensors[0].dtype)
         return None, None, None, None, None, d_hidden, d_weight, d_bias, *[None] * (len(tensors) - 3)
 
@@ -134,7 +135,8 @@ class _Side(NamedTuple):
 def _sides(tensors, transforms, dtype: torch.dtype | None) -> list[_Side]:
     if dtype is not None:
         tensors = [t if t is None else t.to(dtype) for t in tensors]
-    return [_Side(*tensors[3 * i : 3 * i + 3], transform) for i, transform in enumerate(transforms)]
+    parts = zip(tensors[0::3], tensors[1::3], tensors[2::3], transforms, strict=True)
+    return [_Side(hidden, weight, bias, transform) for hidden, weight, bias, transform in parts]
 
 
 class _Tiling:
@@ -168,7 +170,8 @@ class _Tiling:
 def _block_values(sides: list[_Side], targets: Tensor, rows: slice, tiling: _Tiling, entropy, sum_squares) -> tuple:
     """The fields of TokenValues, then largest logit and normaliser of policy and reference."""
     policy, reference = _Sums(), _Sums()
-    at_target = ref_at_target = None
+    at_target: Any = None  # there is a first tile
+    ref_at_target: Any = None
     for tile in tiling.tiles:
         z = sides[0].logits(rows, tile, tiling, "policy")
         at_target = _at_targets(z, targets, tile, at_target)
@@ -179,11 +182,11 @@ def _block_values(sides: list[_Side], targets: Tensor, rows: slice, tiling: _Til
         policy.add(z, tiling.like(z, "weighted").copy_(z) if entropy else None, sum_squares)
     top, total, mean_logit, log_squares = policy.finish()
     logps, lse = (at_target - top) - total.log(), top + total.log()  # the first is exact to the end where p is near 1
-    spread = lse - mean_logit if entropy else None
+    spread = None if mean_logit is None else lse - mean_logit
     if len(sides) == 1:
         return logps, None, spread, log_squares, None, top, total, None, None
     ref_top, ref_total, mean_difference, _ = reference.finish()
-    kl = mean_difference - (ref_top + ref_total.log()) + lse
+    kl = cast(Tensor, mean_difference) - (ref_top + ref_total.log()) + lse
     ref_logps = (ref_at_target - ref_top) - ref_total.log()
     return logps, kl, spread, log_squares, ref_logps, top, total, ref_top, ref_total
 
@@ -198,7 +201,10 @@ class _Sums:
     """From tiles: max_v z_v; sum_v exp(z_v - max); the mean of x under p = softmax(z); log sum_v p_v^2."""
 
     def __init__(self):
-        self.tops, self.sums, self.weighted, self.squares = [], [], [], []
+        self.tops: list[Tensor] = []
+        self.sums: list[Tensor] = []
+        self.weighted: list[Tensor] = []
+        self.squares: list[Tensor] = []
 
     def add(self, z: Tensor, x: Tensor | None, squares: bool = False) -> None:
         """Takes a tile of z and of x [N, v], and destroys both."""

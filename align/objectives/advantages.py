@@ -52,6 +52,8 @@ def remax_token_weights(
         exponent = valid.sum(-1, keepdim=True) - valid.cumsum(-1) + 1
         weights = weights * gamma ** exponent.to(weights.dtype)
     if kl_mode != "none":
+        if ref_logps is None:
+            raise ConfigError(f"kl_mode {kl_mode} needs the reference's log-probs")
         log_ratio = k1(logps, ref_logps).detach()
         weights = weights - beta * (log_ratio if kl_mode == "one_step" else reward_to_go(log_ratio, mask))
     return torch.where(valid, weights, torch.zeros_like(weights))

@@ -56,9 +56,8 @@ class RunningMoments:
         """values: [N]. One value has no standard deviation: it leaves everything as it is."""
         if len(values) < 2:
             return
-        batch = values.mean().item(), values.std().item()
-        keep = self.momentum
-        self.sums = tuple(keep * old + (1 - keep) * new for old, new in zip(self.sums, batch, strict=True))
+        keep, (mean, std) = self.momentum, self.sums
+        self.sums = (keep * mean + (1 - keep) * values.mean().item(), keep * std + (1 - keep) * values.std().item())
         self.steps += 1
 
     @property

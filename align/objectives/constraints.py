@@ -45,7 +45,9 @@ def squash(raw: Tensor, form: str) -> Tensor:
     """The multiplier of a raw value: sigmoid in (0, 1), tanh in (-1, 1), softplus above 0."""
     if form not in FORMS:
         raise ConfigError(f"multiplier form must be one of {', '.join(FORMS)}, got {form!r}")
-    return {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "softplus": torch.nn.functional.softplus}[form](raw)
+    if form == "softplus":
+        return torch.nn.functional.softplus(raw)
+    return torch.sigmoid(raw) if form == "sigmoid" else torch.tanh(raw)
 
 
 def squash_slope(raw: Tensor, form: str) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from align.objectives.pair_logps import PairLogps
+from align.objectives.pair_logps import PairLogps, required
 
 
 def sigmoid(pairs: PairLogps, *, beta: float = 0.1) -> Tensor:
@@ -103,7 +103,8 @@ def aot(pairs: PairLogps, *, beta: float = 0.1, label_smoothing: float = 0.0) ->
     entries of [B] no longer belong to a pair each. With one pair it is cDPO.
     """
     margins = (pairs.chosen - pairs.rejected).sort().values
-    ref_margins = (pairs.ref_chosen - pairs.ref_rejected).sort().values
+    reference = "the reference's log-probs"
+    ref_margins = (required(pairs.ref_chosen, reference) - required(pairs.ref_rejected, reference)).sort().values
     return smoothed(beta * (margins - ref_margins), label_smoothing)
 
 

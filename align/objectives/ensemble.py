@@ -2,6 +2,7 @@
 Overoptimization", arXiv 2310.02743, section 3.2)."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -74,7 +75,8 @@ def aggregate(
     elif rule == "wco":
         combined = scores.amin(0)
     elif rule == "quantile":
-        combined = torch.quantile(scores, quantile, dim=0)
+        combined = torch.quantile(scores, cast(float, quantile), dim=0)
     else:
-        combined = mean - lambda_ * (variance if rule == "uwo" else variance.sqrt())
+        spread = cast(Tensor, variance) if rule == "uwo" else cast(Tensor, variance).sqrt()
+        combined = mean - cast(float, lambda_) * spread  # `check_rule` has seen lambda and two members
     return Aggregate(combined, mean, variance)

@@ -104,19 +104,18 @@ class Multipliers:
 
     def _move(self, slack: torch.Tensor) -> None:
         if self.pid is not None:
-            raw = self._controlled(-slack)
+            raw = self._controlled(self.pid, -slack)
         else:
             gradient = squash_slope(self.raw, self.form) * slack
             if self.max_grad_norm is not None:
                 gradient = gradient * min(1.0, self.max_grad_norm / (gradient.norm().item() + 1e-6))
-            started = self.velocity is not None
-            self.velocity = self.momentum * self.velocity + gradient if started else gradient
+            self.velocity = gradient if self.velocity is None else self.momentum * self.velocity + gradient
             raw = self.raw - self.learning_rate * self.velocity
         self.raw = raw.clamp(*self.bounds)
 
-    def _controlled(self, error: torch.Tensor) -> torch.Tensor:
+    def _controlled(self, gains: PID, error: torch.Tensor) -> torch.Tensor:
         """The raw values that the PID controller sets at this error [N]."""
-        gains, bound = self.pid, self.pid.integral_bound
+        bound = gains.integral_bound
         change = error - (error if self.last_error is None else self.last_error)
         direct = gains.kp * error + gains.kd * change
         grown = (self.integral + error).clamp(-bound, bound)

@@ -98,8 +98,8 @@ class NelderMead:
         if len(exact):
             return -self.history[exact[0]][1]
         if self.cache_tolerance is not None:
-            room = self.cache_tolerance
-            room = np.array([room[name] for name in self.names]) if isinstance(room, dict) else room
+            tolerance = self.cache_tolerance
+            room = np.array([tolerance[name] for name in self.names] if isinstance(tolerance, dict) else tolerance)
             near = np.flatnonzero((np.abs(evaluated - point) <= room).all(-1))
             if len(near):
                 return -self.history[near[0]][1]

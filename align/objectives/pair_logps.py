@@ -5,11 +5,13 @@ log pi(y|x) = sum_t log pi(y_t|x, y_<t) over the completion's tokens (EOS includ
 rho(y) = lp(y) - lr(y); Delta = rho(y_w) - rho(y_l); |y| counts the completion's tokens. All logarithms are natural.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from align.errors import TrainingError
 
 
 @dataclass
@@ -41,12 +43,12 @@ class PairLogps:
     @property
     def chosen_ratio(self) -> Tensor:
         """rho(y_w), [B]."""
-        return self.chosen - self.ref_chosen
+        return self.chosen - required(self.ref_chosen, "the reference's log-probs")
 
     @property
     def rejected_ratio(self) -> Tensor:
         """rho(y_l), [B]."""
-        return self.rejected - self.ref_rejected
+        return self.rejected - required(self.ref_rejected, "the reference's log-probs")
 
     @property
     def chosen_score(self) -> Tensor:
@@ -67,6 +69,16 @@ class PairLogps:
     def nll(self) -> Tensor:
         """-lp(y_w), [B], untouched by `ld_alpha`."""
         return -self.chosen if self.chosen_nll is None else self.chosen_nll
+
+
+def required(values: Tensor | None, what: str) -> Tensor:
+    """`values`; TrainingError where they were not computed."""
+    if values is None:
+        raise TrainingError(
+            f"this loss looks at {what}, which these pairs do not have: a loss states what it needs in its entry "
+            "(needs_reference, needs_kl)"
+        )
+    return values
 
 
 def pair_logps(
@@ -90,8 +102,8 @@ def pair_logps(
     lengths = real.sum(-1)
     chosen_length, rejected_length = lengths.chunk(2)
 
-    def sums(values: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        return (None, None) if values is None else values.masked_fill(~real, 0).sum(-1).chunk(2)
+    def sums(values: Tensor) -> Sequence[Tensor]:
+        return values.masked_fill(~real, 0).sum(-1).chunk(2)
 
     chosen_nll = None
     if ld_alpha is not None:
@@ -100,8 +112,8 @@ def pair_logps(
         logps = logps * weights
         ref_logps = None if ref_logps is None else ref_logps * weights
     chosen, rejected = sums(logps)
-    ref_chosen, ref_rejected = sums(ref_logps)
-    chosen_kl, rejected_kl = sums(kl)
+    ref_chosen, ref_rejected = (None, None) if ref_logps is None else sums(ref_logps)
+    chosen_kl, rejected_kl = (None, None) if kl is None else sums(kl)
     return PairLogps(
         chosen=chosen,
         rejected=rejected,

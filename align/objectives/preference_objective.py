@@ -5,6 +5,8 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor
@@ -133,7 +135,7 @@ class PreferenceObjective:
         weights: of the pairs [B], with `use_weighting` (`wpo_weights`). draws: of `draw`; None in evaluations.
         """
         parts = self.parts(pairs, draws)
-        total = sum(term.weight * parts[term.name] for term in self.terms)
+        total = reduce(add, (term.weight * parts[term.name] for term in self.terms))
         metrics = {f"loss/{name}": values for name, values in parts.items()} if len(parts) > 1 else {}
         return PairLosses(total if weights is None else weights * total, *self._rewards(pairs), metrics)
 

@@ -86,7 +86,8 @@ def mean_rewards(pairs: PairLogps, *, beta: float) -> tuple[Tensor, Tensor]:
 
 def alphapo_rewards(pairs: PairLogps, *, beta: float, alphapo_alpha: float) -> tuple[Tensor, Tensor]:
     """beta r of chosen and rejected, [B] each."""
-    return tuple(beta * alphapo_reward(mean(pairs), alphapo_alpha) for mean in (mean_chosen, mean_rejected))
+    chosen, rejected = (alphapo_reward(mean(pairs), alphapo_alpha) for mean in (mean_chosen, mean_rejected))
+    return beta * chosen, beta * rejected
 
 
 def mean_chosen(pairs: PairLogps) -> Tensor:

@@ -15,10 +15,10 @@ def token_rewards(scores: Tensor, log_ratios: Tensor | None, mask: Tensor, *, be
     the mask the reward is 0.
     """
     valid = mask.bool()
-    if log_ratios is None and beta:
-        raise ConfigError(f"beta is {beta}, and there are no log-ratios to penalise")
     rewards = torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device)
     if beta:
+        if log_ratios is None:
+            raise ConfigError(f"beta is {beta}, and there are no log-ratios to penalise")
         rewards = torch.where(valid, -beta * log_ratios.detach(), rewards)
     return rewards + scores.detach()[:, None] * last_token(valid)
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+from functools import partial
 from pathlib import Path
 
 import align
@@ -10,7 +11,7 @@ from align.quickstart.progress import PhaseHandle
 from align.quickstart.settings import Settings
 from align.quickstart.workspace import Workspace
 
-RUNS = {
+RUNS: dict[str, dict] = {
     "single proxy": {"members": 1, "aggregation": "mean"},
     "ensemble mean": {"aggregation": "mean"},
     "uncertainty-weighted": {"aggregation": "uwo"},
@@ -115,7 +116,7 @@ def pairs(space: Workspace, settings: Settings, seed: int, handle: PhaseHandle) 
             rows = []
             for row, rollout in zip(chosen_rows, rollouts, strict=True):
                 answers = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in rollout.completions]
-                answers.sort(key=lambda answer, row=row: toy.gold_score(row["topic"], answer))
+                answers.sort(key=partial(toy.gold_score, row["topic"]))
                 scores = [toy.gold_score(row["topic"], answer) for answer in answers]
                 if answers[0] and answers[1] and scores[0] < scores[1]:  # a tie has no better answer
                     rows.append(

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from io import TextIOWrapper
 from multiprocessing.connection import Connection
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from align.errors import AlignError
 from align.quickstart.progress import PhaseHandle, PhaseProgress
@@ -93,7 +94,7 @@ def _start(alive: Connection, updates: SimpleQueue, log: Path) -> None:
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.stdout.reconfigure(line_buffering=True)  # a process that is ended writes nothing more
+    cast(TextIOWrapper, sys.stdout).reconfigure(line_buffering=True)  # a process that is ended writes nothing more
     quieten()
     import torch
 
@@ -123,4 +124,4 @@ def _run(function: Callable[..., dict], arguments: tuple, name: str) -> tuple[di
 
 
 def _send(name: str, fraction: float) -> None:
-    _updates.put((name, fraction))
+    cast(SimpleQueue, _updates).put((name, fraction))

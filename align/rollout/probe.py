@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-from torch import nn
 
 from align.errors import ConfigError
 from align.modeling.logprobs import language_model, token_logps
+from align.modeling.types import Model
 from align.rollout.types import Completion, Request, SamplingParams
 
 TEMPERATURE = 0.7  # not 1: an engine that returns log-probs without the temperature must fail the probe too
@@ -48,7 +49,7 @@ def probe_requests(vocab_size: int, max_model_len: int) -> list[Request]:
     return requests
 
 
-def compare(model: nn.Module, requests: list[Request], completions: list[list[Completion]]) -> Probe:
+def compare(model: Model, requests: list[Request], completions: list[list[Completion]]) -> Probe:
     """The engine's log-probs of `completions` against the model's own for the same tokens and temperature."""
     sequences = [r.prompt_ids + group[0].token_ids for r, group in zip(requests, completions, strict=True)]
     width = max(map(len, sequences))
@@ -61,14 +62,14 @@ def compare(model: nn.Module, requests: list[Request], completions: list[list[Co
         completion_mask[row, len(request.prompt_ids) : len(ids)] = 1
     with plain_forward(model), torch.no_grad():
         logps = token_logps(model, input_ids, attention_mask, temperature=TEMPERATURE, mask=completion_mask)
-    ours = torch.tensor([x for group in completions for x in group[0].logprobs], dtype=torch.float64)
+    ours = torch.tensor([x for group in completions for x in cast(list[float], group[0].logprobs)], dtype=torch.float64)
     theirs = logps[completion_mask[:, 1:].bool()].double().cpu()
     difference = (ours - theirs).abs()
     return Probe(difference.max().item(), difference.mean().item(), difference.numel())
 
 
 @contextmanager
-def plain_forward(model: nn.Module) -> Iterator[None]:
+def plain_forward(model: Model) -> Iterator[None]:
     """The model without dropout and mixed precision, for as long as the context lasts.
 
     accelerate hangs an autocast wrapper on the prepared model's `forward`: through it, float32 weights would give

@@ -23,7 +23,7 @@ class RoomyLayer(DynamicLayer):
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
         if end > self.held[0].shape[-2]:
-            self.held = tuple(with_room(old, end + ROOM) for old in (self.keys, self.values))
+            self.held = (with_room(self.keys, end + ROOM), with_room(self.values, end + ROOM))
         for held, new in zip(self.held, (key_states, value_states), strict=True):
             held[..., start:end, :] = new
         self.keys, self.values = (held[..., :end, :] for held in self.held)

@@ -3,14 +3,16 @@
 import copy
 import inspect
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache
 
 from align.distributed.shards import is_zero3
 from align.errors import ConfigError
 from align.modeling.logprobs import language_model
+from align.modeling.types import Model
 from align.rollout.engine import RolloutEngine
 from align.rollout.roomy_cache import give_room
 from align.rollout.sampling import RowSampler
@@ -97,7 +99,7 @@ class TransformersEngine(RolloutEngine):
     def _read_prompts(self, prompts: list[list[int]]) -> tuple[Tensor, Cache, Tensor]:
         """The last logits [B, V], cache and attention mask [B, T] of the prompts, each different one read once."""
         different = list(dict.fromkeys(map(tuple, prompts)))
-        input_ids, mask = left_padded(different, self._model.device)
+        input_ids, mask = left_padded([list(ids) for ids in different], self._model.device)
         logits, cache = self._forward(input_ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), None)
         give_room(cache)
         if len(different) < len(prompts):
@@ -142,7 +144,8 @@ class _Row:
             self.finish_reason = "length"
 
     def completion(self) -> Completion:
-        return Completion(self.tokens, None if self.request.params.greedy else self.logprobs, self.finish_reason)
+        logprobs = None if self.request.params.greedy else self.logprobs
+        return Completion(self.tokens, logprobs, cast(str, self.finish_reason))
 
 
 def _sampling_device(device: torch.device) -> torch.device:
@@ -157,7 +160,7 @@ def left_padded(prompts: list[list[int]], device) -> tuple[Tensor, Tensor]:
     return input_ids, mask
 
 
-def empty_copy(core: nn.Module) -> nn.Module:
+def empty_copy(core: Model) -> Model:
     """A model of the same architecture, device and dtype, in eval mode, with weights still to be loaded.
 
     Not a deep copy: that would take adapters, hooks and shards along.

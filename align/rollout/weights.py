@@ -9,9 +9,10 @@ from torch.distributed.tensor import DTensor
 from align.distributed.shards import gathered, whole
 from align.errors import ConfigError
 from align.modeling.logprobs import language_model
+from align.modeling.types import Model
 
 
-def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def named_weights(model: Model) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every parameter and persistent buffer of the transformers model inside `model`, tied ones once.
 
     The tensors stay valid after the iterator has moved on (vLLM collects the parts of a fused layer before it copies
@@ -25,7 +26,7 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return _walk(core, "", {id(p) for p in core.parameters()})
 
 
-def checkpoint_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def checkpoint_weights(model: Model) -> Iterator[tuple[str, Tensor]]:
     """`named_weights` with the names and layout of the model's checkpoint files, which is what vLLM reads.
 
     transformers holds a few architectures otherwise in memory (mixtures of experts: all experts of a layer in one
@@ -43,7 +44,7 @@ def checkpoint_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return iter(revert_weight_conversion(core, dict(named_weights(model))).items())
 
 
-def check_supported(model: nn.Module) -> None:
+def check_supported(model: Model) -> None:
     """Raises `ConfigError` for models whose weights cannot be handed to an engine."""
     from peft import PeftModel
     from torch.distributed.fsdp import FullyShardedDataParallel
