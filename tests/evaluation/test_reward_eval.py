@@ -282,7 +282,7 @@ def test_one_reward_is_in_memory_at_a_time(world, monkeypatch):
         def __del__(self):
             alive.discard(id(self))
 
-    monkeypatch.setattr("align.reward_models.build.build_reward", Counted)
+    monkeypatch.setattr("align.evaluation.reward_eval.build_reward", Counted)
     specs = [rule(world, name) for name in ("longest", "waves", "capital")]
     found = evaluate_reward(specs, world / "pairs.jsonl", rewrites=["quotes"])
     assert list(found["rewards"]) == ["longest", "waves", "capital"] and most == [1, 1, 1]
