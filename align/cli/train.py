@@ -71,7 +71,7 @@ def train(config: "RunConfig") -> None:
         trainer = build.trainer(config)
         if main_process:
             save_settings(values, output_dir)
-        trainer.train(resume_from_checkpoint=resume_from(resume, output_dir))
+        trainer.train(resume_from_checkpoint=resume_from(resume))
         trainer.save_model(str(output_dir))
         what = "the model, its tokenizer"
     if main_process:
@@ -86,16 +86,8 @@ def save_settings(values: dict, output_dir: Path) -> None:
     write_settings(values, output_dir / SETTINGS_FILE)
 
 
-def resume_from(value: str | None, output_dir: Path) -> str | bool | None:
-    """What `Trainer.train` takes: True for the newest whole checkpoint, a folder, or None to start from the beginning.
-
-    `auto` is True where `output_dir` holds a whole checkpoint and None where it does not: for jobs that are requeued.
-    """
+def resume_from(value: str | None) -> str | bool | None:
+    """What `Trainer.train` takes: True for the newest whole checkpoint, "auto" for that if there is one (for jobs that
+    are requeued), a folder, or None to start from the beginning."""
     word = value.lower() if value is not None else "false"
-    if word == "auto":
-        from align.distributed.checkpoints import newest_whole
-
-        found = newest_whole(output_dir)
-        logger.info("resuming from %s", found or f"the beginning: {output_dir} holds no whole checkpoint yet")
-        return str(found) if found else None
-    return {"true": True, "false": None}.get(word, value)
+    return {"true": True, "false": None, "auto": "auto"}.get(word, value)

@@ -18,19 +18,20 @@ from align.errors import RewardError
 PLACES = ("device", "batch_size", "batch_tokens", "model_folders")
 
 
-def fingerprint(value: Any) -> str:
-    """A hexadecimal digest of `value`: a reward, or anything that one is made of.
+def fingerprint(value: Any, *, sampled: bool = False) -> str:
+    """A hexadecimal digest of `value`: a reward, or anything that one is made of. sampled: at most 64 numbers of each
+    tensor are read, so that a large model costs nothing.
 
     Models count by their weights and configuration, tokenizers by vocabulary and template, functions by the text of
     their file and by what they have bound. Raises `RewardError` for a value whose meaning cannot be read off (an open
     connection, say).
     """
     digest = hashlib.blake2b(digest_size=16)
-    _add(digest.update, value, set(), set())
+    _add(digest.update, value, set(), set(), sampled)
     return digest.hexdigest()
 
 
-def _add(write, value: Any, above: set[int], models: set[int]) -> None:
+def _add(write, value: Any, above: set[int], models: set[int], sampled: bool) -> None:
     """above: ids of the objects that hold `value`, so that a circle ends. models: ids of those read already."""
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes, Path, Enum, torch.dtype)):
         write(f"{type(value).__name__}:{value!r};".encode())
@@ -42,22 +43,24 @@ def _add(write, value: Any, above: set[int], models: set[int]) -> None:
     if isinstance(value, nn.Module):
         models.add(id(value))
     write(f"{type(value).__module__}.{type(value).__qualname__}(".encode())
-    for name, part in _parts(value):
+    for name, part in _parts(value, sampled):
         write(f"{name}=".encode())
         if isinstance(part, memoryview):
             write(part)
         else:
-            _add(write, part, above, models)
+            _add(write, part, above, models, sampled)
     write(b")")
 
 
-def _parts(value: Any):
+def _parts(value: Any, sampled: bool):
     """(name, part) of everything that makes `value` what it is."""
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     if isinstance(value, torch.Tensor):
-        plain = value.detach().cpu().contiguous()
-        yield from [("shape", str(tuple(plain.shape))), ("dtype", plain.dtype)]
+        yield from [("shape", str(tuple(value.shape))), ("dtype", value.dtype)]
+        plain = value.detach().flatten()
+        plain = plain[:: max(len(plain) // 64, 1)][:64] if sampled else plain
+        plain = plain.cpu().contiguous()
         yield "bytes", plain.flatten().view(torch.uint8).numpy().data
     elif isinstance(value, nn.Module):
         yield from sorted(value.state_dict().items())

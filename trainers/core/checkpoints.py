@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers.trainer_callback import TrainerState
 
 from align.distributed.checkpoints import damage, newest_whole
 from align.errors import TrainingError
+from align.trainers.core.identity import check_same_run, read_identity
 
 logger = logging.getLogger(__name__)
 
@@ -71,12 +73,43 @@ def read_checkpoint(folder: str | Path, *, rank: int, processes: int) -> Resumed
     return Resumed(Path(folder), step, content["method"])
 
 
-def choose_checkpoint(wanted: str | bool | None, output_dir: str | Path, *, main_process: bool) -> str | None:
-    """The folder to resume from, checked; None to start from the beginning. wanted: a folder; True for the newest whole
-    one below `output_dir`; None or False for none."""
-    if not wanted:
+def choose_checkpoint(
+    wanted: str | bool | None, output_dir: str | Path, identity: dict, changes: list[str], *, main_process: bool
+) -> str | None:
+    """The folder to resume from, checked by the main process for all; None to start from the beginning.
+
+    wanted: a folder; True for the newest whole one below `output_dir`; "auto" for that or, if there is none, for none;
+    None or False for none. identity: of this run; changes: names of settings in which the checkpoint's may differ.
+    """
+    found: list = [None, None]  # the folder, and why there is none
+    if main_process:
+        try:
+            found[0] = _chosen(wanted, output_dir, identity, changes)
+        except TrainingError as error:
+            found[1] = str(error)
+    folder, problem = broadcast_object_list(found)
+    if problem:
+        raise TrainingError(problem)
+    return folder
+
+
+def _chosen(wanted: str | bool | None, output_dir: str | Path, identity: dict, changes: list[str]) -> str | None:
+    if wanted in (True, "auto"):
+        newest = newest_whole(output_dir)
+        if newest is None and wanted is True:
+            raise TrainingError(f"nothing to resume: {output_dir} holds no undamaged checkpoint-<step>")
+        if newest is None:
+            logger.info("resuming from the beginning: %s holds no whole checkpoint yet", output_dir)
+            return None
+        folder = str(newest)
+    elif wanted:
+        folder = str(wanted)
+        problem = damage(folder)
+        if problem:
+            raise TrainingError(f"cannot resume from {folder}: {problem}")
+    else:
         old = sorted(path.name for path in Path(output_dir).glob("checkpoint-*"))
-        if old and main_process:
+        if old:
             logger.warning(
                 "training starts from the beginning, and %s holds %s of an earlier run: resuming later could take "
                 "them for this run's. Delete them, or use another output_dir",
@@ -84,12 +117,11 @@ def choose_checkpoint(wanted: str | bool | None, output_dir: str | Path, *, main
                 ", ".join(old),
             )
         return None
-    if wanted is True:
-        newest = newest_whole(output_dir)
-        if newest is None:
-            raise TrainingError(f"nothing to resume: {output_dir} holds no undamaged checkpoint-<step>")
-        return str(newest)
-    problem = damage(wanted)
-    if problem:
-        raise TrainingError(f"cannot resume from {wanted}: {problem}")
-    return str(wanted)
+    before = read_identity(folder)
+    if before is None:
+        logger.warning("%s does not say which run it is of: nothing can be compared", folder)
+    else:
+        changed = check_same_run(before, identity, changes, folder)
+        for name, (old_value, new_value) in changed.items():
+            logger.warning("going on from %s with %s %r instead of %r", folder, name, new_value, old_value)
+    return folder

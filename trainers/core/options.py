@@ -44,6 +44,14 @@ class RunOptions:
         metadata={"help": "Read the model back after the final save and compare it with the one that was trained."},
     )
 
+    resume_changes: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of what may differ from the run that a checkpoint is of, such as learning_rate; everything "
+            "else that changes the result must be the same."
+        },
+    )
+
     def __post_init__(self):
         cuda = machine_has_cuda() and not self.use_cpu
         if self.bf16 is None:

@@ -13,12 +13,14 @@ from transformers.trainer_utils import rotate_checkpoints
 from align.distributed.checkpoints import write_manifest
 from align.errors import TrainingError
 from align.modeling.adapters import adapter_start, notes, split
-from align.trainers.core import guards, saving, trackers
+from align.trainers.core import guards, identity, saving, trackers
 from align.trainers.core.checkpoints import Resumed, choose_checkpoint, read_checkpoint, write_extra_state
 from align.trainers.core.options import changed_settings
 from align.trainers.core.recorder import Recorder
 
 logger = logging.getLogger(__name__)
+
+CACHED_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # of the reference, which is checked by itself
 
 
 class TrainerMixin:
@@ -34,6 +36,7 @@ class TrainerMixin:
             self.add_callback(guards.GradientsReachTheWeights())
         if self.is_world_process_zero() and not self.is_deepspeed_enabled:
             saving.check_base(self.model, self.args.output_dir)
+        self._start_digest = None if self.is_deepspeed_enabled else identity.weights_digest(self.model)
         if self.args.data_seed is None:
             # Left alone, accelerate shuffles by the seed that torch was given last, by whomever, and a resumed run
             # might see other batches.
@@ -142,6 +145,21 @@ class TrainerMixin:
     def create_model_card(self, *args, **kwargs) -> None:
         """`_save` has written one."""
 
+    def identity(self) -> dict:
+        """What makes this run what it is (align.trainers.core.identity); a resumed one must have the same."""
+        return {
+            "method": type(self).__name__.removesuffix("Trainer"),
+            "model": self._start_digest,
+            "adapter": identity.adapter_settings(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)),
+            "data": identity.rows_digest(self.train_dataset, CACHED_COLUMNS),
+            "settings": identity.settings_of(self.args),
+            **self.further_identity(),
+        }
+
+    def further_identity(self) -> dict:
+        """What else of a method decides the result, such as its rewards: plain values by name."""
+        return {}
+
     def card_facts(self) -> dict[str, object]:
         """What the model card says beside the base model and the versions."""
         args = self.args
@@ -175,6 +193,8 @@ class TrainerMixin:
             model_only=args.save_only_model,
         )
         self.save_further_files(folder)
+        if args.should_save:
+            identity.write_identity(folder, self._identity)
         self.accelerator.wait_for_everyone()
         if args.should_save:
             write_manifest(folder)
@@ -184,10 +204,16 @@ class TrainerMixin:
         self.accelerator.wait_for_everyone()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As transformers' `train`; `resume_from_checkpoint=True` takes the newest undamaged checkpoint."""
+        """As transformers' `train`; `resume_from_checkpoint=True` takes the newest undamaged checkpoint, "auto" that if
+        there is one."""
         args = self.args
+        self._identity = self.identity()
         checkpoint = choose_checkpoint(
-            resume_from_checkpoint, args.output_dir, main_process=self.is_world_process_zero()
+            resume_from_checkpoint,
+            args.output_dir,
+            self._identity,
+            args.resume_changes or [],
+            main_process=self.is_world_process_zero(),
         )
         self.resumed = None
         if checkpoint is not None:

@@ -34,6 +34,7 @@ from align.objectives.policy_loss import aggregate_tokens
 from align.rollout.engine import RolloutEngine
 from align.rollout.types import SamplingParams
 from align.trainers.core.batching import resolve_layout
+from align.trainers.core.identity import mark_of
 from align.trainers.core.micro_batches import MicroBatchLists, in_lists
 from align.trainers.core.ranks import Ranks
 from align.trainers.core.reference_checks import check_reference, check_same_start, logp_tolerance, reference_probe
@@ -325,6 +326,10 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
             check_same_start(logps, batch["ref_logps"], batch["completion_mask"], tolerance)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def further_identity(self) -> dict:
+        columns = {"rewards": self.rewards} | ({} if self.gold is None else {"gold_reward": self.gold})
+        return {key: {reward.name: mark_of(reward) for reward in value.rewards} for key, value in columns.items()}
 
     def extra_state(self) -> dict:
         inside = self.buffer is not None and self.state.global_step % self.args.steps_per_rollout != 0

@@ -25,6 +25,7 @@ from align.modeling.soups import make_soup
 from align.reward_models.base import Reward
 from align.reward_models.implicit import ImplicitReward
 from align.reward_models.margins import MarginRewards, rows_fingerprint
+from align.trainers.core.identity import differences
 from align.trainers.core.trackers import finish_tracking
 from align.trainers.modpo import SWEEP, MODPOConfig, MODPOTrainer, WeightOptions
 from align.trainers.on_policy.evaluation import run_options
@@ -185,10 +186,9 @@ def finished(folder: Path, settings: dict) -> dict | None:
     if not (folder / POINT_FILE).exists():
         return None
     done = json.loads((folder / POINT_FILE).read_text())
-    before = done["settings"]
-    differ = sorted(key for key in settings.keys() | before.keys() if settings.get(key) != before.get(key))
+    differ = differences(done["settings"], settings)
     if differ:
-        shown = ", ".join(f"{key} {before.get(key)!r:.40} before and {settings.get(key)!r:.40} now" for key in differ)
+        shown = ", ".join(f"{key} {before!r:.40} before and {now!r:.40} now" for key, (before, now) in differ.items())
         raise ConfigError(f"{folder} was trained with other settings ({shown}): delete it, or use another output_dir")
     return done
 

@@ -239,5 +239,5 @@ def test_another_reference_is_refused(policy, tmp_path):
     """The usual mistake: the run is started from its own checkpoint."""
     remax(policy, tmp_path, max_steps=2).train()
     trainer = remax(str(tmp_path / "checkpoint-2"), tmp_path)
-    with pytest.raises(TrainingError, match="the reference is not the one of the run that is resumed"):
+    with pytest.raises(TrainingError, match="checkpoint-2 is of another run \\(model: "):
         trainer.train(resume_from_checkpoint=True)

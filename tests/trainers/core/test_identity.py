@@ -1,0 +1,119 @@
+"""A checkpoint knows its run: another one is refused with what differs; what does not change the result may change."""
+
+import pytest
+from datasets import Dataset
+from peft import LoraConfig
+
+from align.errors import TrainingError
+from align.trainers.core.identity import rows_digest
+from align.trainers.dpo import DPOTrainer
+from align.trainers.reward import RewardTrainer
+from align.trainers.sft import SFTTrainer
+from tests.trainers import reward_runs
+from tests.trainers.pairs.preference_runs import dpo_config, toy_pairs
+from tests.trainers.tiny_runs import demonstrations, on_policy, prompts, sft_config, wanted_words
+
+SAVED = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "seed": 5}
+
+
+def word_count(completions, **columns) -> list[float]:
+    return [float(len(text.split())) for text in completions]
+
+
+def make(method, policy, folder, *, rows=16, lora=None, reward=wanted_words, gold=None, first=0, **options):
+    options = SAVED | options
+    peft = None if lora is None else LoraConfig(**{"r": 2, "target_modules": ["q_proj"]} | lora)
+    if method == "sft":
+        data = demonstrations(rows + first).select(range(first, rows + first))
+        return SFTTrainer(policy, sft_config(folder, **options), data, peft_config=peft)
+    if method == "dpo":
+        return DPOTrainer(policy, dpo_config(folder, **options), toy_pairs(rows), peft_config=peft)
+    if method == "reward":
+        return RewardTrainer(policy, reward_runs.config(folder, **options), toy_pairs(rows), peft_config=peft)
+    trainer, args = on_policy(method, folder, **options)
+    return trainer(policy, reward, args, prompts(rows), gold_reward=gold, peft_config=peft)
+
+
+@pytest.fixture(scope="module")
+def folder_of(policy, tmp_path_factory):
+    """The folder of a run of one step, made once per method (and LoRA)."""
+    made = {}
+
+    def folder(method, **options):
+        key = (method, str(options))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(method)
+            trainer = make(method, policy, made[key], **options)
+            trainer.train()
+        return made[key]
+
+    return folder
+
+
+CONSTRAINTS = [
+    {"reward": "wanted_words", "direction": "at_least", "threshold": 0.1},
+    {"reward": "word_count", "direction": "at_most", "threshold": 5.0},
+]
+BOTH = {"reward": [wanted_words, word_count], "constraints": CONSTRAINTS}
+
+
+@pytest.mark.parametrize(
+    ("method", "first", "change", "named"),
+    [
+        ("sft", {}, {"learning_rate": 1e-5}, "learning_rate: 0.001 before, 1e-05 now"),
+        ("sft", {}, {"seed": 6}, "seed: 5 before, 6 now"),
+        ("sft", {}, {"per_device_train_batch_size": 4}, "rows_per_step: 8 before, 4 now"),
+        ("sft", {}, {"max_length": 31}, "max_length: 32 before, 31 now"),
+        ("sft", {}, {"first": 8}, "data: "),
+        ("sft", {}, {"rows": 8}, "data: "),
+        ("sft", {"lora": {}}, {"lora": {"lora_alpha": 9}}, "adapter.lora_alpha: 8 before, 9 now"),
+        ("sft", {"lora": {}}, {}, "adapter: {.* before, None now"),
+        ("dpo", {}, {"beta": 5.0}, "beta: None before, 5.0 now"),
+        ("dpo", {}, {"loss_type": "ipo"}, "loss_type: "),
+        ("remax", {}, {"reward": word_count}, "rewards.wanted_words: .* before, None now"),
+        ("remax", {}, {"gold": word_count}, "gold_reward: None before"),
+        ("remax", {}, {"temperature": 0.5}, "temperature: 1.0 before, 0.5 now"),
+        ("remax", BOTH, {**BOTH, "constraints": CONSTRAINTS[::-1]}, "constraints: "),
+    ],
+)
+def test_another_run_is_refused(method, first, change, named, policy, folder_of):
+    with pytest.raises(TrainingError, match=f"is of another run \\(.*{named}") as error:
+        make(method, policy, folder_of(method, **first), **change).train(resume_from_checkpoint="auto")
+    assert "resume_changes: [" in str(error.value)
+
+
+@pytest.mark.parametrize(("before", "now"), [("dpo", "remax"), ("remax", "grpo"), ("reward", "sft")])
+def test_another_method_is_refused(before, now, policy, folder_of):
+    with pytest.raises(TrainingError, match=r"method: '\w+' before, '\w+' now"):
+        make(now, policy, folder_of(before)).train(resume_from_checkpoint=True)
+
+
+def test_what_does_not_change_the_result_may_change(policy, folder_of):
+    """Further steps, other logging, saving and evaluation, and the same batch in other portions."""
+    changes = {"max_steps": 2, "logging_steps": 3, "save_steps": 5, "eval_accumulation_steps": 2, "run_name": "b"}
+    portions = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    trainer = make("sft", policy, folder_of("sft"), **changes, **portions)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 2
+
+
+def test_a_change_is_allowed_by_name(policy, folder_of, caplog):
+    options = {"learning_rate": 1e-4, "max_steps": 2, "save_strategy": "no"}
+    with pytest.raises(TrainingError, match="is of another run .learning_rate"):
+        make("sft", policy, folder_of("sft"), **options, resume_changes=["seed"]).train(resume_from_checkpoint=True)
+    make("sft", policy, folder_of("sft"), **options, resume_changes=["learning_rate"]).train(
+        resume_from_checkpoint=True
+    )
+    assert "with learning_rate 0.0001 instead of 0.001" in caplog.text
+
+
+def test_the_digest_of_rows_is_of_their_content():
+    """Not of how they lie in memory; of their order and every value."""
+    rows = [{"ids": [i, i + 1], "text": f"row {i}", "weight": i / 7} for i in range(2500)]
+    whole, parts = Dataset.from_list(rows), Dataset.from_list(rows + rows).select(range(2500))
+    assert rows_digest(whole) == rows_digest(parts)
+    assert rows_digest(whole) != rows_digest(whole.select(range(2499)))
+    assert rows_digest(whole) != rows_digest(whole.select([1, 0, *range(2, 2500)]))
+    rows[2400]["weight"] += 1e-12
+    assert rows_digest(whole) != rows_digest(Dataset.from_list(rows))
+    assert rows_digest(whole, ("weight",)) == rows_digest(Dataset.from_list(rows), ("weight",))

@@ -1,0 +1,157 @@
+"""Which run a checkpoint belongs to: the method, the model, the data and every setting that changes the result.
+
+It lies in each checkpoint as `align_run.json` and is compared before a run goes on from it.
+"""
+
+import hashlib
+import json
+from dataclasses import fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from align.errors import RewardError, TrainingError
+from align.modeling.fingerprint import fingerprint
+
+FILE_NAME = "align_run.json"
+SAMPLES = 64
+
+# Settings that a run may change when it goes on: they say how far it goes, where something lies or is shown, when it is
+# evaluated, and in what portions or with what memory the same result is computed.
+CHANGEABLE_PREFIXES = (
+    "eval_", "logging_", "save_", "hub_", "push_to_hub", "dataloader_", "num_logged_", "precompute_ref_", "vllm_",
+    "include_", "log_", "fsdp", "deepspeed", "ddp_", "torch_compile", "torch_empty_cache", "trackio", "batch_eval_",
+    "disable_tqdm", "report_to", "verify_saved", "gradient_checkpointing", "auto_find_batch_size", "metric_for",
+    "greater_is_better", "load_best", "resume_", "restore_callback", "skip_memory", "project", "past_index",
+)  # fmt: skip
+CHANGEABLE = {
+    "output_dir", "run_name", "num_train_epochs", "max_steps", "do_train", "do_eval", "do_predict", "use_cpu",
+    "local_rank", "debug", "average_tokens_across_devices", "accelerator_config", "parallelism_config", "ray_scope",
+    "ignore_data_skip", "full_determinism", "remove_unused_columns", "max_bad_share", "num_eval_prompts",
+    "rollout_backend", "max_num_seqs", "sync_tolerance", "batching", "tokens_per_batch", "chunk_size",
+    "margin_cache_dir", "ref_log_probs_dir", "use_liger_kernel", "prediction_loss_only", "label_names",
+    "enable_jit_checkpoint",
+    "length_column_name", "dataset_num_proc", "model_init_kwargs",
+    "per_device_train_batch_size", "gradient_accumulation_steps",  # compared as their product
+}  # fmt: skip
+BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps", "rows_per_step")
+
+
+def settings_of(args) -> dict[str, Any]:
+    """The settings that change the result, as JSON holds them; the three of the batch as rows per optimiser step."""
+    found = {
+        f.name: getattr(args, f.name)
+        for f in fields(args)
+        if f.name not in CHANGEABLE and not f.name.startswith(CHANGEABLE_PREFIXES)
+    }
+    found["rows_per_step"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return json.loads(json.dumps(found, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    return sorted(value) if isinstance(value, set) else str(value)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Of names, shapes and samples of the weights that a run starts from, new adapters left out; before sharding."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in model.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            continue
+        name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        digest.update(f"{name} {tuple(value.shape)};".encode())
+        digest.update(_samples(value))
+    return digest.hexdigest()
+
+
+def _samples(value: Tensor) -> bytes:
+    if isinstance(value, DTensor) or value.is_meta or not value.numel():
+        return b""
+    flat = value.detach().flatten()
+    return flat[:: max(len(flat) // SAMPLES, 1)][:SAMPLES].to("cpu", torch.float64).numpy().tobytes()
+
+
+def adapter_settings(model: nn.Module) -> dict | None:
+    """What a PEFT model's config says of the adapter that is trained."""
+    config = getattr(model, "peft_config", {}).get("default")
+    if config is None:
+        return None
+    places = ("base_model_name_or_path", "inference_mode", "revision", "auto_mapping", "peft_version", "runtime_config")
+    found = {key: value for key, value in config.to_dict().items() if key not in places}
+    return json.loads(json.dumps(found, default=_plain))
+
+
+def mark_of(reward) -> str:
+    """A digest of a reward: settings, code, samples of the weights. Of one that has none (a connection): its kind."""
+    try:
+        return fingerprint(reward, sampled=True)
+    except RewardError:
+        return type(reward).__name__
+
+
+def rows_digest(dataset, leave_out: tuple[str, ...] = ()) -> str | None:
+    """Of all rows of a `datasets.Dataset`, in order, as Arrow writes them; None for a stream."""
+    if not isinstance(dataset, Dataset):
+        return None
+    names = sorted(name for name in dataset.column_names if name not in leave_out)
+    digest = hashlib.blake2b(digest_size=16)
+    for table in dataset.select_columns(names).with_format("arrow").iter(1000):
+        table = table.select(names).replace_schema_metadata(None)
+        table = table.take(pyarrow.array(range(len(table)))).combine_chunks()  # copied: slices of buffers differ
+        sink = pyarrow.BufferOutputStream()
+        with pyarrow.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        digest.update(sink.getvalue())
+    return digest.hexdigest()
+
+
+def write_identity(folder: Path, identity: dict) -> None:
+    (folder / FILE_NAME).write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
+
+
+def read_identity(folder: str | Path) -> dict | None:
+    """What was written; None for a checkpoint of a version that did not."""
+    path = Path(folder) / FILE_NAME
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def differences(before: dict, now: dict, above: str = "") -> dict[str, tuple[Any, Any]]:
+    """{name: (before, now)} of all that differs; nested settings by dotted names."""
+    found = {}
+    for key in sorted(before.keys() | now.keys()):
+        a, b = before.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found |= differences(a, b, f"{above}{key}.")
+        elif a != b:
+            found[f"{above}{key}"] = (a, b)
+    return found
+
+
+def check_same_run(before: dict, now: dict, allowed: list[str], what: str) -> dict[str, tuple[Any, Any]]:
+    """Raise `TrainingError` unless two identities are one, but for what is allowed by name; returns the allowed
+    differences. Names of settings are given without `settings.`, and those of the batch all mean its size."""
+    found = differences(before, now)
+    allowed_now = {}
+    for name in list(found):
+        short = name.removeprefix("settings.")
+        names = {short, short.split(".")[0], *(BATCH if short == "rows_per_step" else ())}
+        if names & set(allowed):
+            allowed_now[short] = found.pop(name)
+    if found:
+        shown = "; ".join(
+            f"{name.removeprefix('settings.')}: {a!r:.80} before, {b!r:.80} now" for name, (a, b) in found.items()
+        )
+        names = ", ".join(name.removeprefix("settings.") for name in found)
+        raise TrainingError(
+            f"{what} is of another run ({shown}). Start as that run did, use another output_dir, or allow the change: "
+            f"resume_changes: [{names}]"
+        )
+    return allowed_now
