@@ -182,6 +182,7 @@ def preference_objective(
     if alpha is not None and modifiers.get("f_divergence_type") != "alpha_divergence":
         raise ConfigError("f_alpha_divergence_coef is used with f_divergence_type: alpha_divergence only")
     options = {n: v for n, v in given.items() if n not in (*MODIFIERS, "f_alpha_divergence_coef")}
+    options = {name: value for name, value in options.items() if not _neutral(name, value, losses)}
     _check_used(options, losses)
     if "beta" not in options:
         _check_betas(losses)
@@ -233,6 +234,15 @@ def _check_modifier(modifier: str, value, losses: dict[str, PreferenceLoss]) -> 
         usable = ", ".join(n for n, loss in LOSSES.items() if modifier in loss.modifiers)
         what = "cannot be used with" if refusing else "would be ignored by"
         raise ConfigError(f"{modifier}: {value} {what} {', '.join(refusing or losses)}; it works with {usable}")
+
+
+def _neutral(name: str, value, losses: dict[str, PreferenceLoss]) -> bool:
+    """Whether no loss here uses the option, and the value asks for nothing: a smoothing of 0, or the one default that
+    the option has in the whole table (as in a configuration with its defaults written out)."""
+    if any(name in loss.defaults for loss in losses.values()):
+        return False
+    defaults = {loss.defaults[name] for loss in LOSSES.values() if name in loss.defaults}
+    return defaults == {value} or (name == "label_smoothing" and value == 0)
 
 
 def _check_used(options: dict, losses: dict[str, PreferenceLoss]) -> None:

@@ -66,9 +66,9 @@ def test_which_losses_look_across_pairs(name):
         ((["sigmoid", "sft"], [1.0, 0.0]), "leave out"),
         ((["sigmoid", "sft"], [1.0, float("nan")]), "finite"),
         (("sigmoid", None, {"label_smoothing": 0.1}), "label_smoothing would be ignored by sigmoid; .*cdpo, robust"),
-        (("sigmoid", None, {"label_smoothing": 0.0}), "label_smoothing would be ignored"),
+        (("cdpo", None, {"discopop_tau": 0.06}), "discopop_tau would be ignored"),
         (("ipo", None, {"simpo_gamma": 1.0}), "simpo_gamma would be ignored by ipo; .*simpo"),
-        (("tdpo1", None, {"tdpo_alpha": 0.5}), "tdpo_alpha would be ignored by tdpo1; .*tdpo2"),
+        (("tdpo1", None, {"tdpo_alpha": 0.7}), "tdpo_alpha would be ignored by tdpo1; .*tdpo2"),
         (("sft", None, {"beta": 0.1}), "beta would be ignored by sft"),
         (("sigmoid", None, {"lable_smoothing": 0.1}), "no loss knows it; nearest: label_smoothing"),
         (("nca_pair", None, {"f_divergence_type": "js_divergence"}), "cannot be used with nca_pair"),
@@ -169,3 +169,12 @@ def test_a_loss_that_does_not_fit(table, name, function, options, message):
     with pytest.raises(ConfigError, match=message):
         register_loss(name, function, **options)
     assert table["sigmoid"].function is not function and "mine" not in table
+
+
+@pytest.mark.parametrize("name, option", [
+    ("sigmoid", {"label_smoothing": 0.0}), ("sigmoid", {"discopop_tau": 0.05, "beta_dpo_preset": "corrected"}),
+    ("simpo", {"label_smoothing": 0.0, "tdpo_alpha": 0.5}),
+])  # fmt: skip
+def test_defaults_and_neutral_values_written_out_change_nothing(name, option):
+    (term,) = preference_objective(name, None, option).terms
+    assert term.options == preference_objective(name).terms[0].options

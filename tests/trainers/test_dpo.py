@@ -6,6 +6,7 @@ from peft import LoraConfig
 
 from align.data.tokenize import tokenize_pairs
 from align.errors import ConfigError
+from align.modeling.load import load_policy
 from align.objectives.preference import LOSSES, register_loss
 from align.trainers.dpo import DPOTrainer
 from tests.trainers.pairs.preference_runs import assert_close, dpo_config, history, toy_pairs
@@ -41,6 +42,18 @@ def test_every_loss_trains_whatever_the_micro_batches(loss, policy, pairs, tmp_p
     assert min(logged(whole, "grad_norm")) > 0
     assert not LOSSES[loss].needs_kl or min(logged(whole, "kl/chosen")[1:]) > 0
     assert (whole.reference is None) != LOSSES[loss].needs_reference
+
+
+@pytest.mark.parametrize("loss", list(LOSSES))
+def test_every_loss_goes_through_a_checkpoint_a_resume_and_a_save(loss, policy, pairs, tmp_path):
+    settings = {"loss_type": loss, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 1}
+    args = dpo_config(tmp_path, **settings, **OPTIONS.get(loss, {}))
+    whole = trained(policy, args, pairs)
+    resumed = DPOTrainer(policy, args, pairs)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert_same(parameters(resumed.model), parameters(whole.model))
+    resumed.save_model()
+    assert_same(parameters(load_policy(str(tmp_path))), parameters(whole.model))
 
 
 def test_a_mixture_is_the_weighted_sum_of_its_losses(policy, pairs, tmp_path):

@@ -46,8 +46,13 @@ def flat_column(dataset, column: str) -> tuple[np.ndarray, np.ndarray]:
     """(lengths [rows], values) of a column of lists: all values, row after row."""
     import pyarrow.compute as pc
 
-    values = dataset.select_columns([column]).with_format("arrow")[:][column].combine_chunks()
-    return pc.list_value_length(values).to_numpy().astype(np.int64), values.flatten().to_numpy()
+    # chunk by chunk: one array of a `list` column holds 2^31 values at most
+    chunks = dataset.select_columns([column]).with_format("arrow")[:][column].chunks
+    lengths = [pc.list_value_length(chunk).to_numpy(zero_copy_only=False).astype(np.int64) for chunk in chunks]
+    values = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in chunks]
+    if not chunks:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    return np.concatenate(lengths), values[0] if len(values) == 1 else np.concatenate(values)
 
 
 def list_column(values: np.ndarray, lengths: np.ndarray):

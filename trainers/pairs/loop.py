@@ -116,12 +116,14 @@ class PairTrainer(TrainerMixin, Trainer):
     @contextmanager
     def _goes_on(self, model):
         """Around a micro-batch that is not the last of its step: gradients are summed over processes, and DeepSpeed
-        takes its step, after the last one."""
+        takes its step, after the last one. With accelerate's `sync_each_batch` gradients are summed after each, so that
+        FSDP2 keeps its share of them and not the whole."""
         state = self.accelerator.gradient_state
         before = state.sync_gradients
         state._set_sync_gradients(False)
         try:
-            with self.accelerator.no_sync(model):
+            each = state.plugin_kwargs.get("sync_each_batch", False)
+            with nullcontext() if each else self.accelerator.no_sync(model):
                 yield
         finally:
             state._set_sync_gradients(before)
@@ -166,14 +168,21 @@ class PairTrainer(TrainerMixin, Trainer):
         return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def prediction_step(self, model, inputs: PairRows, prediction_loss_only, ignore_keys=None):
-        batch = self.planner.collate(inputs.rows)
-        batch["mean_chosen_length"] = torch.tensor(self._eval_mean_length, dtype=torch.float32)
-        batch = self._prepare_inputs(batch)
-        with torch.no_grad():
-            values = self.pair_losses(model, batch).values()
-        check_finite(batch["row"], values["loss"], "evaluation")
-        table = self.evaluator.columns(values)
+        tables, order = [], []
+        for places in self.planner.within_budget(inputs.rows, self._most_of_all):
+            batch = self.planner.collate([inputs.rows[i] for i in places])
+            batch["mean_chosen_length"] = torch.tensor(self._eval_mean_length, dtype=torch.float32)
+            batch = self._prepare_inputs(batch)
+            with torch.no_grad():
+                values = self.pair_losses(model, batch).values()
+            check_finite(batch["row"], values["loss"], "evaluation")
+            tables.append(self.evaluator.columns(values))
+            order += places
+        table = torch.cat(tables)[torch.tensor(order).argsort().to(tables[0].device)]
         return None, table, table[:, 0]  # the means are taken in pair_metrics; nobody looks at the labels
+
+    def _most_of_all(self, count: int) -> int:
+        return int(self._gather_counts(torch.tensor([[count]])).max())
 
     def pair_metrics(self, prediction) -> dict[str, float]:
         """The means of an evaluation; more of them in a subclass."""

@@ -108,6 +108,14 @@ class MicroBatchPlanner:
         """Rows in micro-batches of `max_tokens` tokens, or without it of `max_pairs` pairs (None: of the planner's)."""
         return self.layout.cut(rows, None if self.max_tokens else max_pairs or self.max_pairs, self.max_tokens)
 
+    def within_budget(self, rows: Rows, most: Callable[[int], int]) -> list[list[int]]:
+        """Indices of the rows of an evaluation's batch, cut so that no part has more than `max_tokens` tokens; as they
+        are where there is no such bound. most: a count of this process -> the largest of all processes."""
+        if self.max_tokens is None or self.as_given:
+            return [list(range(len(rows)))]
+        parts = self.cut([{**row, "index": i} for i, row in enumerate(rows)])
+        return [[row["index"] for row in part] for part in split_to(parts, most(len(parts)))]
+
     def collate(self, rows: Rows) -> dict[str, Tensor]:
         """The layout's tensors, those of the columns, and `ref_logps` where the rows hold the reference's log-probs."""
         batch = self.layout(rows)

@@ -6,6 +6,7 @@ They are kept per token, so that every loss that a live reference serves is serv
 import hashlib
 import logging
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,7 +99,19 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def _write(path: Path, flat: tuple[np.ndarray, np.ndarray]) -> None:
+    """Under a name of its own until it is whole: other runs may write the same file at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished.npz")
-    np.savez(unfinished, chosen=flat[0], rejected=flat[1])
-    os.replace(unfinished, path)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".unfinished-", suffix=".npz", delete=False) as file:
+        try:
+            np.savez(file, chosen=flat[0], rejected=flat[1])
+        except BaseException:
+            os.unlink(file.name)
+            raise
+    os.chmod(file.name, 0o666 & ~_umask())
+    os.replace(file.name, path)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,6 +1,8 @@
 """The parts of the loop for pairs, each alone: no trainer is made here."""
 
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +15,10 @@ from align.errors import DataError, TrainingError
 from align.modeling.load import Reference
 from align.modeling.pairs import pair_tokens
 from align.objectives.pair_losses import PairLosses
-from align.trainers.pairs.data import PairData
+from align.trainers.pairs import reference_cache
+from align.trainers.pairs.data import PairData, flat_column, list_column
 from align.trainers.pairs.evaluation import PairEvaluator, pairs_table, rewards_figure
-from align.trainers.pairs.loop import check_finite
+from align.trainers.pairs.loop import PairTrainer, check_finite
 from align.trainers.pairs.metrics import BatchMeans
 from align.trainers.pairs.micro_batches import MicroBatchPlanner, PaddedPairs, SharedPrefixPairs, split_to
 from align.trainers.pairs.reference import cached_tokens, live_tokens, logps_of_all, make_reference
@@ -99,6 +102,33 @@ def test_micro_batches_are_spread_over_the_batches_that_transformers_counts(batc
     assert [batch["row"].item() for batches in spread for batch in batches] == list(range(batches))
 
 
+def test_an_evaluation_s_batch_is_cut_by_tokens_too():
+    rows = rows_of(*ROWS)
+    planner = MicroBatchPlanner(SharedPrefixPairs(), max_pairs=6, max_tokens=22)
+    parts = planner.within_budget(rows, lambda count: count)
+    assert sorted(sum(parts, [])) == [0, 1, 2, 3, 4, 5] and len(parts) == 3
+    assert all(sum(planner.layout.tokens_of(rows[i]) for i in part) <= 22 for part in parts if len(part) > 1)
+    assert len(planner.within_budget(rows, lambda count: 5)) == 5  # another process has as many
+    assert MicroBatchPlanner(SharedPrefixPairs(), max_pairs=2).within_budget(rows, len) == [[0, 1, 2, 3, 4, 5]]
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_gradients_are_summed_after_each_micro_batch_where_that_is_asked_for(each):
+    """FSDP2 holds whole gradients within accelerate's `no_sync`, and its share outside of it."""
+    entered, state = [], SimpleNamespace(sync_gradients=True, plugin_kwargs={"sync_each_batch": each})
+    state._set_sync_gradients = lambda value: setattr(state, "sync_gradients", value)
+
+    @contextmanager
+    def no_sync(model):
+        entered.append(model)
+        yield
+
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(gradient_state=state, no_sync=no_sync))
+    with PairTrainer._goes_on(trainer, "model"):
+        assert state.sync_gradients is False  # DeepSpeed takes no step yet
+    assert state.sync_gradients is True and entered == ([] if each else ["model"])
+
+
 def test_columns_and_the_reference_of_the_rows_are_in_the_batch():
     rows = [
         {**row, "strength": [float(i), 2.0], COLUMNS[0]: [-1.0] * len(row["chosen_ids"]), COLUMNS[1]: [-2.0]}
@@ -125,6 +155,18 @@ def test_datasets_get_the_columns_that_are_asked_for_and_no_others():
     assert found["strength"][:] == [0, 1, 2, 3, 4, 5]
     again = PairData(toy.tokenizer(), 32, 0.0).prepare(found.remove_columns("row"), "train")  # tokenised already
     assert again.column_names == ["prompt_ids", "chosen_ids", "rejected_ids", "row"] and again["row"][:] == [*range(6)]
+
+
+def test_long_columns_are_read_chunk_by_chunk():
+    """One array of a `list` column cannot hold more than 2^31 values; several can."""
+    import pyarrow as pa
+
+    chunks = [pa.array([[1, 2], [3]], pa.list_(pa.int64())), pa.array([[4]], pa.list_(pa.int64()))]
+    lengths, values = flat_column(Dataset(pa.table({"ids": pa.chunked_array(chunks)})), "ids")
+    assert lengths.tolist() == [2, 1, 1] and values.tolist() == [1, 2, 3, 4]
+    large = Dataset.from_dict({"row": [0, 1]}).add_column("ids", list_column(np.arange(3.0), np.array([1, 2])))
+    lengths, values = flat_column(large, "ids")
+    assert lengths.tolist() == [1, 2] and values.tolist() == [0, 1, 2]
 
 
 def test_tokenised_rows_are_checked():
@@ -231,6 +273,15 @@ def test_the_cache_computes_once_per_dataset_reference_and_precision(tokenised, 
     added(weights="other")
     added(precision="bf16 float32")
     assert len(computed) == 3 and len(list(tmp_path.glob("train-*.npz"))) == 3
+
+
+def test_several_runs_may_write_one_file_of_the_cache_at_a_time(tmp_path):
+    path, values = tmp_path / "shared" / "train-1.npz", np.arange(300_000, dtype=np.float32)
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda _: reference_cache._write(path, (values, values)), range(12)))
+    assert [file.name for file in path.parent.iterdir()] == ["train-1.npz"]
+    with np.load(path) as stored:
+        assert np.array_equal(stored["chosen"], values)
 
 
 def test_which_model_is_the_reference():
