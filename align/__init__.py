@@ -9,11 +9,64 @@ would report to their makers is off (`HF_HUB_DISABLE_TELEMETRY`, `VLLM_NO_USAGE_
 """
 
 import os
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+
+if TYPE_CHECKING:  # the same table for editors and type checkers; tests compare the two
+    from align.data.rows import load_rows as load_rows
+    from align.errors import AlignError as AlignError
+    from align.evaluation.proxy_points import find_proxy_point as find_proxy_point
+    from align.evaluation.records import read_run as read_run
+    from align.evaluation.reward_eval import evaluate_reward as evaluate_reward
+    from align.modeling.soups import make_soup as make_soup
+    from align.objectives.preference import register_loss as register_loss
+    from align.reward_models.base import Reward as Reward
+    from align.reward_models.base import RewardBatch as RewardBatch
+    from align.reward_models.base import RewardOutput as RewardOutput
+    from align.reward_models.build import build_reward as build_reward
+    from align.reward_models.classifier import ClassifierReward as ClassifierReward
+    from align.reward_models.composite import CompositeReward as CompositeReward
+    from align.reward_models.ensemble import RewardEnsemble as RewardEnsemble
+    from align.reward_models.export import export_reward_model as export_reward_model
+    from align.reward_models.implicit import ImplicitReward as ImplicitReward
+    from align.reward_models.margins import MarginRewards as MarginRewards
+    from align.reward_models.remote import RemoteReward as RemoteReward
+    from align.reward_models.rules import RuleReward as RuleReward
+    from align.reward_models.specs import register_reward as register_reward
+    from align.reward_models.verifier import VerifierReward as VerifierReward
+    from align.rollout import make_engine as make_engine
+    from align.rollout import register_engine as register_engine
+    from align.rollout.engine import RolloutEngine as RolloutEngine
+    from align.rollout.types import SamplingParams as SamplingParams
+    from align.trainers.dpo import DPOConfig as DPOConfig
+    from align.trainers.dpo import DPOTrainer as DPOTrainer
+    from align.trainers.grpo import GRPOConfig as GRPOConfig
+    from align.trainers.grpo import GRPOTrainer as GRPOTrainer
+    from align.trainers.modpo import MODPOConfig as MODPOConfig
+    from align.trainers.modpo import MODPOTrainer as MODPOTrainer
+    from align.trainers.on_policy.estimators import register_estimator as register_estimator
+    from align.trainers.ppo import PPOConfig as PPOConfig
+    from align.trainers.ppo import PPOTrainer as PPOTrainer
+    from align.trainers.reinforce_pp import ReinforcePPConfig as ReinforcePPConfig
+    from align.trainers.reinforce_pp import ReinforcePPTrainer as ReinforcePPTrainer
+    from align.trainers.remax import ReMaxConfig as ReMaxConfig
+    from align.trainers.remax import ReMaxTrainer as ReMaxTrainer
+    from align.trainers.reward import RewardConfig as RewardConfig
+    from align.trainers.reward import RewardTrainer as RewardTrainer
+    from align.trainers.rloo import RLOOConfig as RLOOConfig
+    from align.trainers.rloo import RLOOTrainer as RLOOTrainer
+    from align.trainers.sft import SFTConfig as SFTConfig
+    from align.trainers.sft import SFTTrainer as SFTTrainer
+    from align.trainers.sparsepo import SparsePOConfig as SparsePOConfig
+    from align.trainers.sparsepo import SparsePOTrainer as SparsePOTrainer
+    from align.trainers.sweeps.ensemble import train_reward_ensemble as train_reward_ensemble
+    from align.trainers.sweeps.front import train_front as train_front
+
+    __version__: str
 
 _EXPORTS = {
     # training
@@ -57,6 +110,8 @@ _EXPORTS = {
     "build_reward": "align.reward_models.build:build_reward",
     # rollouts
     "make_engine": "align.rollout:make_engine",
+    "register_estimator": "align.trainers.on_policy.estimators:register_estimator",
+    "register_reward": "align.reward_models.specs:register_reward",
     "register_engine": "align.rollout:register_engine",
     "RolloutEngine": "align.rollout.engine:RolloutEngine",
     "SamplingParams": "align.rollout.types:SamplingParams",
@@ -72,7 +127,8 @@ _EXPORTS = {
 __all__ = sorted(_EXPORTS)  # noqa: PLE0604  (names served by __getattr__)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
+    value: Any
     if name == "__version__":
         from importlib.metadata import version
 

@@ -1,8 +1,13 @@
 """`import align`: quick and lazy."""
 
+import ast
+import importlib
+import importlib.util
 import os
+import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -63,3 +68,36 @@ def test_unknown_name_is_an_attribute_error():
 
 def test_load_by_name():
     assert load("align.rollout.types:SamplingParams").__name__ == "SamplingParams"
+
+
+@pytest.mark.parametrize("package", ["align", "align.data"])
+def test_what_editors_see_is_what_is_served(package):
+    module = importlib.import_module(package)
+    (block,) = [
+        node
+        for node in ast.parse(Path(module.__file__).read_text()).body
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+    ]
+    seen = {
+        alias.asname: f"{node.module}:{alias.name}"
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    served = {name: path if ":" in path else f"{package}.{path}:{name}" for name, path in module._EXPORTS.items()}
+    assert seen == served
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_everything_that_the_documents_import_exists(page):
+    """Blocks that are shown and not run count too; they may be indented, as in a list."""
+    for block in re.findall(r"^[ ]*```python\n(.*?)^[ ]*```", page.read_text(), flags=re.S | re.M):
+        for node in ast.walk(ast.parse(textwrap.dedent(block))):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "align":
+                for alias in node.names:
+                    module = importlib.import_module(node.module)
+                    found = hasattr(module, alias.name) or importlib.util.find_spec(f"{node.module}.{alias.name}")
+                    assert found, f"{page.name}: from {node.module} import {alias.name}"

@@ -25,9 +25,8 @@ def ours(core, batch, groups=GROUPS, chunk_size=2):
     return seen.mask()
 
 
-def by_hand(core, batch) -> dict[str, list[torch.Tensor]]:
-    """Every activation [rows, T, features], from the hidden states between the layers and the modules' own functions.
-    What attention gets and gives is read where transformers calls the attention function."""
+def run_and_see_attention(core, batch):
+    """(query, key, value, output) of every layer, and the model's output."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     seen, sdpa = [], ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -44,6 +43,13 @@ def by_hand(core, batch) -> dict[str, list[torch.Tensor]]:
             out = core(ids, attention_mask=mask, output_hidden_states=True)
     finally:
         del ALL_ATTENTION_FUNCTIONS["sdpa"]  # what was set on top of transformers' own
+    return seen, out
+
+
+def by_hand(core, batch) -> dict[str, list[torch.Tensor]]:
+    """Every activation [rows, T, features], from the hidden states between the layers and the modules' own functions.
+    What attention gets and gives is read where transformers calls the attention function."""
+    seen, out = run_and_see_attention(core, batch)
     found = {group: [] for group in GROUPS}
     hidden, kind = out.hidden_states, core.config.model_type
     layers = {"gpt_neox": "gpt_neox.layers", "gpt2": "transformer.h"}.get(kind, "model.layers")

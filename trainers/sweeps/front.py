@@ -40,6 +40,13 @@ SWEEP_OPTIONS = ("sweep_points", "sweep_min_weight", "interpolate")
 Model = str | Path | Callable[[], nn.Module]
 
 
+NO_LAST_POLICY = (
+    "sweep_min_weight 0: no pair trains the policy of that weight. It is there already where the one margin reward is "
+    "`implicit` and its policy in a folder, trained from {start} with beta {beta} and saved as the sweep's are "
+    "(adapter or whole model); here it must be above 0"
+)
+
+
 def train_front(
     model: Model,
     reward: Any,
@@ -71,11 +78,7 @@ def train_front(
     if vectors[-1][args.objective] > 0:
         last = None
     elif last is None:
-        raise ConfigError(
-            "sweep_min_weight 0: no pair trains the policy of that weight. It is there already where the one margin "
-            f"reward is `implicit` and its policy in a folder, trained from {start} with beta {args.beta} and saved as "
-            "the sweep's are (adapter or whole model); here it must be above 0"
-        )
+        raise ConfigError(NO_LAST_POLICY.format(start=start, beta=args.beta))
     limits = {"max_length": args.max_length, "max_bad_share": args.max_bad_share}
     train_dataset = numbered_pairs(train_dataset, processing_class, **limits)
     started = time.perf_counter()
@@ -97,11 +100,7 @@ def train_front(
             callbacks=callbacks,
         )
 
-    identity = {
-        "model": start,
-        "data": rows_fingerprint(train_dataset),
-        "margins": margins.fingerprints,
-    }
+    identity = {"model": start, "data": rows_fingerprint(train_dataset), "margins": margins.fingerprints}
     return train_points(
         "modpo", trainer, args, objectives, vectors, identity, peft_config, seconds=seconds, resume=resume, last=last
     )
