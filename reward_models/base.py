@@ -1,5 +1,6 @@
 """The one interface of every reward: named scorers of completions."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,6 +9,8 @@ from typing import Any
 import torch
 
 from align.errors import RewardError
+
+IMMUTABLE = (str, int, float, bool, bytes, type(None))
 
 
 @dataclass
@@ -43,6 +46,11 @@ class RewardBatch:
         )
         return f"rows {list(places[:10])}{more} of the batch{of_dataset}"
 
+    def copied(self) -> "RewardBatch":
+        """The same with lists and messages of its own: what a reward changes in it, nobody else sees."""
+        parts = (self.prompts, self.completions, self.prompt_ids, self.completion_ids, self.columns, self.rows)
+        return RewardBatch(*map(_copied, parts))
+
     def select(self, places: Sequence[int]) -> "RewardBatch":
         """The completions at `places`, in that order."""
 
@@ -57,6 +65,16 @@ class RewardBatch:
             columns={name: take(values) for name, values in self.columns.items()},
             rows=take(self.rows),
         )
+
+
+def _copied(value):
+    """A copy down to numbers and text; lists of token ids, which are long, at once."""
+    if isinstance(value, list):
+        nested = any(not isinstance(item, IMMUTABLE) for item in value)
+        return [_copied(item) for item in value] if nested else list(value)
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return value if isinstance(value, IMMUTABLE) else copy.deepcopy(value)
 
 
 @dataclass
@@ -78,7 +96,7 @@ class Reward(ABC):
 
     def score(self, batch: RewardBatch) -> RewardOutput:
         """Score a batch. Raises `RewardError` naming the reward and the rows on a wrong count or non-finite score."""
-        output = self._score(batch)
+        output = self._score(batch.copied())
         for name, values in {"score": output.scores, **output.extras}.items():
             if values.shape != (len(batch),):
                 raise RewardError(

@@ -26,17 +26,26 @@ def _crc32(path: Path) -> int:
     return crc
 
 
-def write_manifest(folder: str | Path) -> None:
-    """Declare `folder` complete. Call once, after everything in it is written, on one process."""
+def checksums(folder: str | Path, *, rank: int = 0, processes: int = 1) -> dict[str, dict[str, int]]:
+    """Size and CRC-32 of this process's share of the files of `folder`, by relative name: the files by size, in turn, so
+    that all processes read about as much. Call it when everything is written."""
     folder = Path(folder)
-    files = {
+    paths = [p for p in folder.rglob("*") if p.is_file() and p.name not in (MANIFEST, MANIFEST + ".tmp")]
+    paths.sort(key=lambda path: (-path.stat().st_size, str(path)))
+    return {
         str(path.relative_to(folder)): {"size": path.stat().st_size, "crc32": _crc32(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in (MANIFEST, MANIFEST + ".tmp")
+        for path in paths[rank::processes]
     }
+
+
+def write_manifest(folder: str | Path, files: dict[str, dict[str, int]] | None = None) -> None:
+    """Declare `folder` complete. Call once, after everything in it is written, on one process. files: the checksums of
+    all processes; they are made here if left out."""
+    folder = Path(folder)
+    files = checksums(folder) if files is None else files
     temporary = folder / (MANIFEST + ".tmp")
-    with temporary.open("w") as file:
-        json.dump({"files": files}, file, indent=1)
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump({"files": dict(sorted(files.items()))}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(folder / MANIFEST)
@@ -45,21 +54,40 @@ def write_manifest(folder: str | Path) -> None:
 def damage(folder: str | Path) -> str | None:
     """What is wrong with a checkpoint, in words; None when it is whole."""
     folder = Path(folder)
+    if not folder.is_dir():
+        return "it is no folder"
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_bytes().decode("utf-8"))
     except FileNotFoundError:
         return f"no {MANIFEST}: it was never finished"
-    except json.JSONDecodeError as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"{MANIFEST} cannot be read: {error}"
+    if not _lists_files(manifest):
+        return f"{MANIFEST} does not list the files of a checkpoint with their sizes and checksums"
     for name, expected in manifest["files"].items():
         path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["size"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
-        if _crc32(path) != expected["crc32"]:
-            return f"{name} does not match its checksum"
+        try:
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["size"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
+            if _crc32(path) != expected["crc32"]:
+                return f"{name} does not match its checksum"
+        except (OSError, ValueError) as error:  # the second: a name with a zero byte
+            return f"{name!r} cannot be read: {error}"
     return None
+
+
+def _lists_files(manifest) -> bool:
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    return (
+        isinstance(files, dict)
+        and bool(files)
+        and all(
+            isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("crc32"), int)
+            for entry in files.values()
+        )
+    )
 
 
 def newest_whole(output_dir: str | Path) -> Path | None:
@@ -67,7 +95,7 @@ def newest_whole(output_dir: str | Path) -> Path | None:
     folders = {
         int(match.group(1)): path
         for path in Path(output_dir).glob("checkpoint-*")
-        if path.is_dir() and (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
     }
     for step in sorted(folders, reverse=True):
         problem = damage(folders[step])

@@ -6,11 +6,12 @@ import shutil
 from collections.abc import Sized
 from pathlib import Path
 
+from accelerate.utils import gather_object
 from peft import PeftModel, set_peft_model_state_dict
 from transformers import PreTrainedModel
 from transformers.trainer_utils import rotate_checkpoints
 
-from align.distributed.checkpoints import write_manifest
+from align.distributed.checkpoints import checksums, write_manifest
 from align.errors import TrainingError
 from align.modeling.adapters import adapter_start, notes, split
 from align.trainers.core import guards, identity, saving, trackers
@@ -196,8 +197,9 @@ class TrainerMixin:
         if args.should_save:
             identity.write_identity(folder, self._identity)
         self.accelerator.wait_for_everyone()
+        shares = gather_object([checksums(folder, rank=args.process_index, processes=args.world_size)])
         if args.should_save:
-            write_manifest(folder)
+            write_manifest(folder, {name: entry for share in shares for name, entry in share.items()})
             rotate_checkpoints(
                 run_dir, save_total_limit=limit, best_model_checkpoint=self.state.best_model_checkpoint, use_mtime=True
             )

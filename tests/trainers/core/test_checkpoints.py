@@ -1,6 +1,7 @@
 """Resuming is bit-exact, and damaged checkpoints are seen."""
 
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from peft import LoraConfig
 from transformers import TrainerCallback
 
+from align.distributed.checkpoints import checksums, damage, newest_whole, write_manifest
 from align.errors import TrainingError
 from align.modeling.load import load_policy, load_tokenizer
 from align.rollout import make_engine
@@ -179,11 +181,11 @@ def checkpoints(policy, tmp_path_factory):
     return folder, trainer
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit, lose_the_manifest, lose_a_file])
-def test_a_damaged_checkpoint_is_passed_over(damage, checkpoints, policy, tmp_path, caplog):
+@pytest.mark.parametrize("harm", [truncate, flip_a_bit, lose_the_manifest, lose_a_file])
+def test_a_damaged_checkpoint_is_passed_over(harm, checkpoints, policy, tmp_path, caplog):
     folder, straight = checkpoints
     shutil.copytree(folder, tmp_path / "run")
-    problem = damage(tmp_path / "run" / "checkpoint-8")
+    problem = harm(tmp_path / "run" / "checkpoint-8")
     resumed = sft(policy, tmp_path / "run")
     with pytest.raises(TrainingError, match=f"cannot resume from .*checkpoint-8: .*{problem}"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-8"))
@@ -241,3 +243,63 @@ def test_another_reference_is_refused(policy, tmp_path):
     trainer = remax(str(tmp_path / "checkpoint-2"), tmp_path)
     with pytest.raises(TrainingError, match="checkpoint-2 is of another run \\(model: "):
         trainer.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"{}",
+        b"[]",
+        b"null",
+        b'{"files": {}}',
+        b'{"files": []}',
+        b'{"files": {"a": 1}}',
+        b"\xff\xfe",
+        b"",
+        b"[" * 100_000,
+    ],
+)
+def test_a_manifest_that_is_none(content, tmp_path):
+    (tmp_path / "a").write_text("content")
+    (tmp_path / "align_manifest.json").write_bytes(content)
+    assert "align_manifest.json" in damage(tmp_path)
+
+
+def test_every_flipped_bit_of_a_manifest_is_seen(tmp_path):
+    """Or it has changed nothing that counts (white space); never a traceback."""
+    for name in ("model.safetensors", "optimizer.pt", "ein_übel.json"):
+        (tmp_path / name).write_text(f"content of {name}")
+    write_manifest(tmp_path)
+    path = tmp_path / "align_manifest.json"
+    whole, draw, passed = path.read_bytes(), random.Random(0), 0
+    listed = json.loads(whole)
+    for _ in range(500):
+        data = bytearray(whole)
+        place, bit = draw.randrange(len(data)), draw.randrange(8)
+        data[place] ^= 1 << bit
+        path.write_bytes(data)
+        if damage(tmp_path) is None:
+            passed += 1
+            assert json.loads(data) == listed
+    assert passed < 250
+
+
+def test_what_is_no_folder_is_passed_over(tmp_path, caplog):
+    whole = tmp_path / "checkpoint-1"
+    whole.mkdir()
+    (whole / "a").write_text("content")
+    write_manifest(whole)
+    (tmp_path / "checkpoint-2").symlink_to(tmp_path / "gone")
+    (tmp_path / "checkpoint-3").write_text("a file")
+    (tmp_path / "checkpoint-4" / "align_manifest.json").mkdir(parents=True)
+    assert newest_whole(tmp_path) == whole
+    assert all(f"checkpoint-{number}" in caplog.text for number in (2, 3, 4))
+
+
+def test_processes_share_the_checksums(tmp_path):
+    for number in range(7):
+        (tmp_path / f"file{number}").write_bytes(b"x" * (1 + 100 * number))
+    shares = [checksums(tmp_path, rank=rank, processes=3) for rank in range(3)]
+    assert sorted(len(share) for share in shares) == [2, 2, 3]
+    write_manifest(tmp_path, {name: entry for share in shares for name, entry in share.items()})
+    assert damage(tmp_path) is None
