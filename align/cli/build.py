@@ -33,11 +33,15 @@ def save_label_noise(run: RunConfig, rows: int) -> None:
     save_flips(folder / FILE_NAME, flipped, share=noise.label_noise, seed=noise.label_noise_seed)
 
 
+def evaluates(run: RunConfig) -> bool:
+    return run.training.eval_strategy != "no" or bool(run.given.get("eval_on_start"))
+
+
 def eval_rows(run: RunConfig):
     """The rows to evaluate on, None where the run does not evaluate."""
     from align.data import load_rows
 
-    if run.training.eval_strategy == "no" and not run.given.get("eval_on_start"):
+    if not evaluates(run):
         return None
     other = run.data.eval_dataset_name
     config = None if other else run.data.dataset_config

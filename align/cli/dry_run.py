@@ -137,6 +137,8 @@ def _memory(run: RunConfig, config, rows):
         sequences *= 2
     elif data == "prompts":
         sequences, length = sequences * training.num_generations, length + training.max_completion_length
+        if training.tokens_per_batch is not None:
+            sequences = min(sequences, max(1, training.tokens_per_batch // length))
     on_policy = data == "prompts"
     return estimate(
         shape,
@@ -155,7 +157,7 @@ def _memory(run: RunConfig, config, rows):
 def _holds_reference(run: RunConfig, *, adapter: bool) -> bool:
     """Whether a second model of the policy's size is held while it trains."""
     if run.method.data == "prompts":
-        return not adapter
+        return not adapter and (run.training.beta != 0 or build.evaluates(run))
     return run.method.data == "pairs" and run.method.model == "policy" and run.training.holds_reference(adapter)
 
 

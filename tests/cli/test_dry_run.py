@@ -185,3 +185,19 @@ def test_the_rows_are_those_of_the_trainer(method, tiny_model, demonstrations, p
         else:
             names = ["prompt_ids"] if method == "remax" else ["prompt_ids", "chosen_ids", "rejected_ids"]
             assert [ours[name] for name in names] == [theirs[name] for name in names]
+
+
+def test_memory_of_an_on_policy_run_follows_beta_and_the_budget(tiny_model, prompts, rule, capsys):
+    """Without a KL and an evaluation no reference is held; a budget of tokens holds the activations down."""
+    tokens = ["--model_name_or_path", tiny_model, "--dataset_name", prompts, "--num_generations", 8, "--max_steps", 1]
+    tokens += ["--per_device_train_batch_size", 4, "--max_completion_length", 20, "--max_prompt_length", 40]
+    tokens += ["--rewards.0", rule, "--rollout_backend", "transformers", "--eval_dataset_name", prompts]
+
+    def memory(*options):
+        lines = run(capsys, "rloo", *tokens, *options)["memory"].splitlines()
+        return {line.split("  ")[1].strip(): line for line in lines}
+
+    plain, free = memory(), memory("--beta", 0.0)
+    assert any("reference" in name for name in plain) and not any("reference" in name for name in free)
+    assert any("reference" in name for name in memory("--beta", 0.0, "--eval_strategy", "steps", "--eval_steps", 1))
+    assert memory("--tokens_per_batch", 60)["logits"] != plain["logits"]

@@ -73,7 +73,8 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
         reward: a `Reward`, a function, a spec (docs/rewards.md) or a list of them.
         train_dataset, eval_dataset: prompts (docs/data.md); other columns go to the rewards.
         gold_reward: scored in evaluations only, never trained on.
-        ref_model: the reference; by default the policy as it starts (with LoRA: the adapter switched off).
+        ref_model: the reference; by default the policy as it starts (with LoRA: the adapter switched off). With
+            `beta: 0` and without `eval_dataset` none is held.
         engine: a `RolloutEngine` to use, and to leave open; by default one is made from the policy.
     """
 
@@ -105,7 +106,9 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
         self.estimator = make_estimator(args)
         self.kl = KLCoefficient(args.beta, args.kl_target, horizon=args.kl_horizon, gain=args.kl_gain)
         self.check_start = ref_model is None
-        self.reference = reference_of(model, ref_model)
+        # With beta 0 nothing that is trained needs it; an evaluation measures the KL to it.
+        held = args.beta != 0 or eval_dataset is not None
+        self.reference = reference_of(model, ref_model) if held else None
         self.buffer: RolloutBuffer | None = None
         args.remove_unused_columns = False
         if eval_dataset is None:
@@ -131,9 +134,12 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
     def _make_passes(self) -> None:
         """What computes log-probs and values: reference, critic and forward passes, in one layout of the batches."""
         args, longest = self.args, self.args.max_prompt_length + self.args.max_completion_length
-        models = [self.model] if self.reference.adapter_off else [self.model, self.reference.model]
+        models = [self.model]
+        if self.reference is not None and not self.reference.adapter_off:
+            models.append(self.reference.model)
         shared = resolve_layout(args.batching, (enable_shared_prefix(model, longest) for model in models))
-        self.reference.prepare(self.accelerator)
+        if self.reference is not None:
+            self.reference.prepare(self.accelerator)
         self.critic: CriticLearner | None = None
         if self.estimator.needs_values:
             critic = make_critic(self.model, args, heads=len(self.weighting.streams))
@@ -244,6 +250,11 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
             dataset = tokenized_prompts(eval_dataset, self.processing_class, self.args)
         if dataset is None:
             raise ConfigError("there is nothing to evaluate on: pass eval_dataset")
+        if self.reference is None:
+            raise ConfigError(
+                "with beta: 0 and no eval_dataset the trainer holds no reference, which an evaluation measures the KL "
+                "to: pass eval_dataset when the trainer is made"
+            )
         self.sync_engine()
         with self.phase("evaluate"):
             rows = self.evaluator.evaluate(dataset, self.model, self.reference)
@@ -273,8 +284,9 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
         rollout = self.pipeline.run(prompts, indices, step, weight_version=step)
         samples = rollout.samples
         parts = self.planner.plan_forward(samples, args.train_batch_size * args.num_generations)
-        with self.phase("reference"):
-            self.forward.fill(parts, "ref_logps", self.forward.reference_logps(self.reference))
+        if args.beta:
+            with self.phase("reference"):
+                self.forward.fill(parts, "ref_logps", self.forward.reference_logps(self.reference))
         if args.steps_per_rollout > 1:
             with self.phase("old_logps"):
                 self.forward.fill(parts, "old_logps", self.forward.policy_logps(self.model))
@@ -322,7 +334,7 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
         """The policy that is trained must be the one that sampled, and at step 0 also the reference."""
         tolerance, step = logp_tolerance(self.accelerator, self.model), self.state.global_step
         self.metrics.engine_agrees(logps, batch, tolerance=tolerance, step=step + 1, engine=self.engine.name)
-        if step == 0 and self.check_start:
+        if step == 0 and self.check_start and self.args.beta:
             check_same_start(logps, batch["ref_logps"], batch["completion_mask"], tolerance)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
@@ -334,7 +346,7 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
     def extra_state(self) -> dict:
         inside = self.buffer is not None and self.state.global_step % self.args.steps_per_rollout != 0
         return {
-            "reference": reference_probe(self.reference, self.args.device),
+            "reference": None if self.reference is None else reference_probe(self.reference, self.args.device),
             "weighting": self.weighting.state_dict(),
             "kl_controller": self.kl.state_dict(),
             "search": None if self.search is None else self.search.state_dict(),
@@ -343,8 +355,9 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
 
     def load_state(self, state: dict) -> None:
         """Go on with what a checkpoint holds beyond model and optimiser."""
-        probe = reference_probe(self.reference, self.args.device)
-        check_reference(probe, state["reference"], logp_tolerance(self.accelerator, self.model))
+        if self.reference is not None and state["reference"] is not None:
+            probe = reference_probe(self.reference, self.args.device)
+            check_reference(probe, state["reference"], logp_tolerance(self.accelerator, self.model))
         self.weighting.load_state_dict(state["weighting"])
         self.kl.load_state_dict(state["kl_controller"])
         if self.search is not None:

@@ -52,7 +52,7 @@ class OnPolicyMetrics:
     def update(self, logps: Tensor, entropy: Tensor, batch: dict[str, Tensor]) -> None:
         mask = batch["completion_mask"]
         tokens = mask.sum()
-        for name, estimator in (("kl", kl.k1), ("kl_k3", kl.k3)):
+        for name, estimator in (("kl", kl.k1), ("kl_k3", kl.k3)) if "ref_logps" in batch else ():
             per_token = estimator(logps, batch["ref_logps"])
             self.record(name, kl.masked_sum(per_token, mask, dim=-1).mean(), len(mask))
             self.record(f"{name}_per_token", kl.masked_mean(per_token, mask), tokens)

@@ -18,7 +18,7 @@ class Stream:
 
     scores: [N]. extra_scores: [P, E], of the completions of each prompt that are not trained on (ReMax's greedy one),
     None without. beta: coefficient of the KL inside this stream's reward. logps: of the policy that sampled; ref_logps,
-    mask: [N, L]. values: [N, L], of a critic, or None.
+    mask: [N, L]. Where no KL is trained on, ref_logps are logps. values: [N, L], of a critic, or None.
     """
 
     name: str
@@ -37,9 +37,10 @@ def make_streams(rollout: ScoredRollout, weighting: Weighting, beta: float) -> l
     own = [weighting.scores(sample.rewards) for sample in samples]
     extra = [[weighting.scores(sample.rewards) for sample in group] for group in rollout.extra]
     values = completion_matrix(samples, "values") if samples[0].values is not None else None
+    logps = sampling_logps(samples)
     shared = {
-        "logps": sampling_logps(samples),
-        "ref_logps": completion_matrix(samples, "ref_logps"),
+        "logps": logps,
+        "ref_logps": logps if samples[0].ref_logps is None else completion_matrix(samples, "ref_logps"),
         "mask": completion_masks(samples),
     }
     return [

@@ -21,7 +21,8 @@ def rolled_out_for(trainer, step: int, count: int):
     rows = [trainer.train_dataset[i] for i in range(count)]
     rollout = trainer.pipeline.run(rows, list(range(count)), step, weight_version=trainer.engine.step)
     samples = rollout.samples
-    trainer.forward.fill([samples], "ref_logps", trainer.forward.reference_logps(trainer.reference))
+    if trainer.args.beta:
+        trainer.forward.fill([samples], "ref_logps", trainer.forward.reference_logps(trainer.reference))
     if trainer.critic is not None:
         trainer.forward.fill([samples], "values", trainer.critic.values)
     beta = trainer.kl.value if trainer.args.kl_in == "reward" else 0.0
@@ -61,9 +62,10 @@ def exact_gradient(trainer) -> torch.Tensor:
         prompt = row["prompt_ids"]
         for completion in completions:
             ids = torch.tensor([prompt + completion])
+            models = (trainer.model, trainer.reference.model) if trainer.args.beta else (trainer.model,) * 2
             logps = [
                 m(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[len(prompt) - 1 :].sum()
-                for m in (trainer.model, trainer.reference.model)
+                for m in models
             ]
             value = some_reward([prompt], [completion])[0] - trainer.args.beta * (logps[0] - logps[1].detach())
             objective = objective + logps[0].exp() * value / len(trainer.train_dataset)

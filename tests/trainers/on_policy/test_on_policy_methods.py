@@ -142,6 +142,30 @@ def test_adaptive_kl_moves_beta_towards_the_target(policy, tmp_path):
     assert beta[1] < beta[0] == 0.01 and beta[-1] > min(beta)  # below the target at first, then above it
 
 
+@pytest.mark.parametrize(("method", "options"), [("grpo", {"kl_in": "loss"}), ("ppo", SEVERAL), ("remax", {})])
+def test_without_a_kl_there_is_no_reference(method, options, policy, tmp_path):
+    """beta 0: the gradients of a reference that is there and counts nothing, no model and no pass through it."""
+    norms = []
+    for beta in (0.0, 1e-30):
+        trainer_class, args = on_policy(method, tmp_path / str(beta), max_steps=2, beta=beta, **options)
+        trainer = trainer_class(policy, wanted_words, args, prompts(64))
+        trainer.train()
+        norms.append(logged(trainer, "grad_norm"))
+        assert (trainer.reference is None) == (beta == 0) == (not logged(trainer, "kl"))
+        assert any("time/reference" in entry for entry in trainer.state.log_history) == (beta != 0)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_an_evaluation_needs_the_reference_whatever_beta_is(policy, tmp_path):
+    trainer = make("rloo", policy, tmp_path / "with", beta=0.0, max_steps=2, learning_rate=1e-2)
+    trainer.train()
+    assert trainer.evaluate()["eval_kl"] != 0 and not logged(trainer, "kl")
+    trainer_class, args = on_policy("rloo", tmp_path / "without", beta=0.0)
+    alone = trainer_class(policy, wanted_words, args, prompts(16))
+    with pytest.raises(ConfigError, match="holds no reference, which an evaluation measures the KL to"):
+        alone.evaluate(prompts(4))
+
+
 def test_correction_and_clip_options_reach_the_loss(policy, tmp_path):
     """bfloat16: the engine rounds differently, so the weights differ from 1, and the loss with them."""
     losses = {}
