@@ -13,14 +13,14 @@ from align.errors import ConfigError
 from align.evaluation.calibration import Reliability, reliability
 from align.modeling.load import disable_dropout, load_sequence_classifier, load_tokenizer
 from align.modeling.padding import padding_as_saved, with_own_padding
-from align.modeling.prefix_support import enable_shared_scores
+from align.modeling.prefix_support import SCORES, enable_shared_scores
 from align.modeling.scores import pair_scores
 from align.objectives.pair_losses import PairLosses
 from align.objectives.reward_model import bradley_terry_loss, centering, score_l2
 from align.reward_models.normalizer import FILE_NAME as NORMALIZER_FILE
 from align.reward_models.normalizer import Normalizer
 from align.reward_models.sequences import longest_input
-from align.trainers.core.batching import resolve_layout
+from align.trainers.core.batching import CheckSharedRows, autocast_dtype, resolve_layout
 from align.trainers.pairs.config import PairConfig
 from align.trainers.pairs.data import IDS, NUMBERS, PairData, flat_column
 from align.trainers.pairs.evaluation import CHOSEN, REJECTED
@@ -107,6 +107,8 @@ class RewardTrainer(PairTrainer):
         data = pair_data(processing_class, args, self._check_lengths)
         super().__init__(model, args, data, train_dataset, eval_dataset, callbacks, optimizers)
         shares = resolve_layout(args.batching, (self._cannot_share() for _ in range(1)))
+        if shares:
+            self.add_callback(CheckSharedRows(self, SCORES))
         self.planner = MicroBatchPlanner(
             SharedPrefixPairs() if shares else PaddedPairs(processing_class.pad_token_id),
             args.train_batch_size,
@@ -116,7 +118,7 @@ class RewardTrainer(PairTrainer):
 
     def _cannot_share(self) -> str | None:
         """Why the model cannot take shared prefixes; None if it can, and then it does."""
-        return enable_shared_scores(self.model, self.args.max_length)
+        return enable_shared_scores(self.model, self.args.max_length, autocast_dtype(self.args))
 
     def _check_lengths(self, dataset, name: str):
         """The dataset; an index error in the middle of a run would say less."""

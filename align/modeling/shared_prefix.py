@@ -13,6 +13,7 @@ its own tokens. Soft-capped scores (Gemma-2), which SDPA does not know, are comp
 from collections.abc import Callable
 from functools import cache
 from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from align.modeling.types import Model
 IMPLEMENTATION = "sdpa_shared_prefix"
 BLOCK = 128  # FlexAttention's blocks, in tokens
 _prepared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # one table serves all layers
+_called: WeakSet[nn.Module] = WeakSet()  # layers' attention modules that were given a table
 
 
 def register() -> None:
@@ -34,6 +36,11 @@ def register() -> None:
 
     AttentionInterface.register(IMPLEMENTATION, attention)
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+def took_a_table(module: nn.Module) -> bool:
+    """Whether this is an attention module that has been given a table as its mask."""
+    return module in _called
 
 
 def compute_soft_caps(core: Model) -> None:
@@ -72,6 +79,7 @@ def attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     _check(attention_mask, kwargs)
+    _called.add(module)
     query, key, value = _of_one_dtype(query, key, value)
     if query.is_cuda and dropout == 0:  # FlexAttention has no dropout
         mask = _once(attention_mask, block_mask, query.shape[2])
@@ -174,8 +182,8 @@ def _cap(softcap: float | None) -> Callable | None:
 def block_mask(table: Tensor, count: int | None = None):
     """The FlexAttention mask of a table, from its lengths: O(rests * N/BLOCK + (N/BLOCK)^2) memory.
 
-    How many pairs of positions of a block see each other is a sum over rectangles (rests see their prefix) and
-    triangles (prefix and rests see themselves), that is a product of [segments, N/BLOCK] matrices. Equal to what
+    How many pairs of positions of a block see each other is a sum over rectangles (rests see prefixes) and
+    triangles (prefixes and rests see themselves), that is a product of [segments, N/BLOCK] matrices. Equal to what
     `create_block_mask` makes of `visible`, for which that needs 10 N^2 bytes. With `count` (the tokens N), the device
     is not waited for.
     """

@@ -92,6 +92,14 @@ def _check_adapter(folder: Path, config, first) -> None:
     if given:
         raise ConfigError(f"{folder} is an adapter with {', '.join(given)}, which has no exact soup")
 
+    # by a kind of start that takes its product out of the base's weights, again whenever the adapter is loaded
+    if config.init_lora_weights not in (True, False, "gaussian", "orthogonal", "eva"):
+        raise ConfigError(
+            f"{folder} is an adapter with init_lora_weights={config.init_lora_weights!r}: its base is another than "
+            "the saved one, so it has no soup as it is. Merge it into its base, or save it with PEFT's "
+            "path_initial_model_for_weight_conversion"
+        )
+
 
 def _scale(config) -> float:
     return config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)

@@ -152,7 +152,7 @@ def test_the_check_computes(monkeypatch):
         return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
 
     monkeypatch.setattr(shared_prefix, "group_by_group", wrong)
-    assert "differ by" in enable_shared_prefix(model, None)
+    assert "move by" in enable_shared_prefix(model, None)
     assert model.config._attn_implementation == "sdpa"
 
 

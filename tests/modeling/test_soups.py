@@ -104,3 +104,14 @@ def test_what_has_no_exact_soup(world, tmp_path, members, weights, message):
         get_peft_model(base, LoraConfig(r=4, target_modules=modules, **options)).save_pretrained(world / members[-1])
     with pytest.raises(ConfigError, match=message):
         make_soup([world / name for name in members], weights, tmp_path)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_adapters_that_change_their_base_are_refused(world, tmp_path, start):
+    """PEFT takes the start's product out of the base again when the soup is loaded, at the soup's rank."""
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=start)
+    adapted = get_peft_model(load_policy(world / "base"), lora)
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ConfigError, match=f"init_lora_weights='{start}'.*path_initial_model_for_weight_conversion"):
+        make_soup([tmp_path / "adapter"] * 2, [0.5, 0.5], tmp_path / "soup")
+    assert not (tmp_path / "soup").exists()

@@ -4,7 +4,11 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
 from align.errors import ConfigError
+from align.modeling.prefix_support import LOGPS, check_wrapped
 
 logger = logging.getLogger(__name__)
 
@@ -51,3 +55,19 @@ def resolve_layout(batching: str, obstacles: Iterable[str | None]) -> bool:
         reason,
     )
     return False
+
+
+def autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
+    """The dtype of the run's mixed precision; None without."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+
+
+class CheckSharedRows(TrainerCallback):
+    """As training begins on several processes: shared rows are checked again on the model as it is wrapped for them."""
+
+    def __init__(self, trainer: Trainer, probe=LOGPS):
+        self.trainer, self.probe = trainer, probe
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.trainer.accelerator.num_processes > 1:
+            check_wrapped(self.trainer.model_wrapped, autocast_dtype(args), self.probe)

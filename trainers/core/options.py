@@ -69,6 +69,15 @@ class RunOptions:
 class BaseConfig(RunOptions, TrainingArguments):
     """Configuration of the trainers that build on transformers' Trainer directly."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.torch_compile:
+            raise ConfigError(
+                "torch_compile: the head and the attention of these trainers are made anew for every batch (wanted "
+                "tokens, shared prompts), so that every step would be compiled again; leave it out. FlexAttention is "
+                "compiled by itself on a GPU"
+            )
+
 
 def changed_settings(args: TrainingArguments) -> dict:
     """The settings that differ from their defaults, without those that say where something lies or is shown."""

@@ -55,7 +55,11 @@ class CriticOptions:
         default=0, metadata={"help": "Optimiser steps in which only the critic is trained."}
     )
     value_clip: float | None = field(
-        default=0.2, metadata={"help": "Clip of the value's change in a rollout; null: the plain squared error."}
+        default=None,
+        metadata={
+            "help": "Clip of the value's change in a rollout, in units of the return. Default: none, as a critic that "
+            "starts at 0 gets no further than this per rollout (0.2 is for returns scaled to a deviation of 1)."
+        },
     )
 
     def __post_init__(self):

@@ -33,7 +33,7 @@ from align.objectives.kl import masked_sum
 from align.objectives.policy_loss import aggregate_tokens
 from align.rollout.engine import RolloutEngine
 from align.rollout.types import SamplingParams
-from align.trainers.core.batching import resolve_layout
+from align.trainers.core.batching import CheckSharedRows, autocast_dtype, resolve_layout
 from align.trainers.core.identity import mark_of
 from align.trainers.core.micro_batches import MicroBatchLists, in_lists
 from align.trainers.core.ranks import Ranks
@@ -137,7 +137,8 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
         models = [self.model]
         if self.reference is not None and not self.reference.adapter_off:
             models.append(self.reference.model)
-        shared = resolve_layout(args.batching, (enable_shared_prefix(model, longest) for model in models))
+        obstacles = (enable_shared_prefix(model, longest, autocast_dtype(args)) for model in models)
+        shared = resolve_layout(args.batching, obstacles)
         if self.reference is not None:
             self.reference.prepare(self.accelerator)
         self.critic: CriticLearner | None = None
@@ -146,6 +147,8 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
             if shared:
                 shared = resolve_layout(args.batching, [enable_trunk(critic.backbone, self.model, longest)])
             self.critic = CriticLearner(critic, self.accelerator, args, self.recorder)
+        if shared:
+            self.add_callback(CheckSharedRows(self))
         tokenizer = self.processing_class
         padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.planner = BatchPlanner(

@@ -20,7 +20,7 @@ from align.modeling.logprobs import language_model
 from align.modeling.pairs import PairTokens, pair_tokens
 from align.modeling.prefix_support import enable_shared_prefix
 from align.objectives.pair_losses import PairLosses
-from align.trainers.core.batching import resolve_layout
+from align.trainers.core.batching import CheckSharedRows, autocast_dtype, resolve_layout
 from align.trainers.core.reference_checks import (
     check_reference,
     check_same_start,
@@ -110,7 +110,10 @@ class PreferenceTrainer(PairTrainer):
         ref_model = load_reference(ref_model, self.model)
         models = [self.model] if ref_model is None else [self.model, ref_model]
         # before a reference is copied from the policy
-        shares = resolve_layout(args.batching, (enable_shared_prefix(m, args.max_length) for m in models))
+        obstacles = (enable_shared_prefix(m, args.max_length, autocast_dtype(args)) for m in models)
+        shares = resolve_layout(args.batching, obstacles)
+        if shares:
+            self.add_callback(CheckSharedRows(self))
         self.planner = MicroBatchPlanner(
             SharedPrefixPairs() if shares else PaddedPairs(processing_class.pad_token_id),
             args.train_batch_size,

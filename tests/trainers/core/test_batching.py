@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from align import DPOConfig, ReMaxConfig, RewardConfig
 from align.errors import ConfigError
 from align.trainers.core.batching import BatchingOptions, resolve_layout
 
@@ -50,3 +51,9 @@ def test_the_option_is_checked():
     assert Config().went_on and Config().batching == "auto"
     with pytest.raises(ConfigError, match="auto, shared_prefix or padded, got 'packed'"):
         Config(batching="packed")
+
+
+@pytest.mark.parametrize("config", [DPOConfig, RewardConfig, ReMaxConfig])
+def test_compiling_the_whole_model_is_refused(config, tmp_path):
+    with pytest.raises(ConfigError, match="torch_compile: the head and the attention"):
+        config(output_dir=str(tmp_path), torch_compile=True, report_to="none")
