@@ -27,8 +27,8 @@ def _crc32(path: Path) -> int:
 
 
 def checksums(folder: str | Path, *, rank: int = 0, processes: int = 1) -> dict[str, dict[str, int]]:
-    """Size and CRC-32 of this process's share of the files of `folder`, by relative name: the files by size, in turn, so
-    that all processes read about as much. Call it when everything is written."""
+    """Size and CRC-32 of this process's share of the files of `folder`, by relative name: the files by size, in turn,
+    so that all processes read about as much. Call it when everything is written."""
     folder = Path(folder)
     paths = [p for p in folder.rglob("*") if p.is_file() and p.name not in (MANIFEST, MANIFEST + ".tmp")]
     paths.sort(key=lambda path: (-path.stat().st_size, str(path)))

@@ -4,6 +4,7 @@ import logging
 import math
 import shutil
 from collections.abc import Sized
+from contextlib import nullcontext
 from pathlib import Path
 
 from accelerate.utils import gather_object
@@ -16,8 +17,10 @@ from align.errors import TrainingError
 from align.modeling.adapters import adapter_start, notes, split
 from align.trainers.core import guards, identity, saving, trackers
 from align.trainers.core.checkpoints import Resumed, choose_checkpoint, read_checkpoint, write_extra_state
+from align.trainers.core.lock import holding
 from align.trainers.core.options import changed_settings
 from align.trainers.core.recorder import Recorder
+from align.trainers.core.signals import REQUEUE, StopOnSignal
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +38,8 @@ class TrainerMixin:
         super().__init__(*args, **kwargs)
         if not self.is_deepspeed_enabled:  # which keeps gradients where they cannot be seen
             self.add_callback(guards.GradientsReachTheWeights())
+        self._signals = StopOnSignal(self.accelerator)
+        self.add_callback(self._signals)
         if self.is_world_process_zero() and not self.is_deepspeed_enabled:
             saving.check_base(self.model, self.args.output_dir)
         self._start_digest = None if self.is_deepspeed_enabled else identity.weights_digest(self.model)
@@ -224,9 +229,13 @@ class TrainerMixin:
         # The evaluation at a checkpoint's step was made before the checkpoint was, if one was due.
         args.eval_on_start = eval_on_start and checkpoint is None
         try:
-            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            with holding(args.output_dir) if self.is_world_process_zero() else nullcontext():
+                output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         finally:
             args.eval_on_start = eval_on_start
+            self._signals.release()
+        if self._signals.stopped and not self.finished:
+            raise SystemExit(REQUEUE)
         if self.state.global_step == (self.resume_step or 0):
             if checkpoint is None or not self.finished:
                 raise TrainingError(

@@ -1,0 +1,67 @@
+"""Signals end a run with a checkpoint; a folder has one run at a time."""
+
+import os
+import signal
+
+import pytest
+from transformers import TrainerCallback
+
+from align.errors import TrainingError
+from align.trainers.core.lock import holding
+from align.trainers.core.signals import REQUEUE, StopOnSignal
+from align.trainers.sft import SFTTrainer
+from tests.trainers.tiny_runs import assert_same, demonstrations, parameters, sft_config
+
+
+def sft(policy, folder, **options):
+    return SFTTrainer(policy, sft_config(folder, max_steps=4, **options), demonstrations(16))
+
+
+class Send(TrainerCallback):
+    def __init__(self, number):
+        self.number = number
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_asks_to_be_queued_again(number, policy, tmp_path):
+    before = signal.getsignal(number)
+    trainer = sft(policy, tmp_path / "run")  # save_strategy: no
+    trainer.add_callback(Send(number))
+    with pytest.raises(SystemExit) as stopped:
+        trainer.train()
+    assert stopped.value.code == REQUEUE == 75
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert signal.getsignal(number) is before
+    resumed = sft(policy, tmp_path / "run")
+    resumed.train(resume_from_checkpoint="auto")
+    straight = sft(policy, tmp_path / "straight")
+    straight.train()
+    assert_same(parameters(resumed.model), parameters(straight.model))
+
+
+def test_a_second_signal_ends_at_once(monkeypatch):
+    sent, restored = [], []
+    monkeypatch.setattr(os, "kill", lambda process, number: sent.append(number))
+    monkeypatch.setattr(signal, "signal", lambda number, handler: restored.append((number, handler)))
+    callback = StopOnSignal(None)
+    callback._handle(signal.SIGTERM, None)
+    assert callback.stopped and not sent
+    callback._handle(signal.SIGTERM, None)
+    assert sent == [signal.SIGTERM] and restored == [(signal.SIGTERM, signal.SIG_DFL)]
+
+
+def test_two_runs_in_one_folder_are_refused(policy, tmp_path):
+    with holding(tmp_path):
+        with pytest.raises(TrainingError, match=f"another run trains in .*process {os.getpid()} on "):
+            sft(policy, tmp_path).train()
+    sft(policy, tmp_path).train()
+
+
+def test_an_impossible_output_folder(policy, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TrainingError, match="nothing can be written in output_dir"), holding(tmp_path / "file" / "run"):
+        pass
