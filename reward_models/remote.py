@@ -1,15 +1,13 @@
 """Rewards that a server computes."""
 
-import os
-import re
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 from urllib.parse import urlsplit
 
 import requests
 import torch
 from urllib3.util import Retry
 
+from align.config.secrets import expand, masked_text
 from align.errors import ConfigError, RewardError
 from align.reward_models.base import Reward, RewardBatch, RewardOutput
 from align.reward_models.rules import not_numbers
@@ -27,7 +25,7 @@ class RemoteReward(Reward):
     is an error that names the rows; nothing is made up. Nothing is sent before the first completions are scored.
 
     Args:
-        url: where to post. name: in metrics and errors.
+        url: where to post, `${NAME}` standing for an environment variable. name: in metrics and errors.
         columns: names of the dataset's columns to send along.
         headers: of every request; `$NAME` in a value stands for that environment variable.
         batch_size: completions per request. concurrency: requests in flight at most.
@@ -47,10 +45,10 @@ class RemoteReward(Reward):
         retries: int = 5,
         backoff: float = 0.5,
     ):
-        self.name, self.url, self.columns = name, url, tuple(columns)
-        parts = urlsplit(url)
+        self.name, self.url, self.columns = name, expand(url, f"reward {name!r}: url"), tuple(columns)
+        parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"reward {name!r}: url must be http://... or https://..., got {url!r}")
+            raise ConfigError(f"reward {name!r}: url must be http://... or https://..., got {masked_text(url)!r}")
         self.shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"  # without secrets
         for key, value, least in (
             ("batch_size", batch_size, 1),
@@ -71,7 +69,9 @@ class RemoteReward(Reward):
             raise_on_status=False,
         )
         self.session = requests.Session()
-        self.session.headers.update({key: self._expanded(key, value) for key, value in (headers or {}).items()})
+        self.session.headers.update(
+            {key: expand(str(value), f"reward {name!r}: header {key}") for key, value in (headers or {}).items()}
+        )
         adapter = requests.adapters.HTTPAdapter(max_retries=retry, pool_maxsize=concurrency)
         self.session.mount("http://", adapter)
         self.session.mount("https://", adapter)
@@ -118,7 +118,7 @@ class RemoteReward(Reward):
                 f"no answer within {self.timeout:g} s, {tried}. The server is too slow or stuck: raise timeout, or "
                 f"lower batch_size ({self.batch_size}) or concurrency ({self.concurrency})"
             )
-        reason = getattr(error.args[0], "reason", error.args[0]) if error.args else error
+        reason = masked_text(str(getattr(error.args[0], "reason", error.args[0]) if error.args else error))
         return f"no connection, {tried} ({reason}). Start the server, or mend the url"
 
     def _checked(self, answer: requests.Response, batch: RewardBatch, places: range, where: str) -> list[float]:
@@ -138,9 +138,3 @@ class RemoteReward(Reward):
                 f"{batch.row_names([places[i] for i in bad])}; every completion needs a finite number. Mend the server"
             )
         return [float(score) for score in scores]
-
-    def _expanded(self, key: str, value: Any) -> str:
-        absent = [name for name in re.findall(r"\$\{?(\w+)", str(value)) if name not in os.environ]
-        if absent:
-            raise ConfigError(f"reward {self.name!r}: header {key} needs the environment variable {absent[0]}, not set")
-        return os.path.expandvars(str(value))

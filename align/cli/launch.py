@@ -7,6 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from align.config.secrets import masked_tokens
 from align.errors import ConfigError
 from align.methods import get_method
 
@@ -46,6 +47,8 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
         raise ConfigError(f"--num-processes is the total, and {num_processes} do not divide over {args.nodes} nodes")
     training = ["align", method, "--config", args.config, *extra, *(["--use_cpu", "true"] if args.cpu else [])]
     if args.slurm:
+        if masked_tokens(training) != training:
+            raise ConfigError("the batch file would hold a secret: give it as '${NAME}', and export NAME in the job")
         return _write_slurm(args, method, num_processes, training)
     machines = []
     if args.nodes > 1:
@@ -53,7 +56,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
     machines += ["--main_process_port", str(args.main_port)]
     command = [sys.executable, *_launcher(args, num_processes), *machines, "--module", *training]
     if args.dry_run:
-        print(shlex.join(command))
+        print(shlex.join(masked_tokens(command)))
         return 0
     sys.stdout.flush()
     # The launcher takes the place of this process, so that it gets the signals that the job's owner sends.

@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 
+from align.config.secrets import masked_text
 from align.errors import AlignError
 from align.methods import METHODS
 
@@ -95,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     except AlignError as error:
         if args.debug or os.environ.get("ALIGN_DEBUG") == "1":
             traceback.print_exc()
-        print(f"align: error: {error}", file=sys.stderr)
+        print(f"align: error: {masked_text(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("align: interrupted", file=sys.stderr)

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from align.config.secrets import Secret, expand
 from align.errors import ConfigError
 from align.methods import get_method
 
@@ -50,6 +51,8 @@ def train(config: "RunConfig") -> None:
     from align.config.resolve import settings
 
     values = settings(config)
+    if config.training.hub_token is not None:
+        config.training.hub_token = Secret(expand(config.training.hub_token, "hub_token"))
     output_dir = Path(config.training.output_dir)
     main_process = config.training.process_index == 0
     resume = config.training.resume_from_checkpoint

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache
@@ -10,11 +11,15 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
-from align.config.source import COMMAND_LINE, Entry, apply_overrides, read_file, read_overrides
-from align.errors import ConfigError
+from align.config.ranges import problem_with
+from align.config.secrets import MASK, masked, masked_text
+from align.config.source import COMMAND_LINE, Entry, apply_overrides, one_line, read_file, read_overrides
+from align.errors import AlignError, ConfigError
 from align.lazy import load
 from align.methods import Method, get_method
 
+# What constructors of transformers and trl raise for options that they do not take.
+REFUSALS = (AlignError, ValueError, TypeError, KeyError, AttributeError, ImportError, OSError, RuntimeError)
 REWARD_SECTIONS = ("rewards", "gold_reward")
 
 
@@ -136,6 +141,8 @@ def resolve(method_name: str, config_file: str | None, tokens: list[str]) -> Run
     arguments: dict[str, dict[str, Any]] = {part: {} for part in classes}
     given = {}
     for key, entry in entries.items():
+        if MASK in str(entry.value):
+            raise ConfigError(f"{entry.where}: {key} was masked when this was written: give it again, as ${{NAME}}")
         given[key] = entry.value
         for part, cls in classes.items():
             if key in _fields(cls):
@@ -144,9 +151,9 @@ def resolve(method_name: str, config_file: str | None, tokens: list[str]) -> Run
                 given[key] = entry.value if as_written else _plain(value)
     try:
         nested = {key: _reward_section(key, given.get(key)) for key in REWARD_SECTIONS}
-        built = {part: _build(cls, arguments[part], config_file) for part, cls in classes.items()}
     except ConfigError as error:
-        raise (_placed(error, entries, config_file) if error.key else error) from error
+        raise _placed(error, entries, config_file) from error
+    built = {part: _build(cls, arguments[part], entries, config_file) for part, cls in classes.items()}
     run = RunConfig(method=method, **built, **nested, entries=entries, given=given)
     _check_required(run, config_file)
     return run
@@ -202,25 +209,38 @@ def _check_keys(entries: dict[str, Entry], valid: list[str], method: Method) -> 
         raise ConfigError("; ".join(problems))
 
 
-def _placed(error: ConfigError, entries: dict[str, Entry], config_file: str | None) -> ConfigError:
-    """The error with the place of the option that it is about."""
-    head = (error.key or "").partition(".")[0]
-    place = entries[head].place(error.key) if head in entries else config_file or COMMAND_LINE
-    return ConfigError(f"{place}: {' '.join(str(error).split())}", key=error.key)
+def _placed(
+    error: Exception, entries: dict[str, Entry], config_file: str | None, key: str | None = None
+) -> ConfigError:
+    """The error in one line, with the place of the option that it is about: `error.key`, or `key`."""
+    key = getattr(error, "key", None) or key or ""
+    head = key.partition(".")[0]
+    place = entries[head].place(key) if head in entries else config_file or COMMAND_LINE
+    kind = "" if isinstance(error, ValueError | AlignError) else f"{type(error).__name__}: "
+    return ConfigError(one_line(masked_text(f"{place}: {kind}{error}")), key=key or None)
+
+
+@cache
+def _adapter(cls: type, key: str):
+    """What validates the values of a field."""
+    from pydantic import ConfigDict, TypeAdapter
+
+    hint = hints(cls)[key]
+    # an options class of a library is validated by its own constructor
+    options = None if dataclasses.is_dataclass(hint) else ConfigDict(arbitrary_types_allowed=True)
+    return TypeAdapter(hint, config=options)
 
 
 def _typed(key: str, entry: Entry, cls: type) -> Any:
     """The entry's value as the field's type, or ConfigError naming the place."""
-    from pydantic import ConfigDict, TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     hint = hints(cls)[key]
     choices = list(_fields(cls)[key].metadata.get("choices") or [])
     enums = [arm for arm in get_args(hint) if isinstance(arm, type) and issubclass(arm, Enum)]
     if enums:  # transformers writes `Enum | str`: any text would pass here and fail later, without its line
         choices = [member.value for member in enums[0]]
-    # an options class of a library is validated by its own constructor
-    options = None if dataclasses.is_dataclass(hint) else ConfigDict(arbitrary_types_allowed=True)
-    adapter = TypeAdapter(hint, config=options)
+    adapter = _adapter(cls, key)
     # a word that YAML reads as a number or a truth value may be meant as text; one item may be meant as a list
     candidates = [entry.value] if entry.text is None else [entry.value, entry.text, [entry.text]]
     problem = ""
@@ -237,26 +257,40 @@ def _typed(key: str, entry: Entry, cls: type) -> Any:
             near = difflib.get_close_matches(str(value), choices, n=1) if len(choices) > 12 else None
             valid = f"nearest valid: {near[0]}" if near else f"valid: {', '.join(choices[:12])}"
             raise ConfigError(f"{entry.where}: {key} cannot be {_plain(value)!r}; {valid}")
+        outside = problem_with(key, value)
+        if outside:
+            raise ConfigError(f"{entry.where}: {outside}", key=key)
         return value
-    shown = entry.text if entry.text is not None else repr(entry.value)
+    shown = str(masked(entry.text if entry.text is not None else entry.value, key))
     problem = problem[0].lower() + problem[1:]
-    raise ConfigError(f"{entry.where}: {key}: {problem} (a value of type {_type_name(hint)}), not {shown!r}")
+    raise ConfigError(
+        one_line(f"{entry.where}: {key}: {problem} (a value of type {_type_name(hint)}), not {shown!r:.200}")
+    )
 
 
 def _type_name(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
-def _build(cls: type, arguments: dict[str, Any], config_file: str | None) -> Any:
+def _build(cls: type, arguments: dict[str, Any], entries: dict[str, Entry], config_file: str | None) -> Any:
     try:
         return cls(**arguments)
-    except ConfigError as error:
-        if error.key:
-            raise
-        raise ConfigError(f"{config_file or COMMAND_LINE}: {error}") from error
-    except ValueError as error:  # what the __post_init__ of transformers, trl and our configs raise
-        message = " ".join(str(error).split())
-        raise ConfigError(f"{config_file or COMMAND_LINE}: {message}") from error
+    except REFUSALS as error:  # from the __post_init__ of transformers, trl and our configs
+        raise _placed(error, entries, config_file, _culprit(cls, arguments, error)) from error
+
+
+def _culprit(cls: type, arguments: dict[str, Any], error: Exception) -> str | None:
+    """The option that a constructor's error is about: the one that it names, or the one without which there is none."""
+    named = [name for name in re.findall(r"[A-Za-z_]\w*", str(error)) if name in arguments]
+    if named or getattr(error, "key", None):
+        return named[0] if named else None
+    for key in arguments:
+        try:
+            cls(**{name: value for name, value in arguments.items() if name != key})
+        except REFUSALS:
+            continue
+        return key
+    return None
 
 
 def _check_required(run: RunConfig, config_file: str | None) -> None:
@@ -270,7 +304,8 @@ def _check_required(run: RunConfig, config_file: str | None) -> None:
 
 
 def settings(run: RunConfig) -> dict[str, Any]:
-    """What makes this run differ from the defaults: everything that was set, then what the machine decided.
+    """What makes this run differ from the defaults: everything that was set, without secrets, then what the machine
+    decided.
 
     Call it before a trainer is built: trainers change their config.
     """
@@ -280,7 +315,8 @@ def settings(run: RunConfig) -> dict[str, Any]:
         for name in own_fields(config)
         if name not in run.given and _fields(config)[name].default is None and hints(config)[name] == bool | None
     }
-    return {"method": run.method.name, **run.given, **{k: v for k, v in decided.items() if v is not None}}
+    given = {key: masked(value, key) for key, value in run.given.items()}
+    return {"method": run.method.name, **given, **{k: v for k, v in decided.items() if v is not None}}
 
 
 def _plain(value: Any) -> Any:

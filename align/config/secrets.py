@@ -44,6 +44,22 @@ def masked_text(text: str) -> str:
     return _QUERY.sub(lambda found: found[0] if _REFERENCE.fullmatch(found[2]) else found[1] + MASK, text)
 
 
+def masked_tokens(tokens: list[str]) -> list[str]:
+    """The words of a command line without the secrets among them."""
+    shown = []
+    for i, token in enumerate(tokens):
+        option, _, value = token.partition("=")
+        key = option.lstrip("-").rpartition(".")[2].replace("-", "_")
+        before = tokens[i - 1].lstrip("-").replace("-", "_").split(".") if i else []
+        if option.startswith("--") and value and key in SECRET_KEYS:
+            shown.append(f"{option}={_hidden(value)}")
+        elif any(name in SECRET_KEYS for name in before) and "=" not in tokens[i - 1]:
+            shown.append(_hidden(token))
+        else:
+            shown.append(masked_text(token))
+    return shown
+
+
 def _hidden(value: Any) -> str:
     return value if isinstance(value, str) and _REFERENCE.fullmatch(value.strip()) else MASK
 

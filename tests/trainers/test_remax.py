@@ -200,7 +200,7 @@ def test_a_tokenizer_without_padding_token(tokenizer, tmp_path):
 def test_options_are_checked(tmp_path):
     for wrong, message in (
         ({"kl_mode": "both"}, "kl_mode must be"),
-        ({"gamma": 0.0}, "gamma must be in"),
+        ({"gamma": 0.0}, "gamma must be above 0"),
         ({"loss_aggregation": "mean"}, "loss_aggregation must be"),
         ({"temperature": 0.0}, "temperature must be > 0"),
         ({"num_generations": 0}, "must be at least 1"),

@@ -9,7 +9,8 @@ from dataclasses import MISSING, dataclass, field, fields
 import torch
 from transformers import TrainingArguments
 
-from align.errors import ConfigError
+from align.config.ranges import check_ranges
+from align.config.secrets import Secret
 
 PLACES = ("_dir", "_path", "_token", "run_name", "report_to", "hub_model_id", "disable_tqdm", "use_cpu")
 
@@ -60,8 +61,9 @@ class RunOptions:
             self.gradient_checkpointing = cuda
         if not cuda:
             self.dataloader_pin_memory = False
-        if not 0 <= self.max_bad_share < 1:
-            raise ConfigError(f"max_bad_share is a share in [0, 1), got {self.max_bad_share}")
+        check_ranges(self)
+        if self.hub_token is not None:
+            self.hub_token = Secret(self.hub_token)
         super().__post_init__()
 
 

@@ -186,8 +186,6 @@ class OnPolicyConfig(BatchingOptions, BaseConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.temperature <= 0:
-            raise ConfigError(f"temperature must be > 0 for sampling, got {self.temperature}")
         for name, valid in {
             "loss_aggregation": AGGREGATIONS,
             "kl_in": ("reward", "loss"),
@@ -198,12 +196,7 @@ class OnPolicyConfig(BatchingOptions, BaseConfig):
             if getattr(self, name) not in valid:
                 more = "; the gradient of k1 is zero on average" if getattr(self, name) == "k1" else ""
                 raise ConfigError(f"{name} must be one of {', '.join(valid)}, got {getattr(self, name)!r}{more}")
-        for name in ("num_generations", "eval_num_generations", "num_mini_batches", "num_iterations"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.epsilon > 0 or (self.epsilon_high is not None and not self.epsilon_high > 0):
-            raise ConfigError("epsilon and epsilon_high must be above 0")
-        if self.kl_target is not None and not (self.kl_target > 0 and self.beta > 0):
+        if self.kl_target is not None and not self.beta > 0:
             raise ConfigError("kl_target needs a target and a beta (its starting point) above 0")
         if self.tokens_per_batch is not None and self.forward_tokens_per_batch is None:
             self.forward_tokens_per_batch = 4 * self.tokens_per_batch

@@ -1,0 +1,76 @@
+"""The ranges of numeric options: transformers', TRL's and ours, in one table that files and Python go through.
+
+A value that a later stage would refuse, or that would train nonsense, is refused when the configuration is made. NaN is
+in no range. What depends on two options is checked where they meet.
+"""
+
+import math
+from typing import Any
+
+from align.errors import ConfigError
+
+_HUGE = 10**12  # steps, tokens, bytes: beyond it nobody means it
+
+# (least, whether it is itself allowed, largest, whether it is), and the options
+_TABLE = {
+    (0, True, 1, True): "lam label_smoothing_factor",
+    (0, False, 1, True): "gamma",
+    (0, True, 1, False): "adam_beta1 adam_beta2 max_bad_share label_noise lora_dropout",
+    (0.01, True, 2, True): "temperature",  # what `align.rollout.types` takes
+    (0, False, _HUGE, True): (
+        "adam_epsilon epsilon epsilon_high dual_clip kl_target kl_horizon rollout_correction_high "
+        "num_train_epochs logging_steps save_steps eval_steps reward_clip value_clip"
+    ),
+    (0, True, _HUGE, True): (
+        "learning_rate critic_learning_rate weight_decay max_grad_norm warmup_steps eval_delay neftune_noise_alpha "
+        "rollout_correction_low beta router_aux_loss_coef center_rewards_coefficient score_l2_coefficient "
+        "sweep_min_weight dataloader_num_workers num_logged_completions num_logged_pairs critic_warmup_steps"
+    ),
+    (0, True, 2**32 - 1, True): "seed data_seed label_noise_seed",
+    (1, True, _HUGE, True): (
+        "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps lora_r lora_alpha "
+        "max_length max_prompt_length max_completion_length num_generations eval_num_generations num_mini_batches "
+        "num_iterations num_eval_prompts normalizer_pairs chunk_size tokens_per_batch precompute_ref_batch_size "
+        "save_total_limit eval_accumulation_steps dataset_num_proc dataloader_prefetch_factor ddp_bucket_cap_mb "
+        "ddp_timeout torch_empty_cache_steps pad_to_multiple_of"
+    ),
+    (-1, True, _HUGE, True): "max_steps local_rank",
+    # Their ranges depend on the loss, the variant or each other: they are checked where these are known.
+    (-_HUGE, True, _HUGE, True): (
+        "alphapo_alpha beta_dpo_alpha beta_dpo_filter beta_dpo_momentum cpo_alpha discopop_tau f_alpha_divergence_coef "
+        "interpolate label_smoothing ld_alpha mask_dropout mask_l1_kl mask_l1_reward mask_learning_rate mask_mlp_size "
+        "mask_weight_decay rpo_coef rpo_eta simpo_gamma sweep_points tdpo_alpha ensemble ensemble_member "
+        "ensemble_upper_layers"
+    ),
+}
+RANGES = {name: limits for limits, names in _TABLE.items() for name in names.split()}
+
+
+def problem_with(name: str, value: Any) -> str | None:
+    """What is wrong with the number, or the numbers, given for an option; None if nothing is."""
+    if isinstance(value, list | tuple | dict):
+        values = value.values() if isinstance(value, dict) else value
+        numbers = [number for number in values if isinstance(number, int | float)]
+        return next(filter(None, (problem_with(name, number) for number in numbers)), None)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{name} must be a finite number, got {value}"
+    if name not in RANGES:
+        return None
+    least, from_least, most, to_most = RANGES[name]
+    low = f"at least {least}" if from_least else f"above {least}"
+    if value < least or (value == least and not from_least):
+        return f"{name} must be {low}, got {value:.6g}"
+    if value > most or (value == most and not to_most):
+        shown = "too large" if value > 1e300 else f"{value:.6g}"
+        return f"{name} must be {low} and {'at most' if to_most else 'below'} {most:g}, got {shown}"
+    return None
+
+
+def check_ranges(options: Any) -> None:
+    """Every numeric field of a configuration object. ConfigError naming the first that is out of its range."""
+    for name in (*RANGES, "reward_weights", "loss_weights"):
+        problem = problem_with(name, getattr(options, name, None))
+        if problem:
+            raise ConfigError(problem, key=name)

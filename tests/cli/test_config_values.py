@@ -1,0 +1,216 @@
+"""Values out of range, secrets, and thousands of small damages: always one line with its place, never a traceback."""
+
+import dataclasses
+import math
+import pickle
+import random
+from typing import get_args
+
+import pytest
+import torch
+
+from align.cli.main import main
+from align.config.ranges import RANGES
+from align.config.resolve import hints, option_classes, resolve, settings, write_settings
+from align.config.secrets import MASK, Secret, expand, masked, masked_text
+from align.config.source import ready_configs
+from align.errors import AlignError, ConfigError
+from align.methods import METHODS
+from align.trainers.dpo import DPOConfig
+from align.trainers.ppo import PPOConfig
+
+BASE = "model_name_or_path: some/model\ndataset_name: rows.jsonl\nuse_cpu: true\n"
+REWARDS = "rewards: [json:dumps]\n"
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text: str) -> str:
+        path = tmp_path / "run.yaml"
+        path.write_text(BASE + text)
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.name)
+def test_every_numeric_option_has_a_range(method):
+    for cls in option_classes(method).values():
+        for field in dataclasses.fields(cls):
+            hint = hints(cls)[field.name]
+            if field.init and {int, float} & set(get_args(hint) or (hint,)):
+                assert field.name in RANGES or field.name.startswith(("vllm_", "max_num_seqs", "sync_")), field.name
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("learning_rate: -1", "learning_rate must be at least 0, got -1"),
+        ("learning_rate: .inf", "learning_rate must be a finite number, got inf"),
+        ("learning_rate: .nan", "learning_rate must be a finite number, got nan"),
+        ("per_device_train_batch_size: 0", "per_device_train_batch_size must be at least 1, got 0"),
+        ("lora_r: 0", "lora_r must be at least 1, got 0"),
+        ("adam_beta1: 1.5", "adam_beta1 must be at least 0 and below 1, got 1.5"),
+        ("weight_decay: -1", "weight_decay must be at least 0, got -1"),
+        ("warmup_steps: 1e30", "warmup_steps must be at least 0 and at most 1e+12, got 1e+30"),
+        ("seed: 4294967296", "seed must be at least 0 and at most 4.29497e+09, got 4.29497e+09"),
+        ("reward_clip: -1", "reward_clip must be above 0, got -1"),
+        ("temperature: 0", "temperature must be at least 0.01, got 0"),
+        ("temperature: 3", "temperature must be at least 0.01 and at most 2, got 3"),
+        ("reward_weights: [1.0, .nan]", "reward_weights must be a finite number, got nan"),
+        ("epsilon: 0", "epsilon must be above 0, got 0"),
+        ("kl_in: los", "kl_in must be one of reward, loss, got 'los'"),
+        ("constraints: [{reward: a, direction: equal, threshold: .inf}]", "constraints.0.threshold: input should"),
+        (
+            "rewards:\n  - {type: remote, url: http://x, timeout: 0}",
+            "rewards.0.timeout: input should be",
+        ),
+    ],
+)
+def test_a_value_that_a_later_stage_would_refuse(file, line, message):
+    text = line + "\n" + ("" if "rewards:" in line else REWARDS)
+    path = file(text)
+    with pytest.raises(ConfigError) as error:
+        resolve("remax", path, [])
+    number = 5 if line.startswith("rewards:") else 4
+    assert str(error.value).startswith(f"{path}, line {number}: {message}")
+
+
+def test_python_is_held_to_the_same(tmp_path):
+    for options, message in (
+        ({"learning_rate": -1.0}, "learning_rate must be at least 0"),
+        ({"weight_decay": math.nan}, "weight_decay must be a finite number"),
+        (
+            {"constraints": [{"reward": "a", "direction": "up", "threshold": 0}]},
+            "constraints.0.direction: ",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            PPOConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+
+
+# ---- secrets --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_masked():
+    headers = {
+        "Authorization": "Bearer abc",
+        "X-Key": "${KEY}",
+        "Accept": "a/b",
+        "B": "Bearer $TOKEN",
+        "C": "a$b",
+    }
+    assert masked({"url": "https://me:pw@host/score?key=1&model=a", "headers": headers}) == {
+        "url": f"https://{MASK}@host/score?key={MASK}&model=a",
+        "headers": {"Authorization": MASK, "X-Key": "${KEY}", "Accept": "a/b", "B": "Bearer $TOKEN", "C": MASK},
+    }
+    assert masked_text("see http://a:${PASSWORD}@b/c?token=$T or http://a:b@c") == (
+        f"see http://a:${{PASSWORD}}@b/c?token=$T or http://{MASK}@c"
+    )
+    assert masked("hf_abc", "hub_token") == MASK and masked("${HF}", "hub_token") == "${HF}"
+
+
+def test_no_secret_is_written_and_a_masked_one_is_refused(file, tmp_path):
+    path = file(
+        "hub_token: hf_abc\nrewards:\n  - {type: remote, url: 'http://u:pw@h/x?api_key=k9', headers: {A: s7}}\n"
+    )
+    written = tmp_path / "align_config.yaml"
+    write_settings(settings(resolve("remax", path, [])), written)
+    text = written.read_text()
+    assert not any(secret in text for secret in ("hf_abc", "pw", "k9", "s7"))
+    with pytest.raises(ConfigError, match=r"align_config.yaml, line \d+: hub_token was masked .* as \$\{NAME\}"):
+        resolve("remax", str(written), [])
+
+
+def test_a_reference_to_the_environment_is_kept_and_read_late(file, monkeypatch, tmp_path):
+    monkeypatch.delenv("MY_TOKEN", raising=False)
+    run = resolve("dpo", file("hub_token: ${MY_TOKEN}\n"), [])
+    assert settings(run)["hub_token"] == "${MY_TOKEN}"
+    with pytest.raises(ConfigError, match="hub_token needs the environment variable MY_TOKEN, not set"):
+        expand(run.training.hub_token, "hub_token")
+    monkeypatch.setenv("MY_TOKEN", "hf_abc")
+    assert expand(run.training.hub_token, "hub_token") == "hf_abc"
+
+
+def test_a_token_is_not_in_the_saved_arguments(tmp_path):
+    args = DPOConfig(output_dir=str(tmp_path), hub_token="hf_abc", use_cpu=True)
+    torch.save(args, tmp_path / "training_args.bin")
+    assert b"hf_abc" not in (tmp_path / "training_args.bin").read_bytes()
+    assert args.hub_token == "hf_abc" and "hf_abc" not in repr(Secret("hf_abc"))
+    assert pickle.loads(pickle.dumps(args.hub_token)) == MASK
+
+
+def test_commands_that_are_printed_hold_no_secret(file, capsys, tmp_path):
+    path = file("method: dpo\n")
+    tokens = ["--num-processes", "2", "--hub_token", "hf_abc"]
+    assert main(["launch", path, "--dry-run", *tokens]) == 0
+    assert "hf_abc" not in capsys.readouterr().out
+    assert main(["launch", path, "--slurm", str(tmp_path / "job"), *tokens]) == 2
+    assert "would hold a secret" in capsys.readouterr().err and not (tmp_path / "job").exists()
+
+
+# ---- damaged files and odd values -----------------------------------------------------------------------------------
+
+KEYS = ["rewards", "multipliers", "constraints", "extends", "rewards.0.path"]
+ODD = [
+    *("", "~", "true", "-1", "0", "1e309", ".inf", ".nan", "007", "1_000", "0x10", "[]", "{}", "[[]]", "{a: {b: c}}"),
+    *("'x'", '"\\x00"', '"\\ud800"', "!!int x", "!!python/name:os.system", "!!binary x", "&a [*a]", "*nowhere", "é"),
+    *("\x07", "${HOME}", "http://a:b@c", "- 1", "? x", "<<: 1", "|\n  a\n  b", "[1, 2", "{", "@", "%", "9" * 30),
+]
+
+
+def damaged(rng: random.Random, text: str) -> bytes:
+    lines = text.split("\n")
+    for _ in range(rng.randint(1, 3)):
+        place = rng.randrange(len(lines))
+        key = lines[place].partition(":")[0]
+        lines[place] = rng.choice(
+            [
+                f"{key}: {rng.choice(ODD)}",
+                f"{key}x: 1",
+                lines[place] + rng.choice(ODD),
+                "  " * rng.randint(0, 3) + lines[place],
+                lines[rng.randrange(len(lines))],
+                lines[place][: rng.randint(0, 20)],
+                f"{rng.choice(KEYS)}: {rng.choice(ODD)}",
+            ]
+        )
+    content = "\n".join(lines).encode("utf-8", "surrogatepass")
+    if rng.random() < 0.1:
+        at = rng.randrange(len(content))
+        content = content[:at] + bytes([rng.randrange(256)]) + content[at + 1 :]
+    return content
+
+
+def test_damaged_files_and_odd_options_resolve_or_are_refused_with_a_place(tmp_path):
+    rng = random.Random(0)
+    path = tmp_path / "run.yaml"
+    names = [name for name in ready_configs() if "/" not in name]
+    resolved = 0
+    for _ in range(300):
+        name = rng.choice(names)
+        method = resolve_method(name)
+        path.write_bytes(damaged(rng, ready_configs()[name].read_text()))
+        options = option_classes(METHODS[method])
+        field = rng.choice(list(dataclasses.fields(options[rng.choice(list(options))]))).name
+        tokens = [f"--{field}={rng.choice(ODD)}"] if rng.random() < 0.5 else []
+        try:
+            resolve(method, str(path), tokens)
+            resolved += 1
+        except AlignError as error:
+            message = str(error)
+            assert "\n" not in message and message.isprintable(), message
+            assert "run.yaml" in message or "command line" in message or "base/" in message, message
+    assert 20 < resolved < 250
+
+
+def resolve_method(name: str) -> str:
+    from align.config.source import read_file
+
+    return read_file(name)["method"].value
+
+
+def test_the_temperature_is_the_engines():
+    from align.rollout.types import MAX_TEMPERATURE, MIN_TEMPERATURE
+
+    assert RANGES["temperature"] == (MIN_TEMPERATURE, True, MAX_TEMPERATURE, True)
