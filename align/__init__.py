@@ -108,6 +108,8 @@ _EXPORTS = {
     "export_reward_model": "align.reward_models.export:export_reward_model",
     "RewardEnsemble": "align.reward_models.ensemble:RewardEnsemble",
     "build_reward": "align.reward_models.build:build_reward",
+    "RewardSpec": "align.reward_models.specs:RewardSpec",
+    "register_reward": "align.reward_models.specs:register_reward",
     # rollouts
     "make_engine": "align.rollout:make_engine",
     "register_estimator": "align.trainers.on_policy.estimators:register_estimator",

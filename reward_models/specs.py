@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, cast
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from align.config.sections import Kinds, Section, parse_list, plain
+from align.config.sections import Kinds, Section, parse, parse_list, plain
 from align.errors import ConfigError, RewardError
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def register_reward(name: str) -> Callable[[Spec], Spec]:
 def parse_reward(spec: Any, key: str = "reward") -> "RewardSpec | Reward":
     """The options that `spec` describes, checked; a `Reward` is returned as it is.
 
-    spec: a mapping with `type`; a text: the folder or hub name of a classifier, or a rule if it contains a colon; a
+    spec: a mapping with `type`, a registered name or "path/file.py:Class"; a text: the folder or hub name of a classifier, or a rule if it contains a colon; a
     function. key: the dotted path of the spec, for errors. Raises `ConfigError`.
     """
     if isinstance(spec, str | Path):
@@ -104,13 +104,30 @@ def parse_reward(spec: Any, key: str = "reward") -> "RewardSpec | Reward":
         if callable(spec):
             return RuleSpec(function=spec)
         raise ConfigError(f"{key}: a reward is a mapping or a text, got {type(spec).__name__}: {spec!r:.100}", key=key)
-    parsed = cast(RewardSpec, REWARDS.parse(spec, key))
+    if isinstance(spec, RewardSpec):
+        parsed = spec
+    elif ":" in str(spec.get("type")):
+        options = {name: value for name, value in spec.items() if name != "type"}
+        parsed = parse(_imported(str(spec["type"]), key), options, key)
+    else:
+        parsed = cast(RewardSpec, REWARDS.parse(spec, key))
     parts = {
         name: parse_list(parse_reward, getattr(parsed, name), f"{key}.{name}")
         for name in parsed.nested
         if getattr(parsed, name) is not None
     }
     return parsed.model_copy(update=parts)
+
+
+def _imported(kind: str, key: str) -> type[RewardSpec]:
+    """The kind at "package.module:Class" or "path/file.py:Class"."""
+    from align.reward_models.functions import import_function
+
+    cls = import_function(kind)
+    if not (isinstance(cls, type) and issubclass(cls, RewardSpec)):
+        raise ConfigError(f"{key}: type {kind} is no subclass of align.RewardSpec", key=f"{key}.type")
+    cls.kind, cls.label = kind, f"a {kind} reward"
+    return cls
 
 
 def parse_rewards(specs: Any, key: str = "rewards") -> "list[RewardSpec | Reward]":

@@ -17,6 +17,7 @@ from align.methods import METHODS
 
 TOOLS = {
     "configs": "align.cli.configs",
+    "schema": "align.cli.schema",
     "quickstart": "align.cli.quickstart",
     "masks": "align.cli.masks",
     "reward-eval": "align.cli.reward_eval",

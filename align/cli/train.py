@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="a YAML file with any of the keys below")
     parser.add_argument("--dry-run", action="store_true", help="show what would be trained on, and how, then stop")
     parser.add_argument("--processes", type=int, metavar="N", help="with --dry-run: count for N processes")
-    parser.add_argument("--help", "-h", action="store_true", help="show this and stop")
+    parser.add_argument(
+        "--help", "-h", nargs="?", const="own", choices=("own", "all"), help="show this; `--help all`: every option"
+    )
 
 
 def run(args: argparse.Namespace, extra: list[str]) -> int:
@@ -30,7 +32,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
     if args.help:
         from align.config.help import format_help
 
-        print(format_help(get_method(args.command), args.parser))
+        print(format_help(get_method(args.command), args.parser, args.help == "all"))
         return 0
     if args.processes is not None and not (args.dry_run and args.processes > 0):
         raise ConfigError("--processes N (from 1) goes with --dry-run; `align launch` starts several processes")

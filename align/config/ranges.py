@@ -18,7 +18,7 @@ _TABLE = {
     (0, True, 1, False): "adam_beta1 adam_beta2 max_bad_share label_noise lora_dropout",
     (0.01, True, 2, True): "temperature",  # what `align.rollout.types` takes
     (0, False, _HUGE, True): (
-        "adam_epsilon epsilon epsilon_high dual_clip kl_target kl_horizon rollout_correction_high "
+        "adam_epsilon epsilon epsilon_high dual_clip kl_target kl_horizon kl_gain rollout_correction_high "
         "num_train_epochs logging_steps save_steps eval_steps reward_clip value_clip"
     ),
     (0, True, _HUGE, True): (

@@ -11,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
+from align.config.options import options_of
 from align.config.ranges import problem_with
 from align.config.secrets import MASK, masked, masked_text
 from align.config.source import COMMAND_LINE, Entry, apply_overrides, one_line, read_file, read_overrides
@@ -134,10 +135,8 @@ def resolve(method_name: str, config_file: str | None, tokens: list[str]) -> Run
     if stated is not None and stated.value != method.name:
         raise ConfigError(f"{stated.where}: a file for `align {stated.value}`, the command is `align {method.name}`")
 
+    _check_keys(entries, list(options_of(method.name)), method)
     classes = option_classes(method)
-    sections = reward_sections(method)
-    _check_keys(entries, [name for cls in classes.values() for name in _fields(cls)] + [*sections], method)
-
     arguments: dict[str, dict[str, Any]] = {part: {} for part in classes}
     given = {}
     for key, entry in entries.items():

@@ -12,13 +12,14 @@ import yaml
 from peft import LoraConfig
 
 from align.config.source import parse_value
+from align.errors import ConfigError
 from align.modeling.load import load_sequence_classifier
 from align.reward_models.base import RewardBatch
 from align.reward_models.build import build_reward, check_reward
 from align.reward_models.classifier import ClassifierReward
 from align.reward_models.ensemble import save_ensemble
 from align.reward_models.normalizer import Normalizer
-from align.reward_models.specs import REWARDS
+from align.reward_models.specs import REWARDS, register_reward
 from align.trainers.reward import RewardConfig
 from tests.modeling import tiny
 from tests.reward_models import worlds
@@ -59,7 +60,11 @@ def world(tmp_path, monkeypatch):
     lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     load_sequence_classifier("runs/reward", peft_config=lora).save_pretrained("runs/reward_lora")
     worlds.tokenizer().save_pretrained("runs/reward_lora")
-    for text, file in (("def brevity", "my_rewards.py"), ("def politeness", "judge.py")):
+    for text, file in (
+        ("def brevity", "my_rewards.py"),
+        ("def politeness", "judge.py"),
+        ("class NearSpec", "my_kinds.py"),
+    ):
         Path(file).write_text(block(text))
     names = {"__name__": "score_server"}
     exec(block("class Scorer"), names)
@@ -80,8 +85,24 @@ def test_every_spec_is_built_and_scores(world):
             output = build_reward(spec).score(BATCH)
             assert output.scores.shape == (1,)
             kinds.add(spec["type"])
-    assert kinds == set(REWARDS.kinds)
+    assert kinds == {*REWARDS.kinds, "my_kinds.py:NearSpec"}
     assert build_reward("my_rewards.py:contains_answer").score(BATCH).scores.tolist() == [1.0]
+
+
+def test_a_kind_of_your_own_is_checked_and_registered(world):
+    with pytest.raises(ConfigError, match="reward.target: input should be greater than 0, not 0"):
+        check_reward({"type": "my_kinds.py:NearSpec", "target": 0})
+    with pytest.raises(ConfigError, match="unknown key reward.traget of a my_kinds.py:NearSpec reward; .*: target"):
+        check_reward({"type": "my_kinds.py:NearSpec", "traget": 40})
+    names = {}
+    exec(block("class NearSpec"), names)
+    register_reward("near")(names["NearSpec"])
+    try:
+        assert build_reward({"type": "near", "target": 3}).score(BATCH).scores.tolist() == [-1.0]
+        with pytest.raises(ConfigError, match="there is a reward of type 'near' already"):
+            register_reward("near")(names["NearSpec"])
+    finally:
+        del REWARDS.kinds["near"]
 
 
 def test_python(world, tmp_path):

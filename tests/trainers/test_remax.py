@@ -202,7 +202,7 @@ def test_options_are_checked(tmp_path):
         ({"kl_mode": "both"}, "kl_mode must be"),
         ({"gamma": 0.0}, "gamma must be above 0"),
         ({"loss_aggregation": "mean"}, "loss_aggregation must be"),
-        ({"temperature": 0.0}, "temperature must be > 0"),
+        ({"temperature": 0.0}, "temperature must be at least 0.01"),
         ({"num_generations": 0}, "must be at least 1"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -10,7 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from align.config.ranges import check_ranges
-from align.config.secrets import Secret
+from align.config.secrets import Secret, masked
 
 PLACES = ("_dir", "_path", "_token", "run_name", "report_to", "hub_model_id", "disable_tqdm", "use_cpu")
 
@@ -84,7 +84,7 @@ class BaseConfig(RunOptions, TrainingArguments):
 def changed_settings(args: TrainingArguments) -> dict:
     """The settings that differ from their defaults, without those that say where something lies or is shown."""
     return {
-        f.name: getattr(args, f.name)
+        f.name: masked(getattr(args, f.name), f.name)
         for f in fields(args)
         if f.default is not MISSING and getattr(args, f.name) != f.default and not f.name.endswith(PLACES)
     }

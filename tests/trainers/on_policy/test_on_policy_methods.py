@@ -192,7 +192,7 @@ def test_a_group_without_variance_is_counted(policy, tmp_path):
         ("rloo", {"num_generations": 1}, "needs at least 2"),
         ("grpo", {"scale_rewards": "std"}, "scale_rewards must be"),
         ("grpo", {"kl_estimator": "k1"}, "gradient of k1 is zero"),
-        ("ppo", {"lam": 1.5}, "lam in"),
+        ("ppo", {"lam": 1.5}, "lam must be"),
         ("ppo", {"value_clip": 0.0}, "value_clip must be above 0"),
         ("ppo", {"kl_target": 1.0, "beta": 0.0}, "kl_target needs"),
         ("reinforce_pp", {"group_baseline": True}, "needs at least 2"),

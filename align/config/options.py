@@ -1,0 +1,173 @@
+"""The options of every method as plain records, read from a file: for help and mistakes that need no torch.
+
+`options.json` beside this file is written by `python -m align.config.options` from the classes of the methods. It is
+used where the installed transformers and trl, and the fields of our own classes, are those that it was written with;
+with others the records are made from the classes, which takes the seconds that importing them takes.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+import textwrap
+from enum import Enum
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, get_args
+
+from align.methods import METHODS, Method
+
+FILE = Path(__file__).with_name("options.json")
+MADE_WITH = ("transformers", "trl")
+PACKAGE = Path(__file__).resolve().parents[1]
+_DECLARATION = re.compile(rb"^    \w+: .*=.*$", re.MULTILINE)
+_JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
+
+
+@cache
+def options_of(method_name: str) -> dict[str, dict[str, Any]]:
+    """The options of a method by name, in the order of help.
+
+    Each is a record: group (method, ensemble, rewards, data, model or training), type (as help shows it), help,
+    default, choices, json (the JSON types of its values), keys (of nested options: what may stand in them, by kind).
+    """
+    content = json.loads(FILE.read_text(encoding="utf-8"))
+    if content["made with"] != installed():
+        content = make()
+    groups = content["methods"][method_name]
+    return {name: content["options"][index] for name, index in groups.items()}
+
+
+def installed() -> dict[str, str]:
+    """The versions of the libraries, and a digest of the lines that declare our own options."""
+    files = [*sorted((PACKAGE / "trainers").rglob("*.py")), PACKAGE / "config/resolve.py", PACKAGE / "methods.py"]
+    lines = [line for file in files for line in _DECLARATION.findall(file.read_bytes())]
+    digest = hashlib.sha256(b"\n".join(lines)).hexdigest()[:16]
+    return {**{name: version(name) for name in MADE_WITH}, "declarations": digest}
+
+
+def make() -> dict[str, Any]:
+    """What belongs into the file: every different record once, and each method's options by name."""
+    options: list[dict] = []
+    methods = {}
+    for name, method in METHODS.items():
+        methods[name] = {}
+        for option, record in _records(method).items():
+            if record not in options:
+                options.append(record)
+            methods[name][option] = options.index(record)
+    return {"made with": installed(), "methods": methods, "options": options}
+
+
+def _records(method: Method) -> dict[str, dict[str, Any]]:
+    from align.config.resolve import option_classes, own_fields, reward_sections
+
+    classes = option_classes(method)
+    own = own_fields(classes["training"])
+    records = {
+        name: _record("method", classes["training"], field)
+        for name, field in _fields(classes["training"])
+        if name in own
+    }
+    if method.ensemble:
+        records |= {name: _record("ensemble", classes["ensemble"], f) for name, f in _fields(classes["ensemble"])}
+    for name in reward_sections(method):
+        records[name] = {"group": "rewards", **_REWARDS[name], "keys": _keys(name)}
+    for group in ("data", "model", "training"):
+        for name, field in _fields(classes[group]):
+            records.setdefault(name, _record(group, classes[group], field))
+    return records
+
+
+def _fields(cls: type) -> list[tuple[str, dataclasses.Field]]:
+    return [(field.name, field) for field in dataclasses.fields(cls) if field.init]
+
+
+_REWARDS: dict[str, dict[str, Any]] = {
+    "rewards": {
+        "type": "YAML",
+        "help": "what is optimised: a list of specs, as [{type: classifier, path: runs/reward}] (docs/rewards.md)",
+        "json": ["array"],
+    },
+    "gold_reward": {
+        "type": "YAML",
+        "help": "one reward spec, scored beside the others at every evaluation and never optimised",
+        "json": ["object", "string"],
+    },
+}
+
+
+def _record(group: str, cls: type, field: dataclasses.Field) -> dict[str, Any]:
+    from align.config.resolve import hints
+
+    hint = hints(cls)[field.name]
+    arms = [arm for arm in get_args(hint) or (hint,) if arm is not type(None)]
+    enums = [arm for arm in arms if isinstance(arm, type) and issubclass(arm, Enum)]
+    choices = list(field.metadata.get("choices") or [member.value for enum in enums for member in enum])
+    plain = [arm for arm in arms if arm in _JSON_TYPES]
+    kind = "NAME" if enums else arms[0].__name__.upper() if plain == arms else "YAML"
+    default = field.default.value if isinstance(field.default, Enum) else field.default
+    record: dict[str, Any] = {
+        "group": group,
+        "type": kind,
+        "help": textwrap.shorten(" ".join(str(field.metadata.get("help", "")).split()), 400),
+    }
+    if isinstance(default, bool | int | float | str):
+        record["default"] = default
+    if choices:
+        record["choices"] = choices
+    if plain == arms:
+        allowed = {_JSON_TYPES[arm] for arm in plain} | ({"null"} if len(get_args(hint)) > len(arms) else set())
+        record["json"] = sorted(allowed)
+    keys = _keys(field.name) if group == "method" else {}
+    return {**record, "keys": keys} if keys else record
+
+
+def _keys(name: str) -> dict[str, dict[str, str]]:
+    """The keys of nested options with their help, by kind."""
+    from align.reward_models.specs import REWARDS
+    from align.trainers.weighting.sections import DYNAMIC_WEIGHTS, MULTIPLIERS, ConstraintSection, SearchSection
+
+    kinds = {
+        "rewards": REWARDS.kinds,
+        "gold_reward": REWARDS.kinds,
+        "constraints": {"": ConstraintSection},
+        "multipliers": {cls.label: cls for cls in MULTIPLIERS.kinds.values()},
+        "dynamic_weights": DYNAMIC_WEIGHTS.kinds,
+        "threshold_search": {"": SearchSection},
+    }.get(name, {})
+    return {
+        kind: {key: cls.model_fields[field].description or "" for key, field in cls.keys().items()}
+        for kind, cls in kinds.items()
+    }
+
+
+def json_schema(method_name: str) -> dict[str, Any]:
+    """The JSON schema of a method's configuration files, for editors."""
+    properties: dict[str, Any] = {
+        "method": {"const": method_name},
+        "extends": {"type": "string", "description": "A path to a .yaml file, or the name of a ready config."},
+    }
+    for name, record in options_of(method_name).items():
+        entry: dict[str, Any] = {"description": record["help"]}
+        if "json" in record:
+            entry["type"] = record["json"]
+        if "choices" in record:
+            entry["enum"] = [*record["choices"], None]
+        if "default" in record:
+            entry["default"] = record["default"]
+        properties[name] = entry
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": f"align {method_name}",
+        "type": "object",
+        "properties": properties,
+        "patternProperties": {r"^\w+\.[\w.]+$": {"description": "A dotted key reaches into nested values."}},
+        "additionalProperties": False,
+    }
+
+
+if __name__ == "__main__":
+    FILE.write_text(json.dumps(make(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"wrote {FILE}")
