@@ -88,8 +88,9 @@ def register_reward(name: str) -> Callable[[Spec], Spec]:
 def parse_reward(spec: Any, key: str = "reward") -> "RewardSpec | Reward":
     """The options that `spec` describes, checked; a `Reward` is returned as it is.
 
-    spec: a mapping with `type`, a registered name or "path/file.py:Class"; a text: the folder or hub name of a classifier, or a rule if it contains a colon; a
-    function. key: the dotted path of the spec, for errors. Raises `ConfigError`.
+    spec: a mapping whose `type` is a registered name or "path/file.py:Class"; a text: the folder or hub name of a
+    classifier, or a rule if it contains a colon; a function. key: the dotted path of the spec, for errors. Raises
+    `ConfigError`.
     """
     if isinstance(spec, str | Path):
         text = str(spec)

@@ -87,7 +87,11 @@ def modules_and_data() -> set[str]:
     files = {path for path in (ROOT / "align").rglob("*.py")}
     for folder in ("trainers", "reward_models", "configs", "examples"):
         files |= {ROOT / "align" / path.relative_to(ROOT) for path in (ROOT / folder).rglob("*") if path.is_file()}
-    files |= {*(ROOT / "align/evaluation/templates").iterdir(), ROOT / "align/py.typed"}
+    files |= {
+        *(ROOT / "align/evaluation/templates").iterdir(),
+        ROOT / "align/py.typed",
+        ROOT / "align/config/options.json",
+    }
     return {str(path.relative_to(ROOT)) for path in files if "__pycache__" not in path.parts}
 
 
