@@ -113,7 +113,6 @@ _EXPORTS = {
     # rollouts
     "make_engine": "align.rollout:make_engine",
     "register_estimator": "align.trainers.on_policy.estimators:register_estimator",
-    "register_reward": "align.reward_models.specs:register_reward",
     "register_engine": "align.rollout:register_engine",
     "RolloutEngine": "align.rollout.engine:RolloutEngine",
     "SamplingParams": "align.rollout.types:SamplingParams",
