@@ -49,7 +49,9 @@ def test_the_five_parts_work(names):
     assert advantages.tolist() == [[-1.0, -1.0], [1.0, 0.0]]
 
     reward = build_reward({"type": "length", "target": 4})
-    assert reward.score(RewardBatch(["?"] * 2, ["abcd", "abcdefgh"])).scores.tolist() == pytest.approx([1, math.exp(-1)])
+    assert reward.score(RewardBatch(["?"] * 2, ["abcd", "abcdefgh"])).scores.tolist() == pytest.approx(
+        [1, math.exp(-1)]
+    )
 
     with pytest.raises(RolloutError, match="ends_at_once engine"):
         make_engine(llama(), backend="ends_at_once", max_model_len=64)

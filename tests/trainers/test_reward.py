@@ -154,6 +154,14 @@ def test_answers_that_share_their_prompt_train_as_padded_ones(trunk, encoder, tm
         config(tmp_path, batching="packed")
 
 
+def test_raw_rows_are_evaluated_and_predicted(trunk, tmp_path):
+    raw = pairs(9, seed=2)
+    trainer = RewardTrainer(trunk, config(tmp_path), pairs(8))
+    metrics, prediction = trainer.evaluate(raw), trainer.predict(raw)
+    assert prediction.metrics["test_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-6)
+    assert len(trainer.evaluator.values["rewards/chosen"]) == 9 and "eval_calibration_error" in metrics
+
+
 def test_margin_and_conversations(trunk, tmp_path):
     data = pairs(32)
     chat = data.map(

@@ -21,7 +21,7 @@ from align.errors import TrainingError
 from align.objectives.pair_losses import PairLosses
 from align.trainers.core.trainer import TrainerMixin
 from align.trainers.pairs.config import PairConfig
-from align.trainers.pairs.data import PairData, flat_column
+from align.trainers.pairs.data import IDS, PairData, flat_column
 from align.trainers.pairs.evaluation import CHOSEN, REJECTED, PairEvaluator, pairs_table, rewards_figure
 from align.trainers.pairs.metrics import BatchMeans
 from align.trainers.pairs.micro_batches import MicroBatchPlanner, PairRows
@@ -158,6 +158,12 @@ class PairTrainer(TrainerMixin, Trainer):
             if own and {"wandb", "tensorboard"} & set(self.args.report_to):
                 self.log_pairs()
         return metrics
+
+    def predict(self, test_dataset, *args, **kwargs):
+        """As transformers' `predict`; rows that are not prepared yet are."""
+        if not {*IDS, "row"} <= set(test_dataset.column_names):
+            test_dataset = self.prepare_other(test_dataset)
+        return super().predict(test_dataset, *args, **kwargs)
 
     def prepare_other(self, dataset):
         """A dataset that was not given to the trainer, as its own are."""

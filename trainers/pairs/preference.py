@@ -173,6 +173,12 @@ class PreferenceTrainer(PairTrainer):
 
     # ---- the reference ----------------------------------------------------------------------------------------------
 
+    @property
+    def ref_model(self) -> nn.Module | None:
+        """The reference's own model; None where it is the policy with its adapter off, or where there is none (any
+        more), as in TRL."""
+        return None if self.reference is None or self.reference.adapter_off else self.reference.model
+
     def reference_tokens(self, batch: dict[str, Tensor]) -> PairTokens:
         """The reference's tokens of a batch, without gradient: computed, or as they were computed beforehand."""
         if "ref_logps" in batch:
