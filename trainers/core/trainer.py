@@ -18,7 +18,7 @@ from align.modeling.adapters import adapter_start, notes, split
 from align.trainers.core import guards, identity, saving, trackers
 from align.trainers.core.checkpoints import Resumed, choose_checkpoint, read_checkpoint, write_extra_state
 from align.trainers.core.lock import holding
-from align.trainers.core.options import changed_settings
+from align.trainers.core.options import BaseConfig, changed_settings
 from align.trainers.core.recorder import Recorder
 from align.trainers.core.signals import REQUEUE, StopOnSignal
 
@@ -36,6 +36,8 @@ class TrainerMixin:
         self.resumed: Resumed | None = None
         self._verify = False
         super().__init__(*args, **kwargs)
+        if isinstance(self.args, BaseConfig):  # TRL's, of SFT, adds the loss of a mixture of experts
+            guards.check_experts(self.model)
         if not self.is_deepspeed_enabled:  # which keeps gradients where they cannot be seen
             self.add_callback(guards.GradientsReachTheWeights())
         self._signals = StopOnSignal(self.accelerator)
