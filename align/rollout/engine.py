@@ -5,12 +5,20 @@ import math
 import random
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from align.errors import ConfigError, RolloutError
 from align.rollout.seeds import derive_seed
 from align.rollout.types import Completion, PushReport, Request, Rollout, SamplingParams
+
+if TYPE_CHECKING:  # the command line reads this module for its help, without torch
+    import torch
+    from torch import Tensor
+
+    from align.rollout.identity import Fingerprints
+    from align.rollout.probe import Probe
 
 logger = logging.getLogger(__name__)
 
@@ -19,17 +27,25 @@ class RolloutEngine(ABC):
     """Token ids in, token ids with log-probs out, from a copy of the weights that only `push` changes.
 
     `weight_version` counts the pushes: 0 for the weights that the engine started with, then the version given to
-    `push`. Every `Rollout` carries it. A back-end provides `_complete` and `_load_weights`; all else is shared, so that
-    seeds, checks and the probe mean the same everywhere.
+    `push`. Every `Rollout` carries it. `dtype`: of the engine's weights and arithmetic; by default the model's. A
+    back-end provides `_complete`, `_load` and `_free`, and `_weights`, `_parts` and `_held` if it can prove its
+    weights; all else is shared, so that seeds, checks and proofs mean the same everywhere.
     """
 
     name: str
 
     def __init__(
-        self, model, tokenizer=None, *, max_model_len: int, seed: int = 0, sync_tolerance: float | None = None
+        self,
+        model,
+        tokenizer=None,
+        *,
+        max_model_len: int,
+        seed: int = 0,
+        sync_tolerance: float | None = None,
+        dtype: "torch.dtype | None" = None,
     ):
         from align.modeling.logprobs import language_model
-        from align.rollout.probe import default_tolerance
+        from align.rollout.adapters import ArrivedShare
 
         core = language_model(model)
         text_config = core.config.get_text_config()
@@ -37,7 +53,10 @@ class RolloutEngine(ABC):
         self.max_model_len = max_model_len
         self.vocab_size = text_config.vocab_size
         self.eos_token_ids = end_tokens(core, tokenizer)
-        self.sync_tolerance = default_tolerance(core.dtype) if sync_tolerance is None else sync_tolerance
+        self.dtype = dtype or core.dtype
+        self.arrived = ArrivedShare()  # of the adapters in the last push
+        self.rounding = 0.0  # mean difference of log-probs that rounding makes on this model, as the last probe found
+        self.sync_tolerance = sync_tolerance
         self.seed = seed
         self.calls = 0
         self.weight_version = 0
@@ -50,12 +69,31 @@ class RolloutEngine(ABC):
         """The completions of each request, in order."""
 
     @abstractmethod
-    def _load_weights(self, model) -> None:
-        """Copy the weights of `model` into the engine."""
+    def _load(self, weights: "Iterable[tuple[str, Tensor]]") -> None:
+        """Copy these into the engine: every tensor of the model, in `dtype`."""
 
     @abstractmethod
     def _free(self) -> None:
         """Give back what the back-end holds."""
+
+    def _weights(self, model, everything: bool) -> "Iterator[tuple[str, Tensor]]":
+        """The tensors of `model` as `_load` takes them. Unless `everything`, what never changes may be left out."""
+        from align.rollout.weights import named_weights
+
+        return named_weights(model, self.dtype, self.arrived)
+
+    def _parts(self, name: str, tensor: "Tensor") -> "list[Tensor]":
+        """The pieces of a tensor that `_held` has fingerprints of, as the engine holds them."""
+        return [tensor]
+
+    def _held(self, names: "Iterable[str]") -> "Fingerprints | None":
+        """Fingerprints of these tensors in the engine's own memory; None: it cannot prove what it holds."""
+        return None
+
+    def _start(self, model) -> None:
+        """The first weights, at the end of a back-end's `__init__`."""
+        with preserved_random_states():
+            self._load(self._weights(model, everything=True))
 
     # ---- what users call --------------------------------------------------------------------------------------------
 
@@ -81,45 +119,58 @@ class RolloutEngine(ABC):
         """Give the engine the weights of `model` (a transformers model, or a PEFT model) and prove that it has them.
 
         With sharded weights (FSDP2, ZeRO-3) every rank must call this. The model is left as it was: adapters are merged
-        into copies. Raises `RolloutError` when the log-probs of a probe differ from the model's by more than the
-        tolerance.
+        into copies. Raises `RolloutError` when a tensor in the engine's memory differs from the trainer's by a bit; or
+        when log-probs differ (`probe`), with a back-end that cannot say what it holds.
         """
+        from align.rollout.adapters import ArrivedShare
+        from align.rollout.identity import WeightStream, check_identity
+
         self._check_open()
         start = time.perf_counter()
+        self.arrived = ArrivedShare()
+        stream = WeightStream(self._weights(model, everything=False), self._parts)
         with preserved_random_states():
-            self._load_weights(model)
+            self._load(stream)
+        sent = stream.finish()
         self.weight_version = version
         loaded = time.perf_counter()
-        probe = self.verify(model)
+        held = self._held(sent)
+        if held is not None:
+            check_identity(sent, held, self.name, version)
+        probe = self.probe(model) if held is None else None
         end = time.perf_counter()
-        details = {
-            "load_seconds": loaded - start,
-            "probe_seconds": end - loaded,
-            "probe_mean_abs_diff": probe.mean_abs_diff,
-            "probe_tokens": probe.tokens,
-        }
-        return PushReport(version, end - start, probe.max_abs_diff, details)
+        proved = None if held is None else len(sent)
+        return PushReport(version, end - start, loaded - start, end - loaded, proved, self.arrived.share, probe)
 
-    def verify(self, model):
-        """Compare the engine's log-probs of a few fixed prompts with those of `model`; returns a `Probe`.
+    def verify(self, model) -> "Probe":
+        """Prove, without a push, that the engine holds the weights of `model` and computes what it computes.
 
-        Raises `RolloutError` when they differ by more than `sync_tolerance`. The engine's own draws are not touched.
+        Raises `RolloutError` as `push` and `probe` do. The engine's own draws are not touched.
         """
-        from align.rollout.probe import compare, probe_requests
+        from align.rollout.identity import WeightStream, check_identity
+
+        self._check_open()
+        sent = WeightStream(self._weights(model, everything=True), self._parts).finish()
+        held = self._held(sent)
+        if held is not None:
+            check_identity(sent, held, self.name, self.weight_version)
+        return self.probe(model)
+
+    def probe(self, model) -> "Probe":
+        """Compare the engine's log-probs of a few fixed prompts with those of `model`, and with what rounding does.
+
+        Warns when the mean difference is more than rounding explains; raises `RolloutError` when it is so much more
+        that the engine must compute something else (another temperature, other positions, other weights).
+        """
+        from align.rollout.probe import check_probe, compare, probe_requests
 
         self._check_open()
         requests = probe_requests(self.vocab_size, self.max_model_len)
         with preserved_random_states():
             completions = self._complete(requests, progress=False)
-            probe = compare(model, requests, completions)
-        if not probe.max_abs_diff <= self.sync_tolerance:  # a NaN must fail too
-            raise RolloutError(
-                f"the {self.name} engine does not hold the trainer's weights: the log-probs of {probe.tokens} probe "
-                f"tokens differ by up to {probe.max_abs_diff:.3g} (mean {probe.mean_abs_diff:.3g}, allowed "
-                f"{self.sync_tolerance:.3g}) although the engine counts weight version {self.weight_version}. Either "
-                "a push was missed, or the back-end computes this model differently: then set rollout_backend: "
-                "transformers, or raise sync_tolerance if the difference is rounding"
-            )
+            probe = compare(model, requests, completions, self.dtype)
+        self.rounding = probe.rounding
+        check_probe(probe, self.name, self.weight_version, self.sync_tolerance)
         return probe
 
     def state_dict(self) -> dict:

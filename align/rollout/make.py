@@ -4,10 +4,14 @@ import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from align.errors import ConfigError
 from align.lazy import load
 from align.rollout.engine import RolloutEngine
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +21,7 @@ class EngineBackend:
     """One back-end.
 
     factory: makes the engine, or `"module:name"` of what does, loaded when it is used. Called as `factory(model,
-    tokenizer, *, max_model_len, seed, max_num_seqs, sync_tolerance, **options)`; a `RolloutEngine` class is one.
+    tokenizer, *, max_model_len, seed, max_num_seqs, sync_tolerance, dtype, **options)`; a `RolloutEngine` class is one.
     options: which further arguments of `make_engine` it takes. package: what has to be importable. install: the command
     that installs it.
     """
@@ -55,8 +59,8 @@ def register_engine(
     """Adds a back-end of yours to the table: `make_engine(backend=name)` and `rollout_backend: name` then know it.
 
     Args:
-        factory: called as `factory(model, tokenizer, *, max_model_len, seed, max_num_seqs, sync_tolerance)`; a subclass
-            of `RolloutEngine` is one. `"module:name"` is loaded when it is first used.
+        factory: called as `factory(model, tokenizer, *, max_model_len, seed, max_num_seqs, sync_tolerance, dtype)`; a
+            subclass of `RolloutEngine` is one. `"module:name"` is loaded when it is first used.
         package, install: a package that has to be importable, and the command that installs it, for the error message.
     """
     if name in backend_names():
@@ -93,6 +97,18 @@ def choose_backend(backend: str = "auto") -> str:
     return "transformers"
 
 
+def as_dtype(dtype: "torch.dtype | str | None") -> "torch.dtype | None":
+    """Of its name. Raises `ConfigError` for one that no engine runs."""
+    import torch
+
+    known = {str(kind).removeprefix("torch."): kind for kind in (torch.bfloat16, torch.float16, torch.float32)}
+    if dtype is None or dtype in (*known.values(), torch.float64):
+        return dtype
+    if dtype not in known:
+        raise ConfigError(f"rollouts run in {', '.join(known)}, not in {dtype!r}")
+    return known[dtype]
+
+
 def make_engine(
     model,
     tokenizer=None,
@@ -104,6 +120,7 @@ def make_engine(
     kv_cache_gib: float | None = None,
     gpu_memory_utilization: float = 0.3,
     sync_tolerance: float | None = None,
+    dtype: "torch.dtype | str | None" = None,
 ) -> RolloutEngine:
     """A rollout engine that holds the weights of `model`, and has proved it (weight version 0).
 
@@ -116,8 +133,9 @@ def make_engine(
         max_num_seqs: sequences decoded at a time.
         kv_cache_gib: size of vLLM's key-value cache; None computes it on CPUs and leaves it to vLLM on GPUs.
         gpu_memory_utilization: vLLM's share of the GPU's memory, weights included. Not used on CPUs.
-        sync_tolerance: the largest difference of log-probs, in nats, between engine and trainer that is taken for
-            rounding; None: 1e-3 in float32, 0.3 in bfloat16, 0.1 in float16.
+        sync_tolerance: the largest mean difference of log-probs, in nats, between engine and trainer that is taken for
+            rounding; None: eight times what a rounding in every layer of the model changes, measured on it.
+        dtype: of the engine's weights and arithmetic ("bfloat16", ...); None: the model's.
     """
     if max_num_seqs < 1:
         raise ConfigError(f"max_num_seqs must be at least 1, got {max_num_seqs}")
@@ -130,6 +148,7 @@ def make_engine(
         seed=seed,
         max_num_seqs=max_num_seqs,
         sync_tolerance=sync_tolerance,
+        dtype=as_dtype(dtype),
         **{name: value for name, value in options.items() if name in chosen.options},
     )
     try:
@@ -138,9 +157,10 @@ def make_engine(
         engine.close()
         raise
     logger.info(
-        "%s rollout engine ready: log-probs of %d probe tokens within %.2g of the trainer's",
+        "%s rollout engine ready (%s): log-probs of %d probe tokens differ from the trainer's by %.2g on average",
         engine.name,
+        engine.dtype,
         probe.tokens,
-        probe.max_abs_diff,
+        probe.mean_abs_diff,
     )
     return engine

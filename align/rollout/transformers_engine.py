@@ -2,10 +2,12 @@
 
 import copy
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import Cache
 
@@ -14,10 +16,11 @@ from align.errors import ConfigError
 from align.modeling.logprobs import language_model
 from align.modeling.types import Model
 from align.rollout.engine import RolloutEngine
+from align.rollout.identity import Fingerprints, fingerprint
 from align.rollout.roomy_cache import give_room
 from align.rollout.sampling import RowSampler
 from align.rollout.types import Completion, Request
-from align.rollout.weights import named_weights
+from align.rollout.weights import check_supported, own_weights
 
 KEPT = 0.75  # ended rows are dropped when no larger share still runs: measured, for each dropping copies the cache
 
@@ -33,25 +36,56 @@ class TransformersEngine(RolloutEngine):
 
     name = "transformers"
 
-    def __init__(self, model, tokenizer=None, *, max_model_len, seed=0, max_num_seqs=256, sync_tolerance=None):
-        super().__init__(model, tokenizer, max_model_len=max_model_len, seed=seed, sync_tolerance=sync_tolerance)
+    def __init__(
+        self, model, tokenizer=None, *, max_model_len, seed=0, max_num_seqs=256, sync_tolerance=None, dtype=None
+    ):
+        super().__init__(
+            model, tokenizer, max_model_len=max_model_len, seed=seed, sync_tolerance=sync_tolerance, dtype=dtype
+        )
         self.max_num_seqs = max_num_seqs
         if is_zero3(model.parameters()):
             raise ConfigError("the transformers rollout engine does not work with DeepSpeed ZeRO-3: use FSDP2 or vLLM")
-        self._model = empty_copy(language_model(model))
+        self._native = holds_adapters(model)
+        check_supported(model)
+        self._model = empty_copy(language_model(model), self.dtype)
+        if self._native:
+            self._model = adapted_copy(self._model, model)
+        self._tensors = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
+        self._pushes = 0
         accepted = inspect.signature(self._model.forward).parameters
         self._takes_positions = "position_ids" in accepted
         self._options = {"use_cache": True, **({"logits_to_keep": 1} if "logits_to_keep" in accepted else {})}
-        self._load_weights(model)
+        self._start(model)
+
+    def _weights(self, model, everything):
+        if not self._native:
+            return super()._weights(model, everything)
+        return self._with_adapters(model, everything)
+
+    def _with_adapters(self, model, everything: bool) -> Iterator[tuple[str, Tensor]]:
+        """The model as it is, adapters and all; of what is frozen one tensor in turn, unless `everything`."""
+        weights = list(own_weights(language_model(model)))
+        if not everything:
+            self._pushes += 1
+            frozen = [weight for weight in weights if not weight.trained]
+            weights = [weight for weight in weights if weight.trained] + [frozen[self._pushes % len(frozen)]]
+        for weight in weights:
+            yield weight.name, weight.value(self._tensors[weight.name].dtype)
+        self.arrived.add(1.0, 1.0)  # adapters keep their own dtype here
 
     @torch.no_grad()
-    def _load_weights(self, model) -> None:
-        own = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
-        for name, tensor in named_weights(model):
-            own[name].copy_(tensor)
+    def _load(self, weights) -> None:
+        for name, tensor in weights:
+            self._tensors[name].copy_(tensor)
+
+    def _parts(self, name: str, tensor: Tensor) -> list[Tensor]:
+        return [tensor.to(self._tensors[name].dtype)]  # a few models keep some tensors in float32
+
+    def _held(self, names) -> Fingerprints:
+        return {name: [fingerprint(self._tensors[name])] for name in names}
 
     def _free(self) -> None:
-        self._model = None
+        del self._model, self._tensors
 
     @torch.inference_mode()
     def _complete(self, requests: list[Request], progress: bool) -> list[list[Completion]]:
@@ -160,8 +194,41 @@ def left_padded(prompts: list[list[int]], device) -> tuple[Tensor, Tensor]:
     return input_ids, mask
 
 
-def empty_copy(core: Model) -> Model:
-    """A model of the same architecture, device and dtype, in eval mode, with weights still to be loaded.
+def holds_adapters(model: Model) -> bool:
+    """Whether the engine can hold the adapters beside the weights, as the model does."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    merged = any(isinstance(module, BaseTunerLayer) and module.merged for module in model.modules())
+    return isinstance(model, PeftModel) and not merged
+
+
+def adapted_copy(plain: Model, model: PeftModel) -> Model:
+    """`plain` with the adapters of the PEFT model `model` in it, their values still to be loaded, in their dtypes."""
+    from peft import get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    twin: Any = None
+    for name, config in model.peft_config.items():
+        config = copy.deepcopy(config)
+        config.inference_mode = True
+        if hasattr(config, "init_lora_weights"):
+            config.init_lora_weights = False  # some kinds of initialisation change the weights, or read data
+        if twin is None:
+            twin = get_peft_model(plain, config, adapter_name=name, autocast_adapter_dtype=False)
+        else:
+            twin.add_adapter(name, config, autocast_adapter_dtype=False)
+    twin.base_model.set_adapter(model.active_adapters)
+    core, original = twin.get_base_model(), language_model(model)
+    for name, layer in core.named_modules():
+        for kind in layer.adapter_layer_names if isinstance(layer, BaseTunerLayer) else ():
+            for parameter_name, parameter in getattr(layer, kind).named_parameters():
+                dtype = original.get_parameter(f"{name}.{kind}.{parameter_name}").dtype
+                parameter.data = parameter.data.to(dtype)
+    return core.requires_grad_(False).eval()
+
+
+def empty_copy(core: Model, dtype: torch.dtype) -> Model:
+    """A model of the same architecture and device, in eval mode, with weights still to be loaded.
 
     Not a deep copy: that would take adapters, hooks and shards along.
     """
@@ -169,6 +236,6 @@ def empty_copy(core: Model) -> Model:
 
     config = copy.deepcopy(core.config)
     with no_init_weights(), torch.device(core.device):
-        model = type(core)._from_config(config, dtype=core.dtype)
+        model = type(core)._from_config(config, dtype=dtype)
     model.tie_weights()  # part of the initialisation that was skipped
     return model.requires_grad_(False).eval()

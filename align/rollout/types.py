@@ -1,8 +1,12 @@
 """What goes into a rollout engine and what comes out, the same for every back-end."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from align.errors import ConfigError
+
+if TYPE_CHECKING:
+    from align.rollout.probe import Probe
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0  # vLLM silently raises smaller ones to 0.01 and refuses larger ones
 
@@ -83,12 +87,17 @@ class Request:
 
 @dataclass
 class PushReport:
-    """What a weight push cost and the proof that it arrived.
+    """What a weight push cost, and the proof that it arrived.
 
-    details: load_seconds, probe_seconds, probe_mean_abs_diff and probe_tokens.
+    load_seconds, proof_seconds: parts of `seconds`. proved_tensors: how many tensors were compared bit by bit in the
+    engine's own memory; None if the back-end cannot, and then `probe` has the differences of log-probs. arrived_share:
+    of the adapters' change of the weights, how much is left in the engine's dtype; None without adapters.
     """
 
     weight_version: int
     seconds: float
-    probe_max_abs_diff: float
-    details: dict = field(default_factory=dict)
+    load_seconds: float
+    proof_seconds: float
+    proved_tensors: int | None
+    arrived_share: float | None
+    probe: "Probe | None" = None

@@ -4,18 +4,27 @@ import copy
 import logging
 import tempfile
 import weakref
+from collections.abc import Iterator
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from peft import PeftModel
+from torch import Tensor
 
 from align.errors import ConfigError, RolloutError
 from align.modeling.logprobs import language_model
-from align.rollout.engine import RolloutEngine, preserved_random_states
+from align.rollout.adapters import A, B, adapter_weights, lora_layers, lora_rank, why_merged
+from align.rollout.engine import RolloutEngine
+from align.rollout.identity import Fingerprints
 from align.rollout.sampling import draw_tokens
 from align.rollout.types import Completion, Request
 from align.rollout.vllm_process import shut_down, starting
-from align.rollout.weights import check_supported, checkpoint_weights
+from align.rollout.weights import check_supported, checkpoint_shapes, checkpoint_weights, weights_of
+
+if TYPE_CHECKING:
+    from align.rollout.vllm_lora import AdapterSlot
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +37,9 @@ USE_TRANSFORMERS = "set rollout_backend: transformers"
 class VLLMEngine(RolloutEngine):
     """A vLLM engine in this process. On CUDA with several ranks, each rank has one on its own GPU.
 
-    It starts from the model's configuration alone, with random weights; the first push replaces them, so no checkpoint
-    is written and a start goes through the same code, and the same probe, as every later push.
+    It starts from the model's configuration alone, with random weights, and learns where vLLM puts each tensor
+    (`vllm_weights`); the first push replaces them, so no checkpoint is written and a start goes through the same code,
+    and the same proof, as every later push.
     """
 
     name = "vllm"
@@ -45,63 +55,164 @@ class VLLMEngine(RolloutEngine):
         kv_cache_gib=None,
         gpu_memory_utilization=0.3,
         sync_tolerance=None,
+        dtype=None,
     ):
-        super().__init__(model, tokenizer, max_model_len=max_model_len, seed=seed, sync_tolerance=sync_tolerance)
+        super().__init__(
+            model, tokenizer, max_model_len=max_model_len, seed=seed, sync_tolerance=sync_tolerance, dtype=dtype
+        )
         check_supported(model)
+        options = {
+            "max_model_len": max_model_len,
+            "max_num_seqs": max_num_seqs,
+            "kv_cache_gib": kv_cache_gib,
+            "gpu_memory_utilization": gpu_memory_utilization,
+        }
+        reason = why_merged(model) if isinstance(model, PeftModel) else None
+        self._slot: AdapterSlot | None = None
+        if isinstance(model, PeftModel) and reason is None:
+            self._launch(model, options, lora_rank(model))
+            (self._slot,) = self._llm.collective_rpc(adapter_slot)
+            if missing := self._slot.missing([name for name, _, _ in lora_layers(model)]):
+                reason = f"its {type(language_model(model)).__name__} has no adapters on {missing[0]}"
+                self._slot = None
+                self._finalizer()
+        if self._slot is None:
+            if reason is not None:
+                logger.warning(
+                    "vLLM cannot hold this adapter beside the weights (%s): it is merged into them at each push, in "
+                    "float32, then cast to %s. rollout/arrived_share says how much of it that leaves",
+                    reason,
+                    self.dtype,
+                )
+            self._launch(model, options, None)
+        self._pushes = 0
+        self._start(model)
+
+    def _launch(self, model, options: dict, rank: int | None) -> None:
+        """Start vLLM, with room for one adapter of this rank."""
         core = language_model(model)
+        shapes = checkpoint_shapes(model, merged=rank is None)
         try:
             with starting():
-                self._llm, self._on_cpu = start_llm(
-                    core,
-                    max_model_len=max_model_len,
-                    max_num_seqs=max_num_seqs,
-                    kv_cache_gib=kv_cache_gib,
-                    gpu_memory_utilization=gpu_memory_utilization,
-                )
+                self._llm, self._on_cpu = start_llm(core, shapes, dtype=self.dtype, rank=rank, **options)
         except (ValueError, RuntimeError, NotImplementedError) as error:
             reason = f"vLLM could not start for {type(core).__name__}: {error}"
             raise RolloutError(f"{reason}\nIf it cannot run this model, {USE_TRANSFORMERS}") from error
-        if self._on_cpu:
-            self._llm.collective_rpc(draw_by_row)
         # Runs at the latest when the interpreter ends, and before vLLM's own, which would destroy the trainer's group.
         self._finalizer = weakref.finalize(self, shut_down, self._llm)
-        with preserved_random_states():
-            self._load_weights(model)
+        if self._on_cpu:
+            self._llm.collective_rpc(draw_by_row)
+        (self._placement,) = self._llm.apply_model(placement_of)
+        if not self._placement.direct:
+            logger.warning(
+                "%s: weights are pushed through vLLM's slower reload and cannot be proved bit by bit, but by log-probs",
+                self._placement.reason,
+            )
 
-    def _load_weights(self, model) -> None:
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checkpoint_weights(model)})
+    def _weights(self, model, everything):
+        if self._slot is None:
+            return checkpoint_weights(model, self.dtype, self.arrived)
+        return self._with_adapter(model, everything)
+
+    def _with_adapter(self, model, everything: bool) -> Iterator[tuple[str, Tensor]]:
+        """The adapter; of the weights under it, which never change, one in turn, unless `everything`."""
+        if everything:
+            yield from checkpoint_weights(model, self.dtype, merged=False)
+        else:
+            self._pushes += 1
+            frozen = list(weights_of(model, merged=False))
+            one = frozen[self._pushes % len(frozen)]
+            if one.name in self._placement.parts:  # else it has another name in the checkpoint
+                yield one.name, one.value(self.dtype)
+        yield from adapter_weights(model, self.dtype, self.arrived)
+
+    def _load(self, weights) -> None:
+        adapter = {}
+
+        def base():
+            for name, tensor in weights:
+                if name.endswith((A, B)):
+                    adapter[name] = tensor
+                else:
+                    yield name, tensor
+
+        if self._slot is not None and self._pushes:
+            for _ in base():
+                pass  # compared, not sent again
+        else:
+            self._load_base(base())
+        if self._slot is not None:
+            self._slot.install(adapter)
+            self._shapes = {name: tensor.shape for name, tensor in adapter.items()}
+
+    def _load_base(self, weights) -> None:
+        if self._placement.direct:
+            self._placement.load(weights)
+            return
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if self._on_cpu:
             self._llm.apply_model(repack_heads)
+
+    def _parts(self, name: str, tensor: Tensor) -> list[Tensor]:
+        if name.endswith((A, B)):
+            return [tensor]
+        return self._placement.pieces(name, tensor) if self._placement.direct else []
+
+    def _held(self, names) -> Fingerprints | None:
+        if not self._placement.direct:
+            return None
+        base = [name for name in names if not name.endswith((A, B))]
+        held = self._placement.held(base)
+        return held if self._slot is None else held | self._slot.fingerprints(self._shapes)
 
     def _complete(self, requests: list[Request], progress: bool) -> list[list[Completion]]:
         if self._llm.llm_engine.has_unfinished_requests():
             raise RolloutError("an interrupted call left unfinished requests in the vLLM engine: make a new one")
         # Keys and values of earlier weights must not be used again, and a call must not depend on the calls before it.
         self._llm.reset_prefix_cache()
+        adapter = {} if self._slot is None else {"lora_request": self._slot.request()}
         prompts = [{"prompt_token_ids": request.prompt_ids} for request in requests]
         # Without the stance, vLLM's two compiled helpers (sampling, rank of the token) cost 6 to 30 s on their first
         # use on a CPU and gain nothing. It does not touch what the trainer compiles.
         with torch.compiler.set_stance("force_eager") if self._on_cpu else nullcontext():
-            outputs = self._llm.generate(prompts, [vllm_params(r) for r in requests], use_tqdm=progress)
+            outputs = self._llm.generate(prompts, [vllm_params(r) for r in requests], use_tqdm=progress, **adapter)
         return [[completion(o, r) for o in out.outputs] for r, out in zip(requests, outputs, strict=True)]
 
     def _free(self) -> None:
-        self._llm = None
+        self._llm = self._placement = self._slot = None
         self._finalizer()
 
 
-def start_llm(core, *, max_model_len, max_num_seqs, kv_cache_gib, gpu_memory_utilization):
+def placement_of(model):
+    """What the loader learned about this worker's model (runs inside vLLM)."""
+    placement = vars(model)["align_placement"]
+    placement.after_processing(model)
+    return placement
+
+
+def adapter_slot(worker) -> "AdapterSlot":
+    """(runs inside vLLM)"""
+    from align.rollout.vllm_lora import AdapterSlot
+
+    return AdapterSlot(worker)
+
+
+def start_llm(core, shapes, *, dtype, rank, max_model_len, max_num_seqs, kv_cache_gib, gpu_memory_utilization):
     """A `vllm.LLM` with the architecture of `core` and random weights, and whether it runs on a CPU."""
     import vllm
     from vllm.platforms import current_platform
 
+    from align.rollout.vllm_lora import lora_options
+    from align.rollout.vllm_weights import LOAD_FORMAT
+
     on_cpu = current_platform.is_cpu()
-    check_model(core, on_cpu)
+    check_model(core, dtype, on_cpu)
     options = {
         "max_model_len": max_model_len,
         "max_num_seqs": max_num_seqs,
-        "dtype": str(core.dtype).removeprefix("torch."),
-        "load_format": "dummy",
+        "dtype": str(dtype).removeprefix("torch."),
+        "load_format": LOAD_FORMAT,
+        "model_loader_extra_config": {"shapes": {name: tuple(shape) for name, shape in shapes.items()}},
         "model_impl": "vllm",
         "skip_tokenizer_init": True,
         "generation_config": "vllm",  # not the model's: end tokens and defaults are ours
@@ -109,12 +220,14 @@ def start_llm(core, *, max_model_len, max_num_seqs, kv_cache_gib, gpu_memory_uti
         "disable_log_stats": True,
         "seed": 0,  # of draws that no request here makes: each has its own
     }
+    if rank is not None:
+        options |= lora_options(rank)
     if on_cpu:
         options["enforce_eager"] = True
         options["block_size"] = CPU_BLOCK
         # vLLM takes back the draw of a seeded request whose prompt is processed in parts, which raises on CPUs
         options["enable_chunked_prefill"] = False
-        options["kv_cache_memory_bytes"] = kv_cache_bytes(core, max_model_len, max_num_seqs, kv_cache_gib)
+        options["kv_cache_memory_bytes"] = kv_cache_bytes(core, dtype, max_model_len, max_num_seqs, kv_cache_gib)
     else:
         options["gpu_memory_utilization"] = gpu_memory_utilization
         if kv_cache_gib is not None:
@@ -122,7 +235,7 @@ def start_llm(core, *, max_model_len, max_num_seqs, kv_cache_gib, gpu_memory_uti
         if dist.is_initialized():
             options["distributed_executor_backend"] = "external_launcher"  # each rank on its own GPU
     with tempfile.TemporaryDirectory() as folder:
-        write_config(core, folder)
+        write_config(core, dtype, folder)
         return vllm.LLM(folder, **options), on_cpu
 
 
@@ -186,11 +299,11 @@ def repack_heads(model) -> None:
             dispatch_cpu_unquantized_gemm(module, remove_weight=False)
 
 
-def write_config(core, folder: str) -> None:
+def write_config(core, dtype: torch.dtype, folder: str) -> None:
     """The model's configuration, as vLLM reads it from a checkpoint folder."""
     config = copy.deepcopy(core.config)
     config.architectures = [architecture(core)]
-    config.dtype = core.dtype
+    config.dtype = dtype
     config.save_pretrained(folder)
 
 
@@ -198,12 +311,12 @@ def architecture(core) -> str:
     return type(core).__name__.removeprefix("FSDP")  # FSDP2 renames the class
 
 
-def check_model(core, on_cpu: bool) -> None:
+def check_model(core, dtype: torch.dtype, on_cpu: bool) -> None:
     """Refuse what vLLM cannot run before it takes seconds to say so in its own words."""
     import vllm
 
-    if core.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ConfigError(f"vLLM does not run {core.dtype} models: load the model in float32, or {USE_TRANSFORMERS}")
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ConfigError(f"vLLM does not run {dtype} models: set rollout_dtype: float32, or {USE_TRANSFORMERS}")
     # For the others vLLM runs transformers' own model and rewrites its class for that: the trainer's would break.
     entry = vllm.ModelRegistry.models.get(architecture(core))
     if entry is None or vars(entry).get("module_name", "").endswith(".transformers"):
@@ -224,14 +337,14 @@ def head_size(config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def kv_cache_bytes(core, max_model_len: int, max_num_seqs: int, kv_cache_gib: float | None) -> int:
+def kv_cache_bytes(core, dtype, max_model_len: int, max_num_seqs: int, kv_cache_gib: float | None) -> int:
     """Size of the key-value cache on CPUs: `kv_cache_gib` if given; else room for `max_num_seqs` sequences of full
     length, within a share of the free memory. vLLM queues the sequences that do not fit; one of full length must."""
     import psutil
 
     config = core.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    token = 2 * config.num_hidden_layers * heads * head_size(config) * core.dtype.itemsize
+    token = 2 * config.num_hidden_layers * heads * head_size(config) * dtype.itemsize
     one = -(-max_model_len // CPU_BLOCK) * CPU_BLOCK * token
     if kv_cache_gib is not None:
         size = int(kv_cache_gib * GIB)

@@ -16,7 +16,7 @@ def backend(request) -> str:
 
 @pytest.fixture(scope="session")
 def shared(backend):
-    """Engines by (tied, dtype), each started once: starting and ending vLLM takes seconds."""
+    """Engines by (shape, dtype), each started once: starting and ending vLLM takes seconds."""
     made = {}
     yield made
     for engine in made.values():
@@ -25,15 +25,16 @@ def shared(backend):
 
 @pytest.fixture
 def holding(backend, shared):
-    """holding(model, seed=0): an engine with the model's weights, as if it were new. One at a time of a kind."""
+    """holding(model, seed=0, dtype=None): an engine with its weights, as if it were new. One at a time of a kind."""
 
-    def give(model, seed: int = 0):
-        key = (model.config.tie_word_embeddings, model.dtype)
+    def give(model, seed: int = 0, dtype=None):
+        config = model.config
+        key = (config.tie_word_embeddings, config.hidden_size, dtype or model.dtype)
         if key in shared:
             shared[key].push(model, 0)
             shared[key].load_state_dict({"seed": seed, "calls": 0})
         else:
-            shared[key] = make_engine(model, backend=backend, max_model_len=256, seed=seed)
+            shared[key] = make_engine(model, backend=backend, max_model_len=256, seed=seed, dtype=dtype)
         shared[key].eos_token_ids = end_tokens(model, None)
         return shared[key]
 

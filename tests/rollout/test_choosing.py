@@ -91,7 +91,8 @@ def test_the_computed_cache_holds_every_sequence():
     from align.rollout.vllm_engine import kv_cache_bytes
 
     # 2 (keys, values) x 2 layers x 2 heads x 32 x 4 bytes = 1 KiB per token; 200 tokens take seven blocks of 32
-    assert kv_cache_bytes(llama(), max_model_len=200, max_num_seqs=3, kv_cache_gib=None) == 3 * 224 * 1024
+    size = kv_cache_bytes(llama(), torch.float32, max_model_len=200, max_num_seqs=3, kv_cache_gib=None)
+    assert size == 3 * 224 * 1024
 
 
 @needs_vllm

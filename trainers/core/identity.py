@@ -34,7 +34,7 @@ CHANGEABLE = {
     "output_dir", "run_name", "num_train_epochs", "max_steps", "do_train", "do_eval", "do_predict", "use_cpu",
     "local_rank", "debug", "average_tokens_across_devices", "accelerator_config", "parallelism_config", "ray_scope",
     "ignore_data_skip", "full_determinism", "remove_unused_columns", "max_bad_share", "num_eval_prompts",
-    "rollout_backend", "max_num_seqs", "sync_tolerance", "batching", "tokens_per_batch", "chunk_size",
+    "rollout_backend", "rollout_dtype", "max_num_seqs", "sync_tolerance", "batching", "tokens_per_batch", "chunk_size",
     "margin_cache_dir", "ref_log_probs_dir", "use_liger_kernel", "prediction_loss_only", "label_names",
     "enable_jit_checkpoint",
     "length_column_name", "dataset_num_proc", "model_init_kwargs",

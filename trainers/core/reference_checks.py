@@ -13,8 +13,12 @@ EXACT = 1e-3  # nats, of float32
 
 def logp_tolerance(accelerator: Accelerator, model: nn.Module) -> float:
     """The largest difference of log-probs, in nats, that is taken for rounding."""
-    exact = accelerator.mixed_precision == "no" and language_model(model).dtype == torch.float32
-    return EXACT if exact else 0.3
+    return EXACT if computes_exactly(accelerator, model) else 0.3
+
+
+def computes_exactly(accelerator: Accelerator, model: nn.Module) -> bool:
+    """Whether the model computes in float32."""
+    return accelerator.mixed_precision == "no" and language_model(model).dtype == torch.float32
 
 
 def unlike(gaps: Tensor, tolerance: float) -> str | None:

@@ -47,11 +47,18 @@ class OnPolicyConfig(BatchingOptions, BaseConfig):
         default=None, metadata={"help": "Size of vLLM's key-value cache; default: computed on CPUs, vLLM's on GPUs."}
     )
     max_num_seqs: int = field(default=256, metadata={"help": "Sequences that the engine decodes at a time."})
+    rollout_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "float32, bfloat16 or float16: of the engine's weights. Default: what the policy computes in.",
+            "choices": ["float32", "bfloat16", "float16"],
+        },
+    )
     sync_tolerance: float | None = field(
         default=None,
         metadata={
-            "help": "Largest difference of log-probs (nats) between engine and trainer after a push that is taken for "
-            "rounding. Default: 1e-3 in float32, 0.3 in bfloat16, 0.1 in float16."
+            "help": "Largest mean difference of log-probs (nats) between engine and trainer that is taken for "
+            "rounding. Default: what rounding in every layer explains, measured on the model."
         },
     )
     # ---- objective

@@ -6,6 +6,7 @@ from torch import nn
 
 from align.rollout import make_engine
 from align.rollout.engine import RolloutEngine
+from align.rollout.probe import FAIL, WARN
 from align.rollout.types import Rollout, SamplingParams
 from align.trainers.core.recorder import Recorder
 
@@ -33,6 +34,12 @@ class SyncedEngine:
     def name(self) -> str:
         return self.engine.name
 
+    def gap_limits(self, tolerance: float) -> tuple[float, float]:
+        """Mean differences of log-probs (nats) between trainer and engine to warn and to stop at. tolerance: what is
+        rounding whatever the model; on top of it, what rounding does to this model, as the engine's probe found."""
+        rounding, own = self.engine.rounding, self.engine.sync_tolerance
+        return max(tolerance, WARN * rounding), max(tolerance, FAIL * rounding) if own is None else own
+
     def sync(self, model: nn.Module, step: int) -> None:
         """Make the engine, if there is none yet, and give it the weights of this step. All processes must call it."""
         if self.engine is not None and self.step == step:
@@ -43,7 +50,8 @@ class SyncedEngine:
                 self.engine.weight_version = step
             else:
                 report = self.engine.push(model, step)
-                self.recorder.record("rollout/probe_max_abs_diff", report.probe_max_abs_diff)
+                if report.arrived_share is not None:
+                    self.recorder.record("rollout/arrived_share", report.arrived_share)
         self.step = step
 
     def forget(self) -> None:
@@ -60,8 +68,12 @@ class SyncedEngine:
             self.engine = self.step = None
 
 
-def engine_maker(args, tokenizer) -> Callable[[nn.Module], RolloutEngine]:
-    """A function that makes the engine that a configuration (`OnPolicyConfig`) asks for."""
+def engine_maker(args, tokenizer, mixed_precision: str = "no") -> Callable[[nn.Module], RolloutEngine]:
+    """A function that makes the engine that a configuration (`OnPolicyConfig`) asks for.
+
+    Unless it says otherwise, the engine computes in what the policy computes in: mixed precision, else its weights.
+    """
+    dtype = args.rollout_dtype or {"bf16": "bfloat16", "fp16": "float16"}.get(mixed_precision)
 
     def make(model: nn.Module) -> RolloutEngine:
         return make_engine(
@@ -74,6 +86,7 @@ def engine_maker(args, tokenizer) -> Callable[[nn.Module], RolloutEngine]:
             kv_cache_gib=args.vllm_kv_cache_gib,
             gpu_memory_utilization=args.vllm_gpu_memory_utilization,
             sync_tolerance=args.sync_tolerance,
+            dtype=dtype,
         )
 
     return make

@@ -37,7 +37,13 @@ from align.trainers.core.batching import CheckSharedRows, autocast_dtype, resolv
 from align.trainers.core.identity import mark_of
 from align.trainers.core.micro_batches import MicroBatchLists, in_lists
 from align.trainers.core.ranks import Ranks
-from align.trainers.core.reference_checks import check_reference, check_same_start, logp_tolerance, reference_probe
+from align.trainers.core.reference_checks import (
+    check_reference,
+    check_same_start,
+    computes_exactly,
+    logp_tolerance,
+    reference_probe,
+)
 from align.trainers.on_policy.batches import BatchPlanner
 from align.trainers.on_policy.buffer import RolloutBuffer, block_sampler, check_arithmetic, check_position, take_prompts
 from align.trainers.on_policy.config import OnPolicyConfig
@@ -164,7 +170,7 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
     def _make_rollouts(self, engine: RolloutEngine | None) -> None:
         """What makes and scores completions, in training and evaluation."""
         args, tokenizer = self.args, self.processing_class
-        make = engine_maker(args, tokenizer)
+        make = engine_maker(args, tokenizer, self.accelerator.mixed_precision)
         self.engine = SyncedEngine(make, engine, recorder=self.recorder)
         sampling = SamplingParams(
             max_tokens=args.max_completion_length, n=args.num_generations, temperature=args.temperature
@@ -290,7 +296,7 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
         if args.beta:
             with self.phase("reference"):
                 self.forward.fill(parts, "ref_logps", self.forward.reference_logps(self.reference))
-        if args.steps_per_rollout > 1:
+        if args.steps_per_rollout > 1 or self.kl_needs_policy():
             with self.phase("old_logps"):
                 self.forward.fill(parts, "old_logps", self.forward.policy_logps(self.model))
         if self.critic is not None:
@@ -307,7 +313,19 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
             self.updates.learn(samples, step + 1)
         if self.kl.adapts:
             self.adapt_kl(samples)
+        if args.steps_per_rollout == 1:
+            for sample in samples:
+                sample.old_logps = None  # they served the KL; the ratio of an only step is 1, whatever a pass rounds
         return RolloutBuffer.of(samples, args.num_mini_batches, args.seed, step)
+
+    def kl_needs_policy(self) -> bool:
+        """Whether the KL in the reward needs a pass of the policy beside that of the reference.
+
+        In float32 the engine's log-probs serve as well. In half precision they differ from any of the trainer's by
+        rounding, which the sum over a long completion would take for a KL.
+        """
+        exact = computes_exactly(self.accelerator, self.model) and self.args.rollout_dtype in (None, "float32")
+        return not exact and (self.kl.adapts or (self.args.kl_in == "reward" and self.args.beta > 0))
 
     def adapt_kl(self, samples: list[Sample]) -> None:
         """Adapt the KL coefficient."""
@@ -336,7 +354,8 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
     def check_logps(self, logps: Tensor, batch: dict[str, Tensor]) -> None:
         """The policy that is trained must be the one that sampled, and at step 0 also the reference."""
         tolerance, step = logp_tolerance(self.accelerator, self.model), self.state.global_step
-        self.metrics.engine_agrees(logps, batch, tolerance=tolerance, step=step + 1, engine=self.engine.name)
+        limits = self.engine.gap_limits(tolerance)
+        self.metrics.engine_agrees(logps, batch, limits=limits, step=step + 1, engine=self.engine.name)
         if step == 0 and self.check_start and self.args.beta:
             check_same_start(logps, batch["ref_logps"], batch["completion_mask"], tolerance)
 

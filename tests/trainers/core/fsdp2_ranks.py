@@ -103,6 +103,8 @@ def fsdp_on_processors() -> None:
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="FULL_STATE_DICT"
         )
+        if self._mixed_precision != "no":
+            plugin.set_mixed_precision(self._mixed_precision)  # as accelerate does on accelerators
         self._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
 
     AcceleratorState.__init__ = init

@@ -245,7 +245,7 @@ def test_the_engine_is_made_once_and_pushed_once_per_step(model, tokenizer):
     assert not recorder.take()
     engine.forget()
     engine.sync(model, 3)
-    assert recorder.take()["rollout/probe_max_abs_diff"] < 1e-3
+    assert set(recorder.take()) == {"time/sync"}
     engine.sync(model, 4)
     assert made[0].weight_version == 4
     engine.close()
