@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from align.config.ranges import check_ranges
 from align.config.secrets import Secret, masked
+from align.errors import ConfigError
 
 PLACES = ("_dir", "_path", "_token", "run_name", "report_to", "hub_model_id", "disable_tqdm", "use_cpu")
 
