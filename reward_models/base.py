@@ -21,6 +21,8 @@ class RewardBatch:
     prompt_ids, completion_ids: the policy's token ids (the completion includes its end-of-sequence token if it ended).
     columns: every other column of the dataset, by name.
     rows: the numbers of the dataset's rows that the prompts come from, for errors.
+    ended: whether each completion ended by itself (its last token is then the one that ended it) or was cut; None: as
+    its last token says, where the policy's tokenizer is known.
     """
 
     prompts: list
@@ -29,6 +31,7 @@ class RewardBatch:
     completion_ids: list[list[int]] | None = None
     columns: dict[str, list] = field(default_factory=dict)
     rows: list[int] | None = None
+    ended: list[bool] | None = None
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -64,6 +67,7 @@ class RewardBatch:
             completion_ids=take(self.completion_ids),
             columns={name: take(values) for name, values in self.columns.items()},
             rows=take(self.rows),
+            ended=take(self.ended),
         )
 
 

@@ -8,16 +8,25 @@ from torch import Tensor, nn
 
 from align.data.batching import length_batches
 from align.data.collate import right_pad
+from align.data.limits import longest_input
 from align.errors import ConfigError, RewardError
 from align.modeling.load import load_sequence_classifier, load_tokenizer
 from align.modeling.scores import sequence_scores
 from align.modeling.types import Model
 from align.reward_models.base import Reward, RewardBatch, RewardOutput
 from align.reward_models.normalizer import Normalizer
-from align.reward_models.sequences import SequenceEncoder, longest_input
+from align.reward_models.sequences import SequenceEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+READ_AT = "score_read_at"  # in the config of a model: "end_token" where `RewardTrainer` trained it
+
+
+def reads_end_token(model: nn.Module) -> bool:
+    """Whether a model's score was trained at the end token, rather than at the end of the whole chat template."""
+    return model.config.to_dict().get(READ_AT) == "end_token"
 
 
 class ClassifierReward(Reward):
@@ -25,8 +34,10 @@ class ClassifierReward(Reward):
 
     The score of a completion depends on nothing else in the batch: not on the padding side, on the order, or on a
     padding token that is also the end token. Completions are scored as text, through this model's own tokenizer and
-    chat template, and end with EOS, as `RewardTrainer` trains them. Where the policy's tokenizer is known, a completion
-    that was cut stays without EOS; where it is the same as this model's, the policy's token ids are scored as they are.
+    chat template, and read at their end token (`align.data.ending`), as `RewardTrainer` trains them. A model that
+    `RewardTrainer` has not marked as its own is read where the whole template ends, as `apply_chat_template` gives it.
+    Where the policy's tokenizer is known, a completion that was cut stays without end token; where it is the same as
+    this model's, the policy's token ids are scored.
 
     Args:
         model: folder, hub name or loaded model. tokenizer: by default the model's own.
@@ -75,6 +86,7 @@ class ClassifierReward(Reward):
             vocabulary=self.model.get_input_embeddings().num_embeddings,
             longest=longest_input(self.model),
             max_length=max_length,
+            whole_turn=not reads_end_token(self.model),
         )
 
     @property

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from align.data.batching import length_batches
 from align.data.collate import right_pad
+from align.data.limits import longest_input
 from align.errors import ConfigError, RewardError
 from align.modeling.adapters import adapter_start, is_adapter
 from align.modeling.load import load_adapted, load_policy, load_tokenizer, reference_of
@@ -17,7 +18,7 @@ from align.modeling.logprobs import token_logps
 from align.modeling.types import Model
 from align.reward_models.base import Reward, RewardBatch, RewardOutput
 from align.reward_models.classifier import scoring_device, scoring_tokens
-from align.reward_models.sequences import Pair, SequenceEncoder, longest_input
+from align.reward_models.sequences import Pair, SequenceEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

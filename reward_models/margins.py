@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from align.data.ending import end_ids, written_text
 from align.errors import ConfigError, RewardError
 from align.modeling.fingerprint import fingerprint
 from align.reward_models.base import Reward, RewardBatch
@@ -144,16 +145,16 @@ def score_pairs(reward: Reward, dataset: "Dataset", tokenizer: "PreTrainedTokeni
 
 
 def _texts(rows: dict[str, list], side: str, tokenizer: "PreTrainedTokenizerBase") -> list:
-    ids = rows[f"{side}_ids"]
+    ids, ends = rows[f"{side}_ids"], end_ids(tokenizer)
     written: Sequence = rows.get(side) or [None] * len(ids)
     return [
-        text if text is not None and tokens[-1] == tokenizer.eos_token_id else _decoded(tokens, text, tokenizer)
+        text if text is not None and tokens[-1] in ends else _decoded(tokens, text, tokenizer)
         for tokens, text in zip(ids, written, strict=True)
     ]
 
 
 def _decoded(tokens: list[int], written: Any, tokenizer: "PreTrainedTokenizerBase") -> str | list[dict]:
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    text = written_text(tokenizer, tokens, stopped=False)
     return [{**written[-1], "content": text}] if isinstance(written, list) else text
 
 

@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING
 
 from align.data.bad_rows import BadRow
-from align.data.encode import check_tokenizer, close, encode, render_pair
+from align.data.encode import check_tokenizer, encode, render_pair
+from align.data.ending import Ending, close, end_ids, ending_of
 from align.errors import DataError, RewardError
-from align.modeling.types import Model
 from align.reward_models.base import RewardBatch
 
 if TYPE_CHECKING:
@@ -15,12 +15,14 @@ Pair = tuple[list[int], list[int]]
 
 
 class SequenceEncoder:
-    """Prompt and completion as the token ids of one model, the completion closed by one EOS.
+    """Prompt and completion as the token ids of one model, the completion closed by one end token (`data.ending`).
 
     Texts go through this model's own tokenizer and chat template, as the trainers encode them. Where the policy's
-    tokenizer is known, a completion that was cut stays without EOS; where it is the same as this model's, the policy's
-    ids are taken as they are.
+    tokenizer is known, a completion that was cut stays without end token; where it is the same as this model's, the
+    policy's ids are taken, up to the end token, which is this model's: the same text is the same ids either way.
 
+    whole_turn: an answer that ended is followed by what the template writes after it (mostly a line break), which is
+    where models are read that were trained on `apply_chat_template`'s output.
     name: of the reward, for errors. vocabulary: number of the model's embeddings. longest: tokens that the model takes,
     None for no limit. max_length: longer sequences lose the start of their prompt; None: they are an error.
     """
@@ -34,17 +36,27 @@ class SequenceEncoder:
         vocabulary: int | None = None,
         longest: int | None = None,
         max_length: int | None = None,
+        whole_turn: bool = False,
     ):
+        self.whole_turn = whole_turn
         self.name, self.tokenizer, self.policy_tokenizer = name, tokenizer, policy_tokenizer
         self.vocabulary, self.longest, self.max_length = vocabulary, longest, max_length
         self.shares_ids = policy_tokenizer is not None and same_tokenizer(tokenizer, policy_tokenizer)
 
     def __call__(self, batch: RewardBatch) -> list[Pair]:
         """(prompt_ids, completion_ids) of each completion. Raises `RewardError` naming the row."""
+        conversational = len(batch) > 0 and not isinstance(batch.prompts[0], str)
+        ending = ending_of(self.tokenizer, conversational)
         if self.shares_ids and batch.prompt_ids is not None and batch.completion_ids is not None:
-            pairs = list(zip(batch.prompt_ids, batch.completion_ids, strict=True))
+            ended = self._ended(batch)
+            known = batch.ended is not None  # then the last token is one that ended it, whichever that is
+            written = [
+                list(ids)[: -1 if known and end else None] for ids, end in zip(batch.completion_ids, ended, strict=True)
+            ]
+            completions = [self._end(ids, end, ending) for ids, end in zip(written, ended, strict=True)]
+            pairs = list(zip(batch.prompt_ids, completions, strict=True))
         else:
-            pairs = self._encode(batch)
+            pairs = self._encode(batch, conversational, ending)
         fitted = []
         for row, (prompt, completion) in enumerate(pairs):
             try:
@@ -53,8 +65,7 @@ class SequenceEncoder:
                 raise RewardError(f"reward {self.name!r}, {batch.row_name(row)}: {reason}") from reason
         return fitted
 
-    def _encode(self, batch: RewardBatch) -> list[Pair]:
-        conversational = len(batch) > 0 and not isinstance(batch.prompts[0], str)
+    def _encode(self, batch: RewardBatch, conversational: bool, ending: Ending) -> list[Pair]:
         try:
             check_tokenizer(self.tokenizer, conversational, needs_eos=True)
         except DataError as error:
@@ -63,10 +74,10 @@ class SequenceEncoder:
         for row, (prompt, completion) in enumerate(zip(batch.prompts, batch.completions, strict=True)):
             try:
                 if conversational:
-                    start, (text,) = render_pair(prompt, [completion], self.tokenizer, {})
-                    texts.append((start, text))
+                    start, (whole,) = render_pair(prompt, [completion], self.tokenizer, {})
+                    texts.append((start, whole))
                 else:
-                    texts.append((prompt, completion))
+                    texts.append((prompt, prompt + completion))
             except BadRow as reason:
                 raise RewardError(f"reward {self.name!r}, {batch.row_name(row)}: {reason}") from reason
         rows_of: dict[str, list[int]] = {}  # a prompt that has several completions is tokenised once
@@ -78,17 +89,22 @@ class SequenceEncoder:
         pairs: list[Pair] = [([], [])] * len(batch)
         for rows, (prompt_ids, completions, _) in zip(rows_of.values(), encoded, strict=True):
             for row, ids in zip(rows, completions, strict=True):
-                pairs[row] = prompt_ids, self._end(ids, ended[row])
+                pairs[row] = prompt_ids, self._end(ids, ended[row], ending)
         return pairs
 
     def _ended(self, batch: RewardBatch) -> list[bool]:
+        if batch.ended is not None:
+            return batch.ended
         if self.policy_tokenizer is None or batch.completion_ids is None:
             return [True] * len(batch)
-        return [ids[-1:] == [self.policy_tokenizer.eos_token_id] for ids in map(list, batch.completion_ids)]
+        ends = end_ids(self.policy_tokenizer)
+        return [bool(ids) and ids[-1] in ends for ids in map(list, batch.completion_ids)]
 
-    def _end(self, ids: list[int], ended: bool) -> list[int]:
-        closed = close(ids, self.tokenizer)
-        return closed if ended else closed[:-1]
+    def _end(self, ids: list[int], ended: bool, ending: Ending) -> list[int]:
+        closed = close(ids, ending, self.tokenizer)
+        if not ended:
+            return closed[:-1]
+        return [*closed, *ending.tail] if self.whole_turn else closed
 
     def _fit(self, prompt: list[int], completion: list[int]) -> Pair:
         if not prompt and not completion:
@@ -116,15 +132,3 @@ def same_tokenizer(a: "PreTrainedTokenizerBase", b: "PreTrainedTokenizerBase") -
     return a is b or (
         a.get_vocab() == b.get_vocab() and a.eos_token_id == b.eos_token_id and a.chat_template == b.chat_template
     )
-
-
-def longest_input(model: Model) -> int | None:
-    """Tokens that a model takes at most, None where its config names no limit.
-
-    RoBERTa and its kin count positions from their padding token's id + 1, so they take fewer than they have positions.
-    """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # not every architecture has one
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            return limit - module.padding_idx - 1
-    return limit

@@ -17,12 +17,12 @@ from align.modeling.prefix_support import SCORES, enable_shared_scores
 from align.modeling.scores import pair_scores
 from align.objectives.pair_losses import PairLosses
 from align.objectives.reward_model import bradley_terry_loss, centering, score_l2
+from align.reward_models.classifier import READ_AT
 from align.reward_models.normalizer import FILE_NAME as NORMALIZER_FILE
 from align.reward_models.normalizer import Normalizer
-from align.reward_models.sequences import longest_input
 from align.trainers.core.batching import CheckSharedRows, autocast_dtype, resolve_layout
 from align.trainers.pairs.config import PairConfig
-from align.trainers.pairs.data import IDS, NUMBERS, PairData, flat_column
+from align.trainers.pairs.data import NUMBERS, PairData
 from align.trainers.pairs.evaluation import CHOSEN, REJECTED
 from align.trainers.pairs.loop import PairTrainer
 from align.trainers.pairs.micro_batches import MicroBatchPlanner, PaddedPairs, SharedPrefixPairs
@@ -54,11 +54,6 @@ class RewardConfig(PairConfig):
             raise ConfigError("score_l2_coefficient and center_rewards_coefficient must not be negative")
         if self.normalizer_pairs < 1:
             raise ConfigError("normalizer_pairs must be at least 1")
-        if self.label_smoothing_factor:
-            raise ConfigError(
-                "label_smoothing_factor is for token labels: give the pairs a column chosen_prob, 0.9 where you would "
-                "have smoothed by 0.1"
-            )
 
 
 class RewardTrainer(PairTrainer):
@@ -100,11 +95,11 @@ class RewardTrainer(PairTrainer):
         )
         # transformers refuses batches without one; where the last token is, the attention mask says
         model.config.get_text_config().pad_token_id = processing_class.pad_token_id
+        setattr(model.config, READ_AT, "end_token")
         if args.disable_dropout:
             disable_dropout(model)
         self.normalizer: Normalizer | None = None
-        self._longest_input = longest_input(model)
-        data = pair_data(processing_class, args, self._check_lengths)
+        data = pair_data(processing_class, args)
         super().__init__(model, args, data, train_dataset, eval_dataset, callbacks, optimizers)
         shares = resolve_layout(args.batching, (self._cannot_share() for _ in range(1)))
         if shares:
@@ -119,17 +114,6 @@ class RewardTrainer(PairTrainer):
     def _cannot_share(self) -> str | None:
         """Why the model cannot take shared prefixes; None if it can, and then it does."""
         return enable_shared_scores(self.model, self.args.max_length, autocast_dtype(self.args))
-
-    def _check_lengths(self, dataset, name: str):
-        """The dataset; an index error in the middle of a run would say less."""
-        limit, (prompt, chosen, rejected) = self._longest_input, (flat_column(dataset, column)[0] for column in IDS)
-        lengths = prompt + np.maximum(chosen, rejected)
-        if limit is not None and lengths.max() > limit:
-            raise ConfigError(
-                f"{(lengths > limit).sum()} {WORDS[name]} pairs are longer than the {limit} tokens that the model "
-                f"takes (up to {lengths.max()}): set max_length: {limit}"
-            )
-        return dataset
 
     # ---- loss -------------------------------------------------------------------------------------------------------
 

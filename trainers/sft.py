@@ -1,20 +1,29 @@
 """Supervised fine-tuning: TRL's SFTTrainer on rows that `align.data` has checked and tokenised."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 import trl
 from accelerate.utils import gather_object
+from datasets import DatasetDict
 from torch import nn
 from transformers import set_seed
 
 from align.data.collate import IGNORED
+from align.data.formats import TEXT_COLUMNS, columns_of
 from align.data.tokenize import tokenize_completions
 from align.errors import ConfigError, DataError
 from align.modeling.adapters import check_stack
 from align.modeling.load import load_policy, load_tokenizer, train_in_float32
 from align.trainers.core.options import RunOptions
 from align.trainers.core.trainer import TrainerMixin
+
+UNUSED = {  # options of TRL's that what is done here leaves without effect
+    "model_init_kwargs": "pass a loaded model, or the options of the command's model arguments",
+    "chat_template_path": "set tokenizer.chat_template, or save the tokenizer with the template",
+    "trust_remote_code": "pass a loaded model and its tokenizer",
+    "dataset_text_field": "rename the column to 'text'",
+}
 
 
 @dataclass
@@ -34,6 +43,10 @@ class SFTConfig(RunOptions, trl.SFTConfig):
             raise ConfigError(
                 f"{', '.join(changed)}: the loss mask follows from the dataset's format, see docs/data.md"
             )
+        defaults = {item.name: item.default for item in fields(trl.SFTConfig)}
+        unused = [name for name in UNUSED if name in defaults and getattr(self, name) != defaults[name]]
+        if unused:
+            raise ConfigError("; ".join(f"{name} has no effect here: {UNUSED[name]}" for name in unused))
 
 
 class SFTTrainer(TrainerMixin, trl.SFTTrainer):
@@ -84,31 +97,41 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """As transformers' `evaluate`; `eval_dataset` is tokenised as the training rows are."""
-        if eval_dataset is not None:
+        if eval_dataset is not None and not isinstance(eval_dataset, str):  # a name among several evaluation sets
             eval_dataset = tokenized_completions(eval_dataset, self.processing_class, self.args)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        """With the loss per trained token of the whole set: transformers' mean of the batches' means depends on how the
-        rows are cut into batches. (Rows that fill up the last batch of several processes count twice.)"""
-        self._eval_loss, self._eval_tokens = 0.0, 0
+        """With loss, entropy and accuracy per trained token of the whole set: the means of the batches' means that
+        transformers and TRL take depend on how the rows are cut into batches. (Rows that fill up the last batch of
+        several processes count twice.)"""
+        self._eval_batches: list[tuple[float, int]] = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        losses, tokens = zip(*gather_object([(self._eval_loss, self._eval_tokens)]), strict=True)
-        output.metrics[f"{metric_key_prefix}_loss"] = sum(losses) / sum(tokens)
+        # [processes, batches, (sum of losses, tokens)]
+        batches = torch.tensor(gather_object([self._eval_batches]), dtype=torch.float64)
+        loss, tokens = batches.sum((0, 1)).tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = loss / tokens
+        weights = batches[..., 1].sum(0)
+        for name in ("entropy", "mean_token_accuracy"):
+            means = torch.tensor(self._metrics["eval"][name], dtype=torch.float64)  # of each batch, over all processes
+            self._metrics["eval"][name] = [(means @ weights / tokens).item()]
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         tokens = inputs["labels"][..., 1:].ne(IGNORED).sum().item()
-        self._eval_loss += loss.item() * tokens
-        self._eval_tokens += tokens
+        self._eval_batches.append((loss.item() * tokens, tokens))
         return loss, logits, labels
 
 
 def tokenized_completions(dataset, tokenizer, args: SFTConfig):
     """Rows as TRL's trainer takes them. A dataset that is tokenised already is taken as it is, unless it has a row
     without a trained token: TRL would drop that without a word."""
-    if "input_ids" not in dataset.column_names:
+    if isinstance(dataset, dict) and not isinstance(dataset, DatasetDict):  # evaluation sets by name
+        return {name: tokenized_completions(rows, tokenizer, args) for name, rows in dataset.items()}
+    columns = columns_of(dataset)
+    tokenised = "input_ids" in columns and (columns & {"completion_mask", "labels"} or not columns & {*TEXT_COLUMNS})
+    if not tokenised:
         return tokenize_completions(dataset, tokenizer, max_length=args.max_length, max_bad_share=args.max_bad_share)
     if "completion_mask" in dataset.column_names:
         empty = [row for row, mask in enumerate(dataset["completion_mask"]) if not any(mask[1:])]

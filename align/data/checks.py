@@ -1,6 +1,8 @@
 """What one row must be before it is tokenised: functions that return its parts in one shape, or raise BadRow."""
 
+import json
 import math
+import re
 from typing import Any
 
 from align.data.bad_rows import BadRow
@@ -25,14 +27,29 @@ def prompt_of(row: dict[str, Any], fmt: DataFormat) -> Text:
 def completion_of(row: dict[str, Any], fmt: DataFormat) -> tuple[Text, Text]:
     """(prompt, completion) of a prompt-completion or preference row; of the latter the chosen one."""
     if fmt.kind == "preference":
-        prompt, chosen, _ = pair_of(row, fmt)
+        prompt, chosen, _ = _pair(row, fmt)
         return prompt, chosen
     prompt = _prompt(row, fmt.conversational)
     return prompt, _completion(row["completion"], "completion", prompt, fmt.conversational)
 
 
 def pair_of(row: dict[str, Any], fmt: DataFormat) -> tuple[Text, Text, Text]:
-    """(prompt, chosen, rejected) of a preference row; an implicit prompt is taken out of the two texts."""
+    """(prompt, chosen, rejected) of a preference row; an implicit prompt is taken out of the two texts.
+
+    Every token of an answer is trained as the policy's, so an answer in which somebody else speaks is a bad row.
+    """
+    prompt, *answers = _pair(row, fmt)
+    for name, answer in zip(("chosen", "rejected"), answers, strict=True):
+        others = sorted({m["role"] for m in answer} - {"assistant"}) if fmt.conversational else []
+        if others:
+            raise BadRow(
+                f"{name} has a message of the role {others[0]}, which would be trained as the policy's (put the turns "
+                "before the last answer into prompt)"
+            )
+    return prompt, *answers
+
+
+def _pair(row: dict[str, Any], fmt: DataFormat) -> tuple[Text, Text, Text]:
     chosen = _value(row["chosen"], "chosen", fmt.conversational)
     rejected = _value(row["rejected"], "rejected", fmt.conversational)
     if _same(chosen, rejected):
@@ -82,7 +99,15 @@ def template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
     for name in ("tools", "images", "image"):
         if row.get(name):
             raise BadRow(f"{name} are not supported, only text")
-    return {key: value for key, value in (row.get("chat_template_kwargs") or {}).items() if value is not None}
+    options = row.get("chat_template_kwargs") or {}
+    if not isinstance(options, dict):
+        raise BadRow(f"chat_template_kwargs is {type(options).__name__} instead of names and values")
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def typed_tokens(messages: Text, tokens: list[str]) -> list[str]:
+    """Which of the control tokens somebody typed into the content of a message."""
+    return [token for token in tokens if any(token in message["content"] for message in messages)]
 
 
 def _prompt(row: dict[str, Any], conversational: bool) -> Text:
@@ -119,6 +144,8 @@ def _value(value: Any, name: str, conversational: bool) -> Text:
     if not conversational:
         if not isinstance(value, str):
             raise BadRow(f"{name} has the wrong type ({type(value).__name__} instead of text)")
+        if name == "messages" or _is_json_messages(value):
+            raise BadRow(f"{name} is text that should be messages (parse the JSON: a list of role and content)")
         return value
     if not isinstance(value, list):
         raise BadRow(f"{name} has the wrong type ({type(value).__name__} instead of a list of messages)")
@@ -132,6 +159,10 @@ def _message(message: Any, name: str) -> dict[str, Any]:
         raise BadRow(f"{name} has a malformed message ({type(message).__name__} instead of role and content)")
     if message.get("tool_calls"):
         raise BadRow(f"{name} has tool calls, which are not supported")
+    if isinstance(message.get("content"), list):
+        kinds = {str(part.get("type")) for part in message["content"] if isinstance(part, dict)}
+        if kinds - {"text"}:
+            raise BadRow(f"{name} has content of the type {sorted(kinds - {'text'})[0]}: images are not supported")
     for key in ("role", "content"):
         if message.get(key) is None:
             raise BadRow(f"{name} has a malformed message (no {key})")
@@ -139,6 +170,16 @@ def _message(message: Any, name: str) -> dict[str, Any]:
             raise BadRow(f"{name} has a malformed message ({key} is {type(message[key]).__name__} instead of text)")
     # Arrow fills keys that only other rows have with None; templates would take these for given.
     return {key: item for key, item in message.items() if item is not None}
+
+
+def _is_json_messages(text: str) -> bool:
+    if not re.match(r"\s*\[\s*\{", text):
+        return False
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    return all(isinstance(item, dict) and "role" in item for item in value)
 
 
 def _same(a: Text, b: Text) -> bool:

@@ -1,9 +1,11 @@
-"""Texts and messages to token ids: chat templates, BOS, EOS, and the boundary between prompt and completion."""
+"""Texts and messages to token ids: chat templates, BOS, and the boundary between prompt and completion."""
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from align.data.bad_rows import BadRow
+from align.data.ending import Ending, special_ids, up_to_end
 from align.errors import DataError
 
 if TYPE_CHECKING:
@@ -15,14 +17,29 @@ NOT_A_PREFIX = (
     "the chat template does not render the prompt as the beginning of prompt + answer, so the boundary between them is "
     "unknown (set another chat template, for example with trl.get_training_chat_template)"
 )
+APART = "prompt and completion would merge into one token, so the completion is tokenised apart"
+PARTED = (
+    "the template's generation prompt is not how it renders this answer (a rollout would start after <think>, say), so "
+    "the prompt ends where the two part"
+)
+NEAR = 32  # characters of a plain prompt that are certainly enough context for what follows it
 
 
 class Encoded(NamedTuple):
-    """prompt_ids, the ids of each completion that follows it, and whether one had to be tokenised apart."""
+    """prompt_ids, the ids of each completion that follows it, and what the user should know of the boundary."""
 
     prompt_ids: list[int]
     completions: list[list[int]]
-    apart: bool
+    note: str | None
+
+
+class Conversation(NamedTuple):
+    """A rendered conversation: its text with the (start, end) of what is trained, or its ids with their mask."""
+
+    text: str
+    spans: list[tuple[int, int]]
+    ids: list[int] | None = None
+    mask: list[int] | None = None
 
 
 def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", conversational: bool, needs_eos: bool) -> None:
@@ -52,99 +69,118 @@ def render(messages: Messages, tokenizer: "PreTrainedTokenizerBase", options: di
 def render_pair(
     prompt: Messages, completions: list[Messages], tokenizer: "PreTrainedTokenizerBase", options: dict
 ) -> tuple[str, list[str]]:
-    """Texts of a prompt and of the completions that follow it. Raises BadRow if the template has no such boundary."""
+    """The prompt's text, and that of prompt + completion for each. Raises BadRow if the latter do not begin with the
+    prompt's messages. They begin with the generation prompt too, but for templates that end it in `<think>`."""
     start = render(prompt, tokenizer, options, answer_next=True)
     wholes = [render(prompt + completion, tokenizer, options) for completion in completions]
     if not all(whole.startswith(start) for whole in wholes):
-        raise BadRow(NOT_A_PREFIX)
-    return start, [whole[len(start) :] for whole in wholes]
+        asked = render(prompt, tokenizer, options)
+        if not start.startswith(asked) or not all(whole.startswith(asked) for whole in wholes):
+            raise BadRow(NOT_A_PREFIX)
+    return start, wholes
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", rows: list[tuple[str, list[str]]], *, add_bos: bool) -> list[Encoded]:
-    """Token ids of (prompt, completions) texts, without EOS.
+    """Token ids of rows of (prompt, the whole texts that continue it), without EOS.
 
     The prompt is tokenised alone and each completion in its context, so that the ids of both together are those of the
-    whole text wherever that is possible without changing the prompt's.
+    whole text wherever that is possible without changing the prompt's. A whole text that does not begin with the prompt
+    is split after the longest beginning of tokens that they share.
     """
     if not rows:
         return []
     prompts = _ids(tokenizer, [prompt for prompt, _ in rows])
-    wholes = iter(_ids(tokenizer, [prompt + text for prompt, texts in rows for text in texts]))
+    contexts = _contexts(tokenizer, [prompt for prompt, _ in rows], prompts)
+    texts, counts = [], []
+    for (prompt, wholes), (context, count) in zip(rows, contexts, strict=True):
+        inside = all(whole.startswith(prompt) for whole in wholes)
+        counts.append(count if inside else None)
+        texts += [context + whole[len(prompt) :] for whole in wholes] if inside else wholes
+    found = iter(_ids(tokenizer, texts))
     bos = [tokenizer.bos_token_id] if add_bos and adds_bos(tokenizer) else []
     encoded = []
-    for (_, texts), prompt_ids in zip(rows, prompts, strict=True):
-        completions, apart = [], False
-        for text in texts:
-            whole = next(wholes)
-            fits = whole[: len(prompt_ids)] == prompt_ids
-            completions.append(whole[len(prompt_ids) :] if fits else _ids_apart(tokenizer, text))
-            apart = apart or not fits
-        start = bos if prompt_ids[:1] != bos else []
-        encoded.append(Encoded(start + prompt_ids, completions, apart))
+    for (prompt, wholes), prompt_ids, count in zip(rows, prompts, counts, strict=True):
+        ids = [next(found) for _ in wholes]
+        if count is None:
+            shared = min(_common(prompt_ids, whole) for whole in ids)
+            prompt_ids, completions, note = prompt_ids[:shared], [whole[shared:] for whole in ids], PARTED
+        else:
+            near, completions, note = prompt_ids[len(prompt_ids) - count :], [], None
+            for whole, text in zip(ids, wholes, strict=True):
+                if whole[:count] == near:
+                    completions.append(whole[count:])
+                else:
+                    completions.append(_ids_apart(tokenizer, text[len(prompt) :]))
+                    note = APART
+        if bos and not prompt_ids:  # a whole text, which may have been written with BOS
+            completions = [ids[1:] if ids[:1] == bos else ids for ids in completions]
+        encoded.append(Encoded((bos if prompt_ids[:1] != bos else []) + prompt_ids, completions, note))
     return encoded
 
 
-def encode_conversation(
-    messages: Messages, tokenizer: "PreTrainedTokenizerBase", options: dict
-) -> tuple[list[int], list[int]]:
-    """(ids, mask) of a whole conversation up to its last assistant message; the mask is 1 on the trained tokens.
+def render_conversation(
+    messages: Messages, tokenizer: "PreTrainedTokenizerBase", options: dict, first: int = 0
+) -> Conversation:
+    """A conversation up to its last assistant message, with where the assistant's answers from message `first` on are.
 
     The assistant's tokens come from the template's generation markers; without markers from rendering the conversation
-    up to each answer. A line break that a template writes after an answer's EOS is not trained.
+    up to each answer.
     """
     last = max(place for place, message in enumerate(messages) if message["role"] == "assistant")
     messages = messages[: last + 1]
-    if re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
-        render(messages, tokenizer, options)  # a template that refuses is a bad row
-        out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True, **options)
-        return out["input_ids"], out["assistant_masks"]
     text = render(messages, tokenizer, options)
-    spans = _answers(messages, text, tokenizer, options)
-    out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids, mask = out["input_ids"], [0] * len(out["input_ids"])
-    for start, end in spans:
-        inside = [place for place, (a, b) in enumerate(out["offset_mapping"]) if b > start and a < end]
-        answer = [ids[place] for place in inside]
-        for place in inside[: len(up_to_eos(answer, tokenizer))]:
-            mask[place] = 1
-    return ids, mask
+    if first == 0 and re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
+        out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True, **options)
+        return Conversation(text, [], out["input_ids"], out["assistant_masks"])
+    return Conversation(text, _answers(messages, text, tokenizer, options, first))
 
 
-def _answers(messages: Messages, text: str, tokenizer: "PreTrainedTokenizerBase", options: dict) -> list[tuple]:
+def encode_conversations(
+    tokenizer: "PreTrainedTokenizerBase", rows: list[Conversation], ending: Ending
+) -> list[tuple[list[int], list[int]]]:
+    """(ids, mask) of each; the mask is 1 on the answers and their end tokens. A line break that a template writes after
+    an answer's end token is not trained."""
+    if not rows:
+        return []
+    if not tokenizer.is_fast and any(row.ids is None for row in rows):
+        raise DataError(
+            f"the tokenizer {tokenizer.name_or_path!r} does not say where its tokens are in the text (it is no fast "
+            "tokenizer), so the assistant's turns cannot be found. Use a fast tokenizer, or rows of prompt and "
+            "completion."
+        )
+    out = tokenizer([row.text for row in rows], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    encoded = []
+    for row, ids, offsets in zip(rows, out["input_ids"], out["offset_mapping"], strict=True):
+        if row.ids is not None:
+            encoded.append((row.ids, row.mask))
+            continue
+        mask = [0] * len(ids)
+        for start, end in row.spans:
+            inside = [place for place, (a, b) in enumerate(offsets) if b > start and a < end]
+            answer = [ids[place] for place in inside]
+            for place in inside[: len(up_to_end(answer, ending, tokenizer))]:
+                mask[place] = 1
+        encoded.append((ids, mask))
+    return encoded
+
+
+def _answers(messages: Messages, text: str, tokenizer, options: dict, first: int) -> list[tuple[int, int]]:
     """(start, end) of each assistant message in the rendered text, its end-of-turn token included."""
     spans = []
     for place, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or place < first:
             continue
         if place == 0:
             raise BadRow("messages starts with an assistant message")
+        asked = render(messages[:place], tokenizer, options)
         before = render(messages[:place], tokenizer, options, answer_next=True)
         through = render(messages[: place + 1], tokenizer, options)
-        if not (through.startswith(before) and text.startswith(through)):
+        if not through.startswith(before):  # a generation prompt that ends in <think>
+            before = before[: _common(before, through)]
+        if not (before.startswith(asked) and text.startswith(through)):
             raise BadRow(NOT_A_PREFIX)
         spans.append((len(before), len(through)))
     return spans
-
-
-def close(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """`ids` with exactly one EOS at the end: what a rollout that stopped looks like.
-
-    White space that a chat template writes after the EOS is dropped.
-    """
-    eos = tokenizer.eos_token_id
-    ids = up_to_eos(ids, tokenizer)
-    while ids and ids[-1] == eos:
-        ids = ids[:-1]
-    return [*ids, eos]
-
-
-def up_to_eos(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """`ids` without the white space after the last EOS; unchanged if there is no EOS or something else follows it."""
-    eos = tokenizer.eos_token_id
-    if eos not in ids:
-        return ids
-    end = len(ids) - ids[::-1].index(eos)
-    return ids[:end] if not tokenizer.decode(ids[end:]).strip() else ids
 
 
 def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
@@ -158,6 +194,36 @@ def _ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[in
         return []  # tokenizers fail on an empty batch
     # Special tokens are placed by us: some tokenizers would end every prompt with EOS.
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def _contexts(tokenizer: "PreTrainedTokenizerBase", prompts: list[str], ids: list[list[int]]) -> list[tuple[str, int]]:
+    """The end of each prompt that a completion has to be tokenised with, and how many tokens it is.
+
+    A special token splits a text before anything else does, so what follows the last one is tokenised as if it stood
+    alone. A plain prompt is split at a space into parts that are tokenised as the whole is, where that holds; else the
+    context is the prompt.
+    """
+    whole = [(prompt, len(own)) for prompt, own in zip(prompts, ids, strict=True)]
+    if not tokenizer.is_fast:
+        return whole
+    special = special_ids(tokenizer)
+    contexts: list[tuple[str, int] | None] = []
+    for prompt, own in zip(prompts, ids, strict=True):
+        place = next((place for place in range(len(own) - 1, -1, -1) if own[place] in special), None)
+        start = -1 if place is None else prompt.rfind(tokenizer.convert_ids_to_tokens(own[place]))
+        contexts.append((prompt[start:], len(own) - place) if start >= 0 else None)
+    splits = tokenizer.backend_tokenizer.pre_tokenizer is not None
+    starts = [prompt.rfind(" ", 0, max(len(prompt) - NEAR, 0)) for prompt in prompts]
+    rest = [i for i, context in enumerate(contexts) if context is None and splits and starts[i] > 0]
+    for i, near in zip(rest, _ids(tokenizer, [prompts[i][starts[i] :] for i in rest]), strict=True):
+        if ids[i][len(ids[i]) - len(near) :] == near and not prompts[i][starts[i] - 1].isspace():
+            contexts[i] = prompts[i][starts[i] :], len(near)
+    return [context or fallback for context, fallback in zip(contexts, whole, strict=True)]
+
+
+def _common(a: Sequence, b: Sequence) -> int:
+    """How many items two sequences begin with in common."""
+    return next((place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _ids_apart(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:

@@ -67,14 +67,14 @@ def format_for(dataset: "Dataset", use: str, source: str = "") -> DataFormat:
         "completions": ("prompt_completion", "language_modeling", "preference"),
         "pairs": ("preference",),
     }[use]
-    columns = _columns(dataset, source)
+    columns = columns_of(dataset, source)
     if use == "prompts" and {"chosen", "rejected"} <= columns:
         kinds = ("preference",)  # which knows whether the column `prompt` or the pair holds the whole prompt
     return _format(dataset, kinds, use, source)
 
 
 def _format(dataset: "Dataset", kinds: Sequence[str], use: str, source: str) -> DataFormat:
-    columns = _columns(dataset, source)
+    columns = columns_of(dataset, source)
     needed = {
         "preference": {"chosen", "rejected"},
         "prompt_completion": {"prompt", "completion"},
@@ -99,7 +99,8 @@ def _format(dataset: "Dataset", kinds: Sequence[str], use: str, source: str) -> 
     return DataFormat(kind, any(shapes.values()), implicit)
 
 
-def _columns(dataset: "Dataset", source: str) -> set[str]:
+def columns_of(dataset: "Dataset", source: str = "") -> set[str]:
+    """The columns of one split; DataError for anything that is not a `datasets.Dataset`, lists and frames included."""
     from datasets import Dataset, DatasetDict
 
     if isinstance(dataset, DatasetDict):
@@ -107,7 +108,7 @@ def _columns(dataset: "Dataset", source: str) -> set[str]:
     if not isinstance(dataset, Dataset):
         raise DataError(
             f"expected a datasets.Dataset, got {type(dataset).__name__}. Load rows with align.data.load_rows, or build "
-            "them with datasets.Dataset.from_list; streamed datasets are not supported."
+            "them with datasets.Dataset.from_list (a list of rows) or from_pandas; streamed datasets are not supported."
         )
     return set(dataset.column_names)
 

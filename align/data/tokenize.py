@@ -4,9 +4,9 @@ One rule makes training and rollouts agree: `prompt_ids` are the tokens of the p
 starts from; a completion is the tokens after these. It is tokenised in its context; where the tokenizer would merge
 the end of the prompt with the start of the completion into one token, it is tokenised apart, and the row is noted.
 
-A plain text gets BOS in front if the tokenizer puts one there; a chat template brings its own. A completion ends with
-exactly one EOS, unless the length limit cut it. Masks come from lengths and positions, never from token ids, so a
-tokenizer whose pad token is its EOS still trains the EOS.
+A plain text gets BOS in front if the tokenizer puts one there, once; a chat template brings its own. A completion ends
+with exactly one end token (`align.data.ending`), unless the length limit cut it. Masks come from lengths and positions,
+never from token ids, so a tokenizer whose pad token is its EOS still trains the EOS.
 """
 
 import uuid
@@ -15,9 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 from align.data import checks
 from align.data.bad_rows import BadRow, BadRows
-from align.data.encode import Encoded, check_tokenizer, close, encode, encode_conversation, render, render_pair
-from align.data.formats import DataFormat, format_for
+from align.data.encode import (
+    Conversation,
+    Encoded,
+    check_tokenizer,
+    encode,
+    encode_conversations,
+    render,
+    render_conversation,
+    render_pair,
+)
+from align.data.ending import Ending, close, end_ids, ending_of
+from align.data.formats import columns_of, format_for
 from align.data.rows import source_of
+from align.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -47,15 +58,19 @@ def tokenize_prompts(
     report = _start(report, source, dataset)
     fmt = format_for(dataset, "prompts", report.source)
     check_tokenizer(tokenizer, fmt.conversational, needs_eos=False)
+    controls = _controls(tokenizer)
 
-    def prepare(row: Columns) -> tuple[tuple, Columns]:
+    def prepare(row: Columns, note: Note) -> tuple[tuple, Columns]:
         prompt, options = checks.prompt_of(row, fmt), checks.template_kwargs(row)
+        if fmt.conversational:
+            _note_typed("prompt", checks.typed_tokens(prompt, list(controls.values())), note)
         text = render(prompt, tokenizer, options, answer_next=True) if fmt.conversational else prompt
         return (text, []), {"prompt": prompt}
 
     def finish(encoded: Encoded, note: Note) -> Columns:
         _check_prompt(encoded.prompt_ids, max_prompt_length, tokenizer)
-        _note_specials(encoded.prompt_ids[1:], "prompt", tokenizer, fmt.conversational, note)
+        if not fmt.conversational:
+            _note_typed("prompt", _found(encoded.prompt_ids[1:], controls), note)
         return {"prompt_ids": encoded.prompt_ids}
 
     return _tokenize(
@@ -89,58 +104,62 @@ def tokenize_completions(
     report = _start(report, source, dataset)
     fmt = format_for(dataset, "completions", report.source)
     check_tokenizer(tokenizer, fmt.conversational, needs_eos=True)
-    columns = {"input_ids": "int32", "completion_mask": "int8"}
+    _check_columns(dataset, ("input_ids", "labels"), report.source)
+    ending, controls = ending_of(tokenizer, fmt.conversational), _controls(tokenizer)
     whole = fmt.kind == "language_modeling"
-    if whole and fmt.conversational:
-        how = _conversations(tokenizer, fmt, max_length)
-        return _tokenize(dataset, how[0], list, how[1], columns=columns, report=report, max_bad_share=max_bad_share)
+    name = "messages" if whole and fmt.conversational else "text" if whole else "completion"
 
-    def prepare(row: Columns) -> tuple[tuple, Columns]:
+    def prepare_conversation(row: Columns, note: Note) -> tuple[Any, Columns]:
+        first, messages = 0, checks.text_of(row, fmt) if whole else None
+        if not whole:
+            prompt, completion = checks.completion_of(row, fmt)
+            first, messages = len(prompt), prompt + completion
+        _note_typed(name, checks.typed_tokens(messages[first:], list(controls.values())), note)
+        options = checks.template_kwargs(row)
+        if not whole and {message["role"] for message in completion} == {"assistant"}:
+            return render_pair(prompt, [completion], tokenizer, options), {}
+        return render_conversation(messages, tokenizer, options, first), {}
+
+    def encode_talks(rows: list) -> list:
+        """Pairs of texts where the answer is one; conversations where somebody else speaks in it."""
+        talks = iter(encode_conversations(tokenizer, [r for r in rows if isinstance(r, Conversation)], ending))
+        plain = iter(encode(tokenizer, [r for r in rows if not isinstance(r, Conversation)], add_bos=False))
+        return [next(talks) if isinstance(r, Conversation) else next(plain) for r in rows]
+
+    def prepare(row: Columns, note: Note) -> tuple[tuple, Columns]:
         if whole:
             return ("", [checks.text_of(row, fmt)]), {}
         prompt, completion = checks.completion_of(row, fmt)
-        if not fmt.conversational:
-            return (prompt, [completion]), {}
-        return render_pair(prompt, [completion], tokenizer, checks.template_kwargs(row)), {}
+        return (prompt, [prompt + completion]), {}
 
-    def finish(encoded: Encoded, note: Note) -> Columns:
-        prompt_ids = encoded.prompt_ids
-        if not whole:
-            _check_prompt(prompt_ids, None, tokenizer)
-            _check_room(prompt_ids, max_length)
-        completion = _closed(encoded, 0, "text" if whole else "completion", tokenizer, fmt.conversational, note)
-        mask = [0] * len(prompt_ids) + [1] * len(completion)
-        return _sequence(prompt_ids + completion, mask, max_length, note)
+    def finish(encoded: Any, note: Note) -> Columns:
+        if isinstance(encoded, Encoded):
+            if not whole:
+                _check_prompt(encoded.prompt_ids, None, tokenizer)
+                _check_room(encoded.prompt_ids, max_length)
+            completion = _closed(encoded, 0, name, tokenizer, ending, note)
+            if not fmt.conversational:
+                _note_typed(name, _found(completion[:-1], controls), note)
+            mask = [0] * len(encoded.prompt_ids) + [1] * len(completion)
+            return _sequence(encoded.prompt_ids + completion, mask, max_length, note)
+        ids, mask = encoded
+        closed = close(ids, ending, tokenizer)
+        if len(closed) > len(ids):
+            note(_end_added(tokenizer))
+        mask = mask[: len(closed)] + [1] * (len(closed) - len(mask))
+        if not mask[-1]:
+            note("the end token of the last answer is not trained: the template's generation block ends before it")
+        return _sequence(closed, mask, max_length, note)
 
     return _tokenize(
         dataset,
-        prepare,
-        lambda rows: encode(tokenizer, rows, add_bos=not fmt.conversational),
+        prepare_conversation if fmt.conversational else prepare,
+        encode_talks if fmt.conversational else lambda rows: encode(tokenizer, rows, add_bos=True),
         finish,
-        columns=columns,
+        columns={"input_ids": "int32", "completion_mask": "int8"},
         report=report,
         max_bad_share=max_bad_share,
     )
-
-
-def _conversations(tokenizer, fmt: DataFormat, max_length: int | None):
-    """`prepare` and `finish` of whole conversations, whose template tells the assistant's tokens."""
-
-    def prepare(row: Columns) -> tuple[tuple, Columns]:
-        messages, options = checks.text_of(row, fmt), checks.template_kwargs(row)
-        return encode_conversation(messages, tokenizer, options), {}
-
-    def finish(encoded: tuple[list[int], list[int]], note: Note) -> Columns:
-        ids, mask = encoded
-        closed = close(ids, tokenizer)
-        if len(closed) > len(ids):
-            note(_eos_added(tokenizer))
-        mask = mask[: len(closed)] + [1] * (len(closed) - len(mask))
-        if not mask[-1]:
-            note("the EOS of the last answer is not trained: the template's generation block ends before it")
-        return _sequence(closed, mask, max_length, note)
-
-    return prepare, finish
 
 
 def tokenize_pairs(
@@ -165,13 +184,17 @@ def tokenize_pairs(
     report = _start(report, source, dataset)
     fmt = format_for(dataset, "pairs", report.source)
     check_tokenizer(tokenizer, fmt.conversational, needs_eos=True)
+    ending, controls = ending_of(tokenizer, fmt.conversational), _controls(tokenizer)
 
-    def prepare(row: Columns) -> tuple[tuple, Columns]:
+    def prepare(row: Columns, note: Note) -> tuple[tuple, Columns]:
         prompt, chosen, rejected = checks.pair_of(row, fmt)
         checks.check_pair_numbers(row)
-        texts = prompt, [chosen, rejected]
         if fmt.conversational:
+            for name, answer in (("chosen", chosen), ("rejected", rejected)):
+                _note_typed(name, checks.typed_tokens(answer, list(controls.values())), note)
             texts = render_pair(prompt, [chosen, rejected], tokenizer, checks.template_kwargs(row))
+        else:
+            texts = prompt, [prompt + chosen, prompt + rejected]
         return texts, {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
     def finish(encoded: Encoded, note: Note) -> Columns:
@@ -180,7 +203,9 @@ def tokenize_pairs(
         room = None if max_length is None else max_length - len(encoded.prompt_ids)
         ids, cut = {}, False
         for place, name in enumerate(("chosen", "rejected")):
-            whole = _closed(encoded, place, name, tokenizer, fmt.conversational, note)
+            whole = _closed(encoded, place, name, tokenizer, ending, note)
+            if not fmt.conversational:
+                _note_typed(name, _found(whole[:-1], controls), note)
             ids[f"{name}_ids"] = whole[:room]
             if len(whole) > len(whole[:room]):
                 cut = True
@@ -209,6 +234,7 @@ def tokenize_pairs(
 
 
 def _start(report: BadRows | None, source: str, dataset: "Dataset") -> BadRows:
+    columns_of(dataset, source)
     report = BadRows() if report is None else report
     report.source = source_of(dataset, source)
     report.total = len(dataset)
@@ -217,7 +243,7 @@ def _start(report: BadRows | None, source: str, dataset: "Dataset") -> BadRows:
 
 def _tokenize(
     dataset: "Dataset",
-    prepare: Callable[[Columns], tuple[tuple, Columns]],
+    prepare: Callable[[Columns, Note], tuple[Any, Columns]],
     encode_rows: Callable[[list[tuple]], list],
     finish: Callable[[Any, Note], Columns],
     *,
@@ -225,7 +251,8 @@ def _tokenize(
     report: BadRows,
     max_bad_share: float,
 ) -> "Dataset":
-    """prepare(row) -> (texts, columns to replace); encode_rows(texts of a batch); finish(encoded, note) -> new columns.
+    """prepare(row, note) -> (texts, columns to replace); encode_rows(texts of a batch); finish(encoded, note) -> new
+    columns.
 
     prepare and finish raise BadRow. columns: the feature of each new or replaced column ("int32": a list of these).
     """
@@ -241,22 +268,22 @@ def _tokenize(
         ready, texts, kept = [], [], []
         for index, row in zip(indices, rows, strict=True):
             row["row"] = row["row"] if numbered else index
+            notes: dict[str, None] = {}
             try:
-                text, replaced = prepare(row)
+                text, replaced = prepare(row, notes.setdefault)
             except BadRow as reason:
                 report.add(row["row"], str(reason))
                 continue
-            ready.append({**row, **replaced})
+            ready.append(({**row, **replaced}, notes))
             texts.append(text)
-        for row, encoded in zip(ready, encode_rows(texts), strict=True):
-            notes: dict[str, None] = {}
+        for (row, notes), encoded in zip(ready, encode_rows(texts), strict=True):
             try:
                 kept.append({**row, **finish(encoded, notes.setdefault)})
             except BadRow as reason:
                 report.add(row["row"], str(reason))
                 continue
-            for message in notes:
-                report.note(row["row"], message)
+            for text in notes:
+                report.note(row["row"], text)
         return {name: [row[name] for row in kept] for name in features}
 
     # In memory and never from the cache: the cache would not know of a change in this code.
@@ -294,32 +321,44 @@ def _check_room(prompt_ids: list[int], max_length: int | None) -> None:
 
 
 def _closed(
-    encoded: Encoded, place: int, name: str, tokenizer: "PreTrainedTokenizerBase", conversational: bool, note: Note
+    encoded: Encoded, place: int, name: str, tokenizer: "PreTrainedTokenizerBase", ending: Ending, note: Note
 ) -> list[int]:
-    """The ids of one completion with its EOS; BadRow if there is nothing before the EOS."""
+    """The ids of one completion with its end token; BadRow if there is nothing before that."""
     ids = encoded.completions[place]
-    closed = close(ids, tokenizer)
+    closed = close(ids, ending, tokenizer)
     if len(closed) == 1:
         raise BadRow(f"{name} is empty")
-    if conversational and tokenizer.eos_token_id not in ids:
-        note(_eos_added(tokenizer))
-    _note_specials(closed[:-1], name, tokenizer, conversational, note)
-    if encoded.apart:
-        note("prompt and completion would merge into one token, so the completion is tokenised apart")
+    if ending.conversational and not {*ending.accepted} & {*ids}:
+        note(_end_added(tokenizer))
+    if encoded.note:
+        note(encoded.note)
     return closed
 
 
-def _eos_added(tokenizer: "PreTrainedTokenizerBase") -> str:
+def _end_added(tokenizer: "PreTrainedTokenizerBase") -> str:
     return f"the chat template does not end an answer with EOS ({tokenizer.eos_token}), which was added"
 
 
-def _note_specials(ids: list[int], name: str, tokenizer: "PreTrainedTokenizerBase", talk: bool, note: Note) -> None:
-    """BOS or EOS where a text does not have them; a chat template may write EOS after every turn."""
-    found = {tokenizer.bos_token_id, tokenizer.eos_token_id}.intersection(ids) - {None}
-    if talk:
-        found.discard(tokenizer.eos_token_id)
-    if found:
-        note(f"{name} has {' and '.join(sorted(tokenizer.convert_ids_to_tokens(sorted(found))))} inside its text")
+def _controls(tokenizer: "PreTrainedTokenizerBase") -> dict[int, str]:
+    """The tokens that a text should not have inside: BOS and those that end an answer."""
+    ids = [token for token in (tokenizer.bos_token_id, *end_ids(tokenizer)) if token is not None]
+    return dict(zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True))
+
+
+def _found(ids: list[int], controls: dict[int, str]) -> list[str]:
+    return [text for token, text in controls.items() if token in ids]
+
+
+def _note_typed(name: str, tokens: list[str], note: Note) -> None:
+    if tokens:
+        note(f"{name} has {' and '.join(sorted(tokens))} inside its text")
+
+
+def _check_columns(dataset: "Dataset", taken: tuple[str, ...], source: str) -> None:
+    """Columns that the trainer would take for its own."""
+    clash = [name for name in taken if name in dataset.column_names]
+    if clash:
+        raise DataError(f"{source}: the column {clash[0]!r} would be taken for tokens. Rename or remove it.")
 
 
 def _sequence(ids: list[int], mask: list[int], max_length: int | None, note: Note) -> Columns:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from align.data.ending import end_ids
 from align.errors import ConfigError, RolloutError
 from align.rollout.seeds import derive_seed
 from align.rollout.types import Completion, PushReport, Request, Rollout, SamplingParams
@@ -247,14 +248,11 @@ def check_length(text_config, max_model_len: int) -> None:
 
 
 def end_tokens(core, tokenizer) -> tuple[int, ...]:
-    """Every token id that ends a completion: the tokenizer's and those of the model's generation config.
-
-    Chat models list several (end of turn, end of text), and the tokenizer knows one of them.
-    """
-    ids = []
-    for source in (tokenizer, getattr(core, "generation_config", None)):
-        own = None if source is None else source.eos_token_id
-        ids += own if isinstance(own, list) else [own] if own is not None else []
+    """Every token id that ends a completion: EOS and the chat template's end of turn as the tokenizer has them, and
+    those of the model's generation config (end of turn, end of text, end of message)."""
+    ids = [] if tokenizer is None else list(end_ids(tokenizer))
+    own = getattr(getattr(core, "generation_config", None), "eos_token_id", None)
+    ids += own if isinstance(own, list) else [own] if own is not None else []
     if not ids:
         logger.warning("neither the tokenizer nor the model names an end token: completions end at max_tokens only")
     return tuple(dict.fromkeys(ids))

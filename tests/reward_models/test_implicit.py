@@ -3,11 +3,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from align.data.batching import length_batches
+from align.data.limits import longest_input
 from align.errors import ConfigError, RewardError
 from align.reward_models.base import RewardBatch
 from align.reward_models.build import build_reward
 from align.reward_models.implicit import ImplicitReward
-from align.reward_models.sequences import longest_input
 from tests.modeling import tiny
 from tests.reward_models import worlds
 

@@ -151,6 +151,7 @@ def test_the_end_token_ends_and_is_part_of_the_completion(holding):
 def test_end_tokens_come_from_the_generation_config_and_the_tokenizer(make):
     class Tokenizer:
         eos_token_id = 12
+        chat_template = None
 
     engine = make(ending_model(last=13), Tokenizer())
     assert set(engine.eos_token_ids) == {EOS, 12}

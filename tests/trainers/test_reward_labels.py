@@ -82,7 +82,7 @@ def test_labels_that_are_none(trunk, tmp_path):  # noqa: F811
 def test_pairs_that_the_model_cannot_take(encoder, tmp_path):  # noqa: F811
     rows = pairs(3).add_column("margin", [0.0] * 3)
     long = Dataset.from_list([*rows, {**rows[0], "chosen": "w1 " * 80}])
-    with pytest.raises(ConfigError, match="1 training pairs are longer than the 64 tokens .*: set max_length: 64"):
+    with pytest.raises(DataError, match="1 rows of the training data are longer than the 64 tokens .* max_length: 64"):
         RewardTrainer(encoder, config(tmp_path), long)
     RewardTrainer(encoder, config(tmp_path, max_length=64), long)
 

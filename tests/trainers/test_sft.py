@@ -83,14 +83,36 @@ def test_an_evaluation_set_given_later_is_tokenised_alike(policy, tmp_path):
     assert trainer.evaluate()["eval_loss"] == trainer.evaluate(data)["eval_loss"]
 
 
-def test_the_evaluation_loss_is_per_token(policy, tmp_path):
+def test_evaluations_are_per_token(policy, tmp_path):
     """However the rows are cut into batches, and equal to the loss of a step on the same rows."""
     data, losses = demonstrations(7, seed=1), []
+    others = []
     for size in (7, 3, 1):
         trainer = SFTTrainer(policy, sft_config(tmp_path, per_device_eval_batch_size=size, max_steps=1), data, data)
         losses.append(trainer.evaluate()["eval_loss"])
+        log = trainer.state.log_history[-1]
+        others.append([log["eval_entropy"], log["eval_mean_token_accuracy"]])
+    assert others[1] == pytest.approx(others[0], rel=1e-5) and others[2] == pytest.approx(others[0], rel=1e-5)
     trainer.train()
     assert losses == pytest.approx(logged(trainer, "loss") * 3, rel=1e-5)
+
+
+def test_several_evaluation_sets_by_name(policy, tmp_path):
+    data = demonstrations(8, seed=1)
+    sets = {"some": data.select(range(3)), "rest": data.select(range(3, 8))}
+    trainer = SFTTrainer(policy, sft_config(tmp_path), data, sets)
+    own = trainer.evaluate()
+    assert own["eval_some_loss"] != own["eval_rest_loss"]
+    assert trainer.evaluate(sets)["eval_rest_loss"] == own["eval_rest_loss"]
+
+
+def test_what_is_no_dataset_is_refused_with_a_sentence(policy, tmp_path):
+    for rows in (list(demonstrations(2)), demonstrations(2).to_pandas()):
+        with pytest.raises(DataError, match="expected a datasets.Dataset, got .*Dataset.from_list .* or from_pandas"):
+            SFTTrainer(policy, sft_config(tmp_path), rows)
+    for name, value in {"dataset_text_field": "content", "chat_template_path": "x.jinja"}.items():
+        with pytest.raises(ConfigError, match=f"{name} has no effect here"):
+            sft_config(tmp_path, **{name: value})
 
 
 def test_a_tokenizer_without_padding_token(tokenizer, tmp_path):

@@ -80,6 +80,11 @@ class BaseConfig(RunOptions, TrainingArguments):
                 "tokens, shared prompts), so that every step would be compiled again; leave it out. FlexAttention is "
                 "compiled by itself on a GPU"
             )
+        if self.label_smoothing_factor:
+            raise ConfigError(
+                "label_smoothing_factor is for token labels: give the pairs of a reward or preference loss a column "
+                "chosen_prob, 0.9 where you would have smoothed by 0.1"
+            )
 
 
 def changed_settings(args: TrainingArguments) -> dict:

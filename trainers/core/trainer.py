@@ -8,10 +8,12 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from accelerate.utils import gather_object
+from datasets import Dataset
 from peft import PeftModel, set_peft_model_state_dict
 from transformers import PreTrainedModel
 from transformers.trainer_utils import rotate_checkpoints
 
+from align.data.limits import check_fits
 from align.distributed.checkpoints import checksums, write_manifest
 from align.errors import TrainingError
 from align.modeling.adapters import adapter_start, notes, split
@@ -38,6 +40,7 @@ class TrainerMixin:
         super().__init__(*args, **kwargs)
         if isinstance(self.args, BaseConfig):  # TRL's, of SFT, adds the loss of a mixture of experts
             guards.check_experts(self.model)
+        self._check_rows()
         if not self.is_deepspeed_enabled:  # which keeps gradients where they cannot be seen
             self.add_callback(guards.GradientsReachTheWeights())
         self._signals = StopOnSignal(self.accelerator)
@@ -49,6 +52,13 @@ class TrainerMixin:
             # Left alone, accelerate shuffles by the seed that torch was given last, by whomever, and a resumed run
             # might see other batches.
             self.accelerator.dataloader_config.data_seed = self.args.seed
+
+    def _check_rows(self) -> None:
+        """Rows that the model cannot take would end in an index error, or train positions that it does not have."""
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"evaluation": self.eval_dataset}
+        for what, dataset in {"training": self.train_dataset, **evaluated}.items():
+            if isinstance(dataset, Dataset):
+                check_fits(self.model, dataset, what, self.processing_class)
 
     # ---- metrics ----------------------------------------------------------------------------------------------------
 

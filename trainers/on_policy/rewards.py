@@ -53,6 +53,7 @@ class RewardColumns:
                 if name not in ("prompt", "prompt_ids", "row")
             },
             rows=[sample.prompt["row"] for sample in samples] if "row" in samples[0].prompt else None,
+            ended=[not sample.truncated for sample in samples],
         )
         return {reward.name: reward.score(batch) for reward in self.rewards}
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from align.data.ending import written_text
+from align.data.formats import columns_of
 from align.data.tokenize import tokenize_prompts
 from align.errors import RolloutError
 from align.rollout.types import Completion
@@ -40,7 +42,7 @@ class Sample:
 
 def tokenized_prompts(dataset, tokenizer, args):
     """Prompts as the loop takes them; a dataset that is tokenised already is taken as it is."""
-    if "prompt_ids" in dataset.column_names:
+    if "prompt_ids" in columns_of(dataset):
         return dataset
     return tokenize_prompts(
         dataset, tokenizer, max_prompt_length=args.max_prompt_length, max_bad_share=args.max_bad_share
@@ -49,7 +51,7 @@ def tokenized_prompts(dataset, tokenizer, args):
 
 def decode(tokenizer, prompt: dict, completion: Completion) -> str | list[dict]:
     """The completion in the form of its prompt: a string, or one assistant message for conversational prompts."""
-    text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+    text = written_text(tokenizer, completion.token_ids, completion.finish_reason == "stop")
     return [{"role": "assistant", "content": text}] if isinstance(prompt["prompt"], list) else text
 
 

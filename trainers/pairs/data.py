@@ -8,6 +8,7 @@ import numpy as np
 
 from align.data.bad_rows import BadRow
 from align.data.checks import check_pair_numbers
+from align.data.formats import columns_of
 from align.data.tokenize import tokenize_pairs
 from align.errors import DataError
 
@@ -66,7 +67,7 @@ def list_column(values: np.ndarray, lengths: np.ndarray):
 def numbered_pairs(dataset, tokenizer, *, max_length: int | None, max_bad_share: float):
     """The output of `tokenize_pairs`. A dataset that is tokenised already is taken as it is, if no completion is empty
     and its numbers are usable; its rows are numbered where they have no column `row`."""
-    if not set(IDS) <= set(dataset.column_names):
+    if not set(IDS) <= columns_of(dataset):
         return tokenize_pairs(dataset, tokenizer, max_length=max_length, max_bad_share=max_bad_share)
     for column in IDS:
         empty = np.flatnonzero(flat_column(dataset, column)[0] == 0)

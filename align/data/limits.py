@@ -1,0 +1,75 @@
+"""What a model can take: rows that are too long for it, or have tokens it does not know, are refused at the start."""
+
+from typing import TYPE_CHECKING, Any
+
+from align.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import nn
+
+SEQUENCES = (("prompt_ids", "chosen_ids"), ("prompt_ids", "rejected_ids"), ("prompt_ids",), ("input_ids",))
+COUNTED = 10_000  # rows read at once
+
+
+def check_fits(model: "nn.Module", dataset: "Dataset", what: str, tokenizer: Any = None) -> None:
+    """Raise DataError for tokenised rows with more tokens than the model has positions, or with unknown token ids.
+
+    what: the dataset's name in the message. Of prompts for rollouts only the prompt is counted.
+    """
+    limit, known = longest_input(model), model.get_input_embeddings().num_embeddings
+    columns = [group for group in SEQUENCES if set(group) <= set(dataset.column_names)]
+    for name in {name for group in columns for name in group}:
+        _check_tokens(dataset, name, known, what, tokenizer)
+    for group in columns if limit is not None else ():
+        _check_lengths(dataset, group, limit, what)
+
+
+def _check_tokens(dataset: "Dataset", name: str, known: int, what: str, tokenizer: Any) -> None:
+    for start, values in _arrow(dataset, name):
+        ids = values.flatten().to_numpy()
+        if len(ids) and ids.max() >= known:
+            row = next(row for row, own in enumerate(values.to_pylist()) if own and max(own) >= known)
+            token = int(max(values[row].as_py()))
+            written = "" if tokenizer is None else f" ({tokenizer.convert_ids_to_tokens(token)})"
+            raise DataError(
+                f"row {start + row} of the {what} data has token {token}{written}, and the model has embeddings for "
+                f"{known} tokens: the tokenizer is not this model's, or tokens were added to it without "
+                "model.resize_token_embeddings(len(tokenizer))"
+            )
+
+
+def _check_lengths(dataset: "Dataset", group: tuple[str, ...], limit: int, what: str) -> None:
+    import pyarrow.compute as pc
+
+    longest, count = 0, 0
+    for parts in zip(*(_arrow(dataset, name) for name in group), strict=True):
+        lengths = sum(pc.list_value_length(values).to_numpy(zero_copy_only=False) for _, values in parts)
+        longest, count = max(longest, int(lengths.max(initial=0))), count + int((lengths > limit).sum())
+    if count:
+        raise DataError(
+            f"{count} rows of the {what} data are longer than the {limit} tokens that the model takes (up to "
+            f"{longest}): set max_length: {limit}, or max_prompt_length for rollouts"
+        )
+
+
+def _arrow(dataset: "Dataset", name: str):
+    """(first row, the column as one Arrow array) of each part of a dataset."""
+    plain = dataset.select_columns([name]).with_format("arrow")
+    for start in range(0, len(plain), COUNTED):
+        yield start, plain[start : start + COUNTED][name].combine_chunks()
+
+
+def longest_input(model: "nn.Module") -> int | None:
+    """Tokens that a model takes at most, None where its config names no limit, or stretches its rotary positions.
+
+    RoBERTa and its kin count positions from their padding token's id + 1, so they take fewer than they have positions.
+    """
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)  # not every architecture has one
+    if (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") != "default":
+        return None
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return limit - module.padding_idx - 1
+    return limit

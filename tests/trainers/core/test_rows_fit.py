@@ -1,0 +1,46 @@
+"""Rows that the model cannot take are refused before training, by every kind of trainer."""
+
+import pytest
+from datasets import Dataset
+from transformers import LlamaForSequenceClassification
+
+from align import DPOConfig, DPOTrainer, ReMaxConfig, ReMaxTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from align.errors import DataError
+from tests.trainers.tiny_runs import QUIET, tiny_model, wanted_words
+
+PAIR = {"prompt": "describe the garden : ", "chosen": "rose soil", "rejected": "wave"}
+LONG = {**PAIR, "chosen": "rose " * 40, "prompt": "describe the garden : " * 10}
+
+
+def classifier(tokenizer, **sizes):
+    config = tiny_model(tokenizer, **sizes).config
+    config.num_labels = 1
+    return LlamaForSequenceClassification(config)
+
+
+def make(method, args, rows, tok, **sizes):
+    if method == "reward":
+        return RewardTrainer(classifier(tok, **sizes), RewardConfig(**args), rows, processing_class=tok)
+    model = tiny_model(tok, **sizes)
+    if method == "remax":
+        args = ReMaxConfig(**args, rollout_backend="transformers", max_completion_length=4)
+        return ReMaxTrainer(model, wanted_words, args, rows, processing_class=tok)
+    trainer, config = {"sft": (SFTTrainer, SFTConfig), "dpo": (DPOTrainer, DPOConfig)}[method]
+    return trainer(model, config(**args), rows, processing_class=tok)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "reward", "remax"])
+def test_tokens_without_an_embedding(method, tokenizer, tmp_path):
+    rows = Dataset.from_list([PAIR])
+    args = {"output_dir": str(tmp_path), "max_steps": 1, **QUIET}
+    known = tokenizer.convert_tokens_to_ids("garden")
+    with pytest.raises(DataError, match=r"row 0 of the training data has token \d+ \(.*resize_token_embeddings"):
+        make(method, args, rows, tokenizer, vocab_size=known - 1)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "reward"])
+def test_rows_beyond_the_models_positions(method, tokenizer, tmp_path):
+    rows = Dataset.from_list([PAIR, LONG])
+    args = {"output_dir": str(tmp_path), "max_steps": 1, **QUIET}
+    with pytest.raises(DataError, match="1 rows of the training data are longer than the 64 tokens .* max_length: 64"):
+        make(method, args, rows, tokenizer)
