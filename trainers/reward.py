@@ -29,8 +29,6 @@ from align.trainers.pairs.micro_batches import MicroBatchPlanner, PaddedPairs, S
 
 logger = logging.getLogger(__name__)
 
-WORDS = {"train": "training", "eval": "evaluation"}
-
 
 @dataclass
 class RewardConfig(PairConfig):
@@ -201,9 +199,9 @@ def agreement(margins: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"rewards/accuracies": torch.where(right, labels, 1 - labels), "chosen_prob": labels}
 
 
-def pair_data(tokenizer, args: RewardConfig, further=None) -> PairData:
+def pair_data(tokenizer, args: RewardConfig) -> PairData:
     """How a reward model's datasets are prepared."""
-    return PairData(tokenizer, args.max_length, args.max_bad_share, optional=NUMBERS, further=further)
+    return PairData(tokenizer, args.max_length, args.max_bad_share, optional=NUMBERS)
 
 
 def reliability_figure(curve: Reliability, title: str):
