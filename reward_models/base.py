@@ -51,7 +51,15 @@ class RewardBatch:
 
     def copied(self) -> "RewardBatch":
         """The same with lists and messages of its own: what a reward changes in it, nobody else sees."""
-        parts = (self.prompts, self.completions, self.prompt_ids, self.completion_ids, self.columns, self.rows)
+        parts = (
+            self.prompts,
+            self.completions,
+            self.prompt_ids,
+            self.completion_ids,
+            self.columns,
+            self.rows,
+            self.ended,
+        )
         return RewardBatch(*map(_copied, parts))
 
     def select(self, places: Sequence[int]) -> "RewardBatch":
