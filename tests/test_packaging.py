@@ -39,7 +39,7 @@ tokenizer.save_pretrained("policy")
 
 site = Path(align.__file__).parent
 arguments = [
-    *("dpo", "--config", str(site / "configs/dpo.yaml")),
+    *("dpo", "--config", "dpo"),  # the ready one, by its name
     *("--model_name_or_path", "policy", "--dataset_name", str(site / "examples/pairs.jsonl")),
     *("--output_dir", "runs/dpo"),
     *("--max_steps", "1", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1"),
@@ -145,6 +145,7 @@ def test_the_wheel_trains_beside_packages_of_the_same_names(wheel, tmp_path):
         (work / package / "__init__.py").write_text("raise ImportError('not the library')")
     (work / "check.py").write_text(CHECK)
     run(python, "check.py", cwd=work)
+    assert "dpo" in run(python, "-m", "align", "configs", cwd=work)
     launch = ("launch", str(site / "align/configs/dpo.yaml"), "--cpu", "--num-processes", "1", "--dry-run")
     shown = run(python, "-m", "align", *launch, cwd=work)
     assert shown == run(str(tmp_path / "env/bin/align"), *launch, cwd=work)

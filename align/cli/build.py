@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from align.config.resolve import RunConfig
+from align.config.resolve import EnsembleArguments, RunConfig
 from align.errors import AlignError, ConfigError
 from align.lazy import load
 
@@ -14,7 +14,7 @@ def train_rows(run: RunConfig):
     from align.data import load_rows
     from align.data.noise import flip_labels
 
-    rows = load_rows(run.data.dataset_name, run.data.dataset_train_split, run.data.dataset_config)
+    rows = load_rows(cast(str, run.data.dataset_name), run.data.dataset_train_split, run.data.dataset_config)
     noise = run.ensemble
     if noise is None or not noise.label_noise:
         return rows
@@ -45,7 +45,7 @@ def eval_rows(run: RunConfig):
         return None
     other = run.data.eval_dataset_name
     config = None if other else run.data.dataset_config
-    return load_rows(other or run.data.dataset_name, run.data.dataset_test_split, config)
+    return load_rows(other or cast(str, run.data.dataset_name), run.data.dataset_test_split, config)
 
 
 def tokenizer(run: RunConfig):
@@ -179,7 +179,7 @@ def is_sweep(run: RunConfig) -> bool:
 def train_sweep(run: RunConfig, resume: bool) -> Path:
     """Train a front; return its folder. With `resume`, finished points are kept."""
     text = tokenizer(run)
-    return load(run.method.sweep)(
+    return load(cast(str, run.method.sweep))(
         lambda: model(run),
         rewards(run, "rewards", text),
         run.training,
@@ -203,17 +203,18 @@ def train_ensemble(run: RunConfig, resume: bool) -> Path:
         raise ConfigError(f"{keys} cannot be set with ensemble > 1: members are loaded in float32")
     rows = train_rows(run)
     save_label_noise(run, len(rows))
-    return load(run.method.ensemble)(
+    of_ensemble = cast(EnsembleArguments, run.ensemble)
+    return load(cast(str, run.method.ensemble))(
         run.model.model_name_or_path,
         run.training,
         rows,
         eval_rows(run),
         tokenizer(run),
-        members=run.ensemble.ensemble,
-        kind=run.ensemble.ensemble_kind,
-        upper_layers=run.ensemble.ensemble_upper_layers,
-        train_trunk=run.ensemble.ensemble_train_trunk,
+        members=of_ensemble.ensemble,
+        kind=of_ensemble.ensemble_kind,
+        upper_layers=of_ensemble.ensemble_upper_layers,
+        train_trunk=of_ensemble.ensemble_train_trunk,
         peft_config=peft_config(run),
         resume=resume,
-        member=run.ensemble.ensemble_member,
+        member=of_ensemble.ensemble_member,
     )

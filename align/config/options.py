@@ -50,7 +50,7 @@ def installed() -> dict[str, str]:
 def make() -> dict[str, Any]:
     """What belongs into the file: every different record once, and each method's options by name."""
     options: list[dict] = []
-    methods = {}
+    methods: dict[str, dict[str, int]] = {}
     for name, method in METHODS.items():
         methods[name] = {}
         for option, record in _records(method).items():
@@ -129,17 +129,17 @@ def _keys(name: str) -> dict[str, dict[str, str]]:
     from align.reward_models.specs import REWARDS
     from align.trainers.weighting.sections import DYNAMIC_WEIGHTS, MULTIPLIERS, ConstraintSection, SearchSection
 
-    kinds = {
+    sections: dict[str, dict[str, Any]] = {
         "rewards": REWARDS.kinds,
         "gold_reward": REWARDS.kinds,
         "constraints": {"": ConstraintSection},
         "multipliers": {cls.label: cls for cls in MULTIPLIERS.kinds.values()},
         "dynamic_weights": DYNAMIC_WEIGHTS.kinds,
         "threshold_search": {"": SearchSection},
-    }.get(name, {})
+    }
     return {
         kind: {key: cls.model_fields[field].description or "" for key, field in cls.keys().items()}
-        for kind, cls in kinds.items()
+        for kind, cls in sections.get(name, {}).items()
     }
 
 

@@ -308,7 +308,7 @@ def settings(run: RunConfig) -> dict[str, Any]:
 
     Call it before a trainer is built: trainers change their config.
     """
-    config = type(run.training)
+    config: Any = type(run.training)
     decided = {
         name: getattr(run.training, name)
         for name in own_fields(config)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from yaml.constructor import ConstructorError
@@ -46,7 +46,7 @@ class _CoreLoader(yaml.SafeLoader):
     """YAML 1.2's core schema and nothing else: tags of other kinds are refused, with their line."""
 
     yaml_implicit_resolvers: dict = {}
-    yaml_constructors: dict = {None: yaml.SafeLoader.yaml_constructors[None]}
+    yaml_constructors: ClassVar[dict] = {None: yaml.SafeLoader.yaml_constructors[None]}
 
 
 def _scalar(kind: str, read):
@@ -213,7 +213,8 @@ class _Places:
     """The place of every key, and of every item of a list, by its dotted path."""
 
     def __init__(self, path: Path):
-        self.path, self.found = path, {}
+        self.path = path
+        self.found: dict[str, Any] = {}
         self.open: list[yaml.Node] = []  # what is being looked at, from the outside in
 
     def add(self, node: yaml.Node, prefix: str) -> None:
@@ -300,17 +301,18 @@ def apply_overrides(entries: dict[str, Entry], overrides: Iterable[tuple[str, En
 
 def _set_nested(container: Any, parts: list[str], value: Any, what: str) -> None:
     part, *rest = parts
+    place: str | int = part
     if isinstance(container, list):
         if not part.isdecimal() or int(part) > len(container):
             raise ConfigError(one_line(f"{what}: {part!r} is not an index of a list of {len(container)}"))
-        part = int(part)
-        if part == len(container):
+        place = int(part)
+        if place == len(container):
             container.append({})
     elif not isinstance(container, dict):
         raise ConfigError(one_line(f"{what}: there is nothing below {container!r:.100} to set {part!r} in"))
     if not rest:
-        container[part] = value
+        container[place] = value
         return
-    if isinstance(container, dict) and container.get(part) is None:
-        container[part] = {}
-    _set_nested(container[part], rest, value, what)
+    if isinstance(container, dict) and container.get(place) is None:
+        container[place] = {}
+    _set_nested(container[place], rest, value, what)

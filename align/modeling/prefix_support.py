@@ -147,7 +147,7 @@ def _difference(model: Model, probe: _Probe, autocast: torch.dtype | None) -> st
     """Why a model cannot take shared rows, from what it computes for small pairs; None if it can."""
     weights = next(p for p in model.parameters() if p.is_floating_point())
     pairs = _pairs(language_model(model).config.get_text_config().vocab_size)
-    collators = {"padded": PairCollator(pad_token_id=0), "shared": SharedPrefixCollator()}
+    collators: dict[str, Callable] = {"padded": PairCollator(pad_token_id=0), "shared": SharedPrefixCollator()}
 
     def values(rows: list[dict], layout: str = "shared") -> Tensor:
         batch = {k: v.to(weights.device) for k, v in collators[layout](rows).items()}

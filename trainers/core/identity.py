@@ -125,7 +125,7 @@ def read_identity(folder: str | Path) -> dict | None:
 
 def differences(before: dict, now: dict, above: str = "") -> dict[str, tuple[Any, Any]]:
     """{name: (before, now)} of all that differs; nested settings by dotted names."""
-    found = {}
+    found: dict[str, Any] = {}
     for key in sorted(before.keys() | now.keys()):
         a, b = before.get(key), now.get(key)
         if isinstance(a, dict) and isinstance(b, dict):

@@ -1,7 +1,6 @@
 """How advantages are estimated: the interface of an estimator, and the table of those that there are."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any
@@ -62,7 +61,7 @@ class Estimator(ABC):
         return {}
 
 
-def register_estimator(name: str, estimator: type[Estimator] | None = None) -> Callable | type[Estimator]:
+def register_estimator(name: str, estimator: type[Estimator] | None = None) -> Any:
     """Adds an estimator of yours to the table, as a call or as a decorator; the option `estimator` knows its name."""
     if estimator is None:
         return lambda cls: register_estimator(name, cls)

@@ -1,6 +1,7 @@
 """Passes without gradient over the samples: what the loss and the evaluation need to know of each."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ class ForwardPasses:
         """
         was_training = model.training
         model.eval()
-        found = {}
+        found: dict[str, Any] = {}
         for part in parts:
             self.fill([part], "ref_logps", self.reference_logps(reference))
             batch = self.prepare(self.planner.collate(part))
