@@ -91,10 +91,11 @@ def encode(tokenizer: "PreTrainedTokenizerBase", rows: list[tuple[str, list[str]
         return []
     prompts = _ids(tokenizer, [prompt for prompt, _ in rows])
     contexts = _contexts(tokenizer, [prompt for prompt, _ in rows], prompts)
-    texts, counts = [], []
-    for (prompt, wholes), (context, count) in zip(rows, contexts, strict=True):
+    texts: list[str] = []
+    counts: list[int | None] = []  # tokens of the context; None where the texts do not begin with the prompt
+    for (prompt, wholes), (context, length) in zip(rows, contexts, strict=True):
         inside = all(whole.startswith(prompt) for whole in wholes)
-        counts.append(count if inside else None)
+        counts.append(length if inside else None)
         texts += [context + whole[len(prompt) :] for whole in wholes] if inside else wholes
     found = iter(_ids(tokenizer, texts))
     bos = [tokenizer.bos_token_id] if add_bos and adds_bos(tokenizer) else []
@@ -151,7 +152,7 @@ def encode_conversations(
     out = tokenizer([row.text for row in rows], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     encoded = []
     for row, ids, offsets in zip(rows, out["input_ids"], out["offset_mapping"], strict=True):
-        if row.ids is not None:
+        if row.ids is not None and row.mask is not None:
             encoded.append((row.ids, row.mask))
             continue
         mask = [0] * len(ids)
@@ -211,7 +212,7 @@ def _contexts(tokenizer: "PreTrainedTokenizerBase", prompts: list[str], ids: lis
     for prompt, own in zip(prompts, ids, strict=True):
         place = next((place for place in range(len(own) - 1, -1, -1) if own[place] in special), None)
         start = -1 if place is None else prompt.rfind(tokenizer.convert_ids_to_tokens(own[place]))
-        contexts.append((prompt[start:], len(own) - place) if start >= 0 else None)
+        contexts.append(None if place is None or start < 0 else (prompt[start:], len(own) - place))
     splits = tokenizer.backend_tokenizer.pre_tokenizer is not None
     starts = [prompt.rfind(" ", 0, max(len(prompt) - NEAR, 0)) for prompt in prompts]
     rest = [i for i, context in enumerate(contexts) if context is None and splits and starts[i] > 0]
