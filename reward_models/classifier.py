@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 READ_AT = "score_read_at"  # in the config of a model: "end_token" where `RewardTrainer` trained it
 
 
-def reads_end_token(model: nn.Module) -> bool:
+def reads_end_token(model: Model) -> bool:
     """Whether a model's score was trained at the end token, rather than at the end of the whole chat template."""
     return model.config.to_dict().get(READ_AT) == "end_token"
 

@@ -6,13 +6,14 @@ from align.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from torch import nn
+
+    from align.modeling.types import Model
 
 SEQUENCES = (("prompt_ids", "chosen_ids"), ("prompt_ids", "rejected_ids"), ("prompt_ids",), ("input_ids",))
 COUNTED = 10_000  # rows read at once
 
 
-def check_fits(model: "nn.Module", dataset: "Dataset", what: str, tokenizer: Any = None) -> None:
+def check_fits(model: "Model", dataset: "Dataset", what: str, tokenizer: Any = None) -> None:
     """Raise DataError for tokenised rows with more tokens than the model has positions, or with unknown token ids.
 
     what: the dataset's name in the message. Of prompts for rollouts only the prompt is counted.
@@ -21,8 +22,9 @@ def check_fits(model: "nn.Module", dataset: "Dataset", what: str, tokenizer: Any
     columns = [group for group in SEQUENCES if set(group) <= set(dataset.column_names)]
     for name in {name for group in columns for name in group}:
         _check_tokens(dataset, name, known, what, tokenizer)
-    for group in columns if limit is not None else ():
-        _check_lengths(dataset, group, limit, what)
+    if limit is not None:
+        for group in columns:
+            _check_lengths(dataset, group, limit, what)
 
 
 def _check_tokens(dataset: "Dataset", name: str, known: int, what: str, tokenizer: Any) -> None:
@@ -60,7 +62,7 @@ def _arrow(dataset: "Dataset", name: str):
         yield start, plain[start : start + COUNTED][name].combine_chunks()
 
 
-def longest_input(model: "nn.Module") -> int | None:
+def longest_input(model: "Model") -> int | None:
     """Tokens that a model takes at most, None where its config names no limit, or stretches its rotary positions.
 
     RoBERTa and its kin count positions from their padding token's id + 1, so they take fewer than they have positions.

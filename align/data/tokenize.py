@@ -110,10 +110,8 @@ def tokenize_completions(
     name = "messages" if whole and fmt.conversational else "text" if whole else "completion"
 
     def prepare_conversation(row: Columns, note: Note) -> tuple[Any, Columns]:
-        first, messages = 0, checks.text_of(row, fmt) if whole else None
-        if not whole:
-            prompt, completion = checks.completion_of(row, fmt)
-            first, messages = len(prompt), prompt + completion
+        prompt, completion = ([], checks.text_of(row, fmt)) if whole else checks.completion_of(row, fmt)
+        first, messages = len(prompt), prompt + completion
         _note_typed(name, checks.typed_tokens(messages[first:], list(controls.values())), note)
         options = checks.template_kwargs(row)
         if not whole and {message["role"] for message in completion} == {"assistant"}:
