@@ -1,6 +1,7 @@
 """The proof that an engine holds the trainer's weights: fingerprints of every tensor, as the trainer cast it and as it
 lies in the engine's own memory."""
 
+import ctypes
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -36,8 +37,9 @@ def bit_sums(tensor: Tensor) -> tuple[bytes, bytes]:
 
 
 def memory(tensor: Tensor) -> Any:
-    """The bytes of a tensor on a CPU, not copied."""
-    return tensor.numpy()
+    """The bytes of a contiguous tensor on a CPU, not copied. Not by `numpy`, which would fix the size of a storage that
+    FSDP2 gives back by resizing it."""
+    return (ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
 
 
 class WeightStream:

@@ -6,7 +6,7 @@ import torch
 from align.errors import TrainingError
 from align.trainers.core.recorder import Recorder
 from align.trainers.on_policy.metrics import OnPolicyMetrics
-from tests.trainers.tiny_runs import logged, needs_vllm, on_policy, prompts, wanted_words
+from tests.trainers.tiny_runs import logged, on_policy, prompts, wanted_words
 from tests.trainers.two_processes import run_on_two
 
 
@@ -49,15 +49,11 @@ def test_a_gap_is_a_warning_first_and_an_error_when_it_is_no_rounding(caplog):
         agree((0.01, 0.05))
 
 
-@needs_vllm
-@pytest.mark.vllm
-def test_fsdp2_in_bfloat16_trains_with_every_back_end(policy, tmp_path):
-    first, second = run_on_two("tests.trainers.on_policy.bf16_ranks", tmp_path / "two", policy, "transformers", "vllm")
-    assert first.keys() == second.keys() and len(first) == 4
-    for name, run in first.items():
+def test_fsdp2_in_bfloat16_trains(policy, tmp_path):
+    first, second = run_on_two("tests.trainers.on_policy.bf16_ranks", tmp_path / "two", policy, "transformers")
+    assert first.keys() == second.keys() == {"transformers"}
+    for run in first.values():
         assert run["engine"] == run["computes"] == "torch.bfloat16"
         steps = [entry for entry in run["logs"] if "loss" in entry]
-        assert len(steps) == 3 and steps[0]["kl"] == 0
+        assert len(steps) == 2 and steps[0]["kl"] == 0
         assert all(0 < entry["rollout/mean_abs_logp_diff"] < 0.05 for entry in steps)
-        if "LoRA" in name:
-            assert all(entry["rollout/arrived_share"] == pytest.approx(1, abs=1e-2) for entry in steps[2:])
