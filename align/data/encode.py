@@ -150,7 +150,7 @@ def encode_conversations(
             "completion."
         )
     out = tokenizer([row.text for row in rows], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    encoded = []
+    encoded: list[tuple[list[int], Any]] = []
     for row, ids, offsets in zip(rows, out["input_ids"], out["offset_mapping"], strict=True):
         if row.ids is not None and row.mask is not None:
             encoded.append((row.ids, row.mask))

@@ -11,6 +11,7 @@ never from token ids, so a tokenizer whose pad token is its EOS still trains the
 
 import uuid
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from align.data import checks
@@ -118,12 +119,6 @@ def tokenize_completions(
             return render_pair(prompt, [completion], tokenizer, options), {}
         return render_conversation(messages, tokenizer, options, first), {}
 
-    def encode_talks(rows: list) -> list:
-        """Pairs of texts where the answer is one; conversations where somebody else speaks in it."""
-        talks = iter(encode_conversations(tokenizer, [r for r in rows if isinstance(r, Conversation)], ending))
-        plain = iter(encode(tokenizer, [r for r in rows if not isinstance(r, Conversation)], add_bos=False))
-        return [next(talks) if isinstance(r, Conversation) else next(plain) for r in rows]
-
     def prepare(row: Columns, note: Note) -> tuple[tuple, Columns]:
         if whole:
             return ("", [checks.text_of(row, fmt)]), {}
@@ -140,19 +135,13 @@ def tokenize_completions(
                 _note_typed(name, _found(completion[:-1], controls), note)
             mask = [0] * len(encoded.prompt_ids) + [1] * len(completion)
             return _sequence(encoded.prompt_ids + completion, mask, max_length, note)
-        ids, mask = encoded
-        closed = close(ids, ending, tokenizer)
-        if len(closed) > len(ids):
-            note(_end_added(tokenizer))
-        mask = mask[: len(closed)] + [1] * (len(closed) - len(mask))
-        if not mask[-1]:
-            note("the end token of the last answer is not trained: the template's generation block ends before it")
-        return _sequence(closed, mask, max_length, note)
+        ids, mask = _closed_talk(encoded, ending, tokenizer, note)
+        return _sequence(ids, mask, max_length, note)
 
     return _tokenize(
         dataset,
         prepare_conversation if fmt.conversational else prepare,
-        encode_talks if fmt.conversational else lambda rows: encode(tokenizer, rows, add_bos=True),
+        partial(_encode_talks if fmt.conversational else _encode_texts, tokenizer, ending),
         finish,
         columns={"input_ids": "int32", "completion_mask": "int8"},
         report=report,
@@ -198,16 +187,7 @@ def tokenize_pairs(
     def finish(encoded: Encoded, note: Note) -> Columns:
         _check_prompt(encoded.prompt_ids, max_prompt_length, tokenizer)
         _check_room(encoded.prompt_ids, max_length)
-        room = None if max_length is None else max_length - len(encoded.prompt_ids)
-        ids, cut = {}, False
-        for place, name in enumerate(("chosen", "rejected")):
-            whole = _closed(encoded, place, name, tokenizer, ending, note)
-            if not fmt.conversational:
-                _note_typed(name, _found(whole[:-1], controls), note)
-            ids[f"{name}_ids"] = whole[:room]
-            if len(whole) > len(whole[:room]):
-                cut = True
-                note(f"{name} is cut at max_length={max_length}")
+        ids, cut = _cut_pair(encoded, max_length, ending, controls if not fmt.conversational else {}, tokenizer, note)
         if ids["chosen_ids"] == ids["rejected_ids"]:
             raise BadRow("chosen and rejected are the same tokens" + (" after the cut at max_length" if cut else ""))
         return {"prompt_ids": encoded.prompt_ids, **ids}
@@ -226,6 +206,43 @@ def tokenize_pairs(
         report=report,
         max_bad_share=max_bad_share,
     )
+
+
+def _encode_texts(tokenizer, ending, rows: list) -> list:
+    return encode(tokenizer, rows, add_bos=True)
+
+
+def _encode_talks(tokenizer, ending, rows: list) -> list:
+    """Pairs of texts where the answer is one; conversations where somebody else speaks in it."""
+    talks = iter(encode_conversations(tokenizer, [r for r in rows if isinstance(r, Conversation)], ending))
+    plain = iter(encode(tokenizer, [r for r in rows if not isinstance(r, Conversation)], add_bos=False))
+    return [next(talks) if isinstance(r, Conversation) else next(plain) for r in rows]
+
+
+def _closed_talk(encoded: tuple[list[int], list[int]], ending, tokenizer, note: Note) -> tuple[list[int], list[int]]:
+    """A conversation's tokens and mask with the end token of its last answer."""
+    ids, mask = encoded
+    closed = close(ids, ending, tokenizer)
+    if len(closed) > len(ids):
+        note(_end_added(tokenizer))
+    mask = mask[: len(closed)] + [1] * (len(closed) - len(mask))
+    if not mask[-1]:
+        note("the end token of the last answer is not trained: the template's generation block ends before it")
+    return closed, mask
+
+
+def _cut_pair(encoded: Encoded, max_length: int | None, ending, controls, tokenizer, note: Note) -> tuple[dict, bool]:
+    """The ids of both completions, and whether one was cut. controls: the tokens whose typed text is noted."""
+    room = None if max_length is None else max_length - len(encoded.prompt_ids)
+    ids, cut = {}, False
+    for place, name in enumerate(("chosen", "rejected")):
+        whole = _closed(encoded, place, name, tokenizer, ending, note)
+        _note_typed(name, _found(whole[:-1], controls), note)
+        ids[f"{name}_ids"] = whole[:room]
+        if len(whole) > len(whole[:room]):
+            cut = True
+            note(f"{name} is cut at max_length={max_length}")
+    return ids, cut
 
 
 # ---- one pass over the rows -----------------------------------------------------------------------------------------
