@@ -32,12 +32,12 @@ def bit_sums(tensor: Tensor) -> tuple[bytes, bytes]:
     """Hashes of the sums of a contiguous tensor's bits, read as integers, over rows and over columns."""
     words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     table = tensor.view(words).reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
-    rows, columns = (memory(table.sum(dim, dtype=torch.int64).cpu()) for dim in (0, 1))
-    return xxhash.xxh3_64(rows).digest(), xxhash.xxh3_64(columns).digest()
+    rows, columns = (table.sum(dim, dtype=torch.int64).cpu() for dim in (0, 1))
+    return xxhash.xxh3_64(memory(rows)).digest(), xxhash.xxh3_64(memory(columns)).digest()
 
 
 def memory(tensor: Tensor) -> Any:
-    """The bytes of a contiguous tensor on a CPU, not copied. Not by `numpy`, which would fix the size of a storage that
+    """The bytes of a contiguous tensor on a CPU, not copied: valid as long as it lives. Not by `numpy`, which would fix the size of a storage that
     FSDP2 gives back by resizing it."""
     return (ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
 
