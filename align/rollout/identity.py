@@ -37,8 +37,8 @@ def bit_sums(tensor: Tensor) -> tuple[bytes, bytes]:
 
 
 def memory(tensor: Tensor) -> Any:
-    """The bytes of a contiguous tensor on a CPU, not copied: valid as long as it lives. Not by `numpy`, which would fix the size of a storage that
-    FSDP2 gives back by resizing it."""
+    """The bytes of a contiguous tensor on a CPU, not copied: valid as long as it lives. Not by `numpy`, which would fix
+    the size of a storage that FSDP2 gives back by resizing it."""
     return (ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
 
 
