@@ -65,6 +65,7 @@ if TYPE_CHECKING:  # the same table for editors and type checkers; tests compare
     from align.trainers.sparsepo import SparsePOTrainer as SparsePOTrainer
     from align.trainers.sweeps.ensemble import train_reward_ensemble as train_reward_ensemble
     from align.trainers.sweeps.front import train_front as train_front
+    from align.trainers.weighting.base import register_weighting as register_weighting
 
     __version__: str
 
@@ -113,6 +114,7 @@ _EXPORTS = {
     # rollouts
     "make_engine": "align.rollout:make_engine",
     "register_estimator": "align.trainers.on_policy.estimators:register_estimator",
+    "register_weighting": "align.trainers.weighting.base:register_weighting",
     "register_engine": "align.rollout:register_engine",
     "RolloutEngine": "align.rollout.engine:RolloutEngine",
     "SamplingParams": "align.rollout.types:SamplingParams",

@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/modpo_cost.py [--pairs FILE] [--blocks 5] [--output FILE]
 
 Time only; how good the fronts are is measured on the toy world (modpo_front.py). A random Llama, prompts and answers of
-random words with the lengths of real ones (`on_policy_worlds.workload`, "data"), two objectives. Per pair or prompt, in
+random words with the lengths of real ones (`worlds.on_policy.workload`, "data"), two objectives. Per pair or prompt, in
 steps of the same number of them:
 
     dpo       a step of DPO with cached reference log-probs: the margin policy of MODPO, its last point
@@ -28,7 +28,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from datasets import Dataset
-from on_policy_worlds import (
+from worlds.on_policy import (
     DATA,
     SHAPE,
     StepClock,

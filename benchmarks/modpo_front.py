@@ -38,11 +38,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import datasets
-import modpo_world as toy_world
 import numpy as np
 import torch
 import transformers
-from modpo_world import BETA, MAX_COMPLETION, MAX_PROMPT, NAMES, objective
+from worlds import modpo as toy_world
+from worlds.modpo import BETA, MAX_COMPLETION, MAX_PROMPT, NAMES, objective
 
 import align
 from align.data import tokenize_prompts

@@ -4,7 +4,7 @@
 
 Same model, prompts, reward, samples per prompt and completion lengths, float32, both with one rollout engine. ReMax
 decodes one greedy completion more per prompt; PPO has a critic of the policy's size: its values, its training and its
-optimiser. Two workloads (`on_policy_worlds.workload`): `fixed`, prompts of 32 tokens and completions of 96, and `data`,
+optimiser. Two workloads (`worlds.on_policy.workload`): `fixed`, prompts of 32 tokens and completions of 96, and `data`,
 the lengths of real prompts and answers (`--pairs`). PPO goes over each rollout once (`num_iterations: 1`, the cheapest;
 the ReMax paper compares like this) and, beside it, four times (its usual setting). Time: blocks of iterations in turn
 in one process, median per block. Memory (`--memory`): each method in a process of its own, on `fixed`, with
@@ -25,7 +25,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from on_policy_worlds import (
+from worlds.on_policy import (
     DATA,
     SHAPE,
     StepClock,

@@ -2,7 +2,7 @@
 
     python benchmarks/rloo_vs_trl.py [--workload fixed data] [--blocks 5] [--steps 4] [--output FILE]
 
-Two workloads (`on_policy_worlds.workload`): `fixed`, prompts of 32 tokens and completions of 96, in which nobody can
+Two workloads (`worlds.on_policy.workload`): `fixed`, prompts of 32 tokens and completions of 96, in which nobody can
 gain from completions that end early; and `data`, the lengths of real prompts and answers (`--pairs`). Two comparisons
 in each, in one run, in alternating blocks of steps:
 
@@ -24,7 +24,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait slow both sides down
 
-from on_policy_worlds import (
+from worlds.on_policy import (
     DATA,
     SHAPE,
     StepClock,

@@ -79,3 +79,11 @@ def test_sizes(path):
             assert node.end_lineno - node.lineno < 60, f"{node.name}, line {node.lineno}"
         if isinstance(node, ast.ClassDef):
             assert len(node.bases) <= 3, f"{node.name}, line {node.lineno}"
+
+
+def test_every_benchmark_and_result_is_in_the_index():
+    folder = ROOT / "benchmarks"
+    index = (folder / "README.md").read_text()
+    commands = {str(path.relative_to(folder)) for path in [*folder.glob("*.py"), *folder.glob("gpu/*.py")]}
+    results = {path.name for path in (folder / "results").glob("*.json")}
+    assert not [name for name in commands | results if f"`{name}`" not in index]

@@ -16,6 +16,10 @@ import pytest
 from tests import vector_checks
 from tests.vector_checks.registry import CHECKS
 
+NO_METHOD = {  # numbers of things that no method of this library computes
+    "verl_opo_nokl", "verl_opo_k1", "verl_rs_token_k1", "verl_rs_seq_sum_k1", "verl_rs_seq_mean_k1",
+    "verl_rs_seq_mean_k3", "verl_rs_seq_max_k2", "openrlhf_is_seq-mask-tis", "crl_eval_score",
+}  # fmt: skip
 FOLDER = Path(os.environ.get("ALIGN_VECTORS", Path(__file__).parent / "vectors"))
 for module in pkgutil.iter_modules(vector_checks.__path__):
     importlib.import_module(f"tests.vector_checks.{module.name}")
@@ -41,7 +45,7 @@ def resolve(value, common: dict):
     return common.get(value.removeprefix("common."), value) if is_reference else value
 
 
-ENTRIES = load(FOLDER)
+ENTRIES = [entry for entry in load(FOLDER) if entry[0] not in NO_METHOD]
 
 
 @pytest.mark.parametrize(("name", "entry"), ENTRIES, ids=[name for name, _ in ENTRIES])

@@ -46,16 +46,6 @@ def gao_rl_peak(alpha: float, beta: float) -> tuple[float, float]:
     return d, beta * d
 
 
-def gao_bon_zero(alpha: float, beta: float) -> float:
-    """The d > 0 at which the fitted gold score is back where it started: alpha / beta."""
-    return alpha / beta
-
-
-def gao_rl_zero(alpha: float, beta: float) -> float:
-    """The d > 0 at which the fitted gold score is back where it started: exp(alpha / beta)."""
-    return float(np.exp(alpha / beta))
-
-
 FUNCTIONS = {"bon": gao_bon, "rl": gao_rl}
 PEAKS = {"bon": gao_bon_peak, "rl": gao_rl_peak}
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from align.evaluation.gold import range_normalised
 from align.objectives.constraints import Constraint
 from align.objectives.nelder_mead import NelderMead
 from align.objectives.policy_loss import aggregate_tokens, value_losses
@@ -209,17 +208,6 @@ def sat_on_the_batch_mean_aims_at_the_threshold(inputs, outputs):
             learn(mean, t64([[reached]]))
             applied.append(mean.weights()[1])
         assert applied[0] > 0 > applied[1]  # ours pulls p to theta from both sides
-
-
-@covers("crl_eval_score")
-def evaluation_score(inputs, outputs):
-    names = {
-        "bleu": "bleu", "sacrebleu": "sacrebleu", "rouge2": "rouge2", "unique_3": "unique_3",
-        "vocab_size_3_nopunct": "vocab_size_3", "max_pred_length_nopunct": "max_pred_length",
-    }  # fmt: skip
-    values = {ours: inputs[theirs] for theirs, ours in names.items()}
-    groups = [["sacrebleu", "rouge2", "bleu"], ["unique_3", "vocab_size_3", "max_pred_length"]]
-    close(range_normalised(values, inputs["ranges"], groups), outputs["eval_score"])
 
 
 @covers("crl_nelder_mead_seed0_iters100")

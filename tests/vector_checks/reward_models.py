@@ -120,4 +120,4 @@ def forms_of_gao(inputs, outputs):
     close(fits.gao_rl(inputs["d"], *rl), outputs["R_rl"])
     close(fits.gao_bon_peak(*bon), outputs["bon_opt"])
     close(fits.gao_rl_peak(*rl), outputs["rl_opt"])
-    close([fits.gao_bon_zero(*bon), fits.gao_rl_zero(*rl)], [outputs["bon_zero"], outputs["rl_zero"]])
+    close([fits.gao_bon(outputs["bon_zero"], *bon), fits.gao_rl(outputs["rl_zero"], *rl)], [0.0, 0.0])

@@ -11,14 +11,14 @@ from align.trainers.on_policy.estimators import make_estimator
 from align.trainers.weighting.dynamic import check_dynamic_weights
 from align.trainers.weighting.options import check_constraints
 from align.trainers.weighting.search import check_search
-from align.trainers.weighting.sections import DYNAMIC_WEIGHTS, MULTIPLIERS, parse_constraints, parse_search
+from align.trainers.weighting.sections import MULTIPLIERS, parse_constraints, parse_dynamic_weights, parse_search
 
 RATIO_LEVELS = ("token", "sequence", "sequence_mean")
 CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 SECTIONS = {
     "constraints": parse_constraints,
     "multipliers": MULTIPLIERS.parse,
-    "dynamic_weights": DYNAMIC_WEIGHTS.parse,
+    "dynamic_weights": parse_dynamic_weights,
     "threshold_search": parse_search,
 }
 

@@ -11,6 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
+from align.config.sections import Section
+from align.errors import ConfigError
+from align.trainers.weighting.sections import DYNAMIC_WEIGHTS, GradientSection, HypervolumeSection
+
 TASK = "task"
 FLAT_PATIENCE = 10  # rollouts
 
@@ -34,16 +38,19 @@ class Weighting(ABC):
     streams: see `StreamSpec`. update_per: rollout or mini_batch, when `update` is called. standardize: whether each
     stream's advantages get mean 0 and deviation 1 before they are mixed. needs_gradients: names of the streams whose
     policy gradients it learns from, of the parameters whose name has the regular expression `gradient_parameters`.
-    messages: warnings that the loop has not passed on yet.
+    messages: warnings that the loop has not passed on yet. section: of a weighting that `register_weighting` names, the
+    class of its options; an instance is made as `cls(names, weights, options)`.
     """
 
+    section: type[Section] = Section
     streams = [StreamSpec(TASK, kl=1.0)]
     update_per = "rollout"
     standardize = False
     needs_gradients: tuple[str, ...] = ()
     gradient_parameters = ""
 
-    def __init__(self, names: list[str], weights: list[float]):
+    def __init__(self, names: list[str], weights: list[float], options: Any = None):
+        self.options = options
         self.reward_weights = dict(zip(names, weights, strict=True))
         self.flat = dict.fromkeys(names, 0)  # updates in a row in which all scores of a reward were the same
         self.messages: list[str] = []
@@ -96,6 +103,23 @@ class FixedWeights(Weighting):
         return {TASK: weighted_sum(rewards, self.reward_weights)}
 
 
+OWN: dict[type[Section], type[Weighting]] = {}  # weightings of users, by the class of their options
+
+
+def register_weighting(name: str, weighting: type[Weighting] | None = None) -> Any:
+    """Adds a weighting of yours, as a call or as a decorator: `dynamic_weights: {type: <name>, ...}` makes it, with the
+    further keys as its options (`section`)."""
+    if weighting is None:
+        return lambda cls: register_weighting(name, cls)
+    if name in DYNAMIC_WEIGHTS.kinds:
+        raise ConfigError(f"there is a weighting {name!r} already: give yours another name")
+    if not (isinstance(weighting, type) and issubclass(weighting, Weighting)):
+        raise ConfigError(f"weighting {name!r} must be a subclass of Weighting, got {weighting!r}")
+    section = type(f"{weighting.__name__}Section", (weighting.section,), {"label": f"type {name}"})
+    DYNAMIC_WEIGHTS.kinds[name], OWN[section] = section, weighting
+    return weighting
+
+
 def make_weighting(reward_weights: dict[str, float], args: Any) -> Weighting:
     """The weighting that a configuration (`OnPolicyConfig`) asks for."""
     from align.trainers.weighting.constrained import (
@@ -106,17 +130,16 @@ def make_weighting(reward_weights: dict[str, float], args: Any) -> Weighting:
     )
     from align.trainers.weighting.dynamic import GradientWeights, HypervolumeWeights
     from align.trainers.weighting.options import check_constraints
-    from align.trainers.weighting.sections import GradientSection
 
     names, weights = list(reward_weights), list(reward_weights.values())
     dynamic = args.sections.get("dynamic_weights")
     if dynamic is not None:
-        gradient = isinstance(dynamic, GradientSection)
-        return GradientWeights(names, weights, dynamic) if gradient else HypervolumeWeights(names, weights)
+        kinds = {HypervolumeSection: HypervolumeWeights, GradientSection: GradientWeights, **OWN}
+        return kinds[type(dynamic)](names, weights, dynamic)
     options = check_constraints(args)
     if options is None:
         return FixedWeights(names, weights)
     if options.task_apart:
         return RewardStreams(names, weights, options)
-    kinds = {"squared": SatisficingWeights, "squared_per_episode": SatisficingPerEpisode}
-    return kinds.get(options.form, ConstrainedWeights)(names, weights, options)
+    forms = {"squared": SatisficingWeights, "squared_per_episode": SatisficingPerEpisode}
+    return forms.get(options.form, ConstrainedWeights)(names, weights, options)

@@ -51,8 +51,8 @@ class HypervolumeWeights(FixedWeights):
     the evaluation: in raw units the reward with the largest numbers would decide.
     """
 
-    def __init__(self, names: list[str], weights: list[float]):
-        super().__init__(names, weights)
+    def __init__(self, names: list[str], weights: list[float], options: HypervolumeSection | None = None):
+        super().__init__(names, weights, options)
         self.objectives = [(name, 1.0 if w > 0 else -1.0) for name, w in zip(names, weights, strict=True) if w]
         if len(self.objectives) < 2:
             raise ConfigError(
@@ -105,13 +105,12 @@ class GradientWeights(Weighting):
     The KL is a stream of its own, with weight 1."""
 
     def __init__(self, names: list[str], weights: list[float], options: GradientSection):
-        super().__init__(names, weights)
+        super().__init__(names, weights, options)
         if len(names) < 2 or min(weights) <= 0:
             raise ConfigError(
                 f"dynamic_weights of type gradient starts from reward_weights above 0 of at least two rewards, got "
                 f"{dict(zip(names, weights, strict=True))}"
             )
-        self.options = options
         self.streams = [StreamSpec(TASK, kl=1.0), *(StreamSpec(name) for name in names)]
         self.needs_gradients, self.gradient_parameters = tuple(names), options.parameters
         self.applied = torch.tensor(weights, dtype=torch.float64) / sum(weights)

@@ -4,6 +4,7 @@ What one section says by itself is checked here; what sections and other options
 and `search` beside this file. Nothing here imports torch.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -128,6 +129,17 @@ MULTIPLIERS = Kinds(
     default=LagrangianSection,
 )
 DYNAMIC_WEIGHTS = Kinds("dynamic_weights", {"hypervolume": HypervolumeSection, "gradient": GradientSection})
+
+
+def parse_dynamic_weights(value: Any, key: str) -> Section:
+    """The section; `type: "file.py:Class"` is a weighting of the user's, which is imported."""
+    kind = value.get("type") if isinstance(value, Mapping) else None
+    if isinstance(kind, str) and ":" in kind and kind not in DYNAMIC_WEIGHTS.kinds:
+        from align.reward_models.functions import import_function
+        from align.trainers.weighting.base import register_weighting
+
+        register_weighting(kind, import_function(kind))
+    return DYNAMIC_WEIGHTS.parse(value, key)
 
 
 def parse_constraints(values: Any, key: str) -> list[ConstraintSection]:

@@ -1,0 +1,1 @@
+"""Models, data and clocks that several benchmarks share; no commands."""
