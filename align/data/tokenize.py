@@ -27,7 +27,7 @@ from align.data.encode import (
     render_pair,
 )
 from align.data.ending import Ending, close, end_ids, ending_of
-from align.data.formats import columns_of, format_for
+from align.data.formats import DataFormat, columns_of, format_for
 from align.data.rows import source_of
 from align.errors import DataError
 
@@ -119,12 +119,6 @@ def tokenize_completions(
             return render_pair(prompt, [completion], tokenizer, options), {}
         return render_conversation(messages, tokenizer, options, first), {}
 
-    def prepare(row: Columns, note: Note) -> tuple[tuple, Columns]:
-        if whole:
-            return ("", [checks.text_of(row, fmt)]), {}
-        prompt, completion = checks.completion_of(row, fmt)
-        return (prompt, [prompt + completion]), {}
-
     def finish(encoded: Any, note: Note) -> Columns:
         if isinstance(encoded, Encoded):
             if not whole:
@@ -140,13 +134,21 @@ def tokenize_completions(
 
     return _tokenize(
         dataset,
-        prepare_conversation if fmt.conversational else prepare,
+        prepare_conversation if fmt.conversational else partial(_prepare_text, fmt),
         partial(_encode_talks if fmt.conversational else _encode_texts, tokenizer, ending),
         finish,
         columns={"input_ids": "int32", "completion_mask": "int8"},
         report=report,
         max_bad_share=max_bad_share,
     )
+
+
+def _prepare_text(fmt: DataFormat, row: Columns, note: Note) -> tuple[tuple, Columns]:
+    """The prompt ("" of a whole `text`) and the whole of a row that is no conversation."""
+    if fmt.kind == "language_modeling":
+        return ("", [checks.text_of(row, fmt)]), {}
+    prompt, completion = checks.completion_of(row, fmt)
+    return (prompt, [prompt + completion]), {}
 
 
 def tokenize_pairs(
