@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # the same table for editors and type checkers; tests compare
     from align.reward_models.margins import MarginRewards as MarginRewards
     from align.reward_models.remote import RemoteReward as RemoteReward
     from align.reward_models.rules import RuleReward as RuleReward
+    from align.reward_models.specs import RewardSpec as RewardSpec
     from align.reward_models.specs import register_reward as register_reward
     from align.reward_models.verifier import VerifierReward as VerifierReward
     from align.rollout import make_engine as make_engine

@@ -18,7 +18,12 @@ def check_fits(model: "Model", dataset: "Dataset", what: str, tokenizer: Any = N
 
     what: the dataset's name in the message. Of prompts for rollouts only the prompt is counted.
     """
-    limit, known = longest_input(model), model.get_input_embeddings().num_embeddings
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    embeddings = model.get_input_embeddings()
+    if isinstance(embeddings, BaseTunerLayer):  # an adapter on them
+        embeddings = embeddings.get_base_layer()
+    limit, known = longest_input(model), embeddings.num_embeddings
     columns = [group for group in SEQUENCES if set(group) <= set(dataset.column_names)]
     for name in {name for group in columns for name in group}:
         _check_tokens(dataset, name, known, what, tokenizer)

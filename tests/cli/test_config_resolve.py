@@ -108,7 +108,7 @@ def test_all_unknown_keys_are_named_in_the_one_line(file):
 
 def test_what_the_constructors_refuse_is_one_line_too(file):
     path = file("eval_strategy: steps\neval_steps: 5\nsave_steps: 7\nload_best_model_at_end: true\n")
-    assert refusal("sft", path).startswith(f"{path}: --load_best_model_at_end requires")
+    assert refusal("sft", path).startswith(f"{path}, line 6: --load_best_model_at_end requires")
     assert "max_bad_share" in refusal("sft", file("max_bad_share: 2\n"))
 
 

@@ -90,7 +90,7 @@ def test_an_error_in_a_reward_names_its_place(tiny_model, prompts, tmp_path, cap
     tokens = ["--model_name_or_path", str(tiny_model), "--dataset_name", prompts]
     assert main(["remax", "--config", str(config), *tokens]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"align: error: {config}, line 1: rewards.0: ") and "nowhere.py" in error
+    assert error.startswith(f"align: error: {config}, line 2: rewards.0: ") and "nowhere.py" in error
 
 
 @pytest.mark.parametrize(

@@ -234,7 +234,7 @@ def test_label_noise(tmp_path):
 
 
 def test_errors(trunk, tmp_path):
-    with pytest.raises(ConfigError, match="must not be negative"):
+    with pytest.raises(ConfigError, match="score_l2_coefficient must be at least 0"):
         config(tmp_path, score_l2_coefficient=-1.0)
     with pytest.raises(DataError, match="no preference pairs: expected the columns 'chosen' and 'rejected'"):
         RewardTrainer(trunk, config(tmp_path), Dataset.from_dict({"prompt": ["a"], "completion": ["b"]}))

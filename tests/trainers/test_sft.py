@@ -153,5 +153,5 @@ def test_a_loss_that_is_not_finite_is_an_error(tokenizer, tmp_path):
 def test_options_that_follow_from_the_data_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="assistant_only_loss: the loss mask follows from"):
         sft_config(tmp_path, assistant_only_loss=True)
-    with pytest.raises(ConfigError, match="max_bad_share is a share"):
+    with pytest.raises(ConfigError, match="max_bad_share must be at least 0 and below 1"):
         sft_config(tmp_path, max_bad_share=1.5)

@@ -62,9 +62,9 @@ def the_reward_model_sees_the_instruction(inputs, outputs):
     entry = inputs["entry"]
     prompt = [{"role": "user", "content": f"{entry['instruction']}\n{entry['input']}"}]
     answers = [[{"role": "assistant", "content": answer}] for answer in entry["answers"]]
-    start, completions = render_pair(prompt, answers, tokenizer, {})
+    start, wholes = render_pair(prompt, answers, tokenizer, {})
     expected_start, expected_answers, end = outputs["proxy"]
-    assert start == expected_start and completions == [answer + end for answer in expected_answers]
+    assert start == expected_start and wholes == [start + answer + end for answer in expected_answers]
     assert entry["instruction"] in start and entry["instruction"] not in outputs["gold_as_coded"][0]
 
 

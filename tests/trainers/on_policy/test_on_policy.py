@@ -151,7 +151,7 @@ def test_rollouts_come_from_the_pushed_weights(backend, lora, policy, tmp_path):
     trainer = ReMaxTrainer(policy, wanted_words, args, prompts(16), prompts(8, seed=1), peft_config=lora)
     trainer.train()
     trainer.close()
-    assert logged(trainer, "kl")[-1] > 0.1
+    assert logged(trainer, "eval_kl")[-1] > 0.1
     assert 0 < max(logged(trainer, "rollout/mean_abs_logp_diff")) < 1e-5
     assert not lora or min(logged(trainer, "rollout/arrived_share")) > 0.9999
 

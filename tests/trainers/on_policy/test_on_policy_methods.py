@@ -68,12 +68,14 @@ def test_resuming_inside_a_rollout_is_exact(method, step, policy, tmp_path):
     assert [line.split('"time"')[0] for line in whole[4]] == [line.split('"time"')[0] for line in resumed[4]]
 
 
-def test_a_rollout_cannot_be_gone_on_with_in_other_steps(policy, tmp_path):
+def test_a_rollout_is_not_resumed_in_other_steps(policy, tmp_path):
     sizes = {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 3}
     make("rloo", policy, tmp_path, max_steps=4, **SEVERAL, **sizes).train()
-    other = make("rloo", policy, tmp_path, max_steps=8, num_mini_batches=3, **sizes)
-    with pytest.raises(TrainingError, match="other num_mini_batches or num_iterations"):
-        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    changes = ["num_mini_batches", "num_iterations"]
+    for allowed, refusal in (([], "num_mini_batches: 2 before, 3 now"), (changes, f"other {' or '.join(changes)}")):
+        other = make("rloo", policy, tmp_path, max_steps=8, num_mini_batches=3, resume_changes=allowed, **sizes)
+        with pytest.raises(TrainingError, match=refusal):
+            other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
 def test_prompts_are_each_seen_once_per_epoch(policy, tmp_path):

@@ -32,8 +32,9 @@ from align.trainers.remax import ReMax, ReMaxConfig
 from align.trainers.rloo import RLOO, RLOOConfig
 from align.trainers.weighting.base import FixedWeights, StreamSpec
 from align.trainers.weighting.constrained import ConstrainedWeights
-from align.trainers.weighting.dynamic import DynamicOptions, GradientWeights
+from align.trainers.weighting.dynamic import GradientWeights
 from align.trainers.weighting.options import ConstraintOptions
+from align.trainers.weighting.sections import GradientSection
 from tests.trainers.tiny_runs import QUIET, on_policy_config, prompts, tiny_model, wanted_words
 
 ALONE = Ranks()
@@ -164,7 +165,7 @@ def test_the_kl_coefficient_follows_by_share_or_by_gain(tmp_path):
     assert fixed.value == 0.3 and not fixed.adapts
     for options, message in (
         ({"kl_gain": 0.1}, "kl_gain needs kl_target"),
-        ({"kl_gain": 0.0, "kl_target": 1.0}, "a value above 0"),
+        ({"kl_gain": 0.0, "kl_target": 1.0}, "kl_gain must be above 0"),
         ({"kl_gain": 0.1, "kl_target": 1.0, "kl_horizon": 50}, "takes the place of kl_horizon"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -327,7 +328,7 @@ def test_a_weighting_says_its_streams_and_scores():
     assert constrained(kl_in_constraints=True).kl_weight == 1.0  # 1 + 0.5 - 0.5
     assert FixedWeights(["a", "c"], [1.0, -2.0]).scores(row) == {"task": pytest.approx(-0.5)}
     assert not weighting.needs_gradients
-    by_gradients = GradientWeights(["a", "c"], [1.0, 3.0], DynamicOptions("gradient", parameters="head"))
+    by_gradients = GradientWeights(["a", "c"], [1.0, 3.0], GradientSection(type="gradient", parameters="head"))
     assert by_gradients.needs_gradients == ("a", "c") and by_gradients.gradient_parameters == "head"
 
 

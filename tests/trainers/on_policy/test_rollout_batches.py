@@ -90,8 +90,9 @@ def test_prompts_are_balanced_and_whole():
 
 @pytest.mark.parametrize("method", ["remax", "rloo", "ppo"])
 def test_a_run_is_the_same_in_both_layouts(method, policy, tmp_path):
+    """With a seed whose draws are not so near to a boundary that rounding decides on a token."""
     found = []
-    several = {"num_mini_batches": 2, "num_iterations": 2} if method != "remax" else {}
+    several = {"num_mini_batches": 2, "num_iterations": 2} if method != "remax" else {"seed": 1}
     for batching in ("padded", "shared_prefix"):
         trainer_class, args = on_policy(method, tmp_path, max_steps=4, beta=0.1, batching=batching, **several)
         trainer = trainer_class(policy, wanted_words, args, prompts(64), prompts(6, seed=1))

@@ -149,7 +149,7 @@ def test_options_that_would_be_ignored_are_errors(policy, pairs, tmp_path):
     with pytest.raises(ConfigError, match="batching must be auto, shared_prefix or padded"):
         dpo_config(tmp_path, batching="packed")
     for name in ("tokens_per_batch", "chunk_size", "precompute_ref_batch_size"):
-        with pytest.raises(ConfigError, match=f"{name} counts from 1"):
+        with pytest.raises(ConfigError, match=f"{name} must be at least 1"):
             dpo_config(tmp_path, **{name: 0})
 
 
@@ -177,9 +177,12 @@ def test_a_run_goes_on_with_the_reference_it_began_with(policy, pairs, tmp_path)
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     trained(policy, dpo_config(tmp_path, **settings), pairs)
     moved = load_policy(str(tmp_path / "checkpoint-2"))
-    trainer = DPOTrainer(moved, dpo_config(tmp_path, **settings), pairs, processing_class=load_tokenizer(policy))
-    with pytest.raises(TrainingError, match="not the one of the run that is resumed"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    tokenizer = load_tokenizer(policy)
+    for allowed, refusal in (([], "is of another run .model:"), (["model"], "not the one of the run that is resumed")):
+        args = dpo_config(tmp_path, resume_changes=allowed, **settings)
+        trainer = DPOTrainer(moved, args, pairs, processing_class=tokenizer)
+        with pytest.raises(TrainingError, match=refusal):
+            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 # ---- trackers --------------------------------------------------------------------------------------------------------
