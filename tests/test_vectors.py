@@ -18,7 +18,8 @@ from tests.vector_checks.registry import CHECKS
 
 NO_METHOD = {  # numbers of things that no method of this library computes
     "verl_opo_nokl", "verl_opo_k1", "verl_rs_token_k1", "verl_rs_seq_sum_k1", "verl_rs_seq_mean_k1",
-    "verl_rs_token_k1,seq_max_k3", "verl_rs_seq_mean_k3", "verl_rs_seq_max_k2", "openrlhf_is_seq-mask-tis", "crl_eval_score",
+    "verl_rs_token_k1,seq_max_k3", "verl_rs_seq_mean_k3", "verl_rs_seq_max_k2",
+    "openrlhf_is_seq-mask-tis", "crl_eval_score",
 }  # fmt: skip
 FOLDER = Path(os.environ.get("ALIGN_VECTORS", Path(__file__).parent / "vectors"))
 for module in pkgutil.iter_modules(vector_checks.__path__):
