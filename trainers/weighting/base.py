@@ -106,7 +106,7 @@ class FixedWeights(Weighting):
 OWN: dict[type[Section], type[Weighting]] = {}  # weightings of users, by the class of their options
 
 
-def register_weighting(name: str, weighting: type[Weighting] | None = None) -> Any:
+def register_weighting(name: str, weighting: Any = None) -> Any:
     """Adds a weighting of yours, as a call or as a decorator: `dynamic_weights: {type: <name>, ...}` makes it, with the
     further keys as its options (`section`)."""
     if weighting is None:
@@ -134,7 +134,11 @@ def make_weighting(reward_weights: dict[str, float], args: Any) -> Weighting:
     names, weights = list(reward_weights), list(reward_weights.values())
     dynamic = args.sections.get("dynamic_weights")
     if dynamic is not None:
-        kinds = {HypervolumeSection: HypervolumeWeights, GradientSection: GradientWeights, **OWN}
+        kinds: dict[type[Section], type[Weighting]] = {
+            HypervolumeSection: HypervolumeWeights,
+            GradientSection: GradientWeights,
+            **OWN,
+        }
         return kinds[type(dynamic)](names, weights, dynamic)
     options = check_constraints(args)
     if options is None:
