@@ -29,7 +29,7 @@ def tiny_model(tmp_path_factory) -> Path:
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
-        max_position_embeddings=256,
+        max_position_embeddings=1024,
         eos_token_id=vocab["<eos>"],
         pad_token_id=vocab["<pad>"],
         bos_token_id=None,

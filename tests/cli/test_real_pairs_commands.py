@@ -58,4 +58,4 @@ def test_dpo_trains(tiny_model, real_pairs, tmp_path, capsys):
 def test_an_option_that_dpo_would_ignore(tiny_model, real_pairs, tmp_path, capsys):
     assert run("dpo", tiny_model, real_pairs, tmp_path, "--label_smoothing", 0.1) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "error: label_smoothing would be ignored by sigmoid; the losses that use it: cdpo, robust" in line
+    assert "command line: label_smoothing would be ignored by sigmoid; the losses that use it: cdpo, robust" in line
