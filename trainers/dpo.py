@@ -33,7 +33,9 @@ class DPOConfig(PreferenceConfig):
         metadata={"help": "One loss or several (docs/losses.md): sigmoid, ipo, robust, cdpo, simpo, orpo, tdpo2 ..."},
     )
     loss_weights: list[float] | None = loss_option("One weight per loss of loss_type. Default: 1 each.")
-    beta: float | None = loss_option("Strength of the KL constraint. Default: the loss's, for sigmoid 0.1.")
+    beta: float | None = loss_option(  # type: ignore[assignment]  # None: the default of the loss
+        "Strength of the KL constraint. Default: the loss's, for sigmoid 0.1."
+    )
     label_smoothing: float | None = loss_option(
         "Probability that a label is flipped: cdpo, robust, exo_pair, aot, aot_unpaired, cpo."
     )
@@ -92,6 +94,7 @@ class DPOTrainer(PreferenceTrainer):
     """
 
     _tag_names = ["align", "dpo"]
+    args: DPOConfig
 
     @cached_property
     def objective(self) -> PreferenceObjective:
@@ -110,10 +113,10 @@ class DPOTrainer(PreferenceTrainer):
         return self.objective.across_pairs
 
     def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[PairTokens, PairTokens | None]:
-        options = {"chunk_size": self.args.chunk_size, "sum_squares": self.objective.use_weighting}
+        chunk_size, squares = self.args.chunk_size, self.objective.use_weighting
         if self.objective.needs_kl:
-            return pair_tokens_with_kl(model, self.reference, batch, **options)
-        policy = pair_tokens(model, batch, **options)
+            return pair_tokens_with_kl(model, self.held_reference, batch, chunk_size=chunk_size, sum_squares=squares)
+        policy = pair_tokens(model, batch, chunk_size=chunk_size, sum_squares=squares)
         return policy, self.reference_tokens(batch) if self.needs_reference else None
 
     def losses(self, policy: PairTokens, reference: PairTokens | None, batch: dict[str, Tensor]) -> PairLosses:
@@ -122,11 +125,11 @@ class DPOTrainer(PreferenceTrainer):
         pairs = objective.pairs(policy.logps, policy.mask, ref_logps, policy.kl, batch["mean_chosen_length"])
         draws = objective.draw(pairs, self._gather) if self.model.training else None
         weights = None
-        if objective.use_weighting:
+        if policy.log_sum_sq_probs is not None:  # with use_weighting
             weights = wpo_weights(policy.logps, policy.log_sum_sq_probs, policy.mask)
         found = objective(pairs, weights, draws)
         found.metrics |= {"logps/chosen": pairs.chosen, "logps/rejected": pairs.rejected}
-        if policy.kl is not None:
+        if pairs.chosen_kl is not None and pairs.rejected_kl is not None:
             found.metrics |= {"kl/chosen": pairs.chosen_kl, "kl/rejected": pairs.rejected_kl}
         return found
 

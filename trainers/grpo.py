@@ -1,9 +1,10 @@
 """GRPO: scores relative to the prompt's group (Shao et al. 2024, arXiv 2402.03300), and its variants."""
 
 from dataclasses import dataclass, field
+from typing import get_args
 
 from align.errors import ConfigError
-from align.objectives.groups import group_relative
+from align.objectives.groups import Scale, group_relative
 from align.trainers.core.ranks import Ranks
 from align.trainers.on_policy.config import ESTIMATOR_HELP, OnPolicyConfig
 from align.trainers.on_policy.estimators import Estimate, Estimator, register_estimator
@@ -11,7 +12,7 @@ from align.trainers.on_policy.groups import needs_groups, penalised
 from align.trainers.on_policy.loop import OnPolicyTrainer
 from align.trainers.on_policy.streams import Stream
 
-SCALES = ("group", "batch", "none")
+SCALES = get_args(Scale)
 
 
 @register_estimator("grpo")
@@ -21,7 +22,7 @@ class GRPO(Estimator):
     nothing, because their samples' scores are all the same."""
 
     num_generations: int
-    scale_rewards: str
+    scale_rewards: Scale
 
     def __post_init__(self):
         needs_groups(self.num_generations)

@@ -14,6 +14,7 @@ from align.modeling.pairs import PairTokens
 from align.objectives.modpo import LOSS_TYPES, check_weight, modpo_loss, modpo_rewards
 from align.objectives.pair_losses import PairLosses
 from align.reward_models.margins import COLUMNS, MarginRewards
+from align.trainers.core.hooks import TrainingSettings
 from align.trainers.pairs.config import PreferenceConfig
 from align.trainers.pairs.preference import PreferenceTrainer
 
@@ -21,7 +22,7 @@ SWEEP = "sweep"
 
 
 @dataclass
-class WeightOptions:
+class WeightOptions(TrainingSettings):
     """Which objectives there are and what each counts. Mixed into the config of a method with weights."""
 
     objective: str = field(
@@ -113,6 +114,7 @@ class MODPOTrainer(PreferenceTrainer):
     """
 
     _tag_names = ["align", "modpo"]
+    args: MODPOConfig
     columns = COLUMNS
 
     def __init__(
@@ -137,11 +139,19 @@ class MODPOTrainer(PreferenceTrainer):
     def prepare_dataset(self, dataset, name: str):
         return self.margins.add_to(dataset)
 
-    def losses(self, policy: PairTokens, reference: PairTokens, batch: dict[str, Tensor]) -> PairLosses:
+    def losses(self, policy: PairTokens, reference: PairTokens | None, batch: dict[str, Tensor]) -> PairLosses:
+        assert reference is not None  # needs_reference
         logps, ref_logps = policy.logps.sum(-1), reference.logps.sum(-1)
         margins = torch.cat([batch[column] for column in COLUMNS])
-        options = {"weight": self.weight, "margin_weights": torch.tensor(self.margin_weights), "beta": self.args.beta}
-        chosen, rejected = modpo_rewards(logps, ref_logps, margins, **options).chunk(2)
+        rewards = modpo_rewards(
+            logps,
+            ref_logps,
+            margins,
+            weight=self.weight,
+            margin_weights=torch.tensor(self.margin_weights),
+            beta=self.args.beta,
+        )
+        chosen, rejected = rewards.chunk(2)
         agreement = self.agreement((logps - ref_logps).detach(), margins)
         return PairLosses(modpo_loss(chosen, rejected, self.args.loss_type), chosen, rejected, agreement)
 

@@ -35,17 +35,18 @@ class PPO(Estimator):
         return self.whiten_advantages
 
     def estimate(self, stream: Stream, ranks: Ranks) -> Estimate:
+        assert stream.values is not None  # needs_values
         rewards = token_rewards(stream.scores, k1(stream.logps, stream.ref_logps), stream.mask, beta=stream.beta)
         advantages, returns = gae(rewards, stream.values, stream.mask, gamma=self.gamma, lam=self.lam)
         if self.whiten_advantages:
             advantages = ranks.whiten(advantages, stream.mask)
-        explained = explained_variance(returns, stream, ranks)
+        explained = explained_variance(returns, stream.values, stream.mask, ranks)
         return Estimate(advantages, returns, {f"critic/explained_variance/{stream.name}": [explained]})
 
 
-def explained_variance(returns: Tensor, stream: Stream, ranks: Ranks) -> float:
+def explained_variance(returns: Tensor, values: Tensor, mask: Tensor, ranks: Ranks) -> float:
     """1 - mean squared error of the critic / variance of the returns, over all processes."""
-    returns, values, mask = (ranks.gather(x) for x in (returns, stream.values, stream.mask))
+    returns, values, mask = (ranks.gather(x) for x in (returns, values, mask))
     error = masked_mean((returns - values).square(), mask)
     spread = masked_mean((returns - masked_mean(returns, mask)).square(), mask)
     return (1 - error / spread.clamp(min=1e-8)).item()

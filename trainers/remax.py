@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from align.errors import ConfigError
-from align.objectives.advantages import remax_token_weights
+from align.objectives.advantages import KLMode, remax_token_weights
 from align.rollout.types import SamplingParams
 from align.trainers.core.ranks import Ranks
 from align.trainers.on_policy.config import ESTIMATOR_HELP, OnPolicyConfig
@@ -19,7 +19,7 @@ class ReMax(Estimator):
     """Sampled and greedy requests go to the engine in one call; there is no critic."""
 
     num_generations: int
-    kl_mode: str
+    kl_mode: KLMode
     gamma: float
     reward_clip: float | None
 
@@ -33,6 +33,7 @@ class ReMax(Estimator):
         return [sampling, SamplingParams(max_tokens=sampling.max_tokens, temperature=0)]
 
     def estimate(self, stream: Stream, ranks: Ranks) -> Estimate:
+        assert stream.extra_scores is not None  # of the greedy request
         greedy = stream.extra_scores[:, 0].repeat_interleave(self.num_generations)
         advantages = remax_token_weights(
             stream.scores,

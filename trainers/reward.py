@@ -15,6 +15,7 @@ from align.modeling.load import disable_dropout, load_sequence_classifier, load_
 from align.modeling.padding import padding_as_saved, with_own_padding
 from align.modeling.prefix_support import SCORES, enable_shared_scores
 from align.modeling.scores import pair_scores
+from align.modeling.types import Model
 from align.objectives.pair_losses import PairLosses
 from align.objectives.reward_model import bradley_terry_loss, centering, score_l2
 from align.reward_models.classifier import READ_AT
@@ -70,10 +71,11 @@ class RewardTrainer(PairTrainer):
 
     _tag_names = ["align", "reward-model"]
     reward_name = "score"
+    args: RewardConfig
 
     def __init__(
         self,
-        model: str | nn.Module,
+        model: str | Model,
         args: RewardConfig,
         train_dataset,
         eval_dataset=None,
@@ -84,7 +86,7 @@ class RewardTrainer(PairTrainer):
     ):
         processing_class = with_own_padding(processing_class or load_tokenizer(model))
         set_seed(args.seed)  # a new adapter is drawn at random
-        model = load_sequence_classifier(
+        classifier = load_sequence_classifier(
             model,
             peft_config=peft_config,
             pad_token_id=processing_class.pad_token_id,
@@ -92,13 +94,13 @@ class RewardTrainer(PairTrainer):
             sharded=True,
         )
         # transformers refuses batches without one; where the last token is, the attention mask says
-        model.config.get_text_config().pad_token_id = processing_class.pad_token_id
-        setattr(model.config, READ_AT, "end_token")
+        classifier.config.get_text_config().pad_token_id = processing_class.pad_token_id
+        setattr(classifier.config, READ_AT, "end_token")
         if args.disable_dropout:
-            disable_dropout(model)
+            disable_dropout(classifier)
         self.normalizer: Normalizer | None = None
         data = pair_data(processing_class, args)
-        super().__init__(model, args, data, train_dataset, eval_dataset, callbacks, optimizers)
+        super().__init__(classifier, args, data, train_dataset, eval_dataset, callbacks, optimizers)
         shares = resolve_layout(args.batching, (self._cannot_share() for _ in range(1)))
         if shares:
             self.add_callback(CheckSharedRows(self, SCORES))

@@ -60,6 +60,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
     """
 
     _tag_names = ["align", "sft"]
+    args: SFTConfig
 
     def __init__(
         self,

@@ -37,6 +37,7 @@ class SparsePOTrainer(PreferenceTrainer):
     """
 
     _tag_names = ["align", "sparsepo"]
+    args: SparsePOConfig
     needs_reference_model = True
 
     def __init__(
@@ -52,7 +53,7 @@ class SparsePOTrainer(PreferenceTrainer):
         if optimizers[0] is not None and args.variant != "mapo":
             raise ConfigError("the masks are made with the trainer, so an optimizer made before cannot train them")
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, optimizers=optimizers, **kwargs)
-        core = language_model(self.reference.model)
+        core = language_model(self.held_reference.model)
         self.masks: TokenMasks | None = None
         if args.variant == "mapo":
             architecture(core)
@@ -61,11 +62,11 @@ class SparsePOTrainer(PreferenceTrainer):
             self.masks = new_masks(args, core, args.seed).to(args.device)
             self.model.add_module(PREFIX, self.masks)
         self.masked = MaskedForward(
-            self.reference,
+            self.held_reference,
             self.masks,
             self.accelerator.autocast,
-            layers=args.mask_layers,
-            groups=groups_of(args.mask_activations) if self.masks is None else (),
+            layers=args.mask_layers or "all",
+            groups=() if args.mask_activations is None else groups_of(args.mask_activations),
             on_reward=args.mask_on_reward,
             on_kl=args.mask_on_kl,
         )
@@ -74,7 +75,8 @@ class SparsePOTrainer(PreferenceTrainer):
         inner = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         return self.masked(model, inner, batch, chunk_size=self.args.chunk_size)
 
-    def losses(self, policy: MaskedTokens, reference: PairTokens, batch: dict[str, Tensor]) -> PairLosses:
+    def losses(self, policy: PairTokens, reference: PairTokens | None, batch: dict[str, Tensor]) -> PairLosses:
+        assert isinstance(policy, MaskedTokens) and policy.kl is not None and reference is not None  # of `forward`
         beta = self.args.beta
         sums = masked_sums(policy.logps - reference.logps, policy.kl, policy.mask, policy.m_u, policy.m_d)
         halves = zip(*(value.chunk(2) for value in vars(sums).values()), strict=True)
@@ -106,8 +108,12 @@ class SparsePOTrainer(PreferenceTrainer):
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
         if self.masks is not None:
-            rates = {"weight_decay": self.args.mask_weight_decay, "learning_rate": self.args.mask_learning_rate}
-            separate_groups(optimizer, model or self.model, **rates)
+            separate_groups(
+                optimizer,
+                model or self.model,
+                weight_decay=self.args.mask_weight_decay or 0.0,
+                learning_rate=self.args.mask_learning_rate,
+            )
         return optimizer
 
     # ---- pictures ---------------------------------------------------------------------------------------------------
@@ -146,7 +152,9 @@ class SparsePOTrainer(PreferenceTrainer):
         folder = Path(output_dir or self.args.output_dir)
         state = self.accelerator.unwrap_model(self.model).state_dict() if state_dict is None else state_dict
         super()._save(str(folder), policy_weights(state))
-        write_masks(folder, self.args, self.masks, state, language_model(self.reference.model).config._name_or_path)
+        write_masks(
+            folder, self.args, self.masks, state, language_model(self.held_reference.model).config._name_or_path
+        )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -1,13 +1,13 @@
 """Log-probs of the completion tokens of preference pairs, whatever the layout of the batch."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from align.modeling.load import Reference
 from align.modeling.logprobs import head_inputs, language_model, model_inputs, values_at
 from align.modeling.token_values import token_values
 from align.modeling.types import Model
@@ -28,6 +28,13 @@ class PairTokens:
     mask: Tensor
     kl: Tensor | None = None
     log_sum_sq_probs: Tensor | None = None
+
+
+class RunningReference(Protocol):
+    """What is needed of a `Reference`."""
+
+    def active(self) -> AbstractContextManager[Model]:
+        """The model that is the reference, for what runs inside."""
 
 
 class Completions(NamedTuple):
@@ -59,7 +66,7 @@ def pair_tokens(
 
 def pair_tokens_with_kl(
     model: Model,
-    reference: Reference,
+    reference: RunningReference,
     batch: dict[str, Tensor],
     *,
     chunk_size: int | None = None,

@@ -9,6 +9,8 @@ from align.errors import ConfigError
 from align.objectives.kl import k1
 from align.objectives.returns import reward_to_go
 
+KLMode = Literal["one_step", "to_go", "none"]
+
 
 def remax_token_weights(
     rewards: Tensor,
@@ -20,7 +22,7 @@ def remax_token_weights(
     beta: float,
     gamma: float = 1.0,
     reward_clip: float | None = None,
-    kl_mode: Literal["one_step", "to_go", "none"] = "one_step",
+    kl_mode: KLMode = "one_step",
 ) -> Tensor:
     """ReMax (Li et al. 2023, arXiv 2310.10505): the greedy completion's reward is the baseline.
 

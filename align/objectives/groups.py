@@ -11,6 +11,8 @@ from torch import Tensor
 
 from align.errors import ConfigError, TrainingError
 
+Scale = Literal["group", "batch", "none"]
+
 
 def centred(scores: Tensor) -> Tensor:
     """s_i - mean of the prompt's scores, detached; exactly 0 where they are all equal, which the mean's rounding alone
@@ -26,7 +28,7 @@ def leave_one_out(scores: Tensor) -> Tensor:
     return (n / (n - 1)) * centred(scores)
 
 
-def group_relative(scores: Tensor, *, scale: Literal["group", "batch", "none"] = "group", eps: float = 1e-4) -> Tensor:
+def group_relative(scores: Tensor, *, scale: Scale = "group", eps: float = 1e-4) -> Tensor:
     """GRPO (Shao et al. 2024, arXiv 2402.03300): (s_i - mean) / (std + eps).
 
     scale: "group", the paper's, the unbiased deviation of the prompt's scores; "batch", that of all scores (REINFORCE++

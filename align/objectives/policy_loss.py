@@ -13,6 +13,7 @@ from torch import Tensor
 from align.errors import ConfigError
 from align.objectives.kl import masked_mean, masked_sum
 
+RatioLevel = Literal["token", "sequence", "sequence_mean"]
 AGGREGATIONS = ("token_mean", "sequence_sum", "sequence_mean", "constant")
 MAX_LOG_RATIO = 20.0  # e^20 is far outside any trust region: beyond it only overflow would be added
 
@@ -38,7 +39,7 @@ def clipped_policy_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
-    ratio_level: Literal["token", "sequence", "sequence_mean"] = "token",
+    ratio_level: RatioLevel = "token",
 ) -> PolicyLoss:
     """PPO's clipped surrogate (Schulman et al. 2017, arXiv 1707.06347, eq. 7): max(-A rho, -A clip(rho, 1-l, 1+h)).
 

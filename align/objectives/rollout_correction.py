@@ -4,15 +4,17 @@ With l_t = log pi_train(y_t) - log pi_engine(y_t), rho_t = e^l_t. All results ar
 does not enter.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from align.errors import ConfigError
 from align.objectives.kl import masked_mean, masked_sum
+from align.objectives.policy_loss import RatioLevel
 
-LEVELS = ("token", "sequence", "sequence_mean")
+LEVELS = get_args(RatioLevel)
+Outside = Literal["truncate", "mask"]
 MAX_LOG_RATIO = 20.0
 
 
@@ -26,10 +28,10 @@ def importance_weights(
     log_ratio: Tensor,
     mask: Tensor,
     *,
-    level: Literal["token", "sequence", "sequence_mean"] = "token",
+    level: RatioLevel = "token",
     high: float,
     low: float | None = None,
-    outside: Literal["truncate", "mask"] = "truncate",
+    outside: Outside = "truncate",
     normalize: bool = False,
 ) -> Tensor:
     """Weights [B, T] of the token losses, 0 outside the mask.

@@ -9,6 +9,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from align.errors import ConfigError
 from align.modeling.prefix_support import LOGPS, check_wrapped
+from align.trainers.core.hooks import TrainingSettings
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +17,7 @@ BATCHINGS = ("auto", "shared_prefix", "padded")
 
 
 @dataclass
-class BatchingOptions:
+class BatchingOptions(TrainingSettings):
     """Mixed into the config of a method, in front of `BaseConfig`."""
 
     batching: str = field(

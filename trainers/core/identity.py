@@ -142,8 +142,8 @@ def check_same_run(before: dict, now: dict, allowed: list[str], what: str) -> di
     allowed_now = {}
     for name in list(found):
         short = name.removeprefix("settings.")
-        names = {short, short.split(".")[0], *(BATCH if short == "rows_per_step" else ())}
-        if names & set(allowed):
+        known_as = {short, short.split(".")[0], *(BATCH if short == "rows_per_step" else ())}
+        if known_as & set(allowed):
             allowed_now[short] = found.pop(name)
     if found:
         shown = "; ".join(

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from align.config.ranges import check_ranges
 from align.config.secrets import Secret, masked
 from align.errors import ConfigError
+from align.trainers.core.hooks import TrainingSettings
 
 PLACES = ("_dir", "_path", "_token", "run_name", "report_to", "hub_model_id", "disable_tqdm", "use_cpu")
 
@@ -21,7 +22,7 @@ def machine_has_cuda() -> bool:
 
 
 @dataclass
-class RunOptions:
+class RunOptions(TrainingSettings):
     bf16: bool | None = field(
         default=None, metadata={"help": "bfloat16 mixed precision. Default: on a GPU that has it, off elsewhere."}
     )

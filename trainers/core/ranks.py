@@ -24,7 +24,7 @@ class Ranks:
     def gather(self, values: Tensor) -> Tensor:
         """The rows of all processes, this one's at `local_slice(N)`, on the CPU. values: [N, ...], N the same
         everywhere; a second dimension of other lengths is padded with 0."""
-        if self.count == 1:
+        if self.accelerator is None or self.count == 1:
             return values
         if values.dim() > 1:
             values = self.accelerator.pad_across_processes(values, dim=1)

@@ -3,6 +3,7 @@
 import time
 from collections import defaultdict
 from contextlib import contextmanager
+from typing import SupportsFloat
 
 from accelerate.utils import gather_object
 
@@ -15,7 +16,7 @@ class Recorder:
         self._seconds: dict[str, float] = defaultdict(float)
         self._seconds_within = 0.0  # of the phases that ended within the one that is open
 
-    def record(self, name: str, value: float, weight: float = 1.0) -> None:
+    def record(self, name: str, value: SupportsFloat, weight: SupportsFloat = 1.0) -> None:
         """Add to a metric: the next log shows its weighted mean over the steps and ranks since the last one."""
         entry = self._sums.setdefault(name, [0.0, 0.0])
         entry[0] += float(value) * float(weight)

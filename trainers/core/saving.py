@@ -18,6 +18,7 @@ from align.modeling.adapters import (
     folder_digest,
     notes,
 )
+from align.modeling.types import Model
 
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, NOTES_FILE, START_FILE, "adapter_model.bin")
 MODEL_FILES = ("config.json", "model*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
@@ -30,7 +31,7 @@ def is_peft(model: nn.Module) -> bool:
     return isinstance(model, PeftModel)
 
 
-def check_base(model: nn.Module, output_dir: str | None) -> None:
+def check_base(model: Model, output_dir: str | None) -> None:
     """Before training an adapter: ConfigError if its folder could not name the model that it adapts. The weights of a
     model that was not loaded by us are compared with those of the folder that it says it came from (samples of each).
     Call it on the main process, before the weights are sharded."""
@@ -74,7 +75,7 @@ def _first_difference(core: nn.Module, base: Path) -> str | None:
     return None
 
 
-def finish_folder(folder: str | Path, model: nn.Module) -> None:
+def finish_folder(folder: str | Path, model: Model) -> None:
     """After transformers or PEFT has written the model: complete an adapter's folder, and delete what an earlier run
     has left there that would be loaded instead."""
     folder = Path(folder)
@@ -94,7 +95,7 @@ def finish_folder(folder: str | Path, model: nn.Module) -> None:
 # ---- verification ----------------------------------------------------------------------------------------------------
 
 
-def verify_saved(folder: str | Path, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def verify_saved(folder: str | Path, model: Model, state: Mapping[str, Tensor]) -> None:
     """Raise `TrainingError` unless the folder holds what was trained. state: the whole tensors of `model` by name, as
     they were given to `save_pretrained`.
 
@@ -125,7 +126,7 @@ def _model_problem(folder: Path, state: Mapping[str, Tensor]) -> str | None:
     return None if seen else "no tensor has the name of one that was trained"
 
 
-def _adapter_problem(folder: Path, model: nn.Module, state: Mapping[str, Tensor]) -> str | None:
+def _adapter_problem(folder: Path, model: Model, state: Mapping[str, Tensor]) -> str | None:
     from peft import PeftConfig
     from peft.tuners.lora import LoraLayer
     from safetensors.torch import load_file

@@ -3,13 +3,16 @@
 import logging
 import math
 import shutil
-from collections.abc import Sized
-from contextlib import nullcontext
+from collections.abc import Iterator, Sized
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
+import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel, set_peft_model_state_dict
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -19,21 +22,27 @@ from align.errors import TrainingError
 from align.modeling.adapters import adapter_start, notes, split
 from align.trainers.core import guards, identity, saving, trackers
 from align.trainers.core.checkpoints import Resumed, choose_checkpoint, read_checkpoint, write_extra_state
+from align.trainers.core.hooks import TrainerHooks
 from align.trainers.core.lock import holding
-from align.trainers.core.options import BaseConfig, changed_settings
+from align.trainers.core.options import BaseConfig, RunOptions, changed_settings
 from align.trainers.core.recorder import Recorder
 from align.trainers.core.signals import REQUEUE, StopOnSignal
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
 CACHED_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # of the reference, which is checked by itself
 
 
-class TrainerMixin:
+class TrainerMixin(TrainerHooks):
     """In front of a transformers-style trainer: `class XTrainer(TrainerMixin, Trainer)`. A mix-in, so that a trainer
     built on one of TRL's keeps TRL's code."""
 
-    def __init__(self, *args, **kwargs):
+    args: RunOptions
+
+    def __init__(self, *args: Any, **kwargs: Any):
         self.recorder = Recorder()
         self.resumed: Resumed | None = None
         self._verify = False
@@ -62,10 +71,10 @@ class TrainerMixin:
 
     # ---- metrics ----------------------------------------------------------------------------------------------------
 
-    def record(self, name: str, value: float, weight: float = 1.0) -> None:
+    def record(self, name: str, value: SupportsFloat, weight: SupportsFloat = 1.0) -> None:
         self.recorder.record(name, value, weight)
 
-    def phase(self, name: str):
+    def phase(self, name: str) -> AbstractContextManager[None]:
         return self.recorder.phase(name)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -81,7 +90,7 @@ class TrainerMixin:
     def log_table(self, name: str, columns: list[str], rows: list[list]) -> None:
         trackers.log_table(self.args, self.state.global_step, name, columns, rows)
 
-    def log_figure(self, name: str, figure) -> None:
+    def log_figure(self, name: str, figure: "Figure") -> None:
         trackers.log_figure(self.args, self.callback_handler.callbacks, self.state.global_step, name, figure)
 
     # ---- steps ------------------------------------------------------------------------------------------------------
@@ -90,16 +99,18 @@ class TrainerMixin:
     def finished(self) -> bool:
         return self.state.global_step >= self.state.max_steps
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
         if self.finished:  # transformers resumes a finished run with one more step if it ended within an epoch
             return [], None
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         guards.check_trained_tokens(batches, count, self.state.global_step + 1)
         return batches, count
 
-    def training_step(self, *args, **kwargs):
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         with self.phase("train"):
-            loss = super().training_step(*args, **kwargs)
+            loss = super().training_step(model, inputs, num_items_in_batch)
         guards.check_loss(loss, self.state.global_step + 1)
         return loss
 
@@ -131,7 +142,7 @@ class TrainerMixin:
         self._verify = self.args.verify_saved and not _internal_call
         super().save_model(output_dir, _internal_call)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         card = folder / "README.md"
         previous = card.read_text(encoding="utf-8") if card.is_file() else None
@@ -145,7 +156,7 @@ class TrainerMixin:
         if self._verify:
             saving.verify_saved(folder, model, model.state_dict() if state_dict is None else state_dict)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self._load_stacked(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -160,7 +171,7 @@ class TrainerMixin:
         set_peft_model_state_dict(self.accelerator.unwrap_model(self.model), split(folder)[1])
         return True
 
-    def create_model_card(self, *args, **kwargs) -> None:
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """`_save` has written one."""
 
     def identity(self) -> dict:
@@ -189,7 +200,7 @@ class TrainerMixin:
             "settings": changed_settings(args),
         }
 
-    def _save_checkpoint(self, model, trial):
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         args, step = self.args, self.state.global_step
         guards.check_weights(self.model.parameters(), step)
         run_dir = self._get_output_dir(trial=trial)
@@ -222,7 +233,7 @@ class TrainerMixin:
             )
         self.accelerator.wait_for_everyone()
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As transformers' `train`; `resume_from_checkpoint=True` takes the newest undamaged checkpoint, "auto" that if
         there is one."""
         args = self.args

@@ -1,8 +1,9 @@
 """The forward pass of policy and reference that also gives every token its weights."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ from align.modeling.load import Reference
 from align.modeling.logprobs import language_model
 from align.modeling.pairs import Completions, PairTokens, completions, pair_tokens_with_kl
 from align.modeling.token_masks import TokenMasks, watch_states
+from align.modeling.types import Model
+
+Seen = TypeVar("Seen")
 
 
 @dataclass
@@ -35,7 +39,7 @@ class MaskedForward:
     reference: Reference
     masks: TokenMasks | None
     autocast: Callable[[], AbstractContextManager]
-    layers: str | None = None
+    layers: str = "all"
     groups: tuple[str, ...] = ()
     on_reward: bool = True
     on_kl: bool = True
@@ -45,34 +49,38 @@ class MaskedForward:
     ) -> tuple[MaskedTokens, PairTokens]:
         """model: the policy as it is called; inner: the module within all wrappers, which holds the networks."""
         places = completions(batch)
-
-        def watch(core: nn.Module):
-            if self.masks is None:
-                return watch_activations(core, places, self.groups)
-            return watch_states(core, places, self.layers)
-
-        watched = WatchedReference(self.reference, watch, self.autocast)
-        with nullcontext() if self.masks is None else self._run_networks(inner, watched, places) as weights:
-            policy, reference = pair_tokens_with_kl(model, watched, batch, chunk_size=chunk_size)
+        m_u: Tensor | None
+        m_d: Tensor | None
         if self.masks is None:
-            mask = watched.seen.mask()
+            active = WatchedReference(
+                self.reference, lambda core: watch_activations(core, places, self.groups), self.autocast
+            )
+            policy, reference = pair_tokens_with_kl(model, active, batch, chunk_size=chunk_size)
+            mask = active.seen.mask()
             m_u, m_d = (mask if on else None for on in (self.on_reward, self.on_kl))
         else:
+            states = WatchedReference(
+                self.reference, lambda core: watch_states(core, places, self.layers), self.autocast
+            )
+            with self._run_networks(self.masks, inner, states, places) as weights:
+                policy, reference = pair_tokens_with_kl(model, states, batch, chunk_size=chunk_size)
             m_u, m_d = weights["masks"]
         return MaskedTokens(**vars(policy), m_u=m_u, m_d=m_d), reference
 
     @contextmanager
-    def _run_networks(self, inner: nn.Module, watched: "WatchedReference", places: Completions):
+    def _run_networks(
+        self, masks: TokenMasks, inner: nn.Module, watched: "WatchedReference[list[Tensor]]", places: Completions
+    ) -> Iterator[dict[str, tuple[Tensor | None, Tensor | None]]]:
         """A dict that holds the weights once the policy has run. The networks run inside the policy's own forward pass
         and are part of its output: DDP takes parameters that it cannot reach from there for unused, and FSDP has their
         weights together only there."""
-        kept = {}
+        kept: dict[str, tuple[Tensor | None, Tensor | None]] = {}
 
         def run(module, args, output):
             if watched.inside:  # an adapter's reference is the same module
                 return
             with self.autocast():
-                kept["masks"] = self.masks(watched.seen, places.mask)
+                kept["masks"] = masks(watched.seen, places.mask)
             output.hidden_states = tuple(m for m in kept["masks"] if m is not None)
 
         # prepended: the wrappers' own hooks must see the output with the weights
@@ -83,19 +91,29 @@ class MaskedForward:
             hook.remove()
 
 
-class WatchedReference:
+class WatchedReference(Generic[Seen]):
     """A reference that is looked into while it runs. `seen` is what `watch` yielded, `inside` whether it is running."""
 
-    def __init__(self, reference: Reference, watch, autocast):
+    def __init__(
+        self,
+        reference: Reference,
+        watch: Callable[[Model], AbstractContextManager[Seen]],
+        autocast: Callable[[], AbstractContextManager],
+    ):
         self.reference = reference
         self.watch = watch
         self.autocast = autocast
-        self.seen = None
         self.inside = False
+        self._seen: Seen | None = None
+
+    @property
+    def seen(self) -> Seen:
+        assert self._seen is not None  # the reference runs before the policy
+        return self._seen
 
     @contextmanager
-    def active(self):
-        with self.reference.active() as model, self.autocast(), self.watch(language_model(model)) as self.seen:
+    def active(self) -> Iterator[Model]:
+        with self.reference.active() as model, self.autocast(), self.watch(language_model(model)) as self._seen:
             self.inside = True
             try:
                 yield model

@@ -6,13 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from align.modeling.token_masks import MaskSettings, TokenMasks, describe_masks, save_masks
+from align.modeling.types import Model
 from align.trainers.masks.options import MaskOptions
 
 PREFIX = "token_masks"  # the submodule of the policy that holds the networks
 
 
-def new_masks(options: MaskOptions, reference: nn.Module, seed: int) -> TokenMasks:
-    """The networks for the hidden states of `reference`, a transformers model."""
+def new_masks(options: MaskOptions, reference: Model, seed: int) -> TokenMasks:
+    """The networks for the hidden states of `reference`. options: of a learned variant, which have their defaults."""
+    assert options.mask_layers and options.mask_init and options.mask_dropout is not None
     config = reference.config.get_text_config()
     settings = MaskSettings(
         variant=options.variant,

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from align.errors import ConfigError
 from align.modeling.activation_masks import groups_of
 from align.modeling.token_masks import INITS
+from align.trainers.core.hooks import TrainingSettings
 
 VARIANTS = ("common", "independent", "mapo")
 LEARNED = {  # options of the mask networks and what they are by default; none of them means anything to mapo
@@ -20,7 +21,7 @@ LEARNED = {  # options of the mask networks and what they are by default; none o
 
 
 @dataclass
-class MaskOptions:
+class MaskOptions(TrainingSettings):
     """Mixed into a config. The options of learned masks are errors with `variant: mapo`, and the other way round."""
 
     variant: str = field(
@@ -92,7 +93,7 @@ class MaskOptions:
         for name, choices in (("mask_layers", ("all", "last")), ("mask_init", INITS)):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        if not 0 <= self.mask_dropout < 1:
+        if self.mask_dropout is not None and not 0 <= self.mask_dropout < 1:
             raise ConfigError(f"mask_dropout is a share in [0, 1), got {self.mask_dropout}")
         if self.mask_mlp_size is not None and self.mask_mlp_size < 1:
             raise ConfigError(f"mask_mlp_size counts from 1, got {self.mask_mlp_size}")
@@ -109,4 +110,4 @@ class MaskOptions:
         if self.variant == "mapo":
             return {}
         share = 0.5 if self.variant == "common" and self.mask_on_reward and self.mask_on_kl else 1.0
-        return {"l1_u": share * self.mask_l1_reward, "l1_d": share * self.mask_l1_kl}
+        return {"l1_u": share * (self.mask_l1_reward or 0.0), "l1_d": share * (self.mask_l1_kl or 0.0)}

@@ -119,7 +119,10 @@ def shared(samples: list[Sample]) -> dict[str, Tensor]:
     groups: dict[tuple, list[int]] = {}
     for i, sample in enumerate(samples):
         groups.setdefault(tuple(sample.prompt["prompt_ids"]), []).append(i)
-    ids, positions, lengths, sources = [], [], [], [None] * len(samples)
+    ids: list[int] = []
+    positions: list[int] = []
+    lengths: list[Tensor] = []
+    sources: dict[int, Tensor] = {}
     for prompt, members in groups.items():
         last = len(ids) + len(prompt) - 1
         ids += prompt
@@ -134,7 +137,7 @@ def shared(samples: list[Sample]) -> dict[str, Tensor]:
         "input_ids": torch.tensor([ids]),
         "position_ids": torch.tensor([positions]),
         "attention_mask": pad_sequence(lengths, batch_first=True)[None, None],
-        "completion_sources": pad_sequence(sources, batch_first=True),
+        "completion_sources": pad_sequence([sources[i] for i in range(len(samples))], batch_first=True),
     }
 
 
@@ -156,7 +159,8 @@ def balance(samples: list[Sample], batches: int, together: int) -> list[list[Sam
     groups = [samples[i : i + together] for i in range(0, len(samples), together)]
     _check(len(groups), "prompts", batches)
     sizes = [len(group[0].prompt["prompt_ids"]) + sum(sample.length for sample in group) for group in groups]
-    parts, totals = [[] for _ in range(batches)], [0] * batches
+    parts: list[list[Sample]] = [[] for _ in range(batches)]
+    totals = [0] * batches
     for i in sorted(range(len(groups)), key=lambda i: -sizes[i]):
         lightest = min(range(batches), key=lambda b: totals[b])
         parts[lightest] += groups[i]

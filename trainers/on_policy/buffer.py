@@ -50,7 +50,8 @@ def take_prompts(
 ) -> tuple[list[dict], list[int]]:
     """The prompts of a rollout on this process, and their indices in its global batch. num_batches: micro-batches of an
     optimiser step."""
-    prompts, indices = [], []
+    prompts: list[dict] = []
+    indices: list[int] = []
     for number, batch in enumerate(islice(epoch_iterator, num_batches * args.steps_per_rollout)):
         if number >= num_batches * args.num_mini_batches:
             continue  # the block's repetitions, one for each further pass

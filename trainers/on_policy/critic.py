@@ -3,6 +3,7 @@
 import copy
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,8 +17,10 @@ from align.errors import ConfigError, TrainingError
 from align.modeling.load import disable_dropout, load_backbone
 from align.modeling.logprobs import language_model
 from align.modeling.pairs import pair_inputs
+from align.modeling.types import Model
 from align.objectives.kl import masked_mean
 from align.objectives.policy_loss import aggregate_tokens, value_losses
+from align.trainers.core.hooks import TrainingSettings
 from align.trainers.core.recorder import Recorder
 
 CRITIC_FILE = "critic.pt"
@@ -27,7 +30,7 @@ class Critic(nn.Module):
     """A transformer and a linear head without bias, one value per stream. The head starts at 0, so that the first
     advantages are the returns (as in OpenAI's code; Moskovitz et al. share the trunk between the heads likewise)."""
 
-    def __init__(self, backbone: nn.Module, heads: int):
+    def __init__(self, backbone: Model, heads: int):
         super().__init__()
         self.backbone = backbone
         self._no_split_modules = backbone._no_split_modules  # what FSDP wraps
@@ -42,7 +45,7 @@ class Critic(nn.Module):
 
 
 @dataclass
-class CriticOptions:
+class CriticOptions(TrainingSettings):
     """Options of a configuration whose estimator needs a critic."""
 
     critic_model_name_or_path: str | None = field(
@@ -70,7 +73,7 @@ class CriticOptions:
             raise ConfigError(f"value_clip must be above 0 or null, got {self.value_clip}")
 
 
-def make_critic(policy: nn.Module, args, *, heads: int) -> Critic:
+def make_critic(policy: Model, args: Any, *, heads: int) -> Critic:
     """The critic of a configuration with `CriticOptions`: the trunk of `critic_model_name_or_path` (a folder or hub
     name; a reward model is usual), else of the policy."""
     if not isinstance(args, CriticOptions):

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from align.errors import RolloutError
 from align.rollout import make_engine
 from align.rollout.engine import RolloutEngine
 from align.rollout.probe import FAIL, WARN
@@ -31,13 +32,20 @@ class SyncedEngine:
         self.step: int | None = None  # whose weights the engine has, as far as is known
 
     @property
+    def current(self) -> RolloutEngine:
+        """The engine; RolloutError before the first `sync`."""
+        if self.engine is None:
+            raise RolloutError("there is no rollout engine yet: call sync(model, step) before anything is generated")
+        return self.engine
+
+    @property
     def name(self) -> str:
-        return self.engine.name
+        return self.current.name
 
     def gap_limits(self, tolerance: float) -> tuple[float, float]:
         """Mean differences of log-probs (nats) between trainer and engine to warn and to stop at. tolerance: what is
         rounding whatever the model; on top of it, what rounding does to this model, as the engine's probe found."""
-        rounding, own = self.engine.rounding, self.engine.sync_tolerance
+        rounding, own = self.current.rounding, self.current.sync_tolerance
         return max(tolerance, WARN * rounding), max(tolerance, FAIL * rounding) if own is None else own
 
     def sync(self, model: nn.Module, step: int) -> None:
@@ -59,7 +67,7 @@ class SyncedEngine:
         self.step = None
 
     def generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Rollout]:
-        return self.engine.generate(prompts, params)
+        return self.current.generate(prompts, params)
 
     def close(self) -> None:
         """Free the engine, unless it was given. The next `sync` makes a new one."""

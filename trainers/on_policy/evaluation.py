@@ -4,11 +4,14 @@ from collections.abc import Callable
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
+from datasets import Dataset
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
+from align.evaluation.records import EvalWriter
 from align.modeling.load import Reference
 from align.rollout.seeds import derive_seed
 from align.rollout.types import SamplingParams
@@ -19,18 +22,21 @@ from align.trainers.on_policy.pipeline import CompletionSource
 from align.trainers.on_policy.rewards import RewardColumns
 from align.trainers.on_policy.samples import Sample, as_text, make_samples, tokenized_prompts
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 TRAINING = ("learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs", "per_device_train_batch_size")
 METRICS = ("kl", "kl_k3", "entropy", "proxy", "gold", "length")
 
 
-def run_options(args) -> dict:
+def run_options(args: Any) -> dict[str, Any]:
     """The options that say what was run: all of ours, and the few of transformers' that decide how far it went."""
     ours = {f.name for f in fields(args)} - {f.name for f in fields(TrainingArguments)}
     options = {name: getattr(args, name) for name in sorted(ours | {*TRAINING, "gradient_accumulation_steps"})}
     return {name: str(value) if isinstance(value, Enum) else value for name, value in options.items()}
 
 
-def eval_prompts(dataset, tokenizer, args):
+def eval_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: OnPolicyConfig) -> Dataset:
     """The first `num_eval_prompts` prompts, tokenised."""
     dataset = tokenized_prompts(dataset, tokenizer, args)
     count = len(dataset) if args.num_eval_prompts is None else min(args.num_eval_prompts, len(dataset))
@@ -123,8 +129,8 @@ class PolicyEvaluator:
         size = self.args.per_device_eval_batch_size
         parts = self.forward.planner.plan_evaluation(samples, size)
         found = self.forward.kl_and_entropy(parts, model, reference)
-        columns = zip(*(found[id(sample)] for sample in samples), strict=True)
-        return dict(zip(("kl", "kl_k3", "entropy"), columns, strict=True))
+        rows = [found[id(sample)] for sample in samples]
+        return {name: [row[i] for row in rows] for i, name in enumerate(("kl", "kl_k3", "entropy"))}
 
 
 class EvaluationFile:
@@ -135,21 +141,21 @@ class EvaluationFile:
     """
 
     def __init__(self, args: OnPolicyConfig, *, method: str, proxy: str, gold: str | None):
-        self.args, self.about = args, {"method": method, "proxy": proxy, "gold": gold}
-        self.writer = None
+        self.args, self.method, self.proxy, self.gold = args, method, proxy, gold
+        self.writer: EvalWriter | None = None
 
     def open(self, resume_step: int | None) -> None:
         """Begin the file of a run, or go on with it after this step."""
-        from align.evaluation.records import EvalWriter
-
         args = self.args
         self.writer = EvalWriter(
             args.output_dir,
             name=args.run_name or Path(args.output_dir).name,
+            method=self.method,
+            proxy=self.proxy,
+            gold=self.gold,
             seed=args.seed,
             config=run_options(args),
             resume_step=resume_step,
-            **self.about,
         )
 
     def close(self) -> None:
@@ -174,7 +180,7 @@ class Curve(TrainerCallback):
     """
 
     def __init__(
-        self, file: EvaluationFile, resume_step: Callable[[], int | None], log_figure: Callable[[str, object], None]
+        self, file: EvaluationFile, resume_step: Callable[[], int | None], log_figure: Callable[[str, "Figure"], None]
     ):
         self.file, self.resume_step, self.log_figure = file, resume_step, log_figure
 

@@ -1,7 +1,6 @@
 """Passes without gradient over the samples: what the loss and the evaluation need to know of each."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +57,7 @@ class ForwardPasses:
         """
         was_training = model.training
         model.eval()
-        found: dict[str, Any] = {}
+        found: dict[int, tuple[float, float, float]] = {}
         for part in parts:
             self.fill([part], "ref_logps", self.reference_logps(reference))
             batch = self.prepare(self.planner.collate(part))
@@ -66,6 +65,7 @@ class ForwardPasses:
             mask = batch["completion_mask"]
             sums = [masked_sum(e(logps, batch["ref_logps"]), mask, dim=-1) for e in (k1, k3)]
             values = torch.stack([*sums, masked_sum(entropy, mask, dim=-1) / mask.sum(-1)], dim=-1)
-            found |= {id(sample): tuple(row) for sample, row in zip(part, values.tolist(), strict=True)}
+            for sample, (kl, kl_k3, mean_entropy) in zip(part, values.tolist(), strict=True):
+                found[id(sample)] = (kl, kl_k3, mean_entropy)
         model.train(was_training)
         return found

@@ -30,5 +30,5 @@ class KLCoefficient:
         return None if self.controller is None else self.controller.state_dict()
 
     def load_state_dict(self, state: dict | None) -> None:
-        if self.controller is not None:
+        if self.controller is not None and state is not None:
             self.controller.load_state_dict(state)

@@ -29,7 +29,6 @@ from align.errors import ConfigError
 from align.modeling.completions import completion_logps
 from align.modeling.load import disable_dropout, load_policy, load_tokenizer, reference_of
 from align.modeling.prefix_support import enable_shared_prefix, enable_trunk
-from align.objectives.kl import masked_sum
 from align.objectives.policy_loss import aggregate_tokens
 from align.rollout.engine import RolloutEngine
 from align.rollout.types import SamplingParams
@@ -57,13 +56,7 @@ from align.trainers.on_policy.metrics import OnPolicyMetrics
 from align.trainers.on_policy.objective import loss_count, policy_objective
 from align.trainers.on_policy.pipeline import RolloutPipeline
 from align.trainers.on_policy.rewards import RewardColumns
-from align.trainers.on_policy.samples import (
-    Sample,
-    completion_masks,
-    completion_matrix,
-    sampling_logps,
-    tokenized_prompts,
-)
+from align.trainers.on_policy.samples import Sample, sequence_kl, tokenized_prompts
 from align.trainers.on_policy.streams import fill_advantages, mix
 from align.trainers.weighting.base import make_weighting
 from align.trainers.weighting.gradients import gradient_parameters, stream_gradients
@@ -85,6 +78,7 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
     """
 
     _tag_names = ["align"]
+    args: OnPolicyConfig
 
     def __init__(
         self,
@@ -216,8 +210,8 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
             return [], None
         steps = self.args.steps_per_rollout
         position = self.state.global_step % steps
-        if self.state.global_step == self.resume_step:
-            self.load_state(self.resume_state)
+        if self.resumed is not None and self.state.global_step == self.resumed.step:
+            self.load_state(self.resumed.state, self.resumed.folder)
             if position:  # the prompts of the rest of this rollout are in the buffer
                 list(islice(epoch_iterator, (steps - position) * num_batches))
         if position == 0:
@@ -225,6 +219,7 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
             if not prompts:
                 return [], None
             self.buffer = self.make_rollout(prompts, indices)
+        assert self.buffer is not None  # made at the first step, or read from the checkpoint
         samples = self.buffer.mini_batch(position)
         if self.weighting.update_per == "mini_batch":
             self.updates.learn(samples, self.state.global_step + 1)
@@ -294,6 +289,7 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
         samples = rollout.samples
         parts = self.planner.plan_forward(samples, args.train_batch_size * args.num_generations)
         if args.beta:
+            assert self.reference is not None  # held wherever beta is not 0
             with self.phase("reference"):
                 self.forward.fill(parts, "ref_logps", self.forward.reference_logps(self.reference))
         if args.steps_per_rollout > 1 or self.kl_needs_policy():
@@ -312,7 +308,8 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
         if self.weighting.update_per == "rollout":
             self.updates.learn(samples, step + 1)
         if self.kl.adapts:
-            self.adapt_kl(samples)
+            self.record("beta", self.kl.value)
+            self.kl.update(self.ranks.gather(sequence_kl(samples)))
         if args.steps_per_rollout == 1:
             for sample in samples:
                 sample.old_logps = None  # they served the KL; the ratio of an only step is 1, whatever a pass rounds
@@ -326,12 +323,6 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
         """
         exact = computes_exactly(self.accelerator, self.model) and self.args.rollout_dtype in (None, "float32")
         return not exact and (self.kl.adapts or (self.args.kl_in == "reward" and self.args.beta > 0))
-
-    def adapt_kl(self, samples: list[Sample]) -> None:
-        """Adapt the KL coefficient."""
-        self.record("beta", self.kl.value)
-        log_ratios = sampling_logps(samples) - completion_matrix(samples, "ref_logps")
-        self.kl.update(self.ranks.gather(masked_sum(log_ratios, completion_masks(samples))))
 
     def stream_gradients(self, parts: list[list[Sample]]) -> Tensor:
         """Of the streams that the weighting learns from, on the global rollout given in micro-batches."""
@@ -366,17 +357,17 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
         return {key: {reward.name: mark_of(reward) for reward in value.rewards} for key, value in columns.items()}
 
     def extra_state(self) -> dict:
-        inside = self.buffer is not None and self.state.global_step % self.args.steps_per_rollout != 0
+        inside = self.state.global_step % self.args.steps_per_rollout != 0
         return {
             "reference": None if self.reference is None else reference_probe(self.reference, self.args.device),
             "weighting": self.weighting.state_dict(),
             "kl_controller": self.kl.state_dict(),
             "search": None if self.search is None else self.search.state_dict(),
-            "buffer": self.buffer.state_dict(processes=self.ranks.count) if inside else None,
+            "buffer": self.buffer.state_dict(self.ranks.count) if inside and self.buffer is not None else None,
         }
 
-    def load_state(self, state: dict) -> None:
-        """Go on with what a checkpoint holds beyond model and optimiser."""
+    def load_state(self, state: dict, folder: Path) -> None:
+        """Go on with what a checkpoint holds beyond model and optimiser: `extra_state`, and the files in its folder."""
         if self.reference is not None and state["reference"] is not None:
             probe = reference_probe(self.reference, self.args.device)
             check_reference(probe, state["reference"], logp_tolerance(self.accelerator, self.model))
@@ -388,7 +379,7 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
             self.buffer = RolloutBuffer.from_state(state["buffer"], self.args.seed, processes=self.ranks.count)
         check_position(self.buffer, self.state.global_step, self.args.steps_per_rollout)
         if self.critic is not None:
-            self.critic.load(self.resume_folder)
+            self.critic.load(folder)
 
     def save_further_files(self, folder: Path) -> None:
         if self.critic is not None:

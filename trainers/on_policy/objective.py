@@ -3,9 +3,18 @@
 from torch import Tensor
 
 from align.objectives import kl
-from align.objectives.policy_loss import PolicyLoss, clipped_policy_loss
-from align.objectives.rollout_correction import importance_weights, log_ratios
+from align.objectives.policy_loss import PolicyLoss, RatioLevel, clipped_policy_loss
+from align.objectives.rollout_correction import Outside, importance_weights, log_ratios
 from align.trainers.on_policy.config import OnPolicyConfig
+
+# by the values of the options importance_sampling_level and rollout_correction
+LEVELS: dict[str, RatioLevel] = {"token": "token", "sequence": "sequence", "sequence_mean": "sequence_mean"}
+CORRECTIONS: dict[str, tuple[RatioLevel, Outside]] = {
+    "token_truncate": ("token", "truncate"),
+    "token_mask": ("token", "mask"),
+    "sequence_truncate": ("sequence", "truncate"),
+    "sequence_mask": ("sequence", "mask"),
+}
 
 
 def policy_objective(
@@ -25,14 +34,19 @@ def policy_objective(
         clip_low=args.epsilon,
         clip_high=args.epsilon_high or args.epsilon,
         dual_clip=args.dual_clip,
-        ratio_level=args.importance_sampling_level,
+        ratio_level=LEVELS[args.importance_sampling_level],
     )
     losses = policy.losses
     if args.rollout_correction != "none":
-        level, outside = args.rollout_correction.split("_")
-        bounds = {"high": args.rollout_correction_high, "low": args.rollout_correction_low}
-        ratios = log_ratios(old_logps, batch["engine_logps"], mask)
-        losses = losses * importance_weights(ratios, mask, level=level, outside=outside, **bounds)
+        level, outside = CORRECTIONS[args.rollout_correction]
+        losses = losses * importance_weights(
+            log_ratios(old_logps, batch["engine_logps"], mask),
+            mask,
+            level=level,
+            outside=outside,
+            high=args.rollout_correction_high,
+            low=args.rollout_correction_low,
+        )
     if args.kl_in == "loss" and kl_coefficient:
         losses = losses + kl_coefficient * getattr(kl, args.kl_estimator)(logps, batch["ref_logps"])
     return losses, policy

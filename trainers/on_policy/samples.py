@@ -8,6 +8,7 @@ from align.data.ending import written_text
 from align.data.formats import columns_of
 from align.data.tokenize import tokenize_prompts
 from align.errors import RolloutError
+from align.objectives.kl import masked_sum
 from align.rollout.types import Completion
 
 
@@ -93,6 +94,12 @@ def completion_masks(samples: list[Sample]) -> torch.Tensor:
 def sampling_logps(samples: list[Sample]) -> torch.Tensor:
     """Log-probs of the policy that sampled, [N, L]: the trainer's where it has computed them, else the engine's."""
     return completion_matrix(samples, "old_logps" if samples[0].old_logps is not None else "engine_logps")
+
+
+def sequence_kl(samples: list[Sample]) -> torch.Tensor:
+    """log pi - log ref of each completion under the policy that sampled, k1 of its KL: [N], nats."""
+    log_ratios = sampling_logps(samples) - completion_matrix(samples, "ref_logps")
+    return masked_sum(log_ratios, completion_masks(samples))
 
 
 def scatter(samples: list[Sample], name: str, values: torch.Tensor) -> None:

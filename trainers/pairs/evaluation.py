@@ -12,11 +12,12 @@ CHOSEN, REJECTED = "rewards/chosen", "rewards/rejected"
 class PairEvaluator:
     """Lines up the numbers of an evaluation's batches for transformers, and keeps them.
 
-    values: of the last evaluation or prediction, a number per pair [N] by metric, in the order of the dataset.
+    values: of the last evaluation or prediction, a number per pair [N] by metric, in the order of the dataset;
+    empty before the first one.
     """
 
     def __init__(self):
-        self.values: dict[str, np.ndarray] | None = None
+        self.values: dict[str, np.ndarray] = {}
         self._names: tuple[str, ...] = ()
 
     def columns(self, values: dict[str, Tensor]) -> Tensor:

@@ -14,10 +14,12 @@ from contextlib import contextmanager, nullcontext
 from itertools import islice
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import Trainer
 
 from align.errors import TrainingError
+from align.modeling.types import Model
 from align.objectives.pair_losses import PairLosses
 from align.trainers.core.trainer import TrainerMixin
 from align.trainers.pairs.config import PairConfig
@@ -34,9 +36,12 @@ class PairTrainer(TrainerMixin, Trainer):
     """What the number of a completion is called in tables and figures."""
     planner: MicroBatchPlanner
 
+    args: PairConfig
+    eval_dataset: Dataset | None
+
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         args: PairConfig,
         data: PairData,
         train_dataset,
@@ -81,8 +86,8 @@ class PairTrainer(TrainerMixin, Trainer):
         groups = [] if self.finished else [batch.rows for batch in islice(epoch_iterator, num_batches)]
         if not groups:
             return [], None
-        if self.state.global_step == self.resume_step:
-            self.restore_state(self.resume_state)
+        if self.resumed is not None and self.state.global_step == self.resumed.step:
+            self.restore_state(self.resumed.state)
         step = self.planner.plan(groups, self._gather_counts)
         return step.in_lists(len(groups)), step.pairs
 
@@ -196,6 +201,7 @@ class PairTrainer(TrainerMixin, Trainer):
 
     def log_pairs(self) -> None:
         """Send pairs of the evaluation set and the distribution of their rewards to the trackers."""
+        assert self.eval_dataset is not None  # it has just been evaluated
         chosen, rejected = self.evaluator.values[CHOSEN], self.evaluator.values[REJECTED]
         shown = {"name": self.reward_name, "step": self.state.global_step}
         rows = self.eval_dataset.select(range(min(self.args.num_logged_pairs, len(self.eval_dataset))))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from accelerate.utils import broadcast_object_list
+from datasets import Dataset
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import set_seed
@@ -19,6 +20,7 @@ from align.modeling.load import Reference, disable_dropout, load_policy, load_to
 from align.modeling.logprobs import language_model
 from align.modeling.pairs import PairTokens, pair_tokens
 from align.modeling.prefix_support import enable_shared_prefix
+from align.modeling.types import Model
 from align.objectives.pair_losses import PairLosses
 from align.trainers.core.batching import CheckSharedRows, autocast_dtype, resolve_layout
 from align.trainers.core.reference_checks import (
@@ -53,19 +55,29 @@ class PreferenceTrainer(PairTrainer):
     """
 
     _tag_names = ["align", "preference"]
+    args: PreferenceConfig
 
     # ---- what a method says of its losses ---------------------------------------------------------------------------
 
     columns: tuple[str, ...] = ()
     """Numeric columns of the dataset that go into the batch as float32 tensors [B, ...]."""
-    needs_reference = True
-    """False: no reference is loaded, and `losses` gets None for it. May be a property that looks at `self.args`."""
-    needs_reference_model = False
-    """True: `forward` takes more from the reference than the log-probs of the tokens, so that these alone, computed
-    beforehand, are not enough."""
-    across_pairs = False
-    """True: the loss of a pair depends on the others of its batch. A micro-batch is then exactly one per-device batch
-    of `per_device_train_batch_size` pairs, in the order of the data."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """False: no reference is loaded, and `losses` gets None for it."""
+        return True
+
+    @property
+    def needs_reference_model(self) -> bool:
+        """True: `forward` takes more from the reference than the log-probs of the tokens, so that these alone, computed
+        beforehand, are not enough."""
+        return False
+
+    @property
+    def across_pairs(self) -> bool:
+        """True: the loss of a pair depends on the others of its batch. A micro-batch is then exactly one per-device
+        batch of `per_device_train_batch_size` pairs, in the order of the data."""
+        return False
 
     def losses(self, policy: PairTokens, reference: PairTokens | None, batch: dict[str, Tensor]) -> PairLosses:
         """The losses of the pairs [B], whose mean is trained on, their rewards and what else to log."""
@@ -85,12 +97,12 @@ class PreferenceTrainer(PairTrainer):
 
     def __init__(
         self,
-        model: str | nn.Module,
+        model: str | Model,
         args: PreferenceConfig,
         train_dataset,
         eval_dataset=None,
         processing_class=None,
-        ref_model: str | nn.Module | None = None,
+        ref_model: str | Model | None = None,
         peft_config=None,
         callbacks=None,
         optimizers=(None, None),
@@ -99,14 +111,14 @@ class PreferenceTrainer(PairTrainer):
         self.args = args
         ref_model = self._reference_given(ref_model)
         set_seed(args.seed)  # a new adapter is drawn at random
-        model = load_policy(model, peft_config=peft_config, sharded=True)
+        policy = load_policy(model, peft_config=peft_config, sharded=True)
         if args.disable_dropout:
-            disable_dropout(model)
+            disable_dropout(policy)
         self.check_start = ref_model is None
         data = PairData(
             processing_class, args.max_length, args.max_bad_share, self.columns, further=self.prepare_dataset
         )
-        super().__init__(model, args, data, train_dataset, eval_dataset, callbacks, optimizers)
+        super().__init__(policy, args, data, train_dataset, eval_dataset, callbacks, optimizers)
         ref_model = load_reference(ref_model, self.model)
         models = [self.model] if ref_model is None else [self.model, ref_model]
         # before a reference is copied from the policy
@@ -126,7 +138,7 @@ class PreferenceTrainer(PairTrainer):
         if self.needs_reference:
             self._set_up_reference(ref_model)
 
-    def _reference_given(self, ref_model: str | nn.Module | None) -> str | nn.Module | None:
+    def _reference_given(self, ref_model: str | Model | None) -> str | Model | None:
         """The model that serves as reference if one is named; ConfigError for options that would be ignored."""
         args = self.args
         if ref_model is not None and args.ref_model_name_or_path is not None:
@@ -148,36 +160,44 @@ class PreferenceTrainer(PairTrainer):
             )
         return ref_model
 
-    def _set_up_reference(self, ref_model: nn.Module | None) -> None:
+    def _set_up_reference(self, ref_model: Model | None) -> None:
         """Before the first step, while the policy is what it starts as."""
         args, sharded = self.args, self.is_fsdp_enabled or self.is_deepspeed_enabled
         once = args.precompute_ref_log_probs
-        self.reference = make_reference(self.model, ref_model, for_one_pass=once and not sharded)
+        reference = self.reference = make_reference(self.model, ref_model, for_one_pass=once and not sharded)
+        cache = None
         if once:
             if self.is_deepspeed_enabled and self.accelerator.deepspeed_plugin.zero_stage == 3:
                 raise ConfigError("precompute_ref_log_probs does not work under ZeRO-3: use fsdp2, or a live reference")
             # where weights are sharded, only the main process may have them all
-            mark = weights_mark(self.reference.model, frozen_only=self.reference.adapter_off)
-            self.reference_cache = ReferenceCache(
+            mark = weights_mark(reference.model, frozen_only=reference.adapter_off)
+            cache = self.reference_cache = ReferenceCache(
                 args.ref_log_probs_dir or Path(args.output_dir) / "ref_log_probs",
                 broadcast_object_list([mark])[0],
                 f"{self.accelerator.mixed_precision} {language_model(self.model).dtype}",
             )
-        prepare_reference(self.reference, self.model, self.accelerator)
-        if once:
-            self.train_dataset = self._with_reference(self.train_dataset, "train", args.train_batch_size)
+        prepare_reference(reference, self.model, self.accelerator)
+        if cache is not None:
+            self.train_dataset = self._with_reference(self.train_dataset, cache, "train", args.train_batch_size)
             if self.eval_dataset is not None:
-                self.eval_dataset = self._with_reference(self.eval_dataset, "eval", args.eval_batch_size)
-            if not self.reference.adapter_off:
+                self.eval_dataset = self._with_reference(self.eval_dataset, cache, "eval", args.eval_batch_size)
+            if not reference.adapter_off:
                 self.reference = None  # what it was for is on disk
 
     # ---- the reference ----------------------------------------------------------------------------------------------
 
     @property
-    def ref_model(self) -> nn.Module | None:
+    def ref_model(self) -> Model | None:
         """The reference's own model; None where it is the policy with its adapter off, or where there is none (any
         more), as in TRL."""
         return None if self.reference is None or self.reference.adapter_off else self.reference.model
+
+    @property
+    def held_reference(self) -> Reference:
+        """`reference` of a method that always has one; TrainingError where it is gone or was never made."""
+        if self.reference is None:
+            raise TrainingError(f"{type(self).__name__} holds no reference: its log-probs were computed beforehand")
+        return self.reference
 
     def reference_tokens(self, batch: dict[str, Tensor]) -> PairTokens:
         """The reference's tokens of a batch, without gradient: computed, or as they were computed beforehand."""
@@ -187,7 +207,9 @@ class PreferenceTrainer(PairTrainer):
             return self._live_tokens(batch)
 
     def _live_tokens(self, batch: dict[str, Tensor]) -> PairTokens:
-        return live_tokens(self.reference, batch, chunk_size=self.args.chunk_size, autocast=self.accelerator.autocast)
+        return live_tokens(
+            self.held_reference, batch, chunk_size=self.args.chunk_size, autocast=self.accelerator.autocast
+        )
 
     def prepare_other(self, dataset):
         dataset = super().prepare_other(dataset)
@@ -198,9 +220,9 @@ class PreferenceTrainer(PairTrainer):
                 "precompute_ref_log_probs: the reference is not kept after set-up, so other pairs than the trainer's "
                 "own eval_dataset cannot be evaluated"
             )
-        return self._with_reference(dataset, "eval", self.args.eval_batch_size)
+        return self._with_reference(dataset, self.reference_cache, "eval", self.args.eval_batch_size)
 
-    def _with_reference(self, dataset, name: str, batch_size: int):
+    def _with_reference(self, dataset: Dataset, cache: ReferenceCache, name: str, batch_size: int) -> Dataset:
         """With the reference's log-probs, from the cache or computed."""
         args = self.args
         pairs, world = args.precompute_ref_batch_size or batch_size, args.world_size
@@ -221,7 +243,7 @@ class PreferenceTrainer(PairTrainer):
                     progress=progress,
                 )
 
-        return self.reference_cache.add_to(dataset, name, compute)
+        return cache.add_to(dataset, name, compute)
 
     # ---- loss -------------------------------------------------------------------------------------------------------
 

@@ -38,7 +38,7 @@ def mark_of(dataset, weights: str, precision: str) -> str:
     digest = hashlib.blake2b(f"{weights} {precision}".encode(), digest_size=8)
     for column in IDS:
         for values in flat_column(dataset, column):
-            digest.update(values)
+            digest.update(values.data)
     return digest.hexdigest()
 
 

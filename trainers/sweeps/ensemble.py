@@ -59,11 +59,11 @@ def train_reward_ensemble(
     train_dataset = data.prepare(train_dataset, "train")
     if eval_dataset is not None:
         eval_dataset = data.prepare(eval_dataset, "eval")
-    data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "processing_class": processing_class}
+    given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "processing_class": processing_class}
     folder, names = Path(args.output_dir), [f"member_{i}" for i in range(members)]
     if kind == "separate":
         for i in range(members) if member is None else [member]:
-            _train_one(str(model), args, folder / names[i], i, data, peft_config, callbacks, resume)
+            _train_one(str(model), args, folder / names[i], i, given, peft_config, callbacks, resume)
         if not all(map(_whole, (folder / name for name in names))):
             return folder
     elif resume and (folder / FILE_NAME).exists():
@@ -71,7 +71,7 @@ def train_reward_ensemble(
         return folder
     else:
         joint = _joint_model(str(model), args, processing_class, members, kind, upper_layers, train_trunk, peft_config)
-        trainer = JointRewardTrainer(joint, args, **data, callbacks=callbacks)
+        trainer = JointRewardTrainer(joint, args, **given, callbacks=callbacks)
         trainer.train(resume_from_checkpoint=resume and newest_whole(folder) is not None)
         if trainer.args.should_save:
             _save_joint(trainer, kind, folder, names, peft_config)

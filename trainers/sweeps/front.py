@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -73,18 +74,21 @@ def train_front(
     margins = MarginRewards(reward, processing_class, args.margin_folder)
     objectives = [args.objective, *margins.names]
     start = model_name if callable(model) else str(model)
+    assert margins.rewards is not None  # not freed yet
     last = margin_policy(margins.rewards, start, args, peft_config)
     vectors = sweep_weights(objectives, args, 0.1 if last is None else 0.0)
     if vectors[-1][args.objective] > 0:
         last = None
     elif last is None:
         raise ConfigError(NO_LAST_POLICY.format(start=start, beta=args.beta))
-    limits = {"max_length": args.max_length, "max_bad_share": args.max_bad_share}
-    train_dataset = numbered_pairs(train_dataset, processing_class, **limits)
+    tokenized = partial(
+        numbered_pairs, tokenizer=processing_class, max_length=args.max_length, max_bad_share=args.max_bad_share
+    )
+    train_dataset = tokenized(train_dataset)
     started = time.perf_counter()
     margins.add_to(train_dataset)  # kept on disk, where every point finds them
     if eval_dataset is not None:
-        eval_dataset = numbered_pairs(eval_dataset, processing_class, **limits)
+        eval_dataset = tokenized(eval_dataset)
         margins.add_to(eval_dataset)
     seconds = {"margin rewards": time.perf_counter() - started}
 
@@ -267,7 +271,7 @@ def margin_policy(rewards: list[Reward], start: str | None, args: MODPOConfig, p
     if others or not isinstance(reward, ImplicitReward) or reward.beta != args.beta:
         return None
     policy, reference = reward.model_folders
-    if None in (policy, reference, start) or not Path(policy).is_dir():
+    if policy is None or reference is None or start is None or not Path(policy).is_dir():
         return None
     adapter = (Path(policy) / "adapter_config.json").exists()
     same_start = reference == start or Path(reference).resolve() == Path(start).resolve()

@@ -32,7 +32,7 @@ class JointRewardTrainer(RewardTrainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ConfigError("members that share a model train in one process or with DDP: drop FSDP and DeepSpeed")
         self.count = next(len(module.members) for module in model.modules() if isinstance(module, Members))
-        self.normalizers: list[Normalizer] | None = None
+        self.normalizers: list[Normalizer] = []
 
     def _cannot_share(self) -> str | None:
         return "it holds several members"

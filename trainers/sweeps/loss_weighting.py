@@ -59,6 +59,7 @@ class LossWeightingTrainer(PreferenceTrainer):
 
     _tag_names = ["align", "dpo-loss-weighting"]
     columns = (PAIR_WEIGHT,)
+    args: LossWeightingConfig
 
     def __init__(
         self,
@@ -70,19 +71,23 @@ class LossWeightingTrainer(PreferenceTrainer):
     ):
         processing_class = processing_class or load_tokenizer(model)
         others = [name for name in train_dataset if name != args.objective]
-        args.weights_of(others)
-        mixed = mix(tokenized_sets(train_dataset, processing_class, args), args.weights)
+        weight, rest = args.weights_of(others)
+        weights = dict(zip([args.objective, *others], [weight, *rest], strict=True))
+        mixed = mix(tokenized_sets(train_dataset, processing_class, args), weights)
         super().__init__(model, args, mixed, None, processing_class, **kwargs)
 
-    def losses(self, policy: PairTokens, reference: PairTokens, batch: dict[str, Tensor]) -> PairLosses:
+    def losses(self, policy: PairTokens, reference: PairTokens | None, batch: dict[str, Tensor]) -> PairLosses:
+        assert reference is not None  # needs_reference
         rewards = self.args.beta * (policy.logps - reference.logps).sum(-1)
         chosen, rejected = rewards.chunk(2)
         return PairLosses(batch[PAIR_WEIGHT] * modpo_loss(chosen, rejected), chosen, rejected)
 
 
 def tokenized_sets(datasets: dict, tokenizer, args: PreferenceConfig) -> dict:
-    limits = {"max_length": args.max_length, "max_bad_share": args.max_bad_share}
-    return {name: numbered_pairs(dataset, tokenizer, **limits) for name, dataset in datasets.items()}
+    return {
+        name: numbered_pairs(dataset, tokenizer, max_length=args.max_length, max_bad_share=args.max_bad_share)
+        for name, dataset in datasets.items()
+    }
 
 
 def mix(datasets: dict, weights: dict[str, float]):
