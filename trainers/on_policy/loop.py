@@ -127,7 +127,12 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
         self.ranks, self.metrics = Ranks(self.accelerator), OnPolicyMetrics(self.recorder)
         self._make_passes()
         self._make_rollouts(engine)
-        self.search = make_search(self)
+        has_gold, sharded = self.gold is not None and eval_dataset is not None, self.ranks.sharded
+        self.search = make_search(
+            args, self.weighting, self.model, has_gold=has_gold, sharded=sharded, on_restore=self.engine.forget
+        )
+        if self.search is not None:
+            self.add_callback(self.search)
         if self.critic is not None:
             self.add_callback(CriticStep(self.critic))
 

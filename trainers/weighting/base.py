@@ -89,6 +89,14 @@ class Weighting(ABC):
         returns what to log."""
         return {}
 
+    def set_thresholds(self, thresholds: dict[str, float]) -> None:
+        """Of a weighting with thresholds: go on with others, by the name of the reward; what was learned stays."""
+        raise ConfigError(f"{type(self).__name__} has no thresholds")
+
+    def restart(self) -> None:
+        """Of a weighting with thresholds: forget what was learned, for a policy that starts again."""
+        raise ConfigError(f"{type(self).__name__} has no thresholds")
+
     def state_dict(self) -> dict:
         return {"flat": dict(self.flat)}
 

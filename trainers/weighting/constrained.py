@@ -57,10 +57,9 @@ class Constrained(Weighting):
         """Learn from the value of every constrained reward; returns what to log."""
 
     def restart(self) -> None:
-        """Forget what was learned, for a policy that starts again; the thresholds stay."""
+        """As above; here nothing is learned yet."""
 
     def set_thresholds(self, thresholds: dict[str, float]) -> None:
-        """Go on with other thresholds, by the name of the reward; the multipliers stay where they are."""
         self.constraints[:] = [
             Constraint(c.reward, c.direction, thresholds.get(c.reward, c.threshold)) for c in self.constraints
         ]

@@ -7,15 +7,19 @@ evaluation set must be a validation set: the search selects on it, and only othe
 
 import json
 import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import TrainerCallback
 
 from align.errors import ConfigError
 from align.objectives.nelder_mead import NelderMead, random_simplex
+from align.trainers.weighting.base import Weighting
 from align.trainers.weighting.sections import SearchSection
 
 logger = logging.getLogger(__name__)
@@ -58,14 +62,65 @@ def _does_not_fit(args: Any, options: SearchSection) -> str | None:
     return None
 
 
-class ThresholdSearch(TrainerCallback):
-    """Runs the search at the trainer's evaluations, and ends the run with it. Its state is a part of checkpoints."""
+class StartPolicy:
+    """The trained weights of a policy as they are when this is made, to go back to.
 
-    def __init__(self, trainer, options: SearchSection):
-        self.trainer, self.options = trainer, options
+    Args:
+        on_restore: called after the weights have changed, for whatever has a copy of them (the rollout engine).
+    """
+
+    def __init__(self, model: nn.Module, on_restore: Callable[[], None]):
+        self.weights = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
+        self.on_restore = on_restore
+
+    @torch.no_grad()
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Back to the start, with a fresh optimiser."""
+        for name, parameter in model.named_parameters():
+            if name in self.weights:
+                parameter.copy_(self.weights[name])
+        optimizer.state.clear()
+        self.on_restore()
+
+
+@dataclass
+class Stretch:
+    """A stretch of training: the thresholds it was trained for, the rewards and the gold score at its end, whether the
+    rewards were within the tolerance there, and its optimiser steps."""
+
+    thresholds: dict[str, float]
+    values: dict[str, float]
+    gold: float
+    met: bool
+    steps: int
+
+
+class ThresholdSearch(TrainerCallback):
+    """Runs the search at the evaluations of a training run, and ends the run with it.
+
+    It looks at the metrics `eval_gold` and `eval_rewards/<name>` of evaluations between `on_train_begin` and
+    `on_train_end`. Its state is a part of checkpoints.
+
+    Args:
+        weighting: whose thresholds are moved.
+        seed: of the first simplex.
+        folder: where threshold_search.json is written; None on a process that writes and logs nothing.
+        start: with `restore`, what every stretch but the first goes back to; the critic of PPO goes on.
+    """
+
+    def __init__(
+        self,
+        options: SearchSection,
+        weighting: Weighting,
+        *,
+        seed: int,
+        folder: Path | None,
+        start: StartPolicy | None = None,
+    ):
+        self.options, self.weighting, self.folder, self.start = options, weighting, folder, start
         spans = {name: options.reached[name] - low for name, low in options.start.items()}
         self.search = NelderMead(
-            random_simplex(options.start, options.reached, np.random.default_rng(trainer.args.seed)),
+            random_simplex(options.start, options.reached, np.random.default_rng(seed)),
             budget=options.budget,
             tolerance=options.convergence,
             cache_tolerance=None
@@ -74,11 +129,17 @@ class ThresholdSearch(TrainerCallback):
         )
         self.point: dict[str, float] | None = None  # being trained for
         self.began = 0
-        self.stretches: list[dict] = []
-        self.first = self._snapshot() if options.restore else None
+        self.stretches: list[Stretch] = []
+        self.training = False
 
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        if not self.trainer.is_in_train or "eval_gold" not in metrics:
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.training = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.training = False
+
+    def on_evaluate(self, args, state, control, metrics, model=None, optimizer=None, **kwargs):
+        if not self.training or "eval_gold" not in metrics:
             return  # an evaluation of the user's
         values = {name: metrics[f"eval_rewards/{name}"] for name in self.options.start}
         if self.point is not None:
@@ -86,52 +147,29 @@ class ThresholdSearch(TrainerCallback):
             steps = state.global_step - self.began
             if not all(near.values()) and steps < self.options.steps:
                 return
-            self._tell(values, metrics["eval_gold"], all(near.values()), steps)
-        self._ask(state, control)
+            self._tell(Stretch(self.point, values, metrics["eval_gold"], all(near.values()), steps))
+        self.point, self.began = self.search.ask(), state.global_step
+        self.weighting.set_thresholds(self.search.best[0] if self.point is None else self.point)
+        if self.point is None:
+            control.should_training_stop = True
+        elif self.start is not None and self.stretches:
+            self.start.restore(model, optimizer)
+            self.weighting.restart()
 
-    def _tell(self, values: dict[str, float], gold: float, met: bool, steps: int) -> None:
-        self.search.tell(self.point, gold)
-        self.stretches.append({"thresholds": self.point, "values": values, "gold": gold, "met": met, "steps": steps})
-        best, score = self.search.best
-        if not self.trainer.is_world_process_zero():
+    def _tell(self, stretch: Stretch) -> None:
+        self.search.tell(stretch.thresholds, stretch.gold)
+        self.stretches.append(stretch)
+        if self.folder is None:
             return
+        best, score = self.search.best
         logger.info(
             "threshold search, stretch %d of %d: %s %s after %d steps (%s), gold %.4g; best so far %.4g at %s",
-            len(self.stretches), self.options.budget, _text(self.point), "met" if met else "not met", steps,
-            _text(values), gold, score, _text(best),
+            len(self.stretches), self.options.budget, _text(stretch.thresholds), "met" if stretch.met else "not met",
+            stretch.steps, _text(stretch.values), stretch.gold, score, _text(best),
         )  # fmt: skip
-        content = {"best": {"thresholds": best, "gold": score}, "stretches": self.stretches}
-        Path(self.trainer.args.output_dir).mkdir(parents=True, exist_ok=True)
-        (Path(self.trainer.args.output_dir) / FILE_NAME).write_text(json.dumps(content, indent=2) + "\n")
-
-    def _ask(self, state, control) -> None:
-        self.point, self.began = self.search.ask(), state.global_step
-        if self.point is None:
-            self.trainer.weighting.set_thresholds(self.search.best[0])
-            control.should_training_stop = True
-            return
-        self.trainer.weighting.set_thresholds(self.point)
-        if self.options.restore and self.stretches:
-            self._restore()
-
-    # ---- back to the first policy -----------------------------------------------------------------------------------
-
-    def _snapshot(self) -> dict[str, torch.Tensor]:
-        kind = str(self.trainer.accelerator.distributed_type).rpartition(".")[2]
-        if kind in ("FSDP", "DEEPSPEED"):
-            raise ConfigError(f"threshold_search.restore works with DDP or in one process, not under {kind}")
-        return {n: p.detach().cpu().clone() for n, p in self.trainer.model.named_parameters() if p.requires_grad}
-
-    @torch.no_grad()
-    def _restore(self) -> None:
-        """The first policy with a fresh optimiser and fresh multipliers; the critic of PPO goes on."""
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        for name, parameter in model.named_parameters():
-            if name in self.first:
-                parameter.copy_(self.first[name])
-        self.trainer.optimizer.state.clear()
-        self.trainer.weighting.restart()
-        self.trainer.engine.forget()  # it has the weights from before
+        content = {"best": {"thresholds": best, "gold": score}, "stretches": [asdict(s) for s in self.stretches]}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / FILE_NAME).write_text(json.dumps(content, indent=2) + "\n")
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -140,27 +178,48 @@ class ThresholdSearch(TrainerCallback):
             "search": self.search.state_dict(),
             "point": self.point,
             "began": self.began,
-            "stretches": list(self.stretches),
+            "stretches": [asdict(stretch) for stretch in self.stretches],
         }
 
     def load_state_dict(self, state: dict) -> None:
         self.search.load_state_dict(state["search"])
-        self.point, self.began, self.stretches = state["point"], state["began"], state["stretches"]
-        self.trainer.weighting.set_thresholds(self.point or self.search.best[0])
+        self.point, self.began = state["point"], state["began"]
+        self.stretches = [Stretch(**stretch) for stretch in state["stretches"]]
+        self.weighting.set_thresholds(self.point or self.search.best[0])
 
 
-def make_search(trainer) -> ThresholdSearch | None:
-    """The search that the trainer's configuration asks for, added to its callbacks."""
-    options = check_search(trainer.args)
+def make_search(
+    args: Any,
+    weighting: Weighting,
+    model: nn.Module,
+    *,
+    has_gold: bool,
+    sharded: bool,
+    on_restore: Callable[[], None],
+) -> ThresholdSearch | None:
+    """The search that a configuration (`OnPolicyConfig`) asks for, None without; ConfigError where it cannot be run.
+
+    Args:
+        model: the policy before its first step.
+        has_gold: whether evaluations measure a gold score. sharded: whether no process holds whole weights.
+        on_restore: as `StartPolicy` takes it.
+    """
+    options = check_search(args)
     if options is None:
         return None
-    if trainer.gold is None or trainer.eval_dataset is None:
+    if not has_gold:
         raise ConfigError(
             "threshold_search needs a gold_reward, which it maximises, and validation prompts as the evaluation set"
         )
-    search = ThresholdSearch(trainer, options)
-    trainer.add_callback(search)
-    return search
+    if options.restore and sharded:
+        raise ConfigError("threshold_search.restore works with DDP or in one process, not under FSDP or DeepSpeed")
+    return ThresholdSearch(
+        options,
+        weighting,
+        seed=args.seed,
+        folder=Path(args.output_dir) if args.process_index == 0 else None,
+        start=StartPolicy(model, on_restore) if options.restore else None,
+    )
 
 
 def _text(values: dict[str, float]) -> str:

@@ -4,9 +4,13 @@ import json
 
 import pytest
 import torch
+from transformers import TrainerControl, TrainerState
 
 from align.data import toy
 from align.errors import ConfigError
+from align.trainers.weighting.base import FixedWeights
+from align.trainers.weighting.search import StartPolicy, ThresholdSearch
+from align.trainers.weighting.sections import SearchSection
 from tests.trainers.tiny_runs import assert_same, logged, on_policy, parameters, prompts
 
 HELD = [{"reward": "polite", "direction": "equal", "threshold": 0.2}]
@@ -68,6 +72,56 @@ def test_every_stretch_can_start_from_the_first_policy(policy, tmp_path):
     for step, stretch in zip((0, 2, 4), found(tmp_path)["stretches"], strict=True):
         error = stretch["thresholds"]["polite"] - values[step]
         assert raw[step] == pytest.approx(1.1 * error, rel=1e-4)  # the first step of a fresh controller
+
+
+class Thresholds(FixedWeights):
+    """Remembers what is set, and how often it is restarted."""
+
+    def __init__(self):
+        super().__init__(["polite"], [1.0])
+        self.set, self.restarts = [], 0
+
+    def set_thresholds(self, thresholds):
+        self.set.append(thresholds["polite"])
+
+    def restart(self):
+        self.restarts += 1
+
+
+def test_a_search_needs_no_trainer(tmp_path):
+    """Driven by the metrics of evaluations alone: here the policy reaches any threshold within two steps, and the gold
+    score is best at 0.5."""
+    model, weighting, pushes = torch.nn.Linear(1, 1, bias=False), Thresholds(), []
+    optimizer, begin = torch.optim.Adam(model.parameters()), model.weight.item()
+    options = SearchSection(**SEARCH, restore=True, cache=None)
+    start = StartPolicy(model, lambda: pushes.append(model.weight.item()))
+    search = ThresholdSearch(options, weighting, seed=0, folder=tmp_path, start=start)
+    state, control = TrainerState(), TrainerControl()
+
+    def evaluate(value):
+        metrics = {"eval_gold": 1 - abs(value - 0.5), "eval_rewards/polite": value}
+        search.on_evaluate(None, state, control, metrics, model=model, optimizer=optimizer)
+
+    evaluate(0.3)
+    assert not weighting.set  # not in training
+    search.on_train_begin(None, state, control)
+    evaluate(0.0)
+    while not control.should_training_stop:
+        threshold = weighting.set[-1]
+        for value in (threshold / 2, threshold):
+            model.weight.grad = torch.ones(1, 1)
+            optimizer.step()
+            state.global_step += 1
+            evaluate(value)
+    stretches, best = found(tmp_path)["stretches"], found(tmp_path)["best"]
+    assert [s["thresholds"]["polite"] for s in stretches] == weighting.set[:-1] and len(stretches) == 4
+    assert all(s["met"] and s["steps"] == 2 for s in stretches) and state.global_step == 8
+    assert (
+        best["gold"] == max(1 - abs(t - 0.5) for t in weighting.set)
+        and weighting.set[-1] == best["thresholds"]["polite"]
+    )
+    assert weighting.restarts == 3 and pushes == [begin] * 3
+    assert optimizer.state[model.weight]["step"] == 2  # Adam's, begun anew with the last stretch
 
 
 def test_a_search_resumes_exactly(policy, tmp_path):
