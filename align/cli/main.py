@@ -19,6 +19,7 @@ TOOLS = {
     "configs": "align.cli.configs",
     "schema": "align.cli.schema",
     "quickstart": "align.cli.quickstart",
+    "export": "align.cli.export",
     "masks": "align.cli.masks",
     "reward-eval": "align.cli.reward_eval",
     "bon": "align.cli.bon",

@@ -131,18 +131,9 @@ def check_stack(model: Model, config) -> None:
         problem = "merging it into quantised weights rounds most of it away"
     if problem:
         raise ConfigError(
-            f"the adapter {start.folder} cannot be trained on with a second one: {problem}. Save it merged first "
-            "(align.modeling.adapters.save_merged), and start from that folder"
+            f"the adapter {start.folder} cannot be trained on with a second one: {problem}. Merge it first "
+            f"(`align export {start.folder} --to DIR`), and start from that folder"
         )
-
-
-def save_merged(source: str | Path, folder: str | Path, *, dtype: str = "auto") -> Path:
-    """Save the policy of an adapter's folder as one whole model. dtype: of the weights; auto is the base's own."""
-    from align.modeling.load import load_policy, load_tokenizer
-
-    load_policy(source, dtype=dtype).save_pretrained(folder)
-    load_tokenizer(source).save_pretrained(folder)
-    return Path(folder)
 
 
 def finish_adapter(folder: str | Path, model: Model) -> None:

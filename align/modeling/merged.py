@@ -17,29 +17,55 @@ logger = logging.getLogger(__name__)
 
 def load_merged(auto_class, folder: str, options: dict, **head) -> Model:
     """The model that an adapter's folder stands for, trainable, with `adapter_start` set. head: as for `load_whole`."""
-    from peft import PeftConfig, PeftModel
-
-    base, task = adapter_base(folder), PeftConfig.from_pretrained(folder).task_type
-    load = load_merged if is_adapter(base) else load_whole
-    if head and task != "SEQ_CLS":  # an adapter of a language model under a new head
+    if head and _task(folder) != "SEQ_CLS":  # an adapter of a language model under a new head
         return _grafted(folder, options, head["head_seed"])
-    if not head and task == "SEQ_CLS":
-        raise ConfigError(f"{folder} is the adapter of a reward model, and a language model is needed here")
-    with only_errors_from_transformers():  # a head that the base lacks is the adapter's
-        model = load(auto_class, base, options, **({"head_seed": 0} if head else {}))
-        try:
-            adapted = PeftModel.from_pretrained(model, folder)
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ConfigError(f"cannot load the adapter {folder!r} on its base {base!r}: {reason}") from error
+    adapted, base = load_unmerged(auto_class, folder, options, **head)
     logger.info("%s holds an adapter of %s: it is merged into it", folder, base)
     probes = _weights_before(adapted)
-    model = adapted.merge_and_unload()
+    model = merge(adapted)
     _warn_of_rounding(folder, probes)
     for parameter in model.parameters():  # PEFT froze them under the adapter
         parameter.requires_grad_(parameter.is_floating_point())
     model.adapter_start = read_start(folder, base)
     return model
+
+
+def load_unmerged(auto_class, folder: str, options: dict, **head) -> tuple[nn.Module, str]:
+    """(the PEFT model of an adapter's folder, its base's folder or name). head: as for `load_whole`."""
+    from peft import PeftModel
+
+    base = adapter_base(folder)
+    load = load_merged if is_adapter(base) else load_whole
+    if not head and _task(folder) == "SEQ_CLS":
+        raise ConfigError(f"{folder} is the adapter of a reward model, and a language model is needed here")
+    with only_errors_from_transformers():  # a head that the base lacks is the adapter's
+        model = load(auto_class, base, options, **({"head_seed": 0} if head else {}))
+        try:
+            return PeftModel.from_pretrained(model, folder), base
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(f"cannot load the adapter {folder!r} on its base {base!r}: {reason}") from error
+
+
+def merge(adapted: nn.Module) -> Model:
+    """The plain model of a PEFT model. Input and output embeddings that share a weight are parted first where one of
+    them is adapted: PEFT adds the update to the shared weight, and so to both."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    core = adapted.get_base_model()
+    ends = core.get_input_embeddings(), core.get_output_embeddings()
+    layers = [end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends]
+    adapted_ends = [isinstance(end, BaseTunerLayer) for end in ends]
+    if any(adapted_ends) and None not in ends and layers[0].weight is layers[1].weight:
+        layers[1].weight = nn.Parameter(layers[1].weight.detach().clone(), requires_grad=False)
+        core.config.get_text_config().tie_word_embeddings = core.config.tie_word_embeddings = False
+    return adapted.merge_and_unload()
+
+
+def _task(folder: str) -> str | None:
+    from peft import PeftConfig
+
+    return PeftConfig.from_pretrained(folder).task_type
 
 
 def _grafted(folder: str, options: dict, head_seed: int | None) -> nn.Module:

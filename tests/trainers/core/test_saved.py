@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from align.data import toy
 from align.errors import ConfigError, TrainingError
-from align.modeling.adapters import save_merged
+from align.modeling.export import export_model
 from align.modeling.load import load_policy, load_sequence_classifier
 from align.reward_models.build import build_reward
 from align.trainers.dpo import DPOTrainer
@@ -220,7 +220,7 @@ def test_what_is_no_sum_is_refused_and_saved_merged(policy, tmp_path):
     trainer = trained("sft", policy, tmp_path / "dora", lora(use_dora=True), learning_rate=1e-2)
     with pytest.raises(ConfigError, match="cannot be trained on with a second one: it uses use_dora"):
         make("dpo", str(tmp_path / "dora"), tmp_path / "dpo", lora())
-    save_merged(tmp_path / "dora", tmp_path / "merged")
+    export_model(tmp_path / "dora", tmp_path / "merged")
     torch.testing.assert_close(logits(load_policy(tmp_path / "merged")), logits(trainer.model), atol=2e-5, rtol=2e-5)
     assert_saved("dpo", trained("dpo", str(tmp_path / "merged"), tmp_path / "dpo", lora()), tmp_path / "dpo")
 

@@ -1,0 +1,40 @@
+"""`align export`: a trained model as a plain folder that transformers, vLLM and llama.cpp's converter load."""
+
+import argparse
+
+HELP = "a run as one plain model folder, its adapter merged, for transformers, vLLM and llama.cpp"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_or_model", metavar="RUN", help="a run's or checkpoint's folder, or a hub name")
+    add = parser.add_argument
+    add("--to", required=True, metavar="DIR", help="a new folder")
+    add(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the weights [auto: of the base model]",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from align.modeling.export import export_model, is_reward_model
+    from align.reward_models.export import copy_normalizer
+
+    found = export_model(args.run_or_model, args.to, dtype=args.dtype)
+    what = "log-probs"
+    if is_reward_model(found.folder):
+        what = "scores"
+        copy_normalizer(args.run_or_model, found.folder)
+    print(f"wrote {found.folder} in {found.dtype}")
+    print(
+        f"checked: merging changes the {what} of the run by {found.merge:.1g}, the files hold what was written to "
+        f"{found.files:.1g}"
+    )
+    print(
+        f"{found.dtype} changes them by {found.gap:.2g} on average over {found.compared} values, {found.largest:.2g} "
+        f"at most (an average of {found.bound:.2g} would be refused)"
+    )
+    if found.effect is not None:
+        print(f"the adapter itself changes them by {found.effect:.2g} on average")
+    return 0
