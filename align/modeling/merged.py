@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ def load_merged(auto_class, folder: str, options: dict, **head) -> Model:
     return model
 
 
-def load_unmerged(auto_class, folder: str, options: dict, **head) -> tuple[nn.Module, str]:
+def load_unmerged(auto_class, folder: str, options: dict, **head) -> tuple[Model, str]:
     """(the PEFT model of an adapter's folder, its base's folder or name). head: as for `load_whole`."""
     from peft import PeftModel
 
@@ -47,7 +48,7 @@ def load_unmerged(auto_class, folder: str, options: dict, **head) -> tuple[nn.Mo
             raise ConfigError(f"cannot load the adapter {folder!r} on its base {base!r}: {reason}") from error
 
 
-def merge(adapted: nn.Module) -> Model:
+def merge(adapted: Any) -> Model:
     """The plain model of a PEFT model. Input and output embeddings that share a weight are parted first where one of
     them is adapted: PEFT adds the update to the shared weight, and so to both."""
     from peft.tuners.tuners_utils import BaseTunerLayer
