@@ -3,7 +3,7 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ class RewardBatch:
     rows: the numbers of the dataset's rows that the prompts come from, for errors.
     ended: whether each completion ended by itself (its last token is then the one that ended it) or was cut; None: as
     its last token says, where the policy's tokenizer is known.
+    trainer_state: transformers' `TrainerState` in training, else None.
     """
 
     prompts: list
@@ -32,6 +33,7 @@ class RewardBatch:
     columns: dict[str, list] = field(default_factory=dict)
     rows: list[int] | None = None
     ended: list[bool] | None = None
+    trainer_state: Any = None
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -60,7 +62,7 @@ class RewardBatch:
             self.rows,
             self.ended,
         )
-        return RewardBatch(*map(_copied, parts))
+        return replace(RewardBatch(*map(_copied, parts)), trainer_state=self.trainer_state)
 
     def select(self, places: Sequence[int]) -> "RewardBatch":
         """The completions at `places`, in that order."""
@@ -76,6 +78,7 @@ class RewardBatch:
             columns={name: take(values) for name, values in self.columns.items()},
             rows=take(self.rows),
             ended=take(self.ended),
+            trainer_state=self.trainer_state,
         )
 
 
@@ -92,29 +95,62 @@ def _copied(value):
 @dataclass
 class RewardOutput:
     """scores: float32 [B], one per completion. extras: further float32 [B] tensors by name, logged beside the score
-    (an ensemble returns its members, its mean and its variance there)."""
+    (an ensemble returns its members, its mean and its variance there).
+
+    absent, failed: bool [B], completions that the reward does not apply to, and those that are to be left out because
+    it failed; None where there are none. Their scores are NaN. metrics: numbers by name to log, their mean. columns:
+    one text or number per completion, to be shown beside it.
+    """
 
     scores: torch.Tensor
     extras: dict[str, torch.Tensor] = field(default_factory=dict)
+    absent: torch.Tensor | None = None
+    failed: torch.Tensor | None = None
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    columns: dict[str, list] = field(default_factory=dict)
+
+    @property
+    def missing(self) -> torch.Tensor:
+        """Completions without a score, bool [B]."""
+        missing = torch.zeros(len(self.scores), dtype=torch.bool)
+        for some in (self.absent, self.failed):
+            missing = missing if some is None else missing | some
+        return missing
 
 
 class Reward(ABC):
-    """A named scorer. Subclasses implement `_score`; callers use `score`, which refuses made-up numbers."""
+    """A named scorer. Subclasses implement `_score`; callers use `score`, which refuses made-up numbers.
+
+    partial_extras: whether an extra may be NaN, for a completion that a part of the reward has no score for.
+    """
 
     name: str
+    partial_extras = False
 
     @abstractmethod
     def _score(self, batch: RewardBatch) -> RewardOutput: ...
 
-    def score(self, batch: RewardBatch) -> RewardOutput:
-        """Score a batch. Raises `RewardError` naming the reward and the rows on a wrong count or non-finite score."""
+    def score(self, batch: RewardBatch, *, partial: bool = False) -> RewardOutput:
+        """Score a batch. Raises `RewardError` naming the reward and the rows on a wrong count or non-finite score, and,
+        unless `partial`, on completions without a score (`RewardOutput.missing`)."""
         output = self._score(batch.copied())
-        for name, values in {"score": output.scores, **output.extras}.items():
+        columns = {"score": output.scores, **output.extras}
+        for name, values in columns.items():
             if values.shape != (len(batch),):
                 raise RewardError(
                     f"reward {self.name!r} returned {name} of shape {tuple(values.shape)} for {len(batch)} completions"
                 )
-            bad = torch.nonzero(~torch.isfinite(values)).flatten().tolist()
+        missing = output.missing
+        if missing.any() and not partial:
+            places = torch.nonzero(missing).flatten().tolist()
+            raise RewardError(
+                f"reward {self.name!r} has no score for {batch.row_names(places)}: it "
+                f"{'does not apply there (None)' if output.failed is None else 'failed there'}, and here every "
+                "completion needs one"
+            )
+        for name, values in columns.items():
+            may = missing | values.isnan() if self.partial_extras and values is not output.scores else missing
+            bad = torch.nonzero(~torch.isfinite(values) & ~may).flatten().tolist()
             if bad:
                 raise RewardError(
                     f"reward {self.name!r} returned a non-finite {name} ({values[bad[0]].item()}) for "

@@ -5,16 +5,21 @@ from collections.abc import Mapping, Sequence
 from functools import reduce
 from operator import add
 
+import torch
+
 from align.errors import ConfigError
 from align.reward_models.base import Reward, RewardBatch, RewardOutput
 
 
 class CompositeReward(Reward):
-    """sum_i weight_i * reward_i, unweighted columns as extras by name, their own extras as `<name>/<extra>`.
+    """sum_i weight_i * reward_i over those that apply to a completion, unweighted columns as extras by name, their own
+    extras as `<name>/<extra>`.
 
     Args:
         rewards: of any kind, each with a name of its own. weights: by name, each reward's; default: 1 for all.
     """
+
+    partial_extras = True
 
     def __init__(
         self, rewards: Sequence[Reward], weights: Mapping[str, float] | None = None, *, name: str = "composite"
@@ -36,9 +41,20 @@ class CompositeReward(Reward):
                 raise ConfigError(f"reward {name!r}: the weight of {key} must be a finite number, got {weight!r}")
 
     def _score(self, batch: RewardBatch) -> RewardOutput:
-        columns = {reward.name: reward.score(batch) for reward in self.rewards}
-        total = reduce(add, (self.weights[name] * output.scores for name, output in columns.items()))
+        columns = {reward.name: reward.score(batch, partial=True) for reward in self.rewards}
+        total = reduce(add, (self.weights[name] * output.scores.nan_to_num(0.0) for name, output in columns.items()))
         extras = {name: output.scores for name, output in columns.items()}
         for name, output in columns.items():
             extras |= {f"{name}/{key}": values for key, values in output.extras.items()}
-        return RewardOutput(total, extras)
+        failed = torch.stack([o.missing if o.absent is None else o.missing & ~o.absent for o in columns.values()]).any(
+            0
+        )
+        absent = torch.stack([output.missing for output in columns.values()]).all(0) & ~failed
+        return RewardOutput(
+            total.masked_fill(absent | failed, float("nan")),
+            extras,
+            absent=absent if absent.any() else None,
+            failed=failed if failed.any() else None,
+            metrics={f"{name}/{key}": v for name, output in columns.items() for key, v in output.metrics.items()},
+            columns={f"{name}/{key}": v for name, output in columns.items() for key, v in output.columns.items()},
+        )

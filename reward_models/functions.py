@@ -48,9 +48,14 @@ class UserFunction:
     def name(self) -> str:
         return self.source.rpartition(":")[2].rpartition(".")[2]
 
-    def select(self, available: dict[str, Any], reward: str) -> dict[str, Any]:
-        """The keyword arguments of one call. Raises `RewardError` naming the reward and what is missing."""
-        available = {**available, **self.arguments}
+    def select(
+        self, available: dict[str, Any], reward: str, named_only: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The keyword arguments of one call. Raises `RewardError` naming the reward and what is missing.
+
+        named_only: further ones, which `**kwargs` alone does not get; columns of the same name come first."""
+        named = {name: value for name, value in (named_only or {}).items() if name in self.accepts}
+        available = {**named, **available, **self.arguments}
         missing = sorted(self.required - available.keys())
         if missing:
             raise RewardError(
@@ -60,8 +65,11 @@ class UserFunction:
         return available if self.takes_all else {k: v for k, v in available.items() if k in self.accepts}
 
 
-def run_concurrently(calls: Sequence[Callable[[], Awaitable]], limit: int) -> list:
+def run_concurrently(calls: Sequence[Callable[[], Awaitable]], limit: int, seconds: float) -> list:
     """Await every call, at most `limit` at a time; results in order. The first exception cancels the rest.
+
+    seconds: that all of them may take together; a function that blocks the loop instead of awaiting passes them, which
+    is a `RewardError`.
 
     All calls of a process share one event loop in a thread of its own, so that clients which users keep between calls
     stay on their loop, and so that this works where a loop runs already (notebooks).
@@ -83,7 +91,15 @@ def run_concurrently(calls: Sequence[Callable[[], Awaitable]], limit: int) -> li
 
     future = asyncio.run_coroutine_threadsafe(together(), _loop(os.getpid()))
     try:
-        return future.result()
+        return future.result(timeout=seconds)
+    except TimeoutError:
+        if future.done():
+            raise  # of a call
+        _loop.cache_clear()  # the loop is stuck, and so is its thread
+        raise RewardError(
+            f"{len(calls)} calls of an async reward function took more than {seconds:g} s: it blocks the event loop "
+            "(by time.sleep or a client that is not async, say). Await what takes time, or write a plain function"
+        ) from None
     finally:
         future.cancel()  # an interrupted run leaves no call behind
 
@@ -96,14 +112,11 @@ def _loop(process: int) -> asyncio.AbstractEventLoop:
     return loop
 
 
-def check_concurrency(function: UserFunction, concurrency: int | None, **others) -> int:
-    """The limit of calls in flight. Options that a plain function would ignore are errors."""
-    given = [key for key, value in {"concurrency": concurrency, **others}.items() if value is not None]
-    if given and not function.is_async:
-        raise ConfigError(f"reward function {function.source} is not async: {', '.join(given)} would do nothing")
+def check_concurrency(function: UserFunction, concurrency: int | None) -> int | None:
+    """Calls in flight of an async function, threads of a plain one (None: no threads)."""
     if concurrency is not None and concurrency < 1:
         raise ConfigError(f"reward function {function.source}: concurrency must be at least 1, got {concurrency}")
-    return concurrency or CONCURRENCY
+    return (concurrency or CONCURRENCY) if function.is_async else concurrency
 
 
 def import_function(path: str) -> Callable:

@@ -1,7 +1,5 @@
 """Rewards that are Python functions."""
 
-import functools
-import math
 from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
@@ -10,7 +8,11 @@ import torch
 
 from align.errors import ConfigError, RewardError
 from align.reward_models.base import Reward, RewardBatch, RewardOutput
-from align.reward_models.functions import UserFunction, check_concurrency, run_concurrently
+from align.reward_models.calls import TIMEOUT, Call, Calls, merged
+from align.reward_models.failures import Failed, Failures
+from align.reward_models.functions import UserFunction, check_concurrency
+
+LARGEST = torch.finfo(torch.float32).max
 
 
 class RuleReward(Reward):
@@ -18,15 +20,17 @@ class RuleReward(Reward):
 
     Of `prompts`, `completions`, `prompt_ids`, `completion_ids` and the dataset's columns it gets those among its
     parameters (all of them if it takes `**kwargs`), each a list with one entry per completion, and it returns one
-    number per completion. Functions written as TRL reward functions work as they are, async ones too.
+    number per completion, None where it does not apply. Functions written as TRL reward functions work as they are,
+    async ones too; `trainer_state`, `log_extra` and `log_metric` are theirs if they name them.
 
     Args:
         function: the function, or where it is: "package.module:name" or "path/file.py:name".
         name: in metrics and errors; by default the function's name.
         arguments: further keyword arguments, the same in every call.
-        batch_size: of an async function: completions per call, the calls being awaited together. Default: one call, as
-            a function may compare the completions it is given.
-        concurrency: of an async function: calls in flight at most (16).
+        batch_size: completions per call. Default: one call, as a function may compare the completions it is given.
+        concurrency: of an async function, calls in flight at most (16); of a plain one, threads (none). It needs
+            batch_size.
+        timeout: seconds of a call (600). on_error, error_score, max_error_share: `Failures`.
     """
 
     def __init__(
@@ -37,66 +41,78 @@ class RuleReward(Reward):
         arguments: dict[str, Any] | None = None,
         batch_size: int | None = None,
         concurrency: int | None = None,
+        timeout: float = TIMEOUT,
+        on_error: str = "stop",
+        error_score: float | None = None,
+        max_error_share: float | None = None,
     ):
         self.function = UserFunction(function, arguments)
         self.name = name or self.function.name
-        self.concurrency = check_concurrency(self.function, concurrency, batch_size=batch_size)
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f"reward {self.name!r}: batch_size must be at least 1, got {batch_size}")
+        if concurrency is not None and batch_size is None:
+            raise ConfigError(f"reward {self.name!r}: concurrency does nothing without batch_size: there is one call")
         self.batch_size = batch_size
+        self.failures = Failures(self.name, on_error, error_score, max_error_share)
+        self.calls = Calls(
+            self.name,
+            self.function,
+            self.failures,
+            read=self._read,
+            blame=self._blame,
+            concurrency=check_concurrency(self.function, concurrency),
+            timeout=timeout,
+        )
 
     def _score(self, batch: RewardBatch) -> RewardOutput:
-        if not self.function.is_async:
-            return RewardOutput(torch.tensor(self._called(batch), dtype=torch.float32))
         size = self.batch_size or max(len(batch), 1)
-        parts = [batch.select(range(start, min(start + size, len(batch)))) for start in range(0, len(batch), size)]
-        scores = run_concurrently([functools.partial(self._awaited, part) for part in parts], self.concurrency)
-        return RewardOutput(torch.tensor([score for part in scores for score in part], dtype=torch.float32))
+        pieces = [range(start, min(start + size, len(batch))) for start in range(0, len(batch), size)]
+        calls = [self._call(batch, places) for places in pieces]
+        output = self.failures.output(self.calls.run(calls, batch))
+        output.metrics, output.columns = merged(calls, len(batch))
+        return output
 
-    def _called(self, batch: RewardBatch) -> list[float]:
-        given = self._given(batch)
-        try:
-            return self._checked(self.function.call(**given), batch)
-        except Exception as error:
-            self._note(error)
-            raise
+    def _call(self, batch: RewardBatch, places: range) -> Call:
+        part = batch.select(places) if len(places) < len(batch) else batch
+        call = Call(places, {})
+        available = {**part.columns, "prompts": part.prompts, "completions": part.completions}
+        if part.prompt_ids is not None:
+            available["prompt_ids"] = part.prompt_ids
+        if part.completion_ids is not None:
+            available["completion_ids"] = part.completion_ids
+        run = {"log_metric": call.log.log_metric, "log_extra": call.log.log_extra}
+        run |= {} if part.trainer_state is None else {"trainer_state": part.trainer_state}
+        call.arguments = self.function.select(available, self.name, run)
+        return call
 
-    async def _awaited(self, batch: RewardBatch) -> list[float]:
-        given = self._given(batch)
-        try:
-            return self._checked(await self.function.call(**given), batch)
-        except Exception as error:
-            self._note(error)
-            raise
-
-    def _given(self, batch: RewardBatch) -> dict[str, list]:
-        available = {**batch.columns, "prompts": batch.prompts, "completions": batch.completions}
-        if batch.prompt_ids is not None:
-            available["prompt_ids"] = batch.prompt_ids
-        if batch.completion_ids is not None:
-            available["completion_ids"] = batch.completion_ids
-        return self.function.select(available, self.name)
-
-    def _note(self, error: Exception) -> None:
+    def _blame(self, error: Exception, call: Call, batch: RewardBatch) -> Exception:
         if not isinstance(error, RewardError):
             error.add_note(f"(raised by the reward function {self.function.source}, reward {self.name!r})")
+        return error
 
-    def _checked(self, scores: Any, batch: RewardBatch) -> list[float]:
-        scores = scores.tolist() if hasattr(scores, "tolist") else scores
-        if not isinstance(scores, (list, tuple)) or len(scores) != len(batch):
+    def _read(self, scores: Any, call: Call, batch: RewardBatch) -> list[float | None | Failed]:
+        scores, count = scores.tolist() if hasattr(scores, "tolist") else scores, len(call.places)
+        if not isinstance(scores, (list, tuple)) or len(scores) != count:
             what = f"{len(scores)} values" if isinstance(scores, (list, tuple)) else type(scores).__name__
+            raise RewardError(f"reward {self.name!r}: {self.function.source} returned {what} for {count} completions")
+        bad = set(not_numbers([0.0 if score is None else score for score in scores]))
+        if bad and self.failures.stops:
+            first = min(bad)
             raise RewardError(
-                f"reward {self.name!r}: {self.function.source} returned {what} for {len(batch)} completions"
+                f"reward {self.name!r}: {self.function.source} returned {scores[first]!r:.80} for "
+                f"{batch.row_names([call.places[i] for i in sorted(bad)])}; every completion needs a finite number, or "
+                "None where the reward does not apply"
             )
-        bad = not_numbers(scores)
-        if bad:
-            raise RewardError(
-                f"reward {self.name!r}: {self.function.source} returned {scores[bad[0]]!r} for {batch.row_names(bad)}; "
-                "every completion needs a finite number"
-            )
-        return [float(score) for score in scores]
+        return [
+            Failed(f"{self.function.source} returned {score!r:.80}")
+            if i in bad
+            else None
+            if score is None
+            else float(score)
+            for i, score in enumerate(scores)
+        ]
 
 
 def not_numbers(scores: Sequence) -> list[int]:
-    """The places of what is no finite number."""
-    return [i for i, score in enumerate(scores) if not isinstance(score, Real) or not math.isfinite(score)]
+    """The places of what is no finite number that a float32 can hold."""
+    return [i for i, score in enumerate(scores) if not isinstance(score, Real) or not abs(score) <= LARGEST]  # type: ignore

@@ -3,86 +3,21 @@
 Nothing heavy is imported before a reward is made, so that a configuration is checked at once.
 """
 
-from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from align.config.sections import Kinds, Section, parse, parse_list, plain
+from align.config.sections import parse, parse_list, plain
 from align.errors import ConfigError, RewardError
+from align.reward_models.function_specs import RuleSpec
+from align.reward_models.kinds import REWARDS as REWARDS
+from align.reward_models.kinds import Count, PathText, RewardSpec, TorchName
+from align.reward_models.kinds import register_reward as register_reward
 
 if TYPE_CHECKING:
     from align.reward_models.base import Reward
-
-PathText = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
-# torch.bfloat16 and torch.device("cpu") as well as their names
-TorchName = Annotated[str, BeforeValidator(lambda value: str(value).removeprefix("torch."))]
-Count = Annotated[int, Field(ge=1)]
-
-REWARDS = Kinds("reward", {})
-
-
-class RewardSpec(Section):
-    """The options of one kind of reward. A subclass declares them as fields, says in `build` what they make, and is
-    registered with `register_reward`.
-
-    nested: names of the fields that hold further specs. `check` and `models` are for --dry-run.
-    """
-
-    kind: ClassVar[str]
-    nested: ClassVar[tuple[str, ...]] = ()
-
-    @abstractmethod
-    def build(self, tokenizer=None, device=None) -> "Reward":
-        """The reward. tokenizer: the policy's, so that its token ids can be scored. device: for models; default: a GPU
-        if there is one."""
-
-    def check(self) -> None:
-        """Raise what `build` would, as far as that can be told without loading a model or asking a server."""
-        for spec in self.parts():
-            if isinstance(spec, RewardSpec):
-                spec.check()
-
-    def models(self) -> dict[str, bool]:
-        """Folders and hub names of the models that it needs, each once; True for those with a score head."""
-        paths: dict[str, bool] = {}
-        for spec in self.parts():
-            paths |= spec.models() if isinstance(spec, RewardSpec) else {}
-        return paths
-
-    def parts(self) -> list:
-        """The rewards that it is made of."""
-        return [spec for name in self.nested for spec in getattr(self, name) or []]
-
-    @property
-    def stated_name(self) -> str | None:
-        """The name that the reward will have, where the options alone tell it."""
-        return getattr(self, "name", None)
-
-    def options(self, *without: str) -> dict[str, Any]:
-        """What was set, as keyword arguments."""
-        return {name: getattr(self, name) for name in self.model_fields_set if name not in without}
-
-    def given(self) -> dict[str, Any]:
-        return {"type": self.kind, **super().given()}
-
-
-Spec = TypeVar("Spec", bound=type[RewardSpec])
-
-
-def register_reward(name: str) -> Callable[[Spec], Spec]:
-    """Class decorator: `{type: name, ...}` in a configuration is this kind of reward."""
-
-    def register(cls: Spec) -> Spec:
-        if name in REWARDS.kinds:
-            raise ConfigError(f"there is a reward of type {name!r} already: {REWARDS.kinds[name].__qualname__}")
-        cls.kind, cls.label = name, f"{'an' if name[0] in 'aeiou' else 'a'} {name} reward"
-        REWARDS.kinds[name] = cls
-        return cls
-
-    return register
 
 
 def parse_reward(spec: Any, key: str = "reward") -> "RewardSpec | Reward":
@@ -203,49 +138,6 @@ class ImplicitSpec(OfModel):
 
     def models(self) -> dict[str, bool]:
         return {path: False for path in (self.path, self.reference) if path is not None}
-
-
-class OfFunction(RewardSpec):
-    """Options of a reward that calls a function."""
-
-    function: str | Callable = Field(description="package.module:name or path/file.py:name.")
-    name: str | None = Field(None, description="In metrics. Default: the function's name.")
-    arguments: dict[str, Any] | None = Field(None, description="Further keyword arguments of every call.")
-    concurrency: Count | None = Field(None, description="Of an async function: calls in flight at most [16].")
-
-    @property
-    def stated_name(self) -> str:
-        source = self.function if isinstance(self.function, str) else self.function.__name__
-        return self.name or source.rpartition(":")[2].rpartition(".")[2]
-
-    def check(self) -> None:
-        self.build()
-
-
-@register_reward("rule")
-class RuleSpec(OfFunction):
-    """A Python function of the whole batch, plain or async."""
-
-    batch_size: Count | None = Field(None, description="Of an async function: completions per call.")
-
-    def build(self, tokenizer=None, device=None):
-        from align.reward_models.rules import RuleReward
-
-        return RuleReward(**self.options())
-
-
-@register_reward("verifier")
-class VerifierSpec(OfFunction):
-    """Stated scores for passed, failed and undecided, one completion at a time."""
-
-    on_pass: float = Field(1.0, description="The score of True.")
-    on_fail: float = Field(0.0, description="The score of False.")
-    on_none: float | None = Field(None, description="The score of None, which is an error without it.")
-
-    def build(self, tokenizer=None, device=None):
-        from align.reward_models.verifier import VerifierReward
-
-        return VerifierReward(**self.options())
 
 
 @register_reward("remote")

@@ -1,6 +1,5 @@
 """Rewards that check a completion: passed, failed, or not to be decided."""
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,22 +9,26 @@ import torch
 
 from align.errors import ConfigError, RewardError
 from align.reward_models.base import Reward, RewardBatch, RewardOutput
-from align.reward_models.functions import UserFunction, check_concurrency, run_concurrently
+from align.reward_models.calls import TIMEOUT, Call, Calls, merged
+from align.reward_models.failures import Failed, Failures
+from align.reward_models.functions import UserFunction, check_concurrency
 
 
 class VerifierReward(Reward):
     """A function called once per completion that returns True, False or None, each with a stated score.
 
     Of `prompt`, `completion`, `prompt_ids`, `completion_ids` and the dataset's columns it gets those among its
-    parameters. Async functions are awaited together. A function that raises is an error that names the row: a broken
-    check is no failed check. `align.reward_models.checkers` has some.
+    parameters, and `trainer_state` and `log_metric` if it names them. Async functions are awaited together. A function
+    that raises is an error that names the row, or what `on_error` says: a broken check is no failed check.
+    `align.reward_models.checkers` has some.
 
     Args:
         function: the function, or where it is: "package.module:name" or "path/file.py:name".
         name: in metrics and errors; by default the function's name.
         on_pass, on_fail: scores of True and False. on_none: of None; without it None is an error.
         arguments: further keyword arguments, the same in every call.
-        concurrency: of an async function: calls in flight at most (16).
+        concurrency: of an async function, calls in flight at most (16); of a plain one, threads (none).
+        timeout: seconds of a call (600). on_error, error_score, max_error_share: `Failures`.
     """
 
     def __init__(
@@ -38,68 +41,72 @@ class VerifierReward(Reward):
         on_none: float | None = None,
         arguments: dict[str, Any] | None = None,
         concurrency: int | None = None,
+        timeout: float = TIMEOUT,
+        on_error: str = "stop",
+        error_score: float | None = None,
+        max_error_share: float | None = None,
     ):
         self.function = UserFunction(function, arguments)
         self.name = name or self.function.name
-        self.concurrency = check_concurrency(self.function, concurrency)
         self.values = {True: on_pass, False: on_fail, None: on_none}
         for key, value in (("on_pass", on_pass), ("on_fail", on_fail), ("on_none", on_none)):
             if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
                 raise ConfigError(f"reward {self.name!r}: {key} must be a finite number, got {value!r}")
+        self.failures = Failures(self.name, on_error, error_score, max_error_share)
+        self.calls = Calls(
+            self.name,
+            self.function,
+            self.failures,
+            read=self._read,
+            blame=self._blame,
+            concurrency=check_concurrency(self.function, concurrency),
+            timeout=timeout,
+        )
 
     def _score(self, batch: RewardBatch) -> RewardOutput:
-        if self.function.is_async:
-            calls = [functools.partial(self._awaited, batch, row) for row in range(len(batch))]
-            outcomes = run_concurrently(calls, self.concurrency)
-        else:
-            outcomes = [self._called(batch, row) for row in range(len(batch))]
+        calls = [self._call(batch, row) for row in range(len(batch))]
+        outcomes = self.calls.run(calls, batch)
         undecided = [row for row, outcome in enumerate(outcomes) if outcome is None]
         if undecided and self.values[None] is None:
             raise RewardError(
                 f"reward {self.name!r}: {self.function.source} could not decide (None) for "
                 f"{batch.row_names(undecided)}, and has no score for that: set on_none, or mend the rows"
             )
-        scores = torch.tensor([self.values[outcome] for outcome in outcomes], dtype=torch.float32)
-        if self.values[None] is None:
-            return RewardOutput(scores)
-        return RewardOutput(scores, {"undecided": torch.tensor([float(o is None) for o in outcomes])})
+        values: dict = self.values
+        output = self.failures.output([o if isinstance(o, Failed) else values[o] for o in outcomes])
+        if self.values[None] is not None:
+            output.extras["undecided"] = torch.tensor([float(outcome is None) for outcome in outcomes])
+        output.metrics, _ = merged(calls, len(batch))
+        return output
 
-    def _called(self, batch: RewardBatch, row: int) -> bool | None:
-        given = self._given(batch, row)
-        try:
-            outcome = self.function.call(**given)
-        except Exception as error:
-            raise self._crash(batch, row, error) from error
-        return self._checked(outcome, batch, row)
-
-    async def _awaited(self, batch: RewardBatch, row: int) -> bool | None:
-        given = self._given(batch, row)
-        try:
-            outcome = await self.function.call(**given)
-        except Exception as error:
-            raise self._crash(batch, row, error) from error
-        return self._checked(outcome, batch, row)
-
-    def _given(self, batch: RewardBatch, row: int) -> dict[str, Any]:
+    def _call(self, batch: RewardBatch, row: int) -> Call:
+        call = Call([row], {})
         available = {name: values[row] for name, values in batch.columns.items()}
         available |= {"prompt": batch.prompts[row], "completion": batch.completions[row]}
         if batch.prompt_ids is not None:
             available["prompt_ids"] = batch.prompt_ids[row]
         if batch.completion_ids is not None:
             available["completion_ids"] = batch.completion_ids[row]
-        return self.function.select(available, self.name)
+        run = {"log_metric": call.log.log_metric}
+        run |= {} if batch.trainer_state is None else {"trainer_state": batch.trainer_state}
+        call.arguments = self.function.select(available, self.name, run)
+        return call
 
-    def _crash(self, batch: RewardBatch, row: int, error: Exception) -> RewardError:
+    def _blame(self, error: Exception, call: Call, batch: RewardBatch) -> Exception:
+        if isinstance(error, RewardError):
+            return error
+        (row,) = call.places
         return RewardError(
             f"reward {self.name!r}: {self.function.source} failed on {batch.row_name(row)} with "
             f"{type(error).__name__}: {error}. Mend the function or the row; what cannot be checked is None. The "
             f"completion: {str(batch.completions[row])[:200]!r}"
         )
 
-    def _checked(self, outcome: Any, batch: RewardBatch, row: int) -> bool | None:
+    def _read(self, outcome: Any, call: Call, batch: RewardBatch) -> list[bool | None]:
         if outcome is None or isinstance(outcome, (bool, np.bool_)):
-            return None if outcome is None else bool(outcome)
+            return [None if outcome is None else bool(outcome)]
         raise RewardError(
-            f"reward {self.name!r}: {self.function.source} returned {outcome!r:.80} for {batch.row_name(row)}; a "
-            "verifier returns True, False or None (a function that returns numbers is a reward of type rule)"
+            f"reward {self.name!r}: {self.function.source} returned {outcome!r:.80} for "
+            f"{batch.row_name(call.places[0])}; a verifier returns True, False or None (a function that returns "
+            "numbers is a reward of type rule)"
         )

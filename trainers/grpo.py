@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import get_args
 
 from align.errors import ConfigError
-from align.objectives.groups import Scale, group_relative
+from align.objectives.groups import Scale, group_deviation, group_relative
 from align.trainers.core.ranks import Ranks
 from align.trainers.on_policy.config import ESTIMATOR_HELP, OnPolicyConfig
 from align.trainers.on_policy.estimators import Estimate, Estimator, register_estimator
@@ -36,8 +36,11 @@ class GRPO(Estimator):
     def estimate(self, stream: Stream, ranks: Ranks) -> Estimate:
         scores = penalised(stream)
         groups = ranks.gather(scores).view(-1, self.num_generations)
-        without = (groups.std(-1) == 0).float().mean().item()
-        advantages = group_relative(groups, scale=self.scale_rewards).flatten()[ranks.local_slice(len(scores))]
+        counted = ranks.gather(stream.mask.amax(-1)).view_as(groups) > 0
+        kept = None if counted.all() else counted
+        without = (group_deviation(groups, kept) == 0).float().mean().item()
+        advantages = group_relative(groups, scale=self.scale_rewards, kept=kept)
+        advantages = advantages.flatten()[ranks.local_slice(len(scores))]
         return Estimate(
             advantages[:, None] * stream.mask, metrics={f"groups/{stream.name}_without_variance": [without]}
         )

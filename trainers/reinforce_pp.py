@@ -36,7 +36,8 @@ class ReinforcePP(Estimator):
     def estimate(self, stream: Stream, ranks: Ranks) -> Estimate:
         scores = stream.scores
         if self.group_baseline:
-            scores = centred(scores.view(-1, self.num_generations)).flatten()
+            groups, kept = scores.view(-1, self.num_generations), stream.kept
+            scores = centred(groups, None if kept is None else kept.view_as(groups)).flatten()
         rewards = token_rewards(scores, k1(stream.logps, stream.ref_logps), stream.mask, beta=stream.beta)
         returns = reward_to_go(rewards, stream.mask, self.gamma)
         return Estimate(ranks.whiten(returns, stream.mask))

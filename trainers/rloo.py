@@ -23,7 +23,8 @@ class RLOO(Estimator):
 
     def estimate(self, stream: Stream, ranks: Ranks) -> Estimate:
         scores = penalised(stream).view(-1, self.num_generations)
-        return Estimate(leave_one_out(scores).reshape(-1, 1) * stream.mask)
+        kept = None if stream.kept is None else stream.kept.view_as(scores)
+        return Estimate(leave_one_out(scores, kept).reshape(-1, 1) * stream.mask)
 
 
 @dataclass

@@ -14,8 +14,8 @@ from torch import nn
 
 from align.errors import RewardError
 
-# attributes that say where and in what portions something is computed, not what
-PLACES = ("device", "batch_size", "batch_tokens", "model_folders")
+# attributes that say where and in what portions something is computed, or what happened so far, not what is computed
+PLACES = ("device", "batch_size", "batch_tokens", "model_folders", "calls", "history")
 
 
 def fingerprint(value: Any, *, sampled: bool = False) -> str:

@@ -14,36 +14,60 @@ from align.errors import ConfigError, TrainingError
 Scale = Literal["group", "batch", "none"]
 
 
-def centred(scores: Tensor) -> Tensor:
+def centred(scores: Tensor, kept: Tensor | None = None) -> Tensor:
     """s_i - mean of the prompt's scores, detached; exactly 0 where they are all equal, which the mean's rounding alone
-    would not give: the residue, divided by a deviation of next to nothing, would be trained on."""
+    would not give: the residue, divided by a deviation of next to nothing, would be trained on.
+
+    kept: [P, n] bool, the samples that count, None for all; the others get 0 and are in no mean.
+    """
     scores = scores.detach()
+    if kept is not None:
+        means = scores.where(kept, 0.0).sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp(min=1)
+        scores = scores.where(kept, means)
+        lowest = scores.where(kept, torch.inf).amin(-1, keepdim=True)
+        highest = scores.where(kept, -torch.inf).amax(-1, keepdim=True)
+        return (scores - means).masked_fill((lowest >= highest) | ~kept, 0.0)
     equal = (scores == scores[:, :1]).all(-1, keepdim=True)
     return (scores - scores.mean(-1, keepdim=True)).masked_fill(equal, 0.0)
 
 
-def leave_one_out(scores: Tensor) -> Tensor:
-    """RLOO (Ahmadian et al. 2024, arXiv 2402.14740): s_i - mean of the others = n/(n-1) * (s_i - mean). Unbiased."""
+def leave_one_out(scores: Tensor, kept: Tensor | None = None) -> Tensor:
+    """RLOO (Ahmadian et al. 2024, arXiv 2402.14740): s_i - mean of the others = n/(n-1) * (s_i - mean). Unbiased.
+
+    kept: as in `centred`; n is then the count of those, and an only one gets 0.
+    """
     n = _group_size(scores)
+    if kept is not None:
+        counts = kept.sum(-1, keepdim=True)
+        return counts / (counts - 1).clamp(min=1) * centred(scores, kept)
     return (n / (n - 1)) * centred(scores)
 
 
-def group_relative(scores: Tensor, *, scale: Scale = "group", eps: float = 1e-4) -> Tensor:
+def group_relative(scores: Tensor, *, scale: Scale = "group", eps: float = 1e-4, kept: Tensor | None = None) -> Tensor:
     """GRPO (Shao et al. 2024, arXiv 2402.03300): (s_i - mean) / (std + eps).
 
     scale: "group", the paper's, the unbiased deviation of the prompt's scores; "batch", that of all scores (REINFORCE++
     calls it global); "none", Dr. GRPO (Liu et al. 2025, arXiv 2503.20783), which has no bias towards prompts whose
-    scores are close. A group without variance gets 0. eps: TRL 1e-4, verl 1e-6.
+    scores are close. A group without variance gets 0. eps: TRL 1e-4, verl 1e-6. kept: as in `centred`.
     """
     _group_size(scores)
-    differences = centred(scores)
+    differences = centred(scores, kept)
     if scale == "none":
         return differences
     if scale == "batch":
-        return differences / (scores.detach().std() + eps)
+        counted = scores.detach() if kept is None else scores.detach()[kept]
+        return differences / (counted.std() + eps) if counted.numel() > 1 else differences
     if scale == "group":
-        return differences / (scores.detach().std(-1, keepdim=True) + eps)
+        return differences / (group_deviation(scores.detach(), kept) + eps)
     raise ConfigError(f"scale must be group, batch or none, got {scale!r}")
+
+
+def group_deviation(scores: Tensor, kept: Tensor | None = None) -> Tensor:
+    """The unbiased standard deviation of each prompt's scores, [P, 1]; 0 of one score or none."""
+    if kept is None:
+        return scores.std(-1, keepdim=True)
+    squares = centred(scores, kept).square().sum(-1, keepdim=True)
+    return (squares / (kept.sum(-1, keepdim=True) - 1).clamp(min=1)).sqrt()
 
 
 def best_only(scores: Tensor, *, eps: float = 1e-6) -> Tensor:

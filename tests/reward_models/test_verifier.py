@@ -63,8 +63,6 @@ def test_what_is_no_outcome_is_refused():
         VerifierReward(lambda completion: 0.7).score(BATCH)
     with pytest.raises(ConfigError, match="on_fail must be a finite number, got nan"):
         VerifierReward(right, on_fail=float("nan"))
-    with pytest.raises(ConfigError, match="is not async: concurrency would do nothing"):
-        VerifierReward(right, concurrency=3)
 
 
 def test_async_checks_run_together():

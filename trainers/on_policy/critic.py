@@ -131,13 +131,18 @@ class CriticLearner:
         )
         losses = losses.mean(-1)
         loss = aggregate_tokens(losses, mask, self.args.loss_aggregation, normalizer) * self.accelerator.num_processes
-        self.recorder.record("critic/loss", masked_mean(losses.detach(), mask), mask.sum())
-        self.recorder.record("critic/clip_ratio", masked_mean(clipped.float().mean(-1), mask), mask.sum())
-        self.recorder.record("critic/value", masked_mean(values.detach().mean(-1), mask), mask.sum())
+        if mask.any():  # else all of its samples are left out
+            self.record(losses.detach(), clipped, values.detach(), mask)
         if not torch.isfinite(loss):
             raise TrainingError(f"the critic's loss is {loss.item()}: lower critic_learning_rate")
         with self.recorder.phase("critic"):
             loss.backward()
+
+    def record(self, losses: Tensor, clipped: Tensor, values: Tensor, mask: Tensor) -> None:
+        tokens = mask.sum()
+        self.recorder.record("critic/loss", masked_mean(losses, mask), tokens)
+        self.recorder.record("critic/clip_ratio", masked_mean(clipped.float().mean(-1), mask), tokens)
+        self.recorder.record("critic/value", masked_mean(values.mean(-1), mask), tokens)
 
     def step(self, scale: float) -> None:
         """One optimiser step at `scale` times the learning rate."""

@@ -1,6 +1,6 @@
 """Evaluation of a policy: what it earns from the proxy and the gold reward, and how far it is from the reference."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path
@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
+from align.errors import RewardError
 from align.evaluation.records import EvalWriter
 from align.modeling.load import Reference
 from align.rollout.seeds import derive_seed
@@ -84,28 +85,29 @@ class PolicyEvaluator:
         indices = [(i * ranks.count + ranks.index) % len(prompts) for i in range(share)]
         rows = self._rows([prompts[i] for i in indices], indices, model, reference)
         by_index = {row["index"]: row for part in gather_object([rows]) for row in part}
-        return [by_index[i] for i in range(len(prompts))]
+        return with_means([by_index[i] for i in range(len(prompts))], self.measured)
 
     def _rows(self, prompts: list[dict], indices: list[int], model, reference) -> list[dict]:
         count = self.args.eval_num_generations
         samples = self._sample(prompts, indices, count)
         self.rewards.fill(samples)
-        columns = self._kl_and_entropy(samples, model, reference)
-        columns["proxy"] = [sample.score for sample in samples]
+        columns: dict[str, Sequence[float | None]] = {**self._kl_and_entropy(samples, model, reference)}
+        columns["proxy"] = [None if sample.left_out else sample.score for sample in samples]
         if self.gold is not None:
             columns["gold"] = self.gold.totals(samples)
         columns["length"] = [sample.length for sample in samples]
-        columns |= {f"rewards/{name}": [sample.rewards[name] for sample in samples] for name in self.rewards.names}
+        columns |= {f"rewards/{name}": [sample.rewards.get(name) for sample in samples] for name in self.rewards.names}
         rows = []
         for i, index in enumerate(indices):
             own = slice(i * count, (i + 1) * count)
             first = {
                 "prompt": prompts[i]["prompt"],
                 "completion": samples[i * count].completion,
-                "proxy": samples[i * count].score,
+                "proxy": columns["proxy"][i * count],
                 "gold": None if self.gold is None else columns["gold"][i * count],
+                "shown": samples[i * count].shown,
             }
-            means = {name: sum(column[own]) / count for name, column in columns.items()}
+            means = {name: mean_of(column[own]) for name, column in columns.items()}
             rows.append({"index": index, **means, "sample": first})
         return rows
 
@@ -131,6 +133,25 @@ class PolicyEvaluator:
         found = self.forward.kl_and_entropy(parts, model, reference)
         rows = [found[id(sample)] for sample in samples]
         return {name: [row[i] for row in rows] for i, name in enumerate(("kl", "kl_k3", "entropy"))}
+
+
+def mean_of(values: Sequence[float | None]) -> float | None:
+    """Of those that there are; None without any."""
+    found = [value for value in values if value is not None]
+    return sum(found) / len(found) if found else None
+
+
+def with_means(rows: list[dict], measured: list[str]) -> list[dict]:
+    """A prompt without a score (its reward failed or does not apply) gets the mean of the others, which leaves the
+    evaluation's mean what it is. Raises `RewardError` if there is no score at all, unless it is of one reward of
+    several: that one is 0."""
+    for name in measured:
+        mean = mean_of([row[name] for row in rows])
+        if mean is None and name in ("proxy", "gold"):
+            raise RewardError(f"the evaluation has no {name} score: the rewards failed or apply to no prompt of it")
+        for row in rows:
+            row[name] = (mean or 0.0) if row[name] is None else row[name]
+    return rows
 
 
 class EvaluationFile:
@@ -162,14 +183,20 @@ class EvaluationFile:
         """What is evaluated from now on is no part of this run."""
         self.writer = None
 
-    def write(self, step: int, rows: list[dict], measured: list[str]) -> list[list]:
-        """Add an evaluation; returns the rows of a table that shows its completions. Nothing before the file is open
+    def write(self, step: int, rows: list[dict], measured: list[str]) -> tuple[list[str], list[list]]:
+        """Add an evaluation; returns columns and rows of a table that shows its completions. Nothing before it is open
         (a file in this folder is another run's), nor of a step that is there already, from the same draws."""
         if self.writer is None or (self.writer.last_step is not None and step <= self.writer.last_step):
-            return []
+            return [], []
         samples = [row["sample"] for row in rows[: self.args.num_logged_completions]]
         self.writer.write(step, samples=samples, **{name: [row[name] for row in rows] for name in measured})
-        return [[step, as_text(s["prompt"]), as_text(s["completion"]), s["proxy"], s["gold"]] for s in samples]
+        named = sorted({name for sample in samples for name in sample["shown"]})
+        table = [
+            [step, as_text(s["prompt"]), as_text(s["completion"]), s["proxy"], s["gold"]]
+            + [s["shown"].get(name, "") for name in named]
+            for s in samples
+        ]
+        return ["step", "prompt", "completion", "proxy", "gold", *named], table
 
 
 class Curve(TrainerCallback):

@@ -3,6 +3,8 @@
 from torch import Tensor
 
 from align.objectives.controllers import AdaptiveKL
+from align.trainers.core.ranks import Ranks
+from align.trainers.on_policy.samples import Sample, completion_masks, sequence_kl
 
 
 class KLCoefficient:
@@ -25,6 +27,12 @@ class KLCoefficient:
         """kl: of each sequence of the global rollout, [N] nats."""
         if self.controller is not None:
             self.controller.update(kl.mean().item(), len(kl))
+
+    def follow(self, samples: list[Sample], ranks: Ranks) -> None:
+        """Move by the KL of the rollout's samples on all processes, those that are left out aside."""
+        sums = ranks.gather(sequence_kl(samples))[ranks.gather(completion_masks(samples).amax(-1)) > 0]
+        if len(sums):
+            self.update(sums)
 
     def state_dict(self) -> dict | None:
         return None if self.controller is None else self.controller.state_dict()

@@ -1,9 +1,8 @@
 """The one on-policy loop: prompts -> rollouts -> reward columns -> streams -> advantages -> updates.
 
-`OnPolicyTrainer` is transformers' Trainer whose batches are made by the policy itself. `get_batch_samples`, which
-collects the micro-batches of one optimiser step, takes them from a rollout; at the rollout's first step it makes one
-(`make_rollout`, the whole way from prompts to advantages). The work is done by parts that know only what they are
-given, each in a file of this folder:
+`OnPolicyTrainer` is transformers' Trainer whose batches are made by the policy itself: `get_batch_samples` takes the
+micro-batches of an optimiser step from a rollout, and makes one at its first step (`make_rollout`). The work is done by
+parts that know only what they are given, each in a file of this folder:
 
     engine      SyncedEngine: a rollout engine with the weights of a step
     pipeline    RolloutPipeline: prompts in, scored samples out
@@ -56,7 +55,7 @@ from align.trainers.on_policy.metrics import OnPolicyMetrics
 from align.trainers.on_policy.objective import loss_count, policy_objective
 from align.trainers.on_policy.pipeline import RolloutPipeline
 from align.trainers.on_policy.rewards import RewardColumns
-from align.trainers.on_policy.samples import Sample, sequence_kl, tokenized_prompts
+from align.trainers.on_policy.samples import Sample, tokenized_prompts
 from align.trainers.on_policy.streams import fill_advantages, mix
 from align.trainers.weighting.base import make_weighting
 from align.trainers.weighting.gradients import gradient_parameters, stream_gradients
@@ -123,6 +122,7 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.rewards.trainer_state = lambda: self.state
         self.model_accepts_loss_kwargs = True  # the losses are normalised by the global count, not by Trainer
         self.ranks, self.metrics = Ranks(self.accelerator), OnPolicyMetrics(self.recorder)
         self._make_passes()
@@ -275,9 +275,9 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in learned.items()}
         self.log(metrics)
         if eval_dataset is None:
-            table = self.evaluations.write(self.state.global_step, rows, measured)
+            names, table = self.evaluations.write(self.state.global_step, rows, measured)
             if table:
-                self.log_table("completions", ["step", "prompt", "completion", "proxy", "gold"], table)
+                self.log_table("completions", names, table)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -314,7 +314,7 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
             self.updates.learn(samples, step + 1)
         if self.kl.adapts:
             self.record("beta", self.kl.value)
-            self.kl.update(self.ranks.gather(sequence_kl(samples)))
+            self.kl.follow(samples, self.ranks)
         if args.steps_per_rollout == 1:
             for sample in samples:
                 sample.old_logps = None  # they served the KL; the ratio of an only step is 1, whatever a pass rounds
@@ -345,10 +345,13 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
 
     def loss_count(self, samples: list[Sample]) -> Tensor:
         """What the loss of these samples is divided by, counted over all processes."""
-        return self.ranks.total(loss_count([sample.length for sample in samples], self.args))
+        lengths = [sample.length for sample in samples if not sample.left_out]
+        return self.ranks.total(loss_count(lengths, self.args)).clamp(min=1)
 
     def check_logps(self, logps: Tensor, batch: dict[str, Tensor]) -> None:
         """The policy that is trained must be the one that sampled, and at step 0 also the reference."""
+        if not batch["completion_mask"].any():
+            return  # all of its samples are left out
         tolerance, step = logp_tolerance(self.accelerator, self.model), self.state.global_step
         limits = self.engine.gap_limits(tolerance)
         self.metrics.engine_agrees(logps, batch, limits=limits, step=step + 1, engine=self.engine.name)

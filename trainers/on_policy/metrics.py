@@ -24,6 +24,11 @@ class OnPolicyMetrics:
 
     def rollout(self, samples: list[Sample]) -> None:
         for sample in samples:
+            if sample.left_out:
+                for name, value in sample.extras.items():
+                    if name.endswith("/failed"):
+                        self.record(f"rewards/{name}", value)
+                continue
             for name, value in {**sample.rewards, **sample.extras}.items():
                 self.record(f"rewards/{name}", value)
             self.record("reward", sample.score)
@@ -64,10 +69,12 @@ class OnPolicyMetrics:
 
     def update(self, logps: Tensor, entropy: Tensor, batch: dict[str, Tensor]) -> None:
         mask = batch["completion_mask"]
-        tokens = mask.sum()
+        tokens, kept = mask.sum(), mask.any(-1)
+        if not tokens:
+            return
         for name, estimator in (("kl", kl.k1), ("kl_k3", kl.k3)) if "ref_logps" in batch else ():
             per_token = estimator(logps, batch["ref_logps"])
-            self.record(name, kl.masked_sum(per_token, mask, dim=-1).mean(), len(mask))
+            self.record(name, kl.masked_sum(per_token, mask, dim=-1)[kept].mean(), kept.sum())
             self.record(f"{name}_per_token", kl.masked_mean(per_token, mask), tokens)
         for name, values in (("entropy", entropy), ("logps/mean", logps)):
             self.record(name, (values * mask).sum() / tokens, tokens)
@@ -76,6 +83,8 @@ class OnPolicyMetrics:
     def surrogate(self, policy: PolicyLoss, mask: Tensor) -> None:
         """Of the clipped loss, where several steps are made from a rollout."""
         tokens = mask.sum()
+        if not tokens:
+            return
         self.record("clip_ratio", policy.clipped.sum() / tokens, tokens)
         self.record("policy/approx_kl", policy.approx_kl, tokens)
         self.record("policy/ratio", kl.masked_mean(policy.ratio, mask), tokens)

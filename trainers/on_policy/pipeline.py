@@ -71,7 +71,13 @@ class RolloutPipeline:
                 f"{weight_version} was asked for: push the weights before"
             )
         with self.recorder.phase("score"):
-            self.rewards.fill(rollout.samples + [sample for group in rollout.extra for sample in group])
+            logged = self.rewards.fill(rollout.samples + [sample for group in rollout.extra for sample in group])
+        for name, values in logged.items():
+            for value in values:
+                self.recorder.record(name, value)
+        each = len(rollout.samples) // len(rollout.extra)
+        for i, sample in enumerate(rollout.samples):  # a prompt whose baseline has no score
+            sample.left_out |= any(other.left_out for other in rollout.extra[i // each])
         return rollout
 
     def generate(self, prompts: list[dict], indices: list[int], step: int) -> ScoredRollout:

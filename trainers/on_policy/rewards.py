@@ -1,5 +1,7 @@
 """From samples to the reward matrix [samples, rewards], and from its columns to one score."""
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 from align.errors import ConfigError
@@ -25,21 +27,35 @@ class RewardColumns:
         if len(weights) != len(self.rewards):
             raise ConfigError(f"{len(weights)} reward_weights for {len(self.rewards)} rewards {self.names}")
         self.weights = dict(zip(self.names, weights, strict=True))
+        self.trainer_state: Callable[[], Any] = lambda: None  # a trainer sets it
 
     @property
     def name(self) -> str:
         return "+".join(self.names)
 
-    def fill(self, samples: list[Sample]) -> None:
-        """Score every sample once with every reward; fills rewards, extras and score."""
+    def fill(self, samples: list[Sample]) -> dict[str, list[float]]:
+        """Score every sample once with every reward; fills rewards, extras, shown, score and left_out. Returns what the
+        rewards log by name."""
+        metrics: dict[str, list[float]] = {}
         for name, output in self.scores(samples).items():
-            for sample, score in zip(samples, output.scores.tolist(), strict=True):
-                sample.rewards[name] = score
+            for sample, score, missing in zip(samples, output.scores.tolist(), output.missing.tolist(), strict=True):
+                if not missing:
+                    sample.rewards[name] = score
             for key, values in output.extras.items():
                 for sample, value in zip(samples, values.tolist(), strict=True):
-                    sample.extras[f"{name}/{key}"] = value
+                    if not math.isnan(value):  # of a part that does not apply
+                        sample.extras[f"{name}/{key}"] = value
+            for key, shown in output.columns.items():
+                for sample, value in zip(samples, shown, strict=True):
+                    sample.shown[f"{name}/{key}"] = value
+            if output.failed is not None:
+                for sample, failed in zip(samples, output.failed.tolist(), strict=True):
+                    sample.left_out |= failed
+            metrics |= {f"rewards/{name}/{key}": values for key, values in output.metrics.items()}
         for sample in samples:
             sample.score = weighted_sum(sample.rewards, self.weights)
+            sample.left_out |= not sample.rewards
+        return metrics
 
     def scores(self, samples: list[Sample]) -> dict:
         batch = RewardBatch(
@@ -54,13 +70,15 @@ class RewardColumns:
             },
             rows=[sample.prompt["row"] for sample in samples] if "row" in samples[0].prompt else None,
             ended=[not sample.truncated for sample in samples],
+            trainer_state=self.trainer_state(),
         )
-        return {reward.name: reward.score(batch) for reward in self.rewards}
+        return {reward.name: reward.score(batch, partial=True) for reward in self.rewards}
 
-    def totals(self, samples: list[Sample]) -> list[float]:
-        """The weighted sum only, leaving the samples as they are (for a gold reward)."""
-        scores = self.scores(samples)
-        columns = [scores[name].scores.tolist() for name in self.names]
-        return [
-            weighted_sum(dict(zip(self.names, row, strict=True)), self.weights) for row in zip(*columns, strict=True)
-        ]
+    def totals(self, samples: list[Sample]) -> list[float | None]:
+        """The weighted sum only, None where there is no score, leaving the samples as they are (for a gold reward)."""
+        scores, found = self.scores(samples), []
+        for i in range(len(samples)):
+            row = {name: float(o.scores[i]) for name, o in scores.items() if not o.missing[i]}
+            failed = any(o.failed is not None and bool(o.failed[i]) for o in scores.values())
+            found.append(weighted_sum(row, self.weights) if row and not failed else None)
+        return found

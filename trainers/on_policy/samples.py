@@ -16,7 +16,8 @@ from align.rollout.types import Completion
 class Sample:
     """One completion of a prompt. What is None or empty at first is filled in on the way to the loss.
 
-    engine_logps: log-probs under the engine, [L]. rewards: one score per reward, by name. score: their weighted sum.
+    engine_logps: log-probs under the engine, [L]. rewards: one score per reward that applies, by name. score: their
+    weighted sum. left_out: of the loss and of baselines, for want of a score. shown: what a reward said beside it.
     ref_logps, old_logps: under the reference and under the policy before the first update, [L], nats. advantages,
     values, returns: [L, streams].
     """
@@ -30,6 +31,8 @@ class Sample:
     rewards: dict[str, float] = field(default_factory=dict)
     extras: dict[str, float] = field(default_factory=dict)
     score: float = 0.0
+    left_out: bool = False
+    shown: dict[str, str | float] = field(default_factory=dict)
     ref_logps: torch.Tensor | None = None
     old_logps: torch.Tensor | None = None
     advantages: torch.Tensor | None = None
@@ -86,9 +89,10 @@ def completion_matrix(samples: list[Sample], name: str) -> torch.Tensor:
 
 
 def completion_masks(samples: list[Sample]) -> torch.Tensor:
-    """1 on the tokens of each completion, [N, L], left-aligned."""
+    """1 on the tokens of each completion, [N, L], left-aligned; 0 on all of one that is left out."""
     lengths = torch.tensor([sample.length for sample in samples])
-    return (torch.arange(int(lengths.max())) < lengths[:, None]).float()
+    kept = torch.tensor([not sample.left_out for sample in samples])
+    return ((torch.arange(int(lengths.max())) < lengths[:, None]) & kept[:, None]).float()
 
 
 def sampling_logps(samples: list[Sample]) -> torch.Tensor:

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from align.errors import RewardError
 from align.trainers.core.ranks import Ranks
 from align.trainers.on_policy.pipeline import ScoredRollout
-from align.trainers.on_policy.samples import completion_masks, completion_matrix, sampling_logps, scatter
+from align.trainers.on_policy.samples import Sample, completion_masks, completion_matrix, sampling_logps, scatter
 from align.trainers.weighting.base import Weighting
 
 
@@ -18,7 +19,8 @@ class Stream:
 
     scores: [N]. extra_scores: [P, E], of the completions of each prompt that are not trained on (ReMax's greedy one),
     None without. beta: coefficient of the KL inside this stream's reward. logps: of the policy that sampled; ref_logps,
-    mask: [N, L]. Where no KL is trained on, ref_logps are logps. values: [N, L], of a critic, or None.
+    mask: [N, L]. Where no KL is trained on, ref_logps are logps. A sample that is left out has a mask of zeros, and
+    its score is to be in no baseline (`kept`). values: [N, L], of a critic, or None.
     """
 
     name: str
@@ -30,12 +32,18 @@ class Stream:
     mask: Tensor
     values: Tensor | None = None
 
+    @property
+    def kept(self) -> Tensor | None:
+        """Which samples count, [N] bool; None if all of them do."""
+        kept = self.mask.any(-1)
+        return None if kept.all() else kept
+
 
 def make_streams(rollout: ScoredRollout, weighting: Weighting, beta: float) -> list[Stream]:
     """The streams of a weighting. beta: coefficient of the KL that is a part of the reward, 0 if it is not."""
     samples = rollout.samples
-    own = [weighting.scores(sample.rewards) for sample in samples]
-    extra = [[weighting.scores(sample.rewards) for sample in group] for group in rollout.extra]
+    own = [stream_scores(sample, weighting) for sample in samples]
+    extra = [[stream_scores(sample, weighting) for sample in group] for group in rollout.extra]
     values = completion_matrix(samples, "values") if samples[0].values is not None else None
     logps = sampling_logps(samples)
     shared = {
@@ -54,6 +62,21 @@ def make_streams(rollout: ScoredRollout, weighting: Weighting, beta: float) -> l
         )
         for i, stream in enumerate(weighting.streams)
     ]
+
+
+def stream_scores(sample: Sample, weighting: Weighting) -> dict[str, float]:
+    """One sample's score in every stream; 0 if it is left out. Raises `RewardError` for a weighting that needs a score
+    of every reward."""
+    if sample.left_out:
+        return {stream.name: 0.0 for stream in weighting.streams}
+    absent = [name for name in weighting.reward_weights if name not in sample.rewards]
+    if absent and weighting.needs_all:
+        raise RewardError(
+            f"reward {', '.join(absent)} does not apply (None) to a completion of row {sample.prompt.get('row')} of "
+            "the dataset, and constraints and weights that change need a score of every reward for every completion: "
+            "return a number, or use fixed reward_weights"
+        )
+    return weighting.scores(sample.rewards)
 
 
 def fill_advantages(rollout: ScoredRollout, estimator, weighting: Weighting, ranks: Ranks, beta: float) -> dict:

@@ -28,8 +28,8 @@ class StreamSpec:
 
 
 def weighted_sum(rewards: dict[str, float], weights: dict[str, float]) -> float:
-    """sum_i w_i r_i over the rewards that have a weight."""
-    return sum(weight * rewards[name] for name, weight in weights.items())
+    """sum_i w_i r_i over the rewards that have a weight and a score."""
+    return sum(weight * rewards[name] for name, weight in weights.items() if name in rewards)
 
 
 class Weighting(ABC):
@@ -38,14 +38,16 @@ class Weighting(ABC):
     streams: see `StreamSpec`. update_per: rollout or mini_batch, when `update` is called. standardize: whether each
     stream's advantages get mean 0 and deviation 1 before they are mixed. needs_gradients: names of the streams whose
     policy gradients it learns from, of the parameters whose name has the regular expression `gradient_parameters`.
-    messages: warnings that the loop has not passed on yet. section: of a weighting that `register_weighting` names, the
-    class of its options; an instance is made as `cls(names, weights, options)`.
+    needs_all: whether every completion needs a score of every reward. messages: warnings that the loop has not passed
+    on yet. section: of a weighting that `register_weighting` names, the class of its options; an instance is made as
+    `cls(names, weights, options)`.
     """
 
     section: type[Section] = Section
     streams = [StreamSpec(TASK, kl=1.0)]
     update_per = "rollout"
     standardize = False
+    needs_all = True
     needs_gradients: tuple[str, ...] = ()
     gradient_parameters = ""
 
@@ -69,9 +71,12 @@ class Weighting(ABC):
         return sum(weight * stream.kl for weight, stream in zip(self.weights(), self.streams, strict=True))
 
     def update(self, columns: dict[str, Tensor], lengths: Tensor) -> dict[str, float]:
-        """Learn from the rewards of the global batch, by name [B], of completions of so many tokens [B]; returns what
-        to log."""
+        """Learn from the rewards of the global batch, by name [B] (NaN where one does not apply), of completions of so
+        many tokens [B]; returns what to log."""
         for name, column in columns.items():
+            column = column[~column.isnan()]
+            if not len(column):
+                continue
             self.flat[name] = self.flat[name] + 1 if (column == column[0]).all() else 0
             if self.flat[name] == FLAT_PATIENCE:
                 self.messages.append(
@@ -105,7 +110,9 @@ class Weighting(ABC):
 
 
 class FixedWeights(Weighting):
-    """One stream: sum_i w_i r_i."""
+    """One stream: sum_i w_i r_i over the rewards that apply."""
+
+    needs_all = False
 
     def scores(self, rewards: dict[str, float]) -> dict[str, float]:
         return {TASK: weighted_sum(rewards, self.reward_weights)}

@@ -21,8 +21,13 @@ class WeightingUpdates:
     def learn(self, samples: list[Sample], step: int) -> None:
         """samples: of this process. step: the one that is being made, for messages."""
         names = list(self.weighting.reward_weights)
-        rows = torch.tensor([[*(s.rewards[name] for name in names), s.length] for s in samples])
-        rows = self.ranks.gather(rows)
+        none = float("nan")
+        rows = self.ranks.gather(
+            torch.tensor([[*(s.rewards.get(name, none) for name in names), s.length, s.left_out] for s in samples])
+        )
+        rows = rows[rows[:, -1] == 0][:, :-1]
+        if not len(rows):
+            return
         columns = dict(zip(names, rows[:, :-1].unbind(1), strict=True))
         self._log(self.weighting.update(columns, rows[:, -1]))
         for message in self.weighting.messages if self.ranks.index == 0 else ():

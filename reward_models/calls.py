@@ -1,0 +1,137 @@
+"""The calls of a reward function: one after another, in threads, or awaited together, each within a deadline."""
+
+import asyncio
+import functools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from align.errors import RewardError
+from align.reward_models.base import RewardBatch
+from align.reward_models.deadlines import DeadlineExceeded, call_within
+from align.reward_models.failures import Failed, Failures
+from align.reward_models.functions import UserFunction, run_concurrently
+
+TIMEOUT = 600.0  # seconds of a call, unless the spec says otherwise
+
+
+@dataclass
+class Log:
+    """What a function of the user's logs (TRL's `log_metric` and `log_extra`)."""
+
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    columns: dict[str, list] = field(default_factory=dict)
+
+    def log_metric(self, name: str, value: float) -> None:
+        self.metrics.setdefault(name, []).append(float(value))
+
+    def log_extra(self, column: str, values: Sequence) -> None:
+        self.columns[column] = [value if isinstance(value, int | float) else str(value) for value in values]
+
+
+@dataclass
+class Call:
+    """places: of the completions in the batch. arguments: of the function."""
+
+    places: Sequence[int]
+    arguments: dict[str, Any]
+    log: Log = field(default_factory=Log)
+
+
+class Calls:
+    """Makes the calls of a reward.
+
+    Args:
+        read: from what a call returned to one number, None or `Failed` per completion; raises `RewardError` when that
+            cannot be done. blame: the error to raise for one that a call has raised.
+        concurrency: of an async function, calls in flight; of a plain one, threads, None for none. timeout: seconds of
+            a call.
+    """
+
+    def __init__(
+        self,
+        reward: str,
+        function: UserFunction,
+        failures: Failures,
+        *,
+        read: Callable[[Any, Call, RewardBatch], list],
+        blame: Callable[[Exception, Call, RewardBatch], Exception],
+        concurrency: int | None,
+        timeout: float,
+    ):
+        self.reward, self.function, self.failures, self.read, self.blame = reward, function, failures, read, blame
+        self.concurrency, self.timeout = concurrency, timeout
+
+    def run(self, calls: list[Call], batch: RewardBatch) -> list[float | None | Failed]:
+        """The outcomes of all completions, in their order."""
+        if self.function.is_async:
+            limit, awaited = self.concurrency or 1, [functools.partial(self._awaited, call, batch) for call in calls]
+            found = run_concurrently(awaited, limit, seconds=self.timeout * -(-len(calls) // limit) + 10)
+        elif self.concurrency is None:
+            found = [self._made(call, batch) for call in calls]
+        else:
+            pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="rewards")
+            try:
+                found = list(pool.map(lambda call: self._made(call, batch), calls))
+            finally:
+                pool.shutdown(cancel_futures=True)
+        return [outcome for outcomes in found for outcome in outcomes]
+
+    def _made(self, call: Call, batch: RewardBatch) -> list:
+        try:
+            result = call_within(self.timeout, functools.partial(self.function.call, **call.arguments))
+            outcomes = self.read(result, call, batch)
+        except (Exception, SystemExit) as error:
+            outcomes = self._failed(error, call, batch)
+        self.failures.count(outcomes, call.places, batch)
+        return outcomes
+
+    async def _awaited(self, call: Call, batch: RewardBatch) -> list:
+        try:
+            try:
+                async with asyncio.timeout(self.timeout) as scope:
+                    result = await self.function.call(**call.arguments)
+            except TimeoutError:
+                raise (DeadlineExceeded if scope.expired() else TimeoutError) from None
+            outcomes = self.read(result, call, batch)
+        except (Exception, SystemExit) as error:
+            outcomes = self._failed(error, call, batch)
+        self.failures.count(outcomes, call.places, batch)
+        return outcomes
+
+    def _failed(self, error: Exception | SystemExit, call: Call, batch: RewardBatch) -> list:
+        if isinstance(error, DeadlineExceeded):
+            reason = f"{self.function.source} did not return within {self.timeout:g} s"
+        else:
+            reason = f"{self.function.source} failed with {type(error).__name__}: {error}"
+        if not self.failures.stops:
+            return [Failed(reason)] * len(call.places)
+        where = batch.row_names(call.places) if len(call.places) > 1 else batch.row_name(call.places[0])
+        if isinstance(error, DeadlineExceeded):
+            raise RewardError(
+                f"reward {self.reward!r}: {reason} for {where}. Mend it, raise timeout, or say what becomes of such "
+                "completions with on_error"
+            ) from None
+        if isinstance(error, SystemExit):
+            raise RewardError(f"reward {self.reward!r}: {self.function.source} wanted to exit at {where}") from error
+        blamed = self.blame(error, call, batch)
+        if blamed is error:
+            raise blamed
+        raise blamed from error
+
+
+def merged(calls: list[Call], count: int) -> tuple[dict[str, list[float]], dict[str, list]]:
+    """What the calls of a batch of `count` completions logged: metrics, and columns with "" where a call had none."""
+    metrics: dict[str, list[float]] = {}
+    columns: dict[str, list] = {}
+    for call in calls:
+        for name, values in call.log.metrics.items():
+            metrics.setdefault(name, []).extend(values)
+        for name, values in call.log.columns.items():
+            if len(values) != len(call.places):
+                raise RewardError(f"log_extra({name!r}, ...): {len(values)} values for {len(call.places)} completions")
+            column = columns.setdefault(name, [""] * count)
+            for place, value in zip(call.places, values, strict=True):
+                column[place] = value
+    return metrics, columns
