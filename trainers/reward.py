@@ -203,7 +203,8 @@ def agreement(margins: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def pair_data(tokenizer, args: RewardConfig) -> PairData:
     """How a reward model's datasets are prepared."""
-    return PairData(tokenizer, args.max_length, args.max_bad_share, optional=NUMBERS)
+    limits = (args.max_length, args.max_bad_share)
+    return PairData(tokenizer, *limits, optional=NUMBERS, num_proc=args.dataset_num_proc)
 
 
 def reliability_figure(curve: Reliability, title: str):

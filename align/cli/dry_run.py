@@ -66,6 +66,7 @@ def tokenize(run: RunConfig, rows, tokenizer) -> tuple[Any, Any]:
     limit = LENGTH_LIMIT[run.method.data]
     report = align.data.BadRows()
     options = {limit: getattr(run.training, limit), "max_bad_share": run.training.max_bad_share}
+    options["num_proc"] = run.training.dataset_num_proc
     return function(rows, tokenizer, report=report, **options), report
 
 

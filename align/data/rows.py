@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from align.data.fingerprint import file_digest, text_digest
 from align.data.formats import TEXT_COLUMNS
 from align.errors import DataError
 
@@ -82,6 +83,8 @@ def _load_files(path: Path, split: str) -> "Dataset":
     try:
         dataset = load_dataset(
             kind,
+            # The cache of `datasets` knows a file by its path and its time, which survive a rewrite now and then.
+            name=text_digest([file_digest(file) for file in every]),
             data_files={name: [str(file.resolve()) for file in group] for name, group in files.items()},
             split=split,
             **(CSV_OPTIONS if kind == "csv" else {}),

@@ -9,8 +9,6 @@ with exactly one end token (`align.data.ending`), unless the length limit cut it
 never from token ids, so a tokenizer whose pad token is its EOS still trains the EOS.
 """
 
-import uuid
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -27,16 +25,13 @@ from align.data.encode import (
     render_pair,
 )
 from align.data.ending import Ending, close, end_ids, ending_of
-from align.data.formats import DataFormat, columns_of, format_for
-from align.data.rows import source_of
+from align.data.formats import DataFormat, format_for
+from align.data.passes import Columns, Note, Recipe, started, tokenized
 from align.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-Columns = dict[str, Any]
-Note = Callable[[str], None]
 
 
 def tokenize_prompts(
@@ -47,16 +42,18 @@ def tokenize_prompts(
     max_bad_share: float = 0.0,
     source: str = "",
     report: BadRows | None = None,
+    num_proc: int | None = None,
 ) -> "Dataset":
     """Prompts for rollouts: columns `prompt_ids`, `prompt` (text or messages), `row`, and every other column.
 
     A preference set gives its prompts. A prompt longer than `max_prompt_length` tokens is a bad row; it is never cut.
-    source: what to call the data in messages. report: receives what was found. `row` counts from 0; a whole-number
-    column `row` that the data has already is kept, so that rows selected from a larger set keep their numbers.
+    source: what to call the data in messages. report: receives what was found. num_proc: processes that tokenise; more
+    rows than `align.data.passes.IN_MEMORY` are kept on disk and found there the next time. `row` counts from 0; a
+    whole-number column `row` that the data has already is kept, so that rows selected from a larger set keep theirs.
 
     Raises DataError if more than `max_bad_share` of the rows are bad, or none is left.
     """
-    report = _start(report, source, dataset)
+    report = started(report, source, dataset)
     fmt = format_for(dataset, "prompts", report.source)
     check_tokenizer(tokenizer, fmt.conversational, needs_eos=False)
     controls = _controls(tokenizer)
@@ -74,15 +71,10 @@ def tokenize_prompts(
             _note_typed("prompt", _found(encoded.prompt_ids[1:], controls), note)
         return {"prompt_ids": encoded.prompt_ids}
 
-    return _tokenize(
-        dataset,
-        prepare,
-        lambda rows: encode(tokenizer, rows, add_bos=not fmt.conversational),
-        finish,
-        columns={"prompt": dataset.features["chosen" if fmt.implicit_prompt else "prompt"], "prompt_ids": "int32"},
-        report=report,
-        max_bad_share=max_bad_share,
-    )
+    columns = {"prompt": dataset.features["chosen" if fmt.implicit_prompt else "prompt"], "prompt_ids": "int32"}
+    recipe = Recipe(prepare, partial(_encode, tokenizer, fmt), finish, columns)
+    limits = {"use": "prompts", "max_prompt_length": max_prompt_length}
+    return tokenized(dataset, tokenizer, recipe, limits, report, max_bad_share=max_bad_share, num_proc=num_proc)
 
 
 def tokenize_completions(
@@ -93,6 +85,7 @@ def tokenize_completions(
     max_bad_share: float = 0.0,
     source: str = "",
     report: BadRows | None = None,
+    num_proc: int | None = None,
 ) -> "Dataset":
     """Demonstrations for SFT: columns `input_ids`, `completion_mask` (1 on trained tokens), `row`, and every other.
 
@@ -102,7 +95,7 @@ def tokenize_completions(
 
     Otherwise as `tokenize_prompts`.
     """
-    report = _start(report, source, dataset)
+    report = started(report, source, dataset)
     fmt = format_for(dataset, "completions", report.source)
     check_tokenizer(tokenizer, fmt.conversational, needs_eos=True)
     _check_columns(dataset, ("input_ids", "labels"), report.source)
@@ -132,15 +125,14 @@ def tokenize_completions(
         ids, mask = _closed_talk(encoded, ending, tokenizer, note)
         return _sequence(ids, mask, max_length, note)
 
-    return _tokenize(
-        dataset,
+    recipe = Recipe(
         prepare_conversation if fmt.conversational else partial(_prepare_text, fmt),
-        partial(_encode_talks if fmt.conversational else _encode_texts, tokenizer, ending),
+        partial(_encode_talks, tokenizer, ending) if fmt.conversational else partial(_encode, tokenizer, fmt),
         finish,
-        columns={"input_ids": "int32", "completion_mask": "int8"},
-        report=report,
-        max_bad_share=max_bad_share,
+        {"input_ids": "int32", "completion_mask": "int8"},
     )
+    limits = {"use": "completions", "max_length": max_length}
+    return tokenized(dataset, tokenizer, recipe, limits, report, max_bad_share=max_bad_share, num_proc=num_proc)
 
 
 def _prepare_text(fmt: DataFormat, row: Columns, note: Note) -> tuple[tuple, Columns]:
@@ -160,6 +152,7 @@ def tokenize_pairs(
     max_bad_share: float = 0.0,
     source: str = "",
     report: BadRows | None = None,
+    num_proc: int | None = None,
 ) -> "Dataset":
     """Preference pairs: columns `prompt_ids`, `chosen_ids`, `rejected_ids`, `row`, and every other column.
 
@@ -170,7 +163,7 @@ def tokenize_pairs(
 
     Otherwise as `tokenize_prompts`.
     """
-    report = _start(report, source, dataset)
+    report = started(report, source, dataset)
     fmt = format_for(dataset, "pairs", report.source)
     check_tokenizer(tokenizer, fmt.conversational, needs_eos=True)
     ending, controls = ending_of(tokenizer, fmt.conversational), _controls(tokenizer)
@@ -194,24 +187,15 @@ def tokenize_pairs(
             raise BadRow("chosen and rejected are the same tokens" + (" after the cut at max_length" if cut else ""))
         return {"prompt_ids": encoded.prompt_ids, **ids}
 
-    return _tokenize(
-        dataset,
-        prepare,
-        lambda rows: encode(tokenizer, rows, add_bos=not fmt.conversational),
-        finish,
-        columns={
-            "prompt": dataset.features["chosen" if fmt.implicit_prompt else "prompt"],
-            "prompt_ids": "int32",
-            "chosen_ids": "int32",
-            "rejected_ids": "int32",
-        },
-        report=report,
-        max_bad_share=max_bad_share,
-    )
+    ids = dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), "int32")
+    columns = {"prompt": dataset.features["chosen" if fmt.implicit_prompt else "prompt"], **ids}
+    recipe = Recipe(prepare, partial(_encode, tokenizer, fmt), finish, columns)
+    limits = {"use": "pairs", "max_length": max_length, "max_prompt_length": max_prompt_length}
+    return tokenized(dataset, tokenizer, recipe, limits, report, max_bad_share=max_bad_share, num_proc=num_proc)
 
 
-def _encode_texts(tokenizer, ending, rows: list) -> list:
-    return encode(tokenizer, rows, add_bos=True)
+def _encode(tokenizer, fmt: DataFormat, rows: list) -> list:
+    return encode(tokenizer, rows, add_bos=not fmt.conversational)
 
 
 def _encode_talks(tokenizer, ending, rows: list) -> list:
@@ -245,78 +229,6 @@ def _cut_pair(encoded: Encoded, max_length: int | None, ending, controls, tokeni
             cut = True
             note(f"{name} is cut at max_length={max_length}")
     return ids, cut
-
-
-# ---- one pass over the rows -----------------------------------------------------------------------------------------
-
-
-def _start(report: BadRows | None, source: str, dataset: "Dataset") -> BadRows:
-    columns_of(dataset, source)
-    report = BadRows() if report is None else report
-    report.source = source_of(dataset, source)
-    report.total = len(dataset)
-    return report
-
-
-def _tokenize(
-    dataset: "Dataset",
-    prepare: Callable[[Columns, Note], tuple[Any, Columns]],
-    encode_rows: Callable[[list[tuple]], list],
-    finish: Callable[[Any, Note], Columns],
-    *,
-    columns: dict[str, Any],
-    report: BadRows,
-    max_bad_share: float,
-) -> "Dataset":
-    """prepare(row, note) -> (texts, columns to replace); encode_rows(texts of a batch); finish(encoded, note) -> new
-    columns.
-
-    prepare and finish raise BadRow. columns: the feature of each new or replaced column ("int32": a list of these).
-    """
-    from datasets import Features, List, Value
-
-    new = {name: List(Value(kind)) if isinstance(kind, str) else kind for name, kind in columns.items()}
-    features = Features({**dataset.features, **new, "row": Value("int64")})
-    numbers = dataset.features.get("row")
-    numbered = isinstance(numbers, Value) and numbers.dtype.startswith("int")
-
-    def tokenize_batch(batch: Columns, indices: list[int]) -> Columns:
-        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        ready, texts, kept = [], [], []
-        for index, row in zip(indices, rows, strict=True):
-            row["row"] = row["row"] if numbered else index
-            notes: dict[str, None] = {}
-            try:
-                text, replaced = prepare(row, notes.setdefault)
-            except BadRow as reason:
-                report.add(row["row"], str(reason))
-                continue
-            ready.append(({**row, **replaced}, notes))
-            texts.append(text)
-        for (row, notes), encoded in zip(ready, encode_rows(texts), strict=True):
-            try:
-                kept.append({**row, **finish(encoded, notes.setdefault)})
-            except BadRow as reason:
-                report.add(row["row"], str(reason))
-                continue
-            for text in notes:
-                report.note(row["row"], text)
-        return {name: [row[name] for row in kept] for name in features}
-
-    # In memory and never from the cache: the cache would not know of a change in this code.
-    tokenized = dataset.with_format(None).map(
-        tokenize_batch,
-        batched=True,
-        with_indices=True,
-        features=features,
-        remove_columns=dataset.column_names,
-        keep_in_memory=True,
-        load_from_cache_file=False,
-        new_fingerprint=uuid.uuid4().hex,
-        desc=f"Tokenising {report.source}",
-    )
-    report.check(max_bad_share)
-    return tokenized
 
 
 # ---- checks on token ids --------------------------------------------------------------------------------------------

@@ -10,12 +10,12 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import pyarrow
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from align.data.fingerprint import rows_digest
 from align.errors import RewardError, TrainingError
 from align.modeling.fingerprint import fingerprint
 
@@ -40,6 +40,7 @@ CHANGEABLE = {
     "length_column_name", "dataset_num_proc", "model_init_kwargs",
     "per_device_train_batch_size", "gradient_accumulation_steps",  # compared as their product
 }  # fmt: skip
+CACHED_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # of the reference, which is checked by itself
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps", "rows_per_step")
 
 
@@ -97,20 +98,9 @@ def mark_of(reward) -> str:
         return type(reward).__name__
 
 
-def rows_digest(dataset, leave_out: tuple[str, ...] = ()) -> str | None:
-    """Of all rows of a `datasets.Dataset`, in order, as Arrow writes them; None for a stream."""
-    if not isinstance(dataset, Dataset):
-        return None
-    names = sorted(name for name in dataset.column_names if name not in leave_out)
-    digest = hashlib.blake2b(digest_size=16)
-    for table in dataset.select_columns(names).with_format("arrow").iter(1000):
-        table = table.select(names).replace_schema_metadata(None)
-        table = table.take(pyarrow.array(range(len(table)))).combine_chunks()  # copied: slices of buffers differ
-        sink = pyarrow.BufferOutputStream()
-        with pyarrow.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
-        digest.update(sink.getvalue())
-    return digest.hexdigest()
+def data_digest(dataset) -> str | None:
+    """Of all rows of a `datasets.Dataset` but what was computed for them; None for a stream."""
+    return rows_digest(dataset, CACHED_COLUMNS) if isinstance(dataset, Dataset) else None
 
 
 def write_identity(folder: Path, identity: dict) -> None:

@@ -73,6 +73,10 @@ class RunOptions(TrainingSettings):
 class BaseConfig(RunOptions, TrainingArguments):
     """Configuration of the trainers that build on transformers' Trainer directly."""
 
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that tokenise the rows, once for all later runs. Default: one."}
+    )
+
     def __post_init__(self):
         super().__post_init__()
         if self.torch_compile:

@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CACHED_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # of the reference, which is checked by itself
-
 
 class TrainerMixin(TrainerHooks):
     """In front of a transformers-style trainer: `class XTrainer(TrainerMixin, Trainer)`. A mix-in, so that a trainer
@@ -180,7 +178,7 @@ class TrainerMixin(TrainerHooks):
             "method": type(self).__name__.removesuffix("Trainer"),
             "model": self._start_digest,
             "adapter": identity.adapter_settings(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)),
-            "data": identity.rows_digest(self.train_dataset, CACHED_COLUMNS),
+            "data": identity.data_digest(self.train_dataset),
             "settings": identity.settings_of(self.args),
             **self.further_identity(),
         }

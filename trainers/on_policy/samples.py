@@ -49,7 +49,11 @@ def tokenized_prompts(dataset, tokenizer, args):
     if "prompt_ids" in columns_of(dataset):
         return dataset
     return tokenize_prompts(
-        dataset, tokenizer, max_prompt_length=args.max_prompt_length, max_bad_share=args.max_bad_share
+        dataset,
+        tokenizer,
+        max_prompt_length=args.max_prompt_length,
+        max_bad_share=args.max_bad_share,
+        num_proc=args.dataset_num_proc,
     )
 
 

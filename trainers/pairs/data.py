@@ -21,7 +21,7 @@ NUMBERS = ("margin", "chosen_prob")
 class PairData:
     """How a run prepares its datasets.
 
-    tokenizer, max_length, max_bad_share: as `tokenize_pairs` takes them.
+    tokenizer, max_length, max_bad_share, num_proc: as `tokenize_pairs` takes them.
     columns: of the dataset, needed beside the tokens. optional: kept where they are there.
     further: tokenised pairs, train or eval -> the same with what the method computes for each of them.
     """
@@ -32,11 +32,13 @@ class PairData:
     columns: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     further: Callable[[Any, str], Any] | None = None
+    num_proc: int | None = None
 
     def prepare(self, dataset, name: str):
         """Pairs in TRL's formats, or tokenised ones, with the columns of `IDS`, `row`, `columns` and `optional`; name:
         train or eval."""
-        dataset = numbered_pairs(dataset, self.tokenizer, max_length=self.max_length, max_bad_share=self.max_bad_share)
+        limits = {"max_length": self.max_length, "max_bad_share": self.max_bad_share}
+        dataset = numbered_pairs(dataset, self.tokenizer, num_proc=self.num_proc, **limits)
         if self.further is not None:
             dataset = self.further(dataset, name)
         optional = [column for column in self.optional if column in dataset.column_names]
@@ -64,11 +66,12 @@ def list_column(values: np.ndarray, lengths: np.ndarray):
     return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values, pa.float32()))
 
 
-def numbered_pairs(dataset, tokenizer, *, max_length: int | None, max_bad_share: float):
+def numbered_pairs(dataset, tokenizer, *, max_length: int | None, max_bad_share: float, num_proc: int | None = None):
     """The output of `tokenize_pairs`. A dataset that is tokenised already is taken as it is, if no completion is empty
     and its numbers are usable; its rows are numbered where they have no column `row`."""
     if not set(IDS) <= columns_of(dataset):
-        return tokenize_pairs(dataset, tokenizer, max_length=max_length, max_bad_share=max_bad_share)
+        limits = {"max_length": max_length, "max_bad_share": max_bad_share}
+        return tokenize_pairs(dataset, tokenizer, num_proc=num_proc, **limits)
     for column in IDS:
         empty = np.flatnonzero(flat_column(dataset, column)[0] == 0)
         if len(empty):

@@ -116,7 +116,12 @@ class PreferenceTrainer(PairTrainer):
             disable_dropout(policy)
         self.check_start = ref_model is None
         data = PairData(
-            processing_class, args.max_length, args.max_bad_share, self.columns, further=self.prepare_dataset
+            processing_class,
+            args.max_length,
+            args.max_bad_share,
+            self.columns,
+            further=self.prepare_dataset,
+            num_proc=args.dataset_num_proc,
         )
         super().__init__(policy, args, data, train_dataset, eval_dataset, callbacks, optimizers)
         ref_model = load_reference(ref_model, self.model)
