@@ -133,8 +133,13 @@ def tokenized_completions(dataset, tokenizer, args: SFTConfig):
     columns = columns_of(dataset)
     tokenised = "input_ids" in columns and (columns & {"completion_mask", "labels"} or not columns & {*TEXT_COLUMNS})
     if not tokenised:
-        limits = {"max_length": args.max_length, "max_bad_share": args.max_bad_share}
-        return tokenize_completions(dataset, tokenizer, num_proc=args.dataset_num_proc, **limits)
+        return tokenize_completions(
+            dataset,
+            tokenizer,
+            max_length=args.max_length,
+            max_bad_share=args.max_bad_share,
+            num_proc=args.dataset_num_proc,
+        )
     if "completion_mask" in dataset.column_names:
         empty = [row for row, mask in enumerate(dataset["completion_mask"]) if not any(mask[1:])]
         if empty:

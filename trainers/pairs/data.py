@@ -37,8 +37,13 @@ class PairData:
     def prepare(self, dataset, name: str):
         """Pairs in TRL's formats, or tokenised ones, with the columns of `IDS`, `row`, `columns` and `optional`; name:
         train or eval."""
-        limits = {"max_length": self.max_length, "max_bad_share": self.max_bad_share}
-        dataset = numbered_pairs(dataset, self.tokenizer, num_proc=self.num_proc, **limits)
+        dataset = numbered_pairs(
+            dataset,
+            self.tokenizer,
+            max_length=self.max_length,
+            max_bad_share=self.max_bad_share,
+            num_proc=self.num_proc,
+        )
         if self.further is not None:
             dataset = self.further(dataset, name)
         optional = [column for column in self.optional if column in dataset.column_names]
@@ -70,8 +75,7 @@ def numbered_pairs(dataset, tokenizer, *, max_length: int | None, max_bad_share:
     """The output of `tokenize_pairs`. A dataset that is tokenised already is taken as it is, if no completion is empty
     and its numbers are usable; its rows are numbered where they have no column `row`."""
     if not set(IDS) <= columns_of(dataset):
-        limits = {"max_length": max_length, "max_bad_share": max_bad_share}
-        return tokenize_pairs(dataset, tokenizer, num_proc=num_proc, **limits)
+        return tokenize_pairs(dataset, tokenizer, max_length=max_length, max_bad_share=max_bad_share, num_proc=num_proc)
     for column in IDS:
         empty = np.flatnonzero(flat_column(dataset, column)[0] == 0)
         if len(empty):
