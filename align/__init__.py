@@ -42,6 +42,8 @@ if TYPE_CHECKING:  # the same table for editors and type checkers; tests compare
     from align.rollout import make_engine as make_engine
     from align.rollout import register_engine as register_engine
     from align.rollout.engine import RolloutEngine as RolloutEngine
+    from align.rollout.options import RolloutOptions as RolloutOptions
+    from align.rollout.options import VLLMOptions as VLLMOptions
     from align.rollout.types import SamplingParams as SamplingParams
     from align.trainers.dpo import DPOConfig as DPOConfig
     from align.trainers.dpo import DPOTrainer as DPOTrainer
@@ -118,6 +120,8 @@ _EXPORTS = {
     "register_weighting": "align.trainers.weighting.base:register_weighting",
     "register_engine": "align.rollout:register_engine",
     "RolloutEngine": "align.rollout.engine:RolloutEngine",
+    "RolloutOptions": "align.rollout.options:RolloutOptions",
+    "VLLMOptions": "align.rollout.options:VLLMOptions",
     "SamplingParams": "align.rollout.types:SamplingParams",
     # data and evaluation
     "load_rows": "align.data.rows:load_rows",

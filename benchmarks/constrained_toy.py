@@ -140,7 +140,7 @@ def train(folder: Path, name: str, seed: int) -> None:
         output_dir=str(folder / name), run_name=name, max_steps=SINGLE_STEPS if name in REWARDS else STEPS,
         per_device_train_batch_size=PROMPTS, per_device_eval_batch_size=256,
         lr_scheduler_type="constant", eval_strategy="steps", eval_steps=EVAL_EVERY, eval_num_generations=4,
-        rollout_backend="transformers", seed=seed, logging_steps=1,
+        rollout="transformers", seed=seed, logging_steps=1,
         **LENGTHS, **QUIET, **(EXPLORING if name in EXPLORATORY else COMPARING), **method_options(folder, name),
     )  # fmt: skip
     rewards = [{"type": "classifier", "path": str(folder / "rewards" / reward), "name": reward} for reward in REWARDS]

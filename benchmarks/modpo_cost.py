@@ -106,7 +106,7 @@ class World:
         options = self.options(name, steps, beta=BETA, reward_weights=list(WEIGHTS.values()))
         args = align.ReMaxConfig(
             **options,
-            rollout_backend=side.split()[1],
+            rollout=side.split()[1],
             max_prompt_length=self.lengths.max_prompt_length,
             max_completion_length=self.lengths.max_completion_length,
         )

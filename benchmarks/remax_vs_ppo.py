@@ -58,7 +58,7 @@ def make(side: str, backend: str, world, args, folder: str, steps: int, **shape)
         "learning_rate": 1e-5,
         "lr_scheduler_type": "constant",
         "beta": 0.05,
-        "rollout_backend": backend,
+        "rollout": backend,
         "report_to": "none",
         "save_strategy": "no",
         "logging_steps": 1,

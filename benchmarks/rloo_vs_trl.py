@@ -70,7 +70,7 @@ def ours(backend: str, world, args, folder: str):
         **shared_options(folder, world, args),
         per_device_train_batch_size=args.prompts,
         max_prompt_length=world.max_prompt_length,
-        rollout_backend=backend,
+        rollout=backend,
     )
     return RLOOTrainer(model, even_words, config, data, processing_class=tokenizer)
 

@@ -111,7 +111,7 @@ def test_the_python_block_trains(monkeypatch, tmp_path):
     (block,) = blocks("README.md", "python")
     for old, new in (
         ("Qwen/Qwen2.5-0.5B-Instruct", "policy"),
-        ("max_steps=200", "max_steps=2, max_prompt_length=16, max_completion_length=8, rollout_backend='transformers'"),
+        ("max_steps=200", "max_steps=2, max_prompt_length=16, max_completion_length=8, rollout='transformers'"),
         ("eval_steps=20", "eval_steps=1"),
     ):
         assert old in block

@@ -21,6 +21,7 @@ from align.methods import METHODS, Method
 FILE = Path(__file__).with_name("options.json")
 MADE_WITH = ("transformers", "trl")
 PACKAGE = Path(__file__).resolve().parents[1]
+OTHERS = ("config/resolve.py", "methods.py", "rollout/options.py", "reward_models/specs.py")  # beside trainers
 _DECLARATION = re.compile(rb"^    \w+: .*=.*$", re.MULTILINE)
 _JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
@@ -41,7 +42,7 @@ def options_of(method_name: str) -> dict[str, dict[str, Any]]:
 
 def installed() -> dict[str, str]:
     """The versions of the libraries, and a digest of the lines that declare our own options."""
-    files = [*sorted((PACKAGE / "trainers").rglob("*.py")), PACKAGE / "config/resolve.py", PACKAGE / "methods.py"]
+    files = [*sorted((PACKAGE / "trainers").rglob("*.py")), *(PACKAGE / name for name in OTHERS)]
     lines = [line for file in files for line in _DECLARATION.findall(file.read_bytes())]
     digest = hashlib.sha256(b"\n".join(lines)).hexdigest()[:16]
     return {**{name: version(name) for name in MADE_WITH}, "declarations": digest}
@@ -127,6 +128,7 @@ def _record(group: str, cls: type, field: dataclasses.Field) -> dict[str, Any]:
 def _keys(name: str) -> dict[str, dict[str, str]]:
     """The keys of nested options with their help, by kind."""
     from align.reward_models.specs import REWARDS
+    from align.rollout.make import rollout_kinds
     from align.trainers.weighting.sections import DYNAMIC_WEIGHTS, MULTIPLIERS, ConstraintSection, SearchSection
 
     sections: dict[str, dict[str, Any]] = {
@@ -136,6 +138,7 @@ def _keys(name: str) -> dict[str, dict[str, str]]:
         "multipliers": {cls.label: cls for cls in MULTIPLIERS.kinds.values()},
         "dynamic_weights": DYNAMIC_WEIGHTS.kinds,
         "threshold_search": {"": SearchSection},
+        "rollout": {f"backend {name}": cls for name, cls in rollout_kinds().kinds.items()},
     }
     return {
         kind: {key: cls.model_fields[field].description or "" for key, field in cls.keys().items()}

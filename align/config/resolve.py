@@ -14,6 +14,7 @@ import yaml
 from align.config.options import options_of
 from align.config.ranges import problem_with
 from align.config.secrets import MASK, masked, masked_text
+from align.config.sections import Section
 from align.config.source import COMMAND_LINE, Entry, apply_overrides, one_line, read_file, read_overrides
 from align.errors import AlignError, ConfigError
 from align.lazy import load
@@ -21,6 +22,14 @@ from align.methods import Method, get_method
 
 # What constructors of transformers and trl raise for options that they do not take.
 REFUSALS = (AlignError, ValueError, TypeError, KeyError, AttributeError, ImportError, OSError, RuntimeError)
+MOVED = {  # options of earlier versions
+    "rollout_backend": "rollout.backend",
+    "rollout_dtype": "rollout.dtype",
+    "max_num_seqs": "rollout.max_num_seqs",
+    "sync_tolerance": "rollout.sync_tolerance",
+    "vllm_gpu_memory_utilization": "rollout.gpu_memory_utilization",
+    "vllm_kv_cache_gib": "rollout.kv_cache_gib",
+}
 REWARD_SECTIONS = ("rewards", "gold_reward")
 
 
@@ -203,6 +212,8 @@ def _check_keys(entries: dict[str, Entry], valid: list[str], method: Method) -> 
             dashes = "--" if entry.where == COMMAND_LINE else ""
             nearest = difflib.get_close_matches(key, valid, n=1)
             hint = f"nearest valid: {dashes}{nearest[0]}" if nearest else f"see `align {method.name} --help`"
+            if key in MOVED and MOVED[key].partition(".")[0] in valid:
+                hint = f"it is {dashes}{MOVED[key]} now"
             problems.append(f"{entry.where}: unknown key {dashes}{key}; {hint}")
     if problems:
         raise ConfigError("; ".join(problems))
@@ -239,6 +250,10 @@ def _typed(key: str, entry: Entry, cls: type) -> Any:
     enums = [arm for arm in get_args(hint) if isinstance(arm, type) and issubclass(arm, Enum)]
     if enums:  # transformers writes `Enum | str`: any text would pass here and fail later, without its line
         choices = [member.value for member in enums[0]]
+    if isinstance(entry.value, dict) and any(
+        isinstance(arm, type) and issubclass(arm, Section) for arm in get_args(hint)
+    ):
+        return entry.value  # the configuration's own class reads it
     adapter = _adapter(cls, key)
     # a word that YAML reads as a number or a truth value may be meant as text; one item may be meant as a list
     candidates = [entry.value] if entry.text is None else [entry.value, entry.text, [entry.text]]

@@ -128,6 +128,14 @@ class Kinds:
             raise ConfigError(f"{key}: {self.by} must be one of {', '.join(self.kinds)}, not {kind!r}{hint}", key=place)
         if self.by not in cls.model_fields:  # the kind says which class; the class does not repeat it
             value = {name: content for name, content in value.items() if name != self.by}
+        for name in value:
+            owners = [other for other, options in self.kinds.items() if name in options.keys()]
+            if owners and name not in cls.keys():
+                label = f"{self.by} {kind}" if kind else f"a {key} without {self.by!r}"
+                raise ConfigError(
+                    f"{key}.{name} is an option of {self.by} {' and '.join(owners)}, not of {label}",
+                    key=f"{key}.{name}",
+                )
         return parse(cls, value, key)
 
 

@@ -100,7 +100,7 @@ def check_probe(probe: Probe, engine: str, version: int, tolerance: float | None
         raise RolloutError(
             f"the {engine} engine does not compute what the trainer computes: {found}. The average may be {limit:.3g}. "
             "Its weights may be stale, or the back-end implements this model, its positions or the temperature "
-            "differently: set rollout_backend: transformers; or, if you know that this is rounding, sync_tolerance"
+            "differently: set rollout.backend: transformers; or, if you know that this is rounding, sync_tolerance"
         )
     if probe.mean_abs_diff > max(WARN * probe.rounding, FLOOR):
         logger.warning("%s: more than rounding usually does. rollout_correction weighs such differences", found)

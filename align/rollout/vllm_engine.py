@@ -1,11 +1,13 @@
 """Rollouts with vLLM, in the trainer's process, on CPUs and CUDA GPUs."""
 
 import copy
+import difflib
 import logging
 import tempfile
 import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,7 +33,7 @@ logger = logging.getLogger(__name__)
 GIB = 1 << 30
 CPU_BLOCK = 32  # tokens per block of the key-value cache on CPUs; prompts share whole blocks, so the smallest is best
 CPU_MEMORY_SHARE = 0.25  # of the free memory, at most, for the key-value cache
-USE_TRANSFORMERS = "set rollout_backend: transformers"
+USE_TRANSFORMERS = "set rollout.backend: transformers"
 
 
 class VLLMEngine(RolloutEngine):
@@ -54,6 +56,7 @@ class VLLMEngine(RolloutEngine):
         max_num_seqs=256,
         kv_cache_gib=None,
         gpu_memory_utilization=0.3,
+        engine_options=None,
         sync_tolerance=None,
         dtype=None,
     ):
@@ -66,6 +69,7 @@ class VLLMEngine(RolloutEngine):
             "max_num_seqs": max_num_seqs,
             "kv_cache_gib": kv_cache_gib,
             "gpu_memory_utilization": gpu_memory_utilization,
+            "further": engine_options or {},
         }
         reason = why_merged(model) if isinstance(model, PeftModel) else None
         self._slot: AdapterSlot | None = None
@@ -197,7 +201,7 @@ def adapter_slot(worker) -> "AdapterSlot":
     return AdapterSlot(worker)
 
 
-def start_llm(core, shapes, *, dtype, rank, max_model_len, max_num_seqs, kv_cache_gib, gpu_memory_utilization):
+def start_llm(core, shapes, *, dtype, rank, max_model_len, max_num_seqs, kv_cache_gib, gpu_memory_utilization, further):
     """A `vllm.LLM` with the architecture of `core` and random weights, and whether it runs on a CPU."""
     import vllm
     from vllm.platforms import current_platform
@@ -234,9 +238,24 @@ def start_llm(core, shapes, *, dtype, rank, max_model_len, max_num_seqs, kv_cach
             options["kv_cache_memory_bytes"] = int(kv_cache_gib * GIB)
         if dist.is_initialized():
             options["distributed_executor_backend"] = "external_launcher"  # each rank on its own GPU
+    check_further(further, options)
     with tempfile.TemporaryDirectory() as folder:
         write_config(core, dtype, folder)
-        return vllm.LLM(folder, **options), on_cpu
+        return vllm.LLM(folder, **options, **further), on_cpu
+
+
+def check_further(further: dict, options: dict) -> None:
+    """Refuse `rollout.engine_options` that vLLM does not know, or that have a value here already (on CPUs)."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    known = [field.name for field in fields(EngineArgs)]
+    for name in further:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; nearest valid: {near[0]}" if near else ""
+            raise ConfigError(f"rollout.engine_options: vLLM has no argument {name}{hint}")
+        if name in options:
+            raise ConfigError(f"rollout.engine_options: {name} must be {options[name]!r} here: leave it out")
 
 
 def vllm_params(request: Request):
@@ -316,7 +335,7 @@ def check_model(core, dtype: torch.dtype, on_cpu: bool) -> None:
     import vllm
 
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ConfigError(f"vLLM does not run {dtype} models: set rollout_dtype: float32, or {USE_TRANSFORMERS}")
+        raise ConfigError(f"vLLM does not run {dtype} models: set rollout.dtype: float32, or {USE_TRANSFORMERS}")
     # For the others vLLM runs transformers' own model and rewrites its class for that: the trainer's would break.
     entry = vllm.ModelRegistry.models.get(architecture(core))
     if entry is None or vars(entry).get("module_name", "").endswith(".transformers"):

@@ -222,7 +222,7 @@ def reinforce(
         reward_weights=list(weights.values()),
         max_prompt_length=MAX_PROMPT,
         max_completion_length=MAX_COMPLETION,
-        rollout_backend=RL_ENGINE,
+        rollout=RL_ENGINE,
         per_device_eval_batch_size=256,
         eval_strategy="steps",
         eval_steps=RL_EVERY,

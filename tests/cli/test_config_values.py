@@ -16,6 +16,7 @@ from align.config.secrets import MASK, Secret, expand, masked, masked_text
 from align.config.source import ready_configs
 from align.errors import AlignError, ConfigError
 from align.methods import METHODS
+from align.rollout import VLLMOptions
 from align.trainers.dpo import DPOConfig
 from align.trainers.ppo import PPOConfig
 
@@ -39,7 +40,7 @@ def test_every_numeric_option_has_a_range(method):
         for field in dataclasses.fields(cls):
             hint = hints(cls)[field.name]
             if field.init and {int, float} & set(get_args(hint) or (hint,)):
-                assert field.name in RANGES or field.name.startswith(("vllm_", "max_num_seqs", "sync_")), field.name
+                assert field.name in RANGES, field.name
 
 
 @pytest.mark.parametrize(
@@ -60,6 +61,10 @@ def test_every_numeric_option_has_a_range(method):
         ("reward_weights: [1.0, .nan]", "reward_weights must be a finite number, got nan"),
         ("epsilon: 0", "epsilon must be above 0, got 0"),
         ("kl_in: los", "kl_in must be one of reward, loss, got 'los'"),
+        ("rollout: {backend: vllm, gpu_memory_utilization: 2}", "rollout.gpu_memory_utilization: input should be less"),
+        ("rollout.max_num_seqs: 0", "rollout.max_num_seqs: input should be greater"),
+        ("rollout_backend: vllm", "unknown key rollout_backend; it is rollout.backend now"),
+        ("vllm_kv_cache_gib: 2", "unknown key vllm_kv_cache_gib; it is rollout.kv_cache_gib now"),
         ("constraints: [{reward: a, direction: equal, threshold: .inf}]", "constraints.0.threshold: input should"),
         (
             "rewards:\n  - {type: remote, url: http://x, timeout: 0}",
@@ -76,10 +81,21 @@ def test_a_value_that_a_later_stage_would_refuse(file, line, message):
     assert str(error.value).startswith(f"{path}, line {number}: {message}")
 
 
+def test_rollout_options_of_a_file_and_a_command_line_are_one_section(file, tmp_path):
+    path = file("rollout:\n  backend: vllm\n  gpu_memory_utilization: 0.5\n" + REWARDS)
+    run = resolve("remax", path, ["--rollout.dtype", "float32"])
+    assert run.training.rollout == VLLMOptions(gpu_memory_utilization=0.5, dtype="float32")
+    assert run.training.to_dict()["rollout"] == settings(run)["rollout"] == run.training.rollout.given()
+    write_settings(settings(run), tmp_path / "again.yaml")
+    assert resolve("remax", str(tmp_path / "again.yaml"), []).training.rollout == run.training.rollout
+    assert resolve("remax", path, ["--rollout", "transformers"]).training.rollout.backend == "transformers"
+
+
 def test_python_is_held_to_the_same(tmp_path):
     for options, message in (
         ({"learning_rate": -1.0}, "learning_rate must be at least 0"),
         ({"weight_decay": math.nan}, "weight_decay must be a finite number"),
+        ({"rollout": {"max_num_seqs": 0}}, "rollout.max_num_seqs: "),
         (
             {"constraints": [{"reward": "a", "direction": "up", "threshold": 0}]},
             "constraints.0.direction: ",

@@ -191,7 +191,7 @@ def test_memory_of_an_on_policy_run_follows_beta_and_the_budget(tiny_model, prom
     """Without a KL and an evaluation no reference is held; a budget of tokens holds the activations down."""
     tokens = ["--model_name_or_path", tiny_model, "--dataset_name", prompts, "--num_generations", 8, "--max_steps", 1]
     tokens += ["--per_device_train_batch_size", 4, "--max_completion_length", 20, "--max_prompt_length", 40]
-    tokens += ["--rewards.0", rule, "--rollout_backend", "transformers", "--eval_dataset_name", prompts]
+    tokens += ["--rewards.0", rule, "--rollout.backend", "transformers", "--eval_dataset_name", prompts]
 
     def memory(*options):
         lines = run(capsys, "rloo", *tokens, *options)["memory"].splitlines()

@@ -33,7 +33,7 @@ def test_sft_reward_and_the_on_policy_methods_train(tiny_model, real_pairs, tmp_
     assert run("reward", policy, real_pairs, tmp_path / "rm", *first) == 0
     on_policy = ["--dataset_train_split", "train[:60]", "--max_prompt_length", 200, "--max_completion_length", 8]
     on_policy += ["--rewards.0.path", tmp_path / "rm", "--gold_reward.path", tmp_path / "rm"]
-    on_policy += ["--rollout_backend", "transformers", "--eval_strategy", "steps", "--eval_steps", 2]
+    on_policy += ["--rollout.backend", "transformers", "--eval_strategy", "steps", "--eval_steps", 2]
     on_policy += ["--eval_dataset_name", real_pairs, "--dataset_test_split", "train[-20:]"]
     for method in ("remax", "rloo", "grpo", "reinforce_pp", "ppo"):
         assert run(method, policy, real_pairs, tmp_path / method, *on_policy) == 0

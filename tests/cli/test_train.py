@@ -57,7 +57,7 @@ def test_reward_and_then_remax_on_it(tiny_model, pairs, prompts, rule, tmp_path)
 
     rewards = f"[{{type: classifier, path: {reward}, name: proxy}}]"
     base += ["--dataset_name", prompts, "--rewards", rewards, "--gold_reward", rule]
-    base += ["--rollout_backend", "transformers"]
+    base += ["--rollout.backend", "transformers"]
     base += ["--eval_strategy", "steps", "--eval_steps", 1, "--eval_dataset_name", prompts]
     base += ["--dataset_test_split", "train[:3]", "--max_completion_length", 6, "--max_prompt_length", 64]
     run = train("remax", tmp_path / "remax", *base, *lora)

@@ -30,7 +30,7 @@ def test_the_reward_rises(backend, lora, policy, tmp_path):
         per_device_train_batch_size=32,
         learning_rate=2e-2 if lora else 5e-3,
         beta=0.01,
-        rollout_backend=backend,
+        rollout=backend,
         gradient_checkpointing=lora,
     )
     trainer = ReMaxTrainer(policy, wanted_words, args, prompts(64), peft_config=LoraConfig(**LORA) if lora else None)

@@ -84,7 +84,7 @@ def on_policy_config(config, folder, **options):
         "max_completion_length": 6,
         "max_steps": 2,
         "learning_rate": 1e-3,
-        "rollout_backend": "transformers",
+        "rollout": "transformers",
     }
     return config(**{**defaults, **options})
 

@@ -25,7 +25,7 @@ SAMPLES = 64
 # Settings that a run may change when it goes on: they say how far it goes, where something lies or is shown, when it is
 # evaluated, and in what portions or with what memory the same result is computed.
 CHANGEABLE_PREFIXES = (
-    "eval_", "logging_", "save_", "hub_", "push_to_hub", "dataloader_", "num_logged_", "precompute_ref_", "vllm_",
+    "eval_", "logging_", "save_", "hub_", "push_to_hub", "dataloader_", "num_logged_", "precompute_ref_",
     "include_", "log_", "fsdp", "deepspeed", "ddp_", "torch_compile", "torch_empty_cache", "trackio", "batch_eval_",
     "disable_tqdm", "report_to", "verify_saved", "gradient_checkpointing", "auto_find_batch_size", "metric_for",
     "greater_is_better", "load_best", "resume_", "restore_callback", "skip_memory", "project", "past_index",
@@ -34,7 +34,7 @@ CHANGEABLE = {
     "output_dir", "run_name", "num_train_epochs", "max_steps", "do_train", "do_eval", "do_predict", "use_cpu",
     "local_rank", "debug", "average_tokens_across_devices", "accelerator_config", "parallelism_config", "ray_scope",
     "ignore_data_skip", "full_determinism", "remove_unused_columns", "max_bad_share", "num_eval_prompts",
-    "rollout_backend", "rollout_dtype", "max_num_seqs", "sync_tolerance", "batching", "tokens_per_batch", "chunk_size",
+    "rollout", "batching", "tokens_per_batch", "chunk_size",
     "margin_cache_dir", "ref_log_probs_dir", "use_liger_kernel", "prediction_loss_only", "label_names",
     "enable_jit_checkpoint",
     "length_column_name", "dataset_num_proc", "model_init_kwargs",

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from align.config.ranges import check_ranges
 from align.config.secrets import Secret, masked
+from align.config.sections import plain
 from align.errors import ConfigError
 from align.trainers.core.hooks import TrainingSettings
 
@@ -95,7 +96,7 @@ class BaseConfig(RunOptions, TrainingArguments):
 def changed_settings(args: TrainingArguments) -> dict:
     """The settings that differ from their defaults, without those that say where something lies or is shown."""
     return {
-        f.name: masked(getattr(args, f.name), f.name)
+        f.name: masked(plain(getattr(args, f.name)), f.name)
         for f in fields(args)
         if f.default is not MISSING and getattr(args, f.name) != f.default and not f.name.endswith(PLACES)
     }

@@ -1,10 +1,12 @@
 """Options that every on-policy method has."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from align.config.sections import plain
 from align.errors import ConfigError
 from align.objectives.policy_loss import AGGREGATIONS
+from align.rollout import RolloutOptions, rollout_options
 from align.trainers.core.batching import BatchingOptions
 from align.trainers.core.options import BaseConfig
 from align.trainers.on_policy.estimators import make_estimator
@@ -34,6 +36,7 @@ class OnPolicyConfig(BatchingOptions, BaseConfig):
 
     sections: the nested options (`constraints` ...) that are set, by name, checked and typed
     (`align.trainers.weighting.sections`). The fields keep them as plain values, for what writes a configuration down.
+    rollout: always a `RolloutOptions` once the configuration is made.
     """
 
     # ---- rollouts
@@ -41,24 +44,11 @@ class OnPolicyConfig(BatchingOptions, BaseConfig):
     max_prompt_length: int = field(default=512, metadata={"help": "Longer prompts are bad rows (tokens)."})
     max_completion_length: int = field(default=256, metadata={"help": "Completions are cut here (tokens)."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; log-probs are taken at it too."})
-    rollout_backend: str = field(default="auto", metadata={"help": "auto, vllm, transformers, or a registered one."})
-    vllm_gpu_memory_utilization: float = field(default=0.3, metadata={"help": "Share of the GPU given to vLLM."})
-    vllm_kv_cache_gib: float | None = field(
-        default=None, metadata={"help": "Size of vLLM's key-value cache; default: computed on CPUs, vLLM's on GPUs."}
-    )
-    max_num_seqs: int = field(default=256, metadata={"help": "Sequences that the engine decodes at a time."})
-    rollout_dtype: str | None = field(
-        default=None,
+    rollout: RolloutOptions | dict[str, Any] | str = field(
+        default=RolloutOptions(),
         metadata={
-            "help": "float32, bfloat16 or float16: of the engine's weights. Default: what the policy computes in.",
-            "choices": ["float32", "bfloat16", "float16"],
-        },
-    )
-    sync_tolerance: float | None = field(
-        default=None,
-        metadata={
-            "help": "Largest mean difference of log-probs (nats) between engine and trainer that is taken for "
-            "rounding. Default: what rounding in every layer explains, measured on the model."
+            "help": "The engine that completes prompts: {backend, max_num_seqs, dtype, ...} or the back-end's name "
+            "alone (docs/rollouts.md)."
         },
     )
     # ---- objective
@@ -191,6 +181,10 @@ class OnPolicyConfig(BatchingOptions, BaseConfig):
         """Whether a factor on all scores cancels from the advantages."""
         return make_estimator(self).cancels_scale
 
+    def to_dict(self) -> dict[str, Any]:
+        """transformers': the options as JSON has them."""
+        return {**super().to_dict(), "rollout": plain(self.rollout)}
+
     def __post_init__(self):
         super().__post_init__()
         for name, valid in {
@@ -227,6 +221,7 @@ class OnPolicyConfig(BatchingOptions, BaseConfig):
         self.sections = {name: SECTIONS[name](value, name) for name, value in given.items() if value is not None}
         for name, section in self.sections.items():
             setattr(self, name, plain(section))
+        self.rollout = rollout_options(self.rollout)
         make_estimator(self)  # which checks its own options
         check_constraints(self)
         check_dynamic_weights(self)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import nn
 
 from align.errors import RolloutError
-from align.rollout import make_engine
+from align.rollout import make_engine, rollout_options
 from align.rollout.engine import RolloutEngine
 from align.rollout.probe import FAIL, WARN
 from align.rollout.types import Rollout, SamplingParams
@@ -81,20 +81,12 @@ def engine_maker(args, tokenizer, mixed_precision: str = "no") -> Callable[[nn.M
 
     Unless it says otherwise, the engine computes in what the policy computes in: mixed precision, else its weights.
     """
-    dtype = args.rollout_dtype or {"bf16": "bfloat16", "fp16": "float16"}.get(mixed_precision)
+    options = rollout_options(args.rollout).given()
+    if options.get("dtype") is None:
+        options["dtype"] = {"bf16": "bfloat16", "fp16": "float16"}.get(mixed_precision)
 
     def make(model: nn.Module) -> RolloutEngine:
-        return make_engine(
-            model,
-            tokenizer,
-            backend=args.rollout_backend,
-            max_model_len=args.max_prompt_length + args.max_completion_length,
-            seed=args.seed,
-            max_num_seqs=args.max_num_seqs,
-            kv_cache_gib=args.vllm_kv_cache_gib,
-            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
-            sync_tolerance=args.sync_tolerance,
-            dtype=dtype,
-        )
+        longest = args.max_prompt_length + args.max_completion_length
+        return make_engine(model, tokenizer, max_model_len=longest, seed=args.seed, **options)
 
     return make

@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
+from align.config.sections import plain
 from align.errors import RewardError
 from align.evaluation.records import EvalWriter
 from align.modeling.load import Reference
@@ -34,7 +35,7 @@ def run_options(args: Any) -> dict[str, Any]:
     """The options that say what was run: all of ours, and the few of transformers' that decide how far it went."""
     ours = {f.name for f in fields(args)} - {f.name for f in fields(TrainingArguments)}
     options = {name: getattr(args, name) for name in sorted(ours | {*TRAINING, "gradient_accumulation_steps"})}
-    return {name: str(value) if isinstance(value, Enum) else value for name, value in options.items()}
+    return {name: str(value) if isinstance(value, Enum) else plain(value) for name, value in options.items()}
 
 
 def eval_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: OnPolicyConfig) -> Dataset:

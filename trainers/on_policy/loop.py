@@ -29,6 +29,7 @@ from align.modeling.completions import completion_logps
 from align.modeling.load import disable_dropout, load_policy, load_tokenizer, reference_of
 from align.modeling.prefix_support import enable_shared_prefix, enable_trunk
 from align.objectives.policy_loss import aggregate_tokens
+from align.rollout import rollout_options
 from align.rollout.engine import RolloutEngine
 from align.rollout.types import SamplingParams
 from align.trainers.core.batching import CheckSharedRows, autocast_dtype, resolve_layout
@@ -326,7 +327,8 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
         In float32 the engine's log-probs serve as well. In half precision they differ from any of the trainer's by
         rounding, which the sum over a long completion would take for a KL.
         """
-        exact = computes_exactly(self.accelerator, self.model) and self.args.rollout_dtype in (None, "float32")
+        dtype = rollout_options(self.args.rollout).dtype
+        exact = computes_exactly(self.accelerator, self.model) and dtype in (None, "float32")
         return not exact and (self.kl.adapts or (self.args.kl_in == "reward" and self.args.beta > 0))
 
     def stream_gradients(self, parts: list[list[Sample]]) -> Tensor:

@@ -58,7 +58,7 @@ class OnPolicyMetrics:
         if not gap <= limits[1]:
             raise TrainingError(
                 f"{found}, and {limits[1]:.4f} is allowed. Does something change the weights or the logits outside the "
-                "trainer? Compare with rollout_backend: transformers"
+                "trainer? Compare with rollout.backend: transformers"
             )
         if gap > limits[0] and not self.warned:
             self.warned = True

@@ -23,7 +23,7 @@ def make(method, args, rows, tok, **sizes):
         return RewardTrainer(classifier(tok, **sizes), RewardConfig(**args), rows, processing_class=tok)
     model = tiny_model(tok, **sizes)
     if method == "remax":
-        args = ReMaxConfig(**args, rollout_backend="transformers", max_completion_length=4)
+        args = ReMaxConfig(**args, rollout="transformers", max_completion_length=4)
         return ReMaxTrainer(model, wanted_words, args, rows, processing_class=tok)
     trainer, config = {"sft": (SFTTrainer, SFTConfig), "dpo": (DPOTrainer, DPOConfig)}[method]
     return trainer(model, config(**args), rows, processing_class=tok)

@@ -17,7 +17,7 @@ from tests.trainers.tiny_runs import on_policy, prompts, wanted_words
 
 def run(policy: str, folder: Path, backend: str) -> dict:
     cls, args = on_policy(
-        "rloo", folder, bf16=True, per_device_train_batch_size=2, max_steps=2, rollout_backend=backend, beta=0.05
+        "rloo", folder, bf16=True, per_device_train_batch_size=2, max_steps=2, rollout=backend, beta=0.05
     )
     model = load_policy(policy, dtype="float32", sharded=True)
     trainer = cls(model, wanted_words, args, prompts(24), processing_class=toy.tokenizer())

@@ -47,7 +47,7 @@ def makers(policy: str, folder: Path, world: int, backend: str = "transformers")
 
     def remax():
         # a seed whose draws are not so near to a boundary that rounding decides on a token
-        args = remax_config(folder / "remax", num_generations=2, rollout_backend=backend, seed=1, **options)
+        args = remax_config(folder / "remax", num_generations=2, rollout=backend, seed=1, **options)
         data = prompts(24), prompts(5, seed=1)
         return ReMaxTrainer(policy, wanted_words, args, *data, gold_reward=GOLD)
 

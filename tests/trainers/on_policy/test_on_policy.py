@@ -145,7 +145,7 @@ def test_the_trained_policy_must_be_the_one_that_sampled(policy, tmp_path):
 def test_rollouts_come_from_the_pushed_weights(backend, lora, policy, tmp_path):
     """At temperature 0.7, after steps that move the weights a lot, and with adapters merged on the way."""
     args = remax_config(
-        tmp_path, max_steps=4, learning_rate=2e-2, temperature=0.7, rollout_backend=backend, beta=0.0, **EVALUATED
+        tmp_path, max_steps=4, learning_rate=2e-2, temperature=0.7, rollout=backend, beta=0.0, **EVALUATED
     )
     lora = LoraConfig(r=8, lora_alpha=32, target_modules="all-linear") if lora else None
     trainer = ReMaxTrainer(policy, wanted_words, args, prompts(16), prompts(8, seed=1), peft_config=lora)

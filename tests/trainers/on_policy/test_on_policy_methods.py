@@ -23,7 +23,7 @@ WITH_VLLM = pytest.param("ppo", "vllm", marks=[needs_vllm, pytest.mark.vllm])
 @pytest.mark.parametrize(("method", "backend"), [*((method, "transformers") for method in METHODS), WITH_VLLM])
 def test_the_reward_rises(method, backend, policy, tmp_path):
     sizes = {"per_device_train_batch_size": 16, "num_generations": 2, "learning_rate": 5e-3, "beta": 0.01}
-    trainer = make(method, policy, tmp_path, max_steps=24, rollout_backend=backend, **SEVERAL, **sizes)
+    trainer = make(method, policy, tmp_path, max_steps=24, rollout=backend, **SEVERAL, **sizes)
     trainer.train()
     trainer.close()
     reward, kl = logged(trainer, "reward"), logged(trainer, "kl")

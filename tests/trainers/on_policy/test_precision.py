@@ -12,7 +12,14 @@ from tests.trainers.two_processes import run_on_two
 
 @pytest.mark.parametrize("asked, got", [(None, torch.bfloat16), ("float32", torch.float32)])
 def test_the_engine_computes_in_what_the_policy_computes_in(policy, tmp_path, asked, got):
-    cls, args = on_policy("rloo", tmp_path, bf16=True, max_steps=1, rollout_dtype=asked, max_completion_length=4)
+    cls, args = on_policy(
+        "rloo",
+        tmp_path,
+        bf16=True,
+        max_steps=1,
+        rollout={"backend": "transformers", "dtype": asked},
+        max_completion_length=4,
+    )
     trainer = cls(policy, wanted_words, args, prompts(16))
     trainer.train()
     assert trainer.engine.engine.dtype == got

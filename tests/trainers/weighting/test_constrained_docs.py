@@ -74,7 +74,7 @@ def test_proxy_points_and_programs_run(tokenizer, tmp_path, monkeypatch, capsys)
     first, second = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
     first = first.replace(
         "max_steps=3",
-        "max_steps=3, report_to='none', max_completion_length=8, use_cpu=True, rollout_backend='transformers'",
+        "max_steps=3, report_to='none', max_completion_length=8, use_cpu=True, rollout='transformers'",
     )
     variables = {}
     exec(compile(first, "docs/constrained.md", "exec"), variables)
