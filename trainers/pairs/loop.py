@@ -10,7 +10,6 @@ there. The loss of an optimiser step is the mean over all of its pairs, whatever
 Preference optimisation goes on in `pairs.preference`, reward models in `align.trainers.reward`.
 """
 
-from contextlib import contextmanager, nullcontext
 from itertools import islice
 
 import torch
@@ -21,7 +20,7 @@ from transformers import Trainer
 from align.errors import TrainingError
 from align.modeling.types import Model
 from align.objectives.pair_losses import PairLosses
-from align.trainers.core.trainer import TrainerMixin
+from align.trainers.core.micro_batches import MicroBatchLists, in_lists
 from align.trainers.pairs.config import PairConfig
 from align.trainers.pairs.data import IDS, PairData, flat_column
 from align.trainers.pairs.evaluation import CHOSEN, REJECTED, PairEvaluator, pairs_table, rewards_figure
@@ -29,7 +28,7 @@ from align.trainers.pairs.metrics import BatchMeans
 from align.trainers.pairs.micro_batches import MicroBatchPlanner, PairRows
 
 
-class PairTrainer(TrainerMixin, Trainer):
+class PairTrainer(MicroBatchLists, Trainer):
     """The loop. Subclasses implement `pair_losses`."""
 
     reward_name = "reward"
@@ -66,7 +65,6 @@ class PairTrainer(TrainerMixin, Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self._step_loss = torch.zeros((), device=args.device)
         self.model_accepts_loss_kwargs = True  # the loss is normalised by the global count of pairs, not by Trainer
 
     # ---- what a method says -----------------------------------------------------------------------------------------
@@ -89,49 +87,13 @@ class PairTrainer(TrainerMixin, Trainer):
         if self.resumed is not None and self.state.global_step == self.resumed.step:
             self.restore_state(self.resumed.state)
         step = self.planner.plan(groups, self._gather_counts)
-        return step.in_lists(len(groups)), step.pairs
+        return in_lists(step.batches, len(groups)), step.pairs
 
     def _gather_counts(self, counts: Tensor) -> Tensor:
         """[1, n] on each process -> [processes, n], without waiting for the device where there is one process."""
         if self.accelerator.num_processes == 1:
             return counts
         return self.accelerator.gather(counts.to(self.args.device)).cpu()
-
-    def floating_point_ops(self, inputs: list[dict]) -> int:
-        return sum(super(PairTrainer, self).floating_point_ops(batch) for batch in inputs)
-
-    def _track_num_input_tokens(self, inputs: list[dict]) -> None:
-        for batch in inputs:
-            super()._track_num_input_tokens(batch)
-
-    def training_step(self, model, inputs: list[dict], num_items_in_batch=None):
-        """Some micro-batches of a step. The last ones return the loss of the whole step, the others 0."""
-        ends_step = self.accelerator.gradient_state.sync_gradients
-        with self.phase("train"):
-            for number, batch in enumerate(inputs, start=1):
-                with nullcontext() if ends_step and number == len(inputs) else self._goes_on(model):
-                    # not TrainerMixin's, which waits for the device after each to look at its loss
-                    self._step_loss += super(TrainerMixin, self).training_step(model, batch, num_items_in_batch)
-        loss = torch.zeros((), device=self.args.device)
-        if ends_step:
-            self._check_losses()
-            loss, self._step_loss = self._step_loss, loss
-        return loss
-
-    @contextmanager
-    def _goes_on(self, model):
-        """Around a micro-batch that is not the last of its step: gradients are summed over processes, and DeepSpeed
-        takes its step, after the last one. With accelerate's `sync_each_batch` gradients are summed after each, so that
-        FSDP2 keeps its share of them and not the whole."""
-        state = self.accelerator.gradient_state
-        before = state.sync_gradients
-        state._set_sync_gradients(False)
-        try:
-            each = state.plugin_kwargs.get("sync_each_batch", False)
-            with nullcontext() if each else self.accelerator.no_sync(model):
-                yield
-        finally:
-            state._set_sync_gradients(before)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         found = self.pair_losses(model, inputs)
@@ -141,8 +103,8 @@ class PairTrainer(TrainerMixin, Trainer):
         # The count is of all ranks, and DDP averages the gradients over them.
         return found.losses.sum() * self.accelerator.num_processes / num_items_in_batch
 
-    def _check_losses(self) -> None:
-        """Before the update, once per step: a TrainingError that names the rows whose loss is not finite."""
+    def check_step(self, loss: Tensor) -> None:
+        """A TrainingError that names the rows whose loss is not finite."""
         rows, losses = (torch.cat(columns) for columns in zip(*self._step_losses, strict=True))
         self._step_losses.clear()
         check_finite(rows, losses, f"step {self.state.global_step + 1}")

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -65,11 +64,6 @@ class MicroBatches:
 
     batches: list[dict[str, Tensor]]
     pairs: Tensor
-
-    def in_lists(self, count: int) -> list[list[dict[str, Tensor]]]:
-        """The batches in their order, in `count` lists of lengths as equal as can be; the last one is not empty."""
-        ends = [len(self.batches) * i // count for i in range(count + 1)]
-        return [self.batches[start:end] for start, end in pairwise(ends)]
 
 
 @dataclass

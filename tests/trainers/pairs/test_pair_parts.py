@@ -15,10 +15,11 @@ from align.errors import DataError, TrainingError
 from align.modeling.load import Reference
 from align.modeling.pairs import pair_tokens
 from align.objectives.pair_losses import PairLosses
+from align.trainers.core.micro_batches import MicroBatchLists, in_lists
 from align.trainers.pairs import reference_cache
 from align.trainers.pairs.data import PairData, flat_column, list_column
 from align.trainers.pairs.evaluation import PairEvaluator, pairs_table, rewards_figure
-from align.trainers.pairs.loop import PairTrainer, check_finite
+from align.trainers.pairs.loop import check_finite
 from align.trainers.pairs.metrics import BatchMeans
 from align.trainers.pairs.micro_batches import MicroBatchPlanner, PaddedPairs, SharedPrefixPairs, split_to
 from align.trainers.pairs.reference import cached_tokens, live_tokens, logps_of_all, make_reference
@@ -97,7 +98,7 @@ def test_a_step_makes_as_many_micro_batches_as_the_process_with_most():
 ])  # fmt: skip
 def test_micro_batches_are_spread_over_the_batches_that_transformers_counts(batches, lists, sizes):
     step = MicroBatchPlanner(PaddedPairs(0), max_pairs=1).plan([rows_of(*[(2, 1, 1)] * batches)], alone)
-    spread = step.in_lists(lists)
+    spread = in_lists(step.batches, lists)
     assert [len(batches) for batches in spread] == sizes
     assert [batch["row"].item() for batches in spread for batch in batches] == list(range(batches))
 
@@ -124,7 +125,7 @@ def test_gradients_are_summed_after_each_micro_batch_where_that_is_asked_for(eac
         yield
 
     trainer = SimpleNamespace(accelerator=SimpleNamespace(gradient_state=state, no_sync=no_sync))
-    with PairTrainer._goes_on(trainer, "model"):
+    with MicroBatchLists._before_last(trainer, "model"):
         assert state.sync_gradients is False  # DeepSpeed takes no step yet
     assert state.sync_gradients is True and entered == ([] if each else ["model"])
 
