@@ -2,7 +2,7 @@
 
 
 class AlignError(Exception):
-    """Something the user can mend: the message says what is wrong, where, and what to do."""
+    """An error that the user can fix: the message says what is wrong, where, and what to do."""
 
 
 class ConfigError(AlignError):

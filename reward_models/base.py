@@ -38,21 +38,21 @@ class RewardBatch:
     def __len__(self) -> int:
         return len(self.completions)
 
-    def row_name(self, place: int) -> str:
-        """What an error calls the completion at `place`."""
-        of_dataset = "" if self.rows is None else f" (row {self.rows[place]} of the dataset)"
-        return f"row {place} of the batch{of_dataset}"
+    def row_name(self, index: int) -> str:
+        """What an error calls the completion at `index`."""
+        of_dataset = "" if self.rows is None else f" (row {self.rows[index]} of the dataset)"
+        return f"row {index} of the batch{of_dataset}"
 
-    def row_names(self, places: Sequence[int]) -> str:
+    def row_names(self, indices: Sequence[int]) -> str:
         """What an error calls several completions: the first ten."""
-        more = " ..." if len(places) > 10 else ""
+        more = " ..." if len(indices) > 10 else ""
         of_dataset = (
-            "" if self.rows is None else f" ({[self.rows[place] for place in places[:10]]}{more} of the dataset)"
+            "" if self.rows is None else f" ({[self.rows[index] for index in indices[:10]]}{more} of the dataset)"
         )
-        return f"rows {list(places[:10])}{more} of the batch{of_dataset}"
+        return f"rows {list(indices[:10])}{more} of the batch{of_dataset}"
 
     def copied(self) -> "RewardBatch":
-        """The same with lists and messages of its own: what a reward changes in it, nobody else sees."""
+        """A copy with its own lists and messages, which a reward may change."""
         parts = (
             self.prompts,
             self.completions,
@@ -64,11 +64,11 @@ class RewardBatch:
         )
         return replace(RewardBatch(*map(_copied, parts)), trainer_state=self.trainer_state)
 
-    def select(self, places: Sequence[int]) -> "RewardBatch":
-        """The completions at `places`, in that order."""
+    def select(self, indices: Sequence[int]) -> "RewardBatch":
+        """The completions at `indices`, in that order."""
 
         def take(values: Any) -> Any:
-            return None if values is None else [values[place] for place in places]
+            return None if values is None else [values[index] for index in indices]
 
         return RewardBatch(
             prompts=take(self.prompts),

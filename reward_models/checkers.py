@@ -72,10 +72,10 @@ def _final(text: str) -> str:
         return text.strip()
     inside = start + len(r"\boxed{")
     depth = 1
-    for place in range(inside, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
+    for position in range(inside, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[position], 0)
         if depth == 0:
-            return text[inside:place].strip()
+            return text[inside:position].strip()
     return text[inside:].strip()
 
 

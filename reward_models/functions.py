@@ -1,4 +1,4 @@
-"""Functions of the user's: importing them, calling them with what they name, and awaiting those that are async."""
+"""User functions: importing them, calling them with what they name, and awaiting those that are async."""
 
 import asyncio
 import functools

@@ -73,7 +73,7 @@ class MarginRewards:
         return found
 
     def free(self) -> None:
-        """Let go of the reward models. What has been scored can still be read."""
+        """Free the reward models. Scores that are on disk can still be read."""
         if self.folder is not None and None not in self.fingerprints:
             self.rewards = None
 
@@ -100,15 +100,15 @@ class MarginRewards:
             return _read(path, len(dataset))
         if self.rewards is None:
             raise RewardError(
-                f"margin reward {self.names[number]!r} has not scored these pairs, and its model was let go when the "
+                f"margin reward {self.names[number]!r} has not scored these pairs, and its model was freed when the "
                 "trainer was ready: pass all datasets when the trainer is made"
             )
         mine = range(state.process_index, len(dataset), state.num_processes)
         own = score_pairs(self.rewards[number], dataset.select(mine), self.tokenizer)
         parts = gather_object([(list(mine), own)])
         scores = torch.empty(len(dataset), 2)
-        for places, values in parts:
-            scores[places] = values
+        for indices, values in parts:
+            scores[indices] = values
         if path is not None and state.is_main_process:
             _write(path, scores)
             logger.info("margin reward %s: scores of %d pairs kept in %s", self.names[number], len(dataset), path)

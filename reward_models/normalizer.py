@@ -14,7 +14,7 @@ FILE_NAME = "reward_normalizer.json"
 
 @dataclass(frozen=True)
 class Normalizer:
-    """score -> (score - mean) / std. `fitted_on` says in words on which `count` answers it was fitted."""
+    """score -> (score - mean) / std. `fitted_on` describes the `count` answers on which it was fitted."""
 
     mean: float
     std: float

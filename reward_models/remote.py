@@ -83,22 +83,22 @@ class RemoteReward(Reward):
                 f"reward {self.name!r}: the dataset has no column {', '.join(missing)} to send (it has "
                 f"{', '.join(sorted(batch.columns)) or 'none'})"
             )
-        places = [range(i, min(i + self.batch_size, len(batch))) for i in range(0, len(batch), self.batch_size)]
+        indices = [range(i, min(i + self.batch_size, len(batch))) for i in range(0, len(batch), self.batch_size)]
         pool = ThreadPoolExecutor(self.concurrency)
         try:
-            parts = list(pool.map(lambda rows: self._request(batch, rows), places))
+            parts = list(pool.map(lambda rows: self._request(batch, rows), indices))
         finally:
             pool.shutdown(cancel_futures=True)
         return RewardOutput(torch.tensor([score for part in parts for score in part], dtype=torch.float32))
 
-    def _request(self, batch: RewardBatch, places: range) -> list[float]:
-        rows = batch.select(places)
+    def _request(self, batch: RewardBatch, indices: range) -> list[float]:
+        rows = batch.select(indices)
         content = {
             "prompts": rows.prompts,
             "completions": rows.completions,
             "columns": {name: rows.columns[name] for name in self.columns},
         }
-        where = f"reward {self.name!r} at {self.shown}, {batch.row_names(places)}"
+        where = f"reward {self.name!r} at {self.shown}, {batch.row_names(indices)}"
         try:
             answer = self.session.post(self.url, json=content, timeout=self.timeout, allow_redirects=False)
         except requests.RequestException as error:
@@ -109,7 +109,7 @@ class RemoteReward(Reward):
                 f"{where}: the server answered {answer.status_code} {answer.reason}{again}: {answer.text[:200]!r}. "
                 "Look into its log"
             )
-        return self._checked(answer, batch, places, where)
+        return self._checked(answer, batch, indices, where)
 
     def _no_answer(self, error: requests.RequestException) -> str:
         tried = f"tried {self.retries + 1} times"
@@ -119,9 +119,9 @@ class RemoteReward(Reward):
                 f"lower batch_size ({self.batch_size}) or concurrency ({self.concurrency})"
             )
         reason = masked_text(str(getattr(error.args[0], "reason", error.args[0]) if error.args else error))
-        return f"no connection, {tried} ({reason}). Start the server, or mend the url"
+        return f"no connection, {tried} ({reason}). Start the server, or fix the url"
 
-    def _checked(self, answer: requests.Response, batch: RewardBatch, places: range, where: str) -> list[float]:
+    def _checked(self, answer: requests.Response, batch: RewardBatch, indices: range, where: str) -> list[float]:
         try:
             content = answer.json()
         except requests.JSONDecodeError as error:
@@ -129,12 +129,12 @@ class RemoteReward(Reward):
         scores = content.get("scores") if isinstance(content, dict) else None
         if not isinstance(scores, list):
             raise RewardError(f"{where}: the answer is not {{'scores': [...]}}: {answer.text[:200]!r}")
-        if len(scores) != len(places):
-            raise RewardError(f"{where}: {len(scores)} scores came back for {len(places)} completions. Mend the server")
+        if len(scores) != len(indices):
+            raise RewardError(f"{where}: {len(scores)} scores came back for {len(indices)} completions. Fix the server")
         bad = not_numbers(scores)
         if bad:
             raise RewardError(
                 f"reward {self.name!r} at {self.shown}: the score is {scores[bad[0]]!r} for "
-                f"{batch.row_names([places[i] for i in bad])}; every completion needs a finite number. Mend the server"
+                f"{batch.row_names([indices[i] for i in bad])}; every completion needs a finite number. Fix the server"
             )
         return [float(score) for score in scores]

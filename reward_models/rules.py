@@ -114,5 +114,5 @@ class RuleReward(Reward):
 
 
 def not_numbers(scores: Sequence) -> list[int]:
-    """The places of what is no finite number that a float32 can hold."""
+    """The indices of what is no finite number that a float32 can hold."""
     return [i for i, score in enumerate(scores) if not isinstance(score, Real) or not abs(score) <= LARGEST]  # type: ignore

@@ -70,7 +70,7 @@ class VerifierReward(Reward):
         if undecided and self.values[None] is None:
             raise RewardError(
                 f"reward {self.name!r}: {self.function.source} could not decide (None) for "
-                f"{batch.row_names(undecided)}, and has no score for that: set on_none, or mend the rows"
+                f"{batch.row_names(undecided)}, and has no score for that: set on_none, or fix the rows"
             )
         values: dict = self.values
         output = self.failures.output([o if isinstance(o, Failed) else values[o] for o in outcomes])
@@ -98,7 +98,7 @@ class VerifierReward(Reward):
         (row,) = call.places
         return RewardError(
             f"reward {self.name!r}: {self.function.source} failed on {batch.row_name(row)} with "
-            f"{type(error).__name__}: {error}. Mend the function or the row; what cannot be checked is None. The "
+            f"{type(error).__name__}: {error}. Fix the function or the row; what cannot be checked is None. The "
             f"completion: {str(batch.completions[row])[:200]!r}"
         )
 

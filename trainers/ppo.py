@@ -54,7 +54,7 @@ def explained_variance(returns: Tensor, values: Tensor, mask: Tensor, ranks: Ran
 
 @dataclass
 class PPOConfig(CriticOptions, OnPolicyConfig):
-    """The rollout is gone over `num_iterations` times in `num_mini_batches` optimiser steps each."""
+    """Every rollout is trained on in `num_iterations` passes of `num_mini_batches` optimiser steps."""
 
     estimator: str = field(default="ppo", metadata=ESTIMATOR_HELP)
     num_iterations: int = field(default=4, metadata={"help": "Passes over each rollout (PPO's epochs)."})

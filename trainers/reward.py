@@ -165,7 +165,7 @@ class RewardTrainer(PairTrainer):
         self.normalizer = self.normalizer_of(CHOSEN, REJECTED, what)
 
     def score_pairs(self) -> str:
-        """Fill the evaluator with the scores that normalisers are fitted on; returns of what these are, in words."""
+        """Fill the evaluator with the scores that normalisers are fitted on; returns a description of the pairs."""
         pairs, what = self.eval_dataset, "evaluation"
         if pairs is None:
             count = min(self.args.normalizer_pairs, len(self.train_dataset))
@@ -189,7 +189,7 @@ class RewardTrainer(PairTrainer):
             folder = Path(output_dir or self.args.output_dir)
             if self.normalizer is not None:
                 self.normalizer.save(folder)
-            elif not _internal_call:  # an earlier model's would be taken for this one's
+            elif not _internal_call:  # that of an earlier model in this folder
                 (folder / NORMALIZER_FILE).unlink(missing_ok=True)
 
 

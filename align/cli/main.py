@@ -79,7 +79,7 @@ def _set_up_logging() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command. Exit status: 0 done, 2 a mistake the user can mend (one line on stderr), 130 interrupted."""
+    """Run the command. Exit status: 0 done, 2 a mistake the user can fix (one line on stderr), 130 interrupted."""
     parser = build_parser()
     args, extra = parser.parse_known_args(argv)
     if args.version:

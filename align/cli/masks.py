@@ -85,14 +85,14 @@ def masks_of_pairs(core, rows: list[dict], pad_token_id: int, masks=None, groups
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch = {name: value.to(device) for name, value in PairCollator(pad_token_id)(rows).items()}
-    places, core = completions(batch), core.to(device).eval()
+    positions, core = completions(batch), core.to(device).eval()
     inputs = model_inputs(core, batch["input_ids"], batch["attention_mask"])
     with torch.no_grad():
         if masks is None:
-            with watch_activations(core, places, groups_of(groups)) as seen:
+            with watch_activations(core, positions, groups_of(groups)) as seen:
                 core.base_model(**inputs)
             mask = seen.mask()
             return mask, mask
-        with watch_states(core, places, masks.settings.layers) as states:
+        with watch_states(core, positions, masks.settings.layers) as states:
             core.base_model(**inputs)
-        return masks.to(device)(states, places.mask)
+        return masks.to(device)(states, positions.mask)

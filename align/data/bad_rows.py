@@ -76,7 +76,7 @@ class BadRows:
         raise_limit = ", raise the length limit" if any("max_" in reason for reason in self.reasons) else ""
         enough = math.ceil(1e4 * self.share) / 1e4
         return message + (
-            f"max_bad_share={max_bad_share:g} allows {math.floor(max_bad_share * self.total)}. Mend or remove these "
+            f"max_bad_share={max_bad_share:g} allows {math.floor(max_bad_share * self.total)}. Fix or remove these "
             f"rows{raise_limit}, or drop them with max_bad_share={enough:g} or more."
         )
 

@@ -31,10 +31,10 @@ def packed_batches(lengths: Sequence[int], max_tokens: int, max_rows: int | None
         fits = (
             i for i, batch in enumerate(batches) if lengths[row] <= room[i] and len(batch) < (max_rows or len(lengths))
         )
-        place = next(fits, len(batches))
-        if place == len(batches):
+        index = next(fits, len(batches))
+        if index == len(batches):
             batches.append([])
             room.append(max_tokens)
-        batches[place].append(row)
-        room[place] -= lengths[row]
+        batches[index].append(row)
+        room[index] -= lengths[row]
     return [sorted(batch) for batch in batches]

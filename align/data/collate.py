@@ -24,10 +24,10 @@ def _pad(sequences: Sequence[Sequence[int]], pad_id: int, left: bool) -> tuple[T
     width = max(len(sequence) for sequence in sequences)
     input_ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
-    for place, sequence in enumerate(sequences):
+    for index, sequence in enumerate(sequences):
         span = slice(width - len(sequence), width) if left else slice(0, len(sequence))
-        input_ids[place, span] = torch.as_tensor(sequence, dtype=torch.long)
-        attention_mask[place, span] = 1
+        input_ids[index, span] = torch.as_tensor(sequence, dtype=torch.long)
+        attention_mask[index, span] = 1
     return input_ids, attention_mask
 
 

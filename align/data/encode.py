@@ -127,7 +127,7 @@ def render_conversation(
     The assistant's tokens come from the template's generation markers; without markers from rendering the conversation
     up to each answer.
     """
-    last = max(place for place, message in enumerate(messages) if message["role"] == "assistant")
+    last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
     messages = messages[: last + 1]
     text = render(messages, tokenizer, options)
     if first == 0 and re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
@@ -157,10 +157,10 @@ def encode_conversations(
             continue
         mask = [0] * len(ids)
         for start, end in row.spans:
-            inside = [place for place, (a, b) in enumerate(offsets) if b > start and a < end]
-            answer = [ids[place] for place in inside]
-            for place in inside[: len(up_to_end(answer, ending, tokenizer))]:
-                mask[place] = 1
+            inside = [index for index, (a, b) in enumerate(offsets) if b > start and a < end]
+            answer = [ids[index] for index in inside]
+            for index in inside[: len(up_to_end(answer, ending, tokenizer))]:
+                mask[index] = 1
         encoded.append((ids, mask))
     return encoded
 
@@ -168,14 +168,14 @@ def encode_conversations(
 def _answers(messages: Messages, text: str, tokenizer, options: dict, first: int) -> list[tuple[int, int]]:
     """(start, end) of each assistant message in the rendered text, its end-of-turn token included."""
     spans = []
-    for place, message in enumerate(messages):
-        if message["role"] != "assistant" or place < first:
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant" or index < first:
             continue
-        if place == 0:
+        if index == 0:
             raise BadRow("messages starts with an assistant message")
-        asked = render(messages[:place], tokenizer, options)
-        before = render(messages[:place], tokenizer, options, answer_next=True)
-        through = render(messages[: place + 1], tokenizer, options)
+        asked = render(messages[:index], tokenizer, options)
+        before = render(messages[:index], tokenizer, options, answer_next=True)
+        through = render(messages[: index + 1], tokenizer, options)
         if not through.startswith(before):  # a generation prompt that ends in <think>
             before = before[: _common(before, through)]
         if not (before.startswith(asked) and text.startswith(through)):
@@ -210,9 +210,9 @@ def _contexts(tokenizer: "PreTrainedTokenizerBase", prompts: list[str], ids: lis
     special = special_ids(tokenizer)
     contexts: list[tuple[str, int] | None] = []
     for prompt, own in zip(prompts, ids, strict=True):
-        place = next((place for place in range(len(own) - 1, -1, -1) if own[place] in special), None)
-        start = -1 if place is None else prompt.rfind(tokenizer.convert_ids_to_tokens(own[place]))
-        contexts.append(None if place is None or start < 0 else (prompt[start:], len(own) - place))
+        index = next((index for index in range(len(own) - 1, -1, -1) if own[index] in special), None)
+        start = -1 if index is None else prompt.rfind(tokenizer.convert_ids_to_tokens(own[index]))
+        contexts.append(None if index is None or start < 0 else (prompt[start:], len(own) - index))
     splits = tokenizer.backend_tokenizer.pre_tokenizer is not None
     starts = [prompt.rfind(" ", 0, max(len(prompt) - NEAR, 0)) for prompt in prompts]
     rest = [i for i, context in enumerate(contexts) if context is None and splits and starts[i] > 0]
@@ -224,7 +224,7 @@ def _contexts(tokenizer: "PreTrainedTokenizerBase", prompts: list[str], ids: lis
 
 def _common(a: Sequence, b: Sequence) -> int:
     """How many items two sequences begin with in common."""
-    return next((place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return next((index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _ids_apart(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:

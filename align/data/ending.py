@@ -62,7 +62,7 @@ def up_to_end(ids: Sequence[int], ending: Ending, tokenizer: "PreTrainedTokenize
     ids, tail = list(ids), list(ending.tail)
     if tail and ids[-len(tail) - 1 :] == [ending.token, *tail]:
         return ids[: -len(tail)]
-    end = next((place for place in range(len(ids), 0, -1) if ids[place - 1] in ending.accepted), None)
+    end = next((index for index in range(len(ids), 0, -1) if ids[index - 1] in ending.accepted), None)
     if end is None or end == len(ids) or tokenizer.decode(ids[end:]).strip():
         return ids
     return ids[:end]
@@ -102,5 +102,5 @@ def _turn_end(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, tuple[int, ...
     _, found, after = text.rpartition(ANSWER)
     ids = tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"] if found and after else []
     special = special_ids(tokenizer)
-    place = next((place for place, token in enumerate(ids) if token in special), None)
-    return None if place is None else (ids[place], tuple(ids[place + 1 :]))
+    index = next((index for index, token in enumerate(ids) if token in special), None)
+    return None if index is None else (ids[index], tuple(ids[index + 1 :]))

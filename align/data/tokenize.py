@@ -221,8 +221,8 @@ def _cut_pair(encoded: Encoded, max_length: int | None, ending, controls, tokeni
     """The ids of both completions, and whether one was cut. controls: the tokens whose typed text is noted."""
     room = None if max_length is None else max_length - len(encoded.prompt_ids)
     ids, cut = {}, False
-    for place, name in enumerate(("chosen", "rejected")):
-        whole = _closed(encoded, place, name, tokenizer, ending, note)
+    for index, name in enumerate(("chosen", "rejected")):
+        whole = _closed(encoded, index, name, tokenizer, ending, note)
         _note_typed(name, _found(whole[:-1], controls), note)
         ids[f"{name}_ids"] = whole[:room]
         if len(whole) > len(whole[:room]):
@@ -250,10 +250,10 @@ def _check_room(prompt_ids: list[int], max_length: int | None) -> None:
 
 
 def _closed(
-    encoded: Encoded, place: int, name: str, tokenizer: "PreTrainedTokenizerBase", ending: Ending, note: Note
+    encoded: Encoded, index: int, name: str, tokenizer: "PreTrainedTokenizerBase", ending: Ending, note: Note
 ) -> list[int]:
     """The ids of one completion with its end token; BadRow if there is nothing before that."""
-    ids = encoded.completions[place]
+    ids = encoded.completions[index]
     closed = close(ids, ending, tokenizer)
     if len(closed) == 1:
         raise BadRow(f"{name} is empty")

@@ -39,11 +39,11 @@ def reliability(margins, bins: int = BINS, labels=None) -> Reliability:
         raise ValueError(f"reliability needs finite margins and at least one, got {margins.size}")
     confidence, correct = pair_confidence(margins, labels)
     edges = np.linspace(0.5, 1.0, bins + 1)
-    place = np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, bins - 1)  # a bin holds its lower edge
-    count = np.bincount(place, minlength=bins)
+    bin_index = np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, bins - 1)  # a bin holds its lower edge
+    count = np.bincount(bin_index, minlength=bins)
     with np.errstate(invalid="ignore"):  # 0 / 0 in an empty bin
-        mean_confidence = np.bincount(place, confidence, bins) / count
-        mean_accuracy = np.bincount(place, correct, bins) / count
+        mean_confidence = np.bincount(bin_index, confidence, bins) / count
+        mean_accuracy = np.bincount(bin_index, correct, bins) / count
     gaps = np.abs(mean_accuracy - mean_confidence)
     ece = float(np.nansum(count * gaps) / margins.size)
     return Reliability(edges, count, mean_confidence, mean_accuracy, ece)

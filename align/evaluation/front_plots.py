@@ -35,8 +35,8 @@ def _pair(axis, summary: dict, x: str, y: str) -> None:
             label = None
             if point["weights"] and (point["kind"] != "soup" or not others):  # soups between trained points: no room
                 weight = next(iter(point["weights"].values()))
-                place = (point["scores"][x]["mean"], point["scores"][y]["mean"])
-                axis.annotate(f"{weight:.2g}", place, (5, 4), textcoords="offset points", fontsize=7.5, color=colour)
+                point_at = (point["scores"][x]["mean"], point["scores"][y]["mean"])
+                axis.annotate(f"{weight:.2g}", point_at, (5, 4), textcoords="offset points", fontsize=7.5, color=colour)
         best = sorted((p["scores"][x]["mean"], p["scores"][y]["mean"]) for p in run["points"] if p["non_dominated"])
         axis.plot(*zip(*best, strict=True), color=colour, linewidth=1.2, alpha=0.7)
     axis.set(xlabel=x, ylabel=y, title=f"{y} against {x}")
@@ -47,8 +47,8 @@ def _kl(axis, summary: dict) -> None:
     for number, (name, run) in enumerate(summary["runs"].items()):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         label = name
-        for place, point in enumerate(run["points"]):
-            weight = next(iter(point["weights"].values()), place)
+        for index, point in enumerate(run["points"]):
+            weight = next(iter(point["weights"].values()), index)
             where = {"mean": weight, "low": weight, "high": weight}
             _mark(axis, where, point["kl"], colour, marker, point["kind"] != "soup", label)
             label = None

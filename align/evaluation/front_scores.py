@@ -132,16 +132,16 @@ def kl_of_draws(policy, reference, pairs: list[tuple], pad_token_id: int, temper
     found = np.empty(len(pairs))
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
     for start in range(0, len(order), SEQUENCES_AT_ONCE):
-        places = order[start : start + SEQUENCES_AT_ONCE]
-        ids, attention = right_pad([[*pairs[i][0], *pairs[i][1]] for i in places], pad_token_id)
-        starts = torch.tensor([len(pairs[i][0]) for i in places])[:, None]
+        rows = order[start : start + SEQUENCES_AT_ONCE]
+        ids, attention = right_pad([[*pairs[i][0], *pairs[i][1]] for i in rows], pad_token_id)
+        starts = torch.tensor([len(pairs[i][0]) for i in rows])[:, None]
         mask = attention * (torch.arange(ids.shape[1]) >= starts)
         ids, attention, mask = (x.to(policy.device) for x in (ids, attention, mask))
         new, old = (
             token_logps(model, ids, attention, temperature=temperature, mask=mask).double().sum(-1)
             for model in (policy, reference)
         )
-        found[places] = (new - old).cpu().numpy()
+        found[rows] = (new - old).cpu().numpy()
     return found
 
 

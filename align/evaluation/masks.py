@@ -26,9 +26,9 @@ def picture(rows: list[dict], tokenizer, m_u=None, m_d=None) -> dict:
     pairs = []
     for number, row in enumerate(rows):
         pair = {"prompt": tokenizer.decode(row["prompt_ids"], skip_special_tokens=True)}
-        for side, place in (("chosen", number), ("rejected", len(rows) + number)):
+        for side, row_index in (("chosen", number), ("rejected", len(rows) + number)):
             ids = row[f"{side}_ids"]
-            masks = {name: m[place, : len(ids)].double().tolist() for name, m in weights.items()}
+            masks = {name: m[row_index, : len(ids)].double().tolist() for name, m in weights.items()}
             pair[side] = {"tokens": pieces(tokenizer, ids), "masks": masks}
         pairs.append(pair)
     return {"masks": {name: _figures_of(name, pairs) for name in weights}, "pairs": pairs}

@@ -70,18 +70,18 @@ def _describe_rewrites(result: dict, sample: PairSample, kept: set[int], seed: i
         result["rewards"][name]["rewrites"] = {}
     for rewritten in sample.rewritten:
         rewrite = rewritten.rewrite
-        shown = [number for number, place in enumerate(rewritten.places) if place in kept]
-        places = [rewritten.places[number] for number in shown]
-        originals = sample.pairs.select(places)
+        shown = [number for number, index in enumerate(rewritten.indices) if index in kept]
+        indices = [rewritten.indices[number] for number in shown]
+        originals = sample.pairs.select(indices)
         result["rewrites"][rewrite.name] = {
             "does": rewrite.does,
             "target": rewrite.target,
-            "changed": len(places),
+            "changed": len(indices),
             "example": example(originals, rewritten.pairs.select(shown)),
         }
         for name, scored in sample.scored.items():
-            if places:
-                before, after = scored.pairs.select(places), scored.rewrites[rewrite.name].select(shown)
+            if indices:
+                before, after = scored.pairs.select(indices), scored.rewrites[rewrite.name].select(shown)
                 spread = result["rewards"][name]["scores"]["sd"]
                 entry = rewrite_entry(before, after, spread, originals, seed)
                 result["rewards"][name]["rewrites"][rewrite.name] = entry

@@ -1,4 +1,4 @@
-"""Preference pairs, their rewrites, and what each reward says of them, kept until all rewards have spoken."""
+"""Preference pairs, their rewrites, and the scores of each reward, kept until all rewards have scored them."""
 
 import time
 from dataclasses import dataclass, field
@@ -66,12 +66,12 @@ class PairSample:
         self.scored[reward.name] = Scored(found, rewrites, *_unit(reward), rate)
 
     def kept(self) -> list[int]:
-        """The places of the pairs that every reward could score, once all have been asked; logs the others."""
+        """The indices of the pairs that every reward could score, once all have been asked; logs the others."""
         self.report.check(self.max_bad_share)
-        return [place for place in range(len(self.pairs)) if place not in self.refused]
+        return [index for index in range(len(self.pairs)) if index not in self.refused]
 
     def _refuse(self, name: str, found: PairScores) -> None:
-        found.failed = [place for place in found.failed if place not in self.refused]
+        found.failed = [index for index in found.failed if index not in self.refused]
         self.refused.update(found.failed)
         _add(self.report, self.pairs, found, name)
         if self.report.share > self.max_bad_share:
@@ -79,8 +79,8 @@ class PairSample:
 
 
 def _add(report: BadRows, pairs: Pairs, found: PairScores, name: str) -> None:
-    for place in found.failed:
-        report.add(pairs.rows[place], f"reward {name!r} refuses it (first: {found.reason})")
+    for index in found.failed:
+        report.add(pairs.rows[index], f"reward {name!r} refuses it (first: {found.reason})")
 
 
 def _unit(reward: Reward) -> tuple[float, str]:

@@ -21,7 +21,7 @@ OF_THE_BATCH = re.compile(r",? ?(row \d+|rows \[[^]]*\]( \.\.\.)?) of the batch"
 @dataclass
 class PairScores:
     """chosen, rejected: float64 [N], NaN where the pair could not be scored. members: by name, float64 [2, N] (chosen,
-    rejected), for an ensemble. failed: places of the pairs without scores. reason: the first one's, or ""."""
+    rejected), for an ensemble. failed: indices of the pairs without scores. reason: the first one's, or ""."""
 
     chosen: np.ndarray
     rejected: np.ndarray
@@ -38,9 +38,9 @@ class PairScores:
         """[2N], chosen first."""
         return np.concatenate([self.chosen, self.rejected])
 
-    def select(self, places) -> "PairScores":
-        members = {name: values[:, places] for name, values in self.members.items()}
-        return PairScores(self.chosen[places], self.rejected[places], members)
+    def select(self, indices) -> "PairScores":
+        members = {name: values[:, indices] for name, values in self.members.items()}
+        return PairScores(self.chosen[indices], self.rejected[indices], members)
 
 
 def score_pairs(reward: Reward, pairs: Pairs, progress=None) -> PairScores:
@@ -54,44 +54,44 @@ def score_pairs(reward: Reward, pairs: Pairs, progress=None) -> PairScores:
     members: dict[str, np.ndarray] = {}
     result = PairScores(scores[0], scores[1], members)
     for start in range(0, len(pairs), PAIRS_AT_ONCE):
-        places = range(start, min(start + PAIRS_AT_ONCE, len(pairs)))
-        for part, output in _outputs(reward, pairs, places, result):
+        indices = range(start, min(start + PAIRS_AT_ONCE, len(pairs)))
+        for part, output in _outputs(reward, pairs, indices, result):
             scores[:, part] = _two_rows(output.scores)
             for name, values in output.extras.items():
                 if name.startswith("member/"):
                     members.setdefault(name, np.full((2, len(pairs)), np.nan))[:, part] = _two_rows(values)
         if progress is not None:
-            progress.update(2 * len(places))
+            progress.update(2 * len(indices))
     return result
 
 
 def _outputs(
-    reward: Reward, pairs: Pairs, places: range, result: PairScores
+    reward: Reward, pairs: Pairs, indices: range, result: PairScores
 ) -> Iterator[tuple[list[int], RewardOutput]]:
     try:
-        yield list(places), reward.score(_batch(pairs, places))
+        yield list(indices), reward.score(_batch(pairs, indices))
         return
     except RewardError as error:
         whole = error
     refused = 0
-    for place in places:
+    for index in indices:
         try:
-            output = reward.score(_batch(pairs, [place]))
+            output = reward.score(_batch(pairs, [index]))
         except RewardError as error:
             refused += 1
-            result.failed.append(place)
+            result.failed.append(index)
             result.reason = result.reason or OF_THE_BATCH.sub("", str(error))
-            if refused == min(ON_END, len(pairs)) == place - places[0] + 1:
+            if refused == min(ON_END, len(pairs)) == index - indices[0] + 1:
                 raise whole from error
         else:
-            yield [place], output
+            yield [index], output
     if refused == 0:
         raise whole  # refuses the batch and none of its pairs: not a matter of rows
 
 
-def _batch(pairs: Pairs, places):
+def _batch(pairs: Pairs, indices):
 
-    part = pairs.select(places)
+    part = pairs.select(indices)
     return RewardBatch(
         prompts=part.prompts * 2,
         completions=part.chosen + part.rejected,

@@ -44,11 +44,11 @@ class Pairs:
     def rewardbench(self) -> bool:
         return self.subsets is not None and is_rewardbench(set(self.subsets))
 
-    def select(self, places: Sequence[int]) -> "Pairs":
-        """The pairs at these places, in this order."""
+    def select(self, indices: Sequence[int]) -> "Pairs":
+        """The pairs at these indices, in this order."""
 
         def at(values: list) -> list:
-            return [values[i] for i in places]
+            return [values[i] for i in indices]
 
         return Pairs(
             source=self.source,
@@ -58,7 +58,7 @@ class Pairs:
             rows=at(self.rows),
             columns={name: at(values) for name, values in self.columns.items()},
             subsets=None if self.subsets is None else at(self.subsets),
-            labels=None if self.labels is None else self.labels[list(places)],
+            labels=None if self.labels is None else self.labels[list(indices)],
             chat=self.chat,
         )
 
@@ -143,7 +143,7 @@ def prompt_keys(pairs: Pairs) -> list[str]:
 
 
 def sample_places(count: int, limit: int | None, seed: int) -> list[int]:
-    """All of `count` places, or a random sample of `limit` of them, in order."""
+    """All of `count` indices, or a random sample of `limit` of them, in order."""
     if limit is not None and limit < 1:
         raise ConfigError(f"a sample has at least one pair, got {limit}")
     if limit is None or limit >= count:

@@ -286,7 +286,7 @@ def _sqrt_ticks(largest: float) -> list[float]:
     for exponent in range(int(np.floor(np.log10(largest))), -6, -1):
         for factor in (8, 6, 5, 4, 3, 2, 1.5, 1):
             tick = factor * 10.0**exponent
-            place, right = np.sqrt(tick / largest), np.sqrt(ticks[-1] / largest)
-            if tick <= largest and 0.1 < place < right - 0.1:
+            position, right = np.sqrt(tick / largest), np.sqrt(ticks[-1] / largest)
+            if tick <= largest and 0.1 < position < right - 0.1:
                 ticks.append(tick)
     return [0.0, *ticks[:0:-1]]

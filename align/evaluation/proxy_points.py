@@ -226,12 +226,12 @@ def find_proxy_point(
     )
 
 
-def border(allowed: np.ndarray, place: tuple, rewards: list[str]) -> list[str]:
+def border(allowed: np.ndarray, index: tuple, rewards: list[str]) -> list[str]:
     """The rewards along which a neighbour of this place of the grid is masked or missing."""
     found = []
     for axis, name in enumerate(rewards):
         for step in (-1, 1):
-            near = list(place)
+            near = list(index)
             near[axis] += step
             if not 0 <= near[axis] < allowed.shape[axis] or not allowed[tuple(near)]:
                 found.append(name)

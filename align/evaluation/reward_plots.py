@@ -146,14 +146,14 @@ def _dots(rows: list[tuple[str, dict]], names: list[str], *, xlabel: str, refere
         for number, name in enumerate(names):
             colour, marker = _look(number) if name not in baselines else (GREY, "|")
             shift = 0.6 * ((number + 0.5) / len(names) - 0.5)
-            for place, (_, estimates) in enumerate(rows):
+            for index, (_, estimates) in enumerate(rows):
                 found = estimates[name]
                 if found["value"] is None:
                     continue
-                label = name if place == 0 else None
-                axis.plot(found["value"], place + shift, marker, color=colour, markersize=6, label=label, zorder=3)
+                label = name if index == 0 else None
+                axis.plot(found["value"], index + shift, marker, color=colour, markersize=6, label=label, zorder=3)
                 if found["low"] is not None:
-                    axis.plot([found["low"], found["high"]], [place + shift] * 2, "-", color=colour, linewidth=1.6)
+                    axis.plot([found["low"], found["high"]], [index + shift] * 2, "-", color=colour, linewidth=1.6)
         axis.axvline(reference, color="#999999", linewidth=1, zorder=0)
         axis.set_yticks(range(len(rows)), labels=[row[0] for row in rows])
         axis.set_ylim(len(rows) - 0.5, -0.5)

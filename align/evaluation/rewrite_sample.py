@@ -10,10 +10,10 @@ SHOWN = 120  # characters of an example
 
 @dataclass
 class Rewritten:
-    """places: of the pairs that the rewrite changes, among all pairs. pairs: these, rewritten. size: of the sample."""
+    """indices: of the pairs that the rewrite changes, among all pairs. pairs: these, rewritten. size: of the sample."""
 
     rewrite: Rewrite
-    places: list[int]
+    indices: list[int]
     pairs: Pairs
     size: int
 
@@ -25,19 +25,19 @@ def rewrite_sample(rewrites: list[Rewrite], pairs: Pairs, count: int, seed: int)
 
 
 def _rewritten(rewrite: Rewrite, pairs: Pairs, sample: list[int], seed: int) -> Rewritten:
-    places, prompts, chosen, rejected = [], [], [], []
-    for place in sample:
-        row, prompt = pairs.rows[place], pairs.prompts[place]
-        answers = (pairs.chosen[place], pairs.rejected[place])
+    indices, prompts, chosen, rejected = [], [], [], []
+    for index in sample:
+        row, prompt = pairs.rows[index], pairs.prompts[index]
+        answers = (pairs.chosen[index], pairs.rejected[index])
         (new_prompt, better), (_, worse) = (rewrite_row(rewrite, prompt, a, seed=seed, row=row) for a in answers)
         if (new_prompt, better, worse) != (prompt, *answers):
-            places.append(place)
+            indices.append(index)
             prompts.append(new_prompt)
             chosen.append(better)
             rejected.append(worse)
-    rewritten = pairs.select(places)
+    rewritten = pairs.select(indices)
     rewritten.prompts, rewritten.chosen, rewritten.rejected = prompts, chosen, rejected
-    return Rewritten(rewrite, places, rewritten, len(sample))
+    return Rewritten(rewrite, indices, rewritten, len(sample))
 
 
 def example(original: Pairs, rewritten: Pairs) -> dict | None:

@@ -108,8 +108,8 @@ def min_max(values: Tensor, mask: Tensor, noise: Tensor | float = 0.0) -> Tensor
 class Activations:
     """Running means of the scaled activations, by group."""
 
-    def __init__(self, places: Completions):
-        self.places = places
+    def __init__(self, positions: Completions):
+        self.positions = positions
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
 
@@ -123,7 +123,7 @@ class Activations:
 
     def add(self, group: str, means: Tensor, noise: Tensor) -> None:
         """One activation's mean over its features, [rows, T]."""
-        scaled = min_max(at_completions(means, self.places), self.places.mask, noise)
+        scaled = min_max(at_completions(means, self.positions), self.positions.mask, noise)
         self.sums[group] = self.sums[group] + scaled if group in self.sums else scaled
         self.counts[group] = self.counts.get(group, 0) + 1
 
@@ -133,14 +133,14 @@ class Activations:
 
 
 @contextmanager
-def watch_activations(core: Model, places: Completions, groups: tuple[str, ...] = GROUPS):
+def watch_activations(core: Model, positions: Completions, groups: tuple[str, ...] = GROUPS):
     """An `Activations` that has seen everything in `groups` after a forward pass of `core` inside.
 
     mlp: what enters the second linear layer. attn: query, key and value, query and key after the rotation (where there
     is one), and what enters the output projection. resid: the stream after the embedding, after each attention and each
     MLP block, what the blocks add, and what the norms make of it. logits: over the vocabulary.
     """
-    names, seen = architecture(core), Activations(places)
+    names, seen = architecture(core), Activations(positions)
     hooks = [core.base_model.register_forward_pre_hook(lambda module, args: seen.forget())]
     if "mlp" in groups:
         for block in decoder_layers(core):

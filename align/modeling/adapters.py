@@ -85,8 +85,8 @@ def folder_digest(folder: str | Path) -> str | None:
         size = path.stat().st_size
         digest.update(f"{path.name} {size};".encode())
         with path.open("rb") as file:
-            for place in range(0, size, max(size // 64, 4096)):
-                file.seek(place)
+            for offset in range(0, size, max(size // 64, 4096)):
+                file.seek(offset)
                 digest.update(file.read(4096))
     return digest.hexdigest()
 

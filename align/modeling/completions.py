@@ -36,11 +36,13 @@ def completion_logps(
             completion_ids, completion_mask and completion_sources [B, L] as in `modeling.pairs.Completions`.
         return_entropy: also return the entropy of each token's distribution in nats, [B, L], detached.
     """
-    places = Completions(batch["completion_ids"], batch["completion_mask"].bool(), batch["completion_sources"])
-    finish = partial(token_values, targets=places.ids[places.mask], entropy=return_entropy)
-    values = values_at(model, pair_inputs(model, batch), places.sources[places.mask], finish, temperature=temperature)
+    positions = Completions(batch["completion_ids"], batch["completion_mask"].bool(), batch["completion_sources"])
+    finish = partial(token_values, targets=positions.ids[positions.mask], entropy=return_entropy)
+    values = values_at(
+        model, pair_inputs(model, batch), positions.sources[positions.mask], finish, temperature=temperature
+    )
     spread = (
-        v.new_zeros(places.mask.shape).masked_scatter(places.mask, v)
+        v.new_zeros(positions.mask.shape).masked_scatter(positions.mask, v)
         for v in (values.logps, values.entropy)
         if v is not None
     )

@@ -28,8 +28,8 @@ def with_own_padding(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokeniz
     if not candidates:
         logger.warning(
             "the tokenizer pads with its end token %s and has no other special token: transformers will score the "
-            "saved model one sequence at a time only; ClassifierReward does not mind. To mend it give the tokenizer a "
-            "padding token of its own",
+            "saved model one sequence at a time only; ClassifierReward works either way. To fix it give the "
+            "tokenizer a padding token of its own",
             tokenizer.eos_token,
         )
         return tokenizer

@@ -77,22 +77,22 @@ def pair_tokens_with_kl(
     The reference runs first, in `reference.active()`, and leaves its hidden states at the completion tokens; its
     distributions are made from these beside the policy's, tile by tile, in the forward and in the backward pass.
     """
-    places = completions(batch)
+    positions = completions(batch)
     with reference.active() as ref_model:
-        head, hidden = head_inputs(ref_model, pair_inputs(ref_model, batch), places.sources[places.mask])
+        head, hidden = head_inputs(ref_model, pair_inputs(ref_model, batch), positions.sources[positions.mask])
     policy, ref = _tokens(model, batch, chunk_size=chunk_size, sum_squares=sum_squares, reference=(head, hidden))
     return policy, cast(PairTokens, ref)
 
 
 def _tokens(model: Model, batch: dict[str, Tensor], **options) -> tuple[PairTokens, PairTokens | None]:
-    places = completions(batch)
-    finish = partial(token_values, targets=places.ids[places.mask], **options)
-    values = values_at(model, pair_inputs(model, batch), places.sources[places.mask], finish)
+    positions = completions(batch)
+    finish = partial(token_values, targets=positions.ids[positions.mask], **options)
+    values = values_at(model, pair_inputs(model, batch), positions.sources[positions.mask], finish)
     kl, log_squares, ref_logps = (
-        None if v is None else _rows(v, places) for v in (values.kl, values.log_sum_squares, values.ref_logps)
+        None if v is None else _rows(v, positions) for v in (values.kl, values.log_sum_squares, values.ref_logps)
     )
-    policy = PairTokens(_rows(values.logps, places), places.mask, kl, log_squares)
-    return policy, None if ref_logps is None else PairTokens(ref_logps, places.mask)
+    policy = PairTokens(_rows(values.logps, positions), positions.mask, kl, log_squares)
+    return policy, None if ref_logps is None else PairTokens(ref_logps, positions.mask)
 
 
 def pair_inputs(model: Model, batch: dict[str, Tensor]) -> dict:
@@ -114,18 +114,18 @@ def completions(batch: dict[str, Tensor]) -> Completions:
     return Completions(input_ids.gather(-1, columns), mask, torch.where(mask, starts + columns - 1, 0))
 
 
-def _rows(values: Tensor, places: Completions) -> Tensor:
-    return values.new_zeros(places.mask.shape).masked_scatter(places.mask, values)
+def _rows(values: Tensor, positions: Completions) -> Tensor:
+    return values.new_zeros(positions.mask.shape).masked_scatter(positions.mask, values)
 
 
-def at_completions(values: Tensor, places: Completions) -> Tensor:
+def at_completions(values: Tensor, positions: Completions) -> Tensor:
     """Values of every position [rows, T, ...] to the completion tokens they predict: [2B, L, ...], 0 outside the mask.
 
     This is how anything that a model computes per position (a hidden state, an activation, a mask) is lined up with
     `PairTokens`: the entry for token y_t is taken at the position before it, which has seen x and y_<t.
     """
-    taken = values.flatten(0, 1)[places.sources]
-    return taken.masked_fill(~places.mask.view(*places.mask.shape, *[1] * (taken.dim() - 2)), 0)
+    taken = values.flatten(0, 1)[positions.sources]
+    return taken.masked_fill(~positions.mask.view(*positions.mask.shape, *[1] * (taken.dim() - 2)), 0)
 
 
 def pair_count(batch: dict[str, Tensor]) -> int:

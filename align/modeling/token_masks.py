@@ -152,7 +152,7 @@ def standardise(h: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 @contextmanager
-def watch_states(core: Model, places: Completions, layers: str = "all"):
+def watch_states(core: Model, positions: Completions, layers: str = "all"):
     """A list that holds, after a forward pass of `core` inside, what `TokenMasks` reads for the N completion tokens of
     the batch: [N, d] per layer. The states are transformers' `hidden_states[1:]` before each token, the last one after
     the final norm; standardised for `all` layers, as it is for the `last`. Nothing else of them is kept.
@@ -161,7 +161,7 @@ def watch_states(core: Model, places: Completions, layers: str = "all"):
     be found.
     """
     states: list[Tensor] = []
-    sources = places.sources[places.mask]
+    sources = positions.sources[positions.mask]
     blocks = list(decoder_layers(core))[:-1] if layers == "all" else []
 
     def keep(module, args, output):

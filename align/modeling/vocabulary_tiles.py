@@ -98,9 +98,9 @@ def _logit_gradients(sides, rows, tile, tiling, targets, g, k, normalisers) -> T
     if k is not None:
         q = sides[1].logits(rows, tile, tiling, "reference").sub_(ref_top[rows, None]).exp_()
         d.sub_(q.mul_((k / ref_total)[rows, None]))
-    places = targets[rows] - tile.start
-    inside, places = (places >= 0) & (places < d.shape[1]), places.clamp(0, d.shape[1] - 1)[:, None]
-    d.scatter_(1, places, d.gather(1, places) + torch.where(inside, g[rows], 0.0)[:, None])
+    columns = targets[rows] - tile.start
+    inside, columns = (columns >= 0) & (columns < d.shape[1]), columns.clamp(0, d.shape[1] - 1)[:, None]
+    d.scatter_(1, columns, d.gather(1, columns) + torch.where(inside, g[rows], 0.0)[:, None])
     if isinstance(slope, Tensor) or slope != 1.0:
         d.mul_(slope)
     return d
@@ -192,9 +192,9 @@ def _block_values(sides: list[_Side], targets: Tensor, rows: slice, tiling: _Til
 
 
 def _at_targets(logits: Tensor, targets: Tensor, tile: slice, before: Tensor | None) -> Tensor:
-    places = targets - tile.start
-    here = logits.gather(-1, places.clamp(0, logits.shape[-1] - 1)[:, None]).squeeze(-1)
-    return here if before is None else torch.where((places >= 0) & (places < logits.shape[-1]), here, before)
+    columns = targets - tile.start
+    here = logits.gather(-1, columns.clamp(0, logits.shape[-1] - 1)[:, None]).squeeze(-1)
+    return here if before is None else torch.where((columns >= 0) & (columns < logits.shape[-1]), here, before)
 
 
 class _Sums:

@@ -141,8 +141,8 @@ class Multipliers:
                 "weight": weights[i],
                 "saturated": float(self.at_limit(i, upper=True) or self.at_limit(i, upper=False)),
             }
-            place = f"constraints/{constraint.reward}_{constraint.direction}"
-            logged.update({f"{place}/{name}": number for name, number in numbers.items()})
+            prefix = f"constraints/{constraint.reward}_{constraint.direction}"
+            logged.update({f"{prefix}/{name}": number for name, number in numbers.items()})
         return logged
 
     def at_limit(self, i: int, *, upper: bool) -> bool:

@@ -1,7 +1,7 @@
 """Nelder-Mead search as an ask/tell object, for thresholds whose evaluation is a stretch of training (NM-PPO).
 
-Moskovitz et al. 2023 (arXiv 2310.04373), section A.4, algorithm 3, with its slips mended: the sign, and dimensions by
-name, so that thresholds cannot be swapped.
+Moskovitz et al. 2023 (arXiv 2310.04373), section A.4, algorithm 3, with two errors corrected: the sign, and dimensions
+by name, so that thresholds cannot be swapped.
 """
 
 from collections.abc import Sequence

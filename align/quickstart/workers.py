@@ -64,8 +64,8 @@ def run_phases(plan: dict[str, Phase], space: Workspace, arguments: tuple, progr
                 progress.end(name)
     except BrokenProcessPool:
         raise AlignError(
-            f"the process of {' or '.join(running.values())} ended by itself (killed for want of memory?): its last "
-            f"words are in {log}. Start again to continue after the last finished phase"
+            f"the process of {' or '.join(running.values())} ended by itself (killed: out of memory?). Its output is "
+            f"in {log}. Start again to continue after the last finished phase"
         ) from None
     finally:
         owner.close()  # ends the processes, whatever they are at

@@ -1,4 +1,4 @@
-"""The one door to completions: trainers, best-of-n and evaluation all ask a `RolloutEngine`."""
+"""The interface to completions, for trainers, best-of-n and evaluation: `RolloutEngine`."""
 
 import logging
 import math

@@ -168,7 +168,7 @@ def test_the_share_decides_between_an_error_and_dropping(tokenizer, caplog):
         tokenize_pairs(data, tokenizer, max_length=60, max_bad_share=0.099, source="pairs.jsonl")
     assert str(error.value) == (
         "pairs.jsonl: 2 of 20 rows cannot be used (rows count from 0): chosen is empty: 2 (rows 18, 19). "
-        "max_bad_share=0.099 allows 1. Mend or remove these rows, or drop them with max_bad_share=0.1 or more."
+        "max_bad_share=0.099 allows 1. Fix or remove these rows, or drop them with max_bad_share=0.1 or more."
     )
     kept = tokenize_pairs(data, tokenizer, max_length=60, max_bad_share=0.1, source="pairs.jsonl")
     assert kept["row"][:] == list(range(18))

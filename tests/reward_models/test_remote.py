@@ -137,7 +137,7 @@ def test_a_server_that_is_down():
         taken.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused
         url = f"http://user:s3cret@127.0.0.1:{taken.getsockname()[1]}/score?key=s3cret"
         with pytest.raises(
-            RewardError, match="no connection, tried 3 times .*Start the server, or mend the url"
+            RewardError, match="no connection, tried 3 times .*Start the server, or fix the url"
         ) as caught:
             RemoteReward(url, retries=2, backoff=0).score(BATCH)
     message = str(caught.value)

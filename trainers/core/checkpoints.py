@@ -1,4 +1,4 @@
-"""What a checkpoint holds beyond transformers' files, and which one a run goes on from. Knows no trainer.
+"""What a checkpoint holds beyond transformers' files, and which one a run resumes from.
 
 A checkpoint is transformers' folder `checkpoint-<step>`, a file of each process with what its method keeps, and the
 manifest that declares it whole (`align.distributed.checkpoints`).
@@ -24,7 +24,7 @@ EXTRA_STATE = "align_state_{rank}.pt"
 
 @dataclass
 class Resumed:
-    """The checkpoint that a run goes on from. state: what the method's `extra_state` returned, on this process."""
+    """The checkpoint that a run resumes from. state: what the method's `extra_state` returned, on this process."""
 
     folder: Path
     step: int
@@ -47,7 +47,7 @@ def write_extra_state(folder: Path, state: dict, *, rank: int, processes: int, m
 
 
 def read_checkpoint(folder: str | Path, *, rank: int, processes: int) -> Resumed:
-    """This process's part of a checkpoint. Raises `TrainingError` where so many cannot resume it."""
+    """This process's part of a checkpoint. Raises `TrainingError` where this number of processes cannot resume it."""
     path = Path(folder) / EXTRA_STATE.format(rank=rank)
     if not path.exists():
         raise TrainingError(

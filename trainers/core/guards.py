@@ -59,7 +59,7 @@ def check_loss(loss: Tensor, step: int) -> None:
 
 
 def check_trained_tokens(batches: list, count: Tensor | int | None, step: int) -> None:
-    """count: trained items (tokens, pairs) of the step's batches on all processes, None where nobody counts."""
+    """count: trained items (tokens, pairs) of the step's batches on all processes, None where they are not counted."""
     if batches and count is not None and int(torch.as_tensor(count).sum()) == 0:
         raise TrainingError(
             f"step {step} would train no token: every label of its {len(batches)} batches "
@@ -68,7 +68,7 @@ def check_trained_tokens(batches: list, count: Tensor | int | None, step: int) -
 
 
 def check_weights(parameters: Iterable[Tensor], step: int) -> None:
-    """Refuse to save weights that no run could go on from (the newest checkpoint is the one that is resumed)."""
+    """Refuse to save weights that are not finite: the newest checkpoint is the one that is resumed."""
     local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters if p.requires_grad]
     if not all(p.detach().isfinite().all() for p in local):
         raise TrainingError(
@@ -78,7 +78,8 @@ def check_weights(parameters: Iterable[Tensor], step: int) -> None:
 
 
 def check_experts(model: nn.Module) -> None:
-    """Mixtures of experts train without their load-balancing loss here: a warning; asked for, it is a ConfigError."""
+    """Mixtures of experts train without their load-balancing loss here: a warning, or ConfigError if the model's config
+    has it switched on."""
     config = language_model(model).config.get_text_config()
     coefficient = vars(config).get("router_aux_loss_coef")
     if not coefficient:

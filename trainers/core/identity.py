@@ -1,6 +1,6 @@
 """Which run a checkpoint belongs to: the method, the model, the data and every setting that changes the result.
 
-It lies in each checkpoint as `align_run.json` and is compared before a run goes on from it.
+It is written to each checkpoint as `align_run.json` and compared before a run resumes from it.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from align.modeling.fingerprint import fingerprint
 FILE_NAME = "align_run.json"
 SAMPLES = 64
 
-# Settings that a run may change when it goes on: they say how far it goes, where something lies or is shown, when it is
+# Settings that a resumed run may change: they say how long it trains, where something is kept or shown, when it is
 # evaluated, and in what portions or with what memory the same result is computed.
 CHANGEABLE_PREFIXES = (
     "eval_", "logging_", "save_", "hub_", "push_to_hub", "dataloader_", "num_logged_", "precompute_ref_",
@@ -41,6 +41,9 @@ CHANGEABLE = {
     "per_device_train_batch_size", "gradient_accumulation_steps",  # compared as their product
 }  # fmt: skip
 CACHED_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # of the reference, which is checked by itself
+NOT_OF_ADAPTER = {  # where an adapter's base lies, and what PEFT writes down for itself
+    "base_model_name_or_path", "inference_mode", "revision", "auto_mapping", "peft_version", "runtime_config",
+}  # fmt: skip
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps", "rows_per_step")
 
 
@@ -85,8 +88,7 @@ def adapter_settings(model: nn.Module) -> dict | None:
     config = getattr(model, "peft_config", {}).get("default")
     if config is None:
         return None
-    places = ("base_model_name_or_path", "inference_mode", "revision", "auto_mapping", "peft_version", "runtime_config")
-    found = {key: value for key, value in config.to_dict().items() if key not in places}
+    found = {key: value for key, value in config.to_dict().items() if key not in NOT_OF_ADAPTER}
     return json.loads(json.dumps(found, default=_plain))
 
 

@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 
 
 class Recorder:
-    """Collects metrics and phase times until they are logged. Knows no trainer; all processes hold one each."""
+    """Collects metrics and phase times until they are logged. Each process has its own."""
 
     def __init__(self):
         self._sums: dict[str, list[float]] = {}  # metric -> [sum of value * weight, sum of weight]

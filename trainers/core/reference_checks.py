@@ -1,4 +1,4 @@
-"""What must hold between a policy and its reference: they start as one, and a resumed run has the one it began with."""
+"""Checks of a reference: the policy starts equal to it, and a resumed run has the same one."""
 
 import torch
 from accelerate import Accelerator
@@ -12,7 +12,7 @@ EXACT = 1e-3  # nats, of float32
 
 
 def logp_tolerance(accelerator: Accelerator, model: nn.Module) -> float:
-    """The largest difference of log-probs, in nats, that is taken for rounding."""
+    """The largest difference of log-probs, in nats, that counts as rounding."""
     return EXACT if computes_exactly(accelerator, model) else 0.3
 
 

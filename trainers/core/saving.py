@@ -1,4 +1,4 @@
-"""What a saved folder stands for: the model that was written last, as it was trained, and how it came about."""
+"""Checks and completes a saved folder: the base of an adapter, the weights on disk, the model card."""
 
 import json
 from collections.abc import Mapping
@@ -180,7 +180,7 @@ MADE_BY = "<!-- written by align when the model was saved; delete this line to k
 
 
 def write_card(folder: str | Path, previous: str | None, facts: dict[str, object], *, base: str, adapter: bool) -> None:
-    """README.md of a saved model. previous: the text that lay there before; a text of the user's own stays."""
+    """README.md of a saved model. previous: the text that lay there before; a card that the user wrote stays."""
     import peft
     import torch as torch_module
     import transformers

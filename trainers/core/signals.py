@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1, as SLURM sends them before a job's time is over: save, and exit to be queued again."""
+"""SIGTERM and SIGUSR1, as SLURM sends them before a job's time limit: save, and exit to be queued again."""
 
 import logging
 import os

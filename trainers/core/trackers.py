@@ -17,7 +17,7 @@ def log_figure(args: TrainingArguments, callbacks: list, step: int, name: str, f
     """Send a matplotlib figure to wandb and TensorBoard. callbacks: the trainer's, of which TensorBoard's writes."""
     if args.process_index != 0:
         return
-    import matplotlib.pyplot  # noqa: F401  (wandb and TensorBoard take for granted that somebody has)
+    import matplotlib.pyplot  # noqa: F401  (wandb and TensorBoard use it without importing it)
 
     if "wandb" in args.report_to:
         import wandb

@@ -48,7 +48,7 @@ class TrainerMixin(TrainerHooks):
         if isinstance(self.args, BaseConfig):  # TRL's, of SFT, adds the loss of a mixture of experts
             guards.check_experts(self.model)
         self._check_rows()
-        if not self.is_deepspeed_enabled:  # which keeps gradients where they cannot be seen
+        if not self.is_deepspeed_enabled:  # its gradients are not in `parameter.grad`
             self.add_callback(guards.GradientsReachTheWeights())
         self._signals = StopOnSignal(self.accelerator)
         self.add_callback(self._signals)
@@ -56,8 +56,8 @@ class TrainerMixin(TrainerHooks):
             saving.check_base(self.model, self.args.output_dir)
         self._start_digest = None if self.is_deepspeed_enabled else identity.weights_digest(self.model)
         if self.args.data_seed is None:
-            # Left alone, accelerate shuffles by the seed that torch was given last, by whomever, and a resumed run
-            # might see other batches.
+            # Otherwise accelerate shuffles by torch's current seed, which other code may set, and a resumed run might
+            # see other batches.
             self.accelerator.dataloader_config.data_seed = self.args.seed
 
     def _check_rows(self) -> None:
@@ -80,7 +80,7 @@ class TrainerMixin(TrainerHooks):
         if not any(key.startswith("eval_") for key in logs):
             logs.update(self.recorder.take())
             if self.args.fp16 and not math.isfinite(logs.get("grad_norm", 0.0)):
-                del logs["grad_norm"]  # the loss scaler skipped this step and lowers its scale: that is how it works
+                del logs["grad_norm"]  # the loss scaler skipped this step and lowers its scale, as it should
         guards.check_metrics(logs, step, output_dir)
         super().log(logs, start_time)
         guards.check_metrics(self.state.log_history[-1], step, output_dir)  # with what TRL has added
@@ -173,7 +173,7 @@ class TrainerMixin(TrainerHooks):
         """`_save` has written one."""
 
     def identity(self) -> dict:
-        """What makes this run what it is (align.trainers.core.identity); a resumed one must have the same."""
+        """What decides the result of this run (align.trainers.core.identity); a resumed run must have the same."""
         return {
             "method": type(self).__name__.removesuffix("Trainer"),
             "model": self._start_digest,
@@ -203,7 +203,7 @@ class TrainerMixin(TrainerHooks):
         guards.check_weights(self.model.parameters(), step)
         run_dir = self._get_output_dir(trial=trial)
         folder = Path(run_dir) / f"checkpoint-{step}"
-        if args.should_save and folder.exists():  # a damaged one, or one of an earlier run: nothing of it may stay
+        if args.should_save and folder.exists():  # damaged, or of an earlier run
             shutil.rmtree(folder)
         self.accelerator.wait_for_everyone()
         # Older checkpoints are deleted only once the new one is declared whole.

@@ -48,28 +48,28 @@ class MaskedForward:
         self, model: nn.Module, inner: nn.Module, batch: dict[str, Tensor], *, chunk_size: int | None
     ) -> tuple[MaskedTokens, PairTokens]:
         """model: the policy as it is called; inner: the module within all wrappers, which holds the networks."""
-        places = completions(batch)
+        positions = completions(batch)
         m_u: Tensor | None
         m_d: Tensor | None
         if self.masks is None:
             active = WatchedReference(
-                self.reference, lambda core: watch_activations(core, places, self.groups), self.autocast
+                self.reference, lambda core: watch_activations(core, positions, self.groups), self.autocast
             )
             policy, reference = pair_tokens_with_kl(model, active, batch, chunk_size=chunk_size)
             mask = active.seen.mask()
             m_u, m_d = (mask if on else None for on in (self.on_reward, self.on_kl))
         else:
             states = WatchedReference(
-                self.reference, lambda core: watch_states(core, places, self.layers), self.autocast
+                self.reference, lambda core: watch_states(core, positions, self.layers), self.autocast
             )
-            with self._run_networks(self.masks, inner, states, places) as weights:
+            with self._run_networks(self.masks, inner, states, positions) as weights:
                 policy, reference = pair_tokens_with_kl(model, states, batch, chunk_size=chunk_size)
             m_u, m_d = weights["masks"]
         return MaskedTokens(**vars(policy), m_u=m_u, m_d=m_d), reference
 
     @contextmanager
     def _run_networks(
-        self, masks: TokenMasks, inner: nn.Module, watched: "WatchedReference[list[Tensor]]", places: Completions
+        self, masks: TokenMasks, inner: nn.Module, watched: "WatchedReference[list[Tensor]]", positions: Completions
     ) -> Iterator[dict[str, tuple[Tensor | None, Tensor | None]]]:
         """A dict that holds the weights once the policy has run. The networks run inside the policy's own forward pass
         and are part of its output: DDP takes parameters that it cannot reach from there for unused, and FSDP has their
@@ -80,7 +80,7 @@ class MaskedForward:
             if watched.inside:  # an adapter's reference is the same module
                 return
             with self.autocast():
-                kept["masks"] = masks(watched.seen, places.mask)
+                kept["masks"] = masks(watched.seen, positions.mask)
             output.hidden_states = tuple(m for m in kept["masks"] if m is not None)
 
         # prepended: the wrappers' own hooks must see the output with the weights
@@ -92,7 +92,7 @@ class MaskedForward:
 
 
 class WatchedReference(Generic[Seen]):
-    """A reference that is looked into while it runs. `seen` is what `watch` yielded, `inside` whether it is running."""
+    """A reference whose states are recorded while it runs. seen: what `watch` yielded. inside: whether it runs now."""
 
     def __init__(
         self,

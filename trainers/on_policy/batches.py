@@ -15,10 +15,10 @@ PER_TOKEN = ("engine_logps", "ref_logps", "old_logps", "advantages", "values", "
 class BatchPlanner:
     """Cuts samples into micro-batches, and makes tensors of them.
 
-    Without a budget, micro-batches are so many as asked for, and with shared prefixes a prompt's samples stay together.
-    With one they have at most so many tokens (padding counted), whatever the number of samples and their lengths, and
-    the samples of a prompt may lie in several. Then all processes make as many: they wait for one another wherever
-    gradients are summed or weights gathered.
+    Without a budget the caller gives the number of micro-batches, and with shared prefixes a prompt's samples stay
+    together. A budget is the largest number of tokens of a micro-batch (padding counted); the samples of a prompt may
+    then be in several. All processes make the same number of them, as gradients are summed and weights gathered in
+    step.
 
     Args:
         num_generations: samples of a prompt, side by side.
@@ -40,8 +40,8 @@ class BatchPlanner:
         self.tokens, self.forward_tokens, self.ranks = tokens, forward_tokens, ranks or Ranks()
 
     def plan(self, samples: list[Sample], batches: int) -> list[list[Sample]]:
-        """Micro-batches to train on: so many, with about as many tokens each, or by the budget. RolloutError when there
-        are too few samples."""
+        """Micro-batches to train on: `batches` of about equal tokens, or by the budget. RolloutError when there are
+        too few samples."""
         if self.tokens is not None:
             return self._within(samples, self.tokens)
         if self.shared_prefix:
@@ -155,7 +155,7 @@ def split_by_length(samples: list[Sample], batches: int) -> list[list[Sample]]:
 
 
 def balance(samples: list[Sample], batches: int, together: int) -> list[list[Sample]]:
-    """`batches` with about as many tokens each; every `together` samples side by side, a prompt's, stay together."""
+    """`batches` of about equal tokens. Each run of `together` samples, those of one prompt, stays in one."""
     groups = [samples[i : i + together] for i in range(0, len(samples), together)]
     _check(len(groups), "prompts", batches)
     sizes = [len(group[0].prompt["prompt_ids"]) + sum(sample.length for sample in group) for group in groups]

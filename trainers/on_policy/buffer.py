@@ -1,4 +1,4 @@
-"""A rollout that several optimiser steps are made from: how prompts come to it, its mini-batches, its checkpoint."""
+"""A rollout that several optimiser steps use: the prompts it takes, its mini-batches, its state in checkpoints."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ class BlockSampler(Sampler[int]):
     """Prompts in blocks of one rollout each, every block repeated for the passes that are made over it.
 
     Trainer counts its steps and epochs by what the sampler yields. A rollout takes its prompts from the block's first
-    repetition; the rest is drawn and not looked at. Prompts that do not fill a block wait for another epoch, in another
+    repetition; the rest is drawn and ignored. Prompts that do not fill a block wait for another epoch, in another
     order.
     """
 
@@ -63,7 +63,7 @@ def take_prompts(
 
 
 def check_arithmetic(args: OnPolicyConfig, rows: int) -> None:
-    """Say what a rollout is made of; raises `ConfigError` when there are fewer prompts than one takes."""
+    """Log what a rollout consists of; raises `ConfigError` when there are fewer prompts than one takes."""
     prompts = args.prompts_per_rollout
     if rows < prompts:
         times = f" x num_mini_batches {args.num_mini_batches}" if args.num_mini_batches > 1 else ""
@@ -97,7 +97,7 @@ class RolloutBuffer:
 
     @classmethod
     def of(cls, samples: list[Sample], mini_batches: int, seed: int, number: int) -> "RolloutBuffer":
-        """Samples of whole prompts in their order, in so many mini-batches. number: of the rollout's first step."""
+        """mini_batches: their number. samples: in order, all of a prompt. number: of the rollout's first step."""
         size = -(-len(samples) // mini_batches)
         return cls([samples[i : i + size] for i in range(0, len(samples), size)], seed, number)
 
@@ -115,7 +115,7 @@ class RolloutBuffer:
         return self.mini_batches[order[index]]
 
     def state_dict(self, processes: int) -> dict:
-        """This process's share of a rollout on so many processes."""
+        """This process's share of the rollout. processes: the number of all."""
         return {
             "processes": processes,
             "number": self.number,
@@ -136,7 +136,7 @@ class RolloutBuffer:
 
 
 def check_position(buffer: RolloutBuffer | None, step: int, steps_per_rollout: int) -> None:
-    """Of a resumed run: there is a rollout to go on with if, and only if, the step is inside one."""
+    """Of a resumed run: the checkpoint must hold a rollout if, and only if, its step is inside one."""
     if (buffer is not None) != bool(step % steps_per_rollout):
         raise TrainingError(
             "the checkpoint was written with other num_mini_batches or num_iterations: its rollout cannot be "

@@ -1,4 +1,4 @@
-"""The critic of PPO: a network of its own that values each state, with its own optimiser and place in checkpoints."""
+"""The critic of PPO: a separate value network with its own optimiser and its own file in checkpoints."""
 
 import copy
 from dataclasses import dataclass, field
@@ -175,7 +175,7 @@ class CriticLearner:
 
 
 class CriticStep(TrainerCallback):
-    """Steps the critic with the policy, and holds the policy still while the critic warms up."""
+    """Steps the critic with the policy; while the critic warms up, the policy is not updated."""
 
     def __init__(self, critic: CriticLearner):
         self.critic = critic

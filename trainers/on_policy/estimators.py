@@ -1,4 +1,4 @@
-"""How advantages are estimated: the interface of an estimator, and the table of those that there are."""
+"""How advantages are estimated: the interface of an estimator, and the registry."""
 
 from abc import ABC, abstractmethod
 from dataclasses import MISSING, dataclass, field, fields

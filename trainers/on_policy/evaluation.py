@@ -81,7 +81,7 @@ class PolicyEvaluator:
         The requests are seeded by prompt and sample only, so evaluations do not move the training run's randomness and
         two steps are compared on the same draws.
         """
-        # Every process gets as many, some of them twice: sharded models (FSDP2, ZeRO-3) must run in step.
+        # Every process gets the same number, repeating some prompts: sharded models (FSDP2, ZeRO-3) run in step.
         ranks, share = self.ranks, -(-len(prompts) // self.ranks.count)
         indices = [(i * ranks.count + ranks.index) % len(prompts) for i in range(share)]
         rows = self._rows([prompts[i] for i in indices], indices, model, reference)
@@ -167,7 +167,7 @@ class EvaluationFile:
         self.writer: EvalWriter | None = None
 
     def open(self, resume_step: int | None) -> None:
-        """Begin the file of a run, or go on with it after this step."""
+        """Start the file of a run, or continue it after this step."""
         args = self.args
         self.writer = EvalWriter(
             args.output_dir,
@@ -181,12 +181,12 @@ class EvaluationFile:
         )
 
     def close(self) -> None:
-        """What is evaluated from now on is no part of this run."""
+        """Later evaluations are not part of this run."""
         self.writer = None
 
     def write(self, step: int, rows: list[dict], measured: list[str]) -> tuple[list[str], list[list]]:
-        """Add an evaluation; returns columns and rows of a table that shows its completions. Nothing before it is open
-        (a file in this folder is another run's), nor of a step that is there already, from the same draws."""
+        """Add an evaluation; returns columns and rows of a table that shows its completions. Writes nothing before the
+        file is open (a file in this folder is another run's), and no step twice (its draws would be the same)."""
         if self.writer is None or (self.writer.last_step is not None and step <= self.writer.last_step):
             return [], []
         samples = [row["sample"] for row in rows[: self.args.num_logged_completions]]
@@ -201,10 +201,10 @@ class EvaluationFile:
 
 
 class Curve(TrainerCallback):
-    """Opens the evaluation file when training begins (what is wrong with it is said then, not after the first steps),
+    """Opens the evaluation file when training begins (so that errors of the file come before the first steps),
     and at the end shows its curve, proxy and gold score against KL, to the trackers.
 
-    resume_step: called for the step that a run goes on from, None at the beginning. log_figure: sends a figure.
+    resume_step: returns the step that a run resumes from, None for a new run. log_figure: sends a figure.
     """
 
     def __init__(

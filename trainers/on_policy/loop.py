@@ -2,7 +2,7 @@
 
 `OnPolicyTrainer` is transformers' Trainer whose batches are made by the policy itself: `get_batch_samples` takes the
 micro-batches of an optimiser step from a rollout, and makes one at its first step (`make_rollout`). The work is done by
-parts that know only what they are given, each in a file of this folder:
+parts with stated inputs, each in a file of this folder:
 
     engine      SyncedEngine: a rollout engine with the weights of a step
     pipeline    RolloutPipeline: prompts in, scored samples out
@@ -198,7 +198,7 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
 
     def train(self, *args, **kwargs):
         check_arithmetic(self.args, len(self.train_dataset))
-        self.engine.forget()  # what is there may be another run's
+        self.engine.forget()  # its weights may be another run's
         self.evaluations.close()
         self.buffer = None
         output = super().train(*args, **kwargs)
@@ -318,7 +318,7 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
             self.kl.follow(samples, self.ranks)
         if args.steps_per_rollout == 1:
             for sample in samples:
-                sample.old_logps = None  # they served the KL; the ratio of an only step is 1, whatever a pass rounds
+                sample.old_logps = None  # they were for the KL: with one step the ratio is exactly 1
         return RolloutBuffer.of(samples, args.num_mini_batches, args.seed, step)
 
     def kl_needs_policy(self) -> bool:
@@ -351,7 +351,7 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
         return self.ranks.total(loss_count(lengths, self.args)).clamp(min=1)
 
     def check_logps(self, logps: Tensor, batch: dict[str, Tensor]) -> None:
-        """The policy that is trained must be the one that sampled, and at step 0 also the reference."""
+        """The trained policy must give the log-probs of the one that sampled, and at step 0 those of the reference."""
         if not batch["completion_mask"].any():
             return  # all of its samples are left out
         tolerance, step = logp_tolerance(self.accelerator, self.model), self.state.global_step
@@ -377,7 +377,7 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
         }
 
     def load_state(self, state: dict, folder: Path) -> None:
-        """Go on with what a checkpoint holds beyond model and optimiser: `extra_state`, and the files in its folder."""
+        """Restore what a checkpoint holds beyond model and optimiser: `extra_state`, and the files in its folder."""
         if self.reference is not None and state["reference"] is not None:
             probe = reference_probe(self.reference, self.args.device)
             check_reference(probe, state["reference"], logp_tolerance(self.accelerator, self.model))

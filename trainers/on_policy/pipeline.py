@@ -33,11 +33,11 @@ class ScoredRollout:
 class RolloutPipeline:
     """Asks the engine for completions and the rewards for scores.
 
-    It holds no trainer, no model that is trained and no count of steps, so that it can run ahead of training or in
-    another process: everything that changes comes with the call.
+    It holds no trainer, no trained model and no step count: what changes is passed to `run`, so that it can run ahead
+    of training or in another process.
 
     Args:
-        engine: a `RolloutEngine`, or whatever has its `generate`.
+        engine: a `RolloutEngine`, or any object with its `generate`.
         requests: what is asked for every prompt; the first is trained on (`Estimator.requests`).
         seed: of the run; each request's seed follows from it, the step, the prompt's index and the request's number.
         recorder: gets the seconds of the phases `generate` and `score`.

@@ -1,4 +1,4 @@
-"""Streams of scores, and their advantages: what an estimator is given, and what becomes of what it returns."""
+"""Streams of scores, and their advantages: the input of an estimator, and what is done with its output."""
 
 from dataclasses import dataclass
 

@@ -7,7 +7,7 @@
 
 A method is a subclass that says what the losses of a batch are (`pair_losses`) and sets `planner` once its model is
 there. The loss of an optimiser step is the mean over all of its pairs, whatever the micro-batches and processes.
-Preference optimisation goes on in `pairs.preference`, reward models in `align.trainers.reward`.
+The subclass for preference optimisation is in `pairs.preference`, the one for reward models in `align.trainers.reward`.
 """
 
 from itertools import islice
@@ -142,19 +142,19 @@ class PairTrainer(MicroBatchLists, Trainer):
 
     def prediction_step(self, model, inputs: PairRows, prediction_loss_only, ignore_keys=None):
         tables, order = [], []
-        for places in self.planner.within_budget(inputs.rows, self._most_of_all):
-            batch = self.planner.collate([inputs.rows[i] for i in places])
+        for indices in self.planner.within_budget(inputs.rows, self._gather_max):
+            batch = self.planner.collate([inputs.rows[i] for i in indices])
             batch["mean_chosen_length"] = torch.tensor(self._eval_mean_length, dtype=torch.float32)
             batch = self._prepare_inputs(batch)
             with torch.no_grad():
                 values = self.pair_losses(model, batch).values()
             check_finite(batch["row"], values["loss"], "evaluation")
             tables.append(self.evaluator.columns(values))
-            order += places
+            order += indices
         table = torch.cat(tables)[torch.tensor(order).argsort().to(tables[0].device)]
-        return None, table, table[:, 0]  # the means are taken in pair_metrics; nobody looks at the labels
+        return None, table, table[:, 0]  # pair_metrics takes the means; the labels are not used
 
-    def _most_of_all(self, count: int) -> int:
+    def _gather_max(self, count: int) -> int:
         return int(self._gather_counts(torch.tensor([[count]])).max())
 
     def pair_metrics(self, prediction) -> dict[str, float]:

@@ -16,7 +16,7 @@ Rows = list[dict]
 
 
 class PairRows:
-    """The rows of one batch as they are in the dataset; no list, or accelerate would walk through every token."""
+    """The rows of one batch as they are in the dataset; not a list, through whose tokens accelerate would recurse."""
 
     def __init__(self, rows: Rows):
         self.rows = rows
@@ -123,7 +123,7 @@ class MicroBatchPlanner:
 def split_to(batches: list[Rows], count: int) -> list[Rows]:
     """The same rows in `count` micro-batches, or as many as there are rows: the largest are halved.
 
-    Processes that gather weights in their forward pass (FSDP, ZeRO-3) wait for one another: they must make as many.
+    Processes that gather weights in their forward pass (FSDP, ZeRO-3) must all run the same number.
     """
     batches = list(batches)
     while len(batches) < count and max(map(len, batches)) > 1:

@@ -144,7 +144,7 @@ class PreferenceTrainer(PairTrainer):
             self._set_up_reference(ref_model)
 
     def _reference_given(self, ref_model: str | Model | None) -> str | Model | None:
-        """The model that serves as reference if one is named; ConfigError for options that would be ignored."""
+        """The model that is named as the reference, None if none is; ConfigError for options that would be ignored."""
         args = self.args
         if ref_model is not None and args.ref_model_name_or_path is not None:
             raise ConfigError("the reference is named twice, by ref_model and by ref_model_name_or_path")
@@ -187,7 +187,7 @@ class PreferenceTrainer(PairTrainer):
             if self.eval_dataset is not None:
                 self.eval_dataset = self._with_reference(self.eval_dataset, cache, "eval", args.eval_batch_size)
             if not reference.adapter_off:
-                self.reference = None  # what it was for is on disk
+                self.reference = None  # its log-probs are on disk
 
     # ---- the reference ----------------------------------------------------------------------------------------------
 

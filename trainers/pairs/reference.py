@@ -26,7 +26,7 @@ def load_reference(ref_model: str | nn.Module | None, policy: nn.Module) -> nn.M
 
 def make_reference(policy: nn.Module, ref_model: nn.Module | None, *, for_one_pass: bool) -> Reference:
     """The reference of a policy that has not been trained yet: `ref_model`, the policy with its adapter off, or a copy
-    of it. for_one_pass: it is asked before training only, so that the policy itself serves, and none is made."""
+    of it. for_one_pass: it is used before training only, so the policy itself is used and no copy is made."""
     if for_one_pass and ref_model is None:
         return Reference(policy, adapter_off=isinstance(policy, PeftModel))
     return reference_of(policy, ref_model)
@@ -70,18 +70,18 @@ def logps_of_all(
     for start in range(0, len(dataset), at_once):
         part = dataset.select(range(start, min(start + at_once, len(dataset)))).to_list()
         batches = cut([{**row, "number": start + i} for i, row in enumerate(part)])
-        # all make as many batches: those that gather weights wait for one another
+        # all processes run the same number of batches: sharded models gather weights in every one
         for first in range(0, len(batches), world):
             batch = batches[min(first + rank, len(batches) - 1)]
             values = logps_of(batch).float().cpu().numpy()
             for row, *both in zip(batch, values[: len(batch)], values[len(batch) :], strict=True):
                 found[row["number"]] = [v[: len(row[ids])].copy() for v, ids in zip(both, IDS[1:], strict=True)]
         progress.update(len(part))
-    everything = {i: values for part in gather_object([found]) for i, values in part.items()}
-    return tuple(np.concatenate([everything[i][side] for i in range(len(dataset))]) for side in (0, 1))
+    by_row = {i: values for part in gather_object([found]) for i, values in part.items()}
+    return tuple(np.concatenate([by_row[i][side] for i in range(len(dataset))]) for side in (0, 1))
 
 
 def prepare_reference(reference: Reference, policy: nn.Module, accelerator: Accelerator) -> None:
-    """Place it as the policy is, unless it is the policy."""
+    """Put it on the device, in the precision and shards of the policy, unless it is the policy."""
     if reference.model is not policy:
         reference.prepare(accelerator)

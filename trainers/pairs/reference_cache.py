@@ -1,6 +1,6 @@
 """Reference log-probs computed once for a whole dataset and kept on disk.
 
-They are kept per token, so that every loss that a live reference serves is served by the cache too.
+They are kept per token, so every loss that works with a live reference works with the cache.
 """
 
 import hashlib
@@ -47,9 +47,9 @@ class ReferenceCache:
 
     Args:
         weights: of the reference, their `weights_mark`.
-        precision: what it computes in, in words.
+        precision: a description of what it computes in.
 
-    marks: of the datasets that were asked for, by name.
+    marks: of the datasets that were passed to `add_to`, by name.
     """
 
     def __init__(self, folder: str | Path, weights: str, precision: str):

@@ -49,7 +49,7 @@ def train_reward_ensemble(
 
     Saves the members and ensemble.json in `args.output_dir` and returns that folder, for `load_ensemble` or a reward of
     type ensemble. With `resume` a separate member that is already saved whole is kept, whatever settings it was trained
-    with, and one pass goes on from its newest checkpoint. `member` is the number of the one separate member to train in
+    with, and one pass resumes from its newest checkpoint. `member` is the number of the one separate member to train in
     this call, so that each can be a job of its own; the call that finds all members there writes ensemble.json.
     """
     _check(model, members, kind, upper_layers, train_trunk, peft_config)
@@ -118,7 +118,7 @@ def _whole(folder: Path) -> bool:
 
 def _train_one(model: str, args: RewardConfig, folder: Path, index: int, data, peft_config, callbacks, resume) -> None:
     if resume and _whole(folder):
-        logger.info("%s is there and kept", folder)
+        logger.info("%s is complete and kept", folder)
         return
     member_args = copy.deepcopy(args)
     member_args.output_dir = str(folder)

@@ -1,7 +1,7 @@
 """Whole fronts: one policy per weight vector, each in its own folder, and soups between neighbours.
 
 What does not depend on the weights (tokens, margin rewards, reference log-probs) is computed once. A sweep that was
-stopped goes on where it was: finished points are kept.
+stopped resumes where it was: finished points are kept.
 """
 
 import copy
@@ -66,7 +66,7 @@ def train_front(
     Args:
         model: a folder or hub name, or a function that loads the policy: every point starts from it anew.
         reward, peft_config, callbacks: as `MODPOTrainer` takes them.
-        resume: keep the points that are there, and go on within the one that was stopped.
+        resume: keep the finished points, and resume the one that was stopped.
         model_name: of the policy that a function loads: points that started from another one are not kept.
     """
     processing_class = check_model(model, processing_class)
@@ -147,7 +147,7 @@ def train_points(
             logger.info("point %d of %d: %s", number + 1, len(vectors), weights)
             done = train_point(make_trainer, point_args, settings, resume)
         else:
-            logger.info("point %d of %d: %s is there and kept", number + 1, len(vectors), root / name)
+            logger.info("point %d of %d: %s is complete and kept", number + 1, len(vectors), root / name)
         front.reference = done["reference"]
         front.points.append(Point(name, name, weights, seconds=done["seconds"]))
         if args.process_index == 0:
@@ -160,7 +160,7 @@ def train_points(
 
 
 def train_point(make_trainer: Callable[[Any], Any], args: Any, settings: dict, resume: bool) -> dict:
-    """Train one policy and save it, and beside it, when all is done, what it is."""
+    """Train and save one policy; then write point.json, which says that it is complete and how it was trained."""
     from align.distributed.checkpoints import newest_whole
 
     started, folder = time.perf_counter(), Path(args.output_dir)
@@ -184,8 +184,7 @@ def train_point(make_trainer: Callable[[Any], Any], args: Any, settings: dict, r
 
 
 def finished(folder: Path, settings: dict) -> dict | None:
-    """What is known of a point that was trained to its end; None if there is none. ConfigError if it was trained with
-    other settings."""
+    """The point.json of a complete point, None without one; ConfigError if it was trained with other settings."""
     if not (folder / POINT_FILE).exists():
         return None
     done = json.loads((folder / POINT_FILE).read_text())
@@ -293,7 +292,7 @@ def lora(peft_config):
 
 
 def described(peft_config) -> dict | None:
-    """What a LoRA config says, in an order of its own, for comparison."""
+    """A LoRA config as a dict whose sets are sorted, for comparison."""
     if peft_config is None:
         return None
     return {key: sorted(value) if isinstance(value, set) else value for key, value in peft_config.to_dict().items()}

@@ -128,7 +128,7 @@ class GradientWeights(Weighting):
             raise TrainingError(f"the inner products of the objectives' gradients are {influence.tolist()}")
         rates = {"learning_rate": self.options.learning_rate, "mu": self.options.mu}
         moved = gradient_weights(self.applied, gradients.double().cpu(), **rates)
-        self.applied = moved.clamp(min=1e-12) / moved.clamp(min=1e-12).sum()  # log(0) would never come back
+        self.applied = moved.clamp(min=1e-12) / moved.clamp(min=1e-12).sum()  # a weight of 0 could not grow again
         logged = {
             f"dynamic_weights/{name}": w for name, w in zip(self.reward_weights, self.applied.tolist(), strict=True)
         }

@@ -59,7 +59,7 @@ def check_constraints(args: Any) -> ConstraintOptions | None:
         options.lagrangian = {name: value for name, value in given.items() if name not in ours}
         if section.pid is not None:
             options.lagrangian["pid"] = PID(**section.pid.given())
-        Multipliers(held, form, **options.lagrangian)  # what does not fit together is said now
+        Multipliers(held, form, **options.lagrangian)  # raises ConfigError for options that do not fit together
     return options
 
 

@@ -1,7 +1,7 @@
 """Thresholds found within one run by Nelder-Mead (NM-PPO of Moskovitz et al. 2023, arXiv 2310.04373, section A.4).
 
-One evaluation of the search is a stretch of training: set the thresholds, go on training until every constrained reward
-is within a tolerance of its own on the evaluation set or the stretch is over, and take the gold score there. So the
+One evaluation of the search is a stretch of training: set the thresholds, train until every constrained reward is
+within a tolerance of its threshold on the evaluation set or the stretch is over, and take the gold score there. So the
 evaluation set must be a validation set: the search selects on it, and only other prompts can tell how good its end is.
 """
 
@@ -66,7 +66,7 @@ class StartPolicy:
     """The trained weights of a policy as they are when this is made, to go back to.
 
     Args:
-        on_restore: called after the weights have changed, for whatever has a copy of them (the rollout engine).
+        on_restore: called after the weights have changed: copies (in the rollout engine) are out of date.
     """
 
     def __init__(self, model: nn.Module, on_restore: Callable[[], None]):
@@ -140,7 +140,7 @@ class ThresholdSearch(TrainerCallback):
 
     def on_evaluate(self, args, state, control, metrics, model=None, optimizer=None, **kwargs):
         if not self.training or "eval_gold" not in metrics:
-            return  # an evaluation of the user's
+            return  # called by the user, or without gold
         values = {name: metrics[f"eval_rewards/{name}"] for name in self.options.start}
         if self.point is not None:
             near = {n: abs(values[n] - t) <= self.options.tolerance * abs(t) for n, t in self.point.items()}

@@ -8,7 +8,7 @@ ONE_SIDED = 200  # updates in a row on the wrong side, the multiplier still movi
 
 class ConstraintWatch:
     """Counts, per constraint, the updates in a row that it was violated on one side, and those of them in which its
-    multiplier could push no further. Says so when there are many, and again when twice as many."""
+    multiplier could push no further. Reports when there are many, and again when there are twice as many."""
 
     def __init__(self, count: int):
         self.violated, self.at_limit = [0] * count, [0] * count
