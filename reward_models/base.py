@@ -142,9 +142,9 @@ class Reward(ABC):
                 )
         missing = output.missing
         if missing.any() and not partial:
-            places = torch.nonzero(missing).flatten().tolist()
+            indices = torch.nonzero(missing).flatten().tolist()
             raise RewardError(
-                f"reward {self.name!r} has no score for {batch.row_names(places)}: it "
+                f"reward {self.name!r} has no score for {batch.row_names(indices)}: it "
                 f"{'does not apply there (None)' if output.failed is None else 'failed there'}, and here every "
                 "completion needs one"
             )

@@ -32,9 +32,9 @@ class Log:
 
 @dataclass
 class Call:
-    """places: of the completions in the batch. arguments: of the function."""
+    """indices: of the completions in the batch. arguments: of the function."""
 
-    places: Sequence[int]
+    indices: Sequence[int]
     arguments: dict[str, Any]
     log: Log = field(default_factory=Log)
 
@@ -84,7 +84,7 @@ class Calls:
             outcomes = self.read(result, call, batch)
         except (Exception, SystemExit) as error:
             outcomes = self._failed(error, call, batch)
-        self.failures.count(outcomes, call.places, batch)
+        self.failures.count(outcomes, call.indices, batch)
         return outcomes
 
     async def _awaited(self, call: Call, batch: RewardBatch) -> list:
@@ -97,7 +97,7 @@ class Calls:
             outcomes = self.read(result, call, batch)
         except (Exception, SystemExit) as error:
             outcomes = self._failed(error, call, batch)
-        self.failures.count(outcomes, call.places, batch)
+        self.failures.count(outcomes, call.indices, batch)
         return outcomes
 
     def _failed(self, error: Exception | SystemExit, call: Call, batch: RewardBatch) -> list:
@@ -106,8 +106,8 @@ class Calls:
         else:
             reason = f"{self.function.source} failed with {type(error).__name__}: {error}"
         if not self.failures.stops:
-            return [Failed(reason)] * len(call.places)
-        where = batch.row_names(call.places) if len(call.places) > 1 else batch.row_name(call.places[0])
+            return [Failed(reason)] * len(call.indices)
+        where = batch.row_names(call.indices) if len(call.indices) > 1 else batch.row_name(call.indices[0])
         if isinstance(error, DeadlineExceeded):
             raise RewardError(
                 f"reward {self.reward!r}: {reason} for {where}. Mend it, raise timeout, or say what becomes of such "
@@ -129,9 +129,9 @@ def merged(calls: list[Call], count: int) -> tuple[dict[str, list[float]], dict[
         for name, values in call.log.metrics.items():
             metrics.setdefault(name, []).extend(values)
         for name, values in call.log.columns.items():
-            if len(values) != len(call.places):
-                raise RewardError(f"log_extra({name!r}, ...): {len(values)} values for {len(call.places)} completions")
+            if len(values) != len(call.indices):
+                raise RewardError(f"log_extra({name!r}, ...): {len(values)} values for {len(call.indices)} completions")
             column = columns.setdefault(name, [""] * count)
-            for place, value in zip(call.places, values, strict=True):
-                column[place] = value
+            for index, value in zip(call.indices, values, strict=True):
+                column[index] = value
     return metrics, columns

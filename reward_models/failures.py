@@ -70,21 +70,21 @@ class Failures:
     def stops(self) -> bool:
         return self.on_error == "stop"
 
-    def count(self, outcomes: Sequence, places: Sequence[int], batch: RewardBatch) -> None:
-        """Of the completions at `places`. Raises `RewardError` when there are too many failures."""
+    def count(self, outcomes: Sequence, indices: Sequence[int], batch: RewardBatch) -> None:
+        """Of the completions at `indices`. Raises `RewardError` when there are too many failures."""
         seen = self.history
         with seen.lock:
             seen.recent.extend(isinstance(outcome, Failed) for outcome in outcomes)
             failed = [i for i, outcome in enumerate(outcomes) if isinstance(outcome, Failed)]
             for i in failed[: max(0, SHOWN - seen.shown)]:
-                logger.warning("reward %r, %s: %s", self.reward, batch.row_name(places[i]), outcomes[i].reason)
+                logger.warning("reward %r, %s: %s", self.reward, batch.row_name(indices[i]), outcomes[i].reason)
                 seen.shown += 1
             allowed = self.share * max(len(seen.recent), LEAST)
             if failed and sum(seen.recent) > allowed:
                 raise RewardError(
                     f"reward {self.reward!r} failed for {sum(seen.recent)} of the last {len(seen.recent)} completions, "
                     f"and max_error_share: {self.share:g} allows {allowed:g}. The last: "
-                    f"{batch.row_name(places[failed[-1]])}: {outcomes[failed[-1]].reason}"
+                    f"{batch.row_name(indices[failed[-1]])}: {outcomes[failed[-1]].reason}"
                 )
 
     def output(self, outcomes: Sequence[float | None | Failed]) -> RewardOutput:

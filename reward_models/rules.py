@@ -67,14 +67,14 @@ class RuleReward(Reward):
     def _score(self, batch: RewardBatch) -> RewardOutput:
         size = self.batch_size or max(len(batch), 1)
         pieces = [range(start, min(start + size, len(batch))) for start in range(0, len(batch), size)]
-        calls = [self._call(batch, places) for places in pieces]
+        calls = [self._call(batch, indices) for indices in pieces]
         output = self.failures.output(self.calls.run(calls, batch))
         output.metrics, output.columns = merged(calls, len(batch))
         return output
 
-    def _call(self, batch: RewardBatch, places: range) -> Call:
-        part = batch.select(places) if len(places) < len(batch) else batch
-        call = Call(places, {})
+    def _call(self, batch: RewardBatch, indices: range) -> Call:
+        part = batch.select(indices) if len(indices) < len(batch) else batch
+        call = Call(indices, {})
         available = {**part.columns, "prompts": part.prompts, "completions": part.completions}
         if part.prompt_ids is not None:
             available["prompt_ids"] = part.prompt_ids
@@ -91,7 +91,7 @@ class RuleReward(Reward):
         return error
 
     def _read(self, scores: Any, call: Call, batch: RewardBatch) -> list[float | None | Failed]:
-        scores, count = scores.tolist() if hasattr(scores, "tolist") else scores, len(call.places)
+        scores, count = scores.tolist() if hasattr(scores, "tolist") else scores, len(call.indices)
         if not isinstance(scores, (list, tuple)) or len(scores) != count:
             what = f"{len(scores)} values" if isinstance(scores, (list, tuple)) else type(scores).__name__
             raise RewardError(f"reward {self.name!r}: {self.function.source} returned {what} for {count} completions")
@@ -100,8 +100,8 @@ class RuleReward(Reward):
             first = min(bad)
             raise RewardError(
                 f"reward {self.name!r}: {self.function.source} returned {scores[first]!r:.80} for "
-                f"{batch.row_names([call.places[i] for i in sorted(bad)])}; every completion needs a finite number, or "
-                "None where the reward does not apply"
+                f"{batch.row_names([call.indices[i] for i in sorted(bad)])}; every completion needs a finite number, "
+                "or None where the reward does not apply"
             )
         return [
             Failed(f"{self.function.source} returned {score!r:.80}")
@@ -115,4 +115,9 @@ class RuleReward(Reward):
 
 def not_numbers(scores: Sequence) -> list[int]:
     """The indices of what is no finite number that a float32 can hold."""
-    return [i for i, score in enumerate(scores) if not isinstance(score, Real) or not abs(score) <= LARGEST]  # type: ignore
+    return [i for i, score in enumerate(scores) if not _is_number(score)]
+
+
+def _is_number(score: object) -> bool:
+    # typeshed's Real has no order, and no float(score): it raises for an int that is too large
+    return isinstance(score, Real) and abs(score) <= LARGEST  # type: ignore[operator]

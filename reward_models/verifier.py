@@ -95,7 +95,7 @@ class VerifierReward(Reward):
     def _blame(self, error: Exception, call: Call, batch: RewardBatch) -> Exception:
         if isinstance(error, RewardError):
             return error
-        (row,) = call.places
+        (row,) = call.indices
         return RewardError(
             f"reward {self.name!r}: {self.function.source} failed on {batch.row_name(row)} with "
             f"{type(error).__name__}: {error}. Fix the function or the row; what cannot be checked is None. The "
@@ -107,6 +107,6 @@ class VerifierReward(Reward):
             return [None if outcome is None else bool(outcome)]
         raise RewardError(
             f"reward {self.name!r}: {self.function.source} returned {outcome!r:.80} for "
-            f"{batch.row_name(call.places[0])}; a verifier returns True, False or None (a function that returns "
+            f"{batch.row_name(call.indices[0])}; a verifier returns True, False or None (a function that returns "
             "numbers is a reward of type rule)"
         )

@@ -227,7 +227,7 @@ def find_proxy_point(
 
 
 def border(allowed: np.ndarray, index: tuple, rewards: list[str]) -> list[str]:
-    """The rewards along which a neighbour of this place of the grid is masked or missing."""
+    """The rewards along which a neighbour of this cell of the grid is masked or missing."""
     found = []
     for axis, name in enumerate(rewards):
         for step in (-1, 1):

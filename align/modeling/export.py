@@ -212,9 +212,9 @@ def probe_rows(tokenizer, core: Model) -> tuple[Tensor, Tensor]:
     rows += [torch.randint(vocabulary, (longest - 8 * i,), generator=generator).tolist() for i in range(RANDOM_ROWS)]
     width = max(map(len, rows))
     input_ids, mask = torch.zeros(2, len(rows), width, dtype=torch.long)
-    for place, ids in enumerate(rows):
-        input_ids[place, : len(ids)] = torch.tensor(ids)
-        mask[place, : len(ids)] = 1
+    for row, ids in enumerate(rows):
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+        mask[row, : len(ids)] = 1
     return input_ids, mask
 
 
