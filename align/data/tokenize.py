@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from align.data import checks
 from align.data.bad_rows import BadRow, BadRows
+from align.data.dialogue import warn_of_dialogues
 from align.data.encode import (
     Conversation,
     Encoded,
@@ -55,6 +56,8 @@ def tokenize_prompts(
     """
     report = started(report, source, dataset)
     fmt = format_for(dataset, "prompts", report.source)
+    if not fmt.conversational:
+        warn_of_dialogues(dataset, tokenizer, report.source)
     check_tokenizer(tokenizer, fmt.conversational, needs_eos=False)
     controls = _controls(tokenizer)
 
@@ -97,6 +100,8 @@ def tokenize_completions(
     """
     report = started(report, source, dataset)
     fmt = format_for(dataset, "completions", report.source)
+    if not fmt.conversational:
+        warn_of_dialogues(dataset, tokenizer, report.source)
     check_tokenizer(tokenizer, fmt.conversational, needs_eos=True)
     _check_columns(dataset, ("input_ids", "labels"), report.source)
     ending, controls = ending_of(tokenizer, fmt.conversational), _controls(tokenizer)
@@ -165,6 +170,8 @@ def tokenize_pairs(
     """
     report = started(report, source, dataset)
     fmt = format_for(dataset, "pairs", report.source)
+    if not fmt.conversational:
+        warn_of_dialogues(dataset, tokenizer, report.source)
     check_tokenizer(tokenizer, fmt.conversational, needs_eos=True)
     ending, controls = ending_of(tokenizer, fmt.conversational), _controls(tokenizer)
 

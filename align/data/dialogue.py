@@ -1,0 +1,139 @@
+"""Dialogues written as text, "Human: ... Assistant: ..." (hh-rlhf and its kin), and the messages that they mean.
+
+A chat model answers through its chat template. Trained on such text as it stands it learns another format than the one
+that it is asked in, and nothing fails: so the loaders warn (`warn_of_dialogues`), and `align data convert` converts.
+"""
+
+import logging
+import re
+from typing import TYPE_CHECKING, Any
+
+from align.data.bad_rows import BadRow, BadRows
+from align.data.formats import format_for
+from align.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+Messages = list[dict[str, str]]
+ROLES = {"human": "user", "user": "user", "assistant": "assistant", "ai": "assistant", "bot": "assistant"}
+MARKER = re.compile(r"(?:\A|\n)[ \t]*(Human|User|Assistant|AI|Bot):[ \t]*")
+LOOKED_AT, SHARE = 100, 0.5
+
+
+def messages_of(text: str) -> Messages | None:
+    """The turns of a dialogue, the last one perhaps empty; None for a text that is none: one that does not begin with a
+    human's turn."""
+    parts = MARKER.split(text)
+    if len(parts) < 3 or parts[0].strip() or ROLES[parts[1].lower()] != "user":
+        return None
+    names, contents = parts[1::2], parts[2::2]
+    return [{"role": ROLES[n.lower()], "content": c.strip()} for n, c in zip(names, contents, strict=True)]
+
+
+def dialogue_share(dataset: "Dataset") -> float:
+    """The share of the first rows whose beginning is a dialogue with an assistant."""
+    names = [name for name in ("prompt", "text", "chosen") if name in dataset.column_names]
+    values = [value for value in dataset[:LOOKED_AT][names[0]] if isinstance(value, str)] if names else []
+    talks = [messages_of(value) for value in values]
+    found = [talk for talk in talks if talk and any(message["role"] == "assistant" for message in talk)]
+    return len(found) / len(values) if values else 0.0
+
+
+def warn_of_dialogues(dataset: "Dataset", tokenizer, source: str) -> None:
+    """Once per tokenizer: a warning where a chat model is to be trained on dialogues as plain text."""
+    if not tokenizer.chat_template or vars(tokenizer).get("_told_of_dialogues"):
+        return
+    if dialogue_share(dataset) >= SHARE:
+        tokenizer._told_of_dialogues = True
+        logger.warning(
+            "%s holds dialogues as text (Human: ... Assistant: ...), and the model has a chat template, which is not "
+            "used for plain text: what is trained is not how the model is asked. Convert the rows to messages with "
+            "`align data convert %s --to FILE.jsonl`",
+            source,
+            source,
+        )
+
+
+def convert_dialogues(
+    dataset: "Dataset", *, system: str | None = None, max_bad_share: float = 0.0, source: str = ""
+) -> "tuple[Dataset, BadRows]":
+    """The rows with messages in place of text, and the rows that were left out. Other columns stay.
+
+    Takes prompts, prompts with completions, `text`, and preference pairs, whose prompt is a column or the beginning
+    that both share. system: a message put before every conversation. `text` becomes `messages`. Raises DataError if
+    more than `max_bad_share` of the rows are no such dialogues.
+    """
+    from datasets import Dataset
+
+    fmt = format_for(dataset, _use(dataset), source)
+    if fmt.conversational:
+        raise DataError(f"{source or 'the data'} holds messages already: nothing is to be converted")
+    report = BadRows(source=source or "dataset", total=len(dataset))
+    first: Messages = [{"role": "system", "content": system}] if system else []
+    rows = []
+    for number, row in enumerate(dataset.with_format(None)):
+        try:
+            rows.append(_converted(row, fmt.kind, fmt.implicit_prompt, first))
+        except BadRow as reason:
+            report.add(number, str(reason))
+    report.check(max_bad_share)
+    return Dataset.from_list(rows), report
+
+
+def _use(dataset: "Dataset") -> str:
+    columns = set(dataset.column_names)
+    if {"chosen", "rejected"} <= columns:
+        return "pairs"
+    return "prompts" if "prompt" in columns and "completion" not in columns else "completions"
+
+
+def _converted(row: dict[str, Any], kind: str, implicit: bool, first: Messages) -> dict[str, Any]:
+    if kind == "language_modeling":
+        talk = _talk(row["text"], "text")
+        if talk[-1]["role"] != "assistant" or not talk[-1]["content"]:
+            raise BadRow("text does not end with an answer")
+        return {"messages": first + talk, **{name: value for name, value in row.items() if name != "text"}}
+    if implicit:
+        return {**row, **{name: first + _whole(row[name], name) for name in ("chosen", "rejected")}}
+    prompt = _talk(row["prompt"], "prompt")
+    if prompt[-1] == {"role": "assistant", "content": ""}:
+        prompt = prompt[:-1]
+    if prompt[-1]["role"] != "user":
+        raise BadRow("prompt does not end with the human's turn")
+    answers = {name: _answer(row[name], name) for name in ("completion", "chosen", "rejected") if name in row}
+    return {**row, "prompt": first + prompt, **answers}
+
+
+def _talk(text: Any, name: str) -> Messages:
+    talk = messages_of(text) if isinstance(text, str) else None
+    if talk is None:
+        raise BadRow(f"{name} does not begin with a turn of Human: or User:")
+    if any(not message["content"] for message in talk[:-1]):
+        raise BadRow(f"{name} has an empty turn")
+    if any(a["role"] == b["role"] for a, b in zip(talk, talk[1:], strict=False)):
+        raise BadRow(f"{name} has two turns of one speaker in a row")
+    return talk
+
+
+def _whole(text: Any, name: str) -> Messages:
+    talk = _talk(text, name)
+    if talk[-1]["role"] != "assistant" or not talk[-1]["content"]:
+        raise BadRow(f"{name} does not end with an answer")
+    return talk
+
+
+def _answer(text: Any, name: str) -> Messages:
+    """One answer, with or without "Assistant:" in front."""
+    if not isinstance(text, str) or not text.strip():
+        raise BadRow(f"{name} is empty")
+    parts = MARKER.split(text)
+    if len(parts) == 1:
+        return [{"role": "assistant", "content": text.strip()}]
+    if len(parts) == 3 and not parts[0].strip() and ROLES[parts[1].lower()] == "assistant" and parts[2].strip():
+        return [{"role": "assistant", "content": parts[2].strip()}]
+    if messages_of(text):
+        raise BadRow(f"{name} begins with a human's turn")
+    raise BadRow(f"{name} has further turns after the answer")

@@ -1,0 +1,294 @@
+"""A file of prompts to a file of answers: drawn through the rollout engine, resumable, then scored."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from align.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+SEQUENCES_AT_ONCE, SCORED_AT_ONCE = 256, 256
+OWN = ("row", "sample", "prompt", "completion", "finish_reason", "tokens")
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How answers are drawn. n: of every prompt. seed: with the row's number it decides the row's draws, whatever else
+    is drawn beside it, so that a resumed file holds what it would have held. temperature 0 is greedy, with n 1."""
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_prompt_length: int = 1024
+    max_completion_length: int = 512
+    seed: int = 0
+    backend: str = "auto"
+
+
+def read_prompts(path: str, split: str = "train") -> "Dataset":
+    """Rows with prompts: a .txt file, one prompt a line (empty lines left out), or what `load_rows` reads."""
+    from datasets import Dataset
+
+    from align.data import load_rows
+
+    if not path.endswith(".txt"):
+        return load_rows(path, split)
+    if not Path(path).is_file():
+        raise DataError(f"{path} does not exist")
+    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    if not any(lines):
+        raise DataError(f"{path} holds no prompt: one stands on each line")
+    return Dataset.from_list([{"prompt": line} for line in lines if line])
+
+
+def as_chat(rows: "Dataset", *, system: str | None, source: str) -> "Dataset":
+    """Prompts in plain text as a user's message each; `system` before every conversation that has none.
+
+    A preference set whose prompt is the beginning of its pairs must hold messages already.
+    """
+    from align.data.dialogue import SHARE, dialogue_share
+    from align.data.formats import format_for
+
+    fmt = format_for(rows, "prompts", source)
+    first = [{"role": "system", "content": system}] if system else []
+    if not fmt.conversational:
+        if dialogue_share(rows) >= SHARE:
+            raise DataError(
+                f"{source} holds dialogues as text (Human: ... Assistant: ...): convert them with `align data convert "
+                f"{source} --to FILE.jsonl`, or give them to the model as they are with --no-chat"
+            )
+        if fmt.implicit_prompt:
+            raise DataError(f"{source} has no column prompt, and holds plain text: give it as it is with --no-chat")
+        pairs = [name for name in ("chosen", "rejected") if name in rows.column_names]
+        rows = rows.remove_columns(pairs)
+        return rows.map(
+            lambda row: {"prompt": [*first, {"role": "user", "content": row["prompt"]}]}, load_from_cache_file=False
+        )
+    if not first:
+        return rows
+    name = "chosen" if fmt.implicit_prompt else "prompt"
+    if fmt.implicit_prompt:
+        raise DataError(f"{source} has no column prompt for --system to stand in")
+
+    def with_system(row: dict) -> dict:
+        return {name: row[name] if row[name][0]["role"] == "system" else first + row[name]}
+
+    return rows.map(with_system, load_from_cache_file=False)
+
+
+def generate_answers(
+    model: str,
+    prompts: "Dataset",
+    output: str | Path,
+    drawing: Drawing,
+    *,
+    source: str = "",
+    dtype: str | None = None,
+    max_bad_share: float = 0.0,
+) -> Path:
+    """Draw `drawing.n` answers to every prompt and append them to `output` (.jsonl), one line per answer.
+
+    A file that is there is resumed: rows that are complete are kept. It must come from the same weights, prompts and
+    settings (`OUTPUT.identity.json`), or `ConfigError` says what differs. Columns: row, sample, prompt (text or
+    messages), completion (text), finish_reason, tokens, and the others of the data. dtype: of the weights; None: as
+    saved on a GPU, float32 on a CPU.
+    """
+    import torch
+
+    from align.data import tokenize_prompts
+    from align.modeling.load import load_policy, load_tokenizer
+    from align.rollout import SamplingParams, make_engine
+
+    output = Path(output)
+    if output.suffix != ".jsonl":
+        raise ConfigError(f"answers are written to a .jsonl file, not to {output}")
+    tokenizer = load_tokenizer(model)
+    dataset = tokenize_prompts(
+        prompts,
+        tokenizer,
+        max_prompt_length=drawing.max_prompt_length,
+        source=source,
+        max_bad_share=max_bad_share,
+    )
+    SamplingParams(drawing.max_completion_length, drawing.n, drawing.temperature, drawing.top_p, drawing.top_k)
+    done = _resume(output, _identity(model, dataset["prompt_ids"], drawing), dataset["row"][:], drawing.n)
+    if done == len(dataset):
+        logger.info("%s holds all %d answers: nothing is left to draw", output, done * drawing.n)
+        return output
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    policy = load_policy(model, dtype=dtype or ("auto" if device == "cuda" else "float32")).to(device)
+    longest = max(map(len, dataset["prompt_ids"])) + drawing.max_completion_length
+    engine = make_engine(policy, tokenizer, backend=drawing.backend, max_model_len=longest, seed=drawing.seed)
+    del policy
+    try:
+        _append(output, dataset.select(range(done, len(dataset))), engine, tokenizer, drawing)
+    finally:
+        engine.close()
+    return output
+
+
+def _append(output: Path, dataset: "Dataset", engine, tokenizer, drawing: Drawing) -> None:
+    from tqdm import tqdm
+
+    from align.data.ending import written_text
+    from align.rollout import SamplingParams
+    from align.rollout.seeds import derive_seed
+
+    others = [name for name in dataset.column_names if name not in (*OWN, "prompt_ids", "chosen", "rejected")]
+    at_once = max(1, SEQUENCES_AT_ONCE // drawing.n)
+    with open(output, "a", encoding="utf-8") as file, tqdm(total=len(dataset), unit="prompt", desc="answers") as bar:
+        for start in range(0, len(dataset), at_once):
+            chunk = [dataset[place] for place in range(start, min(start + at_once, len(dataset)))]
+            params = [
+                SamplingParams(
+                    drawing.max_completion_length,
+                    drawing.n,
+                    drawing.temperature,
+                    drawing.top_p,
+                    drawing.top_k,
+                    seed=derive_seed("answers", drawing.seed, row["row"]),
+                )
+                for row in chunk
+            ]
+            for row, rollout in zip(chunk, engine.generate([row["prompt_ids"] for row in chunk], params), strict=True):
+                for sample, drawn in enumerate(rollout.completions):
+                    text = written_text(tokenizer, drawn.token_ids, drawn.finish_reason == "stop")
+                    values = (row["row"], sample, row["prompt"], text, drawn.finish_reason, len(drawn.token_ids))
+                    line = {**dict(zip(OWN, values, strict=True)), **{name: row[name] for name in others}}
+                    file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+            bar.update(len(chunk))
+
+
+# ---- resuming -------------------------------------------------------------------------------------------------------
+
+
+def _identity(model: str, prompt_ids, drawing: Drawing) -> dict[str, Any]:
+    digest = hashlib.blake2b(repr(list(prompt_ids)).encode(), digest_size=16).hexdigest()
+    settings = {name: value for name, value in asdict(drawing).items() if name != "max_prompt_length"}
+    return {"model": model, "weights": weights_digest(model), "prompts": digest, **settings}
+
+
+def weights_digest(model: str) -> str | None:
+    """Of a folder's weight files, and an adapter's base; None for a hub name."""
+    from align.modeling.adapters import WEIGHTS_FILE, adapter_base, folder_digest, is_adapter
+
+    if not is_adapter(model):
+        return folder_digest(model)
+    path = Path(model) / WEIGHTS_FILE
+    own = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() if path.exists() else None
+    return f"{own} on {weights_digest(adapter_base(model))}"
+
+
+def _resume(output: Path, identity: dict, rows: list[int], n: int) -> int:
+    """How many of `rows` the file holds whole; what an interruption left of further ones is cut off."""
+    beside = output.with_suffix(".identity.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if not output.exists():
+        beside.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+        return 0
+    if not beside.exists():
+        raise ConfigError(f"{output} is there, and nothing says what it was drawn from ({beside.name} is missing)")
+    before = json.loads(beside.read_text(encoding="utf-8"))
+    differing = [
+        f"{name} {before.get(name)!r}, now {identity.get(name)!r}"
+        for name in {**before, **identity}
+        if before.get(name) != identity.get(name) and name != "model"
+    ]
+    if differing:
+        raise ConfigError(
+            f"{output} holds answers of another drawing ({'; '.join(differing)}): name another file, or delete it"
+        )
+    lines, wanted = output.read_bytes().split(b"\n"), [(row, sample) for row in rows for sample in range(n)]
+    kept = 0
+    for line, (row, sample) in zip(lines[:-1], wanted, strict=False):  # after the last line break nothing is whole
+        found = json.loads(line)
+        if (found["row"], found["sample"]) != (row, sample):
+            raise ConfigError(f"{output}, line {kept + 1} is not sample {sample} of row {row}: it was edited")
+        kept += 1
+    done = kept // n
+    whole = b"".join(line + b"\n" for line in lines[: done * n])
+    if len(whole) < output.stat().st_size:
+        _replace(output, whole)
+    if done:
+        logger.info("%s holds the answers to %d of %d prompts: the others are drawn", output, done, len(rows))
+    return done
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+# ---- scores ---------------------------------------------------------------------------------------------------------
+
+
+def read_answers(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of an answers' file. DataError for one without `prompt` and `completion`."""
+    found = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}, line {number}: not valid JSON: {error.msg}") from error
+            if not isinstance(row, dict) or not {"prompt", "completion"} <= row.keys():
+                raise DataError(f"{path}, line {number}: an answer has a prompt and a completion")
+            found.append(row)
+    if not found:
+        raise DataError(f"{path} holds no answer")
+    return found
+
+
+def scores_of(answers: list[dict[str, Any]], rewards: dict) -> dict[str, list[float]]:
+    """The scores of answers by reward."""
+    scores: dict[str, list[float]] = {name: [] for name in rewards}
+    for batch in _batches(answers, tuple(rewards)):
+        for name, reward in rewards.items():
+            scores[name] += reward.score(batch).scores.tolist()
+    return scores
+
+
+def score_answers(path: str | Path, rewards: dict) -> dict[str, list[float]]:
+    """Score every answer of a file by `rewards` (by name), and write the scores into its lines, under these names."""
+    answers = read_answers(path)
+    taken = [name for name in rewards if name in OWN]
+    if taken:
+        raise ConfigError(f"a reward cannot be named {taken[0]!r}, which is a column of the answers: give it a name")
+    scores = scores_of(answers, rewards)
+    for place, answer in enumerate(answers):
+        answer.update({name: values[place] for name, values in scores.items()})
+    _replace(Path(path), "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers).encode())
+    return scores
+
+
+def _batches(answers: list[dict[str, Any]], names: tuple[str, ...]) -> Iterator[Any]:
+    from align.reward_models.base import RewardBatch
+
+    others = [name for name in answers[0] if name not in (*OWN, *names)]
+    for start in range(0, len(answers), SCORED_AT_ONCE):
+        rows = answers[start : start + SCORED_AT_ONCE]
+        yield RewardBatch(
+            prompts=[row["prompt"] for row in rows],
+            completions=[
+                [{"role": "assistant", "content": row["completion"]}]
+                if isinstance(row["prompt"], list)
+                else row["completion"]
+                for row in rows
+            ],
+            columns={name: [row.get(name) for row in rows] for name in others},
+            rows=[row.get("row", start + place) for place, row in enumerate(rows)],
+            ended=[row.get("finish_reason", "stop") == "stop" for row in rows],
+        )

@@ -1,0 +1,163 @@
+"""`align generate` and `align chat` as a user calls them, on a tiny model with a chat template."""
+
+import io
+import json
+import logging
+
+import pytest
+import torch
+
+from align.cli.main import main
+from align.evaluation import answers as answers_module
+from align.evaluation.answers import Drawing, generate_answers, read_prompts
+from align.modeling.load import load_policy, load_tokenizer
+from tests.modeling import tiny
+from tests.modeling.test_export import adapter
+from tests.reward_models import worlds
+
+REWARD = "def short(prompts, completions, **_):\n    return [-float(len(c[0]['content'])) for c in completions]\n"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "base"
+    tiny.causal(dtype=torch.float32, seed=3).save_pretrained(folder)
+    worlds.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_prompts_become_answers_with_scores(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_rewards.py").write_text(REWARD)
+    (tmp_path / "prompts.txt").write_text("w1 w2\n\nw3\nw4 w5\n")
+    argv = ["generate", model, "--prompts", "prompts.txt", "--to", "out/answers.jsonl", "--n", "2"]
+    argv += ["--max_completion_length", "6", "--backend", "transformers", "--system", "w9"]
+    assert main([*argv, "--rewards", "my_rewards.py:short"]) == 0
+    found = lines(tmp_path / "out/answers.jsonl")
+    assert [(row["row"], row["sample"]) for row in found] == [(r, s) for r in range(3) for s in range(2)]
+    asked = [{"role": "system", "content": "w9"}, {"role": "user", "content": "w3"}]
+    assert found[2]["prompt"] == found[3]["prompt"] == asked
+    assert all(row["short"] == -len(row["completion"]) for row in found)
+    assert any(a["completion"] != b["completion"] for a, b in zip(found[::2], found[1::2], strict=True))
+    for row in found:
+        assert row["finish_reason"] == "stop" or row["tokens"] == 6
+        assert "</s>" not in row["completion"] and "<pad>" not in row["completion"]
+    mean = sum(row["short"] for row in found) / 6
+    assert f"short: mean {mean:.4g} over 6 answers" in capsys.readouterr().out
+
+
+def test_greedy_answers_are_those_of_transformers(model, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "w1 w2 ", "topic": 7}) + "\n")
+    rows = read_prompts(str(tmp_path / "prompts.jsonl"))
+    drawing = Drawing(temperature=0, max_completion_length=5, backend="transformers")
+    (row,) = lines(generate_answers(model, rows, tmp_path / "a.jsonl", drawing))
+    tokenizer = load_tokenizer(model)
+    ids = tokenizer("w1 w2 ", return_tensors="pt")["input_ids"]
+    theirs = load_policy(model).generate(ids, do_sample=False, max_new_tokens=5, eos_token_id=1, pad_token_id=0)
+    text = tokenizer.decode([token for token in theirs[0, 2:].tolist() if token != 1])
+    assert row["completion"] == text and row["topic"] == 7 and row["prompt"] == "w1 w2 "
+
+
+def test_an_interrupted_file_is_finished_as_it_would_have_been(model, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(answers_module, "SEQUENCES_AT_ONCE", 4)  # two prompts at once
+    (tmp_path / "p.txt").write_text("".join(f"w{i} w{i + 1}\n" for i in range(5)))
+    rows = read_prompts(str(tmp_path / "p.txt"))
+    drawing = Drawing(n=2, max_completion_length=5, backend="transformers")
+    whole = generate_answers(model, rows, tmp_path / "whole.jsonl", drawing).read_text()
+    part = tmp_path / "part.jsonl"
+    generate_answers(model, rows, part, drawing)
+    text = part.read_text().splitlines(keepends=True)
+    part.write_text("".join(text[:5]) + text[5][:20])  # within the third prompt
+    logging.getLogger("align").propagate = True
+    caplog.set_level(logging.INFO, logger="align")
+    assert generate_answers(model, rows, part, drawing).read_text() == whole
+    assert "holds the answers to 2 of 5 prompts" in caplog.text
+    before = part.stat().st_mtime_ns
+    generate_answers(model, rows, part, drawing)
+    assert part.stat().st_mtime_ns == before and "nothing is left to draw" in caplog.text
+
+
+def test_a_file_of_another_drawing_is_refused(model, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("w1\nw2\n")
+    argv = ["generate", model, "--prompts", str(tmp_path / "p.txt"), "--to", str(tmp_path / "a.jsonl")]
+    argv += ["--max_completion_length", "3", "--backend", "transformers"]
+    assert main(argv) == 0
+    other = adapter(model, tmp_path / "run", target_modules=["q_proj"])
+    for changed, named in (
+        ([*argv, "--seed", "1"], "seed 0, now 1"),
+        ([*argv, "--system", "w9"], "prompts '"),
+        (["generate", other, *argv[2:]], "weights '"),
+    ):
+        capsys.readouterr()
+        assert main(changed) == 2
+        shown = capsys.readouterr().err
+        assert f"holds answers of another drawing ({named}" in shown
+    (tmp_path / "hh.txt").write_text("Human: w1 Assistant:\n")
+    (tmp_path / "hh.jsonl").write_text(json.dumps({"prompt": "\n\nHuman: w1\n\nAssistant:"}) + "\n")
+    assert main([*argv[:3], str(tmp_path / "hh.jsonl"), "--to", str(tmp_path / "b.jsonl")]) == 2
+    assert "convert them with `align data convert" in capsys.readouterr().err
+
+
+# ---- chat -----------------------------------------------------------------------------------------------------------
+
+
+def talk(monkeypatch, capsys, argv, text) -> str:
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    assert main(["chat", *argv, "--max_tokens", "5"]) == 0
+    return capsys.readouterr().out
+
+
+def greedy(folder, messages) -> str:
+    """What transformers alone answers."""
+    tokenizer, policy = load_tokenizer(folder), load_policy(folder)
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    output = policy.generate(**ids, do_sample=False, max_new_tokens=5, eos_token_id=1, pad_token_id=0)
+    return tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_a_conversation(model, monkeypatch, capsys):
+    """Each turn is asked with all before it; /reset forgets them."""
+    text = "w1 w2\nw3\n/history\n/reset\nw3\n/exit\nw4\n"
+    shown = talk(monkeypatch, capsys, [model, "--temperature", "0"], text).splitlines()
+    first = [{"role": "user", "content": "w1 w2"}]
+    answer = greedy(model, first)
+    second = [*first, {"role": "assistant", "content": answer}, {"role": "user", "content": "w3"}]
+    assert shown.index(f"user: {first[0]['content']}") < shown.index(f"assistant: {greedy(model, second)}")
+    alone = greedy(model, [{"role": "user", "content": "w3"}])
+    places = [shown.index(line) for line in (answer, greedy(model, second), "the conversation is forgotten")]
+    assert places == sorted(places) and alone in shown[places[-1] :]
+    assert shown[-1] in (alone, "(cut at 5 tokens)")  # nothing after /exit
+
+
+def test_an_adapter_beside_its_base_with_scores(model, tmp_path, monkeypatch, capsys):
+    run = adapter(model, tmp_path / "run", target_modules="all-linear")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_rewards.py").write_text(REWARD)
+    argv = [run, "--compare", model, "--temperature", "0", "--system", "w9", "--rewards", "my_rewards.py:short"]
+    shown = talk(monkeypatch, capsys, argv, "w5\n")
+    messages = [{"role": "system", "content": "w9"}, {"role": "user", "content": "w5"}]
+    ours, theirs = greedy(run, messages), greedy(model, messages)
+    assert ours != theirs
+    _, mine, other = shown.replace(f"[{run}]", "\0").replace(f"[{model}]", "\0").split("\0")
+    assert ours in mine and f"(short: {-len(ours):.4g})" in mine
+    assert theirs in other and f"(short: {-len(theirs):.4g})" in other
+
+
+def test_commands_and_mistakes(model, monkeypatch, capsys):
+    text = "/temperature x\n/temperature 0\n/tokens 2\nw1\n/system w8\n/history\n/nothing\n/tokens 100\nw1\n"
+    shown = talk(monkeypatch, capsys, [model], text)
+    for line in (
+        "/temperature needs a number, not 'x'",
+        "temperature: 0\n",
+        "(cut at 2 tokens)",
+        "system message: w8; the conversation is forgotten\nsystem: w8\n",
+        "there is no command /nothing:",
+        "tokens, and the model takes 64: /reset it, or lower /tokens)",
+    ):
+        assert line in shown
+    assert main(["chat", model, "--max_tokens", "0"]) == 2
+    assert "--max_tokens must be at least 1" in capsys.readouterr().err

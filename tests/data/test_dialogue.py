@@ -1,0 +1,124 @@
+"""Human:/Assistant: text: what is converted, what is left out, and the warning where a chat model is trained on it."""
+
+import json
+import logging
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from align.cli.main import main
+from align.data import load_rows, tokenize_pairs
+from align.data.dialogue import convert_dialogues, messages_of
+from align.errors import DataError
+from tests.reward_models import worlds
+
+SHARED = Path(__file__).parents[3] / "shared/data/hh_harmless_pairs.parquet"
+TALK = "\n\nHuman: w1 w2?\n\nAssistant: w3\nw4\n\nHuman: w5\n\nAssistant:"
+MESSAGES = [
+    {"role": "user", "content": "w1 w2?"},
+    {"role": "assistant", "content": "w3\nw4"},
+    {"role": "user", "content": "w5"},
+]
+
+
+def said(text: str) -> list[dict]:
+    return [{"role": "assistant", "content": text}]
+
+
+def converted(row: dict, **options) -> dict:
+    return convert_dialogues(Dataset.from_list([row]), **options)[0][0]
+
+
+def test_every_format():
+    assert messages_of(TALK) == [*MESSAGES, *said("")]
+    assert messages_of("In this play\n\nHuman: w1") is None and messages_of("Assistant: w1") is None
+    system = {"role": "system", "content": "w9"}
+    pair = {"chosen": said("w6"), "rejected": said("w7")}
+    assert converted({"prompt": TALK, "chosen": " w6", "rejected": " w7", "topic": 3}) == {
+        "prompt": MESSAGES,
+        **pair,
+        "topic": 3,
+    }
+    assert converted({"chosen": TALK + " w6", "rejected": TALK + " w7"}, system="w9") == {
+        name: [system, *MESSAGES, *answer] for name, answer in pair.items()
+    }
+    assert converted({"prompt": TALK[:-12], "completion": "Assistant: w6"}) == {
+        "prompt": MESSAGES,
+        "completion": said("w6"),
+    }
+    assert converted({"text": TALK + " w6"}) == {"messages": [*MESSAGES, *said("w6")]}
+    assert converted({"prompt": TALK}) == {"prompt": MESSAGES}
+
+
+def test_what_is_no_dialogue_is_left_out_by_number():
+    good = {"prompt": TALK, "completion": " w6"}
+    rows = [
+        good,
+        {**good, "completion": " w6\n\nHuman: w7"},
+        {**good, "prompt": "w1"},
+        {**good, "prompt": TALK + " w8"},
+    ]
+    with pytest.raises(DataError, match="3 of 4 rows cannot be used") as error:
+        convert_dialogues(Dataset.from_list(rows))
+    for reason in (
+        "further turns after the answer: 1 (row 1)",
+        "turn of Human: or User:: 1 (row 2)",
+        "turn: 1 (row 3)",
+    ):
+        assert reason in str(error.value)
+    kept, report = convert_dialogues(Dataset.from_list(rows), max_bad_share=0.75)
+    assert len(kept) == 1 and report.bad == 3
+    with pytest.raises(DataError, match="holds messages already"):
+        convert_dialogues(Dataset.from_list([{"messages": MESSAGES + said("w6")}]))
+
+
+def test_a_chat_model_is_warned_once_and_the_command_helps(tmp_path, caplog, capsys):
+    source = tmp_path / "pairs.jsonl"
+    row = {"prompt": TALK, "chosen": " w6", "rejected": " w7"}
+    source.write_text("".join(json.dumps(row) + "\n" for _ in range(3)))
+    caplog.set_level(logging.WARNING, logger="align")
+    logging.getLogger("align").propagate = True
+    rows, tokenizer = load_rows(source), worlds.tokenizer()
+    for _ in range(2):
+        tokenize_pairs(rows, tokenizer, max_length=None)
+    told = [record.message for record in caplog.records if "which is not used for plain text" in record.message]
+    assert len(told) == 1 and f"`align data convert {source} --to FILE.jsonl`" in told[0]
+    tokenize_pairs(rows, worlds.tokenizer(template=None), max_length=None)
+    plain = Dataset.from_list([{"prompt": "w1 ", "chosen": "w6", "rejected": "w7"}])
+    tokenize_pairs(plain, worlds.tokenizer(), max_length=None)
+    assert sum("not used for plain text" in record.message for record in caplog.records) == 1
+    target = tmp_path / "talks.jsonl"
+    assert main(["data", "convert", str(source), "--to", str(target)]) == 0
+    assert f"wrote 3 of 3 rows to {target}" in capsys.readouterr().out
+    asked = tokenize_pairs(load_rows(target), tokenizer, max_length=None)[0]
+    assert tokenizer.decode(asked["prompt_ids"]) == "U: <unk> <unk> A: w3 w4 </s> U: w5 A:".replace(
+        "<unk> <unk>", "w1 <unk>"
+    )
+    assert tokenizer.decode(asked["chosen_ids"]) == "w6 </s>"
+    assert main(["data", "convert", str(source), "--to", str(target)]) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_the_command_of_the_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Dataset.from_list([{"prompt": TALK, "chosen": " w6", "rejected": " w7"}]).to_parquet("hh_pairs.parquet")
+    page = (Path(__file__).parents[2] / "docs/data.md").read_text()
+    (command,) = re.findall(r"```bash\n(align data .*)\n", page)
+    assert main(shlex.split(command)[1:]) == 0
+    assert load_rows("pairs.jsonl")[0]["prompt"][0]["content"] == "You are a helpful assistant."
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason=f"{SHARED} is not there")
+def test_published_pairs():
+    rows = load_rows(SHARED)
+    kept, report = convert_dialogues(rows, max_bad_share=0.05)
+    assert len(kept) + report.bad == len(rows) == 2000
+    assert report.bad == 32  # as docs/data.md says
+    first_bad = min(row for numbers in report.reasons.values() for row in numbers)
+    assert first_bad > 50
+    for row, before in zip(kept.select(range(first_bad)), rows, strict=False):
+        assert row["prompt"][-1]["role"] == "user" and row["chosen"][0]["content"] == before["chosen"].strip()
+        assert before["prompt"].count("\n\nHuman:") == sum(m["role"] == "user" for m in row["prompt"])
