@@ -199,7 +199,7 @@ class Speaker:
         if width + options["max_tokens"] > limit:
             print(f"(the conversation has {width} tokens, and the model takes {limit}: /reset it, or lower /tokens)")
             return None, False
-        sampling = {"do_sample": False}
+        sampling: dict[str, Any] = {"do_sample": False}
         if options["temperature"] > 0:
             sampling = {"do_sample": True, "temperature": options["temperature"], "top_p": options["top_p"], "top_k": 0}
         config = GenerationConfig(
