@@ -103,7 +103,9 @@ def _converted(row: dict[str, Any], kind: str, implicit: bool, first: Messages) 
         prompt = prompt[:-1]
     if prompt[-1]["role"] != "user":
         raise BadRow("prompt does not end with the human's turn")
-    answers: dict[str, Any] = {name: _answer(row[name], name) for name in ("completion", "chosen", "rejected") if name in row}
+    answers: dict[str, Any] = {
+        name: _answer(row[name], name) for name in ("completion", "chosen", "rejected") if name in row
+    }
     return {**row, "prompt": first + prompt, **answers}
 
 
