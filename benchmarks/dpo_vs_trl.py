@@ -175,7 +175,7 @@ def compare(model: str, pairs: Dataset, args: argparse.Namespace, cached: bool, 
     clock = "wall" if torch.cuda.is_available() else "cpu"
     seconds = {name: sum(one(side, 0, args.trial_steps)[clock]) for name, side in trials.items()}
     best = min(seconds, key=seconds.get)
-    sides = {"trl plain": trials["whole step"]} if "whole step" in trials else {}
+    sides = {"trl plain": trials["whole step"]} if args.plain and "whole step" in trials else {}
     sides |= {"ours": (of_ours, args.ours_micro or args.pairs, False), "trl best": trials[best]}
     tried = {"clock": clock, "steps": args.trial_steps - 1, "seconds": {n: round(s, 2) for n, s in seconds.items()}}
     found = {name: [] for name in sides}
@@ -240,7 +240,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--reference", choices=["live", "cached"], nargs="+", default=["live", "cached"])
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.set_defaults(
-        device_options={"use_cpu": True, "bf16": False, "gradient_checkpointing": False}, tolerance=1e-4
+        device_options={"use_cpu": True, "bf16": False, "gradient_checkpointing": False}, tolerance=1e-4, plain=True
     )
     return parser
 

@@ -55,14 +55,13 @@ def shared_options(folder: str, world, args) -> dict:
         "save_strategy": "no",
         "logging_steps": 1,
         "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
         "seed": 0,
+        **args.device_options,
     }
 
 
-def ours(backend: str, world, args, folder: str):
+def ours(backend: str, world, args, folder: str, **engine):
+    """engine: options of the section `rollout`."""
     from align.trainers.rloo import RLOOConfig, RLOOTrainer
 
     tokenizer, data, model = make(world, args)
@@ -70,12 +69,13 @@ def ours(backend: str, world, args, folder: str):
         **shared_options(folder, world, args),
         per_device_train_batch_size=args.prompts,
         max_prompt_length=world.max_prompt_length,
-        rollout=backend,
+        rollout={"backend": backend, **engine},
     )
     return RLOOTrainer(model, even_words, config, data, processing_class=tokenizer)
 
 
-def theirs(parts: int, world, args, folder: str):
+def theirs(parts: int, world, args, folder: str, **options):
+    """options: of TRL's configuration; without any it generates with transformers."""
     from trl import RLOOConfig, RLOOTrainer
 
     tokenizer, data, model = make(world, args)
@@ -83,7 +83,7 @@ def theirs(parts: int, world, args, folder: str):
         **shared_options(folder, world, args),
         per_device_train_batch_size=args.prompts * args.generations // parts,
         gradient_accumulation_steps=parts,
-        use_vllm=False,
+        **{"use_vllm": False, **options},
     )
     source = Path(folder) / "model"  # TRL loads the reference from where the policy came from
     model.save_pretrained(source)
@@ -93,7 +93,7 @@ def theirs(parts: int, world, args, folder: str):
 def make(world, args):
     tokenizer = make_tokenizer(args.vocabulary)
     data = make_prompts(256, world.prompt_lengths, args.vocabulary)
-    model = make_model(tokenizer, world.end, **sizes(args))
+    model = make_model(tokenizer, world.end, **args.shape)
     return tokenizer, data, model
 
 
@@ -162,7 +162,9 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=SHAPE["hidden_size"])
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
     parser.add_argument("--output", type=Path, default=RESULT)
+    parser.set_defaults(device_options={"use_cpu": True, "bf16": False, "gradient_checkpointing": False})
     args = parser.parse_args()
+    args.shape = sizes(args)
 
     report = {}
     with tempfile.TemporaryDirectory() as folder:

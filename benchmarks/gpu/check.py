@@ -1,0 +1,123 @@
+"""What the library does on one GPU, in under eight minutes: stage by stage, a line of JSON each.
+
+    python benchmarks/gpu/check.py --output gpu.jsonl --summary gpu.md
+    python benchmarks/gpu/check.py --stages machine pairs
+    python benchmarks/gpu/check.py --device cpu --small
+
+Stages: `machine`, `device_tests`, `rollouts`, `pairs`, `on_policy`, `memory` (docs/hardware.md says how to read them).
+Each is a process of its own with a time limit (`STAGES`; ten times as long on a CPU), so that one which fails, hangs or
+runs out of memory leaves the next alone. A stage is made of parts. Its line has what each part found as far as it came,
+and of a part that failed the end of its traceback. The exit status is 1 if a stage failed or ran out of time.
+
+`--small`: tiny shapes, to see that everything runs; its numbers say nothing about speed.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+STAGES = {"machine": 20, "device_tests": 75, "rollouts": 75, "pairs": 145, "on_policy": 135, "memory": 28}
+"""Seconds each may take on a GPU: 478 together."""
+CPU_FACTOR = 10
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--small", action="store_true", help="tiny shapes")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--output", type=Path, default=Path("gpu_check.jsonl"), help="one line per stage")
+    parser.add_argument("--summary", type=Path, help="write a table of the lines to this file (Markdown)")
+    parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)  # in the process of that stage
+    args = parser.parse_args()
+    if args.stage:
+        return run_parts_of(args)
+    environment = {**os.environ, "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    if args.device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    lines = []
+    with args.output.open("w") as output:
+        for name in args.stages:
+            limit = STAGES[name] * (CPU_FACTOR if args.device == "cpu" else 1)
+            lines.append(run_stage(name, args, limit, environment))
+            print(json.dumps(lines[-1]), file=output, flush=True)
+            print(json.dumps(lines[-1]), flush=True)
+    if args.summary:
+        from benchmarks.gpu.summary import table
+
+        args.summary.write_text(table(lines))
+    return int(any(line["status"] not in ("ok", "skipped") for line in lines))
+
+
+def run_stage(name: str, args: argparse.Namespace, limit: float, environment: dict[str, str]) -> dict:
+    """The line of a stage, which ran in a process (and a process group) of its own."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        found, errors = Path(folder) / "parts.jsonl", Path(folder) / "errors.txt"
+        command = [sys.executable, __file__, "--stage", name, "--device", args.device, "--output", str(found)]
+        with errors.open("wb") as stream:
+            process = subprocess.Popen(
+                command + ["--small"] * args.small, env=environment, stdout=stream, stderr=stream, cwd=ROOT,
+                start_new_session=True,
+            )  # fmt: skip
+            try:
+                code = process.wait(timeout=limit)
+            except subprocess.TimeoutExpired:
+                code = None
+            finally:
+                end_group(process)
+        parts = [json.loads(line) for line in found.read_text().splitlines()] if found.exists() else []
+        last_words = errors.read_text(errors="replace").splitlines()[-12:]
+    result = {key: value for part in parts for key, value in part.items()}
+    line = {"stage": name, "status": status(code, result), "seconds": round(time.perf_counter() - start, 1)}
+    line |= {"limit": limit, "device": args.device, "small": args.small, "card": result.pop("card", "unknown")}
+    line["result"] = result
+    if code is None or code != 0:
+        line["last_words"] = last_words
+    return line
+
+
+def status(code: int | None, result: dict) -> str:
+    if code is None:
+        return "timed out"
+    values = [value for name, value in result.items() if name != "card"]
+    if code != 0 or any(isinstance(value, dict) and "failed" in value for value in values):
+        return "failed"
+    return "skipped" if all(isinstance(value, str) for value in values) else "ok"
+
+
+def end_group(process: subprocess.Popen) -> None:
+    """End what the stage started and left: its own process group, and nothing else."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def run_parts_of(args: argparse.Namespace) -> int:
+    """In the stage's process: the parts in turn, each written as it ends."""
+    from benchmarks.gpu.common import Setting, run_parts
+
+    setting = Setting(args.device, args.small)
+    stage = importlib.import_module(f"benchmarks.gpu.{args.stage}")
+    with args.output.open("a") as output:
+        for part in run_parts(setting, stage.parts(setting)):
+            print(json.dumps(part), file=output, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""Stage `on_policy` of gpu/check.py: steps of RLOO against TRL's RLOOTrainer, and of ReMax against PPO, with phases.
+
+Prompts and completions have the lengths of hh-rlhf: a completion of the random model ends after a geometric number of
+words (`worlds.on_policy`). Rollouts come from vLLM where it is installed (TRL's from its colocated engine, which needs
+a GPU), on both sides with the same share of the memory. Each trainer is a process of its own, for two engines in one
+process would share vLLM's globals; all of a comparison are alive at once and take turns, step by step, each round in
+another order, while the others wait. A ratio is that of two steps of one round.
+"""
+
+import argparse
+import importlib.util
+import multiprocessing
+import tempfile
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+
+from benchmarks.gpu.common import SHAPES, SMALL, Part, Setting, hh_lengths, spread
+
+START_SECONDS = 300  # to a trainer's first step, after which it waits for its turns
+MEMORY_SHARE = 0.12  # of the GPU, for each engine
+
+
+def parts(setting: Setting) -> Iterator[Part]:
+    yield "rloo", lambda: compared(setting, "RLOO, ours", ["RLOO, TRL, one batch", "RLOO, TRL, 4 parts"])
+    yield "remax", lambda: compared(setting, "ReMax, ours", ["PPO, ours"])
+
+
+def sizes(setting: Setting) -> argparse.Namespace:
+    shape = {**(SMALL if setting.small else SHAPES["0.5B"]), "tie_word_embeddings": False}
+    return argparse.Namespace(
+        prompts=4 if setting.small else 16,
+        generations=4,
+        steps=100,  # more than there are turns
+        vocabulary=shape.pop("vocab_size"),
+        shape=shape,
+        device_options=setting.options,
+    )
+
+
+def world(setting: Setting):
+    from worlds.on_policy import Workload
+
+    if setting.small:
+        return Workload(8, 8, 8, None)
+    prompts = [prompt for prompt, _, _ in hh_lengths() if prompt <= 256]
+    answers = [chosen for _, chosen, _ in hh_lengths()]
+    return Workload(prompts, 256, 160, len(answers) / sum(answers))
+
+
+# ---- in the process of a trainer -------------------------------------------------------------------------------------
+
+
+def make(side: str, setting: Setting, folder: str):
+    """The trainer of a side."""
+    from rloo_vs_trl import make as make_world
+    from rloo_vs_trl import ours, shared_options, theirs
+    from worlds.on_policy import even_words
+
+    args, lengths = sizes(setting), world(setting)
+    with_vllm = setting.device == "cuda" and importlib.util.find_spec("vllm") is not None
+    if "TRL" in side:
+        options = {"use_vllm": with_vllm}
+        if with_vllm:
+            options |= {"vllm_mode": "colocate", "vllm_gpu_memory_utilization": MEMORY_SHARE}
+            options |= {"vllm_max_model_length": lengths.max_prompt_length + lengths.max_completion_length}
+        return theirs(4 if side.endswith("parts") else 1, lengths, args, folder, **options)
+    backend, engine = "transformers", {}
+    if with_vllm:
+        backend, engine = "vllm", {"gpu_memory_utilization": MEMORY_SHARE}
+    if side == "RLOO, ours":
+        return ours(backend, lengths, args, folder, **engine)
+    from align import PPOConfig, PPOTrainer, ReMaxConfig, ReMaxTrainer
+
+    config, trainer = {"ReMax, ours": (ReMaxConfig, ReMaxTrainer), "PPO, ours": (PPOConfig, PPOTrainer)}[side]
+    options = {**shared_options(folder, lengths, args), "per_device_train_batch_size": args.prompts}
+    options |= {"max_prompt_length": lengths.max_prompt_length, "rollout": {"backend": backend, **engine}}
+    if side == "PPO, ours":
+        options["num_iterations"] = 1  # the cheapest, as in benchmarks/remax_vs_ppo.py
+    tokenizer, data, model = make_world(lengths, args)
+    return trainer(model, even_words, config(**options), data, processing_class=tokenizer)
+
+
+def take_turns(side: str, setting: Setting, pipe: Connection) -> None:
+    """Train step by step, as the other end of the pipe asks for it: "go" or "stop"."""
+    from transformers import TrainerCallback
+
+    class Turns(TrainerCallback):
+        start = setting.clock()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            pipe.send(setting.clock() - self.start)
+            control.should_training_stop = pipe.recv() == "stop"
+            self.start = setting.clock()
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make(side, setting, folder)
+        trainer.add_callback(Turns())
+        trainer.train()
+        logs = [entry for entry in trainer.state.log_history if "loss" in entry][1:]
+        pipe.send(
+            {name: mean_of(logs, name) for name in sorted({n for entry in logs for n in entry}) if reported(name)}
+        )
+        if "ours" in side:
+            trainer.close()
+
+
+def reported(name: str) -> bool:
+    return name.startswith(("time/", "rollout/")) or name in ("completions/mean_length", "padding", "loss")
+
+
+def mean_of(logs: list[dict], name: str) -> float:
+    values = [float(entry[name]) for entry in logs if name in entry]
+    return round(sum(values) / len(values), 5)
+
+
+# ---- in the process of the stage -------------------------------------------------------------------------------------
+
+
+def compared(setting: Setting, ours: str, others: list[str]) -> dict:
+    """Seconds per step of each side, and the others' over ours."""
+    context, rounds = multiprocessing.get_context("spawn"), 2 if setting.small else 6
+    sides = [ours, *others]
+    pipes, processes, first = {}, [], {}
+    try:
+        for side in sides:  # one after the other: vLLM measures the free memory as it starts
+            pipes[side], end = context.Pipe()
+            processes.append(context.Process(target=take_turns, args=(side, setting, end), daemon=True))
+            processes[-1].start()
+            end.close()
+            first[side] = answer(pipes[side], side)
+        seconds = {side: [] for side in sides}
+        for number in range(rounds):
+            turn = number % len(sides)
+            for side in sides[turn:] + sides[:turn]:
+                pipes[side].send("go")
+                seconds[side].append(answer(pipes[side], side))
+        means = {}
+        for side in sides:
+            pipes[side].send("stop")
+            means[side] = answer(pipes[side], side)
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+    return {
+        "times_faster": {
+            f"than {other}": spread([b / a for a, b in zip(seconds[ours], seconds[other], strict=True)])
+            for other in others
+        },
+        "seconds_per_step": {side: spread(values) for side, values in seconds.items()},
+        "seconds_to_first_step": {side: round(value, 1) for side, value in first.items()},
+        "means_of_steps": means,
+    }
+
+
+def answer(pipe: Connection, side: str):
+    """What the trainer sends next. SystemExit if it ended, or says nothing for minutes."""
+    if not pipe.poll(START_SECONDS):
+        raise SystemExit(f"{side}: no step in {START_SECONDS} seconds")
+    try:
+        return pipe.recv()
+    except EOFError:
+        raise SystemExit(f"{side}: its process ended (its error is in the stage's last words)") from None

@@ -1,0 +1,75 @@
+"""benchmarks/gpu/check.py on tiny shapes: stages run apart, and what fails or hangs costs no other."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import check
+from benchmarks.gpu.common import Setting, run_parts
+from benchmarks.gpu.summary import table
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory):
+    """`on_policy` and `rollouts` start five processes and vLLM, and `device_tests` is part of this suite: not here."""
+    folder = tmp_path_factory.mktemp("check")
+    command = [sys.executable, "benchmarks/gpu/check.py", "--device", "cpu", "--small", "--stages", "pairs", "memory"]
+    command += ["--output", str(folder / "check.jsonl"), "--summary", str(folder / "check.md")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert "dpo_small_live" in (folder / "check.md").read_text()
+    return {line["stage"]: line for line in map(json.loads, (folder / "check.jsonl").read_text().splitlines())}
+
+
+def test_pairs_against_trl(lines):
+    line = lines["pairs"]
+    assert (line["status"], line["small"], line["card"][:4]) == ("ok", True, "CPU:")
+    for name in ("dpo_small_live", "dpo_small_cached"):
+        found = line["result"][name]
+        assert found["largest_relative_difference_of_losses"] < 1e-4
+        ours, theirs = (found[side]["tokens_per_second"] for side in ("ours", "trl best"))
+        (ratio,) = found["times_faster_than_trl"]["each"]
+        assert ratio == pytest.approx(ours / theirs, rel=0.01)
+        assert set(found["trl_settings_tried"]["seconds"]) == {"2 per micro-batch, sorted", "whole step"}
+    for name in ("sparsepo", "reward"):
+        assert line["result"][name]["tokens_per_second"] > 0
+
+
+def test_memory_against_the_estimate(lines):
+    result = lines["memory"]["result"]
+    assert 0.5 < result["dpo"]["estimate_over_peak"] < 2
+    estimated = {name: found["estimated_gib"] for name, found in result.items()}
+    assert estimated["dpo_lora"] < estimated["dpo"] > estimated["dpo_checkpointing"]
+
+
+def test_a_stage_that_hangs_is_stopped(monkeypatch):
+    args = argparse.Namespace(device="cpu", small=True)
+    line = check.run_stage("machine", args, 0.1, dict(os.environ))
+    assert line["status"] == "timed out" and line["result"] == {}
+    broken = check.run_stage("machine", args, 60, {**os.environ, "PYTHONHOME": "/nowhere"})  # it cannot even start
+    assert broken["status"] == "failed" and broken["last_words"]
+    assert "| machine | timed out |" in table([line, broken])
+
+
+def test_a_part_that_fails_costs_no_other():
+    def bad():
+        raise RuntimeError("the allocator gave up")
+
+    parts = [("first", bad), ("second", lambda: {"number": 1}), ("third", lambda: "skipped: needs a GPU")]
+    found = {name: value for part in run_parts(Setting("cpu", True), parts) for name, value in part.items()}
+    assert "the allocator gave up" in found["first"]["failed"] and found["second"]["number"] == 1
+    assert check.status(0, found) == "failed"
+    assert check.status(0, {"card": "x", "third": found["third"]}) == "skipped"
+    assert check.status(0, {"card": "x", "second": found["second"], "third": found["third"]}) == "ok"
+    assert check.status(None, found) == "timed out" and check.status(1, {}) == "failed"
+
+
+def test_the_limits_are_under_eight_minutes():
+    assert sum(check.STAGES.values()) < 480
