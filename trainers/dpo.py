@@ -95,6 +95,7 @@ class DPOTrainer(PreferenceTrainer):
 
     _tag_names = ["align", "dpo"]
     args: DPOConfig
+    config_class = DPOConfig
 
     @cached_property
     def objective(self) -> PreferenceObjective:

@@ -66,3 +66,5 @@ class GRPOConfig(OnPolicyConfig):
 
 class GRPOTrainer(OnPolicyTrainer):
     """One policy, groups of `num_generations` completions."""
+
+    config_class = GRPOConfig

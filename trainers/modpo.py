@@ -30,7 +30,10 @@ class WeightOptions(TrainingSettings):
     )
     weights: dict[str, float] | str | None = field(
         default=None,
-        metadata={"help": "One weight per objective, {preference: 0.5, short: 0.5}; or `sweep`: train the front."},
+        metadata={
+            "help": "One weight per objective, {preference: 0.5, short: 0.5}; or `sweep`: train the front. "
+            "Default: the same weight for all."
+        },
     )
     sweep_points: int | None = field(
         default=None, metadata={"help": "Points of a sweep between two objectives, both ends counted. Default: 5."}
@@ -66,8 +69,8 @@ class WeightOptions(TrainingSettings):
 
     def weights_of(self, others: list[str]) -> tuple[float, list[float]]:
         """The weight of `objective`, and those of the other objectives in their order. ConfigError unless `weights`
-        names exactly these."""
-        if not isinstance(self.weights, dict):
+        names exactly these. Without `weights` all have the same."""
+        if isinstance(self.weights, str):
             raise ConfigError(
                 f"one policy has one weight per objective: weights: {{{self.objective}: 0.5, ...}}, got "
                 f"{self.weights!r} (a sweep is trained by `align modpo` or train_front)"
@@ -78,6 +81,8 @@ class WeightOptions(TrainingSettings):
                 "give the reward another `name`"
             )
         expected = [self.objective, *others]
+        if self.weights is None:
+            return 1 / len(expected), [1 / len(expected)] * len(others)
         if sorted(expected) != sorted(self.weights):
             raise ConfigError(f"the objectives are {expected}, and weights are given for {list(self.weights)}")
         return self.weights[self.objective], [self.weights[name] for name in others]
@@ -115,18 +120,20 @@ class MODPOTrainer(PreferenceTrainer):
 
     _tag_names = ["align", "modpo"]
     args: MODPOConfig
+    config_class = MODPOConfig
     columns = COLUMNS
 
     def __init__(
         self,
         model: str | nn.Module,
         reward: Any,
-        args: MODPOConfig,
-        train_dataset,
+        args: MODPOConfig | None = None,
+        train_dataset=None,
         eval_dataset=None,
         processing_class=None,
         **kwargs,
     ):
+        args = self.options(args, model, train_dataset)
         processing_class = processing_class or load_tokenizer(model)
         self.margins = reward
         if not isinstance(reward, MarginRewards):

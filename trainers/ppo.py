@@ -70,3 +70,5 @@ class PPOConfig(CriticOptions, OnPolicyConfig):
 
 class PPOTrainer(OnPolicyTrainer):
     """A policy and a critic: a second network with its own optimiser, and a squared error on the returns."""
+
+    config_class = PPOConfig

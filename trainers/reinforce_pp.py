@@ -60,3 +60,5 @@ class ReinforcePPConfig(OnPolicyConfig):
 
 class ReinforcePPTrainer(OnPolicyTrainer):
     """One policy; one completion per prompt is enough."""
+
+    config_class = ReinforcePPConfig

@@ -76,3 +76,5 @@ class ReMaxConfig(OnPolicyConfig):
 
 class ReMaxTrainer(OnPolicyTrainer):
     """One policy, and one more, greedy, completion per prompt."""
+
+    config_class = ReMaxConfig

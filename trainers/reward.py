@@ -72,18 +72,20 @@ class RewardTrainer(PairTrainer):
     _tag_names = ["align", "reward-model"]
     reward_name = "score"
     args: RewardConfig
+    config_class = RewardConfig
 
     def __init__(
         self,
         model: str | Model,
-        args: RewardConfig,
-        train_dataset,
+        args: RewardConfig | None = None,
+        train_dataset=None,
         eval_dataset=None,
         processing_class=None,
         peft_config=None,
         callbacks=None,
         optimizers=(None, None),
     ):
+        args = self.options(args, model, train_dataset)
         processing_class = with_own_padding(processing_class or load_tokenizer(model))
         set_seed(args.seed)  # a new adapter is drawn at random
         classifier = load_sequence_classifier(

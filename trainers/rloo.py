@@ -37,3 +37,5 @@ class RLOOConfig(OnPolicyConfig):
 
 class RLOOTrainer(OnPolicyTrainer):
     """One policy, `num_generations` completions per prompt."""
+
+    config_class = RLOOConfig

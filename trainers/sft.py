@@ -61,18 +61,20 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
 
     _tag_names = ["align", "sft"]
     args: SFTConfig
+    config_class = SFTConfig
 
     def __init__(
         self,
         model: str | nn.Module,
-        args: SFTConfig,
-        train_dataset,
+        args: SFTConfig | None = None,
+        train_dataset=None,
         eval_dataset=None,
         processing_class=None,
         peft_config=None,
         callbacks=None,
         optimizers=(None, None),
     ):
+        args = self.options(args, model, train_dataset)
         processing_class = processing_class or load_tokenizer(model)
         if not isinstance(model, nn.Module):
             # the frozen weights under an adapter stay as they were saved on a GPU; TRL adds the adapter

@@ -38,18 +38,20 @@ class SparsePOTrainer(PreferenceTrainer):
 
     _tag_names = ["align", "sparsepo"]
     args: SparsePOConfig
+    config_class = SparsePOConfig
     needs_reference_model = True
 
     def __init__(
         self,
         model: str | nn.Module,
-        args: SparsePOConfig,
-        train_dataset,
+        args: SparsePOConfig | None = None,
+        train_dataset=None,
         eval_dataset=None,
         processing_class=None,
         optimizers=(None, None),
         **kwargs,
     ):
+        args = self.options(args, model, train_dataset)
         if optimizers[0] is not None and args.variant != "mapo":
             raise ConfigError("the masks are made with the trainer, so an optimizer made before cannot train them")
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, optimizers=optimizers, **kwargs)

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator, Sized
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsFloat
+from typing import TYPE_CHECKING, Any, ClassVar, SupportsFloat, TypeVar
 
 import torch
 from accelerate.utils import gather_object
@@ -18,7 +18,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from align.data.limits import check_fits
 from align.distributed.checkpoints import checksums, write_manifest
-from align.errors import TrainingError
+from align.errors import ConfigError, TrainingError
 from align.modeling.adapters import adapter_start, notes, split
 from align.trainers.core import guards, identity, saving, trackers
 from align.trainers.core.checkpoints import Resumed, choose_checkpoint, read_checkpoint, write_extra_state
@@ -34,11 +34,27 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+Options = TypeVar("Options", bound=RunOptions)
+
+
 class TrainerMixin(TrainerHooks):
     """In front of a transformers-style trainer: `class XTrainer(TrainerMixin, Trainer)`. A mix-in, so that a trainer
     built on one of TRL's keeps TRL's code."""
 
     args: RunOptions
+    config_class: ClassVar[Any]  # the method's configuration, a RunOptions
+
+    @classmethod
+    def options(cls, args: Options | None, model: Any, train_dataset: Any) -> Options:
+        """What a trainer is made with: `args`, or the method's defaults, with the output in ./MODEL-METHOD as TRL has
+        it. ConfigError without rows."""
+        if train_dataset is None:
+            raise ConfigError(f"{cls.__name__} needs train_dataset: the rows to train on")
+        if args is not None:
+            return args
+        path = model.name_or_path if isinstance(model, PreTrainedModel | PeftModel) else model
+        parts = (Path(str(path)).name, cls.__name__.removesuffix("Trainer"))
+        return cls.config_class(output_dir="-".join(part for part in parts if part))
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.recorder = Recorder()

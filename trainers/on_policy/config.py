@@ -161,6 +161,11 @@ class OnPolicyConfig(BatchingOptions, BaseConfig):
     num_logged_completions: int = field(default=8, metadata={"help": "Completions shown per evaluation; 0: none."})
 
     @property
+    def engine_options(self) -> RolloutOptions:
+        """The section `rollout`, typed."""
+        return rollout_options(self.rollout)
+
+    @property
     def steps_per_rollout(self) -> int:
         """Optimiser steps made from one rollout."""
         return self.num_mini_batches * self.num_iterations

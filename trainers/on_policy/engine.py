@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import nn
 
 from align.errors import RolloutError
-from align.rollout import make_engine, rollout_options
+from align.rollout import make_engine
 from align.rollout.engine import RolloutEngine
 from align.rollout.probe import FAIL, WARN
 from align.rollout.types import Rollout, SamplingParams
@@ -81,7 +81,7 @@ def engine_maker(args, tokenizer, mixed_precision: str = "no") -> Callable[[nn.M
 
     Unless it says otherwise, the engine computes in what the policy computes in: mixed precision, else its weights.
     """
-    options = rollout_options(args.rollout).given()
+    options = args.engine_options.given()
     if options.get("dtype") is None:
         options["dtype"] = {"bf16": "bfloat16", "fp16": "float16"}.get(mixed_precision)
 

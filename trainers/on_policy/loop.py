@@ -29,7 +29,6 @@ from align.modeling.completions import completion_logps
 from align.modeling.load import disable_dropout, load_policy, load_tokenizer, reference_of
 from align.modeling.prefix_support import enable_shared_prefix, enable_trunk
 from align.objectives.policy_loss import aggregate_tokens
-from align.rollout import rollout_options
 from align.rollout.engine import RolloutEngine
 from align.rollout.types import SamplingParams
 from align.trainers.core.batching import CheckSharedRows, autocast_dtype, resolve_layout
@@ -70,6 +69,7 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
     Args:
         model: a model, a folder or a hub name.
         reward: a `Reward`, a function, a spec (docs/rewards.md) or a list of them.
+        args: by default the method's options as they are, with the output in ./MODEL-METHOD.
         train_dataset, eval_dataset: prompts (docs/data.md); other columns go to the rewards.
         gold_reward: scored in evaluations only, never trained on.
         ref_model: the reference; by default the policy as it starts (with LoRA: the adapter switched off). With
@@ -84,8 +84,8 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
         self,
         model: str | nn.Module,
         reward: Any,
-        args: OnPolicyConfig,
-        train_dataset,
+        args: OnPolicyConfig | None = None,
+        train_dataset=None,
         eval_dataset=None,
         processing_class=None,
         gold_reward: Any = None,
@@ -95,6 +95,7 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
         optimizers=(None, None),
         engine: RolloutEngine | None = None,
     ):
+        args = self.options(args, model, train_dataset)
         tokenizer = processing_class or load_tokenizer(model)
         set_seed(args.seed)  # a new adapter is drawn at random
         model = load_policy(model, peft_config=peft_config, sharded=True)
@@ -327,8 +328,7 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
         In float32 the engine's log-probs serve as well. In half precision they differ from any of the trainer's by
         rounding, which the sum over a long completion would take for a KL.
         """
-        dtype = rollout_options(self.args.rollout).dtype
-        exact = computes_exactly(self.accelerator, self.model) and dtype in (None, "float32")
+        exact = computes_exactly(self.accelerator, self.model) and self.args.engine_options.dtype in (None, "float32")
         return not exact and (self.kl.adapts or (self.args.kl_in == "reward" and self.args.beta > 0))
 
     def stream_gradients(self, parts: list[list[Sample]]) -> Tensor:

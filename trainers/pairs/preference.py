@@ -98,8 +98,8 @@ class PreferenceTrainer(PairTrainer):
     def __init__(
         self,
         model: str | Model,
-        args: PreferenceConfig,
-        train_dataset,
+        args: PreferenceConfig | None = None,
+        train_dataset=None,
         eval_dataset=None,
         processing_class=None,
         ref_model: str | Model | None = None,
@@ -107,6 +107,7 @@ class PreferenceTrainer(PairTrainer):
         callbacks=None,
         optimizers=(None, None),
     ):
+        args = self.options(args, model, train_dataset)
         processing_class = processing_class or load_tokenizer(model)
         self.args = args
         ref_model = self._reference_given(ref_model)
