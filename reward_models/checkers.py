@@ -4,27 +4,16 @@ Each takes one completion, text or messages (then the last assistant message cou
 """
 
 import asyncio
+import json
 import os
 import re
-import secrets
-import signal
-import subprocess
-import sys
-import tempfile
 from decimal import Decimal, InvalidOperation
-from pathlib import Path
+
+from align.reward_models.math_check import checker
+from align.reward_models.sandbox import output_of, passes_asserts
 
 FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
-OUTPUT_BYTES = 1 << 20  # what a tested program may write to any one file
-
-RUNNER = """
-import resource, runpy, sys
-program, seconds, megabytes, most = sys.argv[1], *map(int, sys.argv[2:])
-resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-resource.setrlimit(resource.RLIMIT_AS, (megabytes << 20, megabytes << 20))
-resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-runpy.run_path(program, run_name="__main__")
-"""
+THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d*)?")  # "3,4" is a pair
 
 
 def exact_answer(completion, answer) -> bool:
@@ -45,18 +34,61 @@ def regex(completion, pattern: str) -> bool:
     return re.search(pattern, last_text(completion)) is not None
 
 
-async def python_tests(completion, tests: str, seconds: int = 10, megabytes: int = 1024) -> bool:
-    """Whether the completion's Python code passes the statements of the column `tests` (asserts).
+def math_answer(completion, answer, seconds: float = 5.0) -> bool:
+    """Whether the completion's answer equals the column `answer` as mathematics (package math-verify): 1/2 is 0.5,
+    (x+1)^2 is x^2+2x+1. What is equal by `exact_answer` is not computed. What cannot be computed
+    in `seconds` of processor time is not the answer."""
+    text = last_text(completion)
+    if exact_answer(text, answer):
+        return True
+    final = text.rpartition("####")[2] if "####" in text else text
+    return checker(os.getpid()).equal(final, _final(str(answer)), seconds)
 
-    The code is the last fenced block, else the whole text. Code and tests run as one program, in a process of its own,
-    in an empty folder, without the environment's variables, limited in time, memory and output; running out of any of
-    them is a failure, and so is leaving before the tests have ended. This guards against accidents, not against malice:
+
+def format_match(completion, pattern: str, anywhere: bool = False) -> bool:
+    """Whether the whole completion (or, with `anywhere`, a part of it) has the regular expression's form; a dot stands
+    for line breaks too."""
+    text, found = last_text(completion), re.search if anywhere else re.fullmatch
+    return found(pattern, text, re.DOTALL) is not None
+
+
+async def python_tests(completion, tests: str | list, seconds: int = 10, megabytes: int = 1024) -> bool:
+    """Whether the completion's Python code, the last fenced block or else the whole text, passes the column `tests`.
+
+    tests: statements (asserts), or a list of {"input", "output"}: what the program prints for each input must be the
+    output, white space at the ends of lines and of the text aside. Outputs never reach the program's process; asserts
+    run in it, after the program. Every program runs in an empty folder, without the environment's variables, limited in
+    time, memory and output; running out of any of them is a failure. This guards against accidents, not against malice:
     code of untrusted origin needs a container around the whole run.
     """
-    compile(tests, "<tests>", "exec")  # tests that are no Python would fail every completion
     blocks = FENCE.findall(last_text(completion))
     code = blocks[-1] if blocks else last_text(completion)
-    return await asyncio.to_thread(_run_tests, code, tests, seconds, megabytes)
+    if isinstance(tests, str) and tests.lstrip().startswith("["):
+        tests = json.loads(tests)
+    if isinstance(tests, str):
+        compile(tests, "<tests>", "exec")  # tests that are no Python would fail every completion
+        return await asyncio.to_thread(passes_asserts, code, tests, seconds, megabytes)
+    if not tests or not all(isinstance(test, dict) and {"input", "output"} <= test.keys() for test in tests):
+        raise ValueError('the column tests is neither asserts nor a list of {"input": ..., "output": ...}')
+    for test in tests:
+        printed = await asyncio.to_thread(output_of, code, str(test["input"]), seconds, megabytes)
+        if printed is None or _lines(printed) != _lines(str(test["output"])):
+            return False
+    return True
+
+
+def length_scores(completions, completion_ids=None, minimum=0, maximum=None, margin=0, unit="tokens") -> list[float]:
+    """0 for a length in [minimum, maximum]; outside it falls by 1 over `margin` units and stays at -1 (with maximum and
+    margin as in DAPO's soft overlong punishment, arXiv 2503.14476, eq. 13)."""
+    if unit == "tokens" and completion_ids is None:
+        raise ValueError("there are no token ids here: count words or characters")
+    lengths = (
+        [len(ids) for ids in completion_ids]
+        if unit == "tokens"
+        else [len(last_text(c).split()) if unit == "words" else len(last_text(c)) for c in completions]
+    )
+    outside = [max(minimum - n, 0 if maximum is None else n - maximum, 0) for n in lengths]
+    return [-min(1.0, n / margin if margin else float(n > 0)) for n in outside]
 
 
 def last_text(completion: str | list[dict]) -> str:
@@ -79,45 +111,19 @@ def _final(text: str) -> str:
     return text[inside:].strip()
 
 
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.strip().splitlines()]
+
+
 def _comparable(text: str) -> Decimal | str:
-    plain = text.strip().strip(".").replace("$", "").replace(",", "").strip()
+    plain = text.strip().strip(".").replace("$", "").strip()
+    if THOUSANDS.fullmatch(plain):
+        plain = plain.replace(",", "")
     try:
         number = Decimal(plain)
     except InvalidOperation:
         number = None
     if number is not None and number.is_finite():
-        return number.normalize()
-    return " ".join(text.casefold().split()).strip(" .,;:!?\"'")
-
-
-def _run_tests(code: str, tests: str, seconds: int, megabytes: int) -> bool:
-    done = secrets.token_hex(16)  # printed after the tests: a program that exits early has not passed them
-    with tempfile.TemporaryDirectory() as folder:
-        program, output = Path(folder, "program.py"), Path(folder, "output")
-        program.write_text(f"{code}\n{tests}\nprint({done!r})\n", encoding="utf-8")
-        with output.open("wb") as stdout:
-            process = subprocess.Popen(
-                [sys.executable, "-I", "-c", RUNNER, str(program), str(seconds), str(megabytes), str(OUTPUT_BYTES)],
-                cwd=folder,
-                env={},
-                stdin=subprocess.DEVNULL,
-                stdout=stdout,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-            try:
-                status = process.wait(timeout=seconds)
-            except subprocess.TimeoutExpired:
-                status = None
-            finally:
-                _end_session(process)
-        return status == 0 and output.read_text(errors="replace").endswith(f"{done}\n")
-
-
-def _end_session(process: subprocess.Popen) -> None:
-    """End the program and what it has started."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    process.wait()
+        return number  # equal numbers are equal whatever their digits; nothing is computed that could overflow
+    folded = " ".join(text.casefold().split())
+    return folded.strip(" .,;:!?\"'") or folded

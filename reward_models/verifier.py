@@ -26,7 +26,8 @@ class VerifierReward(Reward):
         function: the function, or where it is: "package.module:name" or "path/file.py:name".
         name: in metrics and errors; by default the function's name.
         on_pass, on_fail: scores of True and False. on_none: of None; without it None is an error.
-        arguments: further keyword arguments, the same in every call.
+        arguments: further keyword arguments, the same in every call. columns: {parameter: column of the dataset} where
+            the names differ.
         concurrency: of an async function, calls in flight at most (16); of a plain one, threads (none).
         timeout: seconds of a call (600). on_error, error_score, max_error_share: `Failures`.
     """
@@ -40,6 +41,7 @@ class VerifierReward(Reward):
         on_fail: float = 0.0,
         on_none: float | None = None,
         arguments: dict[str, Any] | None = None,
+        columns: dict[str, str] | None = None,
         concurrency: int | None = None,
         timeout: float = TIMEOUT,
         on_error: str = "stop",
@@ -48,6 +50,7 @@ class VerifierReward(Reward):
     ):
         self.function = UserFunction(function, arguments)
         self.name = name or self.function.name
+        self.columns = dict(columns or {})
         self.values = {True: on_pass, False: on_fail, None: on_none}
         for key, value in (("on_pass", on_pass), ("on_fail", on_fail), ("on_none", on_none)):
             if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
@@ -83,6 +86,13 @@ class VerifierReward(Reward):
         call = Call([row], {})
         available = {name: values[row] for name, values in batch.columns.items()}
         available |= {"prompt": batch.prompts[row], "completion": batch.completions[row]}
+        absent = [column for column in self.columns.values() if column not in batch.columns]
+        if absent:
+            raise RewardError(
+                f"reward {self.name!r}: the dataset has no column {', '.join(absent)} (it has "
+                f"{', '.join(sorted(batch.columns)) or 'none'})"
+            )
+        available |= {name: batch.columns[column][row] for name, column in self.columns.items()}
         if batch.prompt_ids is not None:
             available["prompt_ids"] = batch.prompt_ids[row]
         if batch.completion_ids is not None:

@@ -11,6 +11,7 @@ import torch
 import yaml
 from peft import LoraConfig
 
+from align.config.resolve import resolve
 from align.config.source import parse_value
 from align.errors import ConfigError
 from align.modeling.load import load_sequence_classifier
@@ -80,13 +81,26 @@ def test_every_spec_is_built_and_scores(world):
     kinds = set()
     for text in blocks("yaml"):
         content = yaml.safe_load(text.replace(":8100/", f":{world}/"))
-        for spec in [*content.get("rewards", []), *([content["gold_reward"]] if "gold_reward" in content else [])]:
+        for spec in [*content.get("rewards", []), *([content["gold_reward"]] if content.get("gold_reward") else [])]:
             check_reward(spec)
             output = build_reward(spec).score(BATCH)
             assert output.scores.shape == (1,)
             kinds.add(spec["type"])
     assert kinds == {*REWARDS.kinds, "my_kinds.py:NearSpec"}
     assert build_reward("my_rewards.py:contains_answer").score(BATCH).scores.tolist() == [1.0]
+
+
+def test_the_run_on_verifiable_rewards_is_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my_math.jsonl").write_text('{"prompt": "1 + 1?", "answer": "2"}\n')
+    (text,) = [body for body in blocks("yaml") if "extends: base/prompts" in body]
+    Path("rlvr.yaml").write_text(text)
+    (command,) = [body for body in blocks("bash") if "rlvr.yaml" in body]
+    assert command.split() == ["align", "grpo", "--config", "rlvr.yaml", "--dry-run"]
+    run = resolve("grpo", "rlvr.yaml", [])
+    rewards = [build_reward(spec) for spec in run.rewards]
+    batch = RewardBatch(["1 + 1?"], [r"It is \boxed{2}."], columns={"answer": ["2"]})
+    assert [reward.score(batch).scores.item() for reward in rewards] == [1.0, 1.0]
 
 
 def test_a_kind_of_your_own_is_checked_and_registered(world):

@@ -1,0 +1,125 @@
+"""Programs of a policy, run in processes of their own with limits."""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+OUTPUT_BYTES = 1 << 20  # that a program may write to any one file, its output included
+
+LIMITS = """
+import resource
+def limit(seconds, megabytes, most):
+    for name, value in (("CPU", seconds), ("AS", megabytes << 20), ("FSIZE", most), ("CORE", 0), ("NOFILE", 64)):
+        resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value))
+"""
+# The tests come when the program has run: nothing of them is in its files, arguments or memory before.
+ASSERTS = (
+    LIMITS
+    + """
+import io, json, os, sys
+limit(*map(int, sys.argv[1:]))
+report = os.dup(1)
+lines = os.fdopen(os.dup(0), "r", encoding="utf-8")
+code = json.loads(lines.readline())
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+os.dup2(os.open("output", os.O_WRONLY | os.O_CREAT), 1)
+names = {"__name__": "__main__"}
+exec(compile(code, "program.py", "exec"), names)
+os.write(report, b"ready\\n")
+tests, word = json.loads(lines.readline())
+exec(compile(tests, "tests.py", "exec"), names)
+os.write(report, word.encode())
+"""
+)
+PROGRAM = (
+    LIMITS
+    + """
+import json, runpy, sys
+limit(*map(int, sys.argv[1:]))
+runpy.run_path("program.py", run_name="__main__")
+"""
+)
+
+
+def passes_asserts(code: str, tests: str, seconds: int, megabytes: int) -> bool:
+    """Whether `tests`, statements, run to their end in the program's own process after it.
+
+    The word that says so is sent with the tests, so a program that leaves early, or prints what it finds in its own
+    source, has not passed. Tests and program share a process: a program that sets out to deceive them can.
+    """
+    word = os.urandom(16).hex()
+    with tempfile.TemporaryDirectory() as folder, _started(ASSERTS, folder, seconds, megabytes) as process:
+        try:
+            end = time.monotonic() + seconds
+            if not _send(process, code) or _read(process, 6, end) != b"ready\n" or not _send(process, [tests, word]):
+                return False
+            return _read(process, len(word), end) == word.encode()
+        finally:
+            _end_session(process)
+
+
+def output_of(code: str, text: str, seconds: int, megabytes: int) -> str | None:
+    """What the program prints when `text` is its input; None if it fails, or takes too much."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "program.py").write_text(code, encoding="utf-8", errors="replace")
+        Path(folder, "input").write_text(text, encoding="utf-8")
+        with (
+            open(Path(folder, "input"), "rb") as given,
+            open(Path(folder, "output"), "wb") as output,
+            _started(PROGRAM, folder, seconds, megabytes, stdin=given, stdout=output) as process,
+        ):
+            try:
+                status = process.wait(timeout=seconds)
+            except subprocess.TimeoutExpired:
+                status = None
+            finally:
+                _end_session(process)
+        return Path(folder, "output").read_text(encoding="utf-8", errors="replace") if status == 0 else None
+
+
+def _started(runner: str, folder: str, seconds: int, megabytes: int, **streams) -> subprocess.Popen:
+    """A Python that has no variables of the environment, in a session of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-I", "-c", runner, str(seconds), str(megabytes), str(OUTPUT_BYTES)],
+        cwd=folder,
+        env={},
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, **streams},
+    )
+
+
+def _send(process: subprocess.Popen, message) -> bool:
+    """One line of JSON; False if nobody reads it."""
+    try:
+        process.stdin.write(json.dumps(message).encode() + b"\n")  # type: ignore[union-attr]
+        process.stdin.flush()  # type: ignore[union-attr]
+        return True
+    except (BrokenPipeError, ConnectionResetError):
+        return False
+
+
+def _read(process: subprocess.Popen, count: int, end: float) -> bytes:
+    """Up to `count` bytes of what it reports, fewer when it ends or the time is over."""
+    found, pipe = b"", process.stdout.fileno()  # type: ignore[union-attr]
+    while len(found) < count and select.select([pipe], [], [], max(0.0, end - time.monotonic()))[0]:
+        part = os.read(pipe, count - len(found))
+        if not part:
+            break
+        found += part
+    return found
+
+
+def _end_session(process: subprocess.Popen) -> None:
+    """End the program and what it has started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()

@@ -1,0 +1,100 @@
+"""Verifiable rewards by name, on completions of every kind."""
+
+import pytest
+
+from align.errors import ConfigError, RewardError
+from align.reward_models import math_check
+from align.reward_models.base import RewardBatch
+from align.reward_models.build import build_reward, check_reward
+from align.reward_models.checkers import exact_answer
+
+
+def score(spec, completions, **columns):
+    batch = RewardBatch(["p"] * len(completions), completions, columns=columns, completion_ids=[[1] * 3, [1] * 9, [1]])
+    return build_reward(spec).score(batch.select(range(len(completions))) if len(completions) == 3 else batch).scores
+
+
+HOSTILE = [
+    "#### 1e9999999",
+    "#### -1E+999999999999999999999",
+    r"\boxed{9^{9^{9^{9^9}}}}",
+    r"\boxed{" * 2000,
+    r"\boxed{\frac{1}{0}}",
+    "\x00\ud800 ####",
+    "9" * 100_000,
+    "$" * 999,
+    r"\boxed{10000000!!!}",
+    "",
+]
+
+
+def test_exact_answer_is_total_and_exact():
+    for completion in HOSTILE:
+        assert exact_answer(completion, "5") is False
+    assert exact_answer("#### 1e9999999", "1e9999999") and exact_answer("#### 1,234,567.50", "1234567.5")
+    assert not exact_answer(r"\boxed{3,4}", "34") and not exact_answer("", "?") and exact_answer("?", "?")
+
+
+def test_math():
+    spec = {"type": "math", "seconds": 5, "column": "solution"}
+    right = [r"so \boxed{\frac{1}{2}}", "The answer is $x^2 + 2x + 1$.", "#### 18", r"\boxed{3,4}"]
+    batch = RewardBatch(["p"] * 4, right, columns={"solution": ["0.5", "(x+1)^2", "18.0", "34"]})
+    assert build_reward(spec).score(batch).scores.tolist() == [1.0, 1.0, 1.0, 0.0]
+    few = [HOSTILE[2], *HOSTILE[4:6], ""]  # the first is computed for ever: its process is killed
+    batch = RewardBatch(["p"] * len(few), few, columns={"solution": ["5"] * len(few)})
+    assert build_reward({**spec, "seconds": 0.5}).score(batch).scores.tolist() == [0.0] * len(few)
+    assert build_reward(spec).score(RewardBatch(["p"], ["$5$ apples"], columns={"solution": ["5"]})).scores == 1.0
+    with pytest.raises(RewardError, match="the dataset has no column solution \\(it has answer\\)"):
+        build_reward(spec).score(RewardBatch(["p"], ["5"], columns={"answer": ["5"]}))
+
+
+def test_math_without_its_package(monkeypatch):
+    monkeypatch.setattr(math_check.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="needs the package math-verify: pip install 'align-rlhf\\[math\\]'"):
+        check_reward({"type": "math"})
+
+
+def test_format_and_length():
+    spec = {"type": "format", "pattern": "<think>.*</think> \\d+", "on_fail": -1.0}
+    assert score(spec, ["<think>a\nb</think> 4", "x <think></think> 4", ""]).tolist() == [1.0, -1.0, -1.0]
+    assert score({**spec, "anywhere": True}, ["", "x <think></think> 4", ""]).tolist() == [-1.0, 1.0, -1.0]
+    with pytest.raises(ConfigError, match="pattern is no regular expression: unterminated"):
+        check_reward({"type": "format", "pattern": "[a"})
+    texts = ["one two", "a b c d e f", "x"]
+    assert score({"type": "length", "maximum": 5, "margin": 8}, texts).tolist() == [0.0, -0.5, 0.0]
+    assert score({"type": "length", "minimum": 2, "unit": "words"}, texts).tolist() == [0.0, 0.0, -1.0]
+    assert score({"type": "length", "minimum": 2, "unit": "characters", "maximum": 7}, texts).tolist() == [0, -1, -1]
+    for wrong, message in (({}, "a minimum, a maximum or both"), ({"minimum": 3, "maximum": 2}, "is below minimum")):
+        with pytest.raises(ConfigError, match=message):
+            check_reward({"type": "length", **wrong})
+
+
+IO = [{"input": "2 3\n", "output": "5\n"}, {"input": "4 5\n", "output": "9"}]
+CHEATS = [  # that look for what they are to print
+    "import glob\nprint(open([f for f in glob.glob('*') if f != 'output'][0]).read())",
+    "import sys, os\nprint(sys.argv, os.environ, open('/proc/self/cmdline').read())",
+    "import sys, os\nprint(sys._getframe().f_back.f_locals, os.listdir('/proc/self/fd'))",
+    "import sys\nprint(sys.modules['__main__'].__dict__)",
+    "raise SystemExit(0)",
+]
+
+
+def test_unit_tests():
+    spec = {"type": "unit_tests", "seconds": 20, "concurrency": 2}
+    adds = "```python\na, b = map(int, input().split())\nprint(a + b, ' ')\n```"
+    found = build_reward(spec).score(
+        RewardBatch(["p"] * 2, [adds, adds.replace("+", "-")], columns={"tests": [IO, IO]})
+    )
+    assert found.scores.tolist() == [1.0, 0.0]
+    asserts = "assert add(2, 3) == 5"
+    batch = RewardBatch(["p"] * 10, CHEATS * 2, columns={"tests": [IO[:1]] * 5 + [asserts] * 5})
+    assert build_reward(spec).score(batch).scores.tolist() == [0.0] * 10
+    with pytest.raises(RewardError, match="row 0 .*neither asserts nor a list"):
+        build_reward(spec).score(RewardBatch(["p"], ["1"], columns={"tests": [[{"in": 1}]]}))
+
+
+def test_a_program_cannot_print_the_word_that_says_passed():
+    """It is sent with the tests, when the program has run."""
+    code = "import os, sys\nos.write(3, b'ready\\n')\nos.write(1, b'ready\\n')\nos._exit(0)"
+    spec = {"type": "unit_tests", "seconds": 5}
+    assert build_reward(spec).score(RewardBatch(["p"], [code], columns={"tests": ["assert True"]})).scores == 0.0
