@@ -26,6 +26,7 @@ def run(args: argparse.Namespace) -> int:
     if is_reward_model(found.folder):
         what = "scores"
         copy_normalizer(args.run_or_model, found.folder)
+    _copy_card(args.run_or_model, found, what)
     print(f"wrote {found.folder} in {found.dtype}")
     print(
         f"checked: merging changes the {what} of the run by {found.merge:.1g}, the files hold what was written to "
@@ -38,3 +39,21 @@ def run(args: argparse.Namespace) -> int:
     if found.effect is not None:
         print(f"the adapter itself changes them by {found.effect:.2g} on average")
     return 0
+
+
+def _copy_card(source: str, found, what: str) -> None:
+    """The run's model card, with what has become of it; a text of the user's own as it is."""
+    from pathlib import Path
+
+    from align.trainers.core.card import MADE_BY
+
+    path = Path(source) / "README.md"
+    if not path.is_file():
+        return
+    text = path.read_text(encoding="utf-8")
+    if MADE_BY in text:
+        merged = "its adapter merged" if "library_name: peft" in text else "as it was"
+        row = f"| exported | {merged}, in {found.dtype}; {what} differ by {found.gap:.2g} on average |"
+        text = text.replace("library_name: peft", "library_name: transformers")
+        text = text.replace("\n| versions |", f"\n{row}\n| versions |")
+    (found.folder / "README.md").write_text(text, encoding="utf-8")

@@ -1,6 +1,5 @@
-"""Checks and completes a saved folder: the base of an adapter, the weights on disk, the model card."""
+"""Checks and completes a saved folder: the base of an adapter, the weights on disk."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -172,34 +171,3 @@ def _config_scaling(config, name: str) -> float:
     alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
     rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
     return alpha / (rank**0.5 if config.use_rslora else rank)
-
-
-# ---- the model card --------------------------------------------------------------------------------------------------
-
-MADE_BY = "<!-- written by align when the model was saved; delete this line to keep your own text -->"
-
-
-def write_card(folder: str | Path, previous: str | None, facts: dict[str, object], *, base: str, adapter: bool) -> None:
-    """README.md of a saved model. previous: the text that lay there before; a card that the user wrote stays."""
-    import peft
-    import torch as torch_module
-    import transformers
-
-    path = Path(folder) / "README.md"
-    if previous is not None and MADE_BY not in previous and "library_name: peft" not in previous:
-        path.write_text(previous, encoding="utf-8")
-        return
-    head = ["---", f"library_name: {'peft' if adapter else 'transformers'}", "tags: [align]"]
-    if base and not Path(base).exists():  # the hub takes names of its own models only
-        head.append(f"base_model: {base}")
-    versions = f"transformers {transformers.__version__}, peft {peft.__version__}, torch {torch_module.__version__}"
-    rows = {"base model": base or "none: trained from a model that was not loaded from anywhere", **facts}
-    rows["versions"] = versions
-    lines = [*head, "---", MADE_BY, "", f"# {Path(folder).absolute().name}", "", "| | |", "|---|---|"]
-    lines += [f"| {name} | {_cell(value)} |" for name, value in rows.items()]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _cell(value: object) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return text.replace("|", "\\|").replace("\n", " ")

@@ -3,7 +3,7 @@
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, SupportsFloat, TypeVar
@@ -20,11 +20,11 @@ from align.data.limits import check_fits
 from align.distributed.checkpoints import checksums, write_manifest
 from align.errors import ConfigError, TrainingError
 from align.modeling.adapters import adapter_start, notes, split
-from align.trainers.core import guards, identity, saving, trackers
+from align.trainers.core import card, guards, identity, saving, trackers
 from align.trainers.core.checkpoints import Resumed, choose_checkpoint, read_checkpoint, write_extra_state
 from align.trainers.core.hooks import TrainerHooks
 from align.trainers.core.lock import holding
-from align.trainers.core.options import BaseConfig, RunOptions, changed_settings
+from align.trainers.core.options import BaseConfig, RunOptions
 from align.trainers.core.recorder import Recorder
 from align.trainers.core.signals import REQUEUE, StopOnSignal
 
@@ -158,15 +158,15 @@ class TrainerMixin(TrainerHooks):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
-        card = folder / "README.md"
-        previous = card.read_text(encoding="utf-8") if card.is_file() else None
+        readme = folder / "README.md"
+        previous = readme.read_text(encoding="utf-8") if readme.is_file() else None
         super()._save(output_dir, state_dict)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if not isinstance(model, PreTrainedModel | PeftModel):
             return
         saving.finish_folder(folder, model)
         base = adapter_start(folder) if saving.is_peft(model) else model.config._name_or_path
-        saving.write_card(folder, previous, self.card_facts(), base=base, adapter=saving.is_peft(model))
+        card.write_card(folder, previous, card.facts_of(self), base=base, adapter=saving.is_peft(model))
         if self._verify:
             saving.verify_saved(folder, model, model.state_dict() if state_dict is None else state_dict)
 
@@ -202,17 +202,6 @@ class TrainerMixin(TrainerHooks):
     def further_identity(self) -> dict:
         """What else of a method decides the result, such as its rewards: plain values by name."""
         return {}
-
-    def card_facts(self) -> dict[str, object]:
-        """What the model card says beside the base model and the versions."""
-        args = self.args
-        rows = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else "a stream"
-        return {
-            "method": type(self).__name__.removesuffix("Trainer"),
-            "data": f"{rows} rows",
-            "steps": self.state.global_step,
-            "settings": changed_settings(args),
-        }
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         args, step = self.args, self.state.global_step

