@@ -1,5 +1,7 @@
 """Rewards that a server computes."""
 
+import functools
+import time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
@@ -10,6 +12,7 @@ from urllib3.util import Retry
 from align.config.secrets import expand, masked_text
 from align.errors import ConfigError, RewardError
 from align.reward_models.base import Reward, RewardBatch, RewardOutput
+from align.reward_models.deadlines import DeadlineExceeded, call_within
 from align.reward_models.rules import not_numbers
 
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # answers that may be another one soon
@@ -20,9 +23,10 @@ class RemoteReward(Reward):
     """A server that is sent `{"prompts": [...], "completions": [...], "columns": {...}}` as JSON by POST and answers
     `{"scores": [...]}`, one finite number per completion.
 
-    No answer within `timeout`, no connection and a passing failure (408, 425, 429, 5xx) are tried again, at once and
-    then after 2, 4, 8 ... times `backoff` seconds, or when the server says (Retry-After). Whatever is wrong in the end
-    is an error that names the rows; nothing is made up. Nothing is sent before the first completions are scored.
+    No answer within `timeout`, an answer that breaks off, no connection and a passing failure (408, 425, 429, 5xx) are
+    tried again, at once and then after 2, 4, 8 ... times `backoff` seconds, or when the server says (Retry-After), all
+    of it within a deadline. Whatever is wrong in the end is an error that names the rows; nothing is made up. Nothing
+    is sent before the first completions are scored.
 
     Args:
         url: where to post, `${NAME}` standing for an environment variable. name: in metrics and errors.
@@ -60,6 +64,9 @@ class RemoteReward(Reward):
         if not timeout > 0 or backoff < 0:
             raise ConfigError(f"reward {name!r}: timeout must be > 0 and backoff >= 0, got {timeout} and {backoff}")
         self.batch_size, self.concurrency, self.timeout, self.retries = batch_size, concurrency, timeout, retries
+        self.backoff = backoff
+        waits = sum(min(backoff * 2**attempt, LONGEST_WAIT) for attempt in range(1, retries + 1))
+        self.deadline = (retries + 1) * 2 * timeout + 2 * waits + LONGEST_WAIT  # a connection and an answer, each time
         retry = Retry(
             total=retries,
             backoff_factor=backoff,
@@ -100,7 +107,12 @@ class RemoteReward(Reward):
         }
         where = f"reward {self.name!r} at {self.shown}, {batch.row_names(indices)}"
         try:
-            answer = self.session.post(self.url, json=content, timeout=self.timeout, allow_redirects=False)
+            answer = call_within(self.deadline, functools.partial(self._post, content))
+        except DeadlineExceeded:
+            raise RewardError(
+                f"{where}: no whole answer within {self.deadline:g} s, all attempts together. The server sends it in "
+                "drops, or is stuck: look into its log"
+            ) from None
         except requests.RequestException as error:
             raise RewardError(f"{where}: {self._no_answer(error)}") from error
         if answer.status_code != 200:
@@ -111,6 +123,17 @@ class RemoteReward(Reward):
             )
         return self._checked(answer, batch, indices, where)
 
+    def _post(self, content: dict) -> requests.Response:
+        """The session repeats what has no answer; an answer that breaks off is repeated here."""
+        for attempt in range(self.retries + 1):
+            if attempt:
+                time.sleep(min(self.backoff * 2**attempt, LONGEST_WAIT))
+            try:
+                return self.session.post(self.url, json=content, timeout=self.timeout, allow_redirects=False)
+            except requests.exceptions.ChunkedEncodingError as error:
+                broken = error
+        raise broken
+
     def _no_answer(self, error: requests.RequestException) -> str:
         tried = f"tried {self.retries + 1} times"
         if "timed out" in str(error).lower():
@@ -118,6 +141,8 @@ class RemoteReward(Reward):
                 f"no answer within {self.timeout:g} s, {tried}. The server is too slow or stuck: raise timeout, or "
                 f"lower batch_size ({self.batch_size}) or concurrency ({self.concurrency})"
             )
+        if isinstance(error, requests.exceptions.ChunkedEncodingError):
+            return f"the answer broke off, {tried}. Look into the server's log: it may have died or been restarted"
         reason = masked_text(str(getattr(error.args[0], "reason", error.args[0]) if error.args else error))
         return f"no connection, {tried} ({reason}). Start the server, or fix the url"
 
@@ -126,6 +151,9 @@ class RemoteReward(Reward):
             content = answer.json()
         except requests.JSONDecodeError as error:
             raise RewardError(f"{where}: the answer is no JSON: {answer.text[:200]!r}") from error
+        except (ValueError, RecursionError) as error:
+            what = "a number of thousands of digits, or lists within lists without end"
+            raise RewardError(f"{where}: the answer holds {what}: {answer.text[:200]!r}") from error
         scores = content.get("scores") if isinstance(content, dict) else None
         if not isinstance(scores, list):
             raise RewardError(f"{where}: the answer is not {{'scores': [...]}}: {answer.text[:200]!r}")
@@ -134,7 +162,7 @@ class RemoteReward(Reward):
         bad = not_numbers(scores)
         if bad:
             raise RewardError(
-                f"reward {self.name!r} at {self.shown}: the score is {scores[bad[0]]!r} for "
+                f"reward {self.name!r} at {self.shown}: the score is {scores[bad[0]]!r:.80} for "
                 f"{batch.row_names([indices[i] for i in bad])}; every completion needs a finite number. Fix the server"
             )
         return [float(score) for score in scores]
