@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from datasets import concatenate_datasets
 from torch import Tensor, nn
 from transformers import set_seed
 
@@ -149,10 +150,10 @@ class RewardTrainer(PairTrainer):
         values = self.evaluator.values
         return reliability(values["rewards/margins"], labels=values.get("chosen_prob"))
 
-    def log_pairs(self) -> None:
-        super().log_pairs()
+    def log_pairs(self, name: str | None) -> None:
+        super().log_pairs(name)
         figure = reliability_figure(self.reliability(), f"step {self.state.global_step}")
-        self.log_figure("eval/reliability", figure)
+        self.log_figure(f"eval/reliability{f'/{name}' if name else ''}", figure)
 
     # ---- normaliser -------------------------------------------------------------------------------------------------
 
@@ -168,7 +169,8 @@ class RewardTrainer(PairTrainer):
 
     def score_pairs(self) -> str:
         """Fill the evaluator with the scores that normalisers are fitted on; returns a description of the pairs."""
-        pairs, what = self.eval_dataset, "evaluation"
+        given, what = self.eval_dataset, "evaluation"
+        pairs = concatenate_datasets(list(given.values())) if isinstance(given, dict) else given
         if pairs is None:
             count = min(self.args.normalizer_pairs, len(self.train_dataset))
             pairs = self.train_dataset.select(np.random.default_rng(0).permutation(len(self.train_dataset))[:count])

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field, fields
 import torch
 import trl
 from accelerate.utils import gather_object
-from datasets import DatasetDict
 from torch import nn
 from transformers import set_seed
 
 from align.data.collate import IGNORED
 from align.data.formats import TEXT_COLUMNS, columns_of
+from align.data.sets import of_each
 from align.data.tokenize import tokenize_completions
 from align.errors import ConfigError, DataError
 from align.modeling.adapters import check_stack
@@ -91,7 +91,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
             model=model,
             args=args,
             train_dataset=tokenized_completions(train_dataset, processing_class, args),
-            eval_dataset=None if eval_dataset is None else tokenized_completions(eval_dataset, processing_class, args),
+            eval_dataset=of_each(eval_dataset, lambda rows: tokenized_completions(rows, processing_class, args)),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -101,7 +101,9 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """As transformers' `evaluate`; `eval_dataset` is tokenised as the training rows are."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):  # a name among several evaluation sets
-            eval_dataset = tokenized_completions(eval_dataset, self.processing_class, self.args)
+            eval_dataset = of_each(
+                eval_dataset, lambda rows: tokenized_completions(rows, self.processing_class, self.args)
+            )
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
@@ -130,8 +132,6 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
 def tokenized_completions(dataset, tokenizer, args: SFTConfig):
     """Rows as TRL's trainer takes them. A dataset that is tokenised already is taken as it is, unless it has a row
     without a trained token: TRL would drop that without a word."""
-    if isinstance(dataset, dict) and not isinstance(dataset, DatasetDict):  # evaluation sets by name
-        return {name: tokenized_completions(rows, tokenizer, args) for name, rows in dataset.items()}
     columns = columns_of(dataset)
     tokenised = "input_ids" in columns and (columns & {"completion_mask", "labels"} or not columns & {*TEXT_COLUMNS})
     if not tokenised:

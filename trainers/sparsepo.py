@@ -124,6 +124,8 @@ class SparsePOTrainer(PreferenceTrainer):
         """The masks of the first `num_logged_pairs` evaluation pairs (training pairs without any), for
         `align.evaluation.masks`. All processes take part."""
         pairs = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
+        if isinstance(pairs, dict):  # the first of several sets
+            pairs = next(iter(pairs.values()))
         rows = pairs.select(range(min(self.args.num_logged_pairs, len(pairs)))).to_list()
         if not rows:
             return None
@@ -131,8 +133,8 @@ class SparsePOTrainer(PreferenceTrainer):
         tokens = masks_of_pairs(self.forward, self.model_wrapped, batch)
         return mask_reports.picture(rows, self.processing_class, tokens.m_u, tokens.m_d)
 
-    def log_pairs(self) -> None:
-        super().log_pairs()
+    def log_pairs(self, name: str | None) -> None:
+        super().log_pairs(name)
         if seen := self.picture():
             self.log_table("masks", *mask_reports.tracker_rows(seen, self.state.global_step))
             self.log_figure("eval/masks", mask_reports.mask_figure(seen))

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from align.config.sections import plain
-from align.errors import RewardError
+from align.data.sets import of_each
+from align.errors import ConfigError, RewardError
 from align.evaluation.records import EvalWriter
 from align.modeling.load import Reference
 from align.rollout.seeds import derive_seed
@@ -39,10 +40,32 @@ def run_options(args: Any) -> dict[str, Any]:
 
 
 def eval_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: OnPolicyConfig) -> Dataset:
-    """The first `num_eval_prompts` prompts, tokenised."""
-    dataset = tokenized_prompts(dataset, tokenizer, args)
-    count = len(dataset) if args.num_eval_prompts is None else min(args.num_eval_prompts, len(dataset))
-    return dataset.select(range(count))
+    """The first `num_eval_prompts` prompts, tokenised; of several sets by name, the first of each; None of None."""
+
+    def first(rows):
+        rows = tokenized_prompts(rows, tokenizer, args)
+        return rows.select(range(min(args.num_eval_prompts or len(rows), len(rows))))
+
+    return of_each(dataset, first)
+
+
+def sets_of(own, given) -> dict[str, Any] | None:
+    """What `evaluate` has to call itself with, by name, where it was asked for several sets; None for one set. own: the
+    trainer's eval_dataset; given: what was passed instead."""
+    if given is None:
+        return {name: name for name in own} if isinstance(own, dict) else None
+    return given if isinstance(given, dict) else None
+
+
+def one_set(own, given, tokenizer, args) -> tuple[Any, bool]:
+    """The prompts that one evaluation is on, and whether it is the run's own (of several sets: the first). given: None,
+    the name of one of the trainer's sets, or prompts."""
+    if isinstance(given, str):
+        return own[given], given == next(iter(own))
+    dataset = own if given is None else tokenized_prompts(given, tokenizer, args)
+    if dataset is None:
+        raise ConfigError("there is nothing to evaluate on: pass eval_dataset")
+    return dataset, given is None
 
 
 class PolicyEvaluator:

@@ -21,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import Trainer, set_seed
 
@@ -48,7 +49,7 @@ from align.trainers.on_policy.config import OnPolicyConfig
 from align.trainers.on_policy.critic import CriticLearner, CriticStep, make_critic
 from align.trainers.on_policy.engine import SyncedEngine, engine_maker
 from align.trainers.on_policy.estimators import make_estimator
-from align.trainers.on_policy.evaluation import Curve, EvaluationFile, PolicyEvaluator, eval_prompts
+from align.trainers.on_policy.evaluation import Curve, EvaluationFile, PolicyEvaluator, eval_prompts, one_set, sets_of
 from align.trainers.on_policy.forward import ForwardPasses
 from align.trainers.on_policy.kl_coefficient import KLCoefficient
 from align.trainers.on_policy.metrics import OnPolicyMetrics
@@ -119,7 +120,7 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
             args=args,
             data_collator=list,
             train_dataset=tokenized_prompts(train_dataset, tokenizer, args),
-            eval_dataset=None if eval_dataset is None else eval_prompts(eval_dataset, tokenizer, args),
+            eval_dataset=eval_prompts(eval_dataset, tokenizer, args),
             processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -129,7 +130,7 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
         self.ranks, self.metrics = Ranks(self.accelerator), OnPolicyMetrics(self.recorder)
         self._make_passes()
         self._make_rollouts(engine)
-        has_gold, sharded = self.gold is not None and eval_dataset is not None, self.ranks.sharded
+        has_gold, sharded = self.gold is not None and isinstance(self.eval_dataset, Dataset), self.ranks.sharded
         self.search = make_search(
             args, self.weighting, self.model, has_gold=has_gold, sharded=sharded, on_restore=self.engine.forget
         )
@@ -253,14 +254,13 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Sample from the policy at the training temperature on the evaluation prompts, score, and log the means.
 
-        The evaluation file takes what training and, after it, calls without `eval_dataset` (raw or tokenised prompts,
-        all of which are used) evaluate, once per step.
+        The evaluation file takes what training and, after it, calls without `eval_dataset` (prompts, all of which are
+        used) evaluate, once per step; of several sets (a dict; metrics `eval_<name>_...`) the first.
         """
-        dataset = self.eval_dataset
-        if eval_dataset is not None:
-            dataset = tokenized_prompts(eval_dataset, self.processing_class, self.args)
-        if dataset is None:
-            raise ConfigError("there is nothing to evaluate on: pass eval_dataset")
+        if (sets := sets_of(self.eval_dataset, eval_dataset)) is not None:
+            found = (self.evaluate(rows, ignore_keys, f"{metric_key_prefix}_{name}") for name, rows in sets.items())
+            return {key: value for metrics in found for key, value in metrics.items()}
+        dataset, own = one_set(self.eval_dataset, eval_dataset, self.processing_class, self.args)
         if self.reference is None:
             raise ConfigError(
                 "with beta: 0 and no eval_dataset the trainer holds no reference, which an evaluation measures the KL "
@@ -271,12 +271,12 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
             rows = self.evaluator.evaluate(dataset, self.model, self.reference)
         measured = self.evaluator.measured
         metrics = {f"{metric_key_prefix}_{name}": sum(row[name] for row in rows) / len(rows) for name in measured}
-        if eval_dataset is None and self.is_in_train:
+        if own and self.is_in_train:
             scores = {name: [row[f"rewards/{name}"] for row in rows] for name in self.rewards.names}
             learned = self.weighting.observe(scores)
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in learned.items()}
         self.log(metrics)
-        if eval_dataset is None:
+        if own:
             names, table = self.evaluations.write(self.state.global_step, rows, measured)
             if table:
                 self.log_table("completions", names, table)

@@ -17,6 +17,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import Trainer
 
+from align.data.sets import of_each
 from align.errors import TrainingError
 from align.modeling.types import Model
 from align.objectives.pair_losses import PairLosses
@@ -36,7 +37,7 @@ class PairTrainer(MicroBatchLists, Trainer):
     planner: MicroBatchPlanner
 
     args: PairConfig
-    eval_dataset: Dataset | None
+    eval_dataset: Dataset | dict[str, Dataset] | None
 
     def __init__(
         self,
@@ -59,7 +60,7 @@ class PairTrainer(MicroBatchLists, Trainer):
             args=args,
             data_collator=PairRows,
             train_dataset=data.prepare(train_dataset, "train"),
-            eval_dataset=None if eval_dataset is None else data.prepare(eval_dataset, "eval"),
+            eval_dataset=of_each(eval_dataset, lambda rows: data.prepare(rows, "eval")),
             processing_class=data.tokenizer,
             compute_metrics=self.pair_metrics,
             callbacks=callbacks,
@@ -116,14 +117,19 @@ class PairTrainer(MicroBatchLists, Trainer):
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """As transformers' `evaluate`; `eval_dataset` is prepared as the trainer's own is."""
-        own = eval_dataset is None
+        """As transformers' `evaluate`; `eval_dataset` is prepared as the trainer's own is. Of several sets (a dict) the
+        metrics are `eval_<name>_...`."""
+        sets = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(sets, dict):  # transformers calls this for each, by its name where it is one of ours
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        name = eval_dataset if isinstance(eval_dataset, str) else None
+        own = eval_dataset is None or name is not None
         if not own:
             eval_dataset = self.prepare_other(eval_dataset)
         with self.phase("evaluate"):
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             if own and {"wandb", "tensorboard"} & set(self.args.report_to):
-                self.log_pairs()
+                self.log_pairs(name)
         return metrics
 
     def predict(self, test_dataset, *args, **kwargs):
@@ -161,16 +167,19 @@ class PairTrainer(MicroBatchLists, Trainer):
         """The means of an evaluation; more of them in a subclass."""
         return self.evaluator.means(prediction.predictions)
 
-    def log_pairs(self) -> None:
-        """Send pairs of the evaluation set and the distribution of their rewards to the trackers."""
-        assert self.eval_dataset is not None  # it has just been evaluated
+    def log_pairs(self, name: str | None) -> None:
+        """Send pairs of the evaluation set that was just evaluated, and the distribution of their rewards, to the
+        trackers; name: of one among several."""
+        pairs = self.eval_dataset[name] if isinstance(self.eval_dataset, dict) and name else self.eval_dataset
+        assert isinstance(pairs, Dataset)
+        suffix = f"/{name}" if name else ""
         chosen, rejected = self.evaluator.values[CHOSEN], self.evaluator.values[REJECTED]
         shown = {"name": self.reward_name, "step": self.state.global_step}
-        rows = self.eval_dataset.select(range(min(self.args.num_logged_pairs, len(self.eval_dataset))))
+        rows = pairs.select(range(min(self.args.num_logged_pairs, len(pairs))))
         columns, table = pairs_table(rows, self.processing_class.decode, chosen, rejected, **shown)
         if table:
-            self.log_table("completions", columns, table)
-        self.log_figure(f"eval/{self.reward_name}s", rewards_figure(chosen, rejected, **shown))
+            self.log_table(f"completions{suffix}", columns, table)
+        self.log_figure(f"eval/{self.reward_name}s{suffix}", rewards_figure(chosen, rejected, **shown))
 
 
 def check_finite(rows: Tensor, losses: Tensor, where: str) -> None:

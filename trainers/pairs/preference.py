@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import set_seed
 
+from align.data.sets import of_each
 from align.errors import ConfigError, TrainingError
 from align.modeling.load import Reference, disable_dropout, load_policy, load_tokenizer
 from align.modeling.logprobs import language_model
@@ -185,8 +186,9 @@ class PreferenceTrainer(PairTrainer):
         prepare_reference(reference, self.model, self.accelerator)
         if cache is not None:
             self.train_dataset = self._with_reference(self.train_dataset, cache, "train", args.train_batch_size)
-            if self.eval_dataset is not None:
-                self.eval_dataset = self._with_reference(self.eval_dataset, cache, "eval", args.eval_batch_size)
+            self.eval_dataset = of_each(
+                self.eval_dataset, lambda pairs: self._with_reference(pairs, cache, "eval", args.eval_batch_size)
+            )
             if not reference.adapter_off:
                 self.reference = None  # its log-probs are on disk
 

@@ -4,6 +4,7 @@ import copy
 import logging
 from pathlib import Path
 
+from align.data.sets import of_each
 from align.distributed.checkpoints import newest_whole
 from align.errors import ConfigError
 from align.modeling.load import load_sequence_classifier, load_tokenizer
@@ -57,8 +58,7 @@ def train_reward_ensemble(
     processing_class = processing_class or load_tokenizer(model)
     data = pair_data(processing_class, args)
     train_dataset = data.prepare(train_dataset, "train")
-    if eval_dataset is not None:
-        eval_dataset = data.prepare(eval_dataset, "eval")
+    eval_dataset = of_each(eval_dataset, lambda rows: data.prepare(rows, "eval"))
     given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "processing_class": processing_class}
     folder, names = Path(args.output_dir), [f"member_{i}" for i in range(members)]
     if kind == "separate":

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from align.data.sets import of_each
 from align.errors import ConfigError
 from align.evaluation.front import Front, Point, write_front
 from align.modeling.load import load_policy, load_tokenizer
@@ -82,14 +83,17 @@ def train_front(
     elif last is None:
         raise ConfigError(NO_LAST_POLICY.format(start=start, beta=args.beta))
     tokenized = partial(
-        numbered_pairs, tokenizer=processing_class, max_length=args.max_length, max_bad_share=args.max_bad_share
+        numbered_pairs,
+        tokenizer=processing_class,
+        max_length=args.max_length,
+        max_bad_share=args.max_bad_share,
+        num_proc=args.dataset_num_proc,
     )
     train_dataset = tokenized(train_dataset)
+    eval_dataset = of_each(eval_dataset, tokenized)
     started = time.perf_counter()
     margins.add_to(train_dataset)  # kept on disk, where every point finds them
-    if eval_dataset is not None:
-        eval_dataset = tokenized(eval_dataset)
-        margins.add_to(eval_dataset)
+    of_each(eval_dataset, margins.add_to)
     seconds = {"margin rewards": time.perf_counter() - started}
 
     def trainer(point_args: MODPOConfig) -> MODPOTrainer:

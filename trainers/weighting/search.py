@@ -209,7 +209,7 @@ def make_search(
         return None
     if not has_gold:
         raise ConfigError(
-            "threshold_search needs a gold_reward, which it maximises, and validation prompts as the evaluation set"
+            "threshold_search needs a gold_reward, which it maximises, and validation prompts as the one evaluation set"
         )
     if options.restore and sharded:
         raise ConfigError("threshold_search.restore works with DDP or in one process, not under FSDP or DeepSpeed")

@@ -1,0 +1,104 @@
+"""Several evaluation sets by name, the same way in every trainer; and what is refused as data, the same way too."""
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+
+from align.data import toy
+from align.errors import DataError
+from tests.trainers import reward_runs
+from tests.trainers.pairs.preference_runs import dpo_config, toy_pairs
+from tests.trainers.tiny_runs import (
+    demonstrations,
+    logged,
+    on_policy_config,
+    prompts,
+    sft_config,
+    tiny_model,
+    wanted_words,
+)
+
+METRIC = {"sft": "loss", "dpo": "rewards/margins", "reward": "rewards/margins", "remax": "proxy"}
+
+
+def make_trainer(method, folder, train, evaluate=None, tokenizer=None, model=None, **options):
+    """One of the four doors that data comes in by."""
+    tokenizer = tokenizer or toy.tokenizer()
+    model = model or tiny_model(tokenizer)
+    if method == "sft":
+        from align.trainers.sft import SFTTrainer
+
+        return SFTTrainer(model, sft_config(folder, **options), train, evaluate, tokenizer)
+    if method == "dpo":
+        from align.trainers.dpo import DPOTrainer
+
+        return DPOTrainer(model, dpo_config(folder, **options), train, evaluate, tokenizer)
+    if method == "reward":
+        from transformers import LlamaForSequenceClassification
+
+        from align.trainers.reward import RewardTrainer
+
+        model.config.num_labels = 1
+        classifier = LlamaForSequenceClassification(model.config)
+        options = {"max_length": 32, "max_steps": 2, **options}
+        return RewardTrainer(classifier, reward_runs.config(folder, **options), train, evaluate, tokenizer)
+    from align.trainers.remax import ReMaxConfig, ReMaxTrainer
+
+    return ReMaxTrainer(
+        model, wanted_words, on_policy_config(ReMaxConfig, folder, **options), train, evaluate, tokenizer
+    )
+
+
+def rows_of(method, count, seed=0) -> Dataset:
+    return {"sft": demonstrations, "remax": prompts}.get(method, toy_pairs)(count, seed)
+
+
+@pytest.mark.parametrize("method", METRIC)
+def test_the_metrics_of_each_set_are_those_of_the_set_alone(method, tmp_path):
+    near, far = rows_of(method, 6, 1), rows_of(method, 5, 2)
+    kept = {"save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True}
+    options = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "eval_on_start": False,
+        **kept,
+        "metric_for_best_model": f"far_{METRIC[method]}",
+    }
+    both = DatasetDict(near=near, far=far) if method in ("dpo", "remax") else {"near": near, "far": far}
+    trainer = make_trainer(method, tmp_path / "run", rows_of(method, 16), both, **options)
+    trainer.train()
+    assert trainer.state.best_metric is not None
+    for name in ("near", "far"):
+        assert len(logged(trainer, f"eval_{name}_{METRIC[method]}")) == 2
+    for name, rows in (("near", near), ("far", far)):
+        own = trainer.evaluate()[f"eval_{name}_{METRIC[method]}"]
+        alone = trainer.evaluate(rows)[f"eval_{METRIC[method]}"]
+        given = trainer.evaluate({"x": rows})[f"eval_x_{METRIC[method]}"]
+        torch.testing.assert_close(torch.tensor([own, given]), torch.tensor([alone, alone]))
+    if method == "reward":
+        assert trainer.normalizer.fitted_on == "both answers of 11 evaluation pairs"
+    if method == "remax":
+        trainer.close()
+
+
+def test_cached_references_of_several_sets(tmp_path):
+    sets = {"near": toy_pairs(6, 1), "far": toy_pairs(5, 2)}
+    live = make_trainer("dpo", tmp_path / "live", toy_pairs(16), sets)
+    cached = make_trainer("dpo", tmp_path / "cached", toy_pairs(16), sets, precompute_ref_log_probs=True)
+    live.train(), cached.train()
+    for name in ("eval_near_rewards/margins", "eval_far_rewards/margins"):
+        assert live.evaluate()[name] == pytest.approx(cached.evaluate()[name], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "sets, sentence",
+    [
+        ({}, "an empty dict"),
+        ({3: "rows"}, "3 is none"),
+        ({"near": None}, "evaluation set 'near': .*got NoneType"),
+        ({"near": [{"prompt": "a"}]}, "evaluation set 'near': .*from_list"),
+    ],
+)
+def test_evaluation_sets_that_are_none(sets, sentence, tmp_path):
+    with pytest.raises(DataError, match=sentence):
+        make_trainer("dpo", tmp_path, toy_pairs(8), sets)
