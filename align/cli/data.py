@@ -1,14 +1,29 @@
-"""`align data convert`: "Human: ... Assistant: ..." text becomes chat messages."""
+"""`align data show`: what is in a dataset. `align data convert`: "Human: ... Assistant: ..." text to chat messages."""
 
 import argparse
 
-HELP = "convert data: `align data convert FILE --to FILE` makes Human:/Assistant: text into chat messages"
+HELP = "look at data before training (`show`), or make Human:/Assistant: text into chat messages (`convert`)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=("convert",), help="text of dialogues to messages")
-    parser.add_argument("data", metavar="DATA", help="a .parquet, .jsonl, .json or .csv file, a folder, or a hub name")
-    add = parser.add_argument
+    actions = parser.add_subparsers(title="actions", dest="action", metavar="ACTION", required=True)
+    text = "faults, lengths, what limits cost, repeats, leakage, and the first rows with what is trained marked"
+    add = actions.add_parser("show", help=text, description=text, allow_abbrev=False).add_argument
+    add("data", metavar="DATA", help="a .parquet, .jsonl, .json or .csv file, a folder, or a hub name")
+    add("--tokenizer", required=True, metavar="MODEL", help="folder or hub name of the model that is to be trained")
+    add("--use", choices=("pairs", "completions", "prompts"), help="what the rows are for [what their columns fit]")
+    add("--split", default="train", help="of the data [train]")
+    add("--config", metavar="NAME", help="the configuration of a hub dataset")
+    add("--against", metavar="DATA", help="other data that should share no row with it, such as the evaluation set")
+    add("--against_split", metavar="SPLIT", help="its split, or another split of DATA")
+    limits = [512, 1024, 2048, 4096]
+    add("--limits", type=int, nargs="+", default=limits, metavar="N", help="of max_length [%(default)s]")
+    add("--examples", type=int, default=2, metavar="N", help="rows shown [2]")
+    add("--html", metavar="PAGE", help="write the report as a page too")
+
+    text = "text of dialogues to messages"
+    add = actions.add_parser("convert", help=text, description=text, allow_abbrev=False).add_argument
+    add("data", metavar="DATA", help="a .parquet, .jsonl, .json or .csv file, a folder, or a hub name")
     add("--to", required=True, metavar="FILE", help="a new .jsonl or .parquet file")
     add("--split", default="train", help="of the data [train]")
     add("--system", metavar="TEXT", help="a system message put before every conversation")
@@ -16,6 +31,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    return show(args) if args.action == "show" else convert(args)
+
+
+def show(args: argparse.Namespace) -> int:
+    from align.data.rows import load_rows
+    from align.evaluation.data_report import data_report, lines, write_page
+    from align.modeling.load import load_tokenizer
+
+    other = None
+    if args.against or args.against_split:
+        config = None if args.against else args.config
+        other = load_rows(args.against or args.data, args.against_split or "train", config)
+    found = data_report(
+        load_rows(args.data, args.split, args.config),
+        load_tokenizer(args.tokenizer),
+        use=args.use,
+        limits=args.limits,
+        against=other,
+        examples=args.examples,
+    )
+    print("\n".join(lines(found)))
+    if args.html:
+        print(f"\npage: {write_page(args.html, found)}")
+    return 0
+
+
+def convert(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from align.data.dialogue import convert_dialogues

@@ -1,0 +1,76 @@
+"""`align data`: its numbers against the tokenisation that it reports on."""
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from align.cli.main import main
+from align.data import BadRows, load_rows, toy
+from align.data.tokenize import tokenize_completions, tokenize_pairs, tokenize_prompts
+from align.errors import DataError
+from align.evaluation.data_report import data_report, lines
+
+WORDS = toy.WORDS if hasattr(toy, "WORDS") else ["rose", "wave", "please", "well", "comet", "ridge"]
+
+
+def made(count: int, seed: int = 0) -> Dataset:
+    rng = random.Random(seed)
+
+    def text(low, high):
+        return " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
+
+    rows = []
+    for _ in range(count):
+        start = text(1, 6)
+        rows.append({"prompt": text(1, 12), "chosen": f"{start} a {text(1, 9)}", "rejected": f"{start} b {text(1, 9)}"})
+    return Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize("use", ["pairs", "completions", "prompts"])
+def test_what_limits_cost_is_what_they_do(use):
+    rows, tokenizer = made(60), toy.tokenizer()
+    tokenize = {"pairs": tokenize_pairs, "completions": tokenize_completions, "prompts": tokenize_prompts}[use]
+    name = "max_prompt_length" if use == "prompts" else "max_length"
+    limits = [4, 8, 13, 20, 40]
+    found = data_report(rows, tokenizer, use=use, limits=limits)
+    assert sum(count for *_, count in found["histogram"]) == found["usable"] == 60
+    for limit in limits:
+        report = BadRows()
+        try:
+            tokenize(rows, tokenizer, **{name: limit}, max_bad_share=1.0, report=report)
+        except DataError:
+            assert report.bad == 60
+        cut = {row for text, at in report.notes.items() if "cut" in text for row in at}
+        bad = {row for at in report.reasons.values() for row in at}
+        assert found["limits"][limit] == {"dropped": report.bad, "cut": len(cut - bad)}, limit
+
+
+def test_faults_repeats_and_leakage(tmp_path):
+    rows = made(10).to_list()
+    rows += [rows[2], {**rows[3], "rejected": "other"}, {**rows[4], "chosen": ""}]
+    other = [rows[2], {**rows[5], "chosen": "new"}, *made(3, seed=9).to_list()]
+    found = data_report(Dataset.from_list(rows), toy.tokenizer(), against=Dataset.from_list(other))
+    assert found["dropped"] == {"chosen is empty": (1, [12])} and found["usable"] == 12
+    assert found["repeats"] == {"rows": 1, "prompts": 2}
+    assert found["leakage"] == {"of": 5, "rows": 1, "prompts": 2}
+    assert "dropped: chosen is empty: 1 (rows 12)" in lines(found)
+
+
+def test_the_command_of_the_documentation(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    command = re.search(r"^align (data show .*)$", page, re.MULTILINE).group(1).split()
+    monkeypatch.chdir(tmp_path)
+    Path("my_pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made(30)))
+    toy.tokenizer().save_pretrained("my-model")
+    assert main([*command, "--against", "my_pairs.jsonl"]) == 0
+    shown = capsys.readouterr().out
+    assert "my_pairs.jsonl: 30 rows, 30 usable as pairs (preference, text)" in shown
+    assert "leakage: of 30 rows of the other split 30 are here, 30 by their prompt" in shown
+    assert "trained | " in shown and "row 1: " in shown
+    html = Path("outputs/my_pairs.html").read_text()
+    found = data_report(load_rows("my_pairs.jsonl"), toy.tokenizer(), limits=[16, 48])
+    assert f'<td>16</td><td class="r">{found["limits"][16]["dropped"]}</td>' in html and "trained |" in html
