@@ -1,4 +1,4 @@
-"""`align data show`: what is in a dataset before anything is trained on it: faults, lengths, what limits would cost, repeats, leakage."""
+"""`align data show`: what is in a dataset: faults, lengths, what limits would cost, repeats, leakage between splits."""
 
 import hashlib
 from collections.abc import Iterator, Sequence

@@ -14,7 +14,7 @@ from align.data.tokenize import tokenize_completions, tokenize_pairs, tokenize_p
 from align.errors import DataError
 from align.evaluation.data_report import data_report, lines
 
-WORDS = toy.WORDS if hasattr(toy, "WORDS") else ["rose", "wave", "please", "well", "comet", "ridge"]
+WORDS = [*toy.POLITE, *toy.FILLER, *toy.TOPIC_OF]
 
 
 def made(count: int, seed: int = 0) -> Dataset:
