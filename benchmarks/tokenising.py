@@ -8,7 +8,8 @@ process of its own that reads the file and calls `tokenize_pairs`, once: with an
 tokenizer's own threads work there), with an empty cache and several, and again with what the last one left. Beside it
 the raw tokenizer on the same texts: prompt and answers in batches of 1000, nothing kept. Memory is the largest resident
 size of the process above what it had when the file was opened; pages of memory-mapped files count, and the system may
-take these back. The file is made before, and not measured.
+take these back. The file is made before, and not measured. With a load average above the number of CPUs, other work ran
+beside it, and only ratios mean something.
 """
 
 import argparse
@@ -46,7 +47,8 @@ def main():
                 clear(Path(folder))
             found[what] = start(folder, what, args.processes)
             print(what, found[what], flush=True)
-    result = {"pairs": args.pairs, "processes": args.processes, "cpus": len(os.sched_getaffinity(0)), **found}
+    load, cpus = round(os.getloadavg()[2], 1), len(os.sched_getaffinity(0))
+    result = {"pairs": args.pairs, "processes": args.processes, "cpus": cpus, "load_average_15min": load, **found}
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
 

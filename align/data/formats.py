@@ -100,17 +100,31 @@ def _format(dataset: "Dataset", kinds: Sequence[str], use: str, source: str) -> 
 
 
 def columns_of(dataset: "Dataset", source: str = "") -> set[str]:
-    """The columns of one split; DataError for anything that is not a `datasets.Dataset`, lists and frames included."""
-    from datasets import Dataset, DatasetDict
+    """The columns of one split: the one door of all trainers. DataError for anything but a `datasets.Dataset`, with
+    what makes one of it."""
+    from datasets import Dataset, DatasetDict, IterableDataset
 
+    if isinstance(dataset, Dataset):
+        return set(dataset.column_names)
+    name = source or "dataset"
     if isinstance(dataset, DatasetDict):
-        raise DataError(f"{source or 'dataset'} has several splits, choose one of: {', '.join(dataset)}.")
-    if not isinstance(dataset, Dataset):
+        raise DataError(f"{name} has several splits, choose one of: {', '.join(dataset)}.")
+    if isinstance(dataset, IterableDataset):
         raise DataError(
-            f"expected a datasets.Dataset, got {type(dataset).__name__}. Load rows with align.data.load_rows, or build "
-            "them with datasets.Dataset.from_list (a list of rows) or from_pandas; streamed datasets are not supported."
+            f"{name} is a streamed dataset, which is not supported: load it without streaming=True. Rows are read from "
+            "disk and tokenised once, so that memory does not grow with them (docs/data.md)."
         )
-    return set(dataset.column_names)
+    remedies = {
+        "NoneType": "there are no rows",
+        "list": "make one of a list of rows with datasets.Dataset.from_list(rows)",
+        "tuple": "make one with datasets.Dataset.from_list(list(rows))",
+        "dict": "several sets by name are for eval_dataset; of columns, datasets.Dataset.from_dict(columns) makes one",
+        "DataFrame": "make one with datasets.Dataset.from_pandas(frame)",
+        "str": "load rows with align.data.load_rows(name)",
+    }
+    kind = type(dataset).__name__
+    rows = "make one of what yields rows (mappings of text) with datasets.Dataset.from_list([dataset[i] for i in ...])"
+    raise DataError(f"{name}: expected a datasets.Dataset, got {kind}: {remedies.get(kind, rows)}.")
 
 
 def _is_conversational(dataset: "Dataset", column: str, source: str) -> bool:

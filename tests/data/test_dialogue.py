@@ -106,7 +106,7 @@ def test_the_command_of_the_page(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Dataset.from_list([{"prompt": TALK, "chosen": " w6", "rejected": " w7"}]).to_parquet("hh_pairs.parquet")
     page = (Path(__file__).parents[2] / "docs/data.md").read_text()
-    (command,) = re.findall(r"```bash\n(align data .*)\n", page)
+    (command,) = re.findall(r"```bash\n(align data convert .*)\n", page)
     assert main(shlex.split(command)[1:]) == 0
     assert load_rows("pairs.jsonl")[0]["prompt"][0]["content"] == "You are a helpful assistant."
 

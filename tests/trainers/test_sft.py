@@ -106,10 +106,7 @@ def test_several_evaluation_sets_by_name(policy, tmp_path):
     assert trainer.evaluate(sets)["eval_rest_loss"] == own["eval_rest_loss"]
 
 
-def test_what_is_no_dataset_is_refused_with_a_sentence(policy, tmp_path):
-    for rows in (list(demonstrations(2)), demonstrations(2).to_pandas()):
-        with pytest.raises(DataError, match="expected a datasets.Dataset, got .*Dataset.from_list .* or from_pandas"):
-            SFTTrainer(policy, sft_config(tmp_path), rows)
+def test_options_without_effect_are_refused_by_name(tmp_path):
     for name, value in {"dataset_text_field": "content", "chat_template_path": "x.jinja"}.items():
         with pytest.raises(ConfigError, match=f"{name} has no effect here"):
             sft_config(tmp_path, **{name: value})

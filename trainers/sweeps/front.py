@@ -82,13 +82,8 @@ def train_front(
         last = None
     elif last is None:
         raise ConfigError(NO_LAST_POLICY.format(start=start, beta=args.beta))
-    tokenized = partial(
-        numbered_pairs,
-        tokenizer=processing_class,
-        max_length=args.max_length,
-        max_bad_share=args.max_bad_share,
-        num_proc=args.dataset_num_proc,
-    )
+    tokenized = partial(numbered_pairs, tokenizer=processing_class, num_proc=args.dataset_num_proc)
+    tokenized = partial(tokenized, max_length=args.max_length, max_bad_share=args.max_bad_share)
     train_dataset = tokenized(train_dataset)
     eval_dataset = of_each(eval_dataset, tokenized)
     started = time.perf_counter()

@@ -1,0 +1,78 @@
+"""What is no dataset of rows, or not of this model, is refused by every trainer, with what to do in the sentence."""
+
+from functools import partial
+
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+
+from align.data import toy
+from align.errors import DataError
+from tests.trainers.core.test_eval_sets import METRIC, make_trainer, rows_of
+from tests.trainers.pairs.preference_runs import toy_pairs
+from tests.trainers.tiny_runs import tiny_model
+
+
+class OfTorch(torch.utils.data.Dataset):
+    def __init__(self, rows: Dataset):
+        self.rows = rows
+
+    def __getitem__(self, i):
+        return self.rows[i]
+
+    def __len__(self):
+        return len(self.rows)
+
+
+NO_ROWS = {
+    "None": (lambda rows: None, "got NoneType: there are no rows"),
+    "list": (lambda rows: rows.to_list(), r"from_list\(rows\)"),
+    "columns": (lambda rows: rows.to_dict(), "several sets by name are for eval_dataset"),
+    "frame": (lambda rows: pd.DataFrame(rows.to_list()), "from_pandas"),
+    "torch": (OfTorch, "got OfTorch: make one of what yields rows"),
+    "name": (lambda rows: "pairs.jsonl", r"load_rows\(name\)"),
+    "splits": (lambda rows: DatasetDict(train=rows, test=rows), "has several splits, choose one of: train, test"),
+    "stream": (lambda rows: rows.to_iterable_dataset(), "streamed dataset, which is not supported: load it without"),
+    "no row": (lambda rows: rows.select([]), "no rows"),
+}
+
+
+@pytest.mark.parametrize("method", METRIC)
+def test_what_is_no_dataset_is_refused_with_a_remedy(method, tmp_path):
+    tokenizer, rows = toy.tokenizer(), rows_of(method, 8)
+    train = partial(make_trainer, method, tmp_path, tokenizer=tokenizer)
+    for name, (make, sentence) in NO_ROWS.items():
+        with pytest.raises(DataError, match=sentence):
+            train(make(rows))
+        if name not in ("None", "columns", "splits"):  # which an evaluation set may be
+            with pytest.raises(DataError, match=sentence):
+                train(rows, make(rows))
+
+
+@pytest.mark.parametrize("method", METRIC)
+def test_rows_that_the_model_cannot_take_are_refused(method, tmp_path):
+    tokenizer, rows = toy.tokenizer(), rows_of(method, 8)
+    with pytest.raises(DataError, match="rows of the training data are longer than the 4 tokens that the model takes"):
+        make_trainer(method, tmp_path, rows, model=tiny_model(tokenizer, max_position_embeddings=4))
+    small = tiny_model(tokenizer, vocab_size=8, pad_token_id=0, eos_token_id=1)
+    with pytest.raises(DataError, match="and the model has embeddings for 8 tokens: the tokenizer is not this model's"):
+        make_trainer(method, tmp_path, rows, model=small)
+
+
+def test_columns_with_the_names_of_tokens(tmp_path):
+    """Pairs are trained from their texts whatever else they carry; demonstrations would be taken for tokens."""
+    clean = toy_pairs(16)
+    extra = clean.add_column("labels", [1] * 16).add_column("input_ids", [[1, 2]] * 16)
+    for method in ("dpo", "reward"):
+        weights = []
+        for rows in (clean, extra):
+            torch.manual_seed(0)
+            trainer = make_trainer(method, tmp_path / method, rows, resume_changes=["data"])
+            trainer.train()
+            weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+        assert torch.equal(*weights)
+    for name in ("labels", "input_ids"):
+        rows = rows_of("sft", 8)
+        with pytest.raises(DataError, match=f"the column '{name}' would be taken for tokens. Rename or remove it"):
+            make_trainer("sft", tmp_path / "sft", rows.add_column(name, [1] * 8))
