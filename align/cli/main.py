@@ -21,6 +21,7 @@ TOOLS = {
     "quickstart": "align.cli.quickstart",
     "chat": "align.cli.chat",
     "generate": "align.cli.generate",
+    "compare": "align.cli.compare",
     "export": "align.cli.export",
     "data": "align.cli.data",
     "masks": "align.cli.masks",

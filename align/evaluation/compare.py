@@ -1,0 +1,125 @@
+"""Two sets of answers to the same prompts: who wins, by rewards and by judges, at any length and at equal length."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from align.errors import DataError, RewardError
+from align.evaluation.bootstrap import percentile_interval, resample_weights
+from align.evaluation.report import render_page
+from align.evaluation.strict_json import write_json
+
+JSON_NAME, PAGE_NAME, TEMPLATE = "compare.json", "compare.html", "compare.html.j2"
+RIDGE, STEPS, SHOWN = 1e-3, 30, 40
+WORDS = {"first": 1.0, "second": 0.0, "tie": 0.5}
+
+
+def paired(a: list[dict], b: list[dict]) -> list[tuple[dict, dict]]:
+    """The answers of both with the same row and sample. DataError where the prompts differ, or an answer has no
+    partner."""
+    others = {(row["row"], row["sample"]): row for row in b}
+    if {(row["row"], row["sample"]) for row in a} != others.keys():
+        raise DataError(
+            f"the two have answers to other rows: {len(a)} and {len(b)} answers, not all of the same prompts"
+        )
+    pairs = [(row, others[row["row"], row["sample"]]) for row in a]
+    for one, other in pairs:
+        if one["prompt"] != other["prompt"]:
+            raise DataError(f"row {one['row']} has another prompt in the two files")
+    return pairs
+
+
+def by_scores(a: Sequence[float], b: Sequence[float]) -> np.ndarray:
+    """1 where A's score is higher, 0 where B's is, 0.5 at a tie [N]."""
+    return 0.5 + 0.5 * np.sign(np.asarray(a) - np.asarray(b))
+
+
+def by_judge(pairs: list[tuple[dict, dict]], judge: Callable, name: str) -> tuple[np.ndarray, float]:
+    """(preference for A [N] in [0, 1], share of pairs judged alike in both orders).
+
+    judge(prompts, first, second): a list with "first", "second" or "tie" per pair, or the probability that the first is
+    better. It sees every pair twice, A first and B first, and the preference is the mean: who only prefers a position
+    finds ties.
+    """
+    prompts = [one["prompt"] for one, _ in pairs]
+    texts = [one["completion"] for one, _ in pairs], [other["completion"] for _, other in pairs]
+    forward = _verdicts(judge(prompts, *texts), len(pairs), name)
+    backward = 1 - _verdicts(judge(prompts, *texts[::-1]), len(pairs), name)
+    return (forward + backward) / 2, float(np.mean(np.sign(forward - 0.5) == np.sign(backward - 0.5)))
+
+
+def _verdicts(found: Sequence[Any], count: int, name: str) -> np.ndarray:
+    values = [WORDS.get(value, value) if isinstance(value, str) else value for value in found]
+    for index, value in enumerate(values):
+        if isinstance(value, str | bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise RewardError(
+                f"judge {name!r}, pair {index}: expected 'first', 'second', 'tie' or a probability, got {value!r:.80}"
+            )
+    if len(values) != count:
+        raise RewardError(f"judge {name!r} returned {len(values)} verdicts for {count} pairs")
+    return np.array(values, dtype=np.float64)
+
+
+def summarise(pairs: list[tuple[dict, dict]], preference: np.ndarray, *, seed: int = 0) -> dict[str, Any]:
+    """Win rate of A (a tie is half), shares of wins and ties, and the win rate at equal length; 95 % bootstrap over
+    prompts, all answers to one together.
+
+    At equal length: sigmoid(t) of the logistic regression of the preference on t + c tanh(difference in characters /
+    its standard deviation), as AlpacaEval's length control (Dubois et al. 2024, arXiv 2404.04475) without its terms for
+    instructions; both parameters shrink a little (`RIDGE`), so that they exist when one side wins all.
+    """
+    rows = sorted({one["row"] for one, _ in pairs})
+    index = np.array([rows.index(one["row"]) for one, _ in pairs])
+    longer = np.array([len(one["completion"]) - len(other["completion"]) for one, other in pairs], dtype=np.float64)
+    weights = resample_weights(len(rows), seed=seed)[:, index]
+    weights = np.concatenate([np.ones((1, len(pairs))), weights])  # the first row: all as they are
+    weights = weights / weights.sum(1, keepdims=True)
+    spread = longer.std()
+    equal = _at_equal_length(preference, np.tanh(longer / spread) if spread else np.zeros_like(longer), weights)
+    return {
+        "win_rate": _estimate(weights @ preference),
+        "at_equal_length": _estimate(equal),
+        "wins": float(np.mean(preference > 0.5)),
+        "ties": float(np.mean(preference == 0.5)),
+        "losses": float(np.mean(preference < 0.5)),
+        "longer": float(np.mean(longer > 0)),
+    }
+
+
+def _estimate(values: np.ndarray) -> dict[str, float]:
+    low, high = percentile_interval(values[1:])
+    return {"value": float(values[0]), "low": float(low), "high": float(high)}
+
+
+def _at_equal_length(preference: np.ndarray, length: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """[R] for weights [R, N] that sum to 1: sigmoid of the intercept, by Newton's method."""
+    theta = np.zeros((len(weights), 2))
+    columns = np.stack([np.ones_like(length), length], 1)
+    products = (columns[:, :, None] * columns[:, None, :]).reshape(-1, 4)
+    for _ in range(STEPS):
+        chance = 1 / (1 + np.exp(-theta @ columns.T))
+        gradient = (weights * (preference - chance)) @ columns - RIDGE * theta
+        curve = (weights * chance * (1 - chance) @ products).reshape(-1, 2, 2) + RIDGE * np.eye(2)
+        theta = theta + np.linalg.solve(curve, gradient[..., None])[..., 0]
+    return 1 / (1 + np.exp(-theta[:, 0]))
+
+
+def write_comparison(folder: str | Path, result: dict[str, Any], pairs: list[tuple[dict, dict]]) -> list[Path]:
+    """compare.json, and compare.html with the first texts side by side."""
+    folder = Path(folder)
+    shown = [
+        {"prompt": prompt_text(one["prompt"]), "a": one["completion"], "b": other["completion"], "row": one["row"]}
+        for one, other in pairs[:SHOWN]
+    ]
+    for index, entry in enumerate(shown):
+        entry["verdicts"] = {name: found["preference"][index] for name, found in result["by"].items()}
+    page = render_page(folder / PAGE_NAME, TEMPLATE, figures={}, r=result, shown=shown)
+    return [page, write_json(folder / JSON_NAME, result)]
+
+
+def prompt_text(prompt: Any) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)

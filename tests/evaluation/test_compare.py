@@ -1,0 +1,75 @@
+"""`align compare`: win rates against numbers counted by hand, position swap, ties, length control, the page."""
+
+import json
+
+import numpy as np
+import pytest
+
+from align.cli.main import main
+from align.errors import RewardError
+from align.evaluation.compare import by_judge, summarise
+
+
+def answers(path, texts, samples=1) -> str:
+    lines = [
+        {"row": i // samples, "sample": i % samples, "prompt": f"question {i // samples}", "completion": text}
+        for i, text in enumerate(texts)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def pairs_of(a, b):
+    return [
+        ({"row": i, "prompt": "p", "completion": x}, {"completion": y})
+        for i, (x, y) in enumerate(zip(a, b, strict=True))
+    ]
+
+
+def test_a_file_against_a_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.py").write_text(
+        "def good(prompts, completions, **_):\n    return [float(c.count('good')) for c in completions]\n"
+        "def longer(prompts, first, second):\n"
+        "    return ['first' if len(a) > len(b) else 'second' if len(b) > len(a) else 'tie'"
+        " for a, b in zip(first, second)]\n"
+        "def lazy(prompts, first, second):\n    return ['first'] * len(first)\n"
+    )
+    a = answers(tmp_path / "a.jsonl", ["good <b>one</b>", "good", "bad", "good good"], samples=2)
+    b = answers(tmp_path / "b.jsonl", ["bad", "good", "good one", "good"], samples=2)
+    assert main(["compare", a, b, "--rewards", "my.py:good", "--judge", "my.py:longer", "my.py:lazy"]) == 0
+    result = json.loads((tmp_path / "outputs/compare/compare.json").read_text())
+    assert result["pairs"] == 4 and result["prompts"] == 2 and result["longer"] == 0.5
+    good = result["by"]["good"]
+    assert good["preference"] == [1, 0.5, 0, 1] and good["win_rate"]["value"] == 0.625 and good["ties"] == 0.25
+    assert good["win_rate"]["low"] == 0.5 and good["win_rate"]["high"] == 0.75  # two prompts: 0.75 and 0.5
+    longer, lazy = result["by"]["longer"], result["by"]["lazy"]
+    assert longer["preference"] == [1, 0.5, 0, 1] and longer["consistent"] == 1
+    assert lazy["preference"] == [0.5] * 4 and lazy["consistent"] == 0  # only a position is preferred: ties
+    page = (tmp_path / "outputs/compare/compare.html").read_text()
+    assert "good &lt;b&gt;one&lt;/b&gt;" in page and "question 1" in page and "http" not in page
+    assert "good: A wins 62.5% (50.0% to 75.0%)" in capsys.readouterr().out
+
+
+def test_length_control_takes_out_what_length_explains():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 60, size=(2, 400))
+    pairs = pairs_of(["x" * n for n in lengths[0] + 10], ["x" * n for n in lengths[1]])
+    difference = np.array([len(a["completion"]) - len(b["completion"]) for a, b in pairs])
+    by_length = summarise(pairs, (rng.random(400) < 1 / (1 + np.exp(-difference / 10))).astype(float))
+    assert by_length["win_rate"]["low"] > 0.55
+    assert by_length["at_equal_length"]["low"] < 0.5 < by_length["at_equal_length"]["high"]
+    by_merit = summarise(pairs, (rng.random(400) < 0.7).astype(float))
+    assert by_merit["at_equal_length"]["value"] == pytest.approx(by_merit["win_rate"]["value"], abs=0.03)
+    assert summarise(pairs, np.ones(400))["at_equal_length"]["value"] > 0.95
+
+
+def test_mistakes(tmp_path, capsys):
+    a, b = answers(tmp_path / "a.jsonl", ["x", "y"]), answers(tmp_path / "b.jsonl", ["x"])
+    assert main(["compare", a, b]) == 2 and "name who decides" in capsys.readouterr().err
+    assert main(["compare", a, b, "--rewards", "align.data.toy:gold"]) == 2
+    assert "the two have answers to other rows: 2 and 1" in capsys.readouterr().err
+    assert main(["compare", a, "model", "--rewards", "align.data.toy:gold"]) == 2
+    assert "name --prompts for it" in capsys.readouterr().err
+    with pytest.raises(RewardError, match="'j', pair 0: expected 'first', 'second', 'tie' or a probability, got 2"):
+        by_judge(pairs_of(["x"], ["y"]), lambda prompts, first, second: [2], "j")
