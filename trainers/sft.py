@@ -12,6 +12,7 @@ from align.data.collate import IGNORED
 from align.data.formats import TEXT_COLUMNS, columns_of
 from align.data.sets import of_each
 from align.data.tokenize import tokenize_completions
+from align.distributed.shards import outputs_as_computed
 from align.errors import ConfigError, DataError
 from align.modeling.adapters import check_stack
 from align.modeling.load import load_policy, load_tokenizer, train_in_float32
@@ -97,6 +98,15 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
             optimizers=optimizers,
             peft_config=peft_config,
         )
+        if not self.is_deepspeed_enabled:
+            # TRL's adapters on 4-bit weights are in bfloat16, where small updates are rounded away
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        with outputs_as_computed(model):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """As transformers' `evaluate`; `eval_dataset` is tokenised as the training rows are."""

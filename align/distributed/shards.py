@@ -4,11 +4,12 @@ All processes must call these together, with the same parameters in the same ord
 """
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import cast
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from align.modeling.types import Model
@@ -36,6 +37,26 @@ def whole(parameter: Tensor) -> Tensor:
         with gathered([parameter]):
             return parameter.detach().clone()
     return parameter.detach()
+
+
+@contextmanager
+def outputs_as_computed(model: Model):
+    """Inside, what the model returns has the dtypes that it was computed in. FSDP2's mixed precision casts it all to
+    bfloat16, which has three digits: with it TRL's log-probs, whose mean was logged as 4.67 where it was 4.65."""
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    kept = []
+    # before and after FSDP's own hook, which must see the tensors that the gradient comes back through
+    hooks = (
+        model.register_forward_hook(lambda module, args, output: kept.append(output), prepend=True),
+        model.register_forward_hook(lambda module, args, output: kept.pop()),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def zero3_twin(model: Model) -> Model:

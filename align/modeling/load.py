@@ -202,8 +202,8 @@ def disable_dropout(model: Model) -> None:
                 setattr(module, key, 0.0)
     if adapters:
         logger.warning(
-            "lora_dropout %s is off: disable_dropout is true, and dropout in an adapter makes the policy differ from "
-            "its reference and its rollouts; to train with it set disable_dropout: false",
+            "lora_dropout %s is off: disable_dropout is true, as it is by default, and means an adapter's dropout too "
+            "(as in TRL); to train with it set disable_dropout: false",
             ", ".join(map(str, sorted(adapters))),
         )
 
@@ -250,10 +250,24 @@ class Reference:
         training = self.model.training
         self.model.eval()
         try:
-            with torch.no_grad(), self.model.disable_adapter() if self.adapter_off else nullcontext():
+            with torch.no_grad(), without_adapter(self.model) if self.adapter_off else nullcontext():
                 yield self.model
         finally:
             self.model.train(training)
+
+
+@contextmanager
+def without_adapter(model: Model):
+    """PEFT's `disable_adapter`, with the adapter's parameters left trainable.
+
+    FSDP2 takes the dtype that it reduces a layer's gradients to from what is trainable at the first forward pass. Where
+    that is the reference's, the float32 gradients of an adapter would come out of mixed precision in bfloat16, and be
+    refused."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with model.disable_adapter():
+        for p in trained:
+            p.requires_grad_(True)
+        yield
 
 
 def reference_of(model: Model, ref_model: str | Path | Model | None = None) -> Reference:

@@ -6,12 +6,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from align.errors import ConfigError, TrainingError
-from align.modeling.logprobs import language_model
+from align.errors import TrainingError
 
 logger = logging.getLogger(__name__)
 
@@ -75,23 +74,3 @@ def check_weights(parameters: Iterable[Tensor], step: int) -> None:
             f"the weights are not finite after step {step}: no checkpoint is written. Lower the "
             "learning rate, and resume from the last checkpoint"
         )
-
-
-def check_experts(model: nn.Module) -> None:
-    """Mixtures of experts train without their load-balancing loss here: a warning, or ConfigError if the model's config
-    has it switched on."""
-    config = language_model(model).config.get_text_config()
-    coefficient = vars(config).get("router_aux_loss_coef")
-    if not coefficient:
-        return
-    if vars(config).get("output_router_logits"):
-        raise ConfigError(
-            "the model's config has output_router_logits: true, and this trainer adds no load-balancing loss: set it "
-            "to false and train without, or train with SFT"
-        )
-    logger.warning(
-        "%s is a mixture of experts: its load-balancing loss (router_aux_loss_coef %g) is not in this trainer's loss; "
-        "watch whether its experts stay in use, or adapt attention alone (LoRA)",
-        type(language_model(model)).__name__,
-        coefficient,
-    )

@@ -77,6 +77,12 @@ class BaseConfig(RunOptions, TrainingArguments):
     dataset_num_proc: int | None = field(
         default=None, metadata={"help": "Processes that tokenise the rows, once for all later runs. Default: one."}
     )
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the load-balancing loss of a mixture of experts. Default: the model's own; 0: none."
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()

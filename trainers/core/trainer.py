@@ -22,6 +22,7 @@ from align.errors import ConfigError, TrainingError
 from align.modeling.adapters import adapter_start, notes, split
 from align.trainers.core import card, guards, identity, saving, trackers
 from align.trainers.core.checkpoints import Resumed, choose_checkpoint, read_checkpoint, write_extra_state
+from align.trainers.core.experts import router_coefficient
 from align.trainers.core.hooks import TrainerHooks
 from align.trainers.core.lock import holding
 from align.trainers.core.options import BaseConfig, RunOptions
@@ -62,7 +63,7 @@ class TrainerMixin(TrainerHooks):
         self._verify = False
         super().__init__(*args, **kwargs)
         if isinstance(self.args, BaseConfig):  # TRL's, of SFT, adds the loss of a mixture of experts
-            guards.check_experts(self.model)
+            self.router_coefficient = router_coefficient(self.model, self.args.router_aux_loss_coef)
         self._check_rows()
         if not self.is_deepspeed_enabled:  # its gradients are not in `parameter.grad`
             self.add_callback(guards.GradientsReachTheWeights())

@@ -33,6 +33,7 @@ from align.objectives.policy_loss import aggregate_tokens
 from align.rollout.engine import RolloutEngine
 from align.rollout.types import SamplingParams
 from align.trainers.core.batching import CheckSharedRows, autocast_dtype, resolve_layout
+from align.trainers.core.experts import with_router_loss
 from align.trainers.core.identity import mark_of
 from align.trainers.core.micro_batches import MicroBatchLists, in_lists
 from align.trainers.core.ranks import Ranks
@@ -234,6 +235,7 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
         batches = self.planner.plan(samples, num_batches)
         return in_lists([self.planner.collate(batch) for batch in batches], num_batches), self.loss_count(samples)
 
+    @with_router_loss(lambda batch, args: loss_count(batch["completion_mask"].sum(-1).tolist(), args))
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args, mask = self.args, inputs["completion_mask"]
         logps, entropy = completion_logps(model, inputs, temperature=args.temperature, return_entropy=True)
@@ -247,9 +249,8 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
             self.metrics.surrogate(policy, mask)
         if self.critic is not None:
             self.critic.learn(inputs, num_items_in_batch)
-        # The count is of all ranks, and DDP averages the gradients over them.
         loss = aggregate_tokens(losses, mask, args.loss_aggregation, num_items_in_batch)
-        return loss * self.accelerator.num_processes
+        return loss * self.accelerator.num_processes  # the count is of all ranks, and DDP averages over them
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Sample from the policy at the training temperature on the evaluation prompts, score, and log the means.
@@ -272,8 +273,7 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
         measured = self.evaluator.measured
         metrics = {f"{metric_key_prefix}_{name}": sum(row[name] for row in rows) / len(rows) for name in measured}
         if own and self.is_in_train:
-            scores = {name: [row[f"rewards/{name}"] for row in rows] for name in self.rewards.names}
-            learned = self.weighting.observe(scores)
+            learned = self.weighting.observe({n: [row[f"rewards/{n}"] for row in rows] for n in self.rewards.names})
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in learned.items()}
         self.log(metrics)
         if own:

@@ -21,6 +21,7 @@ from align.data.sets import of_each
 from align.errors import TrainingError
 from align.modeling.types import Model
 from align.objectives.pair_losses import PairLosses
+from align.trainers.core.experts import with_router_loss
 from align.trainers.core.micro_batches import MicroBatchLists, in_lists
 from align.trainers.pairs.config import PairConfig
 from align.trainers.pairs.data import IDS, PairData, flat_column
@@ -96,6 +97,7 @@ class PairTrainer(MicroBatchLists, Trainer):
             return counts
         return self.accelerator.gather(counts.to(self.args.device)).cpu()
 
+    @with_router_loss(lambda batch, args: len(batch["completion_mask"]) // 2)
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         found = self.pair_losses(model, inputs)
         values = found.values()

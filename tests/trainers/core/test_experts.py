@@ -1,27 +1,96 @@
-"""A mixture of experts trains without its load-balancing loss, and that is said."""
+"""The load-balancing loss of mixtures of experts: transformers' own, whatever the layout, and in the trained loss."""
 
 import pytest
+import torch
 import transformers as tf
 
+from align.data import PairCollator, SharedPrefixCollator, toy
 from align.errors import ConfigError
-from align.trainers.core.guards import check_experts
+from align.modeling.experts import balancing_loss, watched_routers
+from align.modeling.pairs import pair_tokens
+from align.modeling.prefix_support import enable_shared_prefix
+from align.trainers.core.experts import router_coefficient
+from align.trainers.dpo import DPOTrainer
 from tests.modeling import tiny
+from tests.modeling.pair_models import pairs
+from tests.trainers.pairs.preference_runs import dpo_config, toy_pairs
+from tests.trainers.tiny_runs import logged, on_policy, prompts, wanted_words
 
 
-def mixture(**options):
-    sizes = {"moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
-    return tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**tiny.SIZES, **sizes, **options))
+def mixture(kind="qwen3", **options):
+    torch.manual_seed(0)
+    sizes = {**tiny.SIZES, "num_experts_per_tok": 2, **options}
+    if kind == "mixtral":
+        return tf.MixtralForCausalLM(tf.MixtralConfig(**sizes, num_local_experts=4))
+    return tf.Qwen3MoeForCausalLM(
+        tf.Qwen3MoeConfig(**sizes, moe_intermediate_size=8, num_experts=4, decoder_sparse_step=1)
+    )
 
 
-def test_it_is_said(caplog):
-    check_experts(mixture())
-    assert "router_aux_loss_coef 0.001" in caplog.text
-    caplog.clear()
-    check_experts(mixture(router_aux_loss_coef=0.0))
-    check_experts(tiny.causal())
+@pytest.mark.parametrize("kind", ["qwen3", "mixtral"])
+def test_both_layouts_have_the_loss_that_transformers_computes(kind):
+    model, found, gradients = mixture(kind), {}, {}
+    router = next(p for name, p in model.named_parameters() if "gate" in name)
+    padded = PairCollator(0)(pairs())
+    expected = model(
+        input_ids=padded["input_ids"], attention_mask=padded["attention_mask"], output_router_logits=True
+    ).aux_loss
+    (gradients["transformers"],) = torch.autograd.grad(expected, router)
+    assert enable_shared_prefix(model, None) is None
+    for name, batch in {"padded": padded, "shared": SharedPrefixCollator()(pairs())}.items():
+        with watched_routers(model) as seen:
+            pair_tokens(model, batch)
+            with torch.no_grad():
+                pair_tokens(model, batch)  # of a reference that is the same module: it is not looked at
+        found[name] = balancing_loss(model, seen["logits"], batch["attention_mask"])
+        (gradients[name],) = torch.autograd.grad(found[name], router)
+    for name in found:
+        torch.testing.assert_close(found[name], expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(gradients[name], gradients["transformers"], atol=1e-5, rtol=1e-4)
+
+
+def test_which_coefficient(caplog):
+    assert router_coefficient(mixture(), None) == 0.001 and router_coefficient(mixture(), 0.5) == 0.5
+    assert router_coefficient(mixture(), 0.0) == 0 and router_coefficient(tiny.causal(), None) == 0
     assert not caplog.text
-
-
-def test_asked_for_it_is_refused():
+    with pytest.raises(ConfigError, match="no load-balancing loss for LlamaForCausalLM"):
+        router_coefficient(tiny.causal(), 0.1)
+    classifier = tf.Qwen3MoeForSequenceClassification(mixture().config)
+    assert router_coefficient(classifier, None) == 0 and "without a load-balancing loss" in caplog.text
     with pytest.raises(ConfigError, match="output_router_logits: true"):
-        check_experts(mixture(output_router_logits=True))
+        router_coefficient(mixture(output_router_logits=True), None)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory) -> str:
+    folder, tokenizer = tmp_path_factory.mktemp("experts"), toy.tokenizer()
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    mixture(vocab_size=len(tokenizer), **ends).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("batching", ["shared_prefix", "padded"])
+def test_it_counts_once_per_step(experts, tmp_path, batching):
+    """However many micro-batches a step has; it is a mean over them, as in transformers and TRL."""
+    for size in (8, 4):
+        args = dpo_config(
+            tmp_path / f"{size}", per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, max_steps=1,
+            batching=batching, router_aux_loss_coef=10.0,
+        )  # fmt: skip
+        trainer = DPOTrainer(experts, args, toy_pairs(8))
+        trainer.train()
+        (loss,), (aux,) = logged(trainer, "loss"), logged(trainer, "aux_loss")
+        assert loss == pytest.approx(0.693147 + 10 * aux, rel=1e-5)
+
+
+def test_on_policy(experts, tmp_path):
+    """Balanced experts have a loss of experts_per_token / 1: 2. Training on it alone brings it there."""
+    trainer_class, args = on_policy(
+        "rloo", tmp_path, beta=0.0, router_aux_loss_coef=100.0, max_steps=6, learning_rate=3e-3
+    )
+    trainer = trainer_class(experts, wanted_words, args, prompts(64))
+    trainer.train()
+    trainer.close()
+    aux = logged(trainer, "aux_loss")
+    assert 2 <= aux[-1] < aux[0] - 0.01

@@ -1,0 +1,62 @@
+"""The load-balancing loss of mixtures of experts (Fedus et al. 2022, eq. 4-6), by transformers' own function."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from align.modeling.types import Model
+
+
+def balancing_function(core: Model) -> Callable[..., Tensor] | None:
+    """transformers' load-balancing loss of this architecture; None where it has none (classifiers, dense models)."""
+    function = vars(sys.modules[type(core).__module__]).get("load_balancing_loss_func")
+    causal = hasattr(core, "num_experts") and hasattr(core, "num_experts_per_tok")
+    return function if causal else None
+
+
+@contextmanager
+def watched_routers(core: Model) -> Iterator[dict[str, Any]]:
+    """A dict that holds `logits` once the model has run with gradient inside: the router's of every layer,
+    [rows * T, experts] each; of the last such run."""
+    seen: dict[str, Any] = {}
+
+    def ask(module, args, kwargs):
+        return args, {**kwargs, "output_router_logits": True}
+
+    def keep(module, args, output):
+        if torch.is_grad_enabled():  # not a reference, which may be the same module with its adapter off
+            seen["logits"] = output.router_logits
+
+    # of the trunk: the causal model would compute the loss of rows with shared prefixes by a mask that it cannot read
+    trunk = core.base_model
+    hooks = trunk.register_forward_pre_hook(ask, with_kwargs=True), trunk.register_forward_hook(keep)
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def balancing_loss(core: Model, logits: tuple[Tensor, ...], attention_mask: Tensor) -> Tensor:
+    """The loss of a batch, a scalar: experts x sum over experts of (share of the tokens) x (mean probability).
+
+    attention_mask: [B, T], 0 for padding, which does not count; or the table of `modeling.shared_prefix`, where a token
+    of a prefix counts once for every sequence that it belongs to. So both layouts of a batch have the same loss.
+    """
+    counts = attention_mask if attention_mask.dim() == 2 else _sequences_of_tokens(attention_mask)
+    function = balancing_function(core)
+    if function is None:
+        raise TypeError(f"{type(core).__name__} has no load-balancing loss")
+    return function(logits, core.num_experts, core.num_experts_per_tok, counts)
+
+
+def _sequences_of_tokens(table: Tensor) -> Tensor:
+    """[T]: how many sequences each token of a row with shared prefixes belongs to. table: [1, 1, groups, 1 + rests]."""
+    lengths = table.view(-1, table.shape[-1])
+    counts = torch.ones_like(lengths)
+    counts[:, 0] = lengths.shape[1] - 1
+    return counts.flatten().repeat_interleave(lengths.flatten())

@@ -1,0 +1,59 @@
+"""Adds the load-balancing loss of a mixture of experts to a trainer's loss."""
+
+import logging
+from collections.abc import Callable
+from functools import wraps
+
+from torch import nn
+from transformers import TrainingArguments
+
+from align.errors import ConfigError
+from align.modeling.experts import balancing_function, balancing_loss, watched_routers
+from align.modeling.logprobs import language_model
+
+logger = logging.getLogger(__name__)
+
+
+def router_coefficient(model: nn.Module, asked: float | None) -> float:
+    """The weight of the load-balancing loss. asked: the run's `router_aux_loss_coef`; None: the model's own."""
+    core = language_model(model)
+    config = vars(core.config.get_text_config())
+    own = config.get("router_aux_loss_coef")
+    if own and config.get("output_router_logits"):
+        raise ConfigError(
+            "the model's config has output_router_logits: true, with which transformers adds its loss by itself where "
+            "it can: set it to false; router_aux_loss_coef of the run adds it here"
+        )
+    if balancing_function(core) is not None:
+        return (own or 0.0) if asked is None else asked
+    if asked:
+        raise ConfigError(f"router_aux_loss_coef: transformers has no load-balancing loss for {type(core).__name__}")
+    if own and asked is None:
+        logger.warning(
+            "%s is a mixture of experts and is trained without a load-balancing loss, which transformers does not have "
+            "for it: watch whether its experts stay in use, or adapt attention alone (LoRA)",
+            type(core).__name__,
+        )
+    return 0.0
+
+
+def with_router_loss(items: Callable[[dict, TrainingArguments], int]):
+    """Of the `compute_loss` of a trainer: adds `router_coefficient` x the load-balancing loss, and logs that as
+    `aux_loss`. A micro-batch counts by its share of the step. items: how many of `num_items_in_batch` are in one."""
+
+    def decorate(compute_loss):
+        @wraps(compute_loss)
+        def with_it(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            if not self.router_coefficient:
+                return compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+            core = language_model(model)
+            with watched_routers(core) as seen:
+                loss = compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+            balance = balancing_loss(core, seen["logits"], inputs["attention_mask"])
+            self.record("aux_loss", balance.detach(), len(inputs["completion_mask"]))
+            share = items(inputs, self.args) / num_items_in_batch * self.accelerator.num_processes
+            return loss + self.router_coefficient * balance * share
+
+        return with_it
+
+    return decorate
