@@ -46,11 +46,12 @@ def outputs_as_computed(model: Model):
     if not isinstance(model, FSDPModule):
         yield
         return
-    kept = []
+    kept: list = []
+    module = cast(Model, model)
     # before and after FSDP's own hook, which must see the tensors that the gradient comes back through
     hooks = (
-        model.register_forward_hook(lambda module, args, output: kept.append(output), prepend=True),
-        model.register_forward_hook(lambda module, args, output: kept.pop()),
+        module.register_forward_hook(lambda _, args, output: kept.append(output), prepend=True),
+        module.register_forward_hook(lambda _, args, output: kept.pop()),
     )
     try:
         yield
