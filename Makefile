@@ -8,7 +8,7 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-highest lint clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/align quickstart $(ARGS)
@@ -17,6 +17,17 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m tests.real_model
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+# The suite on newer versions than the tested set's, in an environment of its own, on CPUs and without vLLM.
+# `make test-highest ARGS="tests/modeling -k gemma2"` runs a part.
+test-highest: .venv-highest/.installed
+	OMP_NUM_THREADS=1 .venv-highest/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+.venv-highest/.installed: requirements/highest.txt pyproject.toml
+	$(PYTHON) -m venv .venv-highest
+	.venv-highest/bin/pip install -q --upgrade pip
+	.venv-highest/bin/pip install -q -e '.[dev]' -r $<
+	touch $@
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -38,4 +49,4 @@ endif
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .venv-highest build *.egg-info

@@ -82,7 +82,7 @@ def load_policy(
         load = load_merged if is_adapter(model) else load_whole
         model = load(AutoModelForCausalLM, str(model), options)
     keep_4_bit_layers_differentiable(model)
-    compute_soft_caps(language_model(model))
+    compute_soft_caps(language_model(model), attn_implementation)
     return _with_adapter(model, peft_config)
 
 
@@ -157,7 +157,7 @@ def load_sequence_classifier(
             head_seed=head_seed if fresh_head else None,
         )
     keep_4_bit_layers_differentiable(model)
-    compute_soft_caps(language_model(model))
+    compute_soft_caps(language_model(model), attn_implementation)
     head = head_name(model).split(".")[0]
     text_config = cast("Model", model).config.get_text_config()
     if text_config.pad_token_id is None:

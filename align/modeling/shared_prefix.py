@@ -23,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from align.errors import TrainingError
 from align.modeling.types import Model
 
-IMPLEMENTATION = "sdpa_shared_prefix"
+IMPLEMENTATION = "shared_prefix"  # not "sdpa...": transformers would refuse it where it refuses its own SDPA
 BLOCK = 128  # FlexAttention's blocks, in tokens
 _prepared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # one table serves all layers
 _called: WeakSet[nn.Module] = WeakSet()  # layers' attention modules that were given a table
@@ -43,10 +43,13 @@ def took_a_table(module: nn.Module) -> bool:
     return module in _called
 
 
-def compute_soft_caps(core: Model) -> None:
-    """Have a model with soft-capped attention scores (Gemma-2) compute them: transformers' SDPA leaves the cap out."""
+def compute_soft_caps(core: Model, chosen: str | None = None) -> None:
+    """Have a model with soft-capped attention scores (Gemma-2) compute them in SDPA. transformers' own SDPA leaves the
+    cap out; its releases that say so (5.23) take eager attention, unless told otherwise, in which such models cannot
+    share prefixes. chosen: the attention that was asked for; eager stays."""
     capped = vars(core.config.get_text_config()).get("attn_logit_softcapping")
-    if capped is not None and core.config._attn_implementation == "sdpa":
+    by_default = "sdpa" if core._supports_sdpa else "eager"
+    if capped is not None and chosen != "eager" and core.config._attn_implementation in ("sdpa", by_default):
         register()
         core.set_attn_implementation(IMPLEMENTATION)
 

@@ -4,6 +4,7 @@ import torch
 import transformers as tf
 from torch import nn
 
+from align.modeling.shared_prefix import compute_soft_caps
 from tests.modeling import tiny
 
 SIZES = tiny.SIZES
@@ -29,7 +30,9 @@ MODELS = {
 
 def make(name, dtype=torch.float64):
     torch.manual_seed(0)
-    return exact(tf.AutoModelForCausalLM.from_config(MODELS[name]()), dtype)
+    model = tf.AutoModelForCausalLM.from_config(MODELS[name]())
+    compute_soft_caps(model)  # as align.modeling.load does
+    return exact(model, dtype)
 
 
 def make_classifier(name):

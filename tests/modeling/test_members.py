@@ -17,6 +17,7 @@ from align.modeling.members import (
     share_trunk,
 )
 from align.modeling.scores import sequence_scores
+from align.modeling.shared_prefix import compute_soft_caps
 from tests.modeling import tiny
 
 SMALL = {
@@ -46,7 +47,9 @@ def member_parameters(model, count):
 
 def classifier(kind):
     torch.manual_seed(0)
-    return tf.AutoModelForSequenceClassification.from_config(CONFIGS[kind]()).double().eval()
+    model = tf.AutoModelForSequenceClassification.from_config(CONFIGS[kind]())
+    compute_soft_caps(model)  # as align.modeling.load does
+    return model.double().eval()
 
 
 def shake(model):

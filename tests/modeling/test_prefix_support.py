@@ -7,6 +7,7 @@ from torch import nn
 
 from align.errors import TrainingError
 from align.modeling.prefix_support import check_wrapped, enable_shared_prefix
+from align.modeling.shared_prefix import compute_soft_caps
 from tests.modeling import tiny
 from tests.modeling.pair_models import MODELS
 
@@ -88,5 +89,6 @@ def test_a_small_leak_is_found_in_every_dtype(how):
 def test_healthy_models_are_accepted_in_half_precision(name):
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(MODELS[name]())
+    compute_soft_caps(model)  # as align.modeling.load does
     assert enable_shared_prefix(model.to(torch.bfloat16), 32) is None
     assert enable_shared_prefix(model.float(), 32, torch.bfloat16) is None

@@ -3,6 +3,8 @@
 import torch
 import transformers as tf
 
+from align.modeling.shared_prefix import compute_soft_caps
+
 VOCAB, PAD, EOS = 40, 0, 1
 SIZES = {
     "vocab_size": VOCAB,
@@ -33,7 +35,9 @@ def causal(kind: str = "llama", seed: int = 0, dtype=torch.float64, **options):
             initializer_range=0.5,
         ),
     }[kind]()  # fmt: skip
-    return tf.AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    model = tf.AutoModelForCausalLM.from_config(config)
+    compute_soft_caps(model)  # as align.modeling.load does
+    return model.to(dtype).eval()
 
 
 def classifier(kind: str = "llama", seed: int = 0, dtype=torch.float64, **options):
