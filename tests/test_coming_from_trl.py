@@ -1,0 +1,37 @@
+"""docs/coming_from_trl.md against TRL's configs and ours: no option is left out of the page, none on it exists here."""
+
+import re
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import trl
+
+from align.trainers.dpo import DPOConfig
+from align.trainers.reward import RewardConfig
+from align.trainers.sft import SFTConfig
+
+PAGE = (Path(__file__).parents[1] / "docs" / "coming_from_trl.md").read_text(encoding="utf-8")
+CONFIGS = ((DPOConfig, trl.DPOConfig), (SFTConfig, trl.SFTConfig), (RewardConfig, trl.RewardConfig))
+
+
+def named(section: str) -> set[str]:
+    """Options in the first column of a section's table."""
+    rows = [row for row in section.splitlines() if row.startswith("| `")]
+    return {name for row in rows for name in re.findall(r"`(\w+)`", row.split(" | ")[0])}
+
+
+def test_the_page_lists_what_differs():
+    _, defaults, missing, _ = PAGE.split("\n## ")
+    ours = [{f.name: f for f in fields(config)} for config, _ in CONFIGS]
+    theirs = [{f.name: f for f in fields(config)} for _, config in CONFIGS]
+    gone = {name for a, b in zip(ours, theirs, strict=True) for name in b.keys() - a.keys()}
+    assert named(missing) == gone
+    differ = {
+        name
+        for a, b in zip(ours, theirs, strict=True)
+        for name in a.keys() & b.keys()
+        if MISSING not in (a[name].default, b[name].default) and a[name].default != b[name].default
+    }
+    of_losses = {"f_alpha_divergence_coef"}  # an option of one f_divergence_type
+    assert differ - of_losses <= named(defaults)
+    assert named(defaults) - {"DPOConfig", "RewardConfig"} <= differ | {"beta"}
