@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, extra: list[str]) -> int:
-    method = _method(args)
+    method = method_of(args)
     _check(args)
     num_processes = args.num_processes or _count_gpus()
     if num_processes % args.nodes:
@@ -71,7 +71,7 @@ def _launcher(args: argparse.Namespace, num_processes: int) -> list[str]:
     return ["-m", "accelerate.commands.launch", "--config_file", setup, *counts]
 
 
-def _method(args: argparse.Namespace) -> str:
+def method_of(args: argparse.Namespace) -> str:
     from align.config.source import read_file
 
     stated = read_file(args.config).get("method")

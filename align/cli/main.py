@@ -35,7 +35,7 @@ TOOLS = {
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all sub-commands. Parsed arguments carry `run`, a function of (arguments, remaining tokens)."""
-    from align.cli import launch, train
+    from align.cli import launch, serve, train
 
     parser = argparse.ArgumentParser(
         prog="align",
@@ -51,9 +51,10 @@ def build_parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=method.help, add_help=False, allow_abbrev=False)
         train.add_arguments(sub)
         sub.set_defaults(run=train.run, parser=sub)
-    sub = commands.add_parser("launch", help=launch.HELP, description=launch.DESCRIPTION, allow_abbrev=False)
-    launch.add_arguments(sub)
-    sub.set_defaults(run=launch.run)
+    for name, module in (("launch", launch), ("serve", serve)):
+        sub = commands.add_parser(name, help=module.HELP, description=module.DESCRIPTION, allow_abbrev=False)
+        module.add_arguments(sub)
+        sub.set_defaults(run=module.run)
     for name, path in TOOLS.items():
         module = importlib.import_module(path)
         sub = commands.add_parser(name, help=module.HELP, description=module.HELP, allow_abbrev=False)

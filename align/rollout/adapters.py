@@ -4,7 +4,7 @@ A step of 1e-6 on a LoRA matrix is below the spacing of bfloat16 numbers around 
 2 % of it arrive. Sent apart, in bfloat16 too, all of it does.
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from align.modeling.logprobs import language_model
-from align.rollout.weights import cast, parameter_value
+from align.rollout.weights import cast, checkpoint_weights, parameter_value, weights_of
 
 A, B = ".lora_A", ".lora_B"  # what a LoRA matrix is called beside its layer's name; B holds the scaling
 MAX_RANK = 512
@@ -87,6 +87,21 @@ def adapter_weights(model: PeftModel, dtype: torch.dtype, arrived: ArrivedShare)
         arrived.add(inner(sent[0].float(), sent[1].float(), first, second), inner(first, second, first, second))
         yield name + A, sent[0]
         yield name + B, sent[1]
+
+
+def with_adapter(
+    model: PeftModel, dtype: torch.dtype, arrived: ArrivedShare, turn: int | None, known: Container[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """The frozen weights as in the model's checkpoint, then the adapter. turn: of the frozen weights, which never
+    change, only one, in turn; it is left out if `known`, the names in the checkpoint, lacks it. None: all of them."""
+    if turn is None:
+        yield from checkpoint_weights(model, dtype, merged=False)
+    else:
+        frozen = list(weights_of(model, merged=False))
+        one = frozen[turn % len(frozen)]
+        if one.name in known:
+            yield one.name, one.value(dtype)
+    yield from adapter_weights(model, dtype, arrived)
 
 
 def inner(a: Tensor, b: Tensor, other_a: Tensor, other_b: Tensor) -> float:

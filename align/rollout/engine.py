@@ -91,6 +91,16 @@ class RolloutEngine(ABC):
         """Fingerprints of these tensors in the engine's own memory; None: it cannot prove what it holds."""
         return None
 
+    def _prove(self, sent: "Fingerprints") -> int | None:
+        """How many tensors the engine holds as they were sent, all of them; None: it cannot prove what it holds."""
+        from align.rollout.identity import check_identity
+
+        held = self._held(sent)
+        if held is None:
+            return None
+        check_identity(sent, held, self.name, self.weight_version)
+        return len(sent)
+
     def _start(self, model) -> None:
         """The first weights, at the end of a back-end's `__init__`."""
         with preserved_random_states():
@@ -124,7 +134,7 @@ class RolloutEngine(ABC):
         when log-probs differ (`probe`), with a back-end that cannot say what it holds.
         """
         from align.rollout.adapters import ArrivedShare
-        from align.rollout.identity import WeightStream, check_identity
+        from align.rollout.identity import WeightStream
 
         self._check_open()
         start = time.perf_counter()
@@ -135,12 +145,9 @@ class RolloutEngine(ABC):
         sent = stream.finish()
         self.weight_version = version
         loaded = time.perf_counter()
-        held = self._held(sent)
-        if held is not None:
-            check_identity(sent, held, self.name, version)
-        probe = self.probe(model) if held is None else None
+        proved = self._prove(sent)
+        probe = self.probe(model) if proved is None else None
         end = time.perf_counter()
-        proved = None if held is None else len(sent)
         return PushReport(version, end - start, loaded - start, end - loaded, proved, self.arrived.share, probe)
 
     def verify(self, model) -> "Probe":
@@ -148,13 +155,10 @@ class RolloutEngine(ABC):
 
         Raises `RolloutError` as `push` and `probe` do. The engine's own draws are not touched.
         """
-        from align.rollout.identity import WeightStream, check_identity
+        from align.rollout.identity import WeightStream
 
         self._check_open()
-        sent = WeightStream(self._weights(model, everything=True), self._parts).finish()
-        held = self._held(sent)
-        if held is not None:
-            check_identity(sent, held, self.name, self.weight_version)
+        self._prove(WeightStream(self._weights(model, everything=True), self._parts).finish())
         return self.probe(model)
 
     def probe(self, model) -> "Probe":

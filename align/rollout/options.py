@@ -27,7 +27,9 @@ class RolloutOptions(Section):
     `backend` is a name of the table in `align.rollout.make`; "auto" is vLLM where it is installed, else transformers.
     """
 
-    backend: str = Field("auto", description="auto (vLLM where installed), vllm, transformers, or a registered name.")
+    backend: str = Field(
+        "auto", description="auto (vLLM where installed), vllm, server, transformers, or a registered name."
+    )
     max_num_seqs: int = Field(256, ge=1, description="Sequences that the engine decodes at a time.")
     dtype: Dtype = Field(
         None,

@@ -5,7 +5,6 @@ import difflib
 import logging
 import tempfile
 import weakref
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import fields
 from typing import TYPE_CHECKING
@@ -17,13 +16,13 @@ from torch import Tensor
 
 from align.errors import ConfigError, RolloutError
 from align.modeling.logprobs import language_model
-from align.rollout.adapters import A, B, adapter_weights, lora_layers, lora_rank, why_merged
+from align.rollout.adapters import A, B, lora_layers, lora_rank, why_merged, with_adapter
 from align.rollout.engine import RolloutEngine
 from align.rollout.identity import Fingerprints
 from align.rollout.sampling import draw_tokens
 from align.rollout.types import Completion, Request
 from align.rollout.vllm_process import shut_down, starting
-from align.rollout.weights import check_supported, checkpoint_shapes, checkpoint_weights, weights_of
+from align.rollout.weights import check_supported, checkpoint_shapes, checkpoint_weights
 
 if TYPE_CHECKING:
     from align.rollout.vllm_lora import AdapterSlot
@@ -116,19 +115,10 @@ class VLLMEngine(RolloutEngine):
     def _weights(self, model, everything):
         if self._slot is None:
             return checkpoint_weights(model, self.dtype, self.arrived)
-        return self._with_adapter(model, everything)
-
-    def _with_adapter(self, model, everything: bool) -> Iterator[tuple[str, Tensor]]:
-        """The adapter; of the weights under it, which never change, one in turn, unless `everything`."""
-        if everything:
-            yield from checkpoint_weights(model, self.dtype, merged=False)
-        else:
-            self._pushes += 1
-            frozen = list(weights_of(model, merged=False))
-            one = frozen[self._pushes % len(frozen)]
-            if one.name in self._placement.parts:  # else it has another name in the checkpoint
-                yield one.name, one.value(self.dtype)
-        yield from adapter_weights(model, self.dtype, self.arrived)
+        self._pushes += not everything
+        return with_adapter(
+            model, self.dtype, self.arrived, None if everything else self._pushes, self._placement.parts
+        )
 
     def _load(self, weights) -> None:
         adapter = {}
@@ -201,9 +191,23 @@ def adapter_slot(worker) -> "AdapterSlot":
     return AdapterSlot(worker)
 
 
-def start_llm(core, shapes, *, dtype, rank, max_model_len, max_num_seqs, kv_cache_gib, gpu_memory_utilization, further):
+def start_llm(core, shapes, **options):
     """A `vllm.LLM` with the architecture of `core` and random weights, and whether it runs on a CPU."""
     import vllm
+    from vllm.platforms import current_platform
+
+    own = llm_options(core, shapes, **options)
+    if not current_platform.is_cpu() and dist.is_initialized():
+        own["distributed_executor_backend"] = "external_launcher"  # each rank on its own GPU
+    with tempfile.TemporaryDirectory() as folder:
+        write_config(core, options["dtype"], folder)
+        return vllm.LLM(folder, **own), current_platform.is_cpu()
+
+
+def llm_options(
+    core, shapes, *, dtype, rank, max_model_len, max_num_seqs, kv_cache_gib, gpu_memory_utilization, further
+) -> dict:
+    """What vLLM is started with, in this process or as a server."""
     from vllm.platforms import current_platform
 
     from align.rollout.vllm_lora import lora_options
@@ -236,12 +240,8 @@ def start_llm(core, shapes, *, dtype, rank, max_model_len, max_num_seqs, kv_cach
         options["gpu_memory_utilization"] = gpu_memory_utilization
         if kv_cache_gib is not None:
             options["kv_cache_memory_bytes"] = int(kv_cache_gib * GIB)
-        if dist.is_initialized():
-            options["distributed_executor_backend"] = "external_launcher"  # each rank on its own GPU
     check_further(further, options)
-    with tempfile.TemporaryDirectory() as folder:
-        write_config(core, dtype, folder)
-        return vllm.LLM(folder, **options, **further), on_cpu
+    return options | further
 
 
 def check_further(further: dict, options: dict) -> None:

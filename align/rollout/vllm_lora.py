@@ -35,6 +35,11 @@ class AdapterSlot:
         }
         self.adapter_id = 0
 
+    @property
+    def layers(self) -> list[str]:
+        """Of the checkpoint, those that vLLM can adapt."""
+        return list(self._places)
+
     def missing(self, names: list[str]) -> list[str]:
         """The layers among these that vLLM cannot adapt."""
         return [name for name in names if name not in self._places]
@@ -56,6 +61,10 @@ class AdapterSlot:
         )
         manager.add_adapter(adapter)
         manager.activate_adapter(self.adapter_id)
+
+    def take_over(self) -> None:
+        """Hold the one adapter that vLLM was told to load from a folder."""
+        (self.adapter_id,) = [one for one in self._manager._adapter_manager.lora_index_to_id if one is not None]
 
     def request(self) -> LoRARequest:
         """What a request for completions names the adapter by. The path is not read: it is there already."""

@@ -9,8 +9,10 @@ beside the model, fingerprinted and packed; the fingerprint stays with the packe
 multiplying with unit vectors, which gives columns of the weight exactly: for all layers at first, then for some.
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,26 +25,11 @@ from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
 from align.errors import RolloutError
 from align.rollout.identity import Fingerprints, fingerprint
+from align.rollout.views import View
 
 LOAD_FORMAT = "align_placed"
 CHECKED_SHARE = 8  # after the first push, one of so many packed layers is multiplied with unit vectors
 CHECKED_COLUMNS = 4
-
-
-@dataclass(frozen=True)
-class View:
-    """A strided part of a tensor, counted in elements."""
-
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-
-    @classmethod
-    def of(cls, tensor: Tensor, base: int = 0) -> "View":
-        return cls(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()) - base)
-
-    def take(self, tensor: Tensor) -> Tensor:
-        return tensor.as_strided(self.size, self.stride, tensor.storage_offset() + self.offset)
 
 
 @dataclass(frozen=True)
@@ -140,10 +127,18 @@ class Placement:
 
     # ---- a push -----------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        self.begin()
+        self.place(weights)
+        self.end()
+
+    def begin(self) -> None:
         for started in self.packed.values():
             started.arrived = {}  # of a push that was interrupted
+
+    @torch.no_grad()
+    def place(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Some of the tensors of a push; those of a fused layer may come in several calls."""
         for name, tensor in weights:
             for part in self.parts[name]:
                 packed = self._packed(part)
@@ -153,6 +148,9 @@ class Placement:
                     packed.arrived.setdefault(name, []).append(part.source.take(tensor.contiguous()))
                     if sum(map(len, packed.arrived.values())) == len(packed.parts):
                         self._pack(part.module, packed)
+
+    @torch.no_grad()
+    def end(self) -> None:
         for number, module in enumerate(self.repacked):
             dispatch_cpu_unquantized_gemm(module, remove_weight=False)
             self._kernels[id(module)] = (module.cpu_linear, fingerprint(module.weight))
@@ -231,13 +229,15 @@ def outline(parameter: Tensor) -> tuple:
 
 @register_model_loader(LOAD_FORMAT)
 class PlacedLoader(DummyModelLoader):
-    """vLLM's loader of random weights; it also learns the placement. `model_loader_extra_config`: {"shapes": ...}."""
+    """vLLM's loader of random weights; it also learns the placement. `model_loader_extra_config`: {"shapes": ...},
+    or the path of a JSON file with them."""
 
     def __init__(self, load_config):
         extra, load_config.model_loader_extra_config = load_config.model_loader_extra_config, {}
         super().__init__(load_config)
         load_config.model_loader_extra_config = extra
-        self._shapes = extra["shapes"]
+        shapes = extra["shapes"]
+        self._shapes = json.loads(Path(shapes).read_text()) if isinstance(shapes, str) else shapes
 
     def load_weights(self, model: nn.Module, model_config) -> None:
         super().load_weights(model, model_config)

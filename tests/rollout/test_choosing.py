@@ -35,7 +35,7 @@ def test_vllm_that_is_missing_is_an_error_with_the_command_that_installs_it(monk
 
 
 def test_an_unknown_backend_is_named():
-    with pytest.raises(ConfigError, match="one of auto, vllm, transformers, not 'sglang'"):
+    with pytest.raises(ConfigError, match="one of auto, vllm, server, transformers, not 'sglang'"):
         choose_backend("sglang")
 
 
@@ -76,7 +76,7 @@ def test_a_registered_back_end_is_made_like_the_others(monkeypatch):
         ({"dtype": "fp8"}, "rollout.dtype: .*'bfloat16'.*not 'fp8'"),
         ({"sync_tolerance": 0}, "rollout.sync_tolerance: .*greater than 0"),
         ({"bakend": "vllm"}, "unknown key rollout.bakend; nearest valid: backend"),
-        ("vlm", "one of auto, vllm, transformers, not 'vlm'; nearest valid: vllm"),
+        ("vlm", "one of auto, vllm, server, transformers, not 'vlm'; nearest valid: vllm"),
         ({"backend": "vllm", "gpu_memory_utilization": 2}, "rollout.gpu_memory_utilization: .*less than or equal to 1"),
         ({"kv_cache_gib": 1}, "rollout.kv_cache_gib is an option of backend vllm, not of a rollout without 'backend'"),
         (
@@ -84,6 +84,11 @@ def test_a_registered_back_end_is_made_like_the_others(monkeypatch):
             "engine_options: dtype follows .* set rollout.dtype",
         ),
         ({"backend": "vllm", "engine_options": {"quantization": "fp8"}}, "quantization follows .* leave it out"),
+        ({"backend": "server"}, "backend server needs 'urls'"),
+        ({"backend": "server", "urls": ["127.0.0.1:8000"]}, "rollout.urls: '127.0.0.1:8000' is not an address"),
+        ({"backend": "server", "urls": ["http://a", "http://b"]}, "http://a is on another machine: .*transfer_folder"),
+        ({"backend": "server", "urls": ["http://[::1]:1"], "timeout": 0}, "rollout.timeout: .*greater than 0"),
+        ({"backend": "server", "urls": ["http://[::1]:1"], "on_engine_failure": "go"}, "'stop' or 'wait', not 'go'"),
         (None, "rollout: expected a mapping"),
     ],
 )

@@ -1,0 +1,86 @@
+"""`align serve`: a vLLM server that makes the completions of a run, on other GPUs or another machine."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from align.rollout.server.key import KEY_FILE, KEY_VARIABLE, own_key
+
+if TYPE_CHECKING:
+    from align.config.resolve import RunConfig
+
+HELP = "start a vLLM server that makes the completions of a run"
+DESCRIPTION = (
+    "Start a vLLM server for the completions of an on-policy run, with model, lengths and dtype of its config file. "
+    "The weights come from the run, when it starts. Further options follow the file, as in `align <method>`."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("config", metavar="CONFIG", help="the run's YAML file")
+    add("--method", help="the method, for a file that does not name it")
+    add("--host", default="127.0.0.1", help="address to listen on [127.0.0.1: this machine alone]")
+    add("--port", type=int, default=8000, help="port to listen on [8000]")
+    add("--api-key-env", default=KEY_VARIABLE, metavar="NAME", help=f"variable with the key [{KEY_VARIABLE}]")
+    add("--api-key-file", metavar="FILE", help=f"else the file with the key, made if it is absent [{KEY_FILE}]")
+    add("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs that share the model [1]")
+    add("--gpu-memory", type=float, default=0.9, metavar="SHARE", help="share of the GPU's memory for vLLM [0.9]")
+    add("--kv-cache-gib", type=float, metavar="GIB", help="size of the key-value cache [computed]")
+    add("--start-timeout", type=float, default=600, metavar="SECONDS", help="after which the start has failed [600]")
+
+
+def run(args: argparse.Namespace, extra: list[str]) -> int:
+    from align.cli.launch import method_of
+    from align.config.resolve import resolve
+    from align.errors import ConfigError
+    from align.rollout.server.launch import prepare, serve
+
+    key = own_key(args.api_key_env, args.api_key_file)
+    prepare(key)  # before torch is loaded
+    run = resolve(method_of(args), args.config, extra)
+    if run.method.data != "prompts":
+        raise ConfigError(f"`align {run.method.name}` makes no completions: there is nothing to serve")
+    place = Path(args.api_key_file or KEY_FILE).expanduser()
+    serve(
+        skeleton(run),
+        key,
+        host=args.host,
+        port=args.port,
+        dtype=dtype(run),
+        ready=f"serving at http://{args.host}:{args.port}; the key is in ${args.api_key_env} or {place}",
+        start_seconds=args.start_timeout,
+        tensor_parallel_size=args.tensor_parallel,
+        max_model_len=run.training.max_prompt_length + run.training.max_completion_length,
+        max_num_seqs=run.training.rollout.max_num_seqs,
+        kv_cache_gib=args.kv_cache_gib,
+        gpu_memory_utilization=args.gpu_memory,
+        further={},
+    )
+    return 0
+
+
+def skeleton(run: "RunConfig"):
+    """The model of a run, without its weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from align.cli import build
+    from align.modeling.load import load_policy
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(build.model_config(run))
+        return load_policy(model, peft_config=build.peft_config(run))
+
+
+def dtype(run: "RunConfig"):
+    """What the engine of the run computes in: as it says, else what the policy does."""
+    import torch
+
+    from align.cli import build
+
+    named = run.training.rollout.dtype or (
+        "bfloat16" if run.training.bf16 else "float16" if run.training.fp16 else None
+    )
+    named = named or build.dtype(run)
+    return build.model_config(run).dtype or torch.float32 if named == "auto" else getattr(torch, named)

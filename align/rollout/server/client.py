@@ -1,0 +1,139 @@
+"""Talking to a server: every call has a deadline, and every failure names the server."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+
+from align.errors import RolloutError
+from align.rollout.identity import Fingerprints
+
+SHOWN = 500  # characters of a server's own error that are shown
+
+
+class ServerLost(RolloutError):
+    """A server that does not answer, or has lost the weights that it had: it may come back."""
+
+
+class Background:
+    """An event loop in a thread of its own, so that callers need none and may have one (notebooks)."""
+
+    def __init__(self):
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="align-rollout-server", daemon=True)
+        self._thread.start()
+
+    def run(self, coroutine: Coroutine) -> Any:
+        """Its result. An interrupt here cancels it, which closes its connections; vLLM then drops the requests."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+def session() -> aiohttp.ClientSession:
+    """Without a limit of connections, and without keeping them: a restarted server has closed them."""
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True))
+
+
+@dataclass
+class Server:
+    """One server. parts: of each tensor, what its workers keep, in the order of the workers (`align_describe`)."""
+
+    url: str
+    key: str = field(repr=False)
+    timeout: float
+    parts: dict[str, list] = field(default_factory=dict, repr=False)
+    adapters: list[str] = field(default_factory=list, repr=False)  # layers that can have one
+    max_num_seqs: int = 1
+
+    async def call(
+        self,
+        http: aiohttp.ClientSession,
+        method: str,
+        path: str,
+        body: dict | None = None,
+        seconds: float | None = None,
+    ) -> Any:
+        """The answer, read as JSON. Raises `ServerLost`, or `RolloutError` for what waiting would not mend."""
+        seconds = seconds or self.timeout
+        limit = aiohttp.ClientTimeout(total=seconds)
+        headers = {"Authorization": f"Bearer {self.key}"}
+        try:
+            async with http.request(method, self.url + path, json=body, headers=headers, timeout=limit) as response:
+                status, text = response.status, await response.text()
+                kind = response.content_type
+        except TimeoutError as error:
+            raise ServerLost(
+                f"the rollout server {self.url} did not answer {path} within {seconds:g} seconds"
+            ) from error
+        except aiohttp.ClientError as error:
+            raise ServerLost(f"the rollout server {self.url} cannot be reached ({path}: {error})") from error
+        if status == 401:
+            raise RolloutError(
+                f"the rollout server {self.url} does not take the key of this run: give both the same "
+                "(api_key_env or api_key_file)"
+            )
+        if status == 404:
+            raise RolloutError(f"the rollout server {self.url} has no {path}: start it with `align serve`")
+        if status < 400:
+            return json.loads(text) if kind == "application/json" else text
+        failure = f"the rollout server {self.url} answered {path} with status {status}: {text[:SHOWN]}"
+        if status >= 500 and path != "/health" and not await self.healthy(http):
+            raise ServerLost(failure)
+        raise RolloutError(failure)
+
+    async def healthy(self, http: aiohttp.ClientSession) -> bool:
+        """Whether the server still has its engine."""
+        try:
+            await self.call(http, "GET", "/health")
+        except RolloutError:
+            return False
+        return True
+
+    async def describe(self, http: aiohttp.ClientSession) -> None:
+        """Learn what the server keeps of each tensor. Raises `RolloutError` for one that cannot take weights."""
+        workers = (await self.call(http, "POST", "/collective_rpc", {"method": "align_describe"}))["results"]
+        for worker in workers:
+            if worker["reason"] is not None:
+                raise RolloutError(
+                    f"the rollout server {self.url} cannot take weights: {worker['reason']}; use vLLM in process"
+                )
+        self.parts = {
+            name: [part for worker in workers for part in worker["parts"][name]] for name in workers[0]["parts"]
+        }
+        self.max_num_seqs = min(worker["max_num_seqs"] for worker in workers)
+        self.adapters = workers[0]["adapters"]
+
+    async def longest(self, http: aiohttp.ClientSession) -> int:
+        """Tokens of a prompt and its completion together."""
+        return (await self.call(http, "GET", "/v1/models"))["data"][0]["max_model_len"]
+
+    async def label(self, http: aiohttp.ClientSession, seconds: float | None = None) -> str:
+        """Of the weights that the server says it has. Its engine answers, so this also shows that it is alive."""
+        return (await self.call(http, "GET", "/weight_info", seconds=seconds))["weight_version"]
+
+    async def fingerprints(
+        self, http: aiohttp.ClientSession, names: list[str], adapter: dict[str, list[int]]
+    ) -> Fingerprints:
+        """Of these tensors in the memory of the workers, each in the order of `parts`. adapter: shapes of the matrices
+        of the adapter, by name."""
+        body = {"method": "align_fingerprints", "args": [names, adapter]}
+        workers = (await self.call(http, "POST", "/collective_rpc", body))["results"]
+        return {name: [one for worker in workers for one in worker[name]] for name in (*names, *adapter)}
+
+    async def adapter_names(self, http: aiohttp.ClientSession) -> list[str]:
+        """Of the adapters that it holds."""
+        models = (await self.call(http, "GET", "/v1/models"))["data"]
+        return [model["id"] for model in models if model["parent"] is not None]

@@ -1,0 +1,126 @@
+"""Completions from servers: which requests go where, the calls, and the watch on servers that have not answered."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+
+import aiohttp
+
+from align.errors import RolloutError
+from align.rollout.server.client import Server, ServerLost
+from align.rollout.types import Completion, Request
+
+BEATS = 4  # in `timeout` seconds, a server that makes completions is asked so often whether it lives
+
+
+def pieces(requests: list[Request], most: int) -> list[Request]:
+    """The requests in order, each with at most `most` samples, as a server takes them; every sample keeps its seed."""
+    found = []
+    for request in requests:
+        for start in range(0, request.params.n, most):
+            params = replace(request.params, n=min(most, request.params.n - start))
+            seed = None if request.seed is None else request.seed + start
+            found.append(replace(request, params=params, seed=seed))
+    return found
+
+
+def balanced(requests: list[Request], indices: list[int], count: int) -> list[list[int]]:
+    """Shares out requests by the tokens that they may take, the longest first, each to whom has least."""
+    shares: list[list[int]] = [[] for _ in range(count)]
+    loads = [0] * count
+    size = {i: len(requests[i].prompt_ids) + requests[i].params.n * requests[i].params.max_tokens for i in indices}
+    for index in sorted(indices, key=lambda i: -size[i]):
+        place = loads.index(min(loads))
+        shares[place].append(index)
+        loads[place] += size[index]
+    return shares
+
+
+async def check_label(server: Server, http: aiohttp.ClientSession, label: str, seconds: float | None = None) -> None:
+    """Raises `ServerLost` for a server that has lost its weights, `RolloutError` for one that another run has taken."""
+    found = await server.label(http, seconds)
+    if found == label:
+        return
+    run = label.partition(":")[0]
+    if found == "default" or found.startswith(run):
+        why = "it was started anew" if found == "default" else "a push did not reach it whole"
+        raise ServerLost(f"the rollout server {server.url} has not got the weights of this run: {why}")
+    raise RolloutError(
+        f"the rollout server {server.url} has the weights of another run ({found.partition(':')[0]}): "
+        "one server serves one run at a time"
+    )
+
+
+async def completed(
+    server: Server,
+    http: aiohttp.ClientSession,
+    requests: dict[int, Request],
+    label: str,
+    salt: str,
+    adapter: bool,
+    limit: float,
+    done: Callable[[int, list[Completion]], None],
+) -> None:
+    """Send all requests; `done(index, completions)` as each is answered. All come from the weights `label`.
+
+    While it waits, it asks the server's engine which weights it has: one that does not answer in `timeout` seconds is
+    lost, however long completions take. adapter: whether an adapter of that name makes the weights.
+    limit: seconds for all.
+    """
+    name = {"model": label} if adapter else {}
+    await check_label(server, http, label)
+
+    async def one(index: int, request: Request) -> None:
+        answer = await server.call(http, "POST", "/inference/v1/generate", {**body_of(request, salt), **name}, limit)
+        done(index, [completion(choice, request, server.url) for choice in answer["choices"]])
+
+    async def watch() -> None:
+        while True:
+            await asyncio.sleep(server.timeout / BEATS)
+            await check_label(server, http, label, server.timeout * (1 - 1 / BEATS))
+
+    watcher = asyncio.create_task(watch())
+    tasks = {asyncio.create_task(one(index, request)) for index, request in requests.items()}
+    try:
+        pending = tasks
+        while pending:
+            ended, pending = await asyncio.wait(pending | {watcher}, return_when=asyncio.FIRST_COMPLETED)
+            for task in ended:
+                task.result()
+            pending = pending - {watcher}
+    finally:
+        for task in (watcher, *tasks):
+            task.cancel()
+        await asyncio.gather(watcher, *tasks, return_exceptions=True)
+    await check_label(server, http, label)
+
+
+def body_of(request: Request, salt: str) -> dict:
+    """salt: keys and values are not shared with requests of another salt, so never with those of other weights."""
+    params = request.params
+    return {
+        "token_ids": request.prompt_ids,
+        "cache_salt": salt,
+        "sampling_params": {
+            "n": params.n,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": params.top_k,
+            "seed": request.seed,
+            "max_tokens": params.max_tokens,
+            "min_tokens": params.min_tokens,
+            "stop_token_ids": list(request.stop_ids),
+            "ignore_eos": True,  # of the configuration, which the request may not name
+            "logprobs": None if params.greedy else 0,  # 0: of the drawn token only
+            "detokenize": False,
+        },
+    }
+
+
+def completion(choice: dict, request: Request, url: str) -> Completion:
+    if choice["finish_reason"] not in ("stop", "length"):
+        raise RolloutError(f"the rollout server {url} gave a request up ({choice['finish_reason']})")
+    ids = choice["token_ids"]
+    if request.params.greedy:
+        return Completion(ids, None, choice["finish_reason"])
+    return Completion(ids, [token["logprob"] for token in choice["logprobs"]["content"]], choice["finish_reason"])

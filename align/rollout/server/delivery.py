@@ -1,0 +1,126 @@
+"""A push to servers: files with the weights, and the calls that make a server take them."""
+
+import asyncio
+import fcntl
+import json
+import shutil
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+from safetensors.torch import save_file
+from torch import Tensor
+
+from align.errors import RolloutError
+from align.rollout.adapters import A, B
+from align.rollout.server.client import Server
+
+CHUNK = 1 << 30  # bytes of weights in one file
+MIB = 1 << 20
+SPARE = 4 * MIB  # of the folder, beside a file
+ARRIVING = " (arriving)"  # behind the label of weights that are not all there
+
+
+def chunks(weights: Iterable[tuple[str, Tensor]], folder: Path) -> Iterator[Path]:
+    """Write `weights` to files of at most `CHUNK` bytes, unless one tensor is larger; give each when it is written."""
+    held: dict[str, Tensor] = {}
+    size = number = 0
+    for name, tensor in weights:
+        if held and size + tensor.nbytes > CHUNK:
+            yield written(held, folder, number)
+            held, size, number = {}, 0, number + 1
+        held[name], size = tensor, size + tensor.nbytes
+    if held:
+        yield written(held, folder, number)
+
+
+def written(tensors: dict[str, Tensor], folder: Path, number: int) -> Path:
+    path, size = folder / f"{number:05d}.safetensors", sum(tensor.nbytes for tensor in tensors.values())
+    if (free := shutil.disk_usage(folder).free) < size + SPARE:
+        raise RolloutError(
+            f"{size / MIB:.0f} MiB of weights do not fit in {folder.parent}, where {free / MIB:.0f} MiB are free: name "
+            "another transfer_folder"
+        )
+    save_file({name: apart(tensor) for name, tensor in tensors.items()}, path)
+    return path
+
+
+def apart(tensor: Tensor) -> Tensor:
+    """In memory of its own: safetensors refuses tensors that share theirs."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What a push brings. label: of the weights, by which the server names them. whole: all weights of the model, and
+    not an adapter alone. adapter: the folder of the adapter, in PEFT's format."""
+
+    label: str
+    whole: bool
+    adapter: Path | None = None
+
+
+async def begin(server: Server, http: aiohttp.ClientSession, parcel: Parcel) -> None:
+    """From here until `finish`, the server says that its weights are arriving, and makes no completions."""
+    if (await server.label(http)).endswith(ARRIVING):  # a push was interrupted: vLLM wants it ended first
+        try:
+            await server.call(http, "POST", "/finish_weight_update")
+        except RolloutError as error:
+            if "without a matching" not in str(error):
+                raise
+    await server.call(http, "POST", "/update_weight_version", {"new_version": parcel.label + ARRIVING})
+    await server.call(http, "POST", "/pause?mode=abort")
+    if parcel.whole:
+        await server.call(http, "POST", "/start_weight_update")
+
+
+async def send(server: Server, http: aiohttp.ClientSession, file: Path) -> None:
+    await server.call(http, "POST", "/update_weights", {"update_info": {"file": str(file)}})
+
+
+async def finish(server: Server, http: aiohttp.ClientSession, parcel: Parcel) -> None:
+    """An adapter has a new name with every push: vLLM would take the old one for the same name."""
+    if parcel.whole:
+        await server.call(http, "POST", "/finish_weight_update")
+    if parcel.adapter is not None:
+        for name in await server.adapter_names(http):
+            await server.call(http, "POST", "/v1/unload_lora_adapter", {"lora_name": name})
+        new = {"lora_name": parcel.label, "lora_path": str(parcel.adapter)}
+        await server.call(http, "POST", "/v1/load_lora_adapter", new)
+    await server.call(http, "POST", "/update_weight_version", {"new_version": parcel.label})
+    await server.call(http, "POST", "/resume")
+
+
+async def deliver(server: Server, http: aiohttp.ClientSession, files: list[Path], parcel: Parcel) -> None:
+    """A whole push of files that were kept."""
+    await begin(server, http, parcel)
+    for file in files:
+        await send(server, http, file)
+    await finish(server, http, parcel)
+
+
+def write_adapter(tensors: dict[str, Tensor], folder: Path) -> None:
+    """The matrices of `adapter_weights`, which are scaled already, as PEFT saves an adapter."""
+    folder.mkdir()
+    named = {f"base_model.model.{name}.weight": apart(tensor) for name, tensor in tensors.items()}
+    save_file(named, folder / "adapter_model.safetensors")
+    rank = max(tensor.shape[0] for name, tensor in tensors.items() if name.endswith(A))
+    layers = sorted({name.removesuffix(A).removesuffix(B).rpartition(".")[2] for name in tensors})
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": layers, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+@asynccontextmanager
+async def locked(path: Path) -> AsyncIterator[None]:
+    """One process of a run at a time gives a server its weights back."""
+    with open(path, "a") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                await asyncio.sleep(0.2)
+        yield

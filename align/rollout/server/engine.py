@@ -1,0 +1,348 @@
+"""The rollout engine behind which vLLM servers stand."""
+
+import asyncio
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import torch.distributed as dist
+from peft import PeftModel
+from torch import Tensor
+from tqdm import tqdm
+
+from align.errors import ConfigError, RolloutError
+from align.rollout.adapters import A, B, lora_layers, why_merged, with_adapter
+from align.rollout.engine import RolloutEngine
+from align.rollout.identity import Fingerprints, check_identity, texts
+from align.rollout.server import delivery
+from align.rollout.server.client import Background, Server, ServerLost, session
+from align.rollout.server.completions import balanced, completed, pieces
+from align.rollout.server.key import KEY_VARIABLE, read_key
+from align.rollout.server.options import MEMORY
+from align.rollout.types import Completion, Request
+from align.rollout.views import View
+from align.rollout.weights import check_supported, checkpoint_shapes, checkpoint_weights
+
+logger = logging.getLogger(__name__)
+
+MERGED = (
+    "the adapter is merged into the weights at each push, in float32, then cast to %s (%s). rollout/arrived_share says "
+    "how much of it that leaves"
+)
+
+
+class ServerEngine(RolloutEngine):
+    """Completions from servers that `align serve` started, of which each holds the whole model.
+
+    Of several processes (DDP, FSDP2) the first pushes, and each asks for its own completions. Every push has a label of
+    its own, which a server says it has, before and after each completion: so the version of a sample is that of the
+    weights that made it, also where a server was started anew or another run has taken it.
+    """
+
+    name = "server"
+
+    def __init__(
+        self,
+        model,
+        tokenizer=None,
+        *,
+        max_model_len,
+        seed=0,
+        max_num_seqs=256,  # of the servers, which have their own
+        sync_tolerance=None,
+        dtype=None,
+        urls,
+        api_key_env=KEY_VARIABLE,
+        api_key_file=None,
+        timeout=60.0,
+        generation_limit=7200.0,
+        on_engine_failure="stop",
+        wait_limit=600.0,
+        transfer_folder=MEMORY,
+    ):
+        super().__init__(
+            model, tokenizer, max_model_len=max_model_len, seed=seed, sync_tolerance=sync_tolerance, dtype=dtype
+        )
+        check_supported(model)
+        key = read_key(api_key_env, api_key_file)
+        self.servers = [Server(url.rstrip("/"), key, timeout) for url in urls]
+        self.generation_limit, self.waits, self.wait_limit = generation_limit, on_engine_failure == "wait", wait_limit
+        self._asked = self.servers  # for completions; one alone while it is probed
+        self._behind: list[Server] = []  # lost during the push that is under way
+        self._leader = not dist.is_initialized() or dist.get_rank() == 0
+        base = Path(transfer_folder)
+        if self._leader and not (base.is_dir() and os.access(base, os.W_OK)):
+            raise ConfigError(f"transfer_folder: {base} is not a folder that can be written to", key="transfer_folder")
+        made = tempfile.mkdtemp(prefix="align_weights_", dir=base) if self._leader else None
+        self._folder = Path(shared(made))
+        self._run, self._pushes = shared(secrets.token_hex(4)), 0
+        self._sent: Fingerprints = {}
+        self._shapes: dict[str, list[int]] = {}  # of the adapter's matrices
+        self._background = Background()
+        self._finalizer = weakref.finalize(self, clean_up, self._background, self._folder, self._leader)
+        try:
+            self._background.run(self._with_session(lambda http: self._each(http, lambda s: s.describe(http))))
+            self._adapts = self._takes_adapter(model)
+            self._background.run(self._with_session(lambda http: self._fit(http, model)))
+            self._start(model)
+        except BaseException:
+            self.close()
+            raise
+        logger.info("completions come from %d rollout server(s): %s", len(self.servers), ", ".join(urls))
+
+    @property
+    def _label(self) -> str:
+        return f"{self._run}:{self._pushes}"
+
+    def _takes_adapter(self, model) -> bool:
+        """Whether the model's adapter goes to the servers as an adapter; else it is merged, which is said."""
+        if not isinstance(model, PeftModel):
+            return False
+        layers = [name for name, _, _ in lora_layers(model)] if (reason := why_merged(model)) is None else []
+        for server in self.servers:
+            if missing := [name for name in layers if name not in server.adapters]:
+                reason = f"the rollout server {server.url} was started without room for adapters on {missing[0]}"
+        if reason is not None:
+            logger.warning(MERGED, self.dtype, reason)
+        return reason is None
+
+    async def _fit(self, http: aiohttp.ClientSession, model) -> None:
+        """Raises `RolloutError` for servers that were not started for this run."""
+        names = checkpoint_shapes(model, merged=not self._adapts).keys()
+        for server in self.servers:
+            if server.parts.keys() != names or server.parts != self.servers[0].parts:
+                raise RolloutError(
+                    f"the rollout server {server.url} was started for another model than this run trains, or "
+                    "otherwise than the first server: start it with `align serve` and the config of this run"
+                )
+            kinds = {part[-1] for parts in server.parts.values() for part in parts}
+            if kinds != {str(self.dtype).removeprefix("torch.")}:
+                raise RolloutError(
+                    f"the rollout server {server.url} computes in {', '.join(sorted(kinds))}, and this run in "
+                    f"{self.dtype}: start it with the config of this run"
+                )
+            if (longest := await server.longest(http)) < self.max_model_len:
+                raise RolloutError(
+                    f"the rollout server {server.url} takes {longest} tokens of prompt and completion, this run "
+                    f"needs {self.max_model_len}: start it with the config of this run"
+                )
+
+    # ---- weights ----------------------------------------------------------------------------------------------------
+
+    def _weights(self, model, everything):
+        if self._adapts:
+            turn = None if everything else self._pushes
+            return with_adapter(model, self.dtype, self.arrived, turn, self.servers[0].parts)
+        return checkpoint_weights(model, self.dtype, self.arrived)
+
+    def _load(self, weights) -> None:
+        whole = not self._adapts or not self._pushes
+        self._pushes += 1
+        self._parcel = delivery.Parcel(
+            self._label, whole, self._folder / f"adapter_{self._pushes}" if self._adapts else None
+        )
+        # what an adapter lies on was proved before and does not change
+        self._sent = {} if whole else {name: each for name, each in self._sent.items() if name not in self._shapes}
+        adapter: dict[str, Tensor] = {}
+
+        def base():
+            for name, tensor in weights:
+                if name.endswith((A, B)):
+                    adapter[name] = tensor
+                else:
+                    yield name, tensor
+
+        stream = base()
+        failure: RolloutError | None = None
+        if self._leader:
+            try:
+                self._deliver(stream, adapter)
+            except RolloutError as error:
+                failure = error
+        for _ in stream:
+            pass  # shards are gathered by all processes, also where the first has failed
+        self._shapes = {name: list(tensor.shape) for name, tensor in adapter.items()}
+        raise_shared(failure)
+
+    def _deliver(self, weights, adapter: dict[str, Tensor]) -> None:
+        parcel, self._behind = self._parcel, []
+        for old in self._folder.glob("*.safetensors") if parcel.whole else ():
+            old.unlink()
+        self._step(partial(delivery.begin, parcel=parcel))
+        for file in delivery.chunks(weights, self._folder) if parcel.whole else ():
+            self._step(partial(delivery.send, file=file))
+            if not self.waits:
+                file.unlink()
+        for _ in weights:
+            pass  # compared, not sent again; behind them comes the adapter
+        if parcel.adapter is not None:
+            delivery.write_adapter(adapter, parcel.adapter)
+        self._step(partial(delivery.finish, parcel=parcel))
+        for server in self._behind:
+            self._background.run(self._with_session(partial(self._come_back, server)))
+        for old in self._folder.glob("adapter_*"):
+            if old != parcel.adapter:
+                shutil.rmtree(old)
+
+    def _step(self, action: Callable[[Server, aiohttp.ClientSession], Awaitable]) -> None:
+        """One call to all servers that have followed so far, at the same time."""
+
+        async def step(http: aiohttp.ClientSession) -> None:
+            here = [server for server in self.servers if server not in self._behind]
+            outcomes = await asyncio.gather(*(action(server, http) for server in here), return_exceptions=True)
+            for server, outcome in zip(here, outcomes, strict=True):
+                if isinstance(outcome, ServerLost) and self.waits:
+                    logger.warning("%s; the push goes on without it", outcome)
+                    self._behind.append(server)
+                elif isinstance(outcome, BaseException):
+                    raise outcome
+
+        self._background.run(self._with_session(step))
+
+    def _parts(self, name: str, tensor: Tensor) -> list[Tensor]:
+        if name.endswith((A, B)):
+            return [tensor]
+        parts = self.servers[0].parts[name]
+        return [View(tuple(size), tuple(stride), offset).take(tensor.contiguous()) for size, stride, offset, _ in parts]
+
+    def _prove(self, sent) -> int:
+        failure: RolloutError | None = None
+        proved = texts(sent)
+        self._sent = {**self._sent, **proved}
+        if self._leader:
+            check = partial(self._check, proved)
+            try:
+                self._background.run(self._with_session(lambda http: self._each(http, lambda s: check(s, http))))
+            except RolloutError as error:
+                failure = error
+        raise_shared(failure)
+        return len(sent)
+
+    async def _check(self, sent: Fingerprints, server: Server, http: aiohttp.ClientSession) -> None:
+        names = [name for name in sent if name not in self._shapes]
+        adapter = {name: shape for name, shape in self._shapes.items() if name in sent}
+        held = await server.fingerprints(http, names, adapter)
+        check_identity(sent, held, f"vLLM server {server.url}", self.weight_version)
+
+    def probe(self, model):
+        """As for every engine, with each server in turn."""
+        try:
+            for server in self.servers:
+                self._asked = [server]
+                probe = super().probe(model)
+        finally:
+            self._asked = self.servers
+        return probe
+
+    # ---- a server that was lost --------------------------------------------------------------------------------------
+
+    async def _come_back(self, server: Server, http: aiohttp.ClientSession) -> None:
+        """Wait until a lost server answers, and give it the weights of the last push, if it has not got them."""
+        end = time.monotonic() + self.wait_limit
+        while True:
+            try:
+                async with delivery.locked(self._folder / "lock"):
+                    if await server.label(http) != self._label:
+                        await server.describe(http)
+                        files = sorted(self._folder.glob("*.safetensors"))
+                        await delivery.deliver(server, http, files, replace(self._parcel, whole=True))
+                    if self._sent:
+                        await self._check(self._sent, server, http)
+                logger.warning("the rollout server %s is back, with weight version %d", server.url, self.weight_version)
+                return
+            except ServerLost as error:
+                if time.monotonic() > end:
+                    raise RolloutError(f"{error}; it did not come back in {self.wait_limit:g} seconds") from error
+            await asyncio.sleep(min(1.0, server.timeout / 4))
+
+    # ---- completions -------------------------------------------------------------------------------------------------
+
+    def _complete(self, requests: list[Request], progress: bool) -> list[list[Completion]]:
+        return self._background.run(self._with_session(lambda http: self._answers(http, requests, progress)))
+
+    async def _answers(self, http, asked: list[Request], progress: bool) -> list[list[Completion]]:
+        requests = pieces(asked, min(server.max_num_seqs for server in self.servers))
+        answers: dict[int, list[Completion]] = {}
+        salt = secrets.token_hex(8)  # a call does not depend on the calls before it, nor on earlier weights
+        end = time.monotonic() + self.generation_limit
+        with tqdm(total=len(requests), desc="completions", disable=not progress) as bar:
+
+            def done(index: int, completions: list[Completion]) -> None:
+                answers[index] = completions
+                bar.update()
+
+            while len(answers) < len(requests):
+                left = [i for i in range(len(requests)) if i not in answers]
+                shares = balanced(requests, left, len(self._asked))
+                limit = max(end - time.monotonic(), 1.0)
+                calls = [
+                    completed(
+                        server, http, {i: requests[i] for i in share}, self._label, salt, self._adapts, limit, done
+                    )
+                    for server, share in zip(self._asked, shares, strict=True)
+                ]
+                await self._survive(http, calls)
+        samples = iter([sample for index in range(len(requests)) for sample in answers[index]])
+        return [[next(samples) for _ in range(request.params.n)] for request in asked]
+
+    async def _survive(self, http: aiohttp.ClientSession, calls: list[Coroutine]) -> None:
+        """Run one call per server; with `wait`, wait for the servers that were lost meanwhile."""
+        tasks = [asyncio.ensure_future(call) for call in calls]
+        try:
+            outcomes = await asyncio.gather(*tasks, return_exceptions=self.waits)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        for server, outcome in zip(self._asked, outcomes, strict=True):
+            if isinstance(outcome, ServerLost):
+                logger.warning("%s; waiting for it", outcome)
+                await self._come_back(server, http)
+            elif isinstance(outcome, BaseException):
+                raise outcome
+
+    # ---- the rest ----------------------------------------------------------------------------------------------------
+
+    async def _each(self, http: aiohttp.ClientSession, action: Callable[[Server], Awaitable]) -> None:
+        await asyncio.gather(*(action(server) for server in self.servers))
+
+    async def _with_session(self, action: Callable[[aiohttp.ClientSession], Awaitable]) -> Any:
+        async with session() as http:
+            return await action(http)
+
+    def _free(self) -> None:
+        self._finalizer()
+
+
+def clean_up(background: Background, folder: Path, leader: bool) -> None:
+    background.close()
+    if leader:
+        shutil.rmtree(folder)
+
+
+def shared(value: Any) -> Any:
+    """The value of the first process, in all."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def raise_shared(failure: RolloutError | None) -> None:
+    """Raise the failure of the first process in all."""
+    message = shared(None if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    if message is not None:
+        raise RolloutError(message)
