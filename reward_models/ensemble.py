@@ -100,7 +100,14 @@ def read_ensemble(folder: str | Path) -> tuple[dict, list[Path]]:
     path = Path(folder) / FILE_NAME
     if not path.is_file():
         raise RewardError(f"{folder} is not a saved ensemble: it has no {FILE_NAME}")
-    saved = json.loads(path.read_text())
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise RewardError(f"{path} is damaged ({error}): copy it again, or train the ensemble again") from error
+    saved = saved if isinstance(saved, dict) else {}
+    named = saved.get("members")
+    if not isinstance(named, list) or not all(isinstance(member, str) for member in named):
+        raise RewardError(f"{path}: expected a list of members, got {named!r:.80}")
     if saved.get("format") != FORMAT or saved.get("kind") not in KINDS or not saved.get("members"):
         raise RewardError(f"{path}: expected format {FORMAT!r}, kind {', '.join(KINDS)}, and a list of members")
     members = [path.parent / member for member in saved["members"]]

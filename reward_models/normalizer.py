@@ -10,6 +10,7 @@ from torch import Tensor
 from align.errors import RewardError
 
 FILE_NAME = "reward_normalizer.json"
+LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,13 @@ class Normalizer:
         if not path.exists():
             return None
         try:
-            saved = cls(**json.loads(path.read_text()))
-        except (TypeError, json.JSONDecodeError) as error:
+            saved = cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (TypeError, ValueError, RecursionError) as error:
             raise RewardError(f"{path} is not a saved normaliser ({error}): fit it again or delete it") from error
-        if not saved.std > 0:
-            raise RewardError(f"{path}: std must be > 0, got {saved.std}")
+        numbers = (saved.mean, saved.std)
+        if not all(isinstance(x, int | float) and abs(x) <= LARGEST for x in numbers) or not saved.std > 0:
+            raise RewardError(
+                f"{path}: mean must be a finite number and std one above 0, got {saved.mean!r:.40} and "
+                f"{saved.std!r:.40}: fit it again or delete it"
+            )
         return saved

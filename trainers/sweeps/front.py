@@ -186,7 +186,12 @@ def finished(folder: Path, settings: dict) -> dict | None:
     """The point.json of a complete point, None without one; ConfigError if it was trained with other settings."""
     if not (folder / POINT_FILE).exists():
         return None
-    done = json.loads((folder / POINT_FILE).read_text())
+    try:
+        done = json.loads((folder / POINT_FILE).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{folder / POINT_FILE} is damaged ({error}): delete it to train this point again") from error
+    if not isinstance(done, dict) or not isinstance(done.get("settings"), dict):
+        raise ConfigError(f"{folder / POINT_FILE} says nothing of its settings: delete it to train this point again")
     differ = differences(done["settings"], settings)
     if differ:
         shown = ", ".join(f"{key} {before!r:.40} before and {now!r:.40} now" for key, (before, now) in differ.items())

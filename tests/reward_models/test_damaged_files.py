@@ -1,0 +1,46 @@
+"""Files beside a reward or a policy that are cut off, or hold something else: a sentence with the path."""
+
+import json
+
+import pytest
+
+from align.errors import AlignError
+from align.reward_models.ensemble import read_ensemble
+from align.reward_models.normalizer import Normalizer
+from align.trainers.sweeps.front import finished
+
+NORMALIZER = {"mean": 0.5, "std": 2.0, "count": 10, "fitted_on": "x"}
+ENSEMBLE = {"format": "align.reward_ensemble/2", "kind": "separate", "members": ["."]}
+POINT = {"settings": {"beta": 0.1}, "seconds": 3.0}
+KINDS = [
+    (NORMALIZER, "reward_normalizer.json", Normalizer.load),
+    (ENSEMBLE, "ensemble.json", read_ensemble),
+    (POINT, "point.json", lambda folder: finished(folder, POINT["settings"])),
+]
+
+
+@pytest.mark.parametrize(("content", "name", "read"), KINDS)
+def test_damage_is_a_sentence_with_the_path(content, name, read, tmp_path):
+    file, whole = tmp_path / name, json.dumps(content).encode()
+    file.write_bytes(whole)
+    assert read(tmp_path)
+    for damaged in (
+        *(whole[:n] for n in range(0, len(whole), 5)),
+        b"[]",
+        b"null",
+        b"\xff" + whole,
+        b"[" * 100_000,
+        b"{}",
+    ):
+        file.write_bytes(damaged)
+        with pytest.raises(AlignError, match=name):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"mean": "0.5"}, {"std": "2"}, {"mean": float("nan")}, {"std": 0}, {"std": 10**400}]
+)
+def test_a_normaliser_of_no_numbers(change, tmp_path):
+    (tmp_path / "reward_normalizer.json").write_text(json.dumps(NORMALIZER | change))
+    with pytest.raises(AlignError, match="mean must be a finite number and std one above 0"):
+        Normalizer.load(tmp_path)
