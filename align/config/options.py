@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
+from align.config.nested import nested_options, nested_schema
 from align.methods import METHODS, Method
 
 FILE = Path(__file__).with_name("options.json")
@@ -152,6 +153,7 @@ def json_schema(method_name: str) -> dict[str, Any]:
         "method": {"const": method_name},
         "extends": {"type": "string", "description": "A path to a .yaml file, or the name of a ready config."},
     }
+    nested, defs = nested_options(), dict[str, Any]()
     for name, record in options_of(method_name).items():
         entry: dict[str, Any] = {"description": record["help"]}
         if "json" in record:
@@ -160,12 +162,15 @@ def json_schema(method_name: str) -> dict[str, Any]:
             entry["enum"] = [*record["choices"], None]
         if "default" in record:
             entry["default"] = record["default"]
+        if name in nested:
+            entry = {"description": record["help"], **nested_schema(name, nested[name], defs)}
         properties[name] = entry
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": f"align {method_name}",
         "type": "object",
         "properties": properties,
+        "$defs": defs,
         "patternProperties": {r"^\w+\.[\w.]+$": {"description": "A dotted key reaches into nested values."}},
         "additionalProperties": False,
     }

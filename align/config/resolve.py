@@ -11,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
+from align.config.nested import nested_options
 from align.config.options import options_of
 from align.config.ranges import problem_with
 from align.config.secrets import MASK, masked, masked_text
@@ -145,35 +146,38 @@ def resolve(method_name: str, config_file: str | None, tokens: list[str]) -> Run
         raise ConfigError(f"{stated.where}: a file for `align {stated.value}`, the command is `align {method.name}`")
 
     _check_keys(entries, list(options_of(method.name)), method)
+    for key, entry in entries.items():
+        if MASK in str(entry.value):
+            raise ConfigError(f"{entry.where}: {key} was masked when this was written: give it again, as ${{NAME}}")
+    sections = _read_nested(entries, config_file)  # before what imports torch: a mistake is told at once
     classes = option_classes(method)
     arguments: dict[str, dict[str, Any]] = {part: {} for part in classes}
     given = {}
     for key, entry in entries.items():
-        if MASK in str(entry.value):
-            raise ConfigError(f"{entry.where}: {key} was masked when this was written: give it again, as ${{NAME}}")
         given[key] = entry.value
         for part, cls in classes.items():
             if key in _fields(cls):
                 arguments[part][key] = value = _typed(key, entry, cls)
                 as_written = dataclasses.is_dataclass(value) or type(entry.value) is int and entry.value == value
                 given[key] = entry.value if as_written else _plain(value)
-    try:
-        nested = {key: _reward_section(key, given.get(key)) for key in REWARD_SECTIONS}
-    except ConfigError as error:
-        raise _placed(error, entries, config_file) from error
+    nested: dict[str, Any] = {key: sections.get(key) for key in REWARD_SECTIONS}
     built = {part: _build(cls, arguments[part], entries, config_file) for part, cls in classes.items()}
     run = RunConfig(method=method, **built, **nested, entries=entries, given=given)
     _check_required(run, config_file)
     return run
 
 
-def _reward_section(key: str, value: Any) -> Any:
-    """The specs of `rewards` (a list) or of `gold_reward` (one)."""
-    from align.reward_models.specs import parse_reward, parse_rewards
-
-    if value is None:
-        return None
-    return parse_rewards(value, key) if key == "rewards" else parse_reward(value, key)
+def _read_nested(entries: dict[str, Entry], config_file: str | None) -> dict[str, Any]:
+    """The nested sections that are set, typed."""
+    known = nested_options()
+    read = {}
+    for key, entry in entries.items():
+        if key in known and entry.value is not None:
+            try:
+                read[key] = known[key].read(entry.value, key)
+            except ConfigError as error:
+                raise _placed(error, entries, config_file) from error
+    return read
 
 
 def reward_sections(method: Method) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ import pytest
 
 from align.cli.main import main
 from align.config.options import FILE, json_schema, make, options_of
+from align.config.source import read_file, ready_configs
 from align.methods import METHODS
 
 
@@ -23,6 +24,11 @@ def test_the_file_is_current():
         (["dpo", "--help", "all"], 0),
         (["ppo", "--sed", "1"], 2),
         (["schema", "ppo"], 0),
+        (["ppo", "--rollout.bakend", "vllm"], 2),
+        (["ppo", "--rollout", "{backend: vllm, gpu_memory_utilization: 2}"], 2),
+        (["ppo", "--constraints.0.treshold", "1"], 2),
+        (["ppo", "--rewards.0", "{type: remote, url: x, tiemout: 1}"], 2),
+        (["ppo", "--dynamic_weights.type", "gradiant"], 2),
     ],
 )
 def test_help_and_mistakes_import_no_torch(tokens, status):
@@ -51,3 +57,45 @@ def test_the_schema_has_every_option(method):
     assert set(schema["properties"]) == {"method", "extends", *options_of(method)}
     assert schema["properties"]["learning_rate"]["type"] == ["number"] and not schema["additionalProperties"]
     json.dumps(schema)
+
+
+READY = {name: {key: entry.value for key, entry in read_file(path).items()} for name, path in ready_configs().items()}
+
+
+@pytest.mark.parametrize("name", [name for name in READY if not name.startswith("base/")])
+def test_every_ready_config_is_valid_by_the_schema(name):
+    jsonschema = pytest.importorskip("jsonschema")
+    assert list(jsonschema.Draft202012Validator(json_schema(READY[name]["method"])).iter_errors(READY[name])) == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ({"rollout": {"bakend": "vllm"}}, {"rollout": {"backend": "vllm", "kv_cache_gib": 2}}),
+        ({"rollout": {"backend": "transformers", "kv_cache_gib": 2}}, {"rollout": "transformers"}),
+        ({"rollout": {"backend": "vllm", "gpu_memory_utilization": 2}}, {"rollout": {"max_num_seqs": 8}}),
+        ({"constraints": [{"reward": "a", "direction": "up", "threshold": 0}]}, {"constraints": None}),
+        ({"multipliers": {"form": "squared", "momentum": 0.1}}, {"multipliers": {"momentum": 0.1, "pid": {"kp": 2}}}),
+        ({"multipliers": {"pid": {"kq": 2}}}, {"multipliers": {"form": "squared", "coefficients": [1, 2]}}),
+        ({"dynamic_weights": {"type": "gradiant"}}, {"dynamic_weights": {"type": "mine.py:Weighting", "any": 1}}),
+        ({"threshold_search": {"start": {"a": 0}}}, {"dynamic_weights": {"type": "gradient", "mu": 1e-5}}),
+        (
+            {"rewards": [{"type": "remote", "tiemout": 3}]},
+            {"rewards": ["json:dumps", {"type": "classifier", "path": "x"}]},
+        ),
+        (
+            {"rewards": {"type": "ensemble", "aggregation": "mean", "members": [{"type": "clasifier", "path": "x"}]}},
+            {
+                "gold_reward": {
+                    "type": "ensemble",
+                    "aggregation": "mean",
+                    "members": ["runs/a", {"type": "classifier", "path": "x"}],
+                }
+            },
+        ),
+    ],
+)
+def test_the_schema_knows_the_nested_sections(wrong, right):
+    jsonschema = pytest.importorskip("jsonschema")
+    validator = jsonschema.Draft202012Validator(json_schema("ppo"))
+    assert validator.is_valid(right) and not validator.is_valid(wrong)
