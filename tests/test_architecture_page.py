@@ -52,7 +52,7 @@ def test_the_five_parts_work(names, tmp_path):
     advantages = estimators.ESTIMATORS["centred"]().estimate(stream, Ranks()).advantages
     assert advantages.tolist() == [[-1.0, -1.0], [1.0, 0.0]]
 
-    reward = build_reward({"type": "length", "target": 4})
+    reward = build_reward({"type": "near_length", "target": 4})
     assert reward.score(RewardBatch(["?"] * 2, ["abcd", "abcdefgh"])).scores.tolist() == pytest.approx(
         [1, math.exp(-1)]
     )

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import ConfigError
-from align.rollout.make import backend_names
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max_completion_length", type=int, default=256, metavar="N", help="[256]")
     add("--temperature", type=float, default=1.0, metavar="T", help="[1.0]")
     add("--top_p", type=float, default=1.0, metavar="P", help="[1.0]")
-    add("--backend", default="auto", choices=backend_names(), help="the rollout engine [auto]")
+    add("--backend", default="auto", metavar="NAME", help="the rollout engine: vllm or transformers [auto]")
 
     add = parser.add_argument_group("curves and report").add_argument
     add(

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 from align.errors import ConfigError
-from align.rollout.make import backend_names
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max_prompt_length", type=int, default=512, metavar="N", help="longer prompts are an error [512]")
     add("--max_completion_length", type=int, default=256, metavar="N", help="[256]")
     add("--temperature", type=float, default=1.0, metavar="T", help="[1.0]")
-    add("--backend", default="auto", choices=backend_names(), help="the rollout engine [auto]")
+    add("--backend", default="auto", metavar="NAME", help="the rollout engine: vllm or transformers [auto]")
     add(
         "--reference_point",
         nargs="+",

@@ -2,8 +2,6 @@
 
 import argparse
 
-from align.rollout.make import backend_names
-
 HELP = "answers to a file of prompts, by a run or a model; resumable, and scored by rewards"
 
 
@@ -34,7 +32,7 @@ def add_drawing(parser: argparse.ArgumentParser) -> None:
     add("--max_prompt_length", type=int, default=1024, metavar="N", help="longer prompts are bad rows [1024]")
     add("--max_completion_length", type=int, default=512, metavar="N", help="[512]")
     add("--max_bad_share", type=float, default=0.0, metavar="X", help="share of prompts that may be left out [0]")
-    add("--backend", default="auto", choices=backend_names(), help="the rollout engine [auto]")
+    add("--backend", default="auto", metavar="NAME", help="the rollout engine: vllm or transformers [auto]")
     add("--dtype", metavar="DTYPE", help="of the weights [as saved on a GPU, float32 on a CPU]")
     add("--seed", type=int, default=0, help="[0]")
 

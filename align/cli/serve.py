@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from align.rollout.server.key import KEY_FILE, KEY_VARIABLE, own_key
+from align.config.server_key import KEY_FILE, KEY_VARIABLE, own_key
 
 if TYPE_CHECKING:
     from align.config.resolve import RunConfig

@@ -62,6 +62,7 @@ def run_phases(plan: dict[str, Phase], space: Workspace, arguments: tuple, progr
                 name = running.pop(future)
                 space.record(name, result, seconds)
                 progress.end(name)
+        pool.shutdown()  # processes that end by themselves give back what the system counts (semaphores)
     except BrokenProcessPool:
         raise AlignError(
             f"the process of {' or '.join(running.values())} ended by itself (killed: out of memory?). Its output is "

@@ -315,7 +315,7 @@ def test_the_page_shows_what_works(monkeypatch):
 
 
 def test_keys_are_made_once_and_kept_from_others(tmp_path, monkeypatch):
-    from align.rollout.server.key import own_key, read_key
+    from align.config.server_key import own_key, read_key
 
     monkeypatch.delenv("ALIGN_ROLLOUT_KEY", raising=False)
     file = tmp_path / "new" / "key"

@@ -20,6 +20,7 @@ from peft import PeftModel
 from torch import Tensor
 from tqdm import tqdm
 
+from align.config.server_key import KEY_VARIABLE, read_key
 from align.errors import ConfigError, RolloutError
 from align.rollout.adapters import A, B, lora_layers, why_merged, with_adapter
 from align.rollout.engine import RolloutEngine
@@ -27,7 +28,6 @@ from align.rollout.identity import Fingerprints, check_identity, texts
 from align.rollout.server import delivery
 from align.rollout.server.client import Background, Server, ServerLost, session
 from align.rollout.server.completions import balanced, completed, pieces
-from align.rollout.server.key import KEY_VARIABLE, read_key
 from align.rollout.server.options import MEMORY
 from align.rollout.types import Completion, Request
 from align.rollout.views import View

@@ -5,8 +5,8 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from align.config.server_key import KEY_FILE, KEY_VARIABLE
 from align.rollout.options import RolloutOptions
-from align.rollout.server.key import KEY_FILE, KEY_VARIABLE
 
 MEMORY = "/dev/shm"
 HERE = ("127.0.0.1", "localhost", "::1")

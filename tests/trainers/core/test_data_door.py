@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset, DatasetDict
 
 from align.data import toy
-from align.errors import DataError
+from align.errors import AlignError, DataError
 from tests.trainers.core.test_eval_sets import METRIC, make_trainer, rows_of
 from tests.trainers.pairs.preference_runs import toy_pairs
 from tests.trainers.tiny_runs import tiny_model
@@ -26,7 +26,7 @@ class OfTorch(torch.utils.data.Dataset):
 
 
 NO_ROWS = {
-    "None": (lambda rows: None, "got NoneType: there are no rows"),
+    "None": (lambda rows: None, "needs train_dataset: the rows to train on"),
     "list": (lambda rows: rows.to_list(), r"from_list\(rows\)"),
     "columns": (lambda rows: rows.to_dict(), "several sets by name are for eval_dataset"),
     "frame": (lambda rows: pd.DataFrame(rows.to_list()), "from_pandas"),
@@ -43,7 +43,7 @@ def test_what_is_no_dataset_is_refused_with_a_remedy(method, tmp_path):
     tokenizer, rows = toy.tokenizer(), rows_of(method, 8)
     train = partial(make_trainer, method, tmp_path, tokenizer=tokenizer)
     for name, (make, sentence) in NO_ROWS.items():
-        with pytest.raises(DataError, match=sentence):
+        with pytest.raises(AlignError, match=sentence):
             train(make(rows))
         if name not in ("None", "columns", "splits"):  # which an evaluation set may be
             with pytest.raises(DataError, match=sentence):

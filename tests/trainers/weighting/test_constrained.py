@@ -209,7 +209,7 @@ def test_a_reward_without_variance_is_reported(policy, tmp_path, caplog):
         ({"constraints": AT_LEAST, "multipliers": {"form": "squared"}}, "aim at thresholds: polite must be `equal`"),
         (
             {"constraints": EQUAL, "multipliers": {"form": "squared", "pid": {}}},
-            "unknown key multipliers.pid",
+            "multipliers.pid is an option of form sigmoid and tanh and softplus, not of form squared",
         ),
         ({"constraints": EQUAL, "multipliers": {"form": "squared", "coefficients": [1, 2]}}, "one per constraint"),
         ({"multipliers": {"form": "tanh"}}, "multipliers is set, and there are no constraints"),

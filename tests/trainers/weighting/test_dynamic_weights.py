@@ -154,7 +154,7 @@ def test_gradient_weights_resume_exactly(policy, tmp_path):
         (
             "hypervolume",
             {"dynamic_weights": {"mu": 1.0}},
-            "unknown key dynamic_weights.mu of type hyper",
+            "dynamic_weights.mu is an option of type gradient, not of type hyper",
         ),
         ("hypervolume", {"eval_strategy": "no"}, "learns from evaluations: set eval_strategy"),
         ("hypervolume", {"reward_weights": [1.0, 0.0]}, "at least two rewards with a weight, got 1"),
