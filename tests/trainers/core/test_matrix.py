@@ -38,7 +38,7 @@ def tables(tmp_path_factory) -> dict[str, dict]:
     return found
 
 
-@pytest.mark.parametrize("setup, method, precision, adapter", LINES, ids=", ".join)
+@pytest.mark.parametrize("setup, method, precision, adapter", LINES, ids=map(", ".join, LINES))
 def test_a_line_of_the_table(tables, setup, method, precision, adapter):
     found = tables[setup][f"{method}, {precision}, {adapter}"]
     if method in ("remax", "ppo") and adapter == "qlora":
