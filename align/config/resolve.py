@@ -187,7 +187,9 @@ def reward_sections(method: Method) -> tuple[str, ...]:
 
 def option_classes(method: Method) -> dict[str, type]:
     """The dataclasses whose fields are the options of a method."""
-    classes = {"training": load(method.config), "model": load("trl:ModelConfig"), "data": DataArguments}
+    from trl import ModelConfig
+
+    classes: dict[str, type] = {"training": load(method.config), "model": ModelConfig, "data": DataArguments}
     return {**classes, "ensemble": EnsembleArguments} if method.ensemble else classes
 
 

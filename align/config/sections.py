@@ -29,7 +29,8 @@ class Section(BaseModel):
     @classmethod
     def keys(cls) -> dict[str, str]:
         """The keys as they are written in a file, each with the name of its field."""
-        return {info.alias or name: name for name, info in cls.model_fields.items()}
+        required_first = sorted(cls.model_fields.items(), key=lambda field: not field[1].is_required())
+        return {info.alias or name: name for name, info in required_first}
 
     def given(self) -> dict[str, Any]:
         """The options that were set, as a plain mapping that `parse` reads back."""

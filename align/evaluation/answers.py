@@ -148,7 +148,7 @@ def _append(output: Path, dataset: "Dataset", engine, tokenizer, drawing: Drawin
     at_once = max(1, SEQUENCES_AT_ONCE // drawing.n)
     with open(output, "a", encoding="utf-8") as file, tqdm(total=len(dataset), unit="prompt", desc="answers") as bar:
         for start in range(0, len(dataset), at_once):
-            chunk = [dataset[place] for place in range(start, min(start + at_once, len(dataset)))]
+            chunk = [dataset[index] for index in range(start, min(start + at_once, len(dataset)))]
             params = [
                 SamplingParams(
                     drawing.max_completion_length,
@@ -268,8 +268,8 @@ def score_answers(path: str | Path, rewards: dict) -> dict[str, list[float]]:
     if taken:
         raise ConfigError(f"a reward cannot be named {taken[0]!r}, which is a column of the answers: give it a name")
     scores = scores_of(answers, rewards)
-    for place, answer in enumerate(answers):
-        answer.update({name: values[place] for name, values in scores.items()})
+    for index, answer in enumerate(answers):
+        answer.update({name: values[index] for name, values in scores.items()})
     _replace(Path(path), "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers).encode())
     return scores
 
@@ -289,6 +289,6 @@ def _batches(answers: list[dict[str, Any]], names: tuple[str, ...]) -> Iterator[
                 for row in rows
             ],
             columns={name: [row.get(name) for row in rows] for name in others},
-            rows=[row.get("row", start + place) for place, row in enumerate(rows)],
+            rows=[row.get("row", start + index) for index, row in enumerate(rows)],
             ended=[row.get("finish_reason", "stop") == "stop" for row in rows],
         )

@@ -129,7 +129,7 @@ def test_build(saved):
         ({"type": "classifier", "name": "x"}, "needs 'path'"),
         (
             {"type": "rule", "function": "nowhere:f", "zz": 1},
-            "unknown key reward.zz of a rule reward; valid: .*function, name",
+            "unknown key reward.zz of a rule reward; valid: function, ",
         ),
         ({"type": "ensemble", "aggregation": "mean"}, "either members .* or path"),
         ({"type": "ensemble", "members": ["a:b"]}, "needs 'aggregation'"),
