@@ -102,7 +102,8 @@ def rollout_options(value: Any, key: str = "rollout") -> RolloutOptions:
 
 def choose_backend(backend: str = "auto") -> str:
     """A back-end's name; "auto" is vLLM where installed, else transformers. Raises `ConfigError` for an absent one."""
-    backend = rollout_options(backend).backend
+    if backend not in backend_names():
+        rollout_options(backend)  # raises, with the nearest name
     if backend != "auto":
         chosen = BACKENDS[backend]
         if not chosen.installed:

@@ -34,6 +34,7 @@ from tests.rollout import test_generation, test_push, test_reproducibility
 from tests.rollout.rollout_models import is_greedy, llama, needs_vllm, never_ending, own_logps, prompts
 from tests.trainers.tiny_runs import logged, on_policy, wanted_words
 from tests.trainers.tiny_runs import prompts as toy_prompts
+from tests.trainers.two_processes import run_on_two
 
 pytestmark = [needs_vllm, pytest.mark.vllm]
 KEY = "a key for tests"
@@ -267,6 +268,14 @@ def test_a_run_draws_and_learns_what_it_does_with_vllm_in_its_process(served, tm
             trainer.close()
             logs.append([logged(trainer, key) for key in ("reward", "loss", "kl", "rollout/mean_abs_logp_diff")])
     assert len(logs[0][0]) == 3 and logs[0] == logs[1]
+
+
+def test_two_processes_share_the_servers(served, tmp_path, monkeypatch):
+    """Copies, shards and sharded adapters arrive from two processes, and a run on two of them trains one policy."""
+    monkeypatch.setenv("ALIGN_ROLLOUT_KEY", KEY)
+    first, second = run_on_two("tests.rollout.server_ranks", tmp_path / "two", *served.urls)
+    assert torch.equal(first["weights"], second["weights"]) and first["loss"] == second["loss"]
+    assert len(first["gaps"]) == 3 and max(first["gaps"]) < 1e-5
 
 
 def test_a_run_that_takes_the_servers_is_named_by_the_one_that_had_them(served, both):

@@ -1,0 +1,45 @@
+"""Run by `tests.trainers.two_processes.run_on_two`: both processes draw from the servers that the first one fills.
+
+Arguments: the addresses; a folder for what is found.
+"""
+
+import copy
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from align.data import toy
+from align.rollout import make_engine
+from tests.rollout.rollout_models import llama, never_ending
+from tests.rollout.two_ranks import check, shard, with_adapter
+from tests.trainers.tiny_runs import logged, on_policy, wanted_words
+from tests.trainers.tiny_runs import prompts as toy_prompts
+
+
+def main(urls: list[str], folder: Path) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    rollout = {"backend": "server", "urls": urls}
+    engine = make_engine(never_ending(llama()), max_model_len=256, seed=rank, **rollout)
+    check(engine, never_ending(llama(4)), never_ending(llama(4)), 1)
+    check(engine, shard(never_ending(llama(1))), never_ending(llama(1)), 2)
+    check(engine, shard(with_adapter(never_ending(llama(2)))), with_adapter(never_ending(llama(2))), 3)
+    engine.close()
+    trainer_class, args = on_policy(
+        "rloo", folder / "run", max_steps=3, learning_rate=5e-3, per_device_train_batch_size=4, rollout=rollout
+    )
+    model = copy.deepcopy(never_ending(llama(3, vocab_size=96)))
+    trainer = trainer_class(model, wanted_words, args, toy_prompts(64), processing_class=toy.tokenizer())
+    trainer.train()
+    trainer.close()
+    weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    gaps = logged(trainer, "rollout/mean_abs_logp_diff")
+    torch.save({"weights": weights, "gaps": gaps, "loss": logged(trainer, "loss")}, folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    first, found, *others = sys.argv[1:]
+    main([first, *others], Path(found))
