@@ -11,7 +11,7 @@ from align.errors import RewardError
 from align.reward_models.base import RewardBatch
 from align.reward_models.deadlines import DeadlineExceeded, call_within
 from align.reward_models.failures import Failed, Failures
-from align.reward_models.functions import UserFunction, run_concurrently
+from align.reward_models.functions import UserFunction, check_concurrency, run_concurrently
 
 TIMEOUT = 600.0  # seconds of a call, unless the spec says otherwise
 
@@ -51,17 +51,16 @@ class Calls:
 
     def __init__(
         self,
-        reward: str,
         function: UserFunction,
         failures: Failures,
-        *,
         read: Callable[[Any, Call, RewardBatch], list],
         blame: Callable[[Exception, Call, RewardBatch], Exception],
         concurrency: int | None,
         timeout: float,
     ):
-        self.reward, self.function, self.failures, self.read, self.blame = reward, function, failures, read, blame
-        self.concurrency, self.timeout = concurrency, timeout
+        self.function, self.failures, self.reward = function, failures, failures.reward
+        self.read, self.blame = read, blame
+        self.concurrency, self.timeout = check_concurrency(function, concurrency), timeout
 
     def run(self, calls: list[Call], batch: RewardBatch) -> list[float | None | Failed]:
         """The outcomes of all completions, in their order."""

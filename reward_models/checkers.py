@@ -34,10 +34,10 @@ def regex(completion, pattern: str) -> bool:
     return re.search(pattern, last_text(completion)) is not None
 
 
-def math_answer(completion, answer, seconds: float = 5.0) -> bool:
+def math_answer(completion, answer, seconds: float = 5.0) -> bool | None:
     """Whether the completion's answer equals the column `answer` as mathematics (package math-verify): 1/2 is 0.5,
     (x+1)^2 is x^2+2x+1. What is equal by `exact_answer` is not computed. What cannot be computed
-    in `seconds` of processor time is not the answer."""
+    in `seconds` of processor time is not the answer. None: the column's answer cannot be read."""
     text = last_text(completion)
     if exact_answer(text, answer):
         return True

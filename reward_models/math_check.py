@@ -33,9 +33,9 @@ class MathChecker:
         self.process: subprocess.Popen | None = None
         self.lock = threading.Lock()
 
-    def equal(self, completion: str, answer: str, seconds: float) -> bool:
+    def equal(self, completion: str, answer: str, seconds: float) -> bool | None:
         """Whether the completion's answer is `answer`; False when that cannot be told within so many seconds of
-        processor time, which do not depend on what else runs."""
+        processor time, which do not depend on what else runs; None when `answer` itself cannot be read."""
         with self.lock:
             process = self.process
             if process is None or process.poll() is not None:
@@ -62,7 +62,8 @@ class MathChecker:
             raise RewardError("the process of math-verify did not start: does `import math_verify` work?")
         return started
 
-    def _answer(self, seconds: float) -> bool:
+    def _answer(self, seconds: float) -> bool | None:
+        """The child's next line; False when it does not come in time (by the clock), and the child is ended."""
         assert self.process is not None and self.process.stdout is not None
         end, found, pipe = time.monotonic() + seconds, b"", self.process.stdout.fileno()
         while not found.endswith(b"\n"):
@@ -90,7 +91,7 @@ def checker(process: int) -> MathChecker:
 
 def serve() -> None:
     """Answer the questions on standard input until it ends."""
-    from math_verify import parse, verify  # type: ignore[import-untyped]
+    from math_verify import parse, verify
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     out = os.fdopen(os.dup(1), "w")
@@ -103,10 +104,11 @@ def serve() -> None:
         try:
             plain = "$" not in answer and "\\boxed" not in answer
             wanted = plain and parse(f"${answer}$", parsing_timeout=None) or parse(answer, parsing_timeout=None)
-            found = (
-                None if not wanted else verify(wanted, parse(completion, parsing_timeout=None), timeout_seconds=None)
-            )
-        except Exception:  # of any text whatever: what cannot be read is not the answer
+        except Exception:  # the dataset's fault: no completion can be right, so the row is named (None)
+            wanted = []
+        try:
+            found = verify(wanted, parse(completion, parsing_timeout=None), timeout_seconds=None) if wanted else None
+        except Exception:  # a policy writes any text whatever: what cannot be read is not the answer
             found = False
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(found), file=out, flush=True)

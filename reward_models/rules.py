@@ -10,7 +10,7 @@ from align.errors import ConfigError, RewardError
 from align.reward_models.base import Reward, RewardBatch, RewardOutput
 from align.reward_models.calls import TIMEOUT, Call, Calls, merged
 from align.reward_models.failures import Failed, Failures
-from align.reward_models.functions import UserFunction, check_concurrency
+from align.reward_models.functions import UserFunction
 
 LARGEST = torch.finfo(torch.float32).max
 
@@ -54,15 +54,7 @@ class RuleReward(Reward):
             raise ConfigError(f"reward {self.name!r}: concurrency does nothing without batch_size: there is one call")
         self.batch_size = batch_size
         self.failures = Failures(self.name, on_error, error_score, max_error_share)
-        self.calls = Calls(
-            self.name,
-            self.function,
-            self.failures,
-            read=self._read,
-            blame=self._blame,
-            concurrency=check_concurrency(self.function, concurrency),
-            timeout=timeout,
-        )
+        self.calls = Calls(self.function, self.failures, self._read, self._blame, concurrency, timeout)
 
     def _score(self, batch: RewardBatch) -> RewardOutput:
         size = self.batch_size or max(len(batch), 1)
@@ -120,4 +112,4 @@ def not_numbers(scores: Sequence) -> list[int]:
 
 def _is_number(score: object) -> bool:
     # typeshed's Real has no order, and no float(score): it raises for an int that is too large
-    return isinstance(score, Real) and abs(score) <= LARGEST  # type: ignore[operator]
+    return isinstance(score, Real) and abs(score) <= LARGEST  # type: ignore[operator]  # abs of a Real has no <= there

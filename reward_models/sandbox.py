@@ -61,7 +61,7 @@ def passes_asserts(code: str, tests: str, seconds: int, megabytes: int) -> bool:
                 return False
             return _read(process, len(word), end) == word.encode()
         finally:
-            _end_session(process)
+            end_session(process)
 
 
 def output_of(code: str, text: str, seconds: int, megabytes: int) -> str | None:
@@ -79,7 +79,7 @@ def output_of(code: str, text: str, seconds: int, megabytes: int) -> str | None:
             except subprocess.TimeoutExpired:
                 status = None
             finally:
-                _end_session(process)
+                end_session(process)
         return Path(folder, "output").read_text(encoding="utf-8", errors="replace") if status == 0 else None
 
 
@@ -97,9 +97,10 @@ def _started(runner: str, folder: str, seconds: int, megabytes: int, **streams) 
 
 def _send(process: subprocess.Popen, message) -> bool:
     """One line of JSON; False if nobody reads it."""
+    assert process.stdin is not None  # a pipe
     try:
-        process.stdin.write(json.dumps(message).encode() + b"\n")  # type: ignore[union-attr]
-        process.stdin.flush()  # type: ignore[union-attr]
+        process.stdin.write(json.dumps(message).encode() + b"\n")
+        process.stdin.flush()
         return True
     except (BrokenPipeError, ConnectionResetError):
         return False
@@ -107,7 +108,8 @@ def _send(process: subprocess.Popen, message) -> bool:
 
 def _read(process: subprocess.Popen, count: int, end: float) -> bytes:
     """Up to `count` bytes of what it reports, fewer when it ends or the time is over."""
-    found, pipe = b"", process.stdout.fileno()  # type: ignore[union-attr]
+    assert process.stdout is not None  # a pipe
+    found, pipe = b"", process.stdout.fileno()
     while len(found) < count and select.select([pipe], [], [], max(0.0, end - time.monotonic()))[0]:
         part = os.read(pipe, count - len(found))
         if not part:
@@ -116,8 +118,8 @@ def _read(process: subprocess.Popen, count: int, end: float) -> bytes:
     return found
 
 
-def _end_session(process: subprocess.Popen) -> None:
-    """End the program and what it has started."""
+def end_session(process: subprocess.Popen) -> None:
+    """End a process that leads a session or group of its own, and what it has started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:

@@ -11,7 +11,7 @@ from align.errors import ConfigError, RewardError
 from align.reward_models.base import Reward, RewardBatch, RewardOutput
 from align.reward_models.calls import TIMEOUT, Call, Calls, merged
 from align.reward_models.failures import Failed, Failures
-from align.reward_models.functions import UserFunction, check_concurrency
+from align.reward_models.functions import UserFunction
 
 
 class VerifierReward(Reward):
@@ -56,15 +56,7 @@ class VerifierReward(Reward):
             if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
                 raise ConfigError(f"reward {self.name!r}: {key} must be a finite number, got {value!r}")
         self.failures = Failures(self.name, on_error, error_score, max_error_share)
-        self.calls = Calls(
-            self.name,
-            self.function,
-            self.failures,
-            read=self._read,
-            blame=self._blame,
-            concurrency=check_concurrency(self.function, concurrency),
-            timeout=timeout,
-        )
+        self.calls = Calls(self.function, self.failures, self._read, self._blame, concurrency, timeout)
 
     def _score(self, batch: RewardBatch) -> RewardOutput:
         calls = [self._call(batch, row) for row in range(len(batch))]

@@ -1,5 +1,6 @@
 """What every test needs: what it imports from its own folder is forgotten after it."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -26,6 +27,16 @@ def real_model() -> str:
     if not is_made(folder):
         pytest.skip(f"{folder} is not there: python -m tests.real_model makes it (or set ALIGN_REAL_MODEL)")
     return str(folder)
+
+
+@pytest.fixture
+def real_pairs() -> Path:
+    """2,000 published preference pairs; a clone does not have them, and then the test says what is missing."""
+    root = Path(__file__).parents[1]
+    path = (root / os.environ.get("ALIGN_SHARED_DATA", "../shared/data")).resolve() / "hh_harmless_pairs.parquet"
+    if not path.exists():
+        pytest.skip(f"{path} is missing (set ALIGN_SHARED_DATA to the folder that holds hh_harmless_pairs.parquet)")
+    return path
 
 
 def pytest_collection_modifyitems(items):

@@ -16,7 +16,6 @@ import argparse
 import importlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -63,6 +62,8 @@ def main() -> int:
 
 def run_stage(name: str, args: argparse.Namespace, limit: float, environment: dict[str, str]) -> dict:
     """The line of a stage, which ran in a process (and a process group) of its own."""
+    from align.reward_models.sandbox import end_session
+
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         found, errors = Path(folder) / "parts.jsonl", Path(folder) / "errors.txt"
@@ -77,15 +78,15 @@ def run_stage(name: str, args: argparse.Namespace, limit: float, environment: di
             except subprocess.TimeoutExpired:
                 code = None
             finally:
-                end_group(process)
+                end_session(process)
         parts = [json.loads(line) for line in found.read_text().splitlines()] if found.exists() else []
-        last_words = errors.read_text(errors="replace").splitlines()[-12:]
+        output_tail = errors.read_text(errors="replace").splitlines()[-12:]
     result = {key: value for part in parts for key, value in part.items()}
     line = {"stage": name, "status": status(code, result), "seconds": round(time.perf_counter() - start, 1)}
     line |= {"limit": limit, "device": args.device, "small": args.small, "card": result.pop("card", "unknown")}
     line["result"] = result
     if code is None or code != 0:
-        line["last_words"] = last_words
+        line["output_tail"] = output_tail
     return line
 
 
@@ -96,15 +97,6 @@ def status(code: int | None, result: dict) -> str:
     if code != 0 or any(isinstance(value, dict) and "failed" in value for value in values):
         return "failed"
     return "skipped" if all(isinstance(value, str) for value in values) else "ok"
-
-
-def end_group(process: subprocess.Popen) -> None:
-    """End what the stage started and left: its own process group, and nothing else."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    process.wait()
 
 
 def run_parts_of(args: argparse.Namespace) -> int:

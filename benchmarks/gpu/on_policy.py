@@ -160,4 +160,4 @@ def answer(pipe: Connection, side: str):
     try:
         return pipe.recv()
     except EOFError:
-        raise SystemExit(f"{side}: its process ended (its error is in the stage's last words)") from None
+        raise SystemExit(f"{side}: its process ended (its error is in the stage's output_tail)") from None

@@ -54,7 +54,7 @@ def test_a_stage_that_hangs_is_stopped(monkeypatch):
     line = check.run_stage("machine", args, 0.1, dict(os.environ))
     assert line["status"] == "timed out" and line["result"] == {}
     broken = check.run_stage("machine", args, 60, {**os.environ, "PYTHONHOME": "/nowhere"})  # it cannot even start
-    assert broken["status"] == "failed" and broken["last_words"]
+    assert broken["status"] == "failed" and broken["output_tail"]
     assert "| machine | timed out |" in table([line, broken])
 
 

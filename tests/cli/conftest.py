@@ -1,7 +1,6 @@
 """A tiny local model and small files of rows, made on the spot: nothing here needs the network."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -68,13 +67,3 @@ def rule(tmp_path) -> str:
     path = tmp_path / "my_rewards.py"
     path.write_text("def short(completions, **columns):\n    return [-float(len(text)) for text in completions]\n")
     return f"{path}:short"
-
-
-@pytest.fixture
-def real_pairs() -> Path:
-    """2,000 published preference pairs; a clone does not have them, and then the test says what is missing."""
-    root = Path(__file__).parents[2]
-    path = (root / os.environ.get("ALIGN_SHARED_DATA", "../shared/data")).resolve() / "hh_harmless_pairs.parquet"
-    if not path.exists():
-        pytest.skip(f"{path} is missing (set ALIGN_SHARED_DATA to the folder that holds hh_harmless_pairs.parquet)")
-    return path

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import jsonschema
 import pytest
 
 from align.cli.main import main
@@ -64,7 +65,6 @@ READY = {name: {key: entry.value for key, entry in read_file(path).items()} for 
 
 @pytest.mark.parametrize("name", [name for name in READY if not name.startswith("base/")])
 def test_every_ready_config_is_valid_by_the_schema(name):
-    jsonschema = pytest.importorskip("jsonschema")
     assert list(jsonschema.Draft202012Validator(json_schema(READY[name]["method"])).iter_errors(READY[name])) == []
 
 
@@ -96,6 +96,5 @@ def test_every_ready_config_is_valid_by_the_schema(name):
     ],
 )
 def test_the_schema_knows_the_nested_sections(wrong, right):
-    jsonschema = pytest.importorskip("jsonschema")
     validator = jsonschema.Draft202012Validator(json_schema("ppo"))
     assert validator.is_valid(right) and not validator.is_valid(wrong)

@@ -15,7 +15,6 @@ from align.data.dialogue import convert_dialogues, messages_of
 from align.errors import DataError
 from tests.reward_models import worlds
 
-SHARED = Path(__file__).parents[3] / "shared/data/hh_harmless_pairs.parquet"
 TALK = "\n\nHuman: w1 w2?\n\nAssistant: w3\nw4\n\nHuman: w5\n\nAssistant:"
 MESSAGES = [
     {"role": "user", "content": "w1 w2?"},
@@ -111,9 +110,8 @@ def test_the_command_of_the_page(tmp_path, monkeypatch):
     assert load_rows("pairs.jsonl")[0]["prompt"][0]["content"] == "You are a helpful assistant."
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason=f"{SHARED} is not there")
-def test_published_pairs():
-    rows = load_rows(SHARED)
+def test_published_pairs(real_pairs):
+    rows = load_rows(real_pairs)
     kept, report = convert_dialogues(rows, max_bad_share=0.05)
     assert len(kept) + report.bad == len(rows) == 2000
     assert report.bad == 32  # as docs/data.md says

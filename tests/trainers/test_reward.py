@@ -1,6 +1,5 @@
 import json
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -242,20 +241,13 @@ def test_errors(trunk, tmp_path):
         RewardTrainer(tiny.causal(), config(tmp_path), pairs(4), processing_class=worlds.tokenizer())
 
 
-HH = (
-    Path(os.environ.get("ALIGN_SHARED_DATA", Path(__file__).parents[2] / "../shared/data"))
-    / "hh_harmless_pairs.parquet"
-)
-
-
-@pytest.mark.skipif(not HH.exists(), reason=f"needs {HH} (set ALIGN_SHARED_DATA to its folder)")
-def test_on_real_pairs(tmp_path):
+def test_on_real_pairs(tmp_path, real_pairs):
     from align.data import load_rows
 
     folder = real_text_model(
-        tmp_path / "lm", [row["prompt"] + row["chosen"] for row in load_rows(HH).select(range(200))]
+        tmp_path / "lm", [row["prompt"] + row["chosen"] for row in load_rows(real_pairs).select(range(200))]
     )
-    rows = load_rows(HH)
+    rows = load_rows(real_pairs)
     args = config(tmp_path / "rm", max_steps=8, per_device_train_batch_size=8, max_length=256, max_bad_share=0.5)
     trainer = RewardTrainer(folder, args, rows.select(range(200)), rows.select(range(200, 240)))
     trainer.train()
