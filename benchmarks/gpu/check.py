@@ -34,6 +34,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny shapes")
+    parser.add_argument("--time-factor", type=float, default=1.0, help="times the limits, for a slower card")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--output", type=Path, default=Path("gpu_check.jsonl"), help="one line per stage")
     parser.add_argument("--summary", type=Path, help="write a table of the lines to this file (Markdown)")
@@ -49,7 +50,7 @@ def main() -> int:
     lines = []
     with args.output.open("w") as output:
         for name in args.stages:
-            limit = STAGES[name] * (CPU_FACTOR if args.device == "cpu" else 1)
+            limit = STAGES[name] * args.time_factor * (CPU_FACTOR if args.device == "cpu" else 1)
             lines.append(run_stage(name, args, limit, environment))
             print(json.dumps(lines[-1]), file=output, flush=True)
             print(json.dumps(lines[-1]), flush=True)
