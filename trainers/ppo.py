@@ -41,15 +41,18 @@ class PPO(Estimator):
         if self.whiten_advantages:
             advantages = ranks.whiten(advantages, stream.mask)
         explained = explained_variance(returns, stream.values, stream.mask, ranks)
-        return Estimate(advantages, returns, {f"critic/explained_variance/{stream.name}": [explained]})
+        return Estimate(advantages, returns, {f"critic/explained_variance/{stream.name}": explained})
 
 
-def explained_variance(returns: Tensor, values: Tensor, mask: Tensor, ranks: Ranks) -> float:
-    """1 - mean squared error of the critic / variance of the returns, over all processes."""
+def explained_variance(returns: Tensor, values: Tensor, mask: Tensor, ranks: Ranks) -> list[float]:
+    """[1 - mean squared error of the critic / variance of the returns], over all processes; empty where all samples are
+    left out."""
     returns, values, mask = (ranks.gather(x) for x in (returns, values, mask))
+    if not mask.any():
+        return []
     error = masked_mean((returns - values).square(), mask)
     spread = masked_mean((returns - masked_mean(returns, mask)).square(), mask)
-    return (1 - error / spread.clamp(min=1e-8)).item()
+    return [(1 - error / spread.clamp(min=1e-8)).item()]
 
 
 @dataclass

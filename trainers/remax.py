@@ -49,7 +49,11 @@ class ReMax(Estimator):
         return Estimate(advantages)
 
     def metrics(self, rollout: ScoredRollout) -> dict[str, list[float]]:
-        pairs = [(sample, rollout.extra[i // self.num_generations][0]) for i, sample in enumerate(rollout.samples)]
+        pairs = [
+            (sample, rollout.extra[i // self.num_generations][0])
+            for i, sample in enumerate(rollout.samples)
+            if not sample.left_out
+        ]
         return {
             "remax/greedy_reward": [greedy.score for _, greedy in pairs],
             "remax/advantage": [sample.score - greedy.score for sample, greedy in pairs],

@@ -41,22 +41,28 @@ def watched_routers(core: Model) -> Iterator[dict[str, Any]]:
             hook.remove()
 
 
-def balancing_loss(core: Model, logits: tuple[Tensor, ...], attention_mask: Tensor) -> Tensor:
+def balancing_loss(core: Model, logits: tuple[Tensor, ...], batch: dict[str, Tensor]) -> Tensor:
     """The loss of a batch, a scalar: experts x sum over experts of (share of the tokens) x (mean probability).
 
-    attention_mask: [B, T], 0 for padding, which does not count; or the table of `modeling.shared_prefix`, where a token
-    of a prefix counts once for every sequence that it belongs to. So both layouts of a batch have the same loss.
+    batch: with `attention_mask`: [B, T], 0 for padding, which does not count; or the table of `modeling.shared_prefix`
+    (and `completion_sources`), where a token of a prefix counts once for every sequence that it belongs to. So both
+    layouts of a batch have the same loss, but for last tokens that predict nothing, which only padded rows hold.
     """
-    counts = attention_mask if attention_mask.dim() == 2 else _sequences_of_tokens(attention_mask)
+    mask = batch["attention_mask"]
+    counts = mask if mask.dim() == 2 else _sequences_of_tokens(mask, batch["completion_sources"][:, 0])
     function = balancing_function(core)
     if function is None:
         raise TypeError(f"{type(core).__name__} has no load-balancing loss")
     return function(logits, core.num_experts, core.num_experts_per_tok, counts)
 
 
-def _sequences_of_tokens(table: Tensor) -> Tensor:
-    """[T]: how many sequences each token of a row with shared prefixes belongs to. table: [1, 1, groups, 1 + rests]."""
+def _sequences_of_tokens(table: Tensor, first_sources: Tensor) -> Tensor:
+    """[T]: how many sequences each token of a row with shared prefixes belongs to. table: [1, 1, groups, 1 + rests],
+    whose zeros say nothing: rests that are empty, or a group of fewer rests. first_sources: [sequences], a position in
+    the prefix of each."""
     lengths = table.view(-1, table.shape[-1])
+    sizes = lengths.sum(-1)
+    groups = torch.searchsorted(sizes.cumsum(0) - sizes, first_sources.contiguous(), right=True) - 1
     counts = torch.ones_like(lengths)
-    counts[:, 0] = lengths.shape[1] - 1
+    counts[:, 0] = torch.bincount(groups, minlength=len(lengths))
     return counts.flatten().repeat_interleave(lengths.flatten())

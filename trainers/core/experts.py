@@ -49,9 +49,10 @@ def with_router_loss(items: Callable[[dict, TrainingArguments], int]):
             core = language_model(model)
             with watched_routers(core) as seen:
                 loss = compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
-            balance = balancing_loss(core, seen["logits"], inputs["attention_mask"])
-            self.record("aux_loss", balance.detach(), len(inputs["completion_mask"]))
-            share = items(inputs, self.args) / num_items_in_batch * self.accelerator.num_processes
+            balance, count = balancing_loss(core, seen["logits"], inputs), items(inputs, self.args)
+            if count:  # else all of its samples are left out
+                self.record("aux_loss", balance.detach(), count)
+            share = count / num_items_in_batch * self.accelerator.num_processes
             return loss + self.router_coefficient * balance * share
 
         return with_it

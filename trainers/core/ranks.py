@@ -35,8 +35,12 @@ class Ranks:
         return slice(self.index * count, (self.index + 1) * count)
 
     def whiten(self, values: Tensor, mask: Tensor) -> Tensor:
-        """Mean 0 and deviation 1 over the tokens of all processes, 0 outside the mask. values, mask: [N, L]."""
-        whitened = whiten(self.gather(values), self.gather(mask))
+        """Mean 0 and deviation 1 over the tokens of all processes, 0 outside the mask, and everywhere if it has one
+        token or none, because all samples are left out. values, mask: [N, L]."""
+        values_of_all, mask_of_all = self.gather(values), self.gather(mask)
+        if int(mask_of_all.bool().sum()) <= 1:
+            return torch.zeros_like(values)
+        whitened = whiten(values_of_all, mask_of_all)
         return whitened[self.local_slice(len(values)), : values.shape[1]]
 
     def total(self, count: int) -> Tensor:

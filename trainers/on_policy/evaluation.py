@@ -114,8 +114,9 @@ class PolicyEvaluator:
     def _rows(self, prompts: list[dict], indices: list[int], model, reference) -> list[dict]:
         count = self.args.eval_num_generations
         samples = self._sample(prompts, indices, count)
-        self.rewards.fill(samples)
+        # before the rewards: a sample that they have no score for has a KL and an entropy all the same
         columns: dict[str, Sequence[float | None]] = {**self._kl_and_entropy(samples, model, reference)}
+        self.rewards.fill(samples)
         columns["proxy"] = [None if sample.left_out else sample.score for sample in samples]
         if self.gold is not None:
             columns["gold"] = self.gold.totals(samples)

@@ -54,7 +54,7 @@ from align.trainers.on_policy.evaluation import Curve, EvaluationFile, PolicyEva
 from align.trainers.on_policy.forward import ForwardPasses
 from align.trainers.on_policy.kl_coefficient import KLCoefficient
 from align.trainers.on_policy.metrics import OnPolicyMetrics
-from align.trainers.on_policy.objective import loss_count, policy_objective
+from align.trainers.on_policy.objective import kept_lengths, loss_count, policy_objective
 from align.trainers.on_policy.pipeline import RolloutPipeline
 from align.trainers.on_policy.rewards import RewardColumns
 from align.trainers.on_policy.samples import Sample, tokenized_prompts
@@ -235,7 +235,7 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
         batches = self.planner.plan(samples, num_batches)
         return in_lists([self.planner.collate(batch) for batch in batches], num_batches), self.loss_count(samples)
 
-    @with_router_loss(lambda batch, args: loss_count(batch["completion_mask"].sum(-1).tolist(), args))
+    @with_router_loss(lambda batch, args: loss_count(kept_lengths(batch["completion_mask"]), args))
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args, mask = self.args, inputs["completion_mask"]
         logps, entropy = completion_logps(model, inputs, temperature=args.temperature, return_entropy=True)

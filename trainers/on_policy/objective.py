@@ -56,3 +56,8 @@ def loss_count(lengths: list[int], args: OnPolicyConfig) -> int:
     """What the loss of completions of these lengths is divided by: tokens, sequences, or their largest size."""
     counts = {"token_mean": sum(lengths), "constant": len(lengths) * args.max_completion_length}
     return counts.get(args.loss_aggregation, len(lengths))
+
+
+def kept_lengths(mask: Tensor) -> list[int]:
+    """Tokens of each completion of a micro-batch that is not left out. mask: [B, L]."""
+    return [length for length in mask.sum(-1).int().tolist() if length]

@@ -6,13 +6,16 @@ import transformers as tf
 
 from align.data import PairCollator, SharedPrefixCollator, toy
 from align.errors import ConfigError
+from align.modeling.completions import completion_logps
 from align.modeling.experts import balancing_loss, watched_routers
 from align.modeling.pairs import pair_tokens
 from align.modeling.prefix_support import enable_shared_prefix
 from align.trainers.core.experts import router_coefficient
 from align.trainers.dpo import DPOTrainer
+from align.trainers.on_policy.batches import collate
 from tests.modeling import tiny
 from tests.modeling.pair_models import pairs
+from tests.trainers.on_policy.test_rollout_batches import SAMPLES
 from tests.trainers.pairs.preference_runs import dpo_config, toy_pairs
 from tests.trainers.tiny_runs import logged, on_policy, prompts, wanted_words
 
@@ -42,11 +45,26 @@ def test_both_layouts_have_the_loss_that_transformers_computes(kind):
             pair_tokens(model, batch)
             with torch.no_grad():
                 pair_tokens(model, batch)  # of a reference that is the same module: it is not looked at
-        found[name] = balancing_loss(model, seen["logits"], batch["attention_mask"])
+        found[name] = balancing_loss(model, seen["logits"], batch)
         (gradients[name],) = torch.autograd.grad(found[name], router)
     for name in found:
         torch.testing.assert_close(found[name], expected, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(gradients[name], gradients["transformers"], atol=1e-5, rtol=1e-4)
+
+
+def test_groups_of_any_size_have_the_same_loss():
+    """Samples of a rollout: prompts with three, two and one of them, some of a single token."""
+    model = mixture()
+    assert enable_shared_prefix(model, None) is None
+    padded, shared = (collate(SAMPLES[:-2], 0, shared_prefix=flag) for flag in (False, True))
+    last = padded["attention_mask"].sum(-1) - 1  # predicts nothing, and shared rows do not hold it
+    padded["attention_mask"][torch.arange(len(last)), last] = 0
+    found = []
+    for batch in (padded, shared):
+        with watched_routers(model) as seen:
+            completion_logps(model, batch)
+        found.append(balancing_loss(model, seen["logits"], batch))
+    torch.testing.assert_close(found[1], found[0], atol=1e-6, rtol=1e-6)
 
 
 def test_which_coefficient(caplog):
@@ -94,3 +112,21 @@ def test_on_policy(experts, tmp_path):
     trainer.close()
     aux = logged(trainer, "aux_loss")
     assert 2 <= aux[-1] < aux[0] - 0.01
+
+
+@pytest.mark.parametrize(("kept", "batches"), [(6, 1), (6, 2), (0, 2)])
+def test_samples_that_are_left_out_do_not_count(experts, tmp_path, kept, batches):
+    """Equal scores have no advantage, so the loss is the experts' alone: counted once, or not without any sample."""
+
+    def reward(completions):
+        return [1.0 if i < kept else None for i in range(len(completions))]
+
+    trainer_class, args = on_policy(
+        "rloo", tmp_path, beta=0.0, router_aux_loss_coef=100.0, max_steps=1, loss_aggregation="sequence_mean",
+        per_device_train_batch_size=8 // batches, gradient_accumulation_steps=batches,
+    )  # fmt: skip
+    trainer = trainer_class(experts, reward, args, prompts(64))
+    trainer.train()
+    trainer.close()
+    (loss,) = logged(trainer, "loss")
+    assert [loss / 100] == pytest.approx(logged(trainer, "aux_loss")) if kept else loss == 0

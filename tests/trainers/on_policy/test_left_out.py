@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from align.data import toy
 from align.errors import RewardError
 from align.objectives.groups import group_relative, leave_one_out
 from align.trainers.core.ranks import Ranks
@@ -10,7 +11,7 @@ from align.trainers.on_policy.evaluation import with_means
 from align.trainers.on_policy.samples import Sample
 from align.trainers.on_policy.streams import stream_scores
 from align.trainers.weighting.base import FixedWeights, Weighting
-from tests.trainers.tiny_runs import assert_same, logged, on_policy, parameters, prompts, wanted_words
+from tests.trainers.tiny_runs import assert_same, logged, on_policy, parameters, prompts, tiny_model, wanted_words
 
 
 def test_baselines_are_of_the_others():
@@ -59,6 +60,48 @@ def test_what_is_left_out_does_not_matter(method, policy, tmp_path):
     (one, logs), (two, others) = run(1.0), run(-50.0)
     assert logs == others
     assert_same(one, two)
+
+
+HELD = {
+    "constraints": [{"reward": "late", "direction": "at_least", "threshold": 0.5}],
+    "multipliers": {"standardize": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("grpo", {"scale_rewards": "batch"}), ("rloo", HELD), ("remax", {}), ("reinforce_pp", {}), ("ppo", {})],
+)
+def test_a_rollout_without_any_score_trains_nothing(method, options, policy, tmp_path):
+    def late(completions, trainer_state):
+        return [None if trainer_state.global_step == 0 else score for score in wanted_words(completions)]
+
+    trainer_class, args = on_policy(method, tmp_path, **options)
+    if method == "ppo":
+        args.num_iterations = 1
+    trainer = trainer_class(policy, late, args, prompts(16))
+    trainer.train()
+    trainer.close()
+    first, second, _ = trainer.state.log_history
+    assert first["loss"] == first["grad_norm"] == 0 < second["grad_norm"]
+    described = {"reward", "kl", "entropy", "remax/greedy_reward", "remax/advantage", "critic/explained_variance/late"}
+    assert not described & first.keys() and second.keys() >= {"reward", "kl", "entropy"}
+
+
+def test_evaluations_measure_all_samples(policy, tmp_path):
+    """KL and entropy are the policy's, whatever the rewards have to say of its answers."""
+
+    def some(completions):
+        return [None if i % 2 else score for i, score in enumerate(wanted_words(completions))]
+
+    measured = []
+    for reward in (some, wanted_words):
+        trainer_class, args = on_policy("grpo", tmp_path)
+        trainer = trainer_class(policy, reward, args, prompts(16), prompts(6), ref_model=tiny_model(toy.tokenizer(), 1))
+        found = trainer.evaluate()
+        trainer.close()
+        measured.append([found[f"eval_{name}"] for name in ("kl", "kl_k3", "entropy", "length")])
+    assert measured[0] == measured[1] and measured[0][0] != 0
 
 
 def test_a_weighting_that_needs_every_reward_says_so():
