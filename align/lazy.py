@@ -1,10 +1,56 @@
-"""Loading objects by name, so that importing `align` costs nothing until something is used."""
+"""Loading objects by name: our own, so that importing `align` costs nothing until something is used, and the user's."""
 
 import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from align.errors import ConfigError
 
 
 def load(path: str) -> Any:
     """The object at `"package.module:attribute"`."""
     module, _, attribute = path.partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def imported(path: str, what: str) -> Callable:
+    """The user's function or class at "package.module:name" or "file.py:name". Modules are looked for in the current
+    folder too. what: what it is, for errors. Raises `ConfigError`."""
+    module_name, _, name = path.rpartition(":")
+    if not module_name or not name:
+        raise ConfigError(f"{what} {path!r}: expected package.module:name or file.py:name")
+    here = f"{what} {path!r}"
+    module = _load_file(Path(module_name), here) if module_name.endswith(".py") else _import(module_name, here)
+    found = getattr(module, name, None)
+    if not callable(found):
+        defined = sorted(k for k, v in vars(module).items() if inspect.isfunction(v) and not k.startswith("_"))
+        raise ConfigError(f"{here}: no function {name!r} there; it has {', '.join(defined) or 'none'}")
+    return found
+
+
+def _import(module_name: str, here: str):
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the user's module exists and lacks something of its own
+        raise ConfigError(f"{here}: no module {error.name!r} in {folder} or on the path") from error
+    finally:
+        sys.path.remove(folder)
+
+
+def _load_file(file: Path, here: str):
+    if not file.is_file():
+        raise ConfigError(f"{here}: no file {file.resolve()}")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{here}: {file.resolve()} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -2,17 +2,14 @@
 
 import asyncio
 import functools
-import importlib
-import importlib.util
 import inspect
 import os
-import sys
 import threading
 from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from align.errors import ConfigError, RewardError
+from align.lazy import imported
 
 CONCURRENCY = 16  # calls of an async function in flight, unless the spec says otherwise
 
@@ -121,38 +118,4 @@ def check_concurrency(function: UserFunction, concurrency: int | None) -> int | 
 
 def import_function(path: str) -> Callable:
     """The function at "package.module:name" or "file.py:name". Modules are looked for in the current folder too."""
-    module_name, _, name = path.rpartition(":")
-    if not module_name or not name:
-        raise ConfigError(f"reward function {path!r}: expected package.module:name or file.py:name")
-    module = _load_file(Path(module_name), path) if module_name.endswith(".py") else _import(module_name, path)
-    function = getattr(module, name, None)
-    if not callable(function):
-        defined = sorted(k for k, v in vars(module).items() if inspect.isfunction(v) and not k.startswith("_"))
-        raise ConfigError(
-            f"reward function {path!r}: no function {name!r} there; it has {', '.join(defined) or 'none'}"
-        )
-    return function
-
-
-def _import(module_name: str, path: str):
-    folder = str(Path.cwd())
-    sys.path.insert(0, folder)
-    try:
-        return importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the user's module exists and lacks something of its own
-        raise ConfigError(f"reward function {path!r}: no module {error.name!r} in {folder} or on the path") from error
-    finally:
-        sys.path.remove(folder)
-
-
-def _load_file(file: Path, path: str):
-    if not file.is_file():
-        raise ConfigError(f"reward function {path!r}: no file {file.resolve()}")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"reward function {path!r}: {file.resolve()} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return imported(path, "reward function")

@@ -16,6 +16,7 @@ from align.reward_models.deadlines import DeadlineExceeded, call_within
 from align.reward_models.rules import not_numbers
 
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # answers that may be another one soon
+HERE = ("127.0.0.1", "localhost", "::1")
 LONGEST_WAIT = 30  # seconds between two attempts
 
 
@@ -79,6 +80,10 @@ class RemoteReward(Reward):
         self.session.headers.update(
             {key: expand(str(value), f"reward {name!r}: header {key}") for key, value in (headers or {}).items()}
         )
+        if parts.hostname in HERE:
+            self.session.trust_env = False  # a proxy of the environment does not reach this machine's own servers
+        if "Authorization" in self.session.headers and "@" not in parts.netloc:
+            self.session.auth = lambda request: request  # else requests puts the password of ~/.netrc in its place
         adapter = requests.adapters.HTTPAdapter(max_retries=retry, pool_maxsize=concurrency)
         self.session.mount("http://", adapter)
         self.session.mount("https://", adapter)

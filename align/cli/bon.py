@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max_completion_length", type=int, default=256, metavar="N", help="[256]")
     add("--temperature", type=float, default=1.0, metavar="T", help="[1.0]")
     add("--top_p", type=float, default=1.0, metavar="P", help="[1.0]")
-    add("--backend", default="auto", metavar="NAME", help="the rollout engine: vllm or transformers [auto]")
+    add("--backend", default="auto", metavar="NAME", help="vllm, transformers or file.py:Class [auto]")
 
     add = parser.add_argument_group("curves and report").add_argument
     add(
@@ -71,8 +71,10 @@ def run(args: argparse.Namespace) -> int:
     from align.evaluation.report import write_outputs
     from align.evaluation.score_table import read_score_table
     from align.evaluation.summary import build_summary
+    from align.rollout.make import check_backend
 
     _check(args)
+    check_backend(args.backend)
     phases = {}
     started = time.perf_counter()
     path, proxies = args.table, list(args.proxy)

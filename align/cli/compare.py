@@ -27,7 +27,9 @@ def run(args: argparse.Namespace) -> int:
     from align.evaluation.answers import read_answers, scores_of
     from align.evaluation.scoring import build_rewards
     from align.reward_models.functions import import_function
+    from align.rollout.make import check_backend
 
+    check_backend(args.backend)
     if not args.rewards and not args.judge:
         raise ConfigError("name who decides: --rewards REWARD..., --judge file.py:function, or both")
     rewards = build_rewards(args.rewards, None, gold_name="")

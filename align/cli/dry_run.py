@@ -150,7 +150,7 @@ def _memory(run: RunConfig, config, rows):
         length=length,
         logits=not classifier,
         reference=_holds_reference(run, adapter=peft_config is not None),
-        engine=on_policy,
+        engine=on_policy and training.rollout.backend != "server",  # whose copy lies elsewhere
         rewards=reward_shapes(run) if run.method.rewards else {},
     )
 

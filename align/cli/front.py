@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max_prompt_length", type=int, default=512, metavar="N", help="longer prompts are an error [512]")
     add("--max_completion_length", type=int, default=256, metavar="N", help="[256]")
     add("--temperature", type=float, default=1.0, metavar="T", help="[1.0]")
-    add("--backend", default="auto", metavar="NAME", help="the rollout engine: vllm or transformers [auto]")
+    add("--backend", default="auto", metavar="NAME", help="vllm, transformers or file.py:Class [auto]")
     add(
         "--reference_point",
         nargs="+",
@@ -48,7 +48,9 @@ def run(args: argparse.Namespace) -> int:
     from align.evaluation.front_scores import Sampling, score_fronts, summarise
     from align.evaluation.scoring import build_rewards
     from align.modeling.load import load_tokenizer
+    from align.rollout.make import check_backend
 
+    check_backend(args.backend)
     if args.temperature <= 0:
         raise ConfigError(f"a policy is judged by draws from it: --temperature must be above 0, not {args.temperature}")
     fronts = read_fronts(args)

@@ -32,7 +32,7 @@ def add_drawing(parser: argparse.ArgumentParser) -> None:
     add("--max_prompt_length", type=int, default=1024, metavar="N", help="longer prompts are bad rows [1024]")
     add("--max_completion_length", type=int, default=512, metavar="N", help="[512]")
     add("--max_bad_share", type=float, default=0.0, metavar="X", help="share of prompts that may be left out [0]")
-    add("--backend", default="auto", metavar="NAME", help="the rollout engine: vllm or transformers [auto]")
+    add("--backend", default="auto", metavar="NAME", help="vllm, transformers or file.py:Class [auto]")
     add("--dtype", metavar="DTYPE", help="of the weights [as saved on a GPU, float32 on a CPU]")
     add("--seed", type=int, default=0, help="[0]")
 
@@ -41,7 +41,9 @@ def run(args: argparse.Namespace) -> int:
     from align.evaluation.answers import score_answers
     from align.evaluation.scoring import build_rewards
     from align.modeling.load import load_tokenizer
+    from align.rollout.make import check_backend
 
+    check_backend(args.backend)
     tokenizer = load_tokenizer(args.model)
     rewards = build_rewards(args.rewards, None, gold_name="", tokenizer=tokenizer)  # mistakes in them come first
     draw(args, args.model, args.to)

@@ -2,12 +2,16 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from align.config.server_key import KEY_FILE, KEY_VARIABLE, own_key
 
 if TYPE_CHECKING:
     from align.config.resolve import RunConfig
+    from align.rollout.options import RolloutOptions
+
+FROM_FILE = "the file's, else"  # where an option that is left out comes from
+GPU_MEMORY = 0.9
 
 HELP = "start a vLLM server that makes the completions of a run"
 DESCRIPTION = (
@@ -22,11 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--method", help="the method, for a file that does not name it")
     add("--host", default="127.0.0.1", help="address to listen on [127.0.0.1: this machine alone]")
     add("--port", type=int, default=8000, help="port to listen on [8000]")
-    add("--api-key-env", default=KEY_VARIABLE, metavar="NAME", help=f"variable with the key [{KEY_VARIABLE}]")
-    add("--api-key-file", metavar="FILE", help=f"else the file with the key, made if it is absent [{KEY_FILE}]")
+    add("--api-key-env", metavar="NAME", help=f"variable with the key [{FROM_FILE} {KEY_VARIABLE}]")
+    add(
+        "--api-key-file",
+        metavar="FILE",
+        help=f"else the file with the key, made if it is absent [{FROM_FILE} {KEY_FILE}]",
+    )
     add("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs that share the model [1]")
-    add("--gpu-memory", type=float, default=0.9, metavar="SHARE", help="share of the GPU's memory for vLLM [0.9]")
-    add("--kv-cache-gib", type=float, metavar="GIB", help="size of the key-value cache [computed]")
+    add("--gpu-memory", type=float, metavar="SHARE", help=f"of the GPU's memory for vLLM [{FROM_FILE} {GPU_MEMORY}]")
+    add("--kv-cache-gib", type=float, metavar="GIB", help=f"size of the key-value cache [{FROM_FILE} computed]")
     add("--start-timeout", type=float, default=600, metavar="SECONDS", help="after which the start has failed [600]")
 
 
@@ -34,30 +42,45 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
     from align.cli.launch import method_of
     from align.config.resolve import resolve
     from align.errors import ConfigError
-    from align.rollout.server.launch import prepare, serve
+    from align.rollout.make import choose_backend
+    from align.rollout.server.launch import address, check_free, prepare, serve
 
-    key = own_key(args.api_key_env, args.api_key_file)
-    prepare(key)  # before torch is loaded
+    choose_backend("vllm")
+    check_free(args.host, args.port)
+    prepare()  # before torch is loaded
     run = resolve(method_of(args), args.config, extra)
     if run.method.data != "prompts":
         raise ConfigError(f"`align {run.method.name}` makes no completions: there is nothing to serve")
-    place = Path(args.api_key_file or KEY_FILE).expanduser()
+    options = started_with(run.training.rollout, args)
+    variable, file = options.pop("api_key_env"), options.pop("api_key_file")
+    place = Path(file or KEY_FILE).expanduser()
     serve(
         skeleton(run),
-        key,
+        own_key(variable, file),
         host=args.host,
         port=args.port,
         dtype=dtype(run),
-        ready=f"serving at http://{args.host}:{args.port}; the key is in ${args.api_key_env} or {place}",
+        ready=f"serving at {address(args.host, args.port)}; the key is in ${variable} or {place}",
         start_seconds=args.start_timeout,
         tensor_parallel_size=args.tensor_parallel,
         max_model_len=run.training.max_prompt_length + run.training.max_completion_length,
         max_num_seqs=run.training.rollout.max_num_seqs,
-        kv_cache_gib=args.kv_cache_gib,
-        gpu_memory_utilization=args.gpu_memory,
-        further={},
+        **options,
     )
     return 0
+
+
+def started_with(section: "RolloutOptions", args: argparse.Namespace) -> dict[str, Any]:
+    """The server's own options: of the command line, else as the file's section `rollout` sets them."""
+    given = section.given()
+    found = {
+        "api_key_env": args.api_key_env or given.get("api_key_env", KEY_VARIABLE),
+        "api_key_file": args.api_key_file or given.get("api_key_file"),
+        "kv_cache_gib": given.get("kv_cache_gib") if args.kv_cache_gib is None else args.kv_cache_gib,
+        "gpu_memory_utilization": given.get("gpu_memory_utilization", GPU_MEMORY),
+        "further": given.get("engine_options", {}),
+    }
+    return found if args.gpu_memory is None else {**found, "gpu_memory_utilization": args.gpu_memory}
 
 
 def skeleton(run: "RunConfig"):

@@ -31,7 +31,7 @@ def nested_options() -> dict[str, Nested]:
     return {
         "rewards": Nested(parse_rewards, REWARDS, many=True, text=True, open=True),
         "gold_reward": Nested(parse_reward, REWARDS, text=True, open=True),
-        "rollout": Nested(rollout_options, rollout_kinds(), text=True),
+        "rollout": Nested(rollout_options, rollout_kinds(), text=True, open=True),
         "constraints": Nested(sections.parse_constraints, constraint, many=True),
         "multipliers": Nested(sections.MULTIPLIERS.parse, sections.MULTIPLIERS),
         "dynamic_weights": Nested(sections.parse_dynamic_weights, sections.DYNAMIC_WEIGHTS, open=True),

@@ -2,6 +2,8 @@
 
 import os
 import secrets
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from align.errors import ConfigError
@@ -32,6 +34,10 @@ def own_key(variable: str, file: str | None) -> str:
     path = Path(file or KEY_FILE).expanduser()
     if not os.environ.get(variable) and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
+        handle, made = tempfile.mkstemp(prefix=path.name, dir=path.parent)  # with mode 600
+        with os.fdopen(handle, "w") as out:
             out.write(secrets.token_urlsafe(32) + "\n")
+        with suppress(FileExistsError):  # another server was first: its key holds
+            os.link(made, path)  # appears at once and whole, unlike a file that is being written
+        os.unlink(made)
     return read_key(variable, file)

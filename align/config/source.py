@@ -18,6 +18,7 @@ from align.config import configs_dir
 from align.errors import ConfigError
 
 COMMAND_LINE = "command line"
+SHORT_FOR = {"rollout": "backend"}  # of a section that one word stands for: the option that the word is
 MOST_PLACES = 10_000  # of the values of one file: an anchor that is used by anchors can stand for billions
 
 
@@ -291,8 +292,10 @@ def apply_overrides(entries: dict[str, Entry], overrides: Iterable[tuple[str, En
             entries[head] = entry
             continue
         if head not in entries or entries[head].value is None:
-            entries[head] = Entry([] if rest[0] == "0" else {}, None, entry.where)
+            entries[head] = Entry(_empty(rest), None, entry.where)
         target = entries[head]
+        if head in SHORT_FOR and isinstance(target.value, str):
+            target.value = {SHORT_FOR[head]: target.value}
         target.text = None
         _set_nested(target.value, rest, entry.value, f"{entry.where}: {'--' * (entry.where == COMMAND_LINE)}{key}")
         kept = {name: place for name, place in target.nested.items() if not name.startswith(f"{key}.")}
@@ -307,12 +310,17 @@ def _set_nested(container: Any, parts: list[str], value: Any, what: str) -> None
             raise ConfigError(one_line(f"{what}: {part!r} is not an index of a list of {len(container)}"))
         place = int(part)
         if place == len(container):
-            container.append({})
+            container.append(_empty(rest))
     elif not isinstance(container, dict):
         raise ConfigError(one_line(f"{what}: there is nothing below {container!r:.100} to set {part!r} in"))
     if not rest:
         container[place] = value
         return
     if isinstance(container, dict) and container.get(place) is None:
-        container[place] = {}
+        container[place] = _empty(rest)
     _set_nested(container[place], rest, value, what)
+
+
+def _empty(parts: list[str]) -> Any:
+    """What the next of these parts of a key can be set in."""
+    return [] if parts and parts[0] == "0" else {}

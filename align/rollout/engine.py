@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from align.data.ending import end_ids
 from align.errors import ConfigError, RolloutError
@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # the command line reads this module for its help, without to
     from torch import Tensor
 
     from align.rollout.identity import Fingerprints
+    from align.rollout.options import RolloutOptions
     from align.rollout.probe import Probe
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,8 @@ class RolloutEngine(ABC):
     """
 
     name: str
+    # Of the section `rollout`, for an engine that is named by its place and has options of its own.
+    options_class: "ClassVar[type[RolloutOptions] | None]" = None
 
     def __init__(
         self,

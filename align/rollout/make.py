@@ -2,13 +2,13 @@
 
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 from align.config.sections import Kinds, Section
 from align.errors import ConfigError
-from align.lazy import load
+from align.lazy import imported, load
 from align.rollout.engine import RolloutEngine
 from align.rollout.options import RolloutOptions, VLLMOptions
 from align.rollout.server.options import ServerOptions
@@ -76,6 +76,14 @@ def register_engine(
     BACKENDS[name] = EngineBackend(name, factory, options, package, install)
 
 
+def _register_place(place: str, key: str) -> None:
+    """The engine at this place, under its place's name, with the options that its class names."""
+    cls = imported(place, "rollout backend")
+    if not (isinstance(cls, type) and issubclass(cls, RolloutEngine)):
+        raise ConfigError(f"{key}: backend {place} is no subclass of align.RolloutEngine", key=f"{key}.backend")
+    register_engine(place, cls, options=cls.options_class or RolloutOptions)
+
+
 def rollout_kinds() -> Kinds:
     """The back-ends that the section `rollout` may name, each with its options."""
     classes: dict[str, type[Section]] = {
@@ -92,18 +100,33 @@ def backend_names() -> tuple[str, ...]:
 
 def rollout_options(value: Any, key: str = "rollout") -> RolloutOptions:
     """The typed options that `value` stands for: a mapping with `backend` and its options, a back-end's name alone, or
-    `RolloutOptions`. key: the dotted path of the section, for errors. Raises `ConfigError`."""
+    `RolloutOptions`. A back-end may be an engine of the user's, named by its place ("path/file.py:Class" or
+    "package.module:Class"), which is imported. key: the dotted path of the section, for errors. Raises `ConfigError`.
+    """
     if isinstance(value, str):
         value = {"backend": value}
     elif isinstance(value, RolloutOptions):
         value = value.given()
+    if isinstance(value, Mapping) and ":" in str(name := value.get("backend")) and name not in BACKENDS:
+        _register_place(str(name), key)
     return cast(RolloutOptions, rollout_kinds().parse(value, key))
+
+
+def check_backend(backend: str) -> None:
+    """For commands that make an engine of their own. Raises `ConfigError` for a back-end that is unknown or absent, and
+    for servers, which serve a run with a section `rollout`."""
+    if backend == "server":
+        raise ConfigError(
+            "--backend server is for runs, whose section `rollout` names the servers: use vllm or transformers here"
+        )
+    if rollout_options(backend).backend != "auto" and not BACKENDS[backend].installed:
+        choose_backend(backend)  # raises, with what installs it
 
 
 def choose_backend(backend: str = "auto") -> str:
     """A back-end's name; "auto" is vLLM where installed, else transformers. Raises `ConfigError` for an absent one."""
     if backend not in backend_names():
-        rollout_options(backend)  # raises, with the nearest name
+        rollout_options(backend)  # imports an engine of the user's, or raises, with the nearest name
     if backend != "auto":
         chosen = BACKENDS[backend]
         if not chosen.installed:

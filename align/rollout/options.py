@@ -18,6 +18,7 @@ SET_BY_ALIGN = (
     *("max_model_len", "max_num_seqs", "gpu_memory_utilization", "kv_cache_memory_bytes"),
     *("enable_lora", "max_loras", "max_lora_rank", "lora_dtype", "distributed_executor_backend"),
     *("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"),
+    *("worker_extension_cls", "weight_transfer_config"),
 )
 
 
@@ -50,11 +51,9 @@ class RolloutOptions(Section):
         return {name: getattr(self, name) for name in type(self).model_fields if name != "backend"}
 
 
-class VLLMOptions(RolloutOptions):
-    """vLLM in the trainer's process."""
+class VLLMSettings(RolloutOptions):
+    """What vLLM is started with, in the trainer's process or as a server."""
 
-    label = "backend vllm"
-    backend: Literal["vllm"] = Field("vllm", description="vLLM in the trainer's process.")
     gpu_memory_utilization: float = Field(
         0.3, gt=0, le=1, description="vLLM's share of the GPU's memory, weights included; CUDA only."
     )
@@ -74,3 +73,10 @@ class VLLMOptions(RolloutOptions):
             place = f"set rollout.{own[0]}" if own else "leave it out"
             raise ValueError(f"{clash[0]} follows from the policy and the options beside engine_options: {place}")
         return value
+
+
+class VLLMOptions(VLLMSettings):
+    """vLLM in the trainer's process."""
+
+    label = "backend vllm"
+    backend: Literal["vllm"] = Field("vllm", description="vLLM in the trainer's process.")

@@ -201,3 +201,5 @@ def test_memory_of_an_on_policy_run_follows_beta_and_the_budget(tiny_model, prom
     assert any("reference" in name for name in plain) and not any("reference" in name for name in free)
     assert any("reference" in name for name in memory("--beta", 0.0, "--eval_strategy", "steps", "--eval_steps", 1))
     assert memory("--tokens_per_batch", 60)["logits"] != plain["logits"]
+    servers = memory("--rollout.backend", "server", "--rollout.urls", "http://127.0.0.1:8000")
+    assert "rollout engine" in plain and "rollout engine" not in servers  # their copy lies elsewhere

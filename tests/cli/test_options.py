@@ -73,6 +73,11 @@ def test_every_ready_config_is_valid_by_the_schema(name):
     [
         ({"rollout": {"bakend": "vllm"}}, {"rollout": {"backend": "vllm", "kv_cache_gib": 2}}),
         ({"rollout": {"backend": "transformers", "kv_cache_gib": 2}}, {"rollout": "transformers"}),
+        (
+            {"rollout": {"backend": "server", "urls": 8000}},
+            {"rollout": {"backend": "server", "urls": "http://[::1]:8"}},
+        ),
+        ({"rollout": {"backend": "mine"}}, {"rollout": {"backend": "mine.py:Engine", "beams": 2}}),
         ({"rollout": {"backend": "vllm", "gpu_memory_utilization": 2}}, {"rollout": {"max_num_seqs": 8}}),
         ({"constraints": [{"reward": "a", "direction": "up", "threshold": 0}]}, {"constraints": None}),
         ({"multipliers": {"form": "squared", "momentum": 0.1}}, {"multipliers": {"momentum": 0.1, "pid": {"kp": 2}}}),

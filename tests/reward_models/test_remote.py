@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from align.errors import ConfigError, RewardError
+from align.reward_models import remote
 from align.reward_models.base import RewardBatch
 from align.reward_models.build import build_reward, check_reward
 from align.reward_models.remote import RemoteReward
@@ -24,8 +25,11 @@ LENGTHS = [1.0, 2.0, 3.0, 4.0, 5.0]
 
 
 @pytest.fixture(autouse=True)
-def no_proxy(monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+def a_proxy_that_is_not_there(monkeypatch):
+    """As on many clusters: it is for other machines."""
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
 
 
 def lengths(content):
@@ -71,8 +75,13 @@ def server(answer=lengths, statuses=(), delay=0.0, retry_after=None):
         made.server_close()
 
 
-def test_batches_columns_and_headers(monkeypatch):
+def test_batches_columns_and_headers(monkeypatch, tmp_path):
+    """Headers of the spec are what is sent, whatever ~/.netrc has for a host."""
     monkeypatch.setenv("TOKEN_OF_TEST", "s3cret")
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password other\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setattr(remote, "HERE", ())  # as for a server on another machine
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     with server() as (url, seen):
         reward = RemoteReward(
             url, name="judge", columns=["answer"], batch_size=2, headers={"Authorization": "Bearer $TOKEN_OF_TEST"}

@@ -17,8 +17,11 @@ WHOLE = HEAD % 17 + b'{"scores": [0.5]}'
 
 
 @pytest.fixture(autouse=True)
-def no_proxy(monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+def a_proxy_that_is_not_there(monkeypatch):
+    """As on many clusters: it is for other machines."""
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
 
 
 @contextmanager

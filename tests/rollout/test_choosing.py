@@ -60,7 +60,9 @@ def test_a_registered_back_end_is_made_like_the_others(monkeypatch):
     assert isinstance(engine, Mine) and (engine.max_num_seqs, engine.beams) == (7, 2)
     with pytest.raises(ConfigError, match="rollout.beams: .*greater than or equal to 1, not 0"):
         make_engine(llama(), backend="mine", max_model_len=64, beams=0)
-    with pytest.raises(ConfigError, match="rollout.kv_cache_gib is an option of backend vllm, not of backend mine"):
+    with pytest.raises(
+        ConfigError, match="rollout.kv_cache_gib is an option of backend vllm and server, not of backend mine"
+    ):
         make_engine(llama(), backend="mine", max_model_len=64, kv_cache_gib=1.0)
     with pytest.raises(ConfigError, match="no_such_package is not installed: `pip install it`"):
         make_engine(llama(), backend="absent", max_model_len=64)
@@ -78,7 +80,10 @@ def test_a_registered_back_end_is_made_like_the_others(monkeypatch):
         ({"bakend": "vllm"}, "unknown key rollout.bakend; nearest valid: backend"),
         ("vlm", "one of auto, vllm, server, transformers, not 'vlm'; nearest valid: vllm"),
         ({"backend": "vllm", "gpu_memory_utilization": 2}, "rollout.gpu_memory_utilization: .*less than or equal to 1"),
-        ({"kv_cache_gib": 1}, "rollout.kv_cache_gib is an option of backend vllm, not of a rollout without 'backend'"),
+        (
+            {"kv_cache_gib": 1},
+            "rollout.kv_cache_gib is an option of backend vllm and server, not of a rollout without 'backend'",
+        ),
         (
             {"backend": "vllm", "engine_options": {"dtype": "half"}},
             "engine_options: dtype follows .* set rollout.dtype",

@@ -43,7 +43,8 @@ class Background:
 
 
 def session() -> aiohttp.ClientSession:
-    """Without a limit of connections, and without keeping them: a restarted server has closed them."""
+    """Without a limit of connections, and without keeping them: a restarted server has closed them. aiohttp reads no
+    proxy and no ~/.netrc from the environment, unless it is told to: the key goes to the server alone."""
     return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True))
 
 

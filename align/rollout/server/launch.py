@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -20,10 +21,29 @@ ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_AL
 DEFAULTS = {"VLLM_LOGGING_LEVEL": "ERROR"}
 
 
-def prepare(key: str) -> None:
-    """What vLLM and torch read from the environment when they are loaded. The key goes that way, because arguments can
-    be seen by every user of the machine."""
-    os.environ.update({**DEFAULTS, **os.environ, **ENVIRONMENT, KEY_VARIABLE: key})
+def address(host: str, port: int) -> str:
+    """Where a server that listens there answers."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def check_free(host: str, port: int) -> None:
+    """Raises `RolloutError` for an address that cannot be listened on, before the minute in which a server starts."""
+    if not 0 < port < 1 << 16:  # which getaddrinfo takes modulo 65,536
+        raise RolloutError(f"--port goes from 1 to 65535, not {port}")
+    try:
+        family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM: a server that has just ended is gone
+            probe.bind(place)
+    except OSError as error:
+        raise RolloutError(
+            f"the rollout server cannot listen at {address(host, port)} ({error}): name another --port or --host"
+        ) from error
+
+
+def prepare() -> None:
+    """What vLLM and torch read from the environment when they are loaded."""
+    os.environ.update({**DEFAULTS, **os.environ, **ENVIRONMENT})
     import torch
 
     if not torch.cuda.is_available():
@@ -57,6 +77,7 @@ def serve(
     from align.rollout.vllm_engine import llm_options, write_config
     from align.rollout.weights import check_supported, checkpoint_shapes
 
+    os.environ[KEY_VARIABLE] = key  # not an argument, which every user of the machine can see
     check_supported(model)
     core = language_model(model)
     rank = lora_rank(model) if isinstance(model, PeftModel) and why_merged(model) is None else None
@@ -70,9 +91,7 @@ def serve(
         own |= {"model": folder, "host": host, "port": port, "tensor_parallel_size": tensor_parallel_size}
         args = make_arg_parser(FlexibleArgumentParser()).parse_args([*FIXED, *as_arguments(own)])
         validate_parsed_serve_args(args)
-        watch = threading.Thread(
-            target=announce, args=(f"http://{host}:{port}", key, ready, start_seconds), daemon=True
-        )
+        watch = threading.Thread(target=announce, args=(address(host, port), key, ready, start_seconds), daemon=True)
         watch.start()
         run_until_stopped(run_server(args))
 
@@ -94,6 +113,8 @@ def as_arguments(options: dict) -> list[str]:
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             arguments.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, list):
+            arguments += [f"--{flag}", *map(str, value)]
         else:
             arguments += [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]
     return arguments
@@ -104,16 +125,18 @@ def run_until_stopped(server) -> None:
 
     try:
         uvloop.run(server)
-    except RuntimeError as error:  # of vLLM's engine, whose own process has said why
+    except (RuntimeError, OSError) as error:  # of vLLM's engine, whose own process has said why; of the port
         raise RolloutError(f"the rollout server could not start: {error}") from error
 
 
 def announce(url: str, key: str, ready: str, seconds: float) -> None:
     """Print `ready` when the server answers; end this process if it does not in time."""
     end = time.monotonic() + seconds
+    http = requests.Session()
+    http.trust_env = False  # neither a proxy, which would get the key, nor ~/.netrc, which would take its place
     while time.monotonic() < end:
         try:
-            if requests.get(f"{url}/health", headers={"Authorization": f"Bearer {key}"}, timeout=5).ok:
+            if http.get(f"{url}/health", headers={"Authorization": f"Bearer {key}"}, timeout=5).ok:
                 print(ready, flush=True)
                 return
         except requests.RequestException:

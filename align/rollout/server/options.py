@@ -1,23 +1,35 @@
 """The section `rollout` of a run whose completions come from servers."""
 
-from typing import Literal
+from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from align.config.secrets import masked_text
 from align.config.server_key import KEY_FILE, KEY_VARIABLE
-from align.rollout.options import RolloutOptions
+from align.rollout.options import VLLMSettings
 
 MEMORY = "/dev/shm"
 HERE = ("127.0.0.1", "localhost", "::1")
+# One address need not be written as a list.
+Addresses = Annotated[
+    list[str],
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value, json_schema_input_type=list[str] | str),
+]
 
 
-class ServerOptions(RolloutOptions):
-    """Servers that `align serve` started with the config of the run."""
+class ServerOptions(VLLMSettings):
+    """Servers that `align serve` started with the config of the run, and what it starts them with."""
+
+    start_only: ClassVar = (
+        "gpu_memory_utilization",
+        "kv_cache_gib",
+        "engine_options",
+    )  # of the servers, not of the engine
 
     label = "backend server"
     backend: Literal["server"] = Field("server", description="vLLM servers, started by `align serve`.")
-    urls: list[str] = Field(min_length=1, description="Addresses of the servers, as [http://127.0.0.1:8000].")
+    urls: Addresses = Field(min_length=1, description="Addresses of the servers, as [http://127.0.0.1:8000].")
     api_key_env: str = Field(KEY_VARIABLE, description="Environment variable with the servers' key.")
     api_key_file: str | None = Field(
         None, description=f"File with the key, where the variable is not set [{KEY_FILE}]."
@@ -35,13 +47,21 @@ class ServerOptions(RolloutOptions):
     transfer_folder: str = Field(
         MEMORY, description="Folder that trainer and servers share; weights go through it. Default: memory."
     )
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="A server's share of its GPU's memory, weights included; CUDA only."
+    )
 
     @field_validator("urls")
     @classmethod
     def _addresses(cls, urls: list[str]) -> list[str]:
         for url in urls:
-            if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
-                raise ValueError(f"{url!r} is not an address such as http://127.0.0.1:8000")
+            if not is_address(url):
+                raise ValueError(f"{masked_text(url)!r} is not an address such as http://127.0.0.1:8000")
+            if "@" in urlsplit(url).netloc:
+                raise ValueError(
+                    f"{masked_text(url)} holds a user or a password: the servers' key belongs in the environment "
+                    "variable of api_key_env, or in api_key_file"
+                )
         if len({url.rstrip("/") for url in urls}) < len(urls):
             raise ValueError(f"a server is named twice in {', '.join(urls)}")
         return urls
@@ -52,3 +72,15 @@ class ServerOptions(RolloutOptions):
         if away and self.transfer_folder == MEMORY:
             raise ValueError(f"{away[0]} is on another machine: name a transfer_folder that both can reach")
         return self
+
+    def engine_arguments(self) -> dict[str, Any]:
+        return {name: value for name, value in super().engine_arguments().items() if name not in self.start_only}
+
+
+def is_address(url: str) -> bool:
+    """http(s), a host, and a port that is one if there is any."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # an open bracket, a port that is no number
+        return False
