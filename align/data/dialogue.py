@@ -25,12 +25,22 @@ LOOKED_AT, SHARE = 100, 0.5
 
 def messages_of(text: str) -> Messages | None:
     """The turns of a dialogue, the last one perhaps empty; None for a text that is none: one that does not begin with a
-    human's turn."""
-    parts = MARKER.split(text)
-    if len(parts) < 3 or parts[0].strip() or ROLES[parts[1].lower()] != "user":
+    human's turn. Each speaker keeps its first name: in a dialogue of Human: and Assistant:, lines that begin with
+    User: or Bot: are text of an answer (a script, say)."""
+    found = list(MARKER.finditer(text))
+    if not found or text[: found[0].start()].strip() or _role(found[0]) != "user":
         return None
-    names, contents = parts[1::2], parts[2::2]
-    return [{"role": ROLES[n.lower()], "content": c.strip()} for n, c in zip(names, contents, strict=True)]
+    names = {_role(marker): marker[1] for marker in reversed(found)}
+    turns = [marker for marker in found if marker[1] == names[_role(marker)]]
+    ends = [marker.start() for marker in turns[1:]] + [len(text)]
+    return [
+        {"role": _role(marker), "content": text[marker.end() : end].strip()}
+        for marker, end in zip(turns, ends, strict=True)
+    ]
+
+
+def _role(marker: re.Match) -> str:
+    return ROLES[marker[1].lower()]
 
 
 def dialogue_share(dataset: "Dataset") -> float:

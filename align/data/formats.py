@@ -101,12 +101,18 @@ def _format(dataset: "Dataset", kinds: Sequence[str], use: str, source: str) -> 
 
 def columns_of(dataset: "Dataset", source: str = "") -> set[str]:
     """The columns of one split: the one door of all trainers. DataError for anything but a `datasets.Dataset`, with
-    what makes one of it."""
+    what makes one of it, and for one with a transform, which would not be applied: rows are tokenised as they are
+    stored."""
     from datasets import Dataset, DatasetDict, IterableDataset
 
-    if isinstance(dataset, Dataset):
-        return set(dataset.column_names)
     name = source or "dataset"
+    if isinstance(dataset, Dataset):
+        if dataset.format["type"] == "custom":
+            raise DataError(
+                f"{name} has a transform (set_transform, with_transform), which would not be applied: make its rows "
+                "with dataset.map, or take it off with dataset.reset_format()"
+            )
+        return set(dataset.column_names)
     if isinstance(dataset, DatasetDict):
         raise DataError(f"{name} has several splits, choose one of: {', '.join(dataset)}.")
     if isinstance(dataset, IterableDataset):

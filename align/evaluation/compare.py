@@ -1,6 +1,7 @@
 """Two sets of answers to the same prompts: who wins, by rewards and by judges, at any length and at equal length."""
 
 from collections.abc import Callable, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,13 @@ WORDS = {"first": 1.0, "second": 0.0, "tie": 0.5}
 
 
 def paired(a: list[dict], b: list[dict]) -> list[tuple[dict, dict]]:
-    """The answers of both with the same row and sample. DataError where the prompts differ, or an answer has no
-    partner."""
+    """The answers of both with the same row and sample. DataError where the prompts differ, an answer has no partner,
+    or it is not known which is whose."""
+    for side, answers in (("A", a), ("B", b)):
+        if any(row.get("row") is None or row.get("sample") is None for row in answers):
+            raise DataError(f"answers of {side} have no row or no sample (numbers), by which they are paired with others")
+        if len({(row["row"], row["sample"]) for row in answers}) < len(answers):
+            raise DataError(f"two answers of {side} have the same row and sample")
     others = {(row["row"], row["sample"]): row for row in b}
     if {(row["row"], row["sample"]) for row in a} != others.keys():
         raise DataError(
@@ -53,7 +59,7 @@ def by_judge(pairs: list[tuple[dict, dict]], judge: Callable, name: str) -> tupl
 def _verdicts(found: Sequence[Any], count: int, name: str) -> np.ndarray:
     values = [WORDS.get(value, value) if isinstance(value, str) else value for value in found]
     for index, value in enumerate(values):
-        if isinstance(value, str | bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
             raise RewardError(
                 f"judge {name!r}, pair {index}: expected 'first', 'second', 'tie' or a probability, got {value!r:.80}"
             )
@@ -70,8 +76,7 @@ def summarise(pairs: list[tuple[dict, dict]], preference: np.ndarray, *, seed: i
     its standard deviation), as AlpacaEval's length control (Dubois et al. 2024, arXiv 2404.04475) without its terms for
     instructions; both parameters shrink a little (`RIDGE`), so that they exist when one side wins all.
     """
-    rows = sorted({one["row"] for one, _ in pairs})
-    index = np.array([rows.index(one["row"]) for one, _ in pairs])
+    rows, index = np.unique([one["row"] for one, _ in pairs], return_inverse=True)
     longer = np.array([len(one["completion"]) - len(other["completion"]) for one, other in pairs], dtype=np.float64)
     weights = resample_weights(len(rows), seed=seed)[:, index]
     weights = np.concatenate([np.ones((1, len(pairs))), weights])  # the first row: all as they are

@@ -33,6 +33,8 @@ def converted(row: dict, **options) -> dict:
 
 def test_every_format():
     assert messages_of(TALK) == [*MESSAGES, *said("")]
+    script = "w3\nUser: w4\nBot: w5"
+    assert messages_of(f"Human: w1\n\nAssistant: {script}") == [{"role": "user", "content": "w1"}, *said(script)]
     assert messages_of("In this play\n\nHuman: w1") is None and messages_of("Assistant: w1") is None
     system = {"role": "system", "content": "w9"}
     pair = {"chosen": said("w6"), "rejected": said("w7")}

@@ -34,6 +34,7 @@ NO_ROWS = {
     "name": (lambda rows: "pairs.jsonl", r"load_rows\(name\)"),
     "splits": (lambda rows: DatasetDict(train=rows, test=rows), "has several splits, choose one of: train, test"),
     "stream": (lambda rows: rows.to_iterable_dataset(), "streamed dataset, which is not supported: load it without"),
+    "transform": (lambda rows: rows.with_transform(dict), "has a transform .* which would not be applied: .*map"),
     "no row": (lambda rows: rows.select([]), "no rows"),
 }
 
