@@ -22,7 +22,7 @@ def paired(a: list[dict], b: list[dict]) -> list[tuple[dict, dict]]:
     or it is not known which is whose."""
     for side, answers in (("A", a), ("B", b)):
         if any(row.get("row") is None or row.get("sample") is None for row in answers):
-            raise DataError(f"answers of {side} have no row or no sample (numbers), by which they are paired with others")
+            raise DataError(f"answers of {side} lack row or sample, the numbers by which answers are paired")
         if len({(row["row"], row["sample"]) for row in answers}) < len(answers):
             raise DataError(f"two answers of {side} have the same row and sample")
     others = {(row["row"], row["sample"]): row for row in b}

@@ -71,7 +71,10 @@ def test_mistakes(tmp_path, capsys):
     assert "the two have answers to other rows: 2 and 1" in capsys.readouterr().err
     assert main(["compare", a, "model", "--rewards", "align.data.toy:gold"]) == 2
     assert "name --prompts for it" in capsys.readouterr().err
-    for change, said in (({"row": None}, "answers of A have no row"), ({}, "two answers of A have the same row")):
+    for change, said in (
+        ({"row": None}, "answers of A lack row or sample"),
+        ({}, "two answers of A have the same row"),
+    ):
         with pytest.raises(DataError, match=said):
             paired([{"row": 0, "sample": 0, "prompt": "p"}, {"row": 0, "sample": 0, "prompt": "p", **change}], [])
     halves, alike = by_judge(pairs_of(["x"], ["y"]), lambda prompts, first, second: np.float32([0.5]), "j")
