@@ -59,7 +59,7 @@ def by_judge(pairs: list[tuple[dict, dict]], judge: Callable, name: str) -> tupl
 def _verdicts(found: Sequence[Any], count: int, name: str) -> np.ndarray:
     values = [WORDS.get(value, value) if isinstance(value, str) else value for value in found]
     for index, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
             raise RewardError(
                 f"judge {name!r}, pair {index}: expected 'first', 'second', 'tie' or a probability, got {value!r:.80}"
             )
