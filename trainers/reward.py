@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 from torch import Tensor, nn
 from transformers import set_seed
 
+from align.data.endless import EndlessRows
 from align.errors import ConfigError
 from align.evaluation.calibration import Reliability, reliability
 from align.modeling.load import disable_dropout, load_sequence_classifier, load_tokenizer
@@ -172,12 +173,18 @@ class RewardTrainer(PairTrainer):
         given, what = self.eval_dataset, "evaluation"
         pairs = concatenate_datasets(list(given.values())) if isinstance(given, dict) else given
         if pairs is None:
-            count = min(self.args.normalizer_pairs, len(self.train_dataset))
-            pairs = self.train_dataset.select(np.random.default_rng(0).permutation(len(self.train_dataset))[:count])
-            what = "training"
-            logger.warning("no evaluation set: the normaliser is fitted on %d training pairs", count)
+            pairs, what = self._some_training_pairs(), "training"
+            logger.warning("no evaluation set: the normaliser is fitted on %d training pairs", len(pairs))
         self.predict(pairs)
         return f"both answers of {len(pairs)} {what} pairs"
+
+    def _some_training_pairs(self) -> Dataset:
+        if isinstance(self.train_dataset, EndlessRows):
+            trained = self.args.max_steps * self.args.train_batch_size * self.args.world_size
+            trained *= self.args.gradient_accumulation_steps
+            return self.train_dataset.first(min(self.args.normalizer_pairs, trained))  # no row that was not reached
+        count = min(self.args.normalizer_pairs, len(self.train_dataset))
+        return self.train_dataset.select(np.random.default_rng(0).permutation(len(self.train_dataset))[:count])
 
     def normalizer_of(self, chosen: str, rejected: str, what: str) -> Normalizer:
         """The normaliser of two metrics of the evaluator."""
@@ -208,7 +215,7 @@ def agreement(margins: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 def pair_data(tokenizer, args: RewardConfig) -> PairData:
     """How a reward model's datasets are prepared."""
     limits = (args.max_length, args.max_bad_share)
-    return PairData(tokenizer, *limits, optional=NUMBERS, num_proc=args.dataset_num_proc)
+    return PairData(tokenizer, *limits, optional=NUMBERS, num_proc=args.dataset_num_proc, whole_sequences=True)
 
 
 def reliability_figure(curve: Reliability, title: str):

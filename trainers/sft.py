@@ -11,6 +11,7 @@ from transformers import set_seed
 from align.data.collate import IGNORED
 from align.data.formats import TEXT_COLUMNS, columns_of
 from align.data.sets import of_each
+from align.data.streams import is_stream, read_whole
 from align.data.tokenize import tokenize_completions
 from align.distributed.shards import outputs_as_computed
 from align.errors import ConfigError, DataError
@@ -92,17 +93,23 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
             model=model,
             args=args,
             train_dataset=tokenized_completions(train_dataset, processing_class, args),
-            eval_dataset=of_each(eval_dataset, lambda rows: tokenized_completions(rows, processing_class, args)),
+            eval_dataset=of_each(eval_dataset, lambda rows: self._to_evaluate(rows, processing_class, args)),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
             peft_config=peft_config,
         )
+        if is_stream(train_dataset):
+            self.make_endless(train_dataset)
         if not self.is_deepspeed_enabled:
             # TRL's adapters on 4-bit weights are in bfloat16, where small updates are rounded away
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
+
+    @staticmethod
+    def _to_evaluate(rows, tokenizer, args: SFTConfig):
+        return tokenized_completions(read_whole(rows) if is_stream(rows) else rows, tokenizer, args)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         with outputs_as_computed(model):
@@ -111,9 +118,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """As transformers' `evaluate`; `eval_dataset` is tokenised as the training rows are."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):  # a name among several evaluation sets
-            eval_dataset = of_each(
-                eval_dataset, lambda rows: tokenized_completions(rows, self.processing_class, self.args)
-            )
+            eval_dataset = of_each(eval_dataset, lambda rows: self._to_evaluate(rows, self.processing_class, self.args))
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
@@ -140,9 +145,9 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
 
 
 def tokenized_completions(dataset, tokenizer, args: SFTConfig):
-    """Rows as TRL's trainer takes them. A dataset that is tokenised already is taken as it is, unless it has a row
-    without a trained token: TRL would drop that without a word."""
-    columns = columns_of(dataset)
+    """Rows as TRL's trainer takes them, a stream lazily. A dataset that is tokenised already is taken as it is, unless
+    it has a row without a trained token: TRL would drop that without a word."""
+    columns = columns_of(dataset, streams=True)
     tokenised = "input_ids" in columns and (columns & {"completion_mask", "labels"} or not columns & {*TEXT_COLUMNS})
     if not tokenised:
         return tokenize_completions(
@@ -152,8 +157,16 @@ def tokenized_completions(dataset, tokenizer, args: SFTConfig):
             max_bad_share=args.max_bad_share,
             num_proc=args.dataset_num_proc,
         )
+    if is_stream(dataset):
+        return dataset.map(_trained, with_indices=True) if "completion_mask" in columns else dataset
     if "completion_mask" in dataset.column_names:
         empty = [row for row, mask in enumerate(dataset["completion_mask"]) if not any(mask[1:])]
         if empty:
             raise DataError(f"{len(empty)} tokenised rows train no token: rows {empty[:10]}")
     return dataset
+
+
+def _trained(row: dict, number: int) -> dict:
+    if not any(row["completion_mask"][1:]):
+        raise DataError(f"row {number} of the tokenised stream trains no token")
+    return row

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from align.data.endless import EndlessRows
 from align.errors import ConfigError, TrainingError
 from align.evaluation import masks as mask_reports
 from align.evaluation.strict_json import write_json
@@ -126,7 +127,9 @@ class SparsePOTrainer(PreferenceTrainer):
         pairs = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
         if isinstance(pairs, dict):  # the first of several sets
             pairs = next(iter(pairs.values()))
-        rows = pairs.select(range(min(self.args.num_logged_pairs, len(pairs)))).to_list()
+        count = self.args.num_logged_pairs
+        streamed = isinstance(pairs, EndlessRows)
+        rows = (pairs.first(count) if streamed else pairs.select(range(min(count, len(pairs))))).to_list()
         if not rows:
             return None
         batch = self._prepare_inputs(self.planner.collate(rows))

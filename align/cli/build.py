@@ -14,21 +14,23 @@ def train_rows(run: RunConfig):
     from align.data import load_rows
     from align.data.noise import flip_labels
 
-    rows = load_rows(cast(str, run.data.dataset_name), run.data.dataset_train_split, run.data.dataset_config)
-    noise = run.ensemble
+    data, noise = run.data, run.ensemble
+    rows = load_rows(cast(str, data.dataset_name), data.dataset_train_split, data.dataset_config, data.streaming)
     if noise is None or not noise.label_noise:
         return rows
+    if data.streaming:
+        raise ConfigError("label_noise draws among all rows, which streaming does not know: leave one of the two out")
     return flip_labels(rows, noise.label_noise, noise.label_noise_seed)[0]
 
 
-def save_label_noise(run: RunConfig, rows: int) -> None:
+def save_label_noise(run: RunConfig, rows: Any) -> None:
     """Write which of the training rows are flipped to output_dir, if any are."""
     from align.data.noise import FILE_NAME, flipped_rows, save_flips
 
     noise, folder = run.ensemble, Path(run.training.output_dir)
     if noise is None or not noise.label_noise or run.training.process_index != 0:
         return
-    flipped = flipped_rows(rows, noise.label_noise, noise.label_noise_seed)
+    flipped = flipped_rows(len(rows), noise.label_noise, noise.label_noise_seed)
     folder.mkdir(parents=True, exist_ok=True)
     save_flips(folder / FILE_NAME, flipped, share=noise.label_noise, seed=noise.label_noise_seed)
 
@@ -151,7 +153,7 @@ def _of_each_reward(run: RunConfig, key: str, function: Callable) -> list:
 def trainer(run: RunConfig):
     """The method's trainer, ready to train one model."""
     train, evaluate = train_rows(run), eval_rows(run)
-    save_label_noise(run, len(train))
+    save_label_noise(run, train)
     if evaluate is None:
         run.training.eval_on_start = False
     text = tokenizer(run)
@@ -202,7 +204,7 @@ def train_ensemble(run: RunConfig, resume: bool) -> Path:
         keys = ", ".join(not_default or ["load_in_4bit, load_in_8bit"])
         raise ConfigError(f"{keys} cannot be set with ensemble > 1: members are loaded in float32")
     rows = train_rows(run)
-    save_label_noise(run, len(rows))
+    save_label_noise(run, rows)
     of_ensemble = cast(EnsembleArguments, run.ensemble)
     return load(cast(str, run.method.ensemble))(
         run.model.model_name_or_path,

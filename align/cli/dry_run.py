@@ -12,6 +12,7 @@ import yaml
 from align.cli import build
 from align.cli.estimate import Shape, estimate, model_shape
 from align.config.resolve import RunConfig, settings
+from align.data.streams import LOOKED_AT, sample_of
 from align.errors import ConfigError
 
 
@@ -26,12 +27,18 @@ def dry_run(run: RunConfig, processes: int | None = None) -> int:
     tokenizer = build.tokenizer(run)
     config = build.model_config(run)
     _title("data")
-    rows, report = tokenize(run, build.train_rows(run), tokenizer)
+    given = build.train_rows(run)
+    if run.data.streaming:
+        print(f"a stream: its first {LOOKED_AT} rows are looked at, the others when training reaches them")
+    rows, report = tokenize(run, sample_of(given), tokenizer)
     print(report.summary())
     _title("first example")
     print(_example_text(run, rows[0], tokenizer))
     _title("steps")
-    print(steps_text(run, len(rows), processes))
+    if run.data.streaming:
+        print(f"{run.training.max_steps} optimiser steps (max_steps) of {global_batch(run, processes)} rows")
+    else:
+        print(steps_text(run, len(rows), processes))
     _title("memory (an estimate from the model's config, no weights are loaded)")
     print("\n".join(_memory(run, config, rows).lines()))
     return 0

@@ -49,6 +49,10 @@ class DataArguments:
     eval_dataset_name: str | None = field(
         default=None, metadata={"help": "Other file, folder or hub dataset to evaluate on. Default: dataset_name."}
     )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read the training rows as they are needed; with max_steps, for SFT, preferences, rewards."},
+    )
 
 
 @dataclass

@@ -64,11 +64,12 @@ class BadRows:
         if self.total == 0:
             raise DataError(f"{self.source} has no rows: nothing to train on.")
         if self.bad == self.total or self.share > max_bad_share:
-            raise DataError(self._refusal(max_bad_share))
+            raise DataError(self.refusal(max_bad_share))
         if self.reasons or self.notes:
             logger.warning("%s", self.summary())
 
-    def _refusal(self, max_bad_share: float) -> str:
+    def refusal(self, max_bad_share: float) -> str:
+        """The sentence that refuses these rows."""
         found = "; ".join(_with_rows(reason, self.reasons[reason]) for reason in self.counts)
         message = f"{self.source}: {self.bad} of {self.total} rows cannot be used (rows count from 0): {found}. "
         if self.bad == self.total:

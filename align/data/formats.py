@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from align.data.streams import sample_of
 from align.errors import DataError
 
 if TYPE_CHECKING:
@@ -99,11 +100,11 @@ def _format(dataset: "Dataset", kinds: Sequence[str], use: str, source: str) -> 
     return DataFormat(kind, any(shapes.values()), implicit)
 
 
-def columns_of(dataset: "Dataset", source: str = "") -> set[str]:
+def columns_of(dataset: "Dataset", source: str = "", streams: bool = False) -> set[str]:
     """The columns of one split: the one door of all trainers. DataError for anything but a `datasets.Dataset`, with
     what makes one of it, and for one with a transform, which would not be applied: rows are tokenised as they are
-    stored."""
-    from datasets import Dataset, DatasetDict, IterableDataset
+    stored. streams: a `datasets.IterableDataset` may pass, where the use can do with one."""
+    from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
     name = source or "dataset"
     if isinstance(dataset, Dataset):
@@ -113,12 +114,14 @@ def columns_of(dataset: "Dataset", source: str = "") -> set[str]:
                 "with dataset.map, or take it off with dataset.reset_format()"
             )
         return set(dataset.column_names)
-    if isinstance(dataset, DatasetDict):
+    if isinstance(dataset, DatasetDict | IterableDatasetDict):
         raise DataError(f"{name} has several splits, choose one of: {', '.join(dataset)}.")
     if isinstance(dataset, IterableDataset):
+        if streams:
+            return set(sample_of(dataset, source).column_names)
         raise DataError(
-            f"{name} is a streamed dataset, which is not supported: load it without streaming=True. Rows are read from "
-            "disk and tokenised once, so that memory does not grow with them (docs/data.md)."
+            f"{name} is a streamed dataset, which serves SFT, preference pairs and single reward models alone: load it "
+            "without streaming=True. Rows are read from disk and tokenised once (docs/data.md)."
         )
     remedies = {
         "NoneType": "there are no rows",

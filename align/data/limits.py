@@ -1,5 +1,6 @@
 """What a model can take: rows that are too long for it, or have tokens it does not know, are refused at the start."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from align.errors import DataError
@@ -18,12 +19,7 @@ def check_fits(model: "Model", dataset: "Dataset", what: str, tokenizer: Any = N
 
     what: the dataset's name in the message. Of prompts for rollouts only the prompt is counted.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    embeddings = model.get_input_embeddings()
-    if isinstance(embeddings, BaseTunerLayer):  # an adapter on them
-        embeddings = embeddings.get_base_layer()
-    limit, known = longest_input(model), embeddings.num_embeddings
+    limit, known = longest_input(model), known_tokens(model)
     columns = [group for group in SEQUENCES if set(group) <= set(dataset.column_names)]
     for name in {name for group in columns for name in group}:
         _check_tokens(dataset, name, known, what, tokenizer)
@@ -38,12 +34,15 @@ def _check_tokens(dataset: "Dataset", name: str, known: int, what: str, tokenize
         if len(ids) and ids.max() >= known:
             row = next(row for row, own in enumerate(values.to_pylist()) if own and max(own) >= known)
             token = int(max(values[row].as_py()))
-            written = "" if tokenizer is None else f" ({tokenizer.convert_ids_to_tokens(token)})"
-            raise DataError(
-                f"row {start + row} of the {what} data has token {token}{written}, and the model has embeddings for "
-                f"{known} tokens: the tokenizer is not this model's, or tokens were added to it without "
-                "model.resize_token_embeddings(len(tokenizer))"
-            )
+            raise DataError(_unknown(f"row {start + row} of the {what} data", token, known, tokenizer))
+
+
+def _unknown(row: str, token: int, known: int, tokenizer: Any) -> str:
+    written = "" if tokenizer is None else f" ({tokenizer.convert_ids_to_tokens(token)})"
+    return (
+        f"{row} has token {token}{written}, and the model has embeddings for {known} tokens: the tokenizer is not this "
+        "model's, or tokens were added to it without model.resize_token_embeddings(len(tokenizer))"
+    )
 
 
 def _check_lengths(dataset: "Dataset", group: tuple[str, ...], limit: int, what: str) -> None:
@@ -58,6 +57,35 @@ def _check_lengths(dataset: "Dataset", group: tuple[str, ...], limit: int, what:
             f"{count} rows of the {what} data are longer than the {limit} tokens that the model takes (up to "
             f"{longest}): set max_length: {limit}, or max_prompt_length for rollouts"
         )
+
+
+def row_check(model: "Model", tokenizer: Any = None) -> Callable[[dict[str, Any]], None]:
+    """A function that raises what `check_fits` does, for one row of a stream."""
+    limit, known = longest_input(model), known_tokens(model)
+
+    def check(row: dict[str, Any]) -> None:
+        groups = [group for group in SEQUENCES if set(group) <= row.keys()]
+        longest = max(sum(len(row[name]) for name in group) for group in groups)
+        largest = max(max(row[name], default=0) for group in groups for name in group)
+        if largest >= known:
+            raise DataError(_unknown(f"row {row['row']} of the stream", largest, known, tokenizer))
+        if limit is not None and longest > limit:
+            raise DataError(
+                f"row {row['row']} of the stream has {longest} tokens and the model takes {limit}: set max_length: "
+                f"{limit}"
+            )
+
+    return check
+
+
+def known_tokens(model: "Model") -> int:
+    """Tokens that a model has embeddings for."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    embeddings = model.get_input_embeddings()
+    if isinstance(embeddings, BaseTunerLayer):  # an adapter on them
+        embeddings = embeddings.get_base_layer()
+    return embeddings.num_embeddings
 
 
 def _arrow(dataset: "Dataset", name: str):

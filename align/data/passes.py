@@ -15,9 +15,10 @@ from align.data.cache import cached
 from align.data.fingerprint import code_digest, rows_digest, text_digest, tokenizer_digest
 from align.data.formats import columns_of
 from align.data.rows import source_of
+from align.data.streams import is_stream, sample_of, tokenized_stream
 
 if TYPE_CHECKING:
-    from datasets import Dataset, Features
+    from datasets import Dataset, Features, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
 Columns = dict[str, Any]
@@ -72,17 +73,21 @@ class Recipe:
         return kept, found
 
 
-def started(report: BadRows | None, source: str, dataset: "Dataset") -> BadRows:
-    """The report of a pass over a dataset that is one of rows; DataError for anything else."""
-    columns_of(dataset, source)
+def started(
+    report: BadRows | None, source: str, dataset: "Dataset | IterableDataset", streams: bool = False
+) -> tuple[BadRows, "Dataset"]:
+    """The report of a pass over a dataset that is one of rows, and the rows that tell its format: itself, or the first
+    ones of a stream. DataError for anything else."""
+    columns_of(dataset, source, streams)
     report = BadRows() if report is None else report
     report.source = source_of(dataset, source)
-    report.total = len(dataset)
-    return report
+    rows = sample_of(dataset, report.source)
+    report.total = 0 if is_stream(dataset) else len(rows)
+    return report, rows
 
 
 def tokenized(
-    dataset: "Dataset",
+    dataset: "Dataset | IterableDataset",
     tokenizer: "PreTrainedTokenizerBase",
     recipe: Recipe,
     limits: dict[str, Any],
@@ -90,11 +95,13 @@ def tokenized(
     *,
     max_bad_share: float,
     num_proc: int | None,
-) -> "Dataset":
-    """The good rows by a recipe, in their order, whatever the number of processes. limits: all that the recipe depends
-    on beside the tokenizer, for the key of the cache."""
-    from datasets import is_caching_enabled
+) -> Any:
+    """The good rows by a recipe, in their order, whatever the number of processes; of a stream lazily. limits: all that
+    the recipe depends on beside the tokenizer, for the key of the cache."""
+    from datasets import IterableDataset, is_caching_enabled
 
+    if isinstance(dataset, IterableDataset):
+        return tokenized_stream(dataset, recipe, report.source, max_bad_share)
     if len(dataset) <= IN_MEMORY:
         found: Found = []
         rows = _map(dataset, recipe, found.extend, report.source, keep_in_memory=True)

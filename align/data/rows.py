@@ -29,12 +29,15 @@ SPLIT_WORDS = {
 CSV_OPTIONS = {"converters": dict.fromkeys(TEXT_COLUMNS, str), "keep_default_na": False, "na_values": [""]}
 
 
-def load_rows(dataset_name: str | Path, split: str = "train", config: str | None = None) -> "Dataset":
+def load_rows(
+    dataset_name: str | Path, split: str = "train", config: str | None = None, streaming: bool = False
+) -> "Dataset":
     """The rows of one split.
 
     dataset_name: a .parquet, .jsonl, .json or .csv file; a folder of such files; a folder written by
     `datasets.save_to_disk`; or the name of a dataset on the hub. split: also `datasets`' slices, "train[:1000]".
-    config: the configuration of a hub dataset (its "subset").
+    config: the configuration of a hub dataset (its "subset"). streaming: a `datasets.IterableDataset`, whose rows are
+    read when they are asked for; it takes no slices.
 
     A single file, and a folder whose file names tell no split, is the split "train". Raises DataError when there is no
     such file, split or configuration, or when a file cannot be read (with the line, for .jsonl).
@@ -44,13 +47,17 @@ def load_rows(dataset_name: str | Path, split: str = "train", config: str | None
     if not path.exists():
         if _looks_local(name):
             raise DataError(f"there is no file or folder {name!r}.{_nearest(path)}")
-        return _load_hub(name, split, config)
+        return _load_hub(name, split, config, streaming)
     if config is not None:
         raise DataError(f"{name} is local, so config {config!r} has no meaning; name the file or folder itself.")
+    if streaming and "[" in split:
+        raise DataError(f"{name}: split {split!r} is a slice, which a stream has none of: name the split alone")
     if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
         dataset = _load_saved(path, split)
+        if streaming:
+            dataset = dataset.to_iterable_dataset()
     else:
-        dataset = _load_files(path, split)
+        dataset = _load_files(path, split, streaming)
     dataset.info.dataset_name = name  # so that later messages can say where a row comes from
     return dataset
 
@@ -63,7 +70,7 @@ def source_of(dataset: "Dataset", source: str = "") -> str:
 # ---- local files ----------------------------------------------------------------------------------------------------
 
 
-def _load_files(path: Path, split: str) -> "Dataset":
+def _load_files(path: Path, split: str, streaming: bool) -> "Dataset":
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -84,12 +91,14 @@ def _load_files(path: Path, split: str) -> "Dataset":
         dataset = load_dataset(
             kind,
             # The cache of `datasets` knows a file by its path and its time, which survive a rewrite now and then.
-            name=text_digest([file_digest(file) for file in every]),
+            name="stream" if streaming else text_digest([file_digest(file) for file in every]),
             data_files={name: [str(file.resolve()) for file in group] for name, group in files.items()},
             split=split,
+            streaming=streaming,
             **(CSV_OPTIONS if kind == "csv" else {}),
         )
-        dataset.data.validate(full=True)  # else text that is not UTF-8 fails in the middle of training
+        if not streaming:
+            dataset.data.validate(full=True)  # else text that is not UTF-8 fails in the middle of training
     except (DatasetsError, ValueError) as error:
         raise DataError(_unreadable(every, error)) from error
     return dataset
@@ -198,12 +207,12 @@ def _load_saved(path: Path, split: str) -> "Dataset":
     return saved[split]
 
 
-def _load_hub(name: str, split: str, config: str | None) -> "Dataset":
+def _load_hub(name: str, split: str, config: str | None, streaming: bool) -> "Dataset":
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     try:
-        dataset = load_dataset(name, config, split=split)
+        dataset = load_dataset(name, config, split=split, streaming=streaming)
     except (DatasetsError, OSError, ValueError) as error:
         what = f"dataset {name!r}" + (f", config {config!r}" if config else "") + f", split {split!r}"
         raise DataError(

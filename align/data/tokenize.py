@@ -28,6 +28,7 @@ from align.data.encode import (
 from align.data.ending import Ending, close, end_ids, ending_of
 from align.data.formats import DataFormat, format_for
 from align.data.passes import Columns, Note, Recipe, started, tokenized
+from align.data.tokenized import check_room, cut_pair
 from align.errors import DataError
 
 if TYPE_CHECKING:
@@ -54,10 +55,10 @@ def tokenize_prompts(
 
     Raises DataError if more than `max_bad_share` of the rows are bad, or none is left.
     """
-    report = started(report, source, dataset)
-    fmt = format_for(dataset, "prompts", report.source)
+    report, sample = started(report, source, dataset)
+    fmt = format_for(sample, "prompts", report.source)
     if not fmt.conversational:
-        warn_of_dialogues(dataset, tokenizer, report.source)
+        warn_of_dialogues(sample, tokenizer, report.source)
     check_tokenizer(tokenizer, fmt.conversational, needs_eos=False)
     controls = _controls(tokenizer)
 
@@ -74,7 +75,7 @@ def tokenize_prompts(
             _note_typed("prompt", _found(encoded.prompt_ids[1:], controls), note)
         return {"prompt_ids": encoded.prompt_ids}
 
-    columns = {"prompt": dataset.features["chosen" if fmt.implicit_prompt else "prompt"], "prompt_ids": "int32"}
+    columns = {"prompt": sample.features["chosen" if fmt.implicit_prompt else "prompt"], "prompt_ids": "int32"}
     recipe = Recipe(prepare, partial(_encode, tokenizer, fmt), finish, columns)
     limits = {"use": "prompts", "max_prompt_length": max_prompt_length}
     return tokenized(dataset, tokenizer, recipe, limits, report, max_bad_share=max_bad_share, num_proc=num_proc)
@@ -98,12 +99,12 @@ def tokenize_completions(
 
     Otherwise as `tokenize_prompts`.
     """
-    report = started(report, source, dataset)
-    fmt = format_for(dataset, "completions", report.source)
+    report, sample = started(report, source, dataset, streams=True)
+    fmt = format_for(sample, "completions", report.source)
     if not fmt.conversational:
-        warn_of_dialogues(dataset, tokenizer, report.source)
+        warn_of_dialogues(sample, tokenizer, report.source)
     check_tokenizer(tokenizer, fmt.conversational, needs_eos=True)
-    _check_columns(dataset, ("input_ids", "labels"), report.source)
+    _check_columns(sample, ("input_ids", "labels"), report.source)
     ending, controls = ending_of(tokenizer, fmt.conversational), _controls(tokenizer)
     whole = fmt.kind == "language_modeling"
     name = "messages" if whole and fmt.conversational else "text" if whole else "completion"
@@ -121,7 +122,7 @@ def tokenize_completions(
         if isinstance(encoded, Encoded):
             if not whole:
                 _check_prompt(encoded.prompt_ids, None, tokenizer)
-                _check_room(encoded.prompt_ids, max_length)
+                check_room(encoded.prompt_ids, max_length)
             completion = _closed(encoded, 0, name, tokenizer, ending, note)
             if not fmt.conversational:
                 _note_typed(name, _found(completion[:-1], controls), note)
@@ -168,10 +169,10 @@ def tokenize_pairs(
 
     Otherwise as `tokenize_prompts`.
     """
-    report = started(report, source, dataset)
-    fmt = format_for(dataset, "pairs", report.source)
+    report, sample = started(report, source, dataset, streams=True)
+    fmt = format_for(sample, "pairs", report.source)
     if not fmt.conversational:
-        warn_of_dialogues(dataset, tokenizer, report.source)
+        warn_of_dialogues(sample, tokenizer, report.source)
     check_tokenizer(tokenizer, fmt.conversational, needs_eos=True)
     ending, controls = ending_of(tokenizer, fmt.conversational), _controls(tokenizer)
 
@@ -188,14 +189,16 @@ def tokenize_pairs(
 
     def finish(encoded: Encoded, note: Note) -> Columns:
         _check_prompt(encoded.prompt_ids, max_prompt_length, tokenizer)
-        _check_room(encoded.prompt_ids, max_length)
-        ids, cut = _cut_pair(encoded, max_length, ending, controls if not fmt.conversational else {}, tokenizer, note)
-        if ids["chosen_ids"] == ids["rejected_ids"]:
-            raise BadRow("chosen and rejected are the same tokens" + (" after the cut at max_length" if cut else ""))
-        return {"prompt_ids": encoded.prompt_ids, **ids}
+        check_room(encoded.prompt_ids, max_length)
+        ids: Columns = {"prompt_ids": encoded.prompt_ids}
+        for index, name in enumerate(("chosen", "rejected")):
+            ids[f"{name}_ids"] = whole = _closed(encoded, index, name, tokenizer, ending, note)
+            if not fmt.conversational:
+                _note_typed(name, _found(whole[:-1], controls), note)
+        return cut_pair(ids, max_length, note)
 
     ids = dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), "int32")
-    columns = {"prompt": dataset.features["chosen" if fmt.implicit_prompt else "prompt"], **ids}
+    columns = {"prompt": sample.features["chosen" if fmt.implicit_prompt else "prompt"], **ids}
     recipe = Recipe(prepare, partial(_encode, tokenizer, fmt), finish, columns)
     limits = {"use": "pairs", "max_length": max_length, "max_prompt_length": max_prompt_length}
     return tokenized(dataset, tokenizer, recipe, limits, report, max_bad_share=max_bad_share, num_proc=num_proc)
@@ -224,20 +227,6 @@ def _closed_talk(encoded: tuple[list[int], list[int]], ending, tokenizer, note: 
     return closed, mask
 
 
-def _cut_pair(encoded: Encoded, max_length: int | None, ending, controls, tokenizer, note: Note) -> tuple[dict, bool]:
-    """The ids of both completions, and whether one was cut. controls: the tokens whose typed text is noted."""
-    room = None if max_length is None else max_length - len(encoded.prompt_ids)
-    ids, cut = {}, False
-    for index, name in enumerate(("chosen", "rejected")):
-        whole = _closed(encoded, index, name, tokenizer, ending, note)
-        _note_typed(name, _found(whole[:-1], controls), note)
-        ids[f"{name}_ids"] = whole[:room]
-        if len(whole) > len(whole[:room]):
-            cut = True
-            note(f"{name} is cut at max_length={max_length}")
-    return ids, cut
-
-
 # ---- checks on token ids --------------------------------------------------------------------------------------------
 
 
@@ -249,11 +238,6 @@ def _check_prompt(ids: list[int], limit: int | None, tokenizer: "PreTrainedToken
         raise BadRow("prompt starts with BOS twice")
     if limit is not None and len(ids) > limit:
         raise BadRow(f"prompt is longer than max_prompt_length={limit} tokens")
-
-
-def _check_room(prompt_ids: list[int], max_length: int | None) -> None:
-    if max_length is not None and len(prompt_ids) >= max_length:
-        raise BadRow(f"prompt leaves no room for a completion within max_length={max_length} tokens")
 
 
 def _closed(

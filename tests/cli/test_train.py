@@ -50,6 +50,17 @@ def test_sft_trains_saves_and_resumes(tiny_model, demonstrations, tmp_path, caps
     assert steps == [1, 2, 3, 4]
 
 
+def test_streaming(tiny_model, demonstrations, tmp_path, capsys):
+    base = ["sft", "--model_name_or_path", tiny_model, "--dataset_name", demonstrations, "--streaming", "true"]
+    base += ["--max_length", "64", "--output_dir", str(tmp_path), *SMALL.split()]
+    assert main(list(map(str, [*base, "--max_steps", 3, "--dry-run"]))) == 0
+    assert "3 optimiser steps (max_steps) of 6 rows" in capsys.readouterr().out
+    assert main(list(map(str, [*base, "--max_steps", 3]))) == 0
+    assert state(tmp_path / "checkpoint-3")["global_step"] == 3
+    assert main(list(map(str, base))) == 2
+    assert "the rows are a stream, whose end is not known: set max_steps" in capsys.readouterr().err
+
+
 def test_reward_and_then_remax_on_it(tiny_model, pairs, prompts, rule, tmp_path):
     base = ["--model_name_or_path", tiny_model, "--max_steps", 2, "--save_strategy", "no"]
     lora = ["--use_peft", "--lora_target_modules", "all-linear", "--lora_r", 2]

@@ -4,7 +4,7 @@ import datasets
 import huggingface_hub.constants
 import pandas as pd
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from align.data import load_rows
 from align.errors import DataError
@@ -159,3 +159,13 @@ def test_a_configuration_belongs_to_the_hub(tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", ROWS)
     with pytest.raises(DataError, match="config 'main' has no meaning"):
         load_rows(tmp_path / "rows.jsonl", config="main")
+
+
+def test_streams(tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    for path in (tmp_path / "rows.jsonl", tmp_path / "saved"):
+        rows = load_rows(path, streaming=True)
+        assert isinstance(rows, IterableDataset) and list(rows) == ROWS
+    with pytest.raises(DataError, match="is a slice, which a stream has none of"):
+        load_rows(tmp_path / "rows.jsonl", "train[:1]", streaming=True)

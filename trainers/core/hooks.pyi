@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -33,6 +34,9 @@ class TrainingSettings:
     gradient_checkpointing: bool | None
     disable_tqdm: bool
     dataloader_pin_memory: bool
+    dataloader_num_workers: int
+    dataloader_prefetch_factor: int | None
+    max_steps: int
     eval_on_start: bool
     logging_steps: float
     learning_rate: float
@@ -68,7 +72,8 @@ class TrainerHooks:
     accelerator: Accelerator
     optimizer: torch.optim.Optimizer
     processing_class: PreTrainedTokenizerBase
-    train_dataset: Dataset
+    train_dataset: Any
+    data_collator: Any
     eval_dataset: Dataset | dict[str, Dataset] | None
     state: TrainerState
     control: TrainerControl
@@ -89,6 +94,8 @@ class TrainerHooks:
     ) -> Tensor: ...
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any: ...
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None: ...
+    def get_train_dataloader(self) -> DataLoader: ...
+    def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any: ...
     def floating_point_ops(self, inputs: Any) -> int: ...
     def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]: ...
     def _track_num_input_tokens(self, inputs: Any) -> None: ...

@@ -15,7 +15,9 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from align.data.endless import EndlessRows
 from align.data.fingerprint import rows_digest
+from align.data.streams import LOOKED_AT
 from align.errors import RewardError, TrainingError
 from align.modeling.fingerprint import fingerprint
 
@@ -101,7 +103,9 @@ def mark_of(reward) -> str:
 
 
 def data_digest(dataset) -> str | None:
-    """Of all rows of a `datasets.Dataset` but what was computed for them; None for a stream."""
+    """Of all rows of a `datasets.Dataset` but what was computed for them; of a stream's first rows."""
+    if isinstance(dataset, EndlessRows):
+        dataset = dataset.first(LOOKED_AT)
     return rows_digest(dataset, CACHED_COLUMNS) if isinstance(dataset, Dataset) else None
 
 

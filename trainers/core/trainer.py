@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, SupportsFloat, TypeVar
 
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel, set_peft_model_state_dict
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.trainer_utils import rotate_checkpoints
 
-from align.data.limits import check_fits
+from align.data.endless import EndlessRows
+from align.data.limits import check_fits, row_check
+from align.data.streams import is_stream
 from align.distributed.checkpoints import checksums, write_manifest
 from align.errors import ConfigError, TrainingError
 from align.modeling.adapters import adapter_start, notes, split
@@ -51,6 +54,10 @@ class TrainerMixin(TrainerHooks):
         it. ConfigError without rows."""
         if train_dataset is None:
             raise ConfigError(f"{cls.__name__} needs train_dataset: the rows to train on")
+        if is_stream(train_dataset) and (args is None or args.max_steps <= 0):
+            raise ConfigError(
+                "the rows are a stream, whose end is not known: set max_steps, the number of optimiser steps to train"
+            )
         if args is not None:
             return args
         path = model.name_or_path if isinstance(model, PreTrainedModel | PeftModel) else model
@@ -83,6 +90,36 @@ class TrainerMixin(TrainerHooks):
         for what, dataset in {"training": self.train_dataset, **evaluated}.items():
             if isinstance(dataset, Dataset):
                 check_fits(self.model, dataset, what, self.processing_class)
+
+    # ---- streams ----------------------------------------------------------------------------------------------------
+
+    def make_endless(self, source: IterableDataset, columns: tuple[str, ...] | None = None) -> None:
+        """Train on `train_dataset`, one pass over the stream `source` tokenised, again and again; columns: of its rows,
+        None: all."""
+        self.train_dataset = EndlessRows(
+            source,
+            self.train_dataset,
+            batch=self.args.train_batch_size,
+            rank=self.args.process_index,
+            world=self.args.world_size,
+            columns=columns,
+            check=row_check(self.model, self.processing_class),
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As transformers'; of a stream one that accelerate does not share out again, read by one worker at most: the
+        order of the rows must not depend on their number."""
+        if not isinstance(self.train_dataset, EndlessRows):
+            return super().get_train_dataloader()
+        args = self.args
+        return DataLoader(
+            self.train_dataset,
+            batch_size=args.train_batch_size,
+            collate_fn=self._get_collator_with_removed_columns(self.data_collator, description="training"),
+            num_workers=min(args.dataloader_num_workers, 1),
+            pin_memory=args.dataloader_pin_memory,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
 
     # ---- metrics ----------------------------------------------------------------------------------------------------
 
@@ -264,7 +301,7 @@ class TrainerMixin(TrainerHooks):
         if self._signals.stopped and not self.finished:
             raise SystemExit(REQUEUE)
         if self.state.global_step == (self.resume_step or 0):
-            if checkpoint is None or not self.finished:
+            if (checkpoint is None or not self.finished) and not isinstance(self.train_dataset, EndlessRows):
                 raise TrainingError(
                     f"no step was trained after step {self.state.global_step} of {self.state.max_steps}: "
                     f"{len(self.train_dataset)} training rows do not reach one more batch"

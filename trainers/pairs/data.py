@@ -1,6 +1,6 @@
 """Datasets of pairs as the loop takes them: tokenised, numbered, with the columns that a method needs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +9,11 @@ import numpy as np
 from align.data.bad_rows import BadRow
 from align.data.checks import check_pair_numbers
 from align.data.formats import columns_of
+from align.data.streams import is_stream, read_whole
 from align.data.tokenize import tokenize_pairs
+from align.data.tokenized import IDS, WHOLE, limited_pairs
 from align.errors import DataError
 
-IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 NUMBERS = ("margin", "chosen_prob")
 """Columns of numbers that reward models look at."""
 
@@ -24,6 +25,7 @@ class PairData:
     tokenizer, max_length, max_bad_share, num_proc: as `tokenize_pairs` takes them.
     columns: of the dataset, needed beside the tokens. optional: kept where they are there.
     further: tokenised pairs, train or eval -> the same with what the method computes for each of them.
+    whole_sequences: tokenised pairs may be whole sequences, without a prompt of their own.
     """
 
     tokenizer: Any
@@ -33,21 +35,31 @@ class PairData:
     optional: tuple[str, ...] = ()
     further: Callable[[Any, str], Any] | None = None
     num_proc: int | None = None
+    whole_sequences: bool = False
 
     def prepare(self, dataset, name: str):
         """Pairs in TRL's formats, or tokenised ones, with the columns of `IDS`, `row`, `columns` and `optional`; name:
-        train or eval."""
+        train or eval. A stream to train on stays one, without `further`; one to evaluate on is read whole."""
+        if is_stream(dataset) and name == "eval":
+            dataset = read_whole(dataset)
         dataset = numbered_pairs(
             dataset,
             self.tokenizer,
             max_length=self.max_length,
             max_bad_share=self.max_bad_share,
             num_proc=self.num_proc,
+            whole_sequences=self.whole_sequences,
+            streams=name == "train",
         )
+        if is_stream(dataset):
+            return dataset
         if self.further is not None:
             dataset = self.further(dataset, name)
-        optional = [column for column in self.optional if column in dataset.column_names]
-        return dataset.select_columns([*IDS, "row", *self.columns, *optional])
+        return dataset.select_columns(self.kept(dataset.column_names))
+
+    def kept(self, names: Collection[str]) -> list[str]:
+        """The columns that the loop takes, of a dataset with these."""
+        return [*IDS, "row", *self.columns, *(column for column in self.optional if column in names)]
 
 
 def flat_column(dataset, column: str) -> tuple[np.ndarray, np.ndarray]:
@@ -71,15 +83,34 @@ def list_column(values: np.ndarray, lengths: np.ndarray):
     return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values, pa.float32()))
 
 
-def numbered_pairs(dataset, tokenizer, *, max_length: int | None, max_bad_share: float, num_proc: int | None = None):
-    """The output of `tokenize_pairs`. A dataset that is tokenised already is taken as it is, if no completion is empty
-    and its numbers are usable; its rows are numbered where they have no column `row`."""
-    if not set(IDS) <= columns_of(dataset):
-        return tokenize_pairs(dataset, tokenizer, max_length=max_length, max_bad_share=max_bad_share, num_proc=num_proc)
+def numbered_pairs(
+    dataset,
+    tokenizer,
+    *,
+    max_length: int | None,
+    max_bad_share: float,
+    num_proc: int | None = None,
+    whole_sequences: bool = False,
+    streams: bool = False,
+):
+    """The output of `tokenize_pairs`. A dataset that is tokenised already has its completions cut at `max_length`, no
+    empty ones and usable numbers; its rows are numbered where they have no column `row`. whole_sequences: tokenised
+    pairs may lack the column `prompt_ids`."""
+    columns = columns_of(dataset, streams=streams)
+    options: dict[str, Any] = {"max_length": max_length, "max_bad_share": max_bad_share, "num_proc": num_proc}
+    if not set(IDS) <= columns:
+        whole = whole_sequences and any({*pair} <= columns for pair in WHOLE) and not {"chosen", "rejected"} <= columns
+        return (limited_pairs if whole else tokenize_pairs)(dataset, tokenizer, **options)
+    if is_stream(dataset):
+        return limited_pairs(dataset, tokenizer, **options)
+    lengths = {column: flat_column(dataset, column)[0] for column in IDS}
     for column in IDS:
-        empty = np.flatnonzero(flat_column(dataset, column)[0] == 0)
+        empty = np.flatnonzero(lengths[column] == 0)
         if len(empty):
             raise DataError(f"{len(empty)} tokenised pairs have an empty {column}: rows {empty[:10].tolist()}")
+    longest = lengths["prompt_ids"] + np.maximum(lengths["chosen_ids"], lengths["rejected_ids"])
+    if max_length is not None and longest.max(initial=0) > max_length:
+        return limited_pairs(dataset, tokenizer, **options)
     _check_numbers(dataset)
     return dataset if "row" in dataset.column_names else dataset.add_column("row", np.arange(len(dataset)))
 

@@ -17,7 +17,9 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import Trainer
 
+from align.data.formats import columns_of
 from align.data.sets import of_each
+from align.data.streams import is_stream, sample_of
 from align.errors import TrainingError
 from align.modeling.types import Model
 from align.objectives.pair_losses import PairLosses
@@ -67,6 +69,9 @@ class PairTrainer(MicroBatchLists, Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if is_stream(train_dataset):
+            names = sample_of(train_dataset).column_names
+            self.make_endless(train_dataset, tuple(data.kept(names)))
         self.model_accepts_loss_kwargs = True  # the loss is normalised by the global count of pairs, not by Trainer
 
     # ---- what a method says -----------------------------------------------------------------------------------------
@@ -136,7 +141,7 @@ class PairTrainer(MicroBatchLists, Trainer):
 
     def predict(self, test_dataset, *args, **kwargs):
         """As transformers' `predict`; rows that are not prepared yet are."""
-        if not {*IDS, "row"} <= set(test_dataset.column_names):
+        if not {*IDS, "row"} <= columns_of(test_dataset, streams=True) or is_stream(test_dataset):
             test_dataset = self.prepare_other(test_dataset)
         return super().predict(test_dataset, *args, **kwargs)
 

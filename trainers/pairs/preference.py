@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import set_seed
 
 from align.data.sets import of_each
+from align.data.streams import is_stream
 from align.errors import ConfigError, TrainingError
 from align.modeling.load import Reference, disable_dropout, load_policy, load_tokenizer
 from align.modeling.logprobs import language_model
@@ -111,6 +112,8 @@ class PreferenceTrainer(PairTrainer):
         args = self.options(args, model, train_dataset)
         processing_class = processing_class or load_tokenizer(model)
         self.args = args
+        if is_stream(train_dataset):
+            self._check_stream()
         ref_model = self._reference_given(ref_model)
         set_seed(args.seed)  # a new adapter is drawn at random
         policy = load_policy(model, peft_config=peft_config, sharded=True)
@@ -144,6 +147,18 @@ class PreferenceTrainer(PairTrainer):
         self.reference_cache: ReferenceCache | None = None
         if self.needs_reference:
             self._set_up_reference(ref_model)
+
+    def _check_stream(self) -> None:
+        """ConfigError where all pairs are needed before the first step."""
+        if self.args.precompute_ref_log_probs:
+            raise ConfigError(
+                "precompute_ref_log_probs goes through all pairs before training, and the rows are a stream"
+            )
+        if type(self).prepare_dataset is not PreferenceTrainer.prepare_dataset:
+            raise ConfigError(
+                f"{type(self).__name__} computes something for all pairs before training, and the rows are a stream: "
+                "load them without streaming"
+            )
 
     def _reference_given(self, ref_model: str | Model | None) -> str | Model | None:
         """The model that is named as the reference, None if none is; ConfigError for options that would be ignored."""

@@ -4,6 +4,7 @@ import copy
 import logging
 from pathlib import Path
 
+from align.data.formats import columns_of
 from align.data.sets import of_each
 from align.distributed.checkpoints import newest_whole
 from align.errors import ConfigError
@@ -56,6 +57,7 @@ def train_reward_ensemble(
     _check(model, members, kind, upper_layers, train_trunk, peft_config)
     _check_member(member, members, kind)
     processing_class = processing_class or load_tokenizer(model)
+    columns_of(train_dataset)  # no stream: every member goes through the same rows
     data = pair_data(processing_class, args)
     train_dataset = data.prepare(train_dataset, "train")
     eval_dataset = of_each(eval_dataset, lambda rows: data.prepare(rows, "eval"))
