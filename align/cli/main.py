@@ -6,11 +6,11 @@ inside `run`, so that `align --help` answers at once.
 
 import argparse
 import importlib
-import logging
 import os
 import sys
 import traceback
 
+from align.cli import terminal
 from align.config.secrets import masked_text
 from align.errors import AlignError
 from align.methods import METHODS
@@ -74,15 +74,6 @@ def _no_further_tokens(run, parser: argparse.ArgumentParser):
     return checked
 
 
-def _set_up_logging() -> None:
-    """Our own messages from INFO (on the first process of several); other libraries keep their own handlers."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-    logger = logging.getLogger("align")
-    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
-    logger.handlers[:] = [handler]
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Exit status: 0 done, 2 a mistake the user can fix (one line on stderr), 130 interrupted."""
     parser = build_parser()
@@ -97,9 +88,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     # vLLM on a CPU generates up to ten times slower when idle OpenMP threads spin; read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    _set_up_logging()
+    terminal.set_up_logging()
     try:
-        return args.run(args, extra)
+        with terminal.each_warning_once():
+            return args.run(args, extra)
     except AlignError as error:
         if args.debug or os.environ.get("ALIGN_DEBUG") == "1":
             traceback.print_exc()

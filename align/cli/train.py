@@ -49,9 +49,10 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
 
 def train(config: "RunConfig") -> None:
     """Train, and save the model and the resolved config in `output_dir`."""
-    from align.cli import build
+    from align.cli import build, terminal
     from align.config.resolve import settings
 
+    terminal.quieten_libraries()
     values = settings(config)
     if config.training.hub_token is not None:
         config.training.hub_token = Secret(expand(config.training.hub_token, "hub_token"))

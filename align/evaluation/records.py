@@ -100,7 +100,7 @@ class EvalWriter:
         if resume_step is not None:
             lines = self._kept_lines(resume_step) or lines
         elif self.path.exists():
-            old = _free_name(self.path)
+            old = free_name(self.path)
             os.replace(self.path, old)
             logger.warning("%s is of an earlier run: kept as %s", self.path, old.name)
         # The whole file is replaced at once, so that a kill here leaves the old file or the new one, never half of one.
@@ -278,7 +278,8 @@ def _dump(value: dict, path: Path) -> str:
         raise TrainingError(f"cannot write to {path}: {error}; give plain finite numbers, strings, lists") from error
 
 
-def _free_name(path: Path) -> Path:
+def free_name(path: Path) -> Path:
+    """Where the file of an earlier run is kept: curve.jsonl as curve.1.old.jsonl."""
     number = 1
     while (old := path.with_name(f"{path.stem}.{number}.old.jsonl")).exists():
         number += 1

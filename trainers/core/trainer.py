@@ -25,6 +25,7 @@ from align.errors import ConfigError, TrainingError
 from align.modeling.adapters import adapter_start, notes, split
 from align.trainers.core import card, guards, identity, saving, trackers
 from align.trainers.core.checkpoints import Resumed, choose_checkpoint, read_checkpoint, write_extra_state
+from align.trainers.core.console import LogFile, replace_printing
 from align.trainers.core.experts import router_coefficient
 from align.trainers.core.hooks import TrainerHooks
 from align.trainers.core.lock import holding
@@ -72,6 +73,8 @@ class TrainerMixin(TrainerHooks):
         if isinstance(self.args, BaseConfig):  # TRL's, of SFT, adds the loss of a mixture of experts
             self.router_coefficient = router_coefficient(self.model, self.args.router_aux_loss_coef)
         self._check_rows()
+        replace_printing(self)
+        self.add_callback(LogFile(type(self).__name__.removesuffix("Trainer"), lambda: self.resume_step))
         if not self.is_deepspeed_enabled:  # its gradients are not in `parameter.grad`
             self.add_callback(guards.GradientsReachTheWeights())
         self._signals = StopOnSignal(self.accelerator)
