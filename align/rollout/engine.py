@@ -181,6 +181,11 @@ class RolloutEngine(ABC):
         check_probe(probe, self.name, self.weight_version, self.sync_tolerance)
         return probe
 
+    def sleep(self) -> bool:
+        """Give memory back until the engine is used again, where a back-end can and its options say so. True: its
+        weights went too, and a `push` has to come before anything else."""
+        return False
+
     def state_dict(self) -> dict:
         """What a resumed run needs to draw the same completions (the weights come by `push`)."""
         return {"seed": self.seed, "calls": self.calls}

@@ -15,7 +15,7 @@ Dtype = Annotated[
 SET_BY_ALIGN = (
     *("model", "tokenizer", "skip_tokenizer_init", "hf_overrides", "dtype", "quantization", "load_format"),
     *("model_loader_extra_config", "model_impl", "generation_config", "logprobs_mode", "seed", "disable_log_stats"),
-    *("max_model_len", "max_num_seqs", "gpu_memory_utilization", "kv_cache_memory_bytes"),
+    *("max_model_len", "max_num_seqs", "gpu_memory_utilization", "kv_cache_memory_bytes", "enable_sleep_mode"),
     *("enable_lora", "max_loras", "max_lora_rank", "lora_dtype", "distributed_executor_backend"),
     *("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"),
     *("worker_extension_cls", "weight_transfer_config"),
@@ -80,3 +80,7 @@ class VLLMOptions(VLLMSettings):
 
     label = "backend vllm"
     backend: Literal["vllm"] = Field("vllm", description="vLLM in the trainer's process.")
+    sleep: bool = Field(
+        False,
+        description="Give the engine's GPU memory back while the policy trains (vLLM's sleep mode; CUDA only).",
+    )

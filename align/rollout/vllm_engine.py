@@ -19,8 +19,16 @@ from align.modeling.logprobs import language_model
 from align.rollout.adapters import A, B, lora_layers, lora_rank, why_merged, with_adapter
 from align.rollout.engine import RolloutEngine
 from align.rollout.identity import Fingerprints
-from align.rollout.sampling import draw_tokens
 from align.rollout.types import Completion, Request
+from align.rollout.vllm_cpu import (
+    CPU_BLOCK,
+    GIB,
+    USE_TRANSFORMERS,
+    check_head_size,
+    draw_by_row,
+    kv_cache_bytes,
+    repack_heads,
+)
 from align.rollout.vllm_process import shut_down, starting
 from align.rollout.weights import check_supported, checkpoint_shapes, checkpoint_weights
 
@@ -28,11 +36,6 @@ if TYPE_CHECKING:
     from align.rollout.vllm_lora import AdapterSlot
 
 logger = logging.getLogger(__name__)
-
-GIB = 1 << 30
-CPU_BLOCK = 32  # tokens per block of the key-value cache on CPUs; prompts share whole blocks, so the smallest is best
-CPU_MEMORY_SHARE = 0.25  # of the free memory, at most, for the key-value cache
-USE_TRANSFORMERS = "set rollout.backend: transformers"
 
 
 class VLLMEngine(RolloutEngine):
@@ -56,6 +59,7 @@ class VLLMEngine(RolloutEngine):
         kv_cache_gib=None,
         gpu_memory_utilization=0.3,
         engine_options=None,
+        sleep=False,
         sync_tolerance=None,
         dtype=None,
     ):
@@ -68,8 +72,11 @@ class VLLMEngine(RolloutEngine):
             "max_num_seqs": max_num_seqs,
             "kv_cache_gib": kv_cache_gib,
             "gpu_memory_utilization": gpu_memory_utilization,
+            "sleep": sleep,
             "further": engine_options or {},
         }
+        self._sleeps, self._discarded = sleep, False
+        self._asleep: set[str] = set()
         reason = why_merged(model) if isinstance(model, PeftModel) else None
         self._slot: AdapterSlot | None = None
         if isinstance(model, PeftModel) and reason is None:
@@ -98,7 +105,7 @@ class VLLMEngine(RolloutEngine):
         try:
             with starting():
                 self._llm, self._on_cpu = start_llm(core, shapes, dtype=self.dtype, rank=rank, **options)
-        except (ValueError, RuntimeError, NotImplementedError) as error:
+        except (ValueError, RuntimeError, NotImplementedError, AssertionError) as error:  # vLLM asserts what users do
             reason = f"vLLM could not start for {type(core).__name__}: {error}"
             raise RolloutError(f"{reason}\nIf it cannot run this model, {USE_TRANSFORMERS}") from error
         # Runs at the latest when the interpreter ends, and before vLLM's own, which would destroy the trainer's group.
@@ -120,7 +127,34 @@ class VLLMEngine(RolloutEngine):
             model, self.dtype, self.arrived, None if everything else self._pushes, self._placement.parts
         )
 
+    def sleep(self) -> bool:
+        """Frees the weights, which the next push brings, and keys and values. An adapter's base weights never come
+        again, and vLLM's own reload needs the old ones in place: they go to the host's memory."""
+        if self._sleeps and not self._asleep:
+            self._discarded = self._slot is None and self._placement.direct
+            self._llm.sleep(level=2 if self._discarded else 1)
+            self._asleep = {"weights", "kv_cache"}
+        return self._discarded
+
+    def _wake(self, *tags: str) -> None:
+        """Take memory back. tags: vLLM's names of what lay in it."""
+        for tag in self._asleep & set(tags):
+            self._llm.wake_up(tags=[tag])
+            self._asleep.discard(tag)
+
+    def _check_awake(self) -> None:
+        """Before anything but a push."""
+        if self._discarded:
+            raise RolloutError("the vLLM engine sleeps and holds no weights: push some before it is used")
+        self._wake("weights", "kv_cache")
+
     def _load(self, weights) -> None:
+        self._wake("weights")  # keys and values only when the trainer's copies are gone
+        self._load_weights(weights)
+        self._discarded = False
+        self._wake("kv_cache")
+
+    def _load_weights(self, weights) -> None:
         adapter = {}
 
         def base():
@@ -153,6 +187,7 @@ class VLLMEngine(RolloutEngine):
         return self._placement.pieces(name, tensor) if self._placement.direct else []
 
     def _held(self, names) -> Fingerprints | None:
+        self._check_awake()
         if not self._placement.direct:
             return None
         base = [name for name in names if not name.endswith((A, B))]
@@ -160,6 +195,7 @@ class VLLMEngine(RolloutEngine):
         return held if self._slot is None else held | self._slot.fingerprints(self._shapes)
 
     def _complete(self, requests: list[Request], progress: bool) -> list[list[Completion]]:
+        self._check_awake()
         if self._llm.llm_engine.has_unfinished_requests():
             raise RolloutError("an interrupted call left unfinished requests in the vLLM engine: make a new one")
         # Keys and values of earlier weights must not be used again, and a call must not depend on the calls before it.
@@ -205,7 +241,17 @@ def start_llm(core, shapes, **options):
 
 
 def llm_options(
-    core, shapes, *, dtype, rank, max_model_len, max_num_seqs, kv_cache_gib, gpu_memory_utilization, further
+    core,
+    shapes,
+    *,
+    dtype,
+    rank,
+    max_model_len,
+    max_num_seqs,
+    kv_cache_gib,
+    gpu_memory_utilization,
+    further,
+    sleep=False,
 ) -> dict:
     """What vLLM is started with, in this process or as a server."""
     from vllm.platforms import current_platform
@@ -230,6 +276,10 @@ def llm_options(
     }
     if rank is not None:
         options |= lora_options(rank)
+    if sleep and on_cpu:
+        raise ConfigError("rollout.sleep gives GPU memory back, and vLLM runs on the CPU here: leave it out")
+    if sleep:
+        options["enable_sleep_mode"] = True
     if on_cpu:
         options["enforce_eager"] = True
         options["block_size"] = CPU_BLOCK
@@ -286,38 +336,6 @@ def completion(output, request: Request) -> Completion:
     return Completion(list(output.token_ids), logprobs, output.finish_reason)
 
 
-def draw_by_row(worker) -> None:
-    """Draw seeded tokens with one random number per row (runs inside vLLM, on CPUs).
-
-    vLLM gives every token of the vocabulary a random number from the row's own generator, in a loop over the rows: with
-    4,096 tokens a third of the time of a small model. The distribution is the same, and so is what a draw depends on.
-    """
-    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
-
-    def forward(logits, generators, k, p):
-        logps = apply_top_k_top_p(logits, k, p).log_softmax(-1, dtype=torch.float32)
-        uniforms = torch.rand(len(logps), dtype=torch.float64)  # stays so in rows without a seed
-        for row, generator in generators.items():
-            uniforms[row] = torch.rand((), dtype=torch.float64, generator=generator)
-        return draw_tokens(logps, uniforms), logps
-
-    worker.model_runner.sampler.topk_topp_sampler.forward = forward
-
-
-def repack_heads(model) -> None:
-    """Make the output heads use the new weights on CPUs (runs inside vLLM).
-
-    Its CPU kernels work on a packed copy of each weight. `reload_weights` packs anew what it loads, but a head that
-    shares its weight with the input embedding is not loaded itself and would go on with the old one.
-    """
-    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-    for module in model.modules():
-        if isinstance(module, ParallelLMHead):
-            dispatch_cpu_unquantized_gemm(module, remove_weight=False)
-
-
 def write_config(core, dtype: torch.dtype, folder: str) -> None:
     """The model's configuration, as vLLM reads it from a checkpoint folder."""
     config = copy.deepcopy(core.config)
@@ -342,37 +360,4 @@ def check_model(core, dtype: torch.dtype, on_cpu: bool) -> None:
         raise ConfigError(f"vLLM has no implementation of its own for {architecture(core)}: {USE_TRANSFORMERS}")
     if not on_cpu:
         return
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
-
-    size, sizes = head_size(core.config.get_text_config()), CPUAttentionBackend.get_supported_head_sizes()
-    if size not in sizes:
-        raise ConfigError(
-            f"vLLM on CPUs cannot run attention heads of size {size} (only {', '.join(map(str, sizes))}): "
-            f"{USE_TRANSFORMERS}"
-        )
-
-
-def head_size(config) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def kv_cache_bytes(core, dtype, max_model_len: int, max_num_seqs: int, kv_cache_gib: float | None) -> int:
-    """Size of the key-value cache on CPUs: `kv_cache_gib` if given; else room for `max_num_seqs` sequences of full
-    length, within a share of the free memory. vLLM queues the sequences that do not fit; one of full length must."""
-    import psutil
-
-    config = core.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    token = 2 * config.num_hidden_layers * heads * head_size(config) * dtype.itemsize
-    one = -(-max_model_len // CPU_BLOCK) * CPU_BLOCK * token
-    if kv_cache_gib is not None:
-        size = int(kv_cache_gib * GIB)
-    else:
-        size = min(one * max_num_seqs, int(psutil.virtual_memory().available * CPU_MEMORY_SHARE))
-    if size < one:
-        raise ConfigError(
-            f"the key-value cache of the rollout engine ({size / GIB:.2f} GiB) has no room for one sequence of "
-            f"max_model_len={max_model_len} tokens ({one / GIB:.2f} GiB): lower max_model_len, or give it more memory"
-        )
-    logger.info("vLLM key-value cache: %.2f GiB, room for %d sequences of full length", size / GIB, size // one)
-    return size
+    check_head_size(core.config.get_text_config())

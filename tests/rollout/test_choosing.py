@@ -153,6 +153,12 @@ def test_a_dtype_that_vllm_lacks_is_refused():
 
 
 @needs_vllm
+def test_sleep_is_refused_where_there_is_no_gpu_memory_to_give_back():
+    with pytest.raises(ConfigError, match="rollout.sleep gives GPU memory back"):
+        make_engine(llama(), backend="vllm", max_model_len=64, sleep=True)
+
+
+@needs_vllm
 def test_a_cache_too_small_for_one_sequence_is_refused():
     with pytest.raises(ConfigError, match="no room for one sequence of max_model_len=512"):
         make_engine(llama(), backend="vllm", max_model_len=512, kv_cache_gib=0.0001)
@@ -160,7 +166,7 @@ def test_a_cache_too_small_for_one_sequence_is_refused():
 
 @needs_vllm
 def test_the_computed_cache_holds_every_sequence():
-    from align.rollout.vllm_engine import kv_cache_bytes
+    from align.rollout.vllm_cpu import kv_cache_bytes
 
     # 2 (keys, values) x 2 layers x 2 heads x 32 x 4 bytes = 1 KiB per token; 200 tokens take seven blocks of 32
     size = kv_cache_bytes(llama(), torch.float32, max_model_len=200, max_num_seqs=3, kv_cache_gib=None)

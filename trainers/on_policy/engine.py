@@ -66,6 +66,11 @@ class SyncedEngine:
         """Push at the next `sync` whatever the step: the weights were changed by something else than a step."""
         self.step = None
 
+    def rest(self) -> None:
+        """Until the next `sync` the engine is not used: it may give its memory back."""
+        if self.engine is not None and self.engine.sleep():
+            self.step = None
+
     def generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Rollout]:
         return self.current.generate(prompts, params)
 

@@ -14,7 +14,8 @@ from vllm.distributed.weight_transfer.base import (
 from align.errors import RolloutError
 from align.rollout.identity import Fingerprints, texts
 from align.rollout.server.plugin import register
-from align.rollout.vllm_engine import draw_by_row, placement_of
+from align.rollout.vllm_cpu import draw_by_row
+from align.rollout.vllm_engine import placement_of
 from align.rollout.vllm_lora import AdapterSlot
 from align.rollout.vllm_weights import Placement
 
