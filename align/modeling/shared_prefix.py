@@ -25,6 +25,7 @@ from align.modeling.types import Model
 
 IMPLEMENTATION = "shared_prefix"  # not "sdpa...": transformers would refuse it where it refuses its own SDPA
 BLOCK = 128  # FlexAttention's blocks, in tokens
+COMPILATIONS = 64  # of FlexAttention, for shapes of models, dtypes and passes, in one process
 _prepared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # one table serves all layers
 _called: WeakSet[nn.Module] = WeakSet()  # layers' attention modules that were given a table
 
@@ -159,16 +160,22 @@ def soft_capped(
 
 def flex(query: Tensor, key: Tensor, value: Tensor, mask, *, scale: float | None, softcap: float | None) -> Tensor:
     """[1, heads, N, d]. Keys are shared within the groups of query heads, whatever their number."""
-    compiled = _flex_attention(compiled=query.is_cuda and not torch.compiler.is_compiling())
-    grouped = query.shape[1] != key.shape[1]
-    return compiled(query, key, value, _cap(softcap), block_mask=mask, scale=scale, enable_gqa=grouped)
+    from torch.nn.attention.flex_attention import flex_attention
+
+    options = {"block_mask": mask, "scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
+    if not query.is_cuda or torch.compiler.is_compiling():
+        return cast(Tensor, flex_attention(query, key, value, _cap(softcap), **options))
+    # Policy, reference, critic and reward models, with and without gradients, are compiled for one by one. Beyond
+    # PyTorch's limit of eight it would go on uncompiled, which makes all N^2 scores.
+    with torch._dynamo.config.patch(recompile_limit=COMPILATIONS, fail_on_recompile_limit_hit=True):
+        return cast(Tensor, _compiled_flex()(query, key, value, _cap(softcap), **options))
 
 
 @cache
-def _flex_attention(compiled: bool) -> Callable:
+def _compiled_flex() -> Callable:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return cast(Callable, torch.compile(flex_attention) if compiled else flex_attention)
+    return cast(Callable, torch.compile(flex_attention))
 
 
 @cache  # one function per cap, so that a compiled kernel is found again

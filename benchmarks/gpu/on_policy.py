@@ -21,7 +21,7 @@ MEMORY_SHARE = 0.12  # of the GPU, for each engine
 
 
 def parts(setting: Setting) -> Iterator[Part]:
-    yield "rloo", lambda: compared(setting, "RLOO, ours", ["RLOO, TRL, one batch", "RLOO, TRL, 4 parts"])
+    yield "rloo", lambda: compared(setting, "RLOO, ours", ["RLOO, TRL"])
     yield "remax", lambda: compared(setting, "ReMax, ours", ["PPO, ours"])
 
 
@@ -63,7 +63,7 @@ def make(side: str, setting: Setting, folder: str):
         if with_vllm:
             options |= {"vllm_mode": "colocate", "vllm_gpu_memory_utilization": MEMORY_SHARE}
             options |= {"vllm_max_model_length": lengths.max_prompt_length + lengths.max_completion_length}
-        return theirs(4 if side.endswith("parts") else 1, lengths, args, folder, **options)
+        return theirs(1, lengths, args, folder, **options)
     backend, engine = "transformers", {}
     if with_vllm:
         backend, engine = "vllm", {"gpu_memory_utilization": MEMORY_SHARE}

@@ -108,7 +108,12 @@ class Pairs:
             "trl_best_setting": best,
             "largest_relative_difference_of_losses": found["largest_relative_difference_of_losses"],
             "peak_gib": found.get("peak_gib"),
+            "compilations": self.compilations(),
         }
+
+    def compilations(self) -> int:
+        """Graphs compiled in this process until now: FlexAttention's, for shapes and passes of models."""
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
     def warm(self, model: str, pairs: Dataset, cached: bool) -> None:
         """Kernels are compiled on both sides before anything is timed."""
@@ -140,6 +145,7 @@ class Pairs:
             "mfu": round(per_second * work["flops"] / self.peak, 4),
             "seconds_per_step": steps,
             "peak_gib": round(found["peak"] / 2**30, 2),
+            "compilations": self.compilations(),
         }
 
     def sparsepo(self) -> dict:

@@ -1,5 +1,5 @@
-"""The order of sleep, push and generation. vLLM on CPUs has no sleep mode: its calls are recorded, and what level 2 would
-lose is overwritten. `tests/device` and benchmarks/gpu run the real one."""
+"""The order of sleep, push and generation. vLLM on CPUs has no sleep mode: its calls are recorded, and what level 2
+would lose is overwritten. `tests/device` and benchmarks/gpu run the real one."""
 
 import pytest
 import torch
