@@ -175,7 +175,7 @@ def flex(query: Tensor, key: Tensor, value: Tensor, mask, *, scale: float | None
 def _compiled_flex() -> Callable:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return cast(Callable, torch.compile(flex_attention))
+    return torch.compile(flex_attention)
 
 
 @cache  # one function per cap, so that a compiled kernel is found again
