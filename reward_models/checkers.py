@@ -3,6 +3,7 @@ r"""Ready verifiers, by import path: `{type: verifier, function: "align.reward_m
 Each takes one completion, text or messages (then the last assistant message counts), and says whether it passes.
 """
 
+import ast
 import asyncio
 import json
 import os
@@ -12,7 +13,7 @@ from decimal import Decimal, InvalidOperation
 from align.reward_models.math_check import checker
 from align.reward_models.sandbox import output_of, passes_asserts
 
-FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
+PYTHON = ("python", "python3", "py")
 THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d*)?")  # "3,4" is a pair
 
 
@@ -53,20 +54,22 @@ def format_match(completion, pattern: str, anywhere: bool = False) -> bool:
 
 
 async def python_tests(completion, tests: str | list, seconds: int = 10, megabytes: int = 1024) -> bool:
-    """Whether the completion's Python code, the last fenced block or else the whole text, passes the column `tests`.
+    """Whether the completion's Python code (`code_of`) passes the column `tests`.
 
-    tests: statements (asserts), or a list of {"input", "output"}: what the program prints for each input must be the
+    tests: statements (asserts) or a list of them, or a list of {"input", "output"}: what the program prints for each input must be the
     output, white space at the ends of lines and of the text aside. Outputs never reach the program's process; asserts
     run in it, after the program. Every program runs in an empty folder, without the environment's variables, limited in
     time, memory and output; running out of any of them is a failure. This guards against accidents, not against malice:
     code of untrusted origin needs a container around the whole run.
     """
-    blocks = FENCE.findall(last_text(completion))
-    code = blocks[-1] if blocks else last_text(completion)
+    code = code_of(last_text(completion))
     if isinstance(tests, str) and tests.lstrip().startswith("["):
         tests = json.loads(tests)
+    if isinstance(tests, list) and tests and all(isinstance(test, str) for test in tests):
+        tests = "\n".join(tests)
     if isinstance(tests, str):
-        compile(tests, "<tests>", "exec")  # tests that are no Python would fail every completion
+        if not ast.parse(tests).body:  # tests that are no Python would fail every completion
+            raise ValueError("the column tests is empty, and every program would pass")
         return await asyncio.to_thread(passes_asserts, code, tests, seconds, megabytes)
     if not tests or not all(isinstance(test, dict) and {"input", "output"} <= test.keys() for test in tests):
         raise ValueError('the column tests is neither asserts nor a list of {"input": ..., "output": ...}')
@@ -75,6 +78,25 @@ async def python_tests(completion, tests: str | list, seconds: int = 10, megabyt
         if printed is None or _lines(printed) != _lines(str(test["output"])):
             return False
     return True
+
+
+def code_of(text: str) -> str:
+    """The last block that is fenced as Python, else the last that is fenced and names no language, else the whole text.
+    A block that is not closed goes to the end of the text."""
+    found: dict[str, str] = {}
+    language, lines = None, []
+    for line in text.splitlines():
+        if language is not None and "```" in line:
+            found[language] = "\n".join([*lines, line.partition("```")[0]])
+            language = None
+        elif language is not None:
+            lines.append(line)
+        elif (fence := re.match(r"\s*```+\s*([\w+#.-]*)[^`]*$", line)) is not None:
+            name = fence[1].lower()
+            language, lines = "python" if name in PYTHON else name, []
+    if language is not None:
+        found[language] = "\n".join(lines)
+    return found.get("python", found.get("", text))
 
 
 def length_scores(completions, completion_ids=None, minimum=0, maximum=None, margin=0, unit="tokens") -> list[float]:

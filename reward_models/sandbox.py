@@ -8,8 +8,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
+MARK = "ALIGN_PROGRAM"  # by whose value what a program has started is found
 OUTPUT_BYTES = 1 << 20  # that a program may write to any one file, its output included
 
 LIMITS = """
@@ -53,42 +55,43 @@ def passes_asserts(code: str, tests: str, seconds: int, megabytes: int) -> bool:
     The word that says so is sent with the tests, so a program that leaves early, or prints what it finds in its own
     source, has not passed. Tests and program share a process: a program that sets out to deceive them can.
     """
-    word = os.urandom(16).hex()
-    with tempfile.TemporaryDirectory() as folder, _started(ASSERTS, folder, seconds, megabytes) as process:
+    word, mark = os.urandom(16).hex(), os.urandom(16).hex()
+    with tempfile.TemporaryDirectory() as folder, _started(ASSERTS, folder, seconds, megabytes, mark) as process:
         try:
             end = time.monotonic() + seconds
             if not _send(process, code) or _read(process, 6, end) != b"ready\n" or not _send(process, [tests, word]):
                 return False
             return _read(process, len(word), end) == word.encode()
         finally:
-            end_session(process)
+            _end(process, mark)
 
 
 def output_of(code: str, text: str, seconds: int, megabytes: int) -> str | None:
     """What the program prints when `text` is its input; None if it fails, or takes too much."""
+    mark = os.urandom(16).hex()
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "program.py").write_text(code, encoding="utf-8", errors="replace")
         Path(folder, "input").write_text(text, encoding="utf-8")
         with (
             open(Path(folder, "input"), "rb") as given,
             open(Path(folder, "output"), "wb") as output,
-            _started(PROGRAM, folder, seconds, megabytes, stdin=given, stdout=output) as process,
+            _started(PROGRAM, folder, seconds, megabytes, mark, stdin=given, stdout=output) as process,
         ):
             try:
                 status = process.wait(timeout=seconds)
             except subprocess.TimeoutExpired:
                 status = None
             finally:
-                end_session(process)
+                _end(process, mark)
         return Path(folder, "output").read_text(encoding="utf-8", errors="replace") if status == 0 else None
 
 
-def _started(runner: str, folder: str, seconds: int, megabytes: int, **streams) -> subprocess.Popen:
-    """A Python that has no variables of the environment, in a session of its own."""
+def _started(runner: str, folder: str, seconds: int, megabytes: int, mark: str, **streams) -> subprocess.Popen:
+    """A Python that has no variables of the environment but its mark, in a session of its own."""
     return subprocess.Popen(
         [sys.executable, "-I", "-c", runner, str(seconds), str(megabytes), str(OUTPUT_BYTES)],
         cwd=folder,
-        env={},
+        env={MARK: mark},
         stderr=subprocess.DEVNULL,
         start_new_session=True,
         **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, **streams},
@@ -103,6 +106,8 @@ def _send(process: subprocess.Popen, message) -> bool:
         process.stdin.flush()
         return True
     except (BrokenPipeError, ConnectionResetError):
+        with suppress(BrokenPipeError):  # of what is still in the buffer, else raised where Popen closes it
+            process.stdin.close()
         return False
 
 
@@ -116,6 +121,27 @@ def _read(process: subprocess.Popen, count: int, end: float) -> bytes:
             break
         found += part
     return found
+
+
+def _end(process: subprocess.Popen, mark: str) -> None:
+    """End a program and what it has started, sessions of their own too (on Linux, where /proc shows them)."""
+    end_session(process)
+    wanted = f"{MARK}={mark}".encode()
+    for _ in range(10):  # what is started meanwhile is found the next time
+        found = [entry for entry in Path("/proc").glob("[0-9]*") if wanted in _environment(entry).split(b"\0")]
+        if not found:
+            return
+        for entry in found:
+            with suppress(ProcessLookupError):
+                os.kill(int(entry.name), signal.SIGKILL)
+
+
+def _environment(process: Path) -> bytes:
+    """Of a process in /proc; nothing of one that has ended or is another user's."""
+    try:
+        return (process / "environ").read_bytes()
+    except OSError:
+        return b""
 
 
 def end_session(process: subprocess.Popen) -> None:

@@ -139,8 +139,27 @@ def test_python_tests():
     assert run(GOOD.replace("+", "-")) is False
     assert run("this is no program") is False
     assert run("def add(a, b):\n    return a + b\nraise SystemExit(0)") is False  # exit 0 is not passing
+    assert run(GOOD, TESTS.splitlines()) is True
     with pytest.raises(SyntaxError):
         run(GOOD, "assert add(1, 2) ==")
+    with pytest.raises(ValueError, match="tests is empty"):
+        run(GOOD, "# none yet")
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("```bash\npip install x\n```\nThen:\n```python\na = 1\n```\nIt prints\n```\n1\n```\n", "a = 1\n"),
+        ("```\nb = 1\n```\n\n```text\n1\n```\n", "b = 1\n"),
+        ("Cut off:\n```Python3\nc = 1", "c = 1"),
+        ("```py\r\nd = 1\r\n```", "d = 1\n"),
+        ("1. so\n   ```python\n   if e:\n       pass```\n", "   if e:\n       pass"),
+        ("say ``` or `x`: f = 1", "say ``` or `x`: f = 1"),
+        ("```json\n{}\n```", "```json\n{}\n```"),
+    ],
+)
+def test_the_code_of_an_answer(text, code):
+    assert checkers.code_of(text) == code
 
 
 def test_python_tests_are_contained(tmp_path, monkeypatch):
@@ -155,12 +174,13 @@ def test_python_tests_are_contained(tmp_path, monkeypatch):
     assert run(f"{add}import os\nassert 'SECRET' not in os.environ and len(os.listdir()) == 1") is True
     # what it starts ends with it
     child = tmp_path / "pid"
-    code = f"{add}import subprocess\nopen({str(child)!r}, 'w').write(str(subprocess.Popen(['/bin/sleep', '60']).pid))"
-    assert run(code) is True
-    end = time.monotonic() + 10
-    while runs(child.read_text()) and time.monotonic() < end:  # it is killed, which takes a moment
-        time.sleep(0.05)
-    assert not runs(child.read_text())
+    for options in ("", ", start_new_session=True"):
+        started = f"subprocess.Popen(['/bin/sleep', '60']{options}).pid"
+        assert run(f"{add}import subprocess\nopen({str(child)!r}, 'w').write(str({started}))") is True
+        end = time.monotonic() + 10
+        while runs(child.read_text()) and time.monotonic() < end:  # it is killed, which takes a moment
+            time.sleep(0.05)
+        assert not runs(child.read_text())
 
 
 def runs(process: str) -> bool:

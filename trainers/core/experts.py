@@ -37,6 +37,16 @@ def router_coefficient(model: nn.Module, asked: float | None) -> float:
     return 0.0
 
 
+def check_checkpointing(args: TrainingArguments) -> None:
+    """Of a run with the loss: ConfigError for gradient checkpointing whose first pass has no gradient, and so gives
+    router logits without one."""
+    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise ConfigError(
+            "gradient_checkpointing_kwargs: with use_reentrant: true the load-balancing loss of a mixture of experts "
+            "(router_aux_loss_coef) would have no gradient: leave it out, or set router_aux_loss_coef: 0"
+        )
+
+
 def with_router_loss(items: Callable[[dict, TrainingArguments], int]):
     """Of the `compute_loss` of a trainer: adds `router_coefficient` x the load-balancing loss, and logs that as
     `aux_loss`. A micro-batch counts by its share of the step. items: how many of `num_items_in_batch` are in one."""

@@ -26,7 +26,7 @@ from align.modeling.adapters import adapter_start, notes, split
 from align.trainers.core import card, guards, identity, saving, trackers
 from align.trainers.core.checkpoints import Resumed, choose_checkpoint, read_checkpoint, write_extra_state
 from align.trainers.core.console import LogFile, replace_printing
-from align.trainers.core.experts import router_coefficient
+from align.trainers.core.experts import check_checkpointing, router_coefficient
 from align.trainers.core.hooks import TrainerHooks
 from align.trainers.core.lock import holding
 from align.trainers.core.options import BaseConfig, RunOptions
@@ -72,6 +72,8 @@ class TrainerMixin(TrainerHooks):
         super().__init__(*args, **kwargs)
         if isinstance(self.args, BaseConfig):  # TRL's, of SFT, adds the loss of a mixture of experts
             self.router_coefficient = router_coefficient(self.model, self.args.router_aux_loss_coef)
+            if self.router_coefficient:
+                check_checkpointing(self.args)
         self._check_rows()
         replace_printing(self)
         self.add_callback(LogFile(type(self).__name__.removesuffix("Trainer"), lambda: self.resume_step))

@@ -88,6 +88,19 @@ def experts(tmp_path_factory) -> str:
     return str(folder)
 
 
+def test_checkpointing_keeps_its_gradient_or_is_refused(experts, tmp_path):
+    norms = []
+    for checkpointing in (False, True):
+        args = dpo_config(tmp_path, max_steps=1, router_aux_loss_coef=10.0, gradient_checkpointing=checkpointing)
+        trainer = DPOTrainer(experts, args, toy_pairs(8))
+        trainer.train()
+        norms += logged(trainer, "grad_norm")
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    args.gradient_checkpointing_kwargs = {"use_reentrant": True}
+    with pytest.raises(ConfigError, match="use_reentrant: true the load-balancing loss"):
+        DPOTrainer(experts, args, toy_pairs(8))
+
+
 @pytest.mark.parametrize("batching", ["shared_prefix", "padded"])
 def test_it_counts_once_per_step(experts, tmp_path, batching):
     """However many micro-batches a step has; it is a mean over them, as in transformers and TRL."""
