@@ -84,7 +84,8 @@ def code_of(text: str) -> str:
     """The last block that is fenced as Python, else the last that is fenced and names no language, else the whole text.
     A block that is not closed goes to the end of the text."""
     found: dict[str, str] = {}
-    language, lines = None, []
+    language: str | None = None
+    lines: list[str] = []
     for line in text.splitlines():
         if language is not None and "```" in line:
             found[language] = "\n".join([*lines, line.partition("```")[0]])
