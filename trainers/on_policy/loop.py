@@ -18,14 +18,12 @@ its batches are cut into processes and micro-batches, nor on where it was resume
 """
 
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import Trainer, set_seed
+from transformers import set_seed
 
-from align.errors import ConfigError
 from align.modeling.completions import completion_logps
 from align.modeling.load import disable_dropout, load_policy, load_tokenizer, reference_of
 from align.modeling.prefix_support import enable_shared_prefix, enable_trunk
@@ -34,23 +32,19 @@ from align.rollout.engine import RolloutEngine
 from align.rollout.types import SamplingParams
 from align.trainers.core.batching import CheckSharedRows, autocast_dtype, resolve_layout
 from align.trainers.core.experts import with_router_loss
-from align.trainers.core.identity import mark_of
-from align.trainers.core.micro_batches import MicroBatchLists, in_lists
+from align.trainers.core.micro_batches import in_lists
 from align.trainers.core.ranks import Ranks
 from align.trainers.core.reference_checks import (
-    check_reference,
-    check_same_start,
     computes_exactly,
-    logp_tolerance,
-    reference_probe,
 )
+from align.trainers.on_policy.base import OnPolicyBase
 from align.trainers.on_policy.batches import BatchPlanner
-from align.trainers.on_policy.buffer import RolloutBuffer, block_sampler, check_arithmetic, check_position, take_prompts
+from align.trainers.on_policy.buffer import RolloutBuffer, block_sampler, check_arithmetic, take_prompts
 from align.trainers.on_policy.config import OnPolicyConfig
 from align.trainers.on_policy.critic import CriticLearner, CriticStep, make_critic
 from align.trainers.on_policy.engine import SyncedEngine, engine_maker
 from align.trainers.on_policy.estimators import make_estimator
-from align.trainers.on_policy.evaluation import Curve, EvaluationFile, PolicyEvaluator, eval_prompts, one_set, sets_of
+from align.trainers.on_policy.evaluation import Curve, EvaluationFile, PolicyEvaluator, eval_prompts
 from align.trainers.on_policy.forward import ForwardPasses
 from align.trainers.on_policy.kl_coefficient import KLCoefficient
 from align.trainers.on_policy.metrics import OnPolicyMetrics
@@ -65,7 +59,7 @@ from align.trainers.weighting.search import make_search
 from align.trainers.weighting.updates import WeightingUpdates
 
 
-class OnPolicyTrainer(MicroBatchLists, Trainer):
+class OnPolicyTrainer(OnPolicyBase):
     """The loop. `args.estimator` says how advantages are estimated.
 
     Args:
@@ -252,41 +246,7 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
         loss = aggregate_tokens(losses, mask, args.loss_aggregation, num_items_in_batch)
         return loss * self.accelerator.num_processes  # the count is of all ranks, and DDP averages over them
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """Sample from the policy at the training temperature on the evaluation prompts, score, and log the means.
-
-        The evaluation file takes what training and, after it, calls without `eval_dataset` (prompts, all of which are
-        used) evaluate, once per step; of several sets (a dict; metrics `eval_<name>_...`) the first.
-        """
-        if (sets := sets_of(self.eval_dataset, eval_dataset)) is not None:
-            found = (self.evaluate(rows, ignore_keys, f"{metric_key_prefix}_{name}") for name, rows in sets.items())
-            return {key: value for metrics in found for key, value in metrics.items()}
-        dataset, own = one_set(self.eval_dataset, eval_dataset, self.processing_class, self.args)
-        if self.reference is None:
-            raise ConfigError(
-                "with beta: 0 and no eval_dataset the trainer holds no reference, which an evaluation measures the KL "
-                "to: pass eval_dataset when the trainer is made"
-            )
-        self.sync_engine()
-        with self.phase("evaluate"):
-            rows = self.evaluator.evaluate(dataset, self.model, self.reference)
-        measured = self.evaluator.measured
-        metrics = {f"{metric_key_prefix}_{name}": sum(row[name] for row in rows) / len(rows) for name in measured}
-        if own and self.is_in_train:
-            learned = self.weighting.observe({n: [row[f"rewards/{n}"] for row in rows] for n in self.rewards.names})
-            metrics |= {f"{metric_key_prefix}_{name}": value for name, value in learned.items()}
-        self.log(metrics)
-        if own:
-            names, table = self.evaluations.write(self.state.global_step, rows, measured)
-            if table:
-                self.log_table("completions", names, table)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
     # ---- from prompts to advantages ---------------------------------------------------------------------------------
-
-    def sync_engine(self) -> None:
-        self.engine.sync(self.accelerator.unwrap_model(self.model), self.state.global_step)
 
     def make_rollout(self, prompts: list[dict], indices: list[int]) -> RolloutBuffer:
         """From prompts to samples that know their advantages. indices: of the prompts in the rollout's global batch."""
@@ -349,52 +309,3 @@ class OnPolicyTrainer(MicroBatchLists, Trainer):
         """What the loss of these samples is divided by, counted over all processes."""
         lengths = [sample.length for sample in samples if not sample.left_out]
         return self.ranks.total(loss_count(lengths, self.args)).clamp(min=1)
-
-    def check_logps(self, logps: Tensor, batch: dict[str, Tensor]) -> None:
-        """The trained policy must give the log-probs of the one that sampled, and at step 0 those of the reference."""
-        if not batch["completion_mask"].any():
-            return  # all of its samples are left out
-        tolerance, step = logp_tolerance(self.accelerator, self.model), self.state.global_step
-        limits = self.engine.gap_limits(tolerance)
-        self.metrics.engine_agrees(logps, batch, limits=limits, step=step + 1, engine=self.engine.name)
-        if step == 0 and self.check_start and self.args.beta:
-            check_same_start(logps, batch["ref_logps"], batch["completion_mask"], tolerance)
-
-    # ---- checkpoints ------------------------------------------------------------------------------------------------
-
-    def further_identity(self) -> dict:
-        columns = {"rewards": self.rewards} | ({} if self.gold is None else {"gold_reward": self.gold})
-        return {key: {reward.name: mark_of(reward) for reward in value.rewards} for key, value in columns.items()}
-
-    def extra_state(self) -> dict:
-        inside = self.state.global_step % self.args.steps_per_rollout != 0
-        return {
-            "reference": None if self.reference is None else reference_probe(self.reference, self.args.device),
-            "weighting": self.weighting.state_dict(),
-            "kl_controller": self.kl.state_dict(),
-            "search": None if self.search is None else self.search.state_dict(),
-            "buffer": self.buffer.state_dict(self.ranks.count) if inside and self.buffer is not None else None,
-        }
-
-    def load_state(self, state: dict, folder: Path) -> None:
-        """Restore what a checkpoint holds beyond model and optimiser: `extra_state`, and the files in its folder."""
-        if self.reference is not None and state["reference"] is not None:
-            probe = reference_probe(self.reference, self.args.device)
-            check_reference(probe, state["reference"], logp_tolerance(self.accelerator, self.model))
-        self.weighting.load_state_dict(state["weighting"])
-        self.kl.load_state_dict(state["kl_controller"])
-        if self.search is not None:
-            self.search.load_state_dict(state["search"])
-        if state["buffer"] is not None:
-            self.buffer = RolloutBuffer.from_state(state["buffer"], self.args.seed, processes=self.ranks.count)
-        check_position(self.buffer, self.state.global_step, self.args.steps_per_rollout)
-        if self.critic is not None:
-            self.critic.load(folder)
-
-    def save_further_files(self, folder: Path) -> None:
-        if self.critic is not None:
-            self.critic.save(folder)
-
-    def close(self) -> None:
-        """Free the rollout engine that the trainer made. It can go on: it makes a new one when it needs it."""
-        self.engine.close()

@@ -1,0 +1,129 @@
+"""What stands around the on-policy loop: the engine's weights, checks, evaluations and checkpoints."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Trainer
+
+from align.errors import ConfigError
+from align.modeling.load import Reference
+from align.trainers.core.identity import mark_of
+from align.trainers.core.micro_batches import MicroBatchLists
+from align.trainers.core.ranks import Ranks
+from align.trainers.core.reference_checks import check_reference, check_same_start, logp_tolerance, reference_probe
+from align.trainers.on_policy.buffer import RolloutBuffer, check_position
+from align.trainers.on_policy.config import OnPolicyConfig
+from align.trainers.on_policy.critic import CriticLearner
+from align.trainers.on_policy.engine import SyncedEngine
+from align.trainers.on_policy.evaluation import EvaluationFile, PolicyEvaluator, one_set, sets_of
+from align.trainers.on_policy.kl_coefficient import KLCoefficient
+from align.trainers.on_policy.metrics import OnPolicyMetrics
+from align.trainers.on_policy.rewards import RewardColumns
+from align.trainers.weighting.base import Weighting
+
+
+class OnPolicyBase(MicroBatchLists, Trainer):
+    """A trainer whose parts, named below, `OnPolicyTrainer` makes."""
+
+    args: OnPolicyConfig
+    model: nn.Module
+    rewards: RewardColumns
+    gold: RewardColumns | None
+    weighting: Weighting
+    kl: KLCoefficient
+    reference: Reference | None
+    check_start: bool
+    buffer: RolloutBuffer | None
+    critic: CriticLearner | None
+    engine: SyncedEngine
+    evaluator: PolicyEvaluator
+    evaluations: EvaluationFile
+    metrics: OnPolicyMetrics
+    ranks: Ranks
+    search: Any
+
+    def sync_engine(self) -> None:
+        self.engine.sync(self.accelerator.unwrap_model(self.model), self.state.global_step)
+
+    def check_logps(self, logps: Tensor, batch: dict[str, Tensor]) -> None:
+        """The trained policy must give the log-probs of the one that sampled, and at step 0 those of the reference."""
+        if not batch["completion_mask"].any():
+            return  # all of its samples are left out
+        tolerance, step = logp_tolerance(self.accelerator, self.model), self.state.global_step
+        limits = self.engine.gap_limits(tolerance)
+        self.metrics.engine_agrees(logps, batch, limits=limits, step=step + 1, engine=self.engine.name)
+        if step == 0 and self.check_start and self.args.beta:
+            check_same_start(logps, batch["ref_logps"], batch["completion_mask"], tolerance)
+
+    # ---- evaluation --------------------------------------------------------------------------------------------------
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """Sample from the policy at the training temperature on the evaluation prompts, score, and log the means.
+
+        The evaluation file takes what training and, after it, calls without `eval_dataset` (prompts, all of which are
+        used) evaluate, once per step; of several sets (a dict; metrics `eval_<name>_...`) the first.
+        """
+        if (sets := sets_of(self.eval_dataset, eval_dataset)) is not None:
+            found = (self.evaluate(rows, ignore_keys, f"{metric_key_prefix}_{name}") for name, rows in sets.items())
+            return {key: value for metrics in found for key, value in metrics.items()}
+        dataset, own = one_set(self.eval_dataset, eval_dataset, self.processing_class, self.args)
+        if self.reference is None:
+            raise ConfigError(
+                "with beta: 0 and no eval_dataset the trainer holds no reference, which an evaluation measures the KL "
+                "to: pass eval_dataset when the trainer is made"
+            )
+        self.sync_engine()
+        with self.phase("evaluate"):
+            rows = self.evaluator.evaluate(dataset, self.model, self.reference)
+        measured = self.evaluator.measured
+        metrics = {f"{metric_key_prefix}_{name}": sum(row[name] for row in rows) / len(rows) for name in measured}
+        if own and self.is_in_train:
+            learned = self.weighting.observe({n: [row[f"rewards/{n}"] for row in rows] for n in self.rewards.names})
+            metrics |= {f"{metric_key_prefix}_{name}": value for name, value in learned.items()}
+        self.log(metrics)
+        if own:
+            names, table = self.evaluations.write(self.state.global_step, rows, measured)
+            if table:
+                self.log_table("completions", names, table)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def further_identity(self) -> dict:
+        columns = {"rewards": self.rewards} | ({} if self.gold is None else {"gold_reward": self.gold})
+        return {key: {reward.name: mark_of(reward) for reward in value.rewards} for key, value in columns.items()}
+
+    def extra_state(self) -> dict:
+        inside = self.state.global_step % self.args.steps_per_rollout != 0
+        return {
+            "reference": None if self.reference is None else reference_probe(self.reference, self.args.device),
+            "weighting": self.weighting.state_dict(),
+            "kl_controller": self.kl.state_dict(),
+            "search": None if self.search is None else self.search.state_dict(),
+            "buffer": self.buffer.state_dict(self.ranks.count) if inside and self.buffer is not None else None,
+        }
+
+    def load_state(self, state: dict, folder: Path) -> None:
+        """Restore what a checkpoint holds beyond model and optimiser: `extra_state`, and the files in its folder."""
+        if self.reference is not None and state["reference"] is not None:
+            probe = reference_probe(self.reference, self.args.device)
+            check_reference(probe, state["reference"], logp_tolerance(self.accelerator, self.model))
+        self.weighting.load_state_dict(state["weighting"])
+        self.kl.load_state_dict(state["kl_controller"])
+        if self.search is not None:
+            self.search.load_state_dict(state["search"])
+        if state["buffer"] is not None:
+            self.buffer = RolloutBuffer.from_state(state["buffer"], self.args.seed, processes=self.ranks.count)
+        check_position(self.buffer, self.state.global_step, self.args.steps_per_rollout)
+        if self.critic is not None:
+            self.critic.load(folder)
+
+    def save_further_files(self, folder: Path) -> None:
+        if self.critic is not None:
+            self.critic.save(folder)
+
+    def close(self) -> None:
+        """Free the rollout engine that the trainer made. It can go on: it makes a new one when it needs it."""
+        self.engine.close()
