@@ -37,7 +37,9 @@ class PPO(Estimator):
     def estimate(self, stream: Stream, ranks: Ranks) -> Estimate:
         assert stream.values is not None  # needs_values
         rewards = token_rewards(stream.scores, k1(stream.logps, stream.ref_logps), stream.mask, beta=stream.beta)
-        advantages, returns = gae(rewards, stream.values, stream.mask, gamma=self.gamma, lam=self.lam)
+        advantages, returns = gae(
+            rewards, stream.values, stream.mask, gamma=self.gamma, lam=self.lam, last_values=stream.last_values
+        )
         if self.whiten_advantages:
             advantages = ranks.whiten(advantages, stream.mask)
         explained = explained_variance(returns, stream.values, stream.mask, ranks)

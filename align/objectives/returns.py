@@ -45,13 +45,22 @@ def reward_to_go(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
     return returns * valid
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95):
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    last_values: Tensor | None = None,
+):
     """Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438, eq. 16): advantages, returns [B, T].
 
         delta_t = r_t + gamma * V_{t+1} - V_t,    A_t = delta_t + gamma * lam * A_{t+1},    return_t = A_t + V_t
 
     rewards, values: [B, T], or [B, T, H] for H value heads with a reward column each. mask: [B, T]. The value after the
-    last token is 0. Tokens outside the mask are passed over: the token before a hole looks at the value and the
+    last token is 0, or `last_values` [B] (or [B, H]), of episodes that were cut (Pardo et al. 2018, arXiv 1712.00378).
+    Tokens outside the mask are passed over: the token before a hole looks at the value and the
     advantage after it. The advantages are not whitened; both results are 0 outside the mask.
     """
     if values.shape != rewards.shape:
@@ -61,7 +70,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, la
         valid = valid[..., None]
     rewards, values = rewards.detach(), values.detach()
     advantages = torch.zeros_like(values)
-    next_value, running = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])
+    running = torch.zeros_like(values[:, 0])
+    next_value = running if last_values is None else last_values.detach()
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         running = torch.where(valid[:, t], delta + gamma * lam * running, running)

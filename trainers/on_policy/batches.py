@@ -73,6 +73,11 @@ class BatchPlanner:
     def collate(self, samples: list[Sample]) -> dict[str, Tensor]:
         return collate(samples, self.pad_token_id, shared_prefix=self.shared_prefix)
 
+    def collate_states(self, samples: list[Sample]) -> dict[str, Tensor]:
+        """As `collate`, without what is per token, and with one more state of each sample in completion_sources,
+        [B, L + 1]: the one after its last token."""
+        return shared(samples, 1) if self.shared_prefix else padded(samples, self.pad_token_id, 1)
+
 
 def collate(samples: list[Sample], pad_token_id: int, *, shared_prefix: bool = False) -> dict[str, Tensor]:
     """Samples -> tensors. B samples, L tokens of the longest completion; what is per token is left-aligned.
@@ -96,15 +101,16 @@ def collate(samples: list[Sample], pad_token_id: int, *, shared_prefix: bool = F
     return batch
 
 
-def padded(samples: list[Sample], pad_token_id: int) -> dict[str, Tensor]:
-    """input_ids, attention_mask: [B, T], prompt and completion of each sample, padded on the right."""
+def padded(samples: list[Sample], pad_token_id: int, after: int = 0) -> dict[str, Tensor]:
+    """input_ids, attention_mask: [B, T], prompt and completion of each sample, padded on the right. after: states in
+    completion_sources after the last token, 0 or 1."""
     sequences = [torch.tensor(sample.prompt["prompt_ids"] + sample.completion_ids) for sample in samples]
     input_ids = pad_sequence(sequences, batch_first=True, padding_value=pad_token_id)
     lengths = torch.tensor([len(ids) for ids in sequences])
     sources = []
     for i, sample in enumerate(samples):
         start = i * input_ids.shape[1] + len(sample.prompt["prompt_ids"]) - 1
-        sources.append(torch.arange(start, start + sample.length))
+        sources.append(torch.arange(start, start + sample.length + after))
     return {
         "input_ids": input_ids,
         "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
@@ -112,9 +118,10 @@ def padded(samples: list[Sample], pad_token_id: int) -> dict[str, Tensor]:
     }
 
 
-def shared(samples: list[Sample]) -> dict[str, Tensor]:
+def shared(samples: list[Sample], after: int = 0) -> dict[str, Tensor]:
     """input_ids, position_ids: [1, N], every different prompt and after it the completions of its samples, each without
-    its last token, which predicts nothing. attention_mask: [1, 1, prompts, 1 + samples], their lengths
+    its last token, which predicts nothing (with `after` 1: with it, for the state after it).
+    attention_mask: [1, 1, prompts, 1 + samples], their lengths
     (`modeling.shared_prefix`)."""
     groups: dict[tuple, list[int]] = {}
     for i, sample in enumerate(samples):
@@ -127,9 +134,9 @@ def shared(samples: list[Sample]) -> dict[str, Tensor]:
         last = len(ids) + len(prompt) - 1
         ids += prompt
         positions += range(len(prompt))
-        lengths.append(torch.tensor([len(prompt), *(samples[i].length - 1 for i in members)]))
+        lengths.append(torch.tensor([len(prompt), *(samples[i].length - 1 + after for i in members)]))
         for i in members:
-            rest = samples[i].completion_ids[:-1]
+            rest = samples[i].completion_ids[: samples[i].length - 1 + after]
             sources[i] = torch.tensor([last, *range(len(ids), len(ids) + len(rest))])
             ids += rest
             positions += range(len(prompt), len(prompt) + len(rest))

@@ -10,6 +10,7 @@ from align.rollout import RolloutOptions, rollout_options
 from align.trainers.core.batching import BatchingOptions
 from align.trainers.core.options import BaseConfig
 from align.trainers.on_policy.estimators import make_estimator
+from align.trainers.on_policy.sampling_options import SamplingOptions
 from align.trainers.weighting.dynamic import check_dynamic_weights
 from align.trainers.weighting.options import check_constraints
 from align.trainers.weighting.search import check_search
@@ -31,7 +32,7 @@ ESTIMATOR_HELP = {
 
 
 @dataclass
-class OnPolicyConfig(BatchingOptions, BaseConfig):
+class OnPolicyConfig(BatchingOptions, SamplingOptions, BaseConfig):
     """Options of every on-policy method. `per_device_train_batch_size` counts prompts.
 
     sections: the nested options (`constraints` ...) that are set, by name, checked and typed
@@ -42,7 +43,6 @@ class OnPolicyConfig(BatchingOptions, BaseConfig):
     # ---- rollouts
     num_generations: int = field(default=1, metadata={"help": "Sampled completions per prompt and rollout."})
     max_prompt_length: int = field(default=512, metadata={"help": "Longer prompts are bad rows (tokens)."})
-    max_completion_length: int = field(default=256, metadata={"help": "Completions are cut here (tokens)."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; log-probs are taken at it too."})
     rollout: RolloutOptions | dict[str, Any] | str = field(
         default=RolloutOptions(),
@@ -227,7 +227,10 @@ class OnPolicyConfig(BatchingOptions, BaseConfig):
         for name, section in self.sections.items():
             setattr(self, name, plain(section))
         self.rollout = rollout_options(self.rollout)
-        make_estimator(self)  # which checks its own options
+        if not make_estimator(self).needs_values and self.truncated == "bootstrap":  # it checks its own options
+            raise ConfigError(
+                "truncated: bootstrap takes the value of a critic, which only PPO has: use keep, mask or penalise"
+            )
         check_constraints(self)
         check_dynamic_weights(self)
         check_search(self)

@@ -34,6 +34,16 @@ class ForwardPasses:
         for part in parts:
             scatter(part, name, compute(self.prepare(self.planner.collate(part))))
 
+    @torch.no_grad()
+    def fill_values(self, parts: list[list[Sample]], values: Callable[[dict[str, Tensor]], Tensor]) -> None:
+        """Give every sample its values, and those of the state after its last token if it was cut. values: of the
+        critic, [B, L, streams]."""
+        for part in parts:
+            found = values(self.prepare(self.planner.collate_states(part))).cpu()
+            for sample, row in zip(part, found, strict=True):
+                sample.values = row[: sample.length].clone()
+                sample.bootstrap = row[sample.length].clone() if sample.truncated else None
+
     def reference_logps(self, reference: Reference) -> Callable[[dict[str, Tensor]], Tensor]:
         """Computes the log-probs of the completions' tokens under the reference, [B, L]."""
 

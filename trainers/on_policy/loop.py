@@ -17,6 +17,7 @@ Every draw is seeded by (seed, step, index of the prompt in the rollout's global
 its batches are cut into processes and micro-batches, nor on where it was resumed.
 """
 
+import logging
 from itertools import islice
 from typing import Any
 
@@ -53,10 +54,13 @@ from align.trainers.on_policy.pipeline import RolloutPipeline
 from align.trainers.on_policy.rewards import RewardColumns
 from align.trainers.on_policy.samples import Sample, tokenized_prompts
 from align.trainers.on_policy.streams import fill_advantages, mix
+from align.trainers.on_policy.truncation import TruncationRule
 from align.trainers.weighting.base import make_weighting
 from align.trainers.weighting.gradients import gradient_parameters, stream_gradients
 from align.trainers.weighting.search import make_search
 from align.trainers.weighting.updates import WeightingUpdates
+
+logger = logging.getLogger(__name__)
 
 
 class OnPolicyTrainer(OnPolicyBase):
@@ -174,7 +178,13 @@ class OnPolicyTrainer(OnPolicyBase):
         )
         requests = self.estimator.requests(sampling)
         self.pipeline = RolloutPipeline(
-            self.engine, tokenizer, self.rewards, requests, seed=args.seed, recorder=self.recorder
+            self.engine,
+            tokenizer,
+            self.rewards,
+            requests,
+            seed=args.seed,
+            recorder=self.recorder,
+            truncation=TruncationRule.of(args),
         )
         self.updates = WeightingUpdates(self.weighting, self.ranks, self.recorder)
         self.evaluator = PolicyEvaluator(
@@ -264,14 +274,17 @@ class OnPolicyTrainer(OnPolicyBase):
                 self.forward.fill(parts, "old_logps", self.forward.policy_logps(self.model))
         if self.critic is not None:
             with self.phase("values"):
-                self.forward.fill(parts, "values", self.critic.values)
+                if args.truncated == "bootstrap":
+                    self.forward.fill_values(parts, self.critic.values)
+                else:
+                    self.forward.fill(parts, "values", self.critic.values)
         with self.phase("advantages"):
             beta = self.kl.value if args.kl_in == "reward" else 0.0
             self.metrics.all(fill_advantages(rollout, self.estimator, self.weighting, self.ranks, beta))
         if self.weighting.needs_gradients:
             with self.phase("objective_gradients"):
                 self.updates.learn_from_gradients(self.stream_gradients(self.planner.plan(samples, len(parts))))
-        self.metrics.rollout(samples)
+        self.metrics.rollout(samples, self.pipeline.truncation)
         if self.weighting.update_per == "rollout":
             self.updates.learn(samples, step + 1)
         if self.kl.adapts:
@@ -308,4 +321,10 @@ class OnPolicyTrainer(OnPolicyBase):
     def loss_count(self, samples: list[Sample]) -> Tensor:
         """What the loss of these samples is divided by, counted over all processes."""
         lengths = [sample.length for sample in samples if not sample.left_out]
-        return self.ranks.total(loss_count(lengths, self.args)).clamp(min=1)
+        count = self.ranks.total(loss_count(lengths, self.args))
+        if not count and self.ranks.index == 0:
+            logger.warning(
+                "step %d: all samples are left out of the loss, cut at max_completion_length or without a score",
+                self.state.global_step + 1,
+            )
+        return count.clamp(min=1)

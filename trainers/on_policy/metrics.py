@@ -11,6 +11,7 @@ from align.objectives.rollout_correction import log_ratios, mismatch
 from align.trainers.core.recorder import Recorder
 from align.trainers.on_policy.batches import padding_share
 from align.trainers.on_policy.samples import Sample
+from align.trainers.on_policy.truncation import TruncationRule
 
 logger = logging.getLogger(__name__)
 
@@ -22,9 +23,9 @@ class OnPolicyMetrics:
         self.record = recorder.record
         self.warned = False  # of a gap between engine and trainer
 
-    def rollout(self, samples: list[Sample]) -> None:
+    def rollout(self, samples: list[Sample], truncation: TruncationRule) -> None:
         for sample in samples:
-            if sample.left_out:
+            if sample.left_out and not sample.masked:
                 for name, value in sample.extras.items():
                     if name.endswith("/failed"):
                         self.record(f"rewards/{name}", value)
@@ -34,6 +35,10 @@ class OnPolicyMetrics:
             self.record("reward", sample.score)
             self.record("completions/mean_length", sample.length)
             self.record("completions/clipped_ratio", sample.truncated)
+            if truncation.truncated == "mask":
+                self.record("completions/masked_ratio", sample.masked)
+            if truncation.penalises:
+                self.record("completions/penalty", sample.penalty)
 
     def all(self, metrics: dict[str, list[float]]) -> None:
         """Of an estimator."""

@@ -9,6 +9,9 @@ from align.rollout.types import Rollout, SamplingParams
 from align.trainers.core.recorder import Recorder
 from align.trainers.on_policy.rewards import RewardColumns
 from align.trainers.on_policy.samples import Sample, make_samples
+from align.trainers.on_policy.truncation import TruncationRule
+
+KEEP = TruncationRule()
 
 
 class CompletionSource(Protocol):
@@ -43,6 +46,7 @@ class RolloutPipeline:
         requests: what is asked for every prompt; the first is trained on (`Estimator.requests`).
         seed: of the run; each request's seed follows from it, the step, the prompt's index and the request's number.
         recorder: gets the seconds of the phases `generate` and `score`.
+        truncation: what becomes of completions that are cut.
     """
 
     def __init__(
@@ -54,9 +58,10 @@ class RolloutPipeline:
         *,
         seed: int,
         recorder: Recorder,
+        truncation: TruncationRule = KEEP,
     ):
         self.engine, self.tokenizer, self.rewards, self.requests = engine, tokenizer, rewards, requests
-        self.seed, self.recorder = seed, recorder
+        self.seed, self.recorder, self.truncation = seed, recorder, truncation
 
     def run(self, prompts: list[dict], indices: list[int], step: int, weight_version: int) -> ScoredRollout:
         """Sample and score, with one engine call for all requests of all prompts.
@@ -73,13 +78,16 @@ class RolloutPipeline:
                 f"the rollouts of step {step} were made by weights of version {rollout.weight_version}, and version "
                 f"{weight_version} was asked for: push the weights before"
             )
+        every = rollout.samples + [sample for group in rollout.extra for sample in group]
         with self.recorder.phase("score"):
-            logged = self.rewards.fill(rollout.samples + [sample for group in rollout.extra for sample in group])
+            logged = self.rewards.fill(every)
+        self.truncation.apply(every)
         for name, values in logged.items():
             for value in values:
                 self.recorder.record(name, value)
         each = len(rollout.samples) // len(rollout.extra)
-        for i, sample in enumerate(rollout.samples):  # a prompt whose baseline has no score
+        for i, sample in enumerate(rollout.samples):  # a prompt whose baseline has no score, or was cut
+            sample.masked |= not sample.left_out and any(other.masked for other in rollout.extra[i // each])
             sample.left_out |= any(other.left_out for other in rollout.extra[i // each])
         return rollout
 

@@ -17,8 +17,10 @@ class Sample:
     """One completion of a prompt. What is None or empty at first is filled in on the way to the loss.
 
     engine_logps: log-probs under the engine, [L]. rewards: one score per reward that applies, by name. score: their
-    weighted sum. left_out: of the loss and of baselines, for want of a score. shown: what a reward said beside it.
-    ref_logps, old_logps: under the reference and under the policy before the first update, [L], nats. advantages,
+    weighted sum less `penalty`, what a long or cut completion loses (`TruncationRule`). left_out: of the loss and of
+    baselines, for want of a score, or, if `masked`, for having been cut. bootstrap: values after the last token of
+    a cut completion, [streams], that stand for its score; None where the score counts. shown: what a reward said beside
+    it. ref_logps, old_logps: under the reference and under the policy before the first update, [L], nats. advantages,
     values, returns: [L, streams].
     """
 
@@ -31,7 +33,10 @@ class Sample:
     rewards: dict[str, float] = field(default_factory=dict)
     extras: dict[str, float] = field(default_factory=dict)
     score: float = 0.0
+    penalty: float = 0.0
     left_out: bool = False
+    masked: bool = False
+    bootstrap: torch.Tensor | None = None
     shown: dict[str, str | float] = field(default_factory=dict)
     ref_logps: torch.Tensor | None = None
     old_logps: torch.Tensor | None = None

@@ -20,7 +20,8 @@ class Stream:
     scores: [N]. extra_scores: [P, E], of the completions of each prompt that are not trained on (ReMax's greedy one),
     None without. beta: coefficient of the KL inside this stream's reward. logps: of the policy that sampled; ref_logps,
     mask: [N, L]. Where no KL is trained on, ref_logps are logps. A sample that is left out has a mask of zeros, and
-    its score is to be in no baseline (`kept`). values: [N, L], of a critic, or None.
+    its score is to be in no baseline (`kept`). values: [N, L], of a critic, or None; last_values: [N], of the state
+    after the last token, 0 of completions that have ended; None where all count as ended.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Stream:
     ref_logps: Tensor
     mask: Tensor
     values: Tensor | None = None
+    last_values: Tensor | None = None
 
     @property
     def kept(self) -> Tensor | None:
@@ -45,6 +47,7 @@ def make_streams(rollout: ScoredRollout, weighting: Weighting, beta: float) -> l
     own = [stream_scores(sample, weighting) for sample in samples]
     extra = [[stream_scores(sample, weighting) for sample in group] for group in rollout.extra]
     values = completion_matrix(samples, "values") if samples[0].values is not None else None
+    last = last_values(samples)
     logps = sampling_logps(samples)
     shared = {
         "logps": logps,
@@ -58,15 +61,28 @@ def make_streams(rollout: ScoredRollout, weighting: Weighting, beta: float) -> l
             extra_scores=torch.tensor([[s[stream.name] for s in group] for group in extra]) if extra[0] else None,
             beta=beta * stream.kl,
             values=None if values is None else values[..., i],
+            last_values=None if last is None else last[:, i],
             **shared,
         )
         for i, stream in enumerate(weighting.streams)
     ]
 
 
+def last_values(samples: list[Sample]) -> Tensor | None:
+    """Values after the last tokens, [N, S]; None where no completion is bootstrapped from one."""
+    found = [sample.bootstrap for sample in samples if sample.bootstrap is not None]
+    if not found:
+        return None
+    return torch.stack([torch.zeros_like(found[0]) if s.bootstrap is None else s.bootstrap for s in samples])
+
+
 def stream_scores(sample: Sample, weighting: Weighting) -> dict[str, float]:
     """One sample's score in every stream; 0 if it is left out. Raises `RewardError` for a weighting that needs a score
-    of every reward."""
+    of every reward.
+
+    Its penalty is taken off the streams that hold the KL, as a part of the task; where a value stands for what follows
+    a cut completion, the penalty is all there is of its score.
+    """
     if sample.left_out:
         return {stream.name: 0.0 for stream in weighting.streams}
     absent = [name for name in weighting.reward_weights if name not in sample.rewards]
@@ -76,7 +92,12 @@ def stream_scores(sample: Sample, weighting: Weighting) -> dict[str, float]:
             "the dataset, and constraints and weights that change need a score of every reward for every completion: "
             "return a number, or use fixed reward_weights"
         )
-    return weighting.scores(sample.rewards)
+    scores = weighting.scores(sample.rewards)
+    if sample.bootstrap is not None:
+        scores = dict.fromkeys(scores, 0.0)
+    if sample.penalty:
+        scores = {stream.name: scores[stream.name] - stream.kl * sample.penalty for stream in weighting.streams}
+    return scores
 
 
 def fill_advantages(rollout: ScoredRollout, estimator, weighting: Weighting, ranks: Ranks, beta: float) -> dict:

@@ -1,0 +1,67 @@
+"""Options that say which completions are drawn, and what becomes of those that were cut at the limit."""
+
+from dataclasses import dataclass, field
+
+from align.errors import ConfigError
+from align.trainers.core.hooks import TrainingSettings
+
+TRUNCATED = ("keep", "mask", "penalise", "bootstrap")
+
+
+@dataclass
+class SamplingOptions(TrainingSettings):
+    """Mixed into the configuration of on-policy methods."""
+
+    max_completion_length: int = field(default=256, metadata={"help": "Completions are cut here (tokens)."})
+    truncated: str | None = field(
+        default=None,
+        metadata={
+            "help": "What becomes of completions that are cut at max_completion_length. keep: trained on like others; "
+            "mask: in no loss and in no baseline; penalise: missing_eos_penalty is subtracted from their score; "
+            "bootstrap (PPO): the critic's value after the last token takes the place of their score. Default: keep, "
+            "or penalise where missing_eos_penalty is set."
+        },
+    )
+    missing_eos_penalty: float | None = field(
+        default=None, metadata={"help": "Subtracted from the score of a completion that is cut; above 0."}
+    )
+    overlong_buffer: int | None = field(
+        default=None,
+        metadata={
+            "help": "DAPO's soft overlong punishment: over the last so many tokens below max_completion_length a "
+            "completion's score falls linearly, by overlong_penalty in all."
+        },
+    )
+    overlong_penalty: float = field(
+        default=1.0, metadata={"help": "With overlong_buffer: what the longest completions lose."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_truncated(self)
+
+
+def check_truncated(args: SamplingOptions) -> None:
+    """Raises `ConfigError`; fills in the default of `truncated`."""
+    penalty = args.missing_eos_penalty
+    if penalty is not None and not penalty > 0:
+        raise ConfigError(f"missing_eos_penalty is subtracted from the score and must be above 0, got {penalty}")
+    if args.truncated is None:
+        args.truncated = "keep" if penalty is None else "penalise"
+    if args.truncated not in TRUNCATED:
+        raise ConfigError(f"truncated must be one of {', '.join(TRUNCATED)}, got {args.truncated!r}")
+    if args.truncated == "penalise" and penalty is None:
+        raise ConfigError("truncated: penalise needs missing_eos_penalty, what a cut completion's score loses")
+    if args.truncated != "penalise" and penalty is not None:
+        raise ConfigError(
+            f"missing_eos_penalty does nothing with truncated: {args.truncated}: leave one of them out (with both "
+            "left to missing_eos_penalty, it is truncated: penalise)"
+        )
+    longest, buffer = args.max_completion_length, args.overlong_buffer
+    if buffer is not None and not 1 <= buffer <= longest:
+        raise ConfigError(f"overlong_buffer must be 1 to max_completion_length ({longest}) tokens, got {buffer}")
+    if not args.overlong_penalty > 0 or (args.overlong_penalty != 1 and buffer is None):
+        raise ConfigError(
+            f"overlong_penalty ({args.overlong_penalty}) must be above 0, and needs overlong_buffer, over which the "
+            "score falls"
+        )
