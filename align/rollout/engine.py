@@ -59,6 +59,7 @@ class RolloutEngine(ABC):
         self.eos_token_ids = end_tokens(core, tokenizer)
         self.dtype = dtype or core.dtype
         self.arrived = ArrivedShare()  # of the adapters in the last push
+        self._sums: bool | None = None  # how `_held` makes fingerprints: as `fingerprint` does where the model lies
         self.rounding = 0.0  # mean difference of log-probs that rounding makes on this model, as the last probe found
         self.sync_tolerance = sync_tolerance
         self.seed = seed
@@ -142,7 +143,7 @@ class RolloutEngine(ABC):
         self._check_open()
         start = time.perf_counter()
         self.arrived = ArrivedShare()
-        stream = WeightStream(self._weights(model, everything=False), self._parts)
+        stream = WeightStream(self._weights(model, everything=False), self._parts, self._sums)
         with preserved_random_states():
             self._load(stream)
         sent = stream.finish()
@@ -161,7 +162,7 @@ class RolloutEngine(ABC):
         from align.rollout.identity import WeightStream
 
         self._check_open()
-        self._prove(WeightStream(self._weights(model, everything=True), self._parts).finish())
+        self._prove(WeightStream(self._weights(model, everything=True), self._parts, self._sums).finish())
         return self.probe(model)
 
     def probe(self, model) -> "Probe":

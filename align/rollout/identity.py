@@ -15,15 +15,19 @@ Fingerprint = bytes | tuple | str  # str: of `texts`
 Fingerprints = dict[str, list[Fingerprint]]  # by the tensor's name, one for each part of it that the engine keeps
 
 
-def fingerprint(tensor: Tensor) -> Fingerprint:
+def fingerprint(tensor: Tensor, sums: bool | None = None) -> Fingerprint:
     """Equal for tensors that are equal bit by bit, and for no others (by chance: 2^-64). All of the tensor is read.
 
     On CPUs a hash of its bytes (a tenth of a second per GB). On GPUs, which would have to send them to the CPU first,
-    exact integer sums of its bits over each of two dimensions.
+    exact integer sums of its bits over each of two dimensions. sums: as on a GPU (True) or on a CPU (False), wherever
+    the tensor lies, to compare it with one on the other.
     """
     tensor = tensor.detach().contiguous()
     head = (tuple(tensor.shape), str(tensor.dtype))
-    if tensor.device.type == "cpu":
+    if sums is None:
+        sums = tensor.device.type != "cpu"
+    if not sums:
+        tensor = tensor.cpu()
         return xxhash.xxh3_128(memory(tensor.reshape(-1).view(torch.uint8))).digest() + repr(head).encode()
     return (head, *bit_sums(tensor))
 
@@ -50,16 +54,21 @@ def memory(tensor: Tensor) -> Any:
 class WeightStream:
     """The trainer's tensors on their way into an engine, each fingerprinted as it passes.
 
-    parts(name, tensor): the pieces of a tensor that the engine keeps, as it will hold them.
+    parts(name, tensor): the pieces of a tensor that the engine keeps, as it will hold them. sums: of `fingerprint`.
     """
 
-    def __init__(self, weights: Iterable[tuple[str, Tensor]], parts: Callable[[str, Tensor], list[Tensor]]):
-        self._weights, self._parts = iter(weights), parts
+    def __init__(
+        self,
+        weights: Iterable[tuple[str, Tensor]],
+        parts: Callable[[str, Tensor], list[Tensor]],
+        sums: bool | None = None,
+    ):
+        self._weights, self._parts, self._sums = iter(weights), parts, sums
         self.fingerprints: Fingerprints = {}
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self._weights:
-            self.fingerprints[name] = [fingerprint(part) for part in self._parts(name, tensor)]
+            self.fingerprints[name] = [fingerprint(part, self._sums) for part in self._parts(name, tensor)]
             yield name, tensor
 
     def finish(self) -> Fingerprints:

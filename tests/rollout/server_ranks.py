@@ -6,16 +6,34 @@ Arguments: the addresses; a folder for what is found.
 import copy
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from align.data import toy
+from align.errors import ConfigError, RolloutError
 from align.rollout import make_engine
+from align.rollout.server import delivery
 from tests.rollout.rollout_models import llama, never_ending
 from tests.rollout.two_ranks import check, shard, with_adapter
 from tests.trainers.tiny_runs import logged, on_policy, wanted_words
 from tests.trainers.tiny_runs import prompts as toy_prompts
+
+
+def check_failures_of_one_process(engine, rank: int, urls: list[str]) -> None:
+    """What fails in one process is raised in both: the other would wait for it."""
+    model = never_ending(llama(5))
+    with patch.object(delivery, "save_file", side_effect=OSError(28, "No space left on device")):
+        with pytest.raises(RolloutError, match="weights cannot be written to .*No space left"):
+            engine.push(model, 4)
+    check(engine, model, model, 5)
+    with pytest.raises(ConfigError, match="transfer_folder: /nowhere is not a folder"):
+        make_engine(model, backend="server", urls=urls, max_model_len=256, transfer_folder="/nowhere")
+    variable = {"api_key_env": "ALIGN_NO_KEY", "api_key_file": "/nowhere"} if rank else {}
+    with pytest.raises(ConfigError, match="no key for the rollout server"):
+        make_engine(model, backend="server", urls=urls, max_model_len=256, **variable)
 
 
 def main(urls: list[str], folder: Path) -> None:
@@ -26,6 +44,7 @@ def main(urls: list[str], folder: Path) -> None:
     check(engine, never_ending(llama(4)), never_ending(llama(4)), 1)
     check(engine, shard(never_ending(llama(1))), never_ending(llama(1)), 2)
     check(engine, shard(with_adapter(never_ending(llama(2)))), with_adapter(never_ending(llama(2))), 3)
+    check_failures_of_one_process(engine, rank, urls)
     engine.close()
     trainer_class, args = on_policy(
         "rloo", folder / "run", max_steps=3, learning_rate=5e-3, per_device_train_batch_size=4, rollout=rollout

@@ -5,15 +5,11 @@ import os
 import re
 import shlex
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
-import psutil
 import pytest
 import requests
 import torch
@@ -29,62 +25,15 @@ from align.rollout.engine import end_tokens
 from align.rollout.seeds import derive_seed
 from align.rollout.server import delivery
 from align.rollout.server.client import Server
-from align.rollout.server.engine import ServerEngine
-from tests.rollout import test_generation, test_push, test_reproducibility
+from tests.rollout import server_limits, test_generation, test_push, test_reproducibility
 from tests.rollout.rollout_models import is_greedy, llama, needs_vllm, never_ending, own_logps, prompts
+from tests.rollout.served import KEY, Served, connected
 from tests.trainers.tiny_runs import logged, on_policy, wanted_words
 from tests.trainers.tiny_runs import prompts as toy_prompts
 from tests.trainers.two_processes import run_on_two
 
 pytestmark = [needs_vllm, pytest.mark.vllm]
-KEY = "a key for tests"
-CONFIG = """
-method: rloo
-model_name_or_path: {folder}/model
-dataset_name: {folder}/prompts.jsonl
-rewards: [{{type: rule, function: "builtins:len"}}]
-max_prompt_length: 200
-max_completion_length: 56
-use_peft: true
-lora_r: 8
-lora_target_modules: all-linear
-"""
 SAMPLED = SamplingParams(12, n=3, temperature=0.7)
-
-
-class Served:
-    """Servers on ports of this machine, each of which can be started again."""
-
-    def __init__(self, folder, count: int):
-        llama().save_pretrained(folder / "model")
-        (folder / "run.yaml").write_text(CONFIG.format(folder=folder))
-        self.config, self.processes, self.ports = str(folder / "run.yaml"), [None] * count, []
-        for _ in range(count):
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                self.ports.append(free.getsockname()[1])
-        self.urls = [f"http://127.0.0.1:{port}" for port in self.ports]
-
-    def start(self, number: int) -> None:
-        command = [sys.executable, "-m", "align", "serve", self.config, "--port", str(self.ports[number])]
-        environment = {**os.environ, "ALIGN_ROLLOUT_KEY": KEY}
-        self.processes[number] = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-
-    def ready(self, number: int) -> str:
-        line = self.processes[number].stdout.readline()
-        assert f"serving at {self.urls[number]}" in line and KEY not in line
-        return line
-
-    def members(self, number: int) -> list[psutil.Process]:
-        process = psutil.Process(self.processes[number].pid)
-        return [process, *process.children(recursive=True)]
-
-    def stop(self) -> None:
-        for process in self.processes:
-            if process is not None and process.poll() is None:
-                process.terminate()
-        for process in self.processes:
-            process.wait(60)
 
 
 @pytest.fixture(scope="module")
@@ -96,18 +45,6 @@ def served(tmp_path_factory):
         servers.ready(number)
     yield servers
     servers.stop()
-
-
-@contextmanager
-def connected(served, model, **options):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ALIGN_ROLLOUT_KEY", KEY)
-        engine = ServerEngine(model, max_model_len=256, **{"urls": served.urls, **options})
-    try:
-        engine.verify(model)
-        yield engine
-    finally:
-        engine.close()
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +88,13 @@ test_bad_prompts = test_generation.test_prompts_that_cannot_be_completed_are_nam
 test_full_sequence = test_generation.test_a_sequence_may_fill_the_engine_to_the_last_token
 test_what_else_is_in_the_call = test_reproducibility.test_draws_do_not_depend_on_what_else_is_in_the_call
 test_resumed = test_reproducibility.test_a_resumed_engine_goes_on_with_the_same_draws
+# What they are kept from, and what is waited for.
+test_more_prompts = server_limits.test_more_prompts_than_files_may_be_open
+test_too_long = server_limits.test_completions_that_take_too_long_are_counted
+test_in_common = server_limits.test_what_servers_must_have_in_common
+test_proof = server_limits.test_the_proof_is_made_as_the_servers_make_theirs
+test_lost_in_the_proof = server_limits.test_a_server_that_is_lost_during_the_proof_is_waited_for
+test_not_there_yet = server_limits.test_a_server_that_is_not_there_yet_is_waited_for_but_not_for_ever
 test_part_of_a_push = test_push.test_a_push_that_arrives_in_part_is_found
 
 

@@ -50,7 +50,8 @@ def session() -> aiohttp.ClientSession:
 
 @dataclass
 class Server:
-    """One server. parts: of each tensor, what its workers keep, in the order of the workers (`align_describe`)."""
+    """One server. parts: of each tensor, what its workers keep, in the order of the workers; dtype, device: of its
+    arithmetic (`align_describe`)."""
 
     url: str
     key: str = field(repr=False)
@@ -58,6 +59,8 @@ class Server:
     parts: dict[str, list] = field(default_factory=dict, repr=False)
     adapters: list[str] = field(default_factory=list, repr=False)  # layers that can have one
     max_num_seqs: int = 1
+    dtype: str = ""
+    device: str = ""
 
     async def call(
         self,
@@ -115,7 +118,7 @@ class Server:
             name: [part for worker in workers for part in worker["parts"][name]] for name in workers[0]["parts"]
         }
         self.max_num_seqs = min(worker["max_num_seqs"] for worker in workers)
-        self.adapters = workers[0]["adapters"]
+        self.adapters, self.dtype, self.device = (workers[0][key] for key in ("adapters", "dtype", "device"))
 
     async def longest(self, http: aiohttp.ClientSession) -> int:
         """Tokens of a prompt and its completion together."""

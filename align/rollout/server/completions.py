@@ -1,8 +1,9 @@
 """Completions from servers: which requests go where, the calls, and the watch on servers that have not answered."""
 
 import asyncio
+import resource
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import aiohttp
 
@@ -10,6 +11,7 @@ from align.errors import RolloutError
 from align.rollout.server.client import Server, ServerLost
 from align.rollout.types import Completion, Request
 
+MOST_SOCKETS = 4096  # of one process, whatever its limit of open files
 BEATS = 4  # in `timeout` seconds, a server that makes completions is asked so often whether it lives
 
 
@@ -51,27 +53,46 @@ async def check_label(server: Server, http: aiohttp.ClientSession, label: str, s
     )
 
 
+def sockets() -> int:
+    """How many connections this process may hold open for completions, each of which takes one: half of its limit of
+    open files."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MOST_SOCKETS if soft == resource.RLIM_INFINITY else min(soft // 2, MOST_SOCKETS)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What all requests of a call share. label: of the weights. adapter: whether an adapter of that name makes them.
+    salt: of `body_of`. limit: seconds for all. sockets: connections to one server at a time."""
+
+    label: str
+    salt: str
+    adapter: bool
+    limit: float
+    sockets: int
+
+
 async def completed(
     server: Server,
     http: aiohttp.ClientSession,
     requests: dict[int, Request],
-    label: str,
-    salt: str,
-    adapter: bool,
-    limit: float,
+    call: Call,
     done: Callable[[int, list[Completion]], None],
 ) -> None:
-    """Send all requests; `done(index, completions)` as each is answered. All come from the weights `label`.
+    """Send all requests; `done(index, completions)` as each is answered. All come from the weights `call.label`.
 
     While it waits, it asks the server's engine which weights it has: one that does not answer in `timeout` seconds is
-    lost, however long completions take. adapter: whether an adapter of that name makes the weights.
-    limit: seconds for all.
+    lost, however long completions take. The server always has what it decodes at a time, and as much to go on with.
     """
-    name = {"model": label} if adapter else {}
+    label = call.label
+    name = {"model": label} if call.adapter else {}
+    gate = asyncio.Semaphore(max(1, min(2 * server.max_num_seqs, call.sockets)))
     await check_label(server, http, label)
 
     async def one(index: int, request: Request) -> None:
-        answer = await server.call(http, "POST", "/inference/v1/generate", {**body_of(request, salt), **name}, limit)
+        body = {**body_of(request, call.salt), **name}
+        async with gate:
+            answer = await server.call(http, "POST", "/inference/v1/generate", body, call.limit)
         done(index, [completion(choice, request, server.url) for choice in answer["choices"]])
 
     async def watch() -> None:

@@ -2,21 +2,21 @@
 
 import asyncio
 import logging
-import os
 import secrets
 import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import aiohttp
-import torch.distributed as dist
+import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,8 +27,9 @@ from align.rollout.engine import RolloutEngine
 from align.rollout.identity import Fingerprints, check_identity, texts
 from align.rollout.server import delivery
 from align.rollout.server.client import Background, Server, ServerLost, session
-from align.rollout.server.completions import balanced, completed, pieces
+from align.rollout.server.completions import Call, balanced, completed, pieces, sockets
 from align.rollout.server.options import MEMORY
+from align.rollout.server.ranks import in_all, is_first, raise_shared, shared
 from align.rollout.types import Completion, Request
 from align.rollout.views import View
 from align.rollout.weights import check_supported, checkpoint_shapes, checkpoint_weights
@@ -74,26 +75,21 @@ class ServerEngine(RolloutEngine):
             model, tokenizer, max_model_len=max_model_len, seed=seed, sync_tolerance=sync_tolerance, dtype=dtype
         )
         check_supported(model)
-        key = read_key(api_key_env, api_key_file)
+        self._leader = is_first()
+        key = in_all(lambda: read_key(api_key_env, api_key_file))
+        self._folder = Path(shared(in_all(lambda: new_folder(Path(transfer_folder)) if self._leader else None)))
         self.servers = [Server(url.rstrip("/"), key, timeout) for url in urls]
         self.generation_limit, self.waits, self.wait_limit = generation_limit, on_engine_failure == "wait", wait_limit
         self._asked = self.servers  # for completions; one alone while it is probed
         self._behind: list[Server] = []  # lost during the push that is under way
-        self._leader = not dist.is_initialized() or dist.get_rank() == 0
-        base = Path(transfer_folder)
-        if self._leader and not (base.is_dir() and os.access(base, os.W_OK)):
-            raise ConfigError(f"transfer_folder: {base} is not a folder that can be written to", key="transfer_folder")
-        made = tempfile.mkdtemp(prefix="align_weights_", dir=base) if self._leader else None
-        self._folder = Path(shared(made))
         self._run, self._pushes = shared(secrets.token_hex(4)), 0
         self._sent: Fingerprints = {}
         self._shapes: dict[str, list[int]] = {}  # of the adapter's matrices
         self._background = Background()
         self._finalizer = weakref.finalize(self, clean_up, self._background, self._folder, self._leader)
         try:
-            self._background.run(self._with_session(lambda http: self._each(http, lambda s: s.describe(http))))
-            self._adapts = self._takes_adapter(model)
-            self._background.run(self._with_session(lambda http: self._fit(http, model)))
+            in_all(lambda: self._reach(model))
+            self._sums = self.servers[0].device != "cpu"
             self._start(model)
         except BaseException:
             self.close()
@@ -103,6 +99,28 @@ class ServerEngine(RolloutEngine):
     @property
     def _label(self) -> str:
         return f"{self._run}:{self._pushes}"
+
+    def _reach(self, model) -> None:
+        """Raises `RolloutError` for servers that do not answer, or were not started for this run."""
+        self._background.run(self._with_session(lambda http: self._each(http, partial(self._described, http=http))))
+        self._adapts = self._takes_adapter(model)
+        self._background.run(self._with_session(lambda http: self._fit(http, model)))
+
+    async def _described(self, server: Server, http: aiohttp.ClientSession) -> None:
+        """With `wait`, a server that does not answer yet may still be starting."""
+        end = time.monotonic() + self.wait_limit
+        while True:
+            try:
+                return await server.describe(http)
+            except ServerLost as error:
+                self._check_time(end, error)
+            await asyncio.sleep(min(1.0, server.timeout / 4))
+
+    def _check_time(self, end: float, lost: ServerLost) -> None:
+        if not self.waits:
+            raise lost
+        if time.monotonic() > end:
+            raise RolloutError(f"{lost}; it did not come back in {self.wait_limit:g} seconds") from lost
 
     def _takes_adapter(self, model) -> bool:
         """Whether the model's adapter goes to the servers as an adapter; else it is merged, which is said."""
@@ -125,11 +143,15 @@ class ServerEngine(RolloutEngine):
                     f"the rollout server {server.url} was started for another model than this run trains, or "
                     "otherwise than the first server: start it with `align serve` and the config of this run"
                 )
-            kinds = {part[-1] for parts in server.parts.values() for part in parts}
-            if kinds != {str(self.dtype).removeprefix("torch.")}:
+            if server.dtype != str(self.dtype).removeprefix("torch."):
                 raise RolloutError(
-                    f"the rollout server {server.url} computes in {', '.join(sorted(kinds))}, and this run in "
-                    f"{self.dtype}: start it with the config of this run"
+                    f"the rollout server {server.url} computes in {server.dtype}, and this run in {self.dtype}: start "
+                    "it with the config of this run"
+                )
+            if server.device != self.servers[0].device:
+                raise RolloutError(
+                    f"the rollout server {server.url} runs on {server.device}, and {self.servers[0].url} on "
+                    f"{self.servers[0].device}: the servers of a run have devices of one kind"
                 )
             if (longest := await server.longest(http)) < self.max_model_len:
                 raise RolloutError(
@@ -169,6 +191,8 @@ class ServerEngine(RolloutEngine):
                 self._deliver(stream, adapter)
             except RolloutError as error:
                 failure = error
+            except (OSError, SafetensorError) as error:
+                failure = RolloutError(f"the weights cannot be written to {self._folder}: {error}")
         for _ in stream:
             pass  # shards are gathered by all processes, also where the first has failed
         self._shapes = {name: list(tensor.shape) for name, tensor in adapter.items()}
@@ -213,20 +237,33 @@ class ServerEngine(RolloutEngine):
         if name.endswith((A, B)):
             return [tensor]
         parts = self.servers[0].parts[name]
-        return [View(tuple(size), tuple(stride), offset).take(tensor.contiguous()) for size, stride, offset, _ in parts]
+        whole = tensor.contiguous()
+        return [
+            View(tuple(size), tuple(stride), offset).take(whole).to(getattr(torch, kind))
+            for size, stride, offset, kind in parts
+        ]
 
     def _prove(self, sent) -> int:
-        failure: RolloutError | None = None
         proved = texts(sent)
         self._sent = {**self._sent, **proved}
-        if self._leader:
-            check = partial(self._check, proved)
-            try:
-                self._background.run(self._with_session(lambda http: self._each(http, lambda s: check(s, http))))
-            except RolloutError as error:
-                failure = error
-        raise_shared(failure)
+        check = partial(self._checked, proved)
+
+        def prove() -> None:
+            if self._leader:
+                self._background.run(self._with_session(lambda http: self._each(http, partial(check, http=http))))
+
+        in_all(prove)
         return len(sent)
+
+    async def _checked(self, sent: Fingerprints, server: Server, http: aiohttp.ClientSession) -> None:
+        """`_check`; with `wait`, of a server that is lost meanwhile when it is back."""
+        try:
+            await self._check(sent, server, http)
+        except ServerLost as error:
+            if not self.waits:
+                raise
+            logger.warning("%s; waiting for it", error)
+            await self._come_back(server, http)
 
     async def _check(self, sent: Fingerprints, server: Server, http: aiohttp.ClientSession) -> None:
         names = [name for name in sent if name not in self._shapes]
@@ -261,8 +298,7 @@ class ServerEngine(RolloutEngine):
                 logger.warning("the rollout server %s is back, with weight version %d", server.url, self.weight_version)
                 return
             except ServerLost as error:
-                if time.monotonic() > end:
-                    raise RolloutError(f"{error}; it did not come back in {self.wait_limit:g} seconds") from error
+                self._check_time(end, error)
             await asyncio.sleep(min(1.0, server.timeout / 4))
 
     # ---- completions -------------------------------------------------------------------------------------------------
@@ -274,30 +310,31 @@ class ServerEngine(RolloutEngine):
         requests = pieces(asked, min(server.max_num_seqs for server in self.servers))
         answers: dict[int, list[Completion]] = {}
         salt = secrets.token_hex(8)  # a call does not depend on the calls before it, nor on earlier weights
-        end = time.monotonic() + self.generation_limit
         with tqdm(total=len(requests), desc="completions", disable=not progress) as bar:
 
             def done(index: int, completions: list[Completion]) -> None:
                 answers[index] = completions
                 bar.update()
 
-            while len(answers) < len(requests):
-                left = [i for i in range(len(requests)) if i not in answers]
-                shares = balanced(requests, left, len(self._asked))
-                limit = max(end - time.monotonic(), 1.0)
-                calls = [
-                    completed(
-                        server, http, {i: requests[i] for i in share}, self._label, salt, self._adapts, limit, done
-                    )
-                    for server, share in zip(self._asked, shares, strict=True)
-                ]
-                await self._survive(http, calls)
+            try:
+                async with asyncio.timeout(self.generation_limit):
+                    while len(answers) < len(requests):
+                        left = [i for i in range(len(requests)) if i not in answers]
+                        shares = balanced(requests, left, len(self._asked))
+                        await self._survive(http, [{i: requests[i] for i in share} for share in shares], salt, done)
+            except TimeoutError as error:
+                raise RolloutError(
+                    f"{len(requests) - len(answers)} of {len(requests)} requests were not answered within "
+                    f"generation_limit ({self.generation_limit:g} seconds): raise it, or ask for less at a time"
+                ) from error
         samples = iter([sample for index in range(len(requests)) for sample in answers[index]])
         return [[next(samples) for _ in range(request.params.n)] for request in asked]
 
-    async def _survive(self, http: aiohttp.ClientSession, calls: list[Coroutine]) -> None:
-        """Run one call per server; with `wait`, wait for the servers that were lost meanwhile."""
-        tasks = [asyncio.ensure_future(call) for call in calls]
+    async def _survive(self, http: aiohttp.ClientSession, shares: list[dict[int, Request]], salt: str, done) -> None:
+        """Ask each server for its share; with `wait`, wait for the servers that were lost meanwhile."""
+        call = Call(self._label, salt, self._adapts, self.generation_limit, sockets() // len(shares))
+        pairs = zip(self._asked, shares, strict=True)
+        tasks = [asyncio.ensure_future(completed(server, http, share, call, done)) for server, share in pairs]
         try:
             outcomes = await asyncio.gather(*tasks, return_exceptions=self.waits)
         finally:
@@ -330,19 +367,11 @@ def clean_up(background: Background, folder: Path, leader: bool) -> None:
         shutil.rmtree(folder)
 
 
-def shared(value: Any) -> Any:
-    """The value of the first process, in all."""
-    if not dist.is_initialized():
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
-
-
-def raise_shared(failure: RolloutError | None) -> None:
-    """Raise the failure of the first process in all."""
-    message = shared(None if failure is None else str(failure))
-    if failure is not None:
-        raise failure
-    if message is not None:
-        raise RolloutError(message)
+def new_folder(base: Path) -> str:
+    """A folder for the weights of one run."""
+    try:
+        return tempfile.mkdtemp(prefix="align_weights_", dir=base)
+    except OSError as error:
+        raise ConfigError(
+            f"transfer_folder: {base} is not a folder that can be written to ({error.strerror})", key="transfer_folder"
+        ) from error

@@ -71,7 +71,8 @@ class WorkerExtension:
 
     def align_describe(self) -> dict:
         """What a trainer has to know of this worker. parts: of each tensor, [size, stride, offset, dtype] of what is
-        kept here; reason: why weights cannot be pushed, or None; adapters: the layers that can have one."""
+        kept here; reason: why weights cannot be pushed, or None; adapters: the layers that can have one; dtype: of the
+        arithmetic, in which a few weights may be kept wider; device: "cpu" or "cuda"."""
         placement = self.weight_transfer_engine.placement
         if self.model_runner.device.type == "cpu":
             draw_by_row(self)
@@ -86,6 +87,8 @@ class WorkerExtension:
             "parts": parts,
             "adapters": AdapterSlot(self).layers if lora else [],
             "max_num_seqs": self.model_runner.max_num_reqs,
+            "dtype": str(self.model_runner.model_config.dtype).removeprefix("torch."),
+            "device": self.model_runner.device.type,
         }
 
     def align_fingerprints(self, names: list[str], adapter: dict[str, list[int]]) -> Fingerprints:

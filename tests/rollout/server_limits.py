@@ -1,0 +1,112 @@
+"""What servers and the engine before them keep to: collected by `test_server`, whose servers these tests share."""
+
+import os
+import re
+import resource
+import socket
+import time
+
+import pytest
+import torch
+
+from align.errors import RolloutError
+from align.rollout import SamplingParams
+from align.rollout.server.client import Server, ServerLost
+from tests.rollout.rollout_models import is_greedy, prompts
+from tests.rollout.served import connected
+
+
+def test_more_prompts_than_files_may_be_open(both, model):
+    """Connections are taken and given back: 1,024 open files, a usual limit, are fewer than the prompts of a step."""
+    both.push(model, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = 2 * (len(os.listdir("/proc/self/fd")) + 8)
+    ids = prompts([3] * (few + 50))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, hard))
+    try:
+        rollouts = both.generate(ids, SamplingParams(1, temperature=0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert all(is_greedy(model, r.prompt_ids, r.completions[0].token_ids) for r in rollouts[::40])
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_completions_that_take_too_long_are_counted(both, model, monkeypatch, waits):
+    """Also with `wait`, where the servers live: nothing is waited for without an end."""
+    both.push(model, 1)
+    monkeypatch.setattr(both, "waits", waits)
+    monkeypatch.setattr(both, "generation_limit", 0.03)
+    start = time.monotonic()
+    with pytest.raises(RolloutError, match=r"5 of 5 requests were not answered within generation_limit \(0.03 sec"):
+        both.generate(prompts([4, 5, 6, 7, 8]), SamplingParams(240, n=9))
+    assert time.monotonic() - start < 3
+
+
+def test_what_servers_must_have_in_common(both, model, monkeypatch):
+    """The dtype of the arithmetic, in which a few tensors may be wider; the kind of device, and so of the proof."""
+
+    def fit():
+        both._background.run(both._with_session(lambda http: both._fit(http, model)))
+
+    both.push(model, 1)
+    parts = {**both.servers[0].parts}
+    name = "model.norm.weight"
+    parts[name] = [[*part[:-1], "float64"] for part in parts[name]]
+    for server in both.servers:
+        monkeypatch.setattr(server, "parts", parts)
+    fit()
+    (piece,) = both._parts(name, torch.ones(64))
+    assert piece.dtype == torch.float64 and piece.sum() == 64
+    with monkeypatch.context() as patch:
+        patch.setattr(both.servers[1], "dtype", "bfloat16")
+        with pytest.raises(RolloutError, match=f"{served_url(both, 1)} computes in bfloat16, and this run in"):
+            fit()
+    monkeypatch.setattr(both.servers[1], "device", "cuda")
+    with pytest.raises(RolloutError, match=f"{served_url(both, 1)} runs on cuda, and .* on cpu: .* of one kind"):
+        fit()
+
+
+def served_url(engine, number: int) -> str:
+    return re.escape(engine.servers[number].url)
+
+
+def test_the_proof_is_made_as_the_servers_make_theirs(served, both, model, monkeypatch):
+    """A trainer on a GPU before servers on CPUs hashes bytes, and one on a CPU before GPUs sums bits."""
+    assert both._sums is False
+    monkeypatch.setattr(both, "_sums", True)
+    with pytest.raises(RolloutError, match="do(es)? not hold the trainer's weights"):
+        both.push(model, 1)
+
+
+def test_a_server_that_is_lost_during_the_proof_is_waited_for(both, model, monkeypatch):
+    lost, ask = [], Server.fingerprints
+
+    async def once(self, *rest):
+        if self is both.servers[1] and not lost:
+            lost.append(self)
+            raise ServerLost(f"{self.url} is away")
+        return await ask(self, *rest)
+
+    monkeypatch.setattr(Server, "fingerprints", once)
+    with pytest.raises(ServerLost, match="is away"):
+        both.push(model, 1)
+    lost.clear()
+    monkeypatch.setattr(both, "waits", True)
+    assert both.push(model, 2).proved_tensors == len(dict(model.named_parameters())) and lost
+
+
+def test_a_server_that_is_not_there_yet_is_waited_for_but_not_for_ever(served, model):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    for options, message in (
+        ({}, "cannot be reached"),
+        ({"on_engine_failure": "wait"}, "did not come back in 0.6 sec"),
+    ):
+        start = time.monotonic()
+        with (
+            pytest.raises(RolloutError, match=f"{url} cannot be reached.*{message}|{url} {message}"),
+            connected(served, model, urls=[url], wait_limit=0.6, timeout=1, **options),
+        ):
+            pass
+        assert (time.monotonic() - start > 0.6) is bool(options)
