@@ -34,6 +34,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--main-address", metavar="HOST", help="address of machine 0")
     parser.add_argument("--main-port", type=int, default=29500, metavar="PORT", help="a free port of machine 0 [29500]")
     parser.add_argument("--cpu", action="store_true", help="train on the CPU (gloo); ddp only")
+    parser.add_argument(
+        "--rollout-gpus", type=int, metavar="N", help="GPUs of each machine for vLLM servers that make the completions"
+    )
+    parser.add_argument(
+        "--rollout-tensor-parallel", type=int, default=1, metavar="N", help="of these, GPUs that one server has [1]"
+    )
+    parser.add_argument(
+        "--rollout-port", type=int, default=8000, metavar="PORT", help="of a machine's first server [8000]"
+    )
+    parser.add_argument("--node-addresses", metavar="A,B", help="of all machines, where they have servers")
     parser.add_argument("--slurm", metavar="FILE", help="write a SLURM batch file and run nothing")
     parser.add_argument("--cpus-per-process", type=int, default=8, metavar="N", help="for the SLURM batch file [8]")
     parser.add_argument("--dry-run", action="store_true", help="print the exact command and run nothing")
@@ -42,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, extra: list[str]) -> int:
     method = method_of(args)
     _check(args)
-    num_processes = args.num_processes or _count_gpus()
+    num_processes = args.num_processes or _count_gpus() - (args.rollout_gpus or 0)
+    if num_processes < 1:
+        raise ConfigError(f"--rollout-gpus {args.rollout_gpus} leaves none of the {_count_gpus()} GPUs to train on")
     if num_processes % args.nodes:
         raise ConfigError(f"--num-processes is the total, and {num_processes} do not divide over {args.nodes} nodes")
     training = ["align", method, "--config", args.config, *extra, *(["--use_cpu", "true"] if args.cpu else [])]
@@ -50,17 +62,39 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
         if masked_tokens(training) != training:
             raise ConfigError("the batch file would hold a secret: give it as '${NAME}', and export NAME in the job")
         return _write_slurm(args, method, num_processes, training)
-    machines = []
-    if args.nodes > 1:
-        machines = ["--machine_rank", str(args.node_rank), "--main_process_ip", args.main_address]
-    machines += ["--main_process_port", str(args.main_port)]
-    command = [sys.executable, *_launcher(args, num_processes), *machines, "--module", *training]
+    if args.rollout_gpus:
+        return _with_servers(args, num_processes, training, extra)
+    command = _command(args, num_processes, training)
     if args.dry_run:
         print(shlex.join(masked_tokens(command)))
         return 0
     sys.stdout.flush()
     # The launcher takes the place of this process, so that it gets the signals that the job's owner sends.
     os.execv(command[0], command)
+
+
+def _with_servers(args: argparse.Namespace, num_processes: int, training: list[str], extra: list[str]) -> int:
+    from align.cli import with_servers
+
+    named = with_servers.placed(args, extra)
+    trainers = num_processes // args.nodes
+    gpus = with_servers.devices(args, trainers)
+    before = with_servers.servers(args, [*extra, *named], gpus[trainers:])
+    own = {} if args.cpu else {"CUDA_VISIBLE_DEVICES": ",".join(gpus[:trainers])}
+    trainer = with_servers.Started(_command(args, num_processes, [*training, *named]), own)
+    if not args.dry_run:
+        return with_servers.supervise(before, trainer)
+    for one in (*before, trainer):
+        print(one.shown())
+    return 0
+
+
+def _command(args: argparse.Namespace, num_processes: int, training: list[str]) -> list[str]:
+    machines = []
+    if args.nodes > 1:
+        machines = ["--machine_rank", str(args.node_rank), "--main_process_ip", args.main_address]
+    machines += ["--main_process_port", str(args.main_port)]
+    return [sys.executable, *_launcher(args, num_processes), *machines, "--module", *training]
 
 
 def _launcher(args: argparse.Namespace, num_processes: int) -> list[str]:
@@ -94,6 +128,10 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("several --nodes need --node-rank and --main-address on each, or --slurm FILE")
     if args.node_rank is not None and not 0 <= args.node_rank < args.nodes:
         raise ConfigError(f"--node-rank goes from 0 to {args.nodes - 1} for {args.nodes} node(s), not {args.node_rank}")
+    if args.rollout_gpus is not None:
+        from align.cli.with_servers import check
+
+        check(args, get_method(method_of(args)))
     if args.setup.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(
             f"--setup {args.setup} needs DeepSpeed, which is not installed: pip install deepspeed, or use --setup fsdp2"
@@ -117,9 +155,12 @@ def _write_slurm(args: argparse.Namespace, method: str, num_processes: int, trai
     if not any(token.startswith(("--resume_from_checkpoint", "--resume-from-checkpoint")) for token in training):
         training = [*training, "--resume_from_checkpoint", "auto"]  # a requeued job goes on where it was
     # The variables are the node's: they stay outside the quoting.
-    node = "--machine_rank $SLURM_NODEID --main_process_ip $MAIN_ADDRESS --main_process_port $MAIN_PORT"
-    launcher = shlex.join([sys.executable, *_launcher(args, num_processes)])
-    command = f"{launcher} {node} --module {shlex.join(training)}"
+    if args.rollout_gpus:
+        command = _slurm_launch(args, num_processes, training[4:])
+    else:
+        node = "--machine_rank $SLURM_NODEID --main_process_ip $MAIN_ADDRESS --main_process_port $MAIN_PORT"
+        launcher = shlex.join([sys.executable, *_launcher(args, num_processes)])
+        command = f"{launcher} {node} --module {shlex.join(training)}"
     template = jinja2.Template(
         (configs_dir() / "slurm.sbatch.j2").read_text(),
         trim_blocks=True,
@@ -131,6 +172,7 @@ def _write_slurm(args: argparse.Namespace, method: str, num_processes: int, trai
         method=method,
         nodes=args.nodes,
         per_node=num_processes // args.nodes,
+        rollout_gpus=args.rollout_gpus or 0,
         cpus_per_process=args.cpus_per_process,
         cpu=args.cpu,
         workdir=shlex.quote(os.getcwd()),
@@ -142,3 +184,16 @@ def _write_slurm(args: argparse.Namespace, method: str, num_processes: int, trai
     Path(args.slurm).write_text(text)
     print(f"wrote {args.slurm}; start it with: sbatch {args.slurm}")
     return 0
+
+
+def _slurm_launch(args: argparse.Namespace, num_processes: int, extra: list[str]) -> str:
+    """`align launch` on each node, which starts the servers of the node and its part of the trainer."""
+    words = [sys.executable, "-m", "align", "launch", args.config, "--setup", args.setup]
+    words += ["--method", args.method] if args.method else []
+    words += ["--num-processes", str(num_processes), "--nodes", str(args.nodes)]
+    words += ["--rollout-gpus", str(args.rollout_gpus), "--rollout-port", str(args.rollout_port)]
+    words += ["--rollout-tensor-parallel", str(args.rollout_tensor_parallel), *(["--cpu"] if args.cpu else [])]
+    node = "--main-port $MAIN_PORT"
+    if args.nodes > 1:
+        node += " --node-rank $SLURM_NODEID --main-address $MAIN_ADDRESS --node-addresses $ADDRESSES"
+    return f"{shlex.join(words)} {node} {shlex.join(extra)}"

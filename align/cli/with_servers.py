@@ -1,0 +1,162 @@
+"""`align launch --rollout-gpus`: rollout servers and trainer on one set of GPUs, started and ended together."""
+
+import ctypes
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+
+from align.config.secrets import masked_tokens
+from align.errors import ConfigError, RolloutError
+
+GRACE = 60  # seconds that servers have to end
+PR_SET_PDEATHSIG = 1
+if sys.platform == "linux":
+    PRCTL = ctypes.CDLL(None).prctl  # looked up here: a process that has just been forked may take no locks
+
+
+@dataclass(frozen=True)
+class Started:
+    """A process: words of its command, and what its environment has beside ours."""
+
+    words: list[str]
+    environment: dict[str, str]
+
+    def shown(self) -> str:
+        """As a shell would start it, without secrets."""
+        variables = "".join(f"{name}={shlex.quote(value)} " for name, value in self.environment.items())
+        return variables + shlex.join(masked_tokens(self.words))
+
+
+def check(args, method) -> None:
+    """Raises `ConfigError` for options that do not go together."""
+    servers, width = args.rollout_gpus, args.rollout_tensor_parallel
+    if method.data != "prompts":
+        raise ConfigError(f"`align {method.name}` makes no completions: leave --rollout-gpus out")
+    if servers < 1 or width < 1 or servers % width:
+        raise ConfigError(
+            f"--rollout-gpus {servers} is not a number of servers of --rollout-tensor-parallel {width} GPUs each"
+        )
+    if args.nodes > 1 and not args.slurm and len(addresses(args)) != args.nodes:
+        raise ConfigError(f"--rollout-gpus on {args.nodes} nodes needs their --node-addresses, as node0,node1")
+
+
+def addresses(args) -> list[str]:
+    return args.node_addresses.split(",") if args.node_addresses else ["127.0.0.1"]
+
+
+def placed(args, extra: list[str]) -> list[str]:
+    """The options of the run that name its servers. Raises `ConfigError` where its section `rollout` forbids them."""
+    from align.config.source import apply_overrides, read_file, read_overrides
+    from align.rollout.make import rollout_options
+    from align.rollout.server.launch import address
+
+    count = args.rollout_gpus // args.rollout_tensor_parallel
+    urls = [address(host, args.rollout_port + i) for host in addresses(args) for i in range(count)]
+    words = ["--rollout.backend", "server", "--rollout.urls", *urls]
+    entries = read_file(args.config)
+    apply_overrides(entries, read_overrides([*extra, *words]))
+    rollout_options(entries["rollout"].value)
+    return words
+
+
+def servers(args, extra: list[str], devices: list[str]) -> list[Started]:
+    """The servers of this machine. devices: its GPUs for them; none on processors."""
+    width, host = args.rollout_tensor_parallel, "127.0.0.1" if args.nodes == 1 else "0.0.0.0"  # noqa: S104
+    method = ["--method", args.method] if args.method else []
+    started = []
+    for number in range(args.rollout_gpus // width):
+        own = ["--host", host, "--port", str(args.rollout_port + number), "--tensor-parallel", str(width)]
+        gpus = {} if args.cpu else {"CUDA_VISIBLE_DEVICES": ",".join(devices[number * width : (number + 1) * width])}
+        started.append(Started([sys.executable, "-m", "align", "serve", args.config, *method, *own, *extra], gpus))
+    return started
+
+
+def devices(args, trainers: int) -> list[str]:
+    """The GPUs of this machine that the run may use, those of the trainer first. Raises `ConfigError` for too few."""
+    need = trainers + args.rollout_gpus
+    if args.cpu:
+        return []
+    if named := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        found = named.split(",")
+    elif args.dry_run:
+        return [str(number) for number in range(need)]
+    else:
+        import torch
+
+        found = [str(number) for number in range(torch.cuda.device_count())]
+    if len(found) < need:
+        raise ConfigError(
+            f"{trainers} processes that train and --rollout-gpus {args.rollout_gpus} need {need} GPUs of this machine, "
+            f"which shows {len(found)}"
+        )
+    return found[:need]
+
+
+def supervise(before: list[Started], trainer: Started) -> int:
+    """Start the servers, then the trainer; its exit status. Signals go to the trainer, and servers end after it.
+
+    Raises `RolloutError` for a server that does not start.
+    """
+    running = [Server(one) for one in before]
+    ended = 0
+    try:
+        for server in running:
+            server.wait_ready()
+        process = subprocess.Popen(
+            trainer.words, env={**os.environ, **trainer.environment}, start_new_session=True, preexec_fn=with_parent
+        )
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, lambda given, _: process.send_signal(given))
+        ended = process.wait()
+    finally:
+        for server in running:
+            server.process.terminate()
+        for server in running:
+            server.end()
+    return ended if ended >= 0 else 128 - ended
+
+
+class Server:
+    """A server that has been started. What it prints is passed on."""
+
+    def __init__(self, started: Started):
+        self.started, self.ready = started, threading.Event()
+        # a session of its own: an interrupt from the keyboard is for the trainer, which may need its servers once more
+        self.process = subprocess.Popen(
+            started.words,
+            env={**os.environ, **started.environment},
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            preexec_fn=with_parent,
+        )
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout or ():
+            print(line, end="", flush=True)
+            if line.startswith("serving at "):
+                self.ready.set()
+        self.ready.set()
+
+    def wait_ready(self) -> None:
+        self.ready.wait()  # a server ends itself after its --start-timeout
+        if not self.reader.is_alive():
+            raise RolloutError(f"a rollout server did not start: {self.started.shown()}")
+
+    def end(self) -> None:
+        try:
+            self.process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
+def with_parent() -> None:
+    """In a new process: end with the process that has started it, also where that one is killed."""
+    if sys.platform == "linux":
+        PRCTL(PR_SET_PDEATHSIG, signal.SIGTERM)
