@@ -152,7 +152,8 @@ def language_model(model: Model) -> Model:
             "several GPUs in one process (torch.nn.DataParallel) are not supported: start one process per GPU with "
             "`align launch`, or show one GPU with CUDA_VISIBLE_DEVICES"
         )
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    if not isinstance(model, PeftModel):  # which is no wrapper, and has thousands of modules that would be looked at
+        model = extract_model_from_parallel(model, keep_torch_compile=False)
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
