@@ -102,13 +102,11 @@ def pretrained_config(name: str, what: str, **options):
     from transformers import AutoConfig
 
     from align.modeling.adapters import adapter_base, is_adapter
+    from align.modeling.pretrained import from_pretrained
 
     if is_adapter(name):
         name, options = adapter_base(name), {}
-    try:
-        return AutoConfig.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load the config of the {what} {name!r}: {str(error).splitlines()[0]}") from error
+    return from_pretrained(AutoConfig, name, f"config of the {what}", **options)
 
 
 def rewards(run: RunConfig, key: str, tokenizer) -> list:

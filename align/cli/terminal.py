@@ -31,16 +31,17 @@ class Once(logging.Filter):
         return False
 
 
-class AboveBars(logging.StreamHandler):
+class AboveBars(logging.Handler):
     """Writes above the progress bars, where there are any."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        line = self.format(record)
         if "tqdm" not in sys.modules:
-            super().emit(record)
+            print(line, file=sys.stderr)
             return
         from tqdm import tqdm
 
-        tqdm.write(self.format(record), file=self.stream)
+        tqdm.write(line, file=sys.stderr)
 
 
 def set_up_logging() -> None:

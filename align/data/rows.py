@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from align.data.fingerprint import file_digest, text_digest
 from align.data.formats import TEXT_COLUMNS
+from align.data.hub import not_found, offline_if_unreachable
 from align.errors import DataError
 
 if TYPE_CHECKING:
@@ -212,8 +213,11 @@ def _load_hub(name: str, split: str, config: str | None, streaming: bool) -> "Da
     from datasets.exceptions import DatasetsError
 
     try:
-        dataset = load_dataset(name, config, split=split, streaming=streaming)
+        with offline_if_unreachable(name) as problem:
+            dataset = load_dataset(name, config, split=split, streaming=streaming)
     except (DatasetsError, OSError, ValueError) as error:
+        if problem:
+            raise DataError(f"dataset {name!r}: {not_found(name, problem)}.{_nearest(Path(name))}") from error
         what = f"dataset {name!r}" + (f", config {config!r}" if config else "") + f", split {split!r}"
         raise DataError(
             f"{what}: no such file or folder here.{_nearest(Path(name))} The hub answers: {_first_line(error)}"

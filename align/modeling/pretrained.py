@@ -3,9 +3,11 @@
 import logging
 import os
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 
+from align.data.hub import not_found, offline_if_unreachable
 from align.errors import ConfigError
 from align.modeling.adapters import is_adapter
 from align.modeling.score_head import draw_head, head_name
@@ -30,10 +32,16 @@ def weights_on_every_process():
 
 
 def from_pretrained(auto_class, source: str, what: str, *, sharded: bool = False, **kwargs):
+    """`auto_class.from_pretrained`; ConfigError of one line where it fails, at once where the hub cannot be reached."""
     try:
-        with nullcontext() if sharded else weights_on_every_process():
+        with (
+            offline_if_unreachable(source) as problem,
+            nullcontext() if sharded else weights_on_every_process(),
+        ):
             return auto_class.from_pretrained(source, **kwargs)
     except (OSError, ValueError, ImportError) as error:  # the last: bitsandbytes is missing
+        if problem and not Path(source).exists():
+            raise ConfigError(f"cannot load the {what} {source!r}: {not_found(source, problem)}") from error
         raise ConfigError(f"cannot load the {what} {source!r}: {str(error).strip().splitlines()[0]}") from error
 
 
