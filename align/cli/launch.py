@@ -76,14 +76,14 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
 def _with_servers(args: argparse.Namespace, num_processes: int, training: list[str], extra: list[str]) -> int:
     from align.cli import with_servers
 
-    named = with_servers.placed(args, extra)
+    named, section = with_servers.placed(args, extra)
     trainers = num_processes // args.nodes
     gpus = with_servers.devices(args, trainers)
     before = with_servers.servers(args, [*extra, *named], gpus[trainers:])
     own = {} if args.cpu else {"CUDA_VISIBLE_DEVICES": ",".join(gpus[:trainers])}
     trainer = with_servers.Started(_command(args, num_processes, [*training, *named]), own)
     if not args.dry_run:
-        return with_servers.supervise(before, trainer)
+        return with_servers.supervise(before, trainer, again=section.on_engine_failure == "wait")
     for one in (*before, trainer):
         print(one.shown())
     return 0

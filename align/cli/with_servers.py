@@ -7,12 +7,18 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 from align.config.secrets import masked_tokens
 from align.errors import ConfigError, RolloutError
 
+if TYPE_CHECKING:
+    from align.rollout.server.options import ServerOptions
+
 GRACE = 60  # seconds that servers have to end
+BEAT = 1.0  # seconds between two looks at the servers
 PR_SET_PDEATHSIG = 1
 if sys.platform == "linux":
     PRCTL = ctypes.CDLL(None).prctl  # looked up here: a process that has just been forked may take no locks
@@ -48,19 +54,20 @@ def addresses(args) -> list[str]:
     return args.node_addresses.split(",") if args.node_addresses else ["127.0.0.1"]
 
 
-def placed(args, extra: list[str]) -> list[str]:
-    """The options of the run that name its servers. Raises `ConfigError` where its section `rollout` forbids them."""
+def placed(args, extra: list[str]) -> "tuple[list[str], ServerOptions]":
+    """The options of the run that name its servers, and its section `rollout` with them. Raises `ConfigError` where
+    that forbids them."""
     from align.config.source import apply_overrides, read_file, read_overrides
     from align.rollout.make import rollout_options
     from align.rollout.server.launch import address
+    from align.rollout.server.options import ServerOptions
 
     count = args.rollout_gpus // args.rollout_tensor_parallel
     urls = [address(host, args.rollout_port + i) for host in addresses(args) for i in range(count)]
     words = ["--rollout.backend", "server", "--rollout.urls", *urls]
     entries = read_file(args.config)
     apply_overrides(entries, read_overrides([*extra, *words]))
-    rollout_options(entries["rollout"].value)
-    return words
+    return words, cast(ServerOptions, rollout_options(entries["rollout"].value))
 
 
 def servers(args, extra: list[str], devices: list[str]) -> list[Started]:
@@ -96,10 +103,11 @@ def devices(args, trainers: int) -> list[str]:
     return found[:need]
 
 
-def supervise(before: list[Started], trainer: Started) -> int:
+def supervise(before: list[Started], trainer: Started, *, again: bool) -> int:
     """Start the servers, then the trainer; its exit status. Signals go to the trainer, and servers end after it.
 
-    Raises `RolloutError` for a server that does not start.
+    again: a server that ends while the trainer runs is started again. Raises `RolloutError` for a server that does not
+    start.
     """
     running = [Server(one) for one in before]
     ended = 0
@@ -111,7 +119,12 @@ def supervise(before: list[Started], trainer: Started) -> int:
         )
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, lambda given, _: process.send_signal(given))
-        ended = process.wait()
+        while process.poll() is None:
+            if again:
+                running = [server if server.process.poll() is None else Server(server.started) for server in running]
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(BEAT)
+        ended = process.returncode
     finally:
         for server in running:
             server.process.terminate()

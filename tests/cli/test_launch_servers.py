@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from align.cli import with_servers
 from align.cli.main import main
 from align.cli.with_servers import Started, supervise
 from align.errors import RolloutError
@@ -145,7 +146,7 @@ def signals():
 
 
 def test_the_trainer_starts_behind_its_servers_and_they_end_after_it(tmp_path, signals, capfd):
-    assert supervise([started(tmp_path, SERVER)], started(tmp_path, TRAINER, "0")) == 7
+    assert supervise([started(tmp_path, SERVER)], started(tmp_path, TRAINER, "0"), again=False) == 7
     assert (tmp_path / "ended").exists() and "serving at a place its_own" in capfd.readouterr().out
 
 
@@ -156,12 +157,35 @@ def test_a_signal_reaches_the_trainer_and_then_the_servers_end(tmp_path, signals
         os.kill(os.getpid(), signal.SIGUSR1)
 
     threading.Thread(target=tell, daemon=True).start()
-    assert supervise([started(tmp_path, SERVER)], started(tmp_path, TRAINER, "50")) == 40 + signal.SIGUSR1
+    assert supervise([started(tmp_path, SERVER)], started(tmp_path, TRAINER, "50"), again=False) == 40 + signal.SIGUSR1
     assert (tmp_path / "ended").exists()
 
 
 def test_a_server_that_does_not_start_ends_the_others_and_nothing_trains(tmp_path, signals):
     broken = started(tmp_path, "import sys; sys.exit('no memory')")
     with pytest.raises(RolloutError, match="a rollout server did not start: OWN=its_own .* 'import sys;"):
-        supervise([started(tmp_path, SERVER), broken], started(tmp_path, TRAINER, "0"))
+        supervise([started(tmp_path, SERVER), broken], started(tmp_path, TRAINER, "0"), again=False)
     assert (tmp_path / "ended").exists() and not (tmp_path / "training").exists()
+
+
+ONCE = """
+import os, sys, time
+print("serving at a place", flush=True)
+again = os.path.exists(sys.argv[1] + "/first")
+open(sys.argv[1] + ("/second" if again else "/first"), "w").close()
+time.sleep(60 if again else 0)
+"""
+PATIENT = """
+import os, sys, time
+end = time.monotonic() + float(sys.argv[2])
+while not os.path.exists(sys.argv[1] + "/second") and time.monotonic() < end:
+    time.sleep(0.02)
+"""
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_a_server_that_dies_is_started_again_for_a_run_that_waits(tmp_path, signals, monkeypatch, again):
+    monkeypatch.setattr(with_servers, "BEAT", 0.05)
+    trainer = started(tmp_path, PATIENT, "30" if again else "0.5")
+    assert supervise([started(tmp_path, ONCE)], trainer, again=again) == 0
+    assert (tmp_path / "first").exists() and (tmp_path / "second").exists() is again
