@@ -75,6 +75,19 @@ def clipped_policy_loss(
     return PolicyLoss(losses, torch.where(valid, ratio, 1.0).detach(), clipped, dual_clipped, approx_kl)
 
 
+def cispo_policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, *, high: float) -> PolicyLoss:
+    """CISPO: -sg(min(rho, high)) A log pi (MiniMax-M1, 2025, arXiv 2506.13585), without a lower bound, as in TRL.
+
+    The importance weight is cut and not differentiated, so that no token is without gradient. logps (with gradient),
+    old_logps, advantages, mask: [B, T]. high: the largest weight, 5 in ScaleRL (arXiv 2510.13786).
+    """
+    valid = mask.bool()
+    log_ratio = torch.where(valid, logps.detach() - old_logps, torch.zeros_like(logps))
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    losses = torch.where(valid, -ratio.clamp(max=high) * advantages * logps, torch.zeros_like(logps))
+    return PolicyLoss(losses, ratio, valid & (ratio > high), torch.zeros_like(valid), masked_mean(-log_ratio, mask))
+
+
 def value_losses(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float | None = 0.2
 ) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Options that every on-policy method has."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from align.config.sections import plain
@@ -10,6 +10,7 @@ from align.rollout import RolloutOptions, rollout_options
 from align.trainers.core.batching import BatchingOptions
 from align.trainers.core.options import BaseConfig
 from align.trainers.on_policy.estimators import make_estimator
+from align.trainers.on_policy.loss_types import LOSS_TYPES, resolve_loss_type
 from align.trainers.on_policy.sampling_options import SamplingOptions
 from align.trainers.weighting.dynamic import check_dynamic_weights
 from align.trainers.weighting.options import check_constraints
@@ -87,6 +88,14 @@ class OnPolicyConfig(BatchingOptions, SamplingOptions, BaseConfig):
             "help": "sequence_sum: sum over tokens, mean over sequences (the policy gradient); token_mean: divide by "
             "the tokens of the step; sequence_mean: mean of each sequence's mean (GRPO); constant: divide by sequences "
             "x max_completion_length (Dr. GRPO). Always over the whole optimiser step."
+        },
+    )
+    loss_type: str | None = field(
+        default=None,
+        metadata={
+            "help": f"TRL's name for the loss: {', '.join(LOSS_TYPES)}. Sets loss_aggregation; cispo also cuts the "
+            "importance weights (at epsilon_high) instead of clipping the surrogate. Default: the surrogate, and "
+            "loss_aggregation as it is."
         },
     )
     constraints: list[dict] | None = field(
@@ -202,6 +211,8 @@ class OnPolicyConfig(BatchingOptions, SamplingOptions, BaseConfig):
             if getattr(self, name) not in valid:
                 more = "; the gradient of k1 is zero on average" if getattr(self, name) == "k1" else ""
                 raise ConfigError(f"{name} must be one of {', '.join(valid)}, got {getattr(self, name)!r}{more}")
+        default_aggregation = next(f.default for f in fields(self) if f.name == "loss_aggregation")
+        self.loss_aggregation = resolve_loss_type(self, default_aggregation)
         if self.kl_target is not None and not self.beta > 0:
             raise ConfigError("kl_target needs a target and a beta (its starting point) above 0")
         if self.tokens_per_batch is not None and self.forward_tokens_per_batch is None:

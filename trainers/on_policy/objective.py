@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from align.objectives import kl
-from align.objectives.policy_loss import PolicyLoss, RatioLevel, clipped_policy_loss
+from align.objectives.policy_loss import PolicyLoss, RatioLevel, cispo_policy_loss, clipped_policy_loss
 from align.objectives.rollout_correction import Outside, importance_weights, log_ratios
 from align.trainers.on_policy.config import OnPolicyConfig
 
@@ -20,22 +20,13 @@ CORRECTIONS: dict[str, tuple[RatioLevel, Outside]] = {
 def policy_objective(
     logps: Tensor, advantages: Tensor, batch: dict[str, Tensor], args: OnPolicyConfig, *, kl_coefficient: float
 ) -> tuple[Tensor, PolicyLoss]:
-    """The clipped surrogate with rollout correction and, with `kl_in: loss`, the KL: losses [B, L] and the surrogate.
+    """The surrogate with rollout correction and, with `kl_in: loss`, the KL: losses [B, L] and the surrogate.
 
     logps: of the policy that is trained, [B, L]. advantages: mixed, [B, L]. batch: of `collate`, with `ref_logps`, and
     with `old_logps` where several steps are made from a rollout. kl_coefficient: of the KL in the loss.
     """
     mask, old_logps = batch["completion_mask"], batch.get("old_logps", logps.detach())
-    policy = clipped_policy_loss(
-        logps,
-        old_logps,
-        advantages,
-        mask,
-        clip_low=args.epsilon,
-        clip_high=args.epsilon_high or args.epsilon,
-        dual_clip=args.dual_clip,
-        ratio_level=LEVELS[args.importance_sampling_level],
-    )
+    policy = surrogate(logps, old_logps, advantages, mask, args)
     losses = policy.losses
     if args.rollout_correction != "none":
         level, outside = CORRECTIONS[args.rollout_correction]
@@ -50,6 +41,23 @@ def policy_objective(
     if args.kl_in == "loss" and kl_coefficient:
         losses = losses + kl_coefficient * getattr(kl, args.kl_estimator)(logps, batch["ref_logps"])
     return losses, policy
+
+
+def surrogate(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, args: OnPolicyConfig) -> PolicyLoss:
+    """The clipped surrogate, or CISPO's. All tensors: [B, L]."""
+    if args.loss_type == "cispo":
+        assert args.epsilon_high is not None  # checked with the configuration
+        return cispo_policy_loss(logps, old_logps, advantages, mask, high=args.epsilon_high)
+    return clipped_policy_loss(
+        logps,
+        old_logps,
+        advantages,
+        mask,
+        clip_low=args.epsilon,
+        clip_high=args.epsilon_high or args.epsilon,
+        dual_clip=args.dual_clip,
+        ratio_level=LEVELS[args.importance_sampling_level],
+    )
 
 
 def loss_count(lengths: list[int], args: OnPolicyConfig) -> int:
