@@ -211,7 +211,7 @@ class OnPolicyConfig(BatchingOptions, SamplingOptions, BaseConfig):
             if getattr(self, name) not in valid:
                 more = "; the gradient of k1 is zero on average" if getattr(self, name) == "k1" else ""
                 raise ConfigError(f"{name} must be one of {', '.join(valid)}, got {getattr(self, name)!r}{more}")
-        default_aggregation = next(f.default for f in fields(self) if f.name == "loss_aggregation")
+        default_aggregation: Any = next(f.default for f in fields(self) if f.name == "loss_aggregation")
         self.loss_aggregation = resolve_loss_type(self, default_aggregation)
         if self.kl_target is not None and not self.beta > 0:
             raise ConfigError("kl_target needs a target and a beta (its starting point) above 0")
