@@ -7,13 +7,18 @@ from torch import Tensor
 from align.rollout.types import SamplingParams
 
 
-def processed_logps(logits: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Tensor:
+def processed_logps(
+    logits: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None = None
+) -> Tensor:
     """log-probs [B, V] of the distribution that is drawn from; `logits` [B, V] float, the rest [B] or None (off).
 
-    As in vLLM: temperature first, then the `top_k` most likely tokens, then of what is left the smallest set whose
-    probability reaches `top_p`; what remains is renormalised. A row with top_k = V or top_p = 1 is not cut.
+    As in vLLM: temperature first, then without the tokens that are less likely than `min_p` times the most likely one,
+    then the `top_k` most likely tokens, then of what is left the smallest set whose probability reaches `top_p`; what
+    remains is renormalised. A row with top_k = V, top_p = 1 or min_p = 0 is not cut.
     """
     logits = logits / temperature[:, None]
+    if min_p is not None:
+        logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + min_p.log()[:, None], -torch.inf)
     if top_k is not None or top_p is not None:
         ordered, order = logits.sort(dim=-1, descending=True)
         if top_k is not None:
@@ -55,6 +60,7 @@ class RowSampler:
         self.temperature = tensor([p.temperature or 1.0 for p in params])
         self.top_k = tensor([p.top_k or vocab_size for p in params]) if any(p.top_k for p in params) else None
         self.top_p = tensor([p.top_p for p in params]) if any(p.top_p < 1 for p in params) else None
+        self.min_p = tensor([p.min_p for p in params]) if any(p.min_p for p in params) else None
         uniforms = np.zeros((len(params), max(p.max_tokens for p in params)))
         for row, (own, seed) in enumerate(zip(params, seeds, strict=True)):
             if seed is not None:
@@ -66,7 +72,7 @@ class RowSampler:
         """Keep only these rows."""
         self.params = [self.params[i] for i in rows]
         self.stop_ids = [self.stop_ids[i] for i in rows]
-        for name in ("greedy", "temperature", "top_k", "top_p", "uniforms"):
+        for name in ("greedy", "temperature", "top_k", "top_p", "min_p", "uniforms"):
             if (values := getattr(self, name)) is not None:
                 setattr(self, name, values[rows])
 
@@ -76,7 +82,7 @@ class RowSampler:
             for row, params in enumerate(self.params):
                 if step < params.min_tokens:
                     logits[row, list(self.stop_ids[row])] = -torch.inf
-        logps = processed_logps(logits, self.temperature, self.top_k, self.top_p)
+        logps = processed_logps(logits, self.temperature, self.top_k, self.top_p, self.min_p)
         tokens = draw_tokens(logps, self.uniforms[:, step])
         if self.any_greedy:
             tokens = torch.where(self.greedy, logits.argmax(-1), tokens)

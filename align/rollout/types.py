@@ -15,8 +15,9 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0  # vLLM silently raises smaller one
 class SamplingParams:
     """How one prompt is completed. `temperature=0` is greedy decoding; then `n` must be 1.
 
-    `top_p` and `top_k` truncate the sampling distribution, so the returned log-probs are those of the truncated
-    distribution: leave them off (1.0 and 0) for training. Before `min_tokens` tokens, no token that ends the completion
+    `top_p`, `top_k` and `min_p` truncate the sampling distribution, and the returned log-probs are those of the
+    truncated one; 1, 0 and 0 are off. `min_p`, before the other two, leaves the tokens out whose probability is less
+    than that share of the most likely one's. Before `min_tokens` tokens, no token that ends the completion
     can be drawn, which the log-probs show too. `seed` fixes the draws of this request whatever else is in the call;
     the `n` samples differ all the same. A completion ends with the model's end tokens or one of `stop_token_ids`.
     """
@@ -26,6 +27,7 @@ class SamplingParams:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     min_tokens: int = 0
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
@@ -44,6 +46,8 @@ class SamplingParams:
             raise ConfigError(f"top_p must be in (0, 1], got {self.top_p} (1 is off)")
         if self.top_k < 0:
             raise ConfigError(f"top_k must be >= 0, got {self.top_k} (0 is off)")
+        if not 0 <= self.min_p <= 1:
+            raise ConfigError(f"min_p must be in [0, 1], got {self.min_p} (0 is off)")
         if not 0 <= self.min_tokens <= self.max_tokens:
             raise ConfigError(f"min_tokens must be in [0, max_tokens={self.max_tokens}], got {self.min_tokens}")
 
@@ -51,13 +55,19 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0
 
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens cannot be drawn."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
 
 @dataclass(slots=True)
 class Completion:
     """One completion: the token ids up to and including the token that ended it, and their log-probs.
 
-    `logprobs[t]` is the natural log of the probability with which token t was drawn (after temperature, top-p and
-    top-k); None for greedy requests. `finish_reason` is "stop" (ended by itself) or "length" (cut at max_tokens).
+    `logprobs[t]` is the natural log of the probability with which token t was drawn (after temperature, min-p,
+    top-p and top-k); None for greedy requests. `finish_reason` is "stop" (ended by itself) or "length" (cut at
+    max_tokens).
     """
 
     token_ids: list[int]

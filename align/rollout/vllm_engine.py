@@ -318,6 +318,7 @@ def vllm_params(request: Request):
         temperature=params.temperature,
         top_p=params.top_p,
         top_k=params.top_k,
+        min_p=params.min_p,
         seed=request.seed,
         max_tokens=params.max_tokens,
         min_tokens=params.min_tokens,

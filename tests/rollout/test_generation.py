@@ -52,11 +52,13 @@ def test_long_completions_of_uneven_length(engine, model):
     assert is_greedy(model, ids[3], rollouts[3].completions[0].token_ids)
 
 
-@pytest.mark.parametrize("cut", [{"top_k": 5}, {"top_p": 0.3}, {"top_k": 20, "top_p": 0.5}])
+@pytest.mark.parametrize("cut", [{"top_k": 5}, {"top_p": 0.3}, {"top_k": 20, "top_p": 0.5}, {"min_p": 0.3, "top_k": 4}])
 def test_truncated_logprobs_are_renormalised_over_what_can_be_drawn(engine, model, cut):
     (prompt,) = prompts([9])
     with torch.no_grad():
         ordered, order = model.eval()(torch.tensor([prompt])).logits[0, -1].log_softmax(-1).sort(descending=True)
+    if "min_p" in cut:
+        ordered = ordered[ordered.exp() >= cut["min_p"] * ordered[0].exp()].log_softmax(-1)
     if "top_k" in cut:
         ordered = ordered[: cut["top_k"]].log_softmax(-1)
     if "top_p" in cut:  # the smallest set of the most likely tokens that holds top_p
@@ -192,6 +194,7 @@ def test_a_sequence_may_fill_the_engine_to_the_last_token(engine, model):
         {"temperature": 0.0, "n": 2},
         {"top_p": 0.0},
         {"top_k": -1},
+        {"min_p": 1.5},
         {"min_tokens": 5},
     ],
 )

@@ -19,6 +19,7 @@ from align.trainers.on_policy.engine import SyncedEngine
 from align.trainers.on_policy.evaluation import EvaluationFile, PolicyEvaluator, one_set, sets_of
 from align.trainers.on_policy.kl_coefficient import KLCoefficient
 from align.trainers.on_policy.metrics import OnPolicyMetrics
+from align.trainers.on_policy.pipeline import RolloutPipeline
 from align.trainers.on_policy.rewards import RewardColumns
 from align.trainers.weighting.base import Weighting
 
@@ -39,6 +40,7 @@ class OnPolicyBase(MicroBatchLists, Trainer):
     engine: SyncedEngine
     evaluator: PolicyEvaluator
     evaluations: EvaluationFile
+    pipeline: RolloutPipeline
     metrics: OnPolicyMetrics
     ranks: Ranks
     search: Any
@@ -52,7 +54,14 @@ class OnPolicyBase(MicroBatchLists, Trainer):
             return  # all of its samples are left out
         tolerance, step = logp_tolerance(self.accelerator, self.model), self.state.global_step
         limits = self.engine.gap_limits(tolerance)
-        self.metrics.engine_agrees(logps, batch, limits=limits, step=step + 1, engine=self.engine.name)
+        self.metrics.engine_agrees(
+            logps,
+            batch,
+            limits=limits,
+            step=step + 1,
+            engine=self.engine.name,
+            truncated=self.pipeline.requests[0].truncates,
+        )
         if step == 0 and self.check_start and self.args.beta:
             check_same_start(logps, batch["ref_logps"], batch["completion_mask"], tolerance)
 

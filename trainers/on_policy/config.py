@@ -44,7 +44,6 @@ class OnPolicyConfig(BatchingOptions, SamplingOptions, BaseConfig):
     # ---- rollouts
     num_generations: int = field(default=1, metadata={"help": "Sampled completions per prompt and rollout."})
     max_prompt_length: int = field(default=512, metadata={"help": "Longer prompts are bad rows (tokens)."})
-    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; log-probs are taken at it too."})
     rollout: RolloutOptions | dict[str, Any] | str = field(
         default=RolloutOptions(),
         metadata={

@@ -140,8 +140,7 @@ class PolicyEvaluator:
     def _sample(self, prompts: list[dict], indices: list[int], count: int) -> list[Sample]:
         params = [
             SamplingParams(
-                max_tokens=self.args.max_completion_length,
-                temperature=self.args.temperature,
+                **self.args.drawing,
                 seed=derive_seed(self.args.seed, "evaluate", index, j),
             )
             for index in indices

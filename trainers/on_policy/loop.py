@@ -173,9 +173,7 @@ class OnPolicyTrainer(OnPolicyBase):
         args, tokenizer = self.args, self.processing_class
         make = engine_maker(args, tokenizer, self.accelerator.mixed_precision)
         self.engine = SyncedEngine(make, engine, recorder=self.recorder)
-        sampling = SamplingParams(
-            max_tokens=args.max_completion_length, n=args.num_generations, temperature=args.temperature
-        )
+        sampling = SamplingParams(n=args.num_generations, **args.drawing)
         requests = self.estimator.requests(sampling)
         self.pipeline = RolloutPipeline(
             self.engine,
@@ -299,9 +297,11 @@ class OnPolicyTrainer(OnPolicyBase):
         """Whether the KL in the reward needs a pass of the policy beside that of the reference.
 
         In float32 the engine's log-probs serve as well. In half precision they differ from any of the trainer's by
-        rounding, which the sum over a long completion would take for a KL.
+        rounding, which the sum over a long completion would take for a KL; and where drawing is truncated, they are
+        those of the truncated distribution.
         """
         exact = computes_exactly(self.accelerator, self.model) and self.args.engine_options.dtype in (None, "float32")
+        exact = exact and not self.pipeline.requests[0].truncates
         return not exact and (self.kl.adapts or (self.args.kl_in == "reward" and self.args.beta > 0))
 
     def stream_gradients(self, parts: list[list[Sample]]) -> Tensor:

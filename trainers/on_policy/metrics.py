@@ -47,12 +47,24 @@ class OnPolicyMetrics:
                 self.record(name, value)
 
     def engine_agrees(
-        self, logps: Tensor, batch: dict[str, Tensor], *, limits: tuple[float, float], step: int, engine: str
+        self,
+        logps: Tensor,
+        batch: dict[str, Tensor],
+        *,
+        limits: tuple[float, float],
+        step: int,
+        engine: str,
+        truncated: bool = False,
     ) -> None:
         """The policy that is trained must compute what sampled: warns, once, and raises `TrainingError` if the mean
-        difference of their log-probs (nats) is above the first and the second of `limits`."""
+        difference of their log-probs (nats) is above the first and the second of `limits`.
+
+        truncated: the engine's are of a truncated distribution, and so above the trainer's by -log of the probability
+        that was left: only what lies below them is a difference then.
+        """
         mask = batch["completion_mask"]
-        gaps = (logps - batch["engine_logps"]).abs()[mask.bool()]
+        gaps = (logps - batch["engine_logps"])[mask.bool()]
+        gaps = gaps.clamp(min=0) if truncated else gaps.abs()
         gap, p99 = gaps.mean(), gaps.float().kthvalue(max(1, int(0.99 * len(gaps)))).values
         self.record("rollout/mean_abs_logp_diff", gap, mask.sum())
         self.record("rollout/p99_abs_logp_diff", p99, mask.sum())

@@ -1,8 +1,10 @@
 """Options that say which completions are drawn, and what becomes of those that were cut at the limit."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from align.errors import ConfigError
+from align.rollout.types import SamplingParams
 from align.trainers.core.hooks import TrainingSettings
 
 TRUNCATED = ("keep", "mask", "penalise", "bootstrap")
@@ -13,6 +15,15 @@ class SamplingOptions(TrainingSettings):
     """Mixed into the configuration of on-policy methods."""
 
     max_completion_length: int = field(default=256, metadata={"help": "Completions are cut here (tokens)."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; log-probs are taken at it too."})
+    top_p: float = field(
+        default=1.0, metadata={"help": "Draw from the smallest set of tokens that has this probability; 1: off."}
+    )
+    top_k: int = field(default=0, metadata={"help": "Draw from the so many most likely tokens; 0: off."})
+    min_p: float = field(
+        default=0.0,
+        metadata={"help": "Draw no token less likely than this share of the most likely one's probability; 0: off."},
+    )
     truncated: str | None = field(
         default=None,
         metadata={
@@ -36,8 +47,15 @@ class SamplingOptions(TrainingSettings):
         default=1.0, metadata={"help": "With overlong_buffer: what the longest completions lose."}
     )
 
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """Arguments of `SamplingParams` for a sampled completion."""
+        names = ("temperature", "top_p", "top_k", "min_p")
+        return {"max_tokens": self.max_completion_length, **{name: getattr(self, name) for name in names}}
+
     def __post_init__(self):
         super().__post_init__()
+        SamplingParams(**self.drawing)  # which checks them
         check_truncated(self)
 
 

@@ -127,6 +127,7 @@ def body_of(request: Request, salt: str) -> dict:
             "temperature": params.temperature,
             "top_p": params.top_p,
             "top_k": params.top_k,
+            "min_p": params.min_p,
             "seed": request.seed,
             "max_tokens": params.max_tokens,
             "min_tokens": params.min_tokens,
