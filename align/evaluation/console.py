@@ -2,7 +2,12 @@
 
 from align.evaluation.report import number, percent
 
-STYLES = {"over-optimised": "bold red", "collapsed": "bold red", "not over-optimised": "green"}
+STYLES = {
+    "over-optimised": "bold red",
+    "collapsed": "bold red",
+    "never helped": "bold red",
+    "not over-optimised": "green",
+}
 TITLES = {"runs": ("Training runs", "trained on", "step"), "best_of_n": ("Best-of-n", "chosen by", "n")}
 
 

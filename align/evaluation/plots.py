@@ -69,9 +69,9 @@ def plot_proxy_and_gold(entries: dict[str, dict], kind: str):
         figure, axes = panels(len(entries), sharey=True, above=0.55 if kind == "best_of_n" else 0.32)
         for axis, (name, entry) in zip(axes.flat, entries.items(), strict=False):
             for score, colour, line in (("proxy", PROXY_COLOUR, "--"), ("gold", GOLD_COLOUR, "-")):
-                _band(axis, entry, "kl", score, colour, line, label=_label(score, entry), scaled=True)
+                _band(axis, entry, "x", score, colour, line, label=_label(score, entry), scaled=True)
             _kl_axis(axis, entry, kind)
-            _mark_peak(axis, entry, "kl", GOLD_COLOUR, scaled=True, line=True)
+            _mark_peak(axis, entry, "x", GOLD_COLOUR, scaled=True, line=True)
             axis.axhline(0, color="#BBBBBB", linewidth=1, zorder=0)
             axis.set_title(name, pad=22 if kind == "best_of_n" else 8)
             axis.legend(loc="upper left", fontsize=8.5, handlelength=2.4)
@@ -82,17 +82,18 @@ def plot_proxy_and_gold(entries: dict[str, dict], kind: str):
         return figure
 
 
-def plot_gold(entries: dict[str, dict], kind: str, *, x: str = "kl"):
-    """The gold scores of several curves in one panel, in their own unit, against KL or (x="step") optimiser steps."""
+def plot_gold(entries: dict[str, dict], kind: str, *, x: str = "x"):
+    """The gold scores of several curves in one panel, in their own unit, against what `x_of` of the entries says, or
+    (x="step") optimiser steps."""
     with style():
-        figure, axes = panels(1, width=10, height=3.6, above=0.32 if kind == "best_of_n" and x == "kl" else 0.15)
+        figure, axes = panels(1, width=10, height=3.6, above=0.32 if kind == "best_of_n" and x == "x" else 0.15)
         axis = axes[0, 0]
         for number, (name, entry) in enumerate(with_gold(entries).items()):
             colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
             _band(axis, entry, x, "gold", colour, "-", label=name, marker=marker)
             _mark_peak(axis, entry, x, colour)
-        if x == "kl":
-            _kl_axis(axis, max(entries.values(), key=lambda entry: max(entry["kl"])), kind)
+        if x == "x":
+            _kl_axis(axis, max(entries.values(), key=lambda entry: max(entry["x"])), kind)
         else:
             axis.set_xlabel("optimiser step")
         axis.set_ylabel("gold score")
@@ -129,7 +130,7 @@ def plot_fits(entries: dict[str, dict], fits: dict[str, dict], kind: str):
         figure, axes = panels(len(shown), sharey=True, above=0.32)
         own = "bon" if kind == "best_of_n" else "rl"
         for axis, (name, entry) in zip(axes.flat, shown.items(), strict=False):
-            d = np.sqrt(np.maximum(entry["kl"], 0))
+            d = np.sqrt(np.maximum(entry["kl_k3" if entry["x_of"] == "kl_k3" else "kl"], 0))
             score = _scaled(entry, "gold", entry["gold"])
             low, high = (_scaled(entry, "gold", entry.get(f"gold_{side}", entry["gold"])) for side in ("low", "high"))
             errors = np.maximum([score - low, high - score], 0)
@@ -262,14 +263,17 @@ def _mark_peak(axis, entry: dict, x: str, colour: str, *, scaled=False, line=Fal
 
 
 def _kl_axis(axis, entry: dict, kind: str) -> None:
-    """A square-root KL axis from 0; for best-of-n with n on top."""
-    largest = max(max(entry["kl"]), axis.dataLim.x1, 1e-6)
+    """A square-root KL axis from 0, or plain steps (`x_of`); for best-of-n with n on top."""
+    if entry["x_of"] == "step":
+        axis.set_xlabel("optimiser step")
+        return
+    largest = max(max(entry["x"]), axis.dataLim.x1, 1e-6)
     axis.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
     axis.set_xlim(0, largest * 1.04)
     ticks = _sqrt_ticks(largest * 1.04)
     axis.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
     axis.set_xticks([], minor=True)
-    axis.set_xlabel(KL_LABEL)
+    axis.set_xlabel(KL_LABEL if entry["x_of"] == "kl" else KL_LABEL.replace("nats", "nats, k3 estimate"))
     if kind == "best_of_n":
         # A second axis would say the same and take as long to draw as the whole panel.
         pairs = list(zip(entry["n"], entry["kl"], strict=True))

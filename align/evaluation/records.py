@@ -56,6 +56,7 @@ class Run:
     extras: dict[str, np.ndarray] = field(default_factory=dict)
     per_prompt: dict[str, np.ndarray] = field(default_factory=dict)
     samples: list[list[dict]] = field(default_factory=list)
+    reward_order: list[str] = field(default_factory=list)  # "rewards/<name>" keys as the run has them
     path: Path | None = None
 
     def __len__(self) -> int:
@@ -220,6 +221,7 @@ def read_run(path: str | Path) -> Run:
         extras={key: column(key) for key in extra_keys},
         per_prompt={key: np.array([r["per_prompt"][key] for r in records]) for key in sorted(shared)},
         samples=[record["samples"] for record in records],
+        reward_order=[key for key in records[0]["per_prompt"] if key.startswith("rewards/")],
         path=path,
     )
 

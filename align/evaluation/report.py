@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from align.evaluation.masks import LABELS as MASK_LABELS
+from align.evaluation.peak import MIN_PROMPTS
 from align.evaluation.summary import write_summary
 
 logger = logging.getLogger(__name__)
@@ -16,8 +17,11 @@ PLACES = {"start": "Before training", "peak": "At the gold peak", "end": "At the
 BADGES = {
     "over-optimised": "bad",
     "collapsed": "bad",
+    "never helped": "bad",
     "not over-optimised": "good",
     "unclear": "unknown",
+    "not optimised": "unknown",
+    "too few prompts": "unknown",
     "too little data": "unknown",
 }
 GLOSSARY = (
@@ -144,8 +148,15 @@ def sentence(entry: dict, kind: str) -> str:
     peak = entry["peak"]
     if peak is None:
         return "No gold reward was scored, so over-optimisation cannot be seen."
+    return f"{_happened(peak, kind)}{_trust(peak, kind)}"
+
+
+def _place(point: dict, kind: str) -> str:
+    return f"n = {point['n']}" if kind == "best_of_n" else f"step {point['step']}, KL {number(point['kl'])}"
+
+
+def _happened(peak: dict, kind: str) -> str:
     start, top, end = peak["start"], peak["peak"], peak["end"]
-    axis = f"n = {top['n']}" if kind == "best_of_n" else f"step {top['step']}, KL {number(top['kl'])}"
     if top["index"] == end["index"]:
         return (
             f"The gold score rose from {number(start['gold'])} to {number(end['gold'])}, its highest value, at the end."
@@ -154,9 +165,25 @@ def sentence(entry: dict, kind: str) -> str:
         return f"The gold score fell from the start, from {number(start['gold'])} to {number(end['gold'])}."
     change = peak["proxy_change"]
     return (
-        f"The gold score rose from {number(start['gold'])} to its peak of {number(top['gold'])} ({axis}) and ended at "
-        f"{number(end['gold'])}: {percent(peak['drop_share'])} of the gain lost. After the peak the proxy score "
-        f"{'rose' if change >= 0 else 'fell'} by {number(abs(change))}."
+        f"The gold score rose from {number(start['gold'])} to its peak of {number(top['gold'])} ({_place(top, kind)}) "
+        f"and ended at {number(end['gold'])}: {percent(peak['drop_share'])} of the gain lost. After the peak the proxy "
+        f"score {'rose' if change >= 0 else 'fell'} by {number(abs(change))}."
+    )
+
+
+def _trust(peak: dict, kind: str) -> str:
+    """Up to where the proxy can be trusted, or why that is not said."""
+    verdict, trusted = peak["verdict"], peak.get("trusted")
+    if verdict == "too few prompts":
+        return f" Fewer than {MIN_PROMPTS} prompts: this says nothing; evaluate on more."
+    if verdict == "not optimised":
+        return " The proxy score did not rise by more than chance: nothing was optimised that could be judged."
+    if verdict == "never helped":
+        return " The proxy never helped: it cannot be trusted anywhere on this curve."
+    if trusted is None or trusted["index"] == 0:
+        return ""
+    return (
+        f" The proxy can be trusted up to {_place(trusted, kind)}{'' if verdict == 'over-optimised' else ' at least'}."
     )
 
 

@@ -25,6 +25,7 @@ from align.evaluation.fits import FORMS, extrapolation_check, fit_gao_bootstrap
 from align.evaluation.peak import RULE, analyse_peak
 from align.evaluation.records import SCORE_KEYS, Run
 from align.evaluation.strict_json import finite, plain, refuse_non_finite, write_json
+from align.evaluation.task import of_the_task, task_note
 
 FILE_NAME = "summary.json"
 CUT_SHARE = 0.75  # of the largest d: about where the paper cut (6 of 10 nats)
@@ -54,11 +55,14 @@ def build_summary(
     for name, curve in (best_of_n or {}).items():
         curves[name] = _bon_entry(curve, seed)
         fits["best_of_n"][name] = _fits(curve.kl, curve.per_prompt["gold"], curve.gold_sd, seed)
-    for name, run in (runs or {}).items():
-        run_entries[name] = _run_entry(run, seed)
+    runs = {name: of_the_task(run) for name, run in (runs or {}).items()}
+    axis = axis_of(list(runs.values()))
+    kl = "kl_k3" if axis == "kl_k3" else "kl"
+    for name, run in runs.items():
+        run_entries[name] = _run_entry(run, axis, seed)
         unit = run_entries[name]["unit"]["gold_sd"]
         if run.gold is not None and unit:
-            fits["runs"][name] = _fits(run.per_prompt["kl"], run.per_prompt["gold"], unit, seed)
+            fits["runs"][name] = _fits(run.per_prompt[kl], run.per_prompt["gold"], unit, seed)
     summary = {
         "best_of_n": curves,
         "runs": run_entries,
@@ -68,7 +72,7 @@ def build_summary(
             "best_of_n": _comparisons(
                 {name: curve.per_prompt.get("gold") for name, curve in (best_of_n or {}).items()}, seed
             ),
-            "runs": _comparisons({name: run.per_prompt.get("gold") for name, run in (runs or {}).items()}, seed),
+            "runs": _comparisons({name: run.per_prompt.get("gold") for name, run in runs.items()}, seed),
         },
         "verdict_rule": RULE,
         "setup": setup or {},
@@ -134,6 +138,8 @@ def _bon_entry(curve: BonCurve, seed: int) -> dict:
     return {
         "n": curve.n,
         **_columns({"kl": curve.kl, "proxy": curve.proxy, "gold": curve.gold}, curve.per_prompt, seed),
+        "x": curve.kl,
+        "x_of": "kl",
         "proxy_name": curve.proxy_name,
         "gold_name": curve.gold_name,
         "prompts": curve.per_prompt["proxy"].shape[1],
@@ -144,12 +150,20 @@ def _bon_entry(curve: BonCurve, seed: int) -> dict:
             "gold_zero": curve.gold[0],
             "gold_sd": curve.gold_sd,
         },
-        "peak": _peak_entry("n", curve.n, curve.kl, curve.per_prompt, seed),
+        "peak": _peak_entry("n", curve.n, curve.kl, curve.kl, curve.per_prompt, seed),
         "notes": curve.notes,
     }
 
 
-def _run_entry(run: Run, seed: int) -> dict:
+def axis_of(runs: list[Run]) -> str:
+    """What the figures of these runs have on their x axis: kl; kl_k3, which is never negative, where the plain estimate
+    of a run is at or below 0 after the start; step where that is 0 too."""
+    if all((run.kl[run.step > 0] > 0).all() for run in runs):
+        return "kl"
+    return "kl_k3" if all((run.kl_k3[run.step > 0] > 0).all() for run in runs) else "step"
+
+
+def _run_entry(run: Run, axis: str, seed: int) -> dict:
     """The unit of a run is the standard deviation over prompts of the scores of its first evaluation."""
     per_prompt, has_gold = run.per_prompt, run.gold is not None
     values = {key: getattr(run, key) for key in SCORE_KEYS}
@@ -161,11 +175,18 @@ def _run_entry(run: Run, seed: int) -> dict:
             f"the first evaluation is at step {run.step[0]} (KL {run.kl[0]:.3g}), not of the initial policy: gains and "
             "fits count from there"
         )
+    if axis != "kl":
+        by = "its k3 estimate" if axis == "kl_k3" else "optimiser steps"
+        notes.append(f"the estimate of a KL is at or below 0: figures are against {by}")
+    if (note := task_note(run)) is not None:
+        notes.append(note)
     if len(run) == 1:
         notes.append("one evaluation only: no curve")
     entry = {
         "step": run.step,
         **_columns(values, per_prompt, seed),
+        "x": getattr(run, axis),
+        "x_of": axis,
         "method": run.method,
         "proxy_name": run.proxy_name,
         "gold_name": run.gold_name,
@@ -178,7 +199,7 @@ def _run_entry(run: Run, seed: int) -> dict:
             "gold_sd": per_prompt["gold"][0].std() if has_gold else None,
         },
         "extras": {key: [None if math.isnan(x) else x for x in value.tolist()] for key, value in run.extras.items()},
-        "peak": _peak_entry("step", run.step, run.kl, per_prompt, seed) if has_gold else None,
+        "peak": _peak_entry("step", run.step, run.kl, getattr(run, axis), per_prompt, seed) if has_gold else None,
         "notes": notes,
         "config": run.config,
     }
@@ -198,18 +219,23 @@ def _columns(values: dict, per_prompt: dict[str, np.ndarray], seed: int) -> dict
     return columns
 
 
-def _peak_entry(axis: str, axis_values, kl, per_prompt: dict[str, np.ndarray], seed: int) -> dict:
+def _peak_entry(axis: str, axis_values, kl, x, per_prompt: dict[str, np.ndarray], seed: int) -> dict:
     peak = asdict(analyse_peak(per_prompt["proxy"], per_prompt["gold"], seed=seed))
     entry: dict[str, Any] = {}
-    for place in ("start", "peak", "end"):
+    for place in ("start", "peak", "end", "trusted"):
         index = peak.pop(place)
-        entry[place] = {
-            "index": index,
-            axis: axis_values[index],
-            "kl": kl[index],
-            "proxy": per_prompt["proxy"][index].mean(),
-            "gold": per_prompt["gold"][index].mean(),
-        }
+        entry[place] = (
+            index
+            if index is None
+            else {
+                "index": index,
+                "x": x[index],
+                axis: axis_values[index],
+                "kl": kl[index],
+                "proxy": per_prompt["proxy"][index].mean(),
+                "gold": per_prompt["gold"][index].mean(),
+            }
+        )
     for key, value in peak.items():
         if key.endswith("_interval"):
             low, high = (None, None) if value is None else value

@@ -128,5 +128,5 @@ def test_collapse_and_falls_without_a_gain():
         analyse_peak(np.array([0.0, 2.0, 1.0])[:, None] + 0.1 * rng.normal(size=(3, 30)), gold).verdict == "collapsed"
     )
     from_start = analyse_peak(np.arange(3.0)[:, None] + np.zeros((3, 30)), -np.arange(3.0)[:, None] + np.zeros((3, 30)))
-    assert from_start.verdict == "over-optimised" and from_start.drop_share is None and from_start.gain == 0
+    assert from_start.verdict == "never helped" and from_start.drop_share is None and from_start.gain == 0
     assert analyse_peak(np.ones((1, 30)), np.ones((1, 30))).verdict == "too little data"

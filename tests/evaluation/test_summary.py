@@ -62,7 +62,7 @@ def test_numbers_are_those_of_the_curves(summary):
     entry = summary["runs"]["single <b>"]
     peak = int(np.argmax(entry["gold"]))
     assert entry["peak"]["peak"] == {
-        "index": peak, "step": entry["step"][peak], "kl": entry["kl"][peak],
+        "index": peak, "x": entry["kl"][peak], "step": entry["step"][peak], "kl": entry["kl"][peak],
         "proxy": pytest.approx(entry["proxy"][peak]), "gold": pytest.approx(entry["gold"][peak]),
     }  # fmt: skip
     assert all(
