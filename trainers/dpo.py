@@ -15,6 +15,7 @@ from align.modeling.pairs import PairTokens, pair_tokens, pair_tokens_with_kl
 from align.objectives.pair_logps import wpo_weights
 from align.objectives.pair_losses import PairLosses
 from align.objectives.preference_objective import PreferenceObjective, preference_objective
+from align.trainers.core.trl_options import TrlDPOOptions
 from align.trainers.pairs.config import PreferenceConfig
 from align.trainers.pairs.preference import PreferenceTrainer
 
@@ -24,7 +25,7 @@ def loss_option(help: str, default=None):
 
 
 @dataclass
-class DPOConfig(PreferenceConfig):
+class DPOConfig(TrlDPOOptions, PreferenceConfig):
     """Options of DPO and its variants, with TRL's names. An option that is not set has the default of its loss, and one
     that no loss of `loss_type` uses is an error."""
 

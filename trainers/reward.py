@@ -24,17 +24,18 @@ from align.reward_models.classifier import READ_AT
 from align.reward_models.normalizer import FILE_NAME as NORMALIZER_FILE
 from align.reward_models.normalizer import Normalizer
 from align.trainers.core.batching import CheckSharedRows, autocast_dtype, resolve_layout
+from align.trainers.core.trl_options import TrlRewardOptions, loading_options
 from align.trainers.pairs.config import PairConfig
 from align.trainers.pairs.data import NUMBERS, PairData
 from align.trainers.pairs.evaluation import CHOSEN, REJECTED
-from align.trainers.pairs.loop import PairTrainer
+from align.trainers.pairs.loop import PairTrainer, UserMetrics
 from align.trainers.pairs.micro_batches import MicroBatchPlanner, PaddedPairs, SharedPrefixPairs
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class RewardConfig(PairConfig):
+class RewardConfig(TrlRewardOptions, PairConfig):
     """Options of reward-model training."""
 
     learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate of AdamW."})
@@ -69,6 +70,7 @@ class RewardTrainer(PairTrainer):
             loaded classifier with one label.
         train_dataset, eval_dataset: preference pairs in TRL's formats, or the output of `tokenize_pairs`.
         peft_config: trains an adapter and the head.
+        compute_metrics: further metrics, as `PairTrainer` has it.
     """
 
     _tag_names = ["align", "reward-model"]
@@ -86,6 +88,7 @@ class RewardTrainer(PairTrainer):
         peft_config=None,
         callbacks=None,
         optimizers=(None, None),
+        compute_metrics: UserMetrics | None = None,
     ):
         args = self.options(args, model, train_dataset)
         processing_class = with_own_padding(processing_class or load_tokenizer(model))
@@ -96,6 +99,7 @@ class RewardTrainer(PairTrainer):
             pad_token_id=processing_class.pad_token_id,
             head_seed=args.seed,
             sharded=True,
+            **loading_options(args, model),
         )
         # transformers refuses batches without one; where the last token is, the attention mask says
         classifier.config.get_text_config().pad_token_id = processing_class.pad_token_id
@@ -104,7 +108,7 @@ class RewardTrainer(PairTrainer):
             disable_dropout(classifier)
         self.normalizer: Normalizer | None = None
         data = pair_data(processing_class, args)
-        super().__init__(classifier, args, data, train_dataset, eval_dataset, callbacks, optimizers)
+        super().__init__(classifier, args, data, train_dataset, eval_dataset, callbacks, optimizers, compute_metrics)
         shares = resolve_layout(args.batching, (self._cannot_share() for _ in range(1)))
         if shares:
             self.add_callback(CheckSharedRows(self, SCORES))

@@ -1,6 +1,9 @@
 """Supervised fine-tuning: TRL's SFTTrainer on rows that `align.data` has checked and tokenised."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any
 
 import torch
 import trl
@@ -19,13 +22,18 @@ from align.modeling.adapters import check_stack
 from align.modeling.load import load_policy, load_tokenizer, train_in_float32
 from align.trainers.core.options import RunOptions
 from align.trainers.core.trainer import TrainerMixin
+from align.trainers.core.trl_options import loading_options
 
 UNUSED = {  # options of TRL's that what is done here leaves without effect
-    "model_init_kwargs": "pass a loaded model, or the options of the command's model arguments",
     "chat_template_path": "set tokenizer.chat_template, or save the tokenizer with the template",
     "trust_remote_code": "pass a loaded model and its tokenizer",
     "dataset_text_field": "rename the column to 'text'",
+    "truncation_mode": "leave it out: sequences lose their end",
+    "pad_to_multiple_of": "leave it out",
+    "pad_token": "set tokenizer.pad_token, and pass the tokenizer",
 }
+OWNED = {"completion_only_loss": None, "assistant_only_loss": False, "dataset_kwargs": None, "eos_token": None}
+NEUTRAL = {"completion_only_loss": (None, True), "dataset_kwargs": (None, {}), "pad_to_multiple_of": ("auto", None)}
 
 
 @dataclass
@@ -39,16 +47,18 @@ class SFTConfig(RunOptions, trl.SFTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        owned = {"completion_only_loss": None, "assistant_only_loss": False, "dataset_kwargs": None, "eos_token": None}
-        changed = [name for name, default in owned.items() if getattr(self, name) != default]
+        changed = [name for name, default in OWNED.items() if not self._neutral(name, default)]
         if changed:
             raise ConfigError(
                 f"{', '.join(changed)}: the loss mask follows from the dataset's format, see docs/data.md"
             )
         defaults = {item.name: item.default for item in fields(trl.SFTConfig)}
-        unused = [name for name in UNUSED if name in defaults and getattr(self, name) != defaults[name]]
+        unused = [name for name in UNUSED if name in defaults and not self._neutral(name, defaults[name])]
         if unused:
             raise ConfigError("; ".join(f"{name} has no effect here: {UNUSED[name]}" for name in unused))
+
+    def _neutral(self, name: str, default: Any) -> bool:
+        return getattr(self, name) in NEUTRAL.get(name, (default,))
 
 
 class SFTTrainer(TrainerMixin, trl.SFTTrainer):
@@ -59,6 +69,8 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         train_dataset, eval_dataset: demonstrations in TRL's formats (docs/data.md), or the output of
             `tokenize_completions`.
         peft_config: trains an adapter.
+        formatting_func: a row -> its text; the rows are then trained as `text`, every token of them.
+        compute_metrics, preprocess_logits_for_metrics: as transformers' Trainer has them.
     """
 
     _tag_names = ["align", "sft"]
@@ -75,14 +87,19 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         peft_config=None,
         callbacks=None,
         optimizers=(None, None),
+        formatting_func: Callable[[dict], str] | None = None,
+        compute_metrics: Callable | None = None,
+        preprocess_logits_for_metrics: Callable | None = None,
     ):
         args = self.options(args, model, train_dataset)
+        self.formatting_func = formatting_func
         processing_class = processing_class or load_tokenizer(model)
         if not isinstance(model, nn.Module):
             # the frozen weights under an adapter stay as they were saved on a GPU; TRL adds the adapter
             dtype = "auto" if peft_config is not None and torch.cuda.is_available() else None
-            model = load_policy(model, dtype=dtype, sharded=True)
+            model = load_policy(model, **{"dtype": dtype, **loading_options(args, model)}, sharded=True)
         else:
+            loading_options(args, model)
             train_in_float32(model, adapter=peft_config is not None)
         if peft_config is not None:
             check_stack(model, peft_config)
@@ -92,12 +109,14 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=tokenized_completions(train_dataset, processing_class, args),
+            train_dataset=tokenized_completions(self._formatted(train_dataset), processing_class, args),
             eval_dataset=of_each(eval_dataset, lambda rows: self._to_evaluate(rows, processing_class, args)),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
             peft_config=peft_config,
+            compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         if is_stream(train_dataset):
             self.make_endless(train_dataset)
@@ -107,9 +126,18 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
 
-    @staticmethod
-    def _to_evaluate(rows, tokenizer, args: SFTConfig):
-        return tokenized_completions(read_whole(rows) if is_stream(rows) else rows, tokenizer, args)
+    def _to_evaluate(self, rows, tokenizer, args: SFTConfig):
+        return tokenized_completions(self._formatted(read_whole(rows) if is_stream(rows) else rows), tokenizer, args)
+
+    def _formatted(self, rows):
+        """The rows as `text`, by `formatting_func`; as they are without one."""
+        columns = columns_of(rows, streams=True)
+        if self.formatting_func is None:
+            return rows
+        if "input_ids" in columns:
+            raise ConfigError("formatting_func makes text of rows, and these are tokenised: leave it out")
+        options = {} if is_stream(rows) else {"load_from_cache_file": False, "desc": "Formatting"}
+        return rows.map(partial(_text_of, self.formatting_func), remove_columns=sorted(columns), **options)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         with outputs_as_computed(model):
@@ -164,6 +192,13 @@ def tokenized_completions(dataset, tokenizer, args: SFTConfig):
         if empty:
             raise DataError(f"{len(empty)} tokenised rows train no token: rows {empty[:10]}")
     return dataset
+
+
+def _text_of(function: Callable[[dict], str], row: dict) -> dict[str, str]:
+    text = function(row)
+    if not isinstance(text, str):
+        raise DataError(f"formatting_func gave {type(text).__name__} instead of the text of one row: {text!r:.100}")
+    return {"text": text}
 
 
 def _trained(row: dict, number: int) -> dict:

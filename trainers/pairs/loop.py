@@ -10,12 +10,14 @@ there. The loss of an optimiser step is the mean over all of its pairs, whatever
 The subclass for preference optimisation is in `pairs.preference`, the one for reward models in `align.trainers.reward`.
 """
 
+from collections.abc import Callable
 from itertools import islice
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import EvalPrediction, Trainer
 
 from align.data.formats import columns_of
 from align.data.sets import of_each
@@ -30,6 +32,8 @@ from align.trainers.pairs.data import IDS, PairData, flat_column
 from align.trainers.pairs.evaluation import CHOSEN, REJECTED, PairEvaluator, pairs_table, rewards_figure
 from align.trainers.pairs.metrics import BatchMeans
 from align.trainers.pairs.micro_batches import MicroBatchPlanner, PairRows
+
+UserMetrics = Callable[[EvalPrediction], dict[str, float]]
 
 
 class PairTrainer(MicroBatchLists, Trainer):
@@ -51,7 +55,11 @@ class PairTrainer(MicroBatchLists, Trainer):
         eval_dataset=None,
         callbacks=None,
         optimizers=(None, None),
+        compute_metrics: UserMetrics | None = None,
     ):
+        """compute_metrics: called after an evaluation with the rewards of chosen and rejected, predictions [N, 2], and
+        labels [N] of 0, as TRL's reward trainer calls it; what it returns is logged as `eval_<name>`."""
+        self.user_metrics = compute_metrics
         self.data = data
         self.means = BatchMeans()
         self.evaluator = PairEvaluator()
@@ -172,7 +180,12 @@ class PairTrainer(MicroBatchLists, Trainer):
 
     def pair_metrics(self, prediction) -> dict[str, float]:
         """The means of an evaluation; more of them in a subclass."""
-        return self.evaluator.means(prediction.predictions)
+        metrics, values = self.evaluator.means(prediction.predictions), self.evaluator.values
+        if self.user_metrics is None:
+            return metrics
+        rewards = np.stack([values[CHOSEN], values[REJECTED]], axis=-1)
+        own = self.user_metrics(EvalPrediction(predictions=rewards, label_ids=np.zeros(len(rewards), dtype=np.int64)))
+        return metrics | own
 
     def log_pairs(self, name: str | None) -> None:
         """Send pairs of the evaluation set that was just evaluated, and the distribution of their rewards, to the

@@ -31,9 +31,10 @@ from align.trainers.core.reference_checks import (
     logp_tolerance,
     reference_probe,
 )
+from align.trainers.core.trl_options import loading_options
 from align.trainers.pairs.config import PreferenceConfig
 from align.trainers.pairs.data import PairData
-from align.trainers.pairs.loop import PairTrainer
+from align.trainers.pairs.loop import PairTrainer, UserMetrics
 from align.trainers.pairs.micro_batches import MicroBatchPlanner, PaddedPairs, SharedPrefixPairs
 from align.trainers.pairs.reference import (
     cached_tokens,
@@ -108,6 +109,7 @@ class PreferenceTrainer(PairTrainer):
         peft_config=None,
         callbacks=None,
         optimizers=(None, None),
+        compute_metrics: UserMetrics | None = None,
     ):
         args = self.options(args, model, train_dataset)
         processing_class = processing_class or load_tokenizer(model)
@@ -116,7 +118,7 @@ class PreferenceTrainer(PairTrainer):
             self._check_stream()
         ref_model = self._reference_given(ref_model)
         set_seed(args.seed)  # a new adapter is drawn at random
-        policy = load_policy(model, peft_config=peft_config, sharded=True)
+        policy = load_policy(model, peft_config=peft_config, sharded=True, **loading_options(args, model))
         if args.disable_dropout:
             disable_dropout(policy)
         self.check_start = ref_model is None
@@ -128,7 +130,7 @@ class PreferenceTrainer(PairTrainer):
             further=self.prepare_dataset,
             num_proc=args.dataset_num_proc,
         )
-        super().__init__(policy, args, data, train_dataset, eval_dataset, callbacks, optimizers)
+        super().__init__(policy, args, data, train_dataset, eval_dataset, callbacks, optimizers, compute_metrics)
         ref_model = load_reference(ref_model, self.model)
         models = [self.model] if ref_model is None else [self.model, ref_model]
         # before a reference is copied from the policy

@@ -1,0 +1,96 @@
+"""Options and arguments of TRL's: defaults written out are no error, what asks for something works or is refused."""
+
+from dataclasses import MISSING, fields
+
+import numpy as np
+import pytest
+import torch
+import trl
+from transformers import TrainingArguments
+
+from align import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from align.data import toy
+from align.errors import ConfigError, DataError
+from tests.trainers.core.test_eval_sets import make_trainer, rows_of
+from tests.trainers.tiny_runs import QUIET, tiny_model
+
+BOTH = ((DPOConfig, trl.DPOConfig), (SFTConfig, trl.SFTConfig), (RewardConfig, trl.RewardConfig))
+OTHERS = {
+    "truncation_mode": "keep_end", "padding_free": True, "sync_ref_model": True, "ref_model_mixup_alpha": 0.9,
+    "ref_model_sync_steps": 8, "trust_remote_code": True, "pad_token": "<pad>", "pad_to_multiple_of": 8,
+    "activation_offloading": True, "eos_token": "<eos>", "chat_template_path": "a.jinja", "dataset_text_field": "body",
+    "assistant_only_loss": True, "completion_only_loss": False, "dataset_kwargs": {"skip_prepare_dataset": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ours, theirs", BOTH)
+def test_trls_defaults_written_out_are_no_error(ours, theirs, tmp_path):
+    base = {f.name for f in fields(TrainingArguments)}
+    written = {f.name: f.default for f in fields(theirs) if f.name not in base and f.default is not MISSING}
+    neutral = {n: v for n, v in written.items() if n != "f_alpha_divergence_coef"}
+    config = ours(output_dir=str(tmp_path), **neutral, use_cpu=True)
+    assert config.max_length == 1024
+    ours(str(tmp_path), pad_to_multiple_of=None, use_cpu=True)
+
+
+@pytest.mark.parametrize("ours", [DPOConfig, RewardConfig, SFTConfig])
+def test_what_asks_for_something_is_refused_by_name(ours, tmp_path):
+    names = {f.name for f in fields(ours)} & OTHERS.keys()
+    names -= {"padding_free", "activation_offloading"} if ours is SFTConfig else set()  # TRL's own, which work
+    assert len(names) >= 6
+    for name in names:
+        with pytest.raises(ConfigError, match=name):
+            ours(str(tmp_path), use_cpu=True, **{name: OTHERS[name]})
+
+
+@pytest.mark.parametrize(
+    "trainer, config", [(DPOTrainer, DPOConfig), (RewardTrainer, RewardConfig), (SFTTrainer, SFTConfig)]
+)
+def test_model_init_kwargs_load_a_named_model(trainer, config, policy, tokenizer, tmp_path):
+    method = {DPOTrainer: "dpo", RewardTrainer: "reward", SFTTrainer: "sft"}[trainer]
+    args = config(str(tmp_path), model_init_kwargs={"attn_implementation": "eager"}, **QUIET)
+    found = trainer(policy, args, rows_of(method, 4), processing_class=tokenizer)
+    assert found.model.config._attn_implementation == "eager"
+    with pytest.raises(ConfigError, match="model_init_kwargs are for loading a model by its name"):
+        trainer(tiny_model(tokenizer), args, rows_of(method, 4), processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("method", ["dpo", "reward"])
+def test_compute_metrics_gets_the_rewards_of_both_answers(method, tmp_path):
+    seen = []
+
+    def metrics(prediction):
+        seen.append(prediction)
+        return {"mine": float(np.mean(prediction.predictions[:, 0] > prediction.predictions[:, 1]))}
+
+    cls, config = {"dpo": (DPOTrainer, DPOConfig), "reward": (RewardTrainer, RewardConfig)}[method]
+    tokenizer = toy.tokenizer()
+    model = tiny_model(tokenizer)
+    if method == "reward":
+        model = make_trainer(method, tmp_path, rows_of(method, 4)).model
+    args = config(str(tmp_path), max_steps=1, **QUIET)
+    rows = rows_of(method, 6, 1)
+    trainer = cls(model, args, rows_of(method, 8), rows, tokenizer, compute_metrics=metrics)
+    trainer.train()
+    found = trainer.evaluate()
+    assert seen[-1].predictions.shape == (6, 2) and not seen[-1].label_ids.any()
+    assert found["eval_mine"] == pytest.approx(found["eval_rewards/accuracies"])
+    assert trainer.predict(rows).metrics["test_mine"] == found["eval_mine"]
+
+
+def test_formatting_func_makes_the_text(tmp_path):
+    tokenizer, rows = toy.tokenizer(), rows_of("sft", 8)
+
+    def run(name, train, **options):
+        args = SFTConfig(str(tmp_path / name), max_steps=1, **QUIET)
+        trainer = SFTTrainer(tiny_model(tokenizer), args, train, processing_class=tokenizer, **options)
+        trainer.train()
+        return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+    def text(row):
+        return row["prompt"] + row["completion"]
+
+    as_text = rows.map(lambda row: {"text": text(row)}, remove_columns=rows.column_names)
+    assert torch.equal(run("a", rows, formatting_func=text), run("b", as_text))
+    with pytest.raises(DataError, match="formatting_func gave list instead of the text of one row"):
+        run("c", rows, formatting_func=lambda row: [text(row)])
