@@ -7,6 +7,7 @@ from align.config.sections import plain
 from align.errors import ConfigError
 from align.objectives.policy_loss import AGGREGATIONS
 from align.rollout import RolloutOptions, rollout_options
+from align.rollout.types import SamplingParams
 from align.trainers.core.batching import BatchingOptions
 from align.trainers.core.options import BaseConfig
 from align.trainers.on_policy.estimators import make_estimator
@@ -237,7 +238,14 @@ class OnPolicyConfig(BatchingOptions, SamplingOptions, BaseConfig):
         for name, section in self.sections.items():
             setattr(self, name, plain(section))
         self.rollout = rollout_options(self.rollout)
-        if not make_estimator(self).needs_values and self.truncated == "bootstrap":  # it checks its own options
+        estimator = make_estimator(self)  # which checks its own options
+        alone = self.num_generations < 2 and len(estimator.requests(SamplingParams(**self.drawing))) < 2
+        if self.dynamic_sampling_rounds and alone:
+            raise ConfigError(
+                "dynamic_sampling_rounds compares a prompt's completions, and there is one: set num_generations to 2 "
+                "or more"
+            )
+        if not estimator.needs_values and self.truncated == "bootstrap":
             raise ConfigError(
                 "truncated: bootstrap takes the value of a critic, which only PPO has: use keep, mask or penalise"
             )

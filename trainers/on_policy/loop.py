@@ -18,6 +18,7 @@ its batches are cut into processes and micro-batches, nor on where it was resume
 """
 
 import logging
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -51,6 +52,7 @@ from align.trainers.on_policy.kl_coefficient import KLCoefficient
 from align.trainers.on_policy.metrics import OnPolicyMetrics
 from align.trainers.on_policy.objective import kept_lengths, loss_count, policy_objective
 from align.trainers.on_policy.pipeline import RolloutPipeline
+from align.trainers.on_policy.refill import DynamicSampling
 from align.trainers.on_policy.rewards import RewardColumns
 from align.trainers.on_policy.samples import Sample, tokenized_prompts
 from align.trainers.on_policy.streams import fill_advantages, mix
@@ -184,6 +186,14 @@ class OnPolicyTrainer(OnPolicyBase):
             recorder=self.recorder,
             truncation=TruncationRule.of(args),
         )
+        self.refill = DynamicSampling(
+            args.dynamic_sampling_rounds,
+            args.prompts_per_rollout,
+            self.train_dataset,
+            args.seed,
+            self.ranks,
+            self.recorder,
+        )
         self.updates = WeightingUpdates(self.weighting, self.ranks, self.recorder)
         self.evaluator = PolicyEvaluator(
             args, self.engine, tokenizer, self.rewards, self.gold, self.forward, self.ranks
@@ -261,6 +271,10 @@ class OnPolicyTrainer(OnPolicyBase):
         args, step = self.args, self.state.global_step
         self.sync_engine()
         rollout = self.pipeline.run(prompts, indices, step, weight_version=step)
+        if args.dynamic_sampling_rounds:
+            self.refill.fill(
+                rollout, indices, step, self.weighting, partial(self.pipeline.run, step=step, weight_version=step)
+            )
         samples = rollout.samples
         parts = self.planner.plan_forward(samples, args.train_batch_size * args.num_generations)
         if args.beta:

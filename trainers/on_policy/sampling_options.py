@@ -47,6 +47,14 @@ class SamplingOptions(TrainingSettings):
         default=1.0, metadata={"help": "With overlong_buffer: what the longest completions lose."}
     )
 
+    dynamic_sampling_rounds: int = field(
+        default=0,
+        metadata={
+            "help": "DAPO's dynamic sampling: prompts whose samples all have one score are replaced by others, at most "
+            "so many times per rollout; 0: off."
+        },
+    )
+
     @property
     def drawing(self) -> dict[str, Any]:
         """Arguments of `SamplingParams` for a sampled completion."""
@@ -57,6 +65,8 @@ class SamplingOptions(TrainingSettings):
         super().__post_init__()
         SamplingParams(**self.drawing)  # which checks them
         check_truncated(self)
+        if self.dynamic_sampling_rounds < 0:
+            raise ConfigError(f"dynamic_sampling_rounds must be 0 (off) or above, got {self.dynamic_sampling_rounds}")
 
 
 def check_truncated(args: SamplingOptions) -> None:
