@@ -42,10 +42,10 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
     from align.cli.launch import method_of
     from align.config.resolve import resolve
     from align.errors import ConfigError
-    from align.rollout.make import choose_backend
+    from align.rollout.make import check_backend
     from align.rollout.server.launch import address, check_free, prepare, serve
 
-    choose_backend("vllm")
+    check_backend("vllm")
     check_free(args.host, args.port)
     prepare()  # before torch is loaded
     run = resolve(method_of(args), args.config, extra)
