@@ -87,6 +87,7 @@ def theirs(parts: int, world, args, folder: str, **options):
     )
     source = Path(folder) / "model"  # TRL loads the reference from where the policy came from
     model.save_pretrained(source)
+    tokenizer.save_pretrained(source)  # its vLLM reads one
     return RLOOTrainer(str(source), even_words, config, data, processing_class=tokenizer)
 
 

@@ -102,7 +102,7 @@ def _launcher(args: argparse.Namespace, num_processes: int) -> list[str]:
 
     setup = str(configs_dir() / "accelerate" / f"{args.setup}.yaml")
     counts = ["--num_processes", str(num_processes), "--num_machines", str(args.nodes)]
-    return ["-m", "accelerate.commands.launch", "--config_file", setup, *counts]
+    return ["-m", "align.cli.launcher", "--config_file", setup, *counts]
 
 
 def method_of(args: argparse.Namespace) -> str:

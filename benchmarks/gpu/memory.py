@@ -5,6 +5,7 @@ made, and of the first case alone: the process keeps what that has freed, so tha
 sequence has the length that the estimate is made for.
 """
 
+import gc
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,6 +91,7 @@ class Peak:
 
     def __init__(self, setting: Setting):
         self.cuda = setting.device == "cuda"
+        gc.collect()  # the trainer of the case before, which would be given back during this one
         if self.cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

@@ -18,7 +18,7 @@ from benchmarks.gpu.common import Part, Setting
 
 def parts(setting: Setting) -> Iterator[Part]:
     full, adapter = Rollouts(setting), Rollouts(setting, lora=True)
-    yield "start", full.start
+    yield "start", lambda: full.start(quick=True)  # ReMax, in the device tests, has vLLM's default
     yield "rollouts", full.rollouts
     yield "push", full.push
     yield "identity", full.identity

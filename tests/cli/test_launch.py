@@ -29,7 +29,7 @@ def launch(*arguments):
 def test_one_machine(config, capsys):
     assert launch(config, "--setup", "fsdp2", "--num-processes", 8, "--learning_rate", "5e-7", "--dry-run") == 0
     assert capsys.readouterr().out == (
-        f"{sys.executable} -m accelerate.commands.launch --config_file {SETUP_FILES}/fsdp2.yaml --num_processes 8 "
+        f"{sys.executable} -m align.cli.launcher --config_file {SETUP_FILES}/fsdp2.yaml --num_processes 8 "
         f"--num_machines 1 --main_process_port 29500 --module align sft --config {config} --learning_rate 5e-7\n"
     )
 
@@ -38,7 +38,7 @@ def test_several_machines_and_quoting(config, capsys):
     rank = ["--nodes", 2, "--node-rank", 1, "--main-address", "node0", "--main-port", 1234]
     assert launch(config, "--num-processes", 16, *rank, "--run_name", "it's mine", "--dry-run") == 0
     assert capsys.readouterr().out == (
-        f"{sys.executable} -m accelerate.commands.launch --config_file {SETUP_FILES}/ddp.yaml --num_processes 16 "
+        f"{sys.executable} -m align.cli.launcher --config_file {SETUP_FILES}/ddp.yaml --num_processes 16 "
         "--num_machines 2 --machine_rank 1 --main_process_ip node0 --main_process_port 1234 --module align sft "
         f"--config {config} --run_name 'it'\"'\"'s mine'\n"
     )
@@ -47,6 +47,16 @@ def test_several_machines_and_quoting(config, capsys):
 def test_processors_instead_of_gpus(config, capsys):
     assert launch(config, "--cpu", "--num-processes", 2, "--dry-run") == 0
     assert capsys.readouterr().out.endswith(f"--module align sft --config {config} --use_cpu true\n")
+
+
+def test_a_run_that_fails_has_the_last_word_but_one(config):
+    """No traceback of the launcher behind the run's own sentence, and the run's own exit status."""
+    command = [sys.executable, "-m", "align", "launch", config, "--cpu", "--num-processes", "2", "--learning_rat", "1"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2
+    assert "unknown key --learning_rat; nearest valid: --learning_rate" in ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith("align launch: process ") and "status 2" in ended.stderr
+    assert "Traceback" not in ended.stderr and "ChildFailedError" not in ended.stderr
 
 
 def test_slurm_file(config, capsys, tmp_path, monkeypatch):

@@ -42,7 +42,7 @@ def test_eight_gpus_are_shared_out(config, capsys):
     serve = f"-m align serve {config} --host 127.0.0.1 --port {{}} --tensor-parallel 2 {named}"
     assert first == ("4,5", serve.format(8000).split()) and second == ("6,7", serve.format(8001).split())
     gpus, words = trainer
-    assert gpus == "0,1,2,3" and words[:2] == ["-m", "accelerate.commands.launch"]
+    assert gpus == "0,1,2,3" and words[:2] == ["-m", "align.cli.launcher"]
     assert " ".join(words).endswith(
         f"--num_processes 4 --num_machines 1 --main_process_port 29500 --module align rloo --config {config} {named}"
     )
