@@ -1,7 +1,8 @@
 """`python -m align.cli.launcher ...`: accelerate's launcher, which takes the same arguments.
 
 A process of the run that fails has said why, last of all. PyTorch's launcher would add a traceback of its own and a
-table, and end with status 1 whatever the process ended with; here one line names the process, and its status is passed on.
+table, and end with status 1 whatever the process ended with; here one line names the process, and its status is passed
+on.
 """
 
 import subprocess
