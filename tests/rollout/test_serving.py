@@ -50,7 +50,7 @@ def test_a_word_in_the_file_and_an_option_on_the_command_line_are_one_section():
 def test_a_password_in_an_address_is_refused_and_not_shown(url):
     with pytest.raises(ConfigError, match="api_key_env|is not an address") as refused:
         rollout_options({"backend": "server", "urls": url})
-    assert "//" not in url or "s3cret" not in str(refused.value)
+    assert "s3cret" not in str(refused.value)
 
 
 @pytest.mark.parametrize("url", ["http://[::1", "http://127.0.0.1:port", "http://127.0.0.1:0", "http://", "ftp://a"])

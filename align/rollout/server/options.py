@@ -55,11 +55,12 @@ class ServerOptions(VLLMSettings):
     @classmethod
     def _addresses(cls, urls: list[str]) -> list[str]:
         for url in urls:
+            shown = masked_text(url if "://" in url else url.rpartition("@")[2])
             if not is_address(url):
-                raise ValueError(f"{masked_text(url)!r} is not an address such as http://127.0.0.1:8000")
+                raise ValueError(f"{shown!r} is not an address such as http://127.0.0.1:8000")
             if "@" in urlsplit(url).netloc:
                 raise ValueError(
-                    f"{masked_text(url)} holds a user or a password: the servers' key belongs in the environment "
+                    f"{shown} holds a user or a password: the servers' key belongs in the environment "
                     "variable of api_key_env, or in api_key_file"
                 )
         if len({url.rstrip("/") for url in urls}) < len(urls):
