@@ -23,6 +23,7 @@ TOOLS = {
     "generate": "align.cli.generate",
     "compare": "align.cli.compare",
     "export": "align.cli.export",
+    "watch": "align.cli.watch",
     "data": "align.cli.data",
     "masks": "align.cli.masks",
     "reward-eval": "align.cli.reward_eval",

@@ -68,6 +68,7 @@ def write_report(path: str | Path, *, title: str, intro: str | list[str], summar
         s=summary,
         figures=figures,
         kinds={"runs": "step", "best_of_n": "n"},
+        interactive={kind: curves_of(summary[kind]) for kind in ("runs", "best_of_n")},
         own_form={"runs": "rl", "best_of_n": "bon"},
         form_names={"rl": "d(α − β ln d)", "bon": "d(α − β d)"},
         sentences={kind: {n: sentence(e, kind) for n, e in summary[kind].items()} for kind in ("runs", "best_of_n")},
@@ -83,8 +84,8 @@ def write_report(path: str | Path, *, title: str, intro: str | list[str], summar
     )
 
 
-def render_page(path: Path, template: str, *, figures: dict[str, str], **context) -> Path:
-    """Write one page that holds everything it shows. figures: `<svg>` elements by name, see `draw`."""
+def page_text(template: str, **context) -> str:
+    """A page as HTML; every value is escaped."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -97,8 +98,14 @@ def render_page(path: Path, template: str, *, figures: dict[str, str], **context
     environment.filters.update(
         num=number, pct=percent, tenths=tenths, span=span, pct_span=percent_span, seconds=seconds, cell=cell, text=text
     )
-    svgs = {name: jinja2.utils.markupsafe.Markup(svg) for name, svg in figures.items()}
-    html = environment.get_template(template).render(figures=svgs, **context)
+    return environment.get_template(template).render(**context)
+
+
+def render_page(path: Path, template: str, *, figures: dict[str, str], **context) -> Path:
+    """Write one page that holds everything it shows. figures: `<svg>` elements by name, see `draw`."""
+    from markupsafe import Markup
+
+    html = page_text(template, figures={name: Markup(svg) for name, svg in figures.items()}, **context)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".html.tmp")
     temporary.write_text(html, encoding="utf-8")
@@ -137,6 +144,23 @@ def render_figures(summary: dict, folder: str | Path) -> dict[str, str]:
         if fitted:
             figures[f"{kind}_fits"] = plots.plot_fits(fitted, summary["fits"][kind], kind)
     return draw(figures, folder)
+
+
+def curves_of(entries: dict[str, dict]) -> dict:
+    """Gold and proxy of curves, in SD of the initial policy, as the page's script draws them."""
+    curves = []
+    for group, (name, entry) in enumerate(entries.items()):
+        for score in ("gold", "proxy"):
+            unit = entry["unit"]
+            if entry[score][0] is not None:
+                zero, size = unit[f"{score}_zero"], unit[f"{score}_sd"] or 1.0
+                y = [(value - zero) / size for value in entry[score]]
+                title = f"{name}: {score}"
+                curves.append({"name": title, "x": entry["x"], "y": y, "dashed": score == "proxy", "group": group})
+    axis = next(iter(entries.values()))["x_of"] if entries else "kl"
+    names = {"kl": "KL (nats)", "kl_k3": "KL (nats, k3 estimate)", "step": "optimiser step"}
+    scale = "linear" if axis == "step" else "√"
+    return {"x": names[axis], "y": "score (SD of the initial policy)", "scale": scale, "curves": curves}
 
 
 def _fit(summary: dict, kind: str, name: str, form: str) -> dict | None:
