@@ -157,6 +157,7 @@ def _memory(run: RunConfig, config, rows):
         length=length,
         logits=not classifier,
         reference=_holds_reference(run, adapter=peft_config is not None),
+        reference_width=_reference_width(run),
         engine=on_policy and training.rollout.backend != "server",  # whose copy lies elsewhere
         rewards=reward_shapes(run) if run.method.rewards else {},
     )
@@ -167,6 +168,12 @@ def _holds_reference(run: RunConfig, *, adapter: bool) -> bool:
     if run.method.data == "prompts":
         return not adapter and (run.training.beta != 0 or build.evaluates(run))
     return run.method.data == "pairs" and run.method.model == "policy" and run.training.holds_reference(adapter)
+
+
+def _reference_width(run: RunConfig) -> int | None:
+    """Bytes of each weight of a reference with a `ref_dtype` of its own."""
+    dtype = vars(run.training).get("ref_dtype")  # of preference methods
+    return None if dtype is None else 4 if dtype == "float32" else 2
 
 
 def longest(rows, data: str) -> int:

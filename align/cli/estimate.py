@@ -111,13 +111,15 @@ def estimate(
     length: int,
     logits: bool,
     reference: bool = False,
+    reference_width: int | None = None,
     engine: bool = False,
     rewards: dict[str, Shape] | None = None,
 ) -> Estimate:
     """Memory of one training process.
 
     sequences, length: of one micro-batch. mixed: 16-bit autocast. logits: there is a language-model head; it
-    runs in chunks. reference: there is a second, frozen copy of the model. engine: the rollout engine has a copy of its
+    runs in chunks. reference: there is a second, frozen copy of the model; reference_width: bytes of each of its
+    weights, None: as the model's. engine: the rollout engine has a copy of its
     own. rewards: reward models by name.
     """
     out = Estimate()
@@ -140,7 +142,7 @@ def estimate(
         chunk = min(4 * tokens * shape.vocab, LOGITS_CHUNK_BYTES)
         out.add("logits", 3 * chunk, "at most one chunk in float32, its softmax and its gradient")
     if reference:
-        out.add("reference model", count * width, "a frozen copy of the weights")
+        out.add("reference model", count * (reference_width or width), "a frozen copy of the weights")
     if engine:
         out.add("rollout engine", count * width, "its own copy of the weights; its KV cache comes on top")
     for name, reward in (rewards or {}).items():

@@ -282,11 +282,18 @@ def reference_of(model: Model, ref_model: str | Path | Model | None = None) -> R
     return Reference(freeze_copy(model) if ref_model is None else _frozen(load_policy(ref_model)), adapter_off=False)
 
 
-def freeze_copy(model: Model) -> Model:
-    """A copy of the model that no optimiser can change, in eval mode."""
+def freeze_copy(model: Model, dtype: torch.dtype | None = None) -> Model:
+    """A copy of the model that no optimiser can change, in eval mode; dtype: of its weights, None: as they are. No copy
+    in the model's own precision is made on the way; buffers (rotary frequencies) keep theirs."""
     if is_zero3(model.parameters()):
         return _frozen(zero3_twin(language_model(model)))
-    return _frozen(copy.deepcopy(model))
+    if dtype is None:
+        return _frozen(copy.deepcopy(model))
+    # tied weights are one parameter here and there; a copy shares no storage even where the dtype is the same
+    weights = {id(p): nn.Parameter(p.detach().to(dtype, copy=True), requires_grad=False) for p in model.parameters()}
+    twin = _frozen(copy.deepcopy(model, dict(weights)))
+    language_model(twin).config.dtype = dtype
+    return twin
 
 
 def _frozen(model: Model) -> Model:

@@ -8,6 +8,8 @@ from align.errors import ConfigError
 from align.trainers.core.batching import BatchingOptions
 from align.trainers.core.options import BaseConfig
 
+DTYPES = ("bfloat16", "float16", "float32")
+
 
 @dataclass
 class PairConfig(BatchingOptions, BaseConfig):
@@ -51,6 +53,10 @@ class PreferenceConfig(PairConfig):
     ref_model_name_or_path: str | None = field(
         default=None, metadata={"help": "The reference. Default: the policy as it starts (LoRA: the adapter off)."}
     )
+    ref_dtype: str | None = field(
+        default=None,
+        metadata={"help": "bfloat16, float16 or float32: of a reference of its own. Default: as the policy's."},
+    )
     precompute_ref_log_probs: bool = field(
         default=False,
         metadata={"help": "Compute the reference's log-probs once, before training, and keep them on disk."},
@@ -70,6 +76,10 @@ class PreferenceConfig(PairConfig):
         super().__post_init__()
         if self.beta is not None and not 0 < self.beta < math.inf:
             raise ConfigError(f"beta must be > 0, got {self.beta}")
+        if self.ref_dtype not in (None, *DTYPES):
+            raise ConfigError(f"ref_dtype must be one of {', '.join(DTYPES)}, got {self.ref_dtype!r}", key="ref_dtype")
+        if self.ref_dtype is not None and self.precompute_ref_log_probs:
+            raise ConfigError("ref_dtype: with precompute_ref_log_probs no reference is held: leave one of them out")
         self.check_counts("precompute_ref_batch_size", "chunk_size")
         given = [n for n in ("precompute_ref_batch_size", "ref_log_probs_dir") if getattr(self, n) is not None]
         if given and not self.precompute_ref_log_probs:

@@ -9,8 +9,10 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import set_seed
@@ -131,7 +133,8 @@ class PreferenceTrainer(PairTrainer):
             num_proc=args.dataset_num_proc,
         )
         super().__init__(policy, args, data, train_dataset, eval_dataset, callbacks, optimizers, compute_metrics)
-        ref_model = load_reference(ref_model, self.model)
+        ref_dtype = self._reference_dtype(ref_model)
+        ref_model = load_reference(ref_model, self.model, ref_dtype)
         models = [self.model] if ref_model is None else [self.model, ref_model]
         # before a reference is copied from the policy
         obstacles = (enable_shared_prefix(m, args.max_length, autocast_dtype(args)) for m in models)
@@ -148,7 +151,7 @@ class PreferenceTrainer(PairTrainer):
         self.reference: Reference | None = None
         self.reference_cache: ReferenceCache | None = None
         if self.needs_reference:
-            self._set_up_reference(ref_model)
+            self._set_up_reference(ref_model, ref_dtype)
 
     def _check_stream(self) -> None:
         """ConfigError where all pairs are needed before the first step."""
@@ -184,11 +187,27 @@ class PreferenceTrainer(PairTrainer):
             )
         return ref_model
 
-    def _set_up_reference(self, ref_model: Model | None) -> None:
+    def _reference_dtype(self, ref_model: str | Model | None) -> torch.dtype | None:
+        """`ref_dtype`; ConfigError where there is no second model whose dtype it could be."""
+        if self.args.ref_dtype is None:
+            return None
+        if not self.needs_reference:
+            raise ConfigError("ref_dtype: this loss has no reference", key="ref_dtype")
+        if ref_model is None and isinstance(self.model, PeftModel):
+            raise ConfigError("ref_dtype: the reference is the policy with its adapter off", key="ref_dtype")
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ConfigError(
+                "ref_dtype: a sharded reference has the precision of the policy's shards; leave it out", key="ref_dtype"
+            )
+        return getattr(torch, self.args.ref_dtype)
+
+    def _set_up_reference(self, ref_model: Model | None, dtype: torch.dtype | None) -> None:
         """Before the first step, while the policy is what it starts as."""
         args, sharded = self.args, self.is_fsdp_enabled or self.is_deepspeed_enabled
         once = args.precompute_ref_log_probs
-        reference = self.reference = make_reference(self.model, ref_model, for_one_pass=once and not sharded)
+        reference = self.reference = make_reference(
+            self.model, ref_model, for_one_pass=once and not sharded, dtype=dtype
+        )
         cache = None
         if once:
             if self.is_deepspeed_enabled and self.accelerator.deepspeed_plugin.zero_stage == 3:
@@ -280,7 +299,8 @@ class PreferenceTrainer(PairTrainer):
 
     @property
     def logp_tolerance(self) -> float:
-        return logp_tolerance(self.accelerator, self.model)
+        models = [self.model] if self.reference is None else [self.model, self.reference.model]
+        return max(logp_tolerance(self.accelerator, model) for model in models)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 

@@ -4,29 +4,39 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from align.modeling.load import Reference, load_policy, reference_of
+from align.modeling.load import Reference, freeze_copy, load_policy, reference_of
 from align.modeling.logprobs import language_model
 from align.modeling.pairs import PairTokens, completions, pair_tokens
 from align.trainers.pairs.data import IDS
 
 
-def load_reference(ref_model: str | nn.Module | None, policy: nn.Module) -> nn.Module | None:
-    """The reference that is named, loaded as the policy was; None where none is."""
+def load_reference(
+    ref_model: str | nn.Module | None, policy: nn.Module, dtype: torch.dtype | None = None
+) -> nn.Module | None:
+    """The reference that is named, loaded as the policy was, or in another dtype; None where none is."""
     if not isinstance(ref_model, str):
         return ref_model
     core = language_model(policy)
-    return load_policy(ref_model, dtype=core.dtype, attn_implementation=core.config._attn_implementation)
+    return load_policy(
+        ref_model, dtype=core.dtype if dtype is None else dtype, attn_implementation=core.config._attn_implementation
+    )
 
 
-def make_reference(policy: nn.Module, ref_model: nn.Module | None, *, for_one_pass: bool) -> Reference:
+def make_reference(
+    policy: nn.Module, ref_model: nn.Module | None, *, for_one_pass: bool, dtype: torch.dtype | None = None
+) -> Reference:
     """The reference of a policy that has not been trained yet: `ref_model`, the policy with its adapter off, or a copy
-    of it. for_one_pass: it is used before training only, so the policy itself is used and no copy is made."""
+    of it. for_one_pass: it is used before training only, so the policy itself is used and no copy is made. dtype: of
+    its weights, where it is a model of its own; None: as they are."""
+    if dtype is not None:
+        return Reference(freeze_copy(policy if ref_model is None else ref_model, dtype), adapter_off=False)
     if for_one_pass and ref_model is None:
         return Reference(policy, adapter_off=isinstance(policy, PeftModel))
     return reference_of(policy, ref_model)

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 from peft import LoraConfig
 
 from align.errors import ConfigError, TrainingError
-from align.modeling.load import load_policy, load_tokenizer
+from align.modeling.load import freeze_copy, load_policy, load_tokenizer
 from align.trainers.dpo import DPOTrainer
 from align.trainers.pairs.data import flat_column, list_column
 from tests.trainers.pairs.preference_runs import assert_close, dpo_config, history, toy_pairs
@@ -102,3 +103,36 @@ def test_columns_of_lists(pairs, tmp_path, policy):
     lengths, values = flat_column(rows, "chosen_ids")
     assert [list(part) for part in np.split(values, np.cumsum(lengths)[:-1])] == list(rows["chosen_ids"])
     assert list_column(values, lengths).to_pylist() == [list(map(float, row)) for row in rows["chosen_ids"]]
+
+
+def test_a_reference_in_bfloat16(policy, pairs, tmp_path):
+    settings = {"max_steps": 2, "learning_rate": 5e-3}
+    whole = run(policy, dpo_config(tmp_path / "a", **settings), pairs)
+    half = run(policy, dpo_config(tmp_path / "b", ref_dtype="bfloat16", **settings), pairs)
+    assert {p.dtype for p in half.ref_model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in half.model.parameters()} == {torch.float32}
+    tied = load_policy(policy)
+    tied.config.tie_word_embeddings = True
+    tied.tie_weights()
+    twin = freeze_copy(tied, torch.bfloat16)
+    assert twin.get_output_embeddings().weight is twin.get_input_embeddings().weight
+    assert {b.dtype for b in twin.buffers()} == {b.dtype for b in tied.buffers()}
+    found, expected = (history(trainer, "loss", "rewards/margins") for trainer in (half, whole))
+    assert_close(found, expected, rtol=0.05, atol=0.02)
+    assert not torch.equal(found["rewards/margins"], expected["rewards/margins"])
+    named = DPOTrainer(policy, dpo_config(tmp_path / "c", ref_dtype="bfloat16", ref_model_name_or_path=policy), pairs)
+    assert torch.equal(*(t.ref_model.get_input_embeddings().weight for t in (named, half)))
+
+
+@pytest.mark.parametrize(
+    "options, more, sentence",
+    [
+        ({"ref_dtype": "bf16"}, {}, "ref_dtype must be one of bfloat16, float16, float32, got 'bf16'"),
+        ({"ref_dtype": "bfloat16", "precompute_ref_log_probs": True}, {}, "no reference is held"),
+        ({"ref_dtype": "bfloat16"}, {"peft_config": LORA}, "the reference is the policy with its adapter off"),
+        ({"ref_dtype": "bfloat16", "loss_type": "simpo"}, {}, "this loss has no reference"),
+    ],
+)
+def test_a_dtype_that_no_reference_has(options, more, sentence, policy, pairs, tmp_path):
+    with pytest.raises(ConfigError, match=sentence):
+        DPOTrainer(policy, dpo_config(tmp_path, **options), pairs, **more)
