@@ -53,8 +53,11 @@ class GRPOConfig(OnPolicyConfig):
 
     estimator: str = field(default="grpo", metadata=ESTIMATOR_HELP)
     num_generations: int = field(default=8, metadata={"help": "Sampled completions per prompt and rollout."})
-    scale_rewards: str = field(
-        default="group", metadata={"help": "Divide by the deviation of the group, of the batch, or not: none."}
+    scale_rewards: str | bool = field(
+        default="group",
+        metadata={
+            "help": "Divide by the deviation of the group, of the batch, or not: none. true: group; false: none."
+        },
     )
     loss_aggregation: str = field(
         default="sequence_mean",
@@ -62,6 +65,11 @@ class GRPOConfig(OnPolicyConfig):
     )
     kl_in: str = field(default="loss", metadata={"help": "loss, as published, or reward."})
     kl_estimator: str = field(default="k3", metadata={"help": "With kl_in: loss. k3 as published, or k2."})
+
+    def __post_init__(self):
+        if isinstance(self.scale_rewards, bool):
+            self.scale_rewards = "group" if self.scale_rewards else "none"
+        super().__post_init__()
 
 
 class GRPOTrainer(OnPolicyTrainer):

@@ -5,13 +5,13 @@ from typing import Any
 
 from align.errors import ConfigError
 from align.rollout.types import SamplingParams
-from align.trainers.core.hooks import TrainingSettings
+from align.trainers.on_policy.trl_names import TrlOnPolicyOptions
 
 TRUNCATED = ("keep", "mask", "penalise", "bootstrap")
 
 
 @dataclass
-class SamplingOptions(TrainingSettings):
+class SamplingOptions(TrlOnPolicyOptions):
     """Mixed into the configuration of on-policy methods."""
 
     max_completion_length: int = field(default=256, metadata={"help": "Completions are cut here (tokens)."})

@@ -1,0 +1,43 @@
+"""Options of TRL's GRPO and RLOO trainers that have another name here, or no function."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from align.trainers.core.trl_options import TrlDefaults, of_trl
+
+VLLM = "the section rollout, as rollout: {backend: vllm} (docs/rollouts.md)"
+ENTROPY = "leave it out: there is no entropy bonus"
+
+
+@dataclass
+class TrlOnPolicyOptions(TrlDefaults):
+    """What another value asks for is refused with what to write instead."""
+
+    # ---- another name here
+    mask_truncated_completions: bool = of_trl(False, "truncated: mask (docs/on_policy.md)")
+    num_generations_eval: int | None = of_trl(None, "eval_num_generations")
+    log_completions: bool = of_trl(False, "num_logged_completions, of evaluations")
+    num_completions_to_print: int | None = of_trl(None, "num_logged_completions, of evaluations")
+    generation_batch_size: int | None = of_trl(None, "num_mini_batches, optimiser steps per pass over a rollout")
+    steps_per_generation: int | None = of_trl(None, "num_mini_batches, optimiser steps per pass over a rollout")
+    delta: float | None = of_trl(None, "dual_clip, which caps the loss of bad actions")
+    use_vllm: bool = of_trl(False, VLLM)
+    vllm_mode: str = of_trl("colocate", VLLM)
+    vllm_gpu_memory_utilization: float | None = of_trl(None, "rollout: {backend: vllm, gpu_memory_utilization: ...}")
+    vllm_server_base_url: str | None = of_trl(None, "rollout: {backend: server, urls: [...]} (docs/serving.md)")
+    vllm_importance_sampling_correction: bool = of_trl(False, "rollout_correction: token_truncate or sequence_mask")
+    normalize_advantages: bool = of_trl(False, "the method reinforce_pp, which whitens over the rollout")
+    # ---- what does not exist here
+    repetition_penalty: float = of_trl(1.0, "top_p, top_k or min_p: a penalty would draw from another policy")
+    generation_kwargs: dict[str, Any] | None = of_trl(None, "temperature, top_p, top_k and min_p")
+    chat_template_kwargs: dict[str, Any] | None = of_trl(None, "a chat template on the tokenizer with them set")
+    sync_ref_model: bool = of_trl(False, "train in rounds, each with the model of the last one as ref_model")
+    reward_clip_range: Any = of_trl(None, "clip inside the reward function; ReMax has reward_clip")
+    off_policy_mask_threshold: float | None = of_trl(None, "rollout_correction: sequence_mask")
+    multi_objective_aggregation: str = of_trl("sum_then_normalize", "dynamic_weights or constraints")
+    top_entropy_quantile: float = of_trl(1.0, "leave it out: all tokens are trained")
+    use_bias_correction_kl: bool = of_trl(False, "kl_estimator: k2, whose gradient is the reverse KL's")
+    entropy_coef: float = of_trl(0.0, ENTROPY)
+    use_adaptive_entropy: bool = of_trl(False, ENTROPY)
+    model_init_kwargs: dict[str, Any] | None = of_trl(None, "load the model with them, and pass it")
+    trust_remote_code: bool = of_trl(False, "pass a loaded model and its tokenizer")
