@@ -85,6 +85,7 @@ class OnPolicyBase(MicroBatchLists, Trainer):
         self.sync_engine()
         with self.phase("evaluate"):
             rows = self.evaluator.evaluate(dataset, self.model, self.reference)
+        self.engine.rest()
         measured = self.evaluator.measured
         metrics = {f"{metric_key_prefix}_{name}": sum(row[name] for row in rows) / len(rows) for name in measured}
         if own and self.is_in_train:

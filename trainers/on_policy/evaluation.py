@@ -114,7 +114,6 @@ class PolicyEvaluator:
     def _rows(self, prompts: list[dict], indices: list[int], model, reference) -> list[dict]:
         count = self.args.eval_num_generations
         samples = self._sample(prompts, indices, count)
-        self.engine.rest()
         # before the rewards: a sample that they have no score for has a KL and an entropy all the same
         columns: dict[str, Sequence[float | None]] = {**self._kl_and_entropy(samples, model, reference)}
         self.rewards.fill(samples)

@@ -275,6 +275,7 @@ class OnPolicyTrainer(OnPolicyBase):
             self.refill.fill(
                 rollout, indices, step, self.weighting, partial(self.pipeline.run, step=step, weight_version=step)
             )
+        self.engine.rest()
         samples = rollout.samples
         parts = self.planner.plan_forward(samples, args.train_batch_size * args.num_generations)
         if args.beta:

@@ -19,8 +19,6 @@ class CompletionSource(Protocol):
 
     def generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Rollout]: ...
 
-    def rest(self) -> None: ...
-
 
 @dataclass
 class ScoredRollout:
@@ -72,7 +70,6 @@ class RolloutPipeline:
         """
         with self.recorder.phase("generate"):
             rollout = self.generate(prompts, indices, step)
-            self.engine.rest()
         if rollout.weight_version != weight_version:
             raise RolloutError(
                 f"the rollouts of step {step} were made by weights of version {rollout.weight_version}, and version "
