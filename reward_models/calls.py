@@ -81,7 +81,9 @@ class Calls:
         try:
             result = call_within(self.timeout, functools.partial(self.function.call, **call.arguments))
             outcomes = self.read(result, call, batch)
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # also what is no Exception: it is the function's, not ours
             outcomes = self._failed(error, call, batch)
         self.failures.count(outcomes, call.indices, batch)
         return outcomes
@@ -94,12 +96,14 @@ class Calls:
             except TimeoutError:
                 raise (DeadlineExceeded if scope.expired() else TimeoutError) from None
             outcomes = self.read(result, call, batch)
-        except (Exception, SystemExit) as error:
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            raise
+        except BaseException as error:
             outcomes = self._failed(error, call, batch)
         self.failures.count(outcomes, call.indices, batch)
         return outcomes
 
-    def _failed(self, error: Exception | SystemExit, call: Call, batch: RewardBatch) -> list:
+    def _failed(self, error: BaseException, call: Call, batch: RewardBatch) -> list:
         if isinstance(error, DeadlineExceeded):
             reason = f"{self.function.source} did not return within {self.timeout:g} s"
         else:
@@ -114,6 +118,9 @@ class Calls:
             ) from None
         if isinstance(error, SystemExit):
             raise RewardError(f"reward {self.reward!r}: {self.function.source} wanted to exit at {where}") from error
+        if not isinstance(error, Exception) or isinstance(error, StopIteration | StopAsyncIteration):
+            # these would mean something else to the loops that they pass through
+            raise RewardError(f"reward {self.reward!r}: {reason} for {where}") from error
         blamed = self.blame(error, call, batch)
         if blamed is error:
             raise blamed

@@ -7,14 +7,18 @@ from typing import Any
 
 import torch
 
+from align.distributed.checkpoints import file_crc32
+from align.distributed.disk import writing
 from align.errors import ConfigError, RewardError
 from align.objectives.ensemble import aggregate, check_rule
 from align.reward_models.base import Reward, RewardBatch, RewardOutput
 from align.reward_models.classifier import ClassifierReward
 from align.reward_models.joint import JointMembers, check_tokenizers, load_joint
+from align.reward_models.normalizer import FILE_NAME as NORMALIZER_FILE
 
 FILE_NAME = "ensemble.json"
 FORMAT = "align.reward_ensemble/2"
+MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 KINDS = ("separate", "lora", "shared_trunk")
 
 
@@ -90,9 +94,42 @@ def save_ensemble(
     absent = [member for member in members if not (path.parent / member).is_dir()]
     if absent:
         raise RewardError(f"{path.parent} has no folder {', '.join(absent)}")
-    saved = {"format": FORMAT, "kind": kind, "members": list(members)}
-    path.write_text(json.dumps(saved | ({"upper_layers": upper_layers} if upper_layers else {}), indent=2) + "\n")
+    saved: dict[str, Any] = {"format": FORMAT, "kind": kind, "members": list(members)}
+    saved |= {"upper_layers": upper_layers} if upper_layers else {}
+    saved["files"] = {
+        str(name.relative_to(path.parent)): file_crc32(name) for name in _model_files(path.parent, members)
+    }
+    temporary = path.with_suffix(".tmp")
+    with writing(path):
+        temporary.write_text(json.dumps(saved, indent=2) + "\n")
+        temporary.replace(path)
     return path
+
+
+def _model_files(folder: Path, members: Sequence[str]) -> list[Path]:
+    """What scores follow from, but the normalisers, which may be fitted again and have checksums of their own."""
+    places = [folder, *(folder / member for member in members)]
+    found = {file for place in places for pattern in MODEL_FILES for file in place.glob(pattern) if file.is_file()}
+    return sorted(file for file in found if file.name not in (FILE_NAME, NORMALIZER_FILE))
+
+
+def _check_files(path: Path, files: Any) -> None:
+    """`RewardError` unless the files of the members are those that were saved. An ensemble that was put together by
+    hand names none."""
+    if files is None:
+        return
+    if not isinstance(files, dict):
+        raise RewardError(f"{path}: files must be checksums by name, got {files!r:.80}")
+    for name, crc32 in files.items():
+        file = path.parent / name
+        try:
+            same = file_crc32(file) == crc32
+        except (OSError, ValueError) as error:
+            raise RewardError(f"{file} cannot be read ({error}), and {path} names it: copy it again") from error
+        if not same:
+            raise RewardError(
+                f"{file} is not what was saved: copy it again, or delete `files` in {path} if you changed it"
+            )
 
 
 def read_ensemble(folder: str | Path) -> tuple[dict, list[Path]]:
@@ -102,7 +139,7 @@ def read_ensemble(folder: str | Path) -> tuple[dict, list[Path]]:
         raise RewardError(f"{folder} is not a saved ensemble: it has no {FILE_NAME}")
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise RewardError(f"{path} is damaged ({error}): copy it again, or train the ensemble again") from error
     saved = saved if isinstance(saved, dict) else {}
     named = saved.get("members")
@@ -145,6 +182,7 @@ def load_ensemble(
     classifier_options: of `ClassifierReward`, for every member (device, batch_tokens, policy_tokenizer ...).
     """
     saved, folders = read_ensemble(folder)
+    _check_files(Path(folder) / FILE_NAME, saved.get("files"))
     name = name or Path(folder).name
     members: list[ClassifierReward] | JointMembers
     if saved["kind"] == "separate":

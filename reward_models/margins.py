@@ -2,6 +2,7 @@
 
 import json
 import logging
+import zlib
 from collections.abc import Sequence
 from functools import cached_property
 from hashlib import blake2b
@@ -11,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from align.data.ending import end_ids, written_text
+from align.distributed.disk import writing
 from align.errors import ConfigError, RewardError
 from align.modeling.fingerprint import fingerprint
 from align.reward_models.base import Reward, RewardBatch
@@ -169,17 +172,25 @@ def rows_fingerprint(dataset: "Dataset") -> str:
 
 
 def _write(path: Path, scores: Tensor) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file({"scores": scores}, temporary)
-    temporary.replace(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        save_file({"scores": scores}, temporary, metadata={"crc32": _checksum(scores)})
+        temporary.replace(path)
+
+
+def _checksum(scores: Tensor) -> str:
+    return str(zlib.crc32(scores.contiguous().numpy().tobytes()))
 
 
 def _read(path: Path, count: int) -> Tensor:
     try:
-        scores = load_file(path)["scores"]
+        with safe_open(path, framework="pt") as file:
+            scores, written = file.get_tensor("scores"), (file.metadata() or {}).get("crc32")
     except Exception as error:  # safetensors has no public error class of its own
         raise RewardError(f"{path} cannot be read ({error}): delete it, and the scores are computed again") from error
+    if written != _checksum(scores):
+        raise RewardError(f"{path} does not match its checksum: delete it, and the scores are computed again")
     if scores.shape != (count, 2) or not scores.isfinite().all():
         raise RewardError(f"{path} does not hold {count} pairs of finite scores: delete it")
     return scores

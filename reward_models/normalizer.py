@@ -1,6 +1,7 @@
 """The offset and scale of a reward model, which pairwise training leaves arbitrary, fitted once and saved beside it."""
 
 import json
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from align.errors import RewardError
 
 FILE_NAME = "reward_normalizer.json"
+CHECK = "crc32"  # of the other entries: a flipped bit of a digit is seen
 LARGEST = torch.finfo(torch.float32).max
 
 
@@ -42,8 +44,11 @@ class Normalizer:
 
     def save(self, folder: str | Path) -> Path:
         path = Path(folder) / FILE_NAME
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        path.write_text(json.dumps(asdict(self) | {CHECK: self._crc32()}, indent=2) + "\n")
         return path
+
+    def _crc32(self) -> int:
+        return zlib.crc32(json.dumps(asdict(self), sort_keys=True).encode())
 
     @classmethod
     def load(cls, folder: str | Path) -> "Normalizer | None":
@@ -52,8 +57,10 @@ class Normalizer:
         if not path.exists():
             return None
         try:
-            saved = cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (TypeError, ValueError, RecursionError) as error:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            written = content.pop(CHECK, None)  # a file that was written by hand has none
+            saved = cls(**content)
+        except (AttributeError, TypeError, ValueError, RecursionError, OSError) as error:
             raise RewardError(f"{path} is not a saved normaliser ({error}): fit it again or delete it") from error
         numbers = (saved.mean, saved.std)
         if not all(isinstance(x, int | float) and abs(x) <= LARGEST for x in numbers) or not saved.std > 0:
@@ -61,4 +68,6 @@ class Normalizer:
                 f"{path}: mean must be a finite number and std one above 0, got {saved.mean!r:.40} and "
                 f"{saved.std!r:.40}: fit it again or delete it"
             )
+        if written is not None and written != saved._crc32():
+            raise RewardError(f"{path} does not match its checksum: fit it again, or delete {CHECK} if you changed it")
         return saved

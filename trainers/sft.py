@@ -143,6 +143,14 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         with outputs_as_computed(model):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
+    def extra_state(self) -> dict:
+        return {**super().extra_state(), "tokens": int(self._total_train_tokens)}
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.resumed is not None and not self._total_train_tokens:  # which TRL counts and does not keep
+            self._total_train_tokens = self.resumed.state.get("tokens", 0)
+        return super().training_step(model, inputs, num_items_in_batch)
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """As transformers' `evaluate`; `eval_dataset` is tokenised as the training rows are."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):  # a name among several evaluation sets

@@ -18,6 +18,8 @@ from align.methods import METHODS
 TOOLS = {
     "configs": "align.cli.configs",
     "schema": "align.cli.schema",
+    "check": "align.cli.check",
+    "doctor": "align.cli.doctor",
     "quickstart": "align.cli.quickstart",
     "chat": "align.cli.chat",
     "generate": "align.cli.generate",

@@ -49,11 +49,19 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
 
 def train(config: "RunConfig") -> None:
     """Train, and save the model and the resolved config in `output_dir`."""
-    from align.cli import build, terminal
+    from align.cli import terminal
     from align.config.resolve import settings
+    from align.distributed.disk import writing
 
     terminal.quieten_libraries()
     values = settings(config)
+    with writing(config.training.output_dir):
+        _train(config, values)
+
+
+def _train(config: "RunConfig", values: dict) -> None:
+    from align.cli import build
+
     if config.training.hub_token is not None:
         config.training.hub_token = Secret(expand(config.training.hub_token, "hub_token"))
     output_dir = Path(config.training.output_dir)

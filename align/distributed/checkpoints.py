@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = "align_manifest.json"
 
 
-def _crc32(path: Path) -> int:
+def file_crc32(path: Path) -> int:
     crc = 0
     with path.open("rb") as file:
         while chunk := file.read(1 << 22):
@@ -33,7 +33,7 @@ def checksums(folder: str | Path, *, rank: int = 0, processes: int = 1) -> dict[
     paths = [p for p in folder.rglob("*") if p.is_file() and p.name not in (MANIFEST, MANIFEST + ".tmp")]
     paths.sort(key=lambda path: (-path.stat().st_size, str(path)))
     return {
-        str(path.relative_to(folder)): {"size": path.stat().st_size, "crc32": _crc32(path)}
+        str(path.relative_to(folder)): {"size": path.stat().st_size, "crc32": file_crc32(path)}
         for path in paths[rank::processes]
     }
 
@@ -71,7 +71,7 @@ def damage(folder: str | Path) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != expected["size"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
-            if _crc32(path) != expected["crc32"]:
+            if file_crc32(path) != expected["crc32"]:
                 return f"{name} does not match its checksum"
         except (OSError, ValueError) as error:  # the second: a name with a zero byte
             return f"{name!r} cannot be read: {error}"

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from align.distributed.disk import writing
 from align.errors import ConfigError, DataError, TrainingError
 
 logger = logging.getLogger(__name__)
@@ -106,11 +107,12 @@ class EvalWriter:
             logger.warning("%s is of an earlier run: kept as %s", self.path, old.name)
         # The whole file is replaced at once, so that a kill here leaves the old file or the new one, never half of one.
         temporary = self.path.with_suffix(".jsonl.tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
+        with writing(self.path):
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.writelines(lines)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path)
 
     def _kept_lines(self, resume_step: int) -> list[str]:
         if not self.path.exists():
@@ -180,7 +182,7 @@ class EvalWriter:
         record["per_prompt"] = per_prompt
         record["samples"] = [{key: sample.get(key) for key in SAMPLE_KEYS} for sample in samples or []]
         data = _dump(record, self.path).encode()
-        with open(self.path, "ab") as file:
+        with writing(self.path), open(self.path, "ab") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

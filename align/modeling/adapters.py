@@ -49,7 +49,7 @@ def is_adapter(folder: str | Path) -> bool:
 
 def adapter_base(folder: str | Path) -> str:
     """Folder or hub name of the model that an adapter's folder adapts. ConfigError if another model lies there now."""
-    base = json.loads((Path(folder) / CONFIG_FILE).read_text())["base_model_name_or_path"]
+    base = read_object(Path(folder) / CONFIG_FILE).get("base_model_name_or_path")
     if not base:
         raise ConfigError(f"the adapter {folder} names no base model: write it into base_model_name_or_path")
     before, now = notes(folder).get("base_digest"), folder_digest(base)
@@ -71,7 +71,18 @@ def adapter_start(folder: str | Path) -> str:
 def notes(folder: str | Path) -> dict:
     """What `align_adapter.json` says; empty for an adapter that was saved by others."""
     path = Path(folder) / NOTES_FILE
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_object(path) if path.exists() else {}
+
+
+def read_object(path: Path) -> dict:
+    """A JSON file of an adapter. ConfigError for one that is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is damaged ({error}): copy the adapter again") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is damaged (it holds {content!r:.40}): copy the adapter again")
+    return content
 
 
 def folder_digest(folder: str | Path) -> str | None:

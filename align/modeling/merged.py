@@ -2,14 +2,15 @@
 
 import copy
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from align.errors import ConfigError
-from align.modeling.adapters import adapter_base, is_adapter, read_start
-from align.modeling.pretrained import load_whole, only_errors_from_transformers
+from align.modeling.adapters import CONFIG_FILE, adapter_base, is_adapter, read_object, read_start
+from align.modeling.pretrained import load_whole, one_line, only_errors_from_transformers
 from align.modeling.score_head import draw_head, head_name
 from align.modeling.types import Model
 
@@ -43,8 +44,8 @@ def load_unmerged(auto_class, folder: str, options: dict, **head) -> tuple[Model
         model = load(auto_class, base, options, **({"head_seed": 0} if head else {}))
         try:
             return PeftModel.from_pretrained(model, folder), base
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except Exception as error:  # damaged files make PEFT and safetensors raise anything
+            reason = one_line(error)
             raise ConfigError(f"cannot load the adapter {folder!r} on its base {base!r}: {reason}") from error
 
 
@@ -64,9 +65,7 @@ def merge(adapted: Any) -> Model:
 
 
 def _task(folder: str) -> str | None:
-    from peft import PeftConfig
-
-    return PeftConfig.from_pretrained(folder).task_type
+    return read_object(Path(folder) / CONFIG_FILE).get("task_type")
 
 
 def _grafted(folder: str, options: dict, head_seed: int | None) -> nn.Module:

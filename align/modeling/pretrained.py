@@ -39,10 +39,16 @@ def from_pretrained(auto_class, source: str, what: str, *, sharded: bool = False
             nullcontext() if sharded else weights_on_every_process(),
         ):
             return auto_class.from_pretrained(source, **kwargs)
-    except (OSError, ValueError, ImportError) as error:  # the last: bitsandbytes is missing
+    except Exception as error:  # missing and damaged files make transformers, tokenizers and safetensors raise anything
         if problem and not Path(source).exists():
             raise ConfigError(f"cannot load the {what} {source!r}: {not_found(source, problem)}") from error
-        raise ConfigError(f"cannot load the {what} {source!r}: {str(error).strip().splitlines()[0]}") from error
+        raise ConfigError(f"cannot load the {what} {source!r}: {one_line(error)}") from error
+
+
+def one_line(error: Exception) -> str:
+    """The first line of an error, with its kind where that says more."""
+    text = (str(error).strip().splitlines() or [""])[0]
+    return text if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: {text}"
 
 
 def load_whole(auto_class, source: str, options: dict, **head) -> Model:

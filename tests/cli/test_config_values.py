@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import pickle
-import random
 from typing import get_args
 
 import pytest
@@ -13,8 +12,7 @@ from align.cli.main import main
 from align.config.ranges import RANGES
 from align.config.resolve import hints, option_classes, resolve, settings, write_settings
 from align.config.secrets import MASK, Secret, expand, masked, masked_text
-from align.config.source import ready_configs
-from align.errors import AlignError, ConfigError
+from align.errors import ConfigError
 from align.methods import METHODS
 from align.rollout import VLLMOptions
 from align.trainers.dpo import DPOConfig
@@ -163,67 +161,6 @@ def test_commands_that_are_printed_hold_no_secret(file, capsys, tmp_path):
     assert "hf_abc" not in capsys.readouterr().out
     assert main(["launch", path, "--slurm", str(tmp_path / "job"), *tokens]) == 2
     assert "would hold a secret" in capsys.readouterr().err and not (tmp_path / "job").exists()
-
-
-# ---- damaged files and odd values -----------------------------------------------------------------------------------
-
-KEYS = ["rewards", "multipliers", "constraints", "extends", "rewards.0.path"]
-ODD = [
-    *("", "~", "true", "-1", "0", "1e309", ".inf", ".nan", "007", "1_000", "0x10", "[]", "{}", "[[]]", "{a: {b: c}}"),
-    *("'x'", '"\\x00"', '"\\ud800"', "!!int x", "!!python/name:os.system", "!!binary x", "&a [*a]", "*nowhere", "é"),
-    *("\x07", "${HOME}", "http://a:b@c", "- 1", "? x", "<<: 1", "|\n  a\n  b", "[1, 2", "{", "@", "%", "9" * 30),
-]
-
-
-def damaged(rng: random.Random, text: str) -> bytes:
-    lines = text.split("\n")
-    for _ in range(rng.randint(1, 3)):
-        place = rng.randrange(len(lines))
-        key = lines[place].partition(":")[0]
-        lines[place] = rng.choice(
-            [
-                f"{key}: {rng.choice(ODD)}",
-                f"{key}x: 1",
-                lines[place] + rng.choice(ODD),
-                "  " * rng.randint(0, 3) + lines[place],
-                lines[rng.randrange(len(lines))],
-                lines[place][: rng.randint(0, 20)],
-                f"{rng.choice(KEYS)}: {rng.choice(ODD)}",
-            ]
-        )
-    content = "\n".join(lines).encode("utf-8", "surrogatepass")
-    if rng.random() < 0.1:
-        at = rng.randrange(len(content))
-        content = content[:at] + bytes([rng.randrange(256)]) + content[at + 1 :]
-    return content
-
-
-def test_damaged_files_and_odd_options_resolve_or_are_refused_with_a_place(tmp_path):
-    rng = random.Random(0)
-    path = tmp_path / "run.yaml"
-    names = [name for name in ready_configs() if "/" not in name]
-    resolved = 0
-    for _ in range(300):
-        name = rng.choice(names)
-        method = resolve_method(name)
-        path.write_bytes(damaged(rng, ready_configs()[name].read_text()))
-        options = option_classes(METHODS[method])
-        field = rng.choice(list(dataclasses.fields(options[rng.choice(list(options))]))).name
-        tokens = [f"--{field}={rng.choice(ODD)}"] if rng.random() < 0.5 else []
-        try:
-            resolve(method, str(path), tokens)
-            resolved += 1
-        except AlignError as error:
-            message = str(error)
-            assert "\n" not in message and message.isprintable(), message
-            assert "run.yaml" in message or "command line" in message or "base/" in message, message
-    assert 20 < resolved < 250
-
-
-def resolve_method(name: str) -> str:
-    from align.config.source import read_file
-
-    return read_file(name)["method"].value
 
 
 def test_the_temperature_is_the_engines():

@@ -39,6 +39,15 @@ def finish(folder, kind, **details):
     return folder
 
 
+def by_hand(folder):
+    """An ensemble that its user has changed, and said so."""
+    path = folder / "ensemble.json"
+    saved = json.loads(path.read_text())
+    del saved["files"]
+    path.write_text(json.dumps(saved))
+    return folder
+
+
 @pytest.fixture(params=["llama", "bert"])
 def trunk(request, tmp_path):
     """(folder of the ensemble, its members as plain classifiers)."""
@@ -110,7 +119,7 @@ def test_a_member_that_fails_is_named(trunk):
 
 
 def test_members_must_read_the_same(adapters, tmp_path):
-    folder, _ = adapters
+    folder = by_hand(adapters[0])
     worlds.tokenizer(template="{{ messages }}").save_pretrained(folder / "member_2")
     with pytest.raises(ConfigError, match="'member_2' has another chat template or end token than member 'member_0'"):
         load_ensemble(folder, "mean", device="cpu")
@@ -124,7 +133,7 @@ def test_members_must_read_the_same(adapters, tmp_path):
 
 
 def test_adapters_that_do_not_belong_together(adapters):
-    folder, _ = adapters
+    folder = by_hand(adapters[0])
     path = folder / "member_1" / "adapter_config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "lora_alpha": 99}))
@@ -143,6 +152,7 @@ def test_damaged(trunk):
     save_ensemble(folder, NAMES[:2], kind="shared_trunk", upper_layers=1)
     with pytest.raises(RewardError, match="does not hold 2 members of 1 layers"):
         load_ensemble(folder, "mean", device="cpu", normalize=False)
+    by_hand(folder)
     (folder / "shared_trunk.safetensors").unlink()
     with pytest.raises(RewardError, match="has no shared_trunk.safetensors"):
         load_ensemble(folder, "mean", device="cpu", normalize=False)

@@ -21,6 +21,7 @@ from align.data.endless import EndlessRows
 from align.data.limits import check_fits, row_check
 from align.data.streams import is_stream
 from align.distributed.checkpoints import checksums, write_manifest
+from align.distributed.disk import writing
 from align.errors import ConfigError, TrainingError
 from align.modeling.adapters import adapter_start, notes, split
 from align.trainers.core import card, guards, identity, saving, trackers
@@ -200,6 +201,10 @@ class TrainerMixin(TrainerHooks):
         super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        with writing(output_dir or self.args.output_dir):
+            self._save_checked(output_dir, state_dict)
+
+    def _save_checked(self, output_dir: str | None, state_dict: dict[str, Tensor] | None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         readme = folder / "README.md"
         previous = readme.read_text(encoding="utf-8") if readme.is_file() else None
@@ -247,6 +252,10 @@ class TrainerMixin(TrainerHooks):
         return {}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with writing(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"):
+            self._write_checkpoint(model, trial)
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
         args, step = self.args, self.state.global_step
         guards.check_weights(self.model.parameters(), step)
         run_dir = self._get_output_dir(trial=trial)

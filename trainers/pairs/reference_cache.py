@@ -7,6 +7,8 @@ import hashlib
 import logging
 import os
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
+from align.distributed.disk import writing
 from align.errors import TrainingError
 from align.modeling.fingerprint import fingerprint
 from align.modeling.logprobs import language_model
@@ -94,13 +97,22 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
     if not path.exists():
         return None
     logger.info("reference log-probs are read from %s", path)
-    with np.load(path) as stored:
-        return stored["chosen"], stored["rejected"]
+    try:
+        with np.load(path) as stored:
+            return stored["chosen"], stored["rejected"]
+    # what numpy and zipfile let out of damaged files: RuntimeError of a flipped bit that says it is encrypted, say
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise TrainingError(f"{path} is damaged ({error}): delete it, and the log-probs are computed again") from error
 
 
 def _write(path: Path, flat: tuple[np.ndarray, np.ndarray]) -> None:
     """Under a name of its own until it is whole: other runs may write the same file at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_whole(path, flat)
+
+
+def _write_whole(path: Path, flat: tuple[np.ndarray, np.ndarray]) -> None:
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".unfinished-", suffix=".npz", delete=False) as file:
         try:
             np.savez(file, chosen=flat[0], rejected=flat[1])

@@ -1,0 +1,50 @@
+"""Writing where there may be no room, no right, or something in the way."""
+
+import errno
+import os
+import re
+from contextlib import contextmanager
+from pathlib import Path
+
+from align.errors import TrainingError
+
+OF_THE_DISK = {
+    *(errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+}
+NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+RUST = re.compile(r"\(os error (\d+)\)")  # safetensors and tokenizers, in exceptions of their own
+TORCH = ("PytorchStreamWriter failed", "inline_container")  # torch.save, which does not say why
+
+
+@contextmanager
+def writing(what: str | Path):
+    """`TrainingError`, in one sentence, where something could not be written: a full disk, a quota, a folder of
+    another user, a file where a folder should be. what: a file or folder, for the sentence."""
+    try:
+        yield
+    except Exception as error:  # the libraries that write have no class in common
+        reason = _reason(error, str(what))
+        if reason is None:
+            raise
+        path = getattr(error, "filename", None) or what
+        raise TrainingError(
+            f"{path} cannot be written: {reason}. When that is mended, start again: with resume_from_checkpoint: auto "
+            "a run goes on from its newest whole checkpoint"
+        ) from error
+
+
+def _reason(error: Exception, what: str) -> str | None:
+    """What the disk said; None for what is no error of writing."""
+    if getattr(error, "__notes__", None):  # of a function of the user's, which it says
+        return None
+    found = RUST.search(str(error))
+    number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+    made = isinstance(error, OSError) and number == errno.ENOENT and str(error.filename or "").startswith(what)
+    if made or number in OF_THE_DISK:  # made: a folder cannot be made below one like /proc
+        return os.strerror(number or 0) + (
+            " (no room on the disk, or a limit of file sizes)" if number in NO_ROOM else ""
+        )
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in TORCH):
+        return "writing broke off (no room on the disk, or no right to write there)"
+    return None

@@ -1,0 +1,105 @@
+"""The campaign of faults: what is killed, damaged, made up or refused ends exactly, or in one sentence.
+
+    nice -n 10 python benchmarks/faults/run.py --seed 0 --minutes 60 [--output FILE] [--areas kills damage ...]
+    python benchmarks/faults/run.py --short
+
+Prints one table: tried, exact (as if nothing had happened), refused (one sentence of an `AlignError`), wrong (all
+else: a traceback, a hang, other weights), and what was wrong, with what makes it again. Exit status 1 if anything was.
+`--minutes` is shared by the areas; each stops at its number (150 kills, 800 damages, 10,000 configs, 10,000 rows).
+`--short` is the form of the tests, with a few of each.
+"""
+
+import argparse
+import importlib
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+HERE = Path(__file__).resolve().parent
+sys.path[0] = str(HERE.parents[1])  # not this folder, whose names are of a package
+
+AREAS = ("configs", "rows", "rewards", "disk", "damage", "kills")
+SHARES = {"configs": 0.12, "rows": 0.08, "rewards": 0.06, "disk": 0.04, "damage": 0.3, "kills": 0.4}
+NUMBERS = {"configs": 10_000, "rows": 10_000, "rewards": 10_000, "disk": 40, "damage": 800, "kills": 150}
+SHORT = {"configs": 300, "rows": 400, "rewards": 10_000, "disk": 4, "damage": 24, "kills": 6}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--short", action="store_true")
+    parser.add_argument("--areas", nargs="+", choices=AREAS, default=AREAS)
+    parser.add_argument("--folder", type=Path, help="work here and keep it [a temporary folder]")
+    parser.add_argument("--output", type=Path, help="write the table as JSON")
+    return parser.parse_args()
+
+
+def imported() -> None:
+    """Everything that a run needs, once, so that children start at once."""
+    import torch
+
+    torch.set_num_threads(1)
+    import bitsandbytes  # noqa: F401  (peft asks for it)
+    import trl  # noqa: F401
+
+    import align
+    from align.lazy import load
+    from align.methods import METHODS
+
+    for method in METHODS.values():
+        load(method.trainer), load(method.config)
+        for further in (method.ensemble, method.sweep):
+            if further:
+                load(further)
+    for name in align.__all__:
+        getattr(align, name)
+
+
+def main() -> int:
+    args = arguments()
+    folder = args.folder or Path(tempfile.mkdtemp(prefix="faults-"))
+    os.environ["HF_DATASETS_CACHE"] = str(folder / "datasets")
+    import datasets
+
+    if {"kills", "damage", "disk"} & set(args.areas):
+        imported()
+    from benchmarks.faults import processes, world
+    from benchmarks.faults.tally import Tally
+
+    logging.disable(logging.WARNING)  # of rows that are left out, one by one
+    datasets.disable_progress_bars()
+    tally, start = Tally(), time.monotonic()
+    made = processes.in_child(folder / "made", lambda: str(world.make(folder / "world", args.seed)))
+    if made.value is None:
+        raise SystemExit(f"the world cannot be made: {made}")
+    shares = sum(SHARES[area] for area in args.areas)
+    for area in args.areas:
+        begin = time.monotonic()
+        until = begin + (600 if args.short else 60 * args.minutes * SHARES[area] / shares)
+        number = (SHORT if args.short else NUMBERS)[area]
+        _area(area)(tally, folder / area, folder / "world", args.seed, number, until)
+        print(f"{area}: {time.monotonic() - begin:.0f} s", flush=True)
+    print(tally.table())
+    print(*tally.faults, sep="\n")
+    if args.output:
+        found = {"seed": args.seed, "minutes": round((time.monotonic() - start) / 60, 1), "table": tally.rows()}
+        args.output.write_text(json.dumps(found | {"faults": tally.faults}, indent=1) + "\n")
+    if args.folder is None:
+        shutil.rmtree(folder)
+    return 1 if tally.faults else 0
+
+
+def _area(name: str):
+    return importlib.import_module(f"benchmarks.faults.{name}").run
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""A tiny policy, rows of every kind, reward models, and the commands of every method on them."""
+
+import json
+import random
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from align.data import toy
+
+STEPS = 6
+COMMON = (
+    f"--max_steps {STEPS} --save_strategy steps --save_steps 2 --logging_steps 1 --learning_rate 5e-3 --report_to none "
+    "--use_cpu --disable_tqdm true --per_device_train_batch_size 4"
+)
+PAIRS = "--max_length 32 --dataset_name {world}/pairs.jsonl"
+PROMPTS = (
+    "--dataset_name {world}/prompts.jsonl --max_prompt_length 16 --max_completion_length 6 --rollout.backend "
+    "transformers --eval_strategy steps --eval_steps 2 --eval_on_start false "
+    "--eval_dataset_name {world}/eval_prompts.jsonl --dataset_test_split train"
+)
+GOLD = ["--gold_reward", '{"type": "rule", "function": "align.data.toy:gold"}']
+REWARDS = ["--rewards", '[{"type": "rule", "function": "align.data.toy:gold"}]']
+HELD = [
+    "--rewards",
+    '[{"type": "rule", "function": "align.data.toy:gold_helpfulness"}, '
+    '{"type": "rule", "function": "align.data.toy:gold_courtesy"}]',
+    "--constraints",
+    '[{"reward": "gold_courtesy", "direction": "at_least", "threshold": 0.3}]',
+]
+LORA = "--use_peft --lora_r 4 --lora_dropout 0.1 --lora_target_modules all-linear"
+SEVERAL = "--num_mini_batches 2 --num_iterations 2"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One line of the kills: a method's command. processes: more than one run under gloo."""
+
+    method: str
+    options: str
+    tokens: list[str] = field(default_factory=list)
+    processes: int = 1
+
+
+RUNS = {
+    "sft": Run("sft", "--max_length 32 --dataset_name {world}/completions.jsonl"),
+    "sft, LoRA": Run("sft", f"--max_length 32 --dataset_name {{world}}/completions.jsonl {LORA}"),
+    "sft, two processes": Run("sft", "--max_length 32 --dataset_name {world}/completions.jsonl", processes=2),
+    "reward": Run("reward", PAIRS),
+    "reward, three members": Run("reward", f"{PAIRS} --ensemble 3 --max_steps 4"),
+    "reward, three adapters": Run("reward", f"{PAIRS} --ensemble 3 --ensemble_kind lora --use_peft --lora_r 4"),
+    "dpo, cached reference": Run("dpo", f"{PAIRS} --precompute_ref_log_probs"),
+    "dpo, LoRA": Run("dpo", f"{PAIRS} {LORA}"),
+    "dpo, two processes": Run("dpo", PAIRS, processes=2),
+    "sparsepo": Run("sparsepo", PAIRS),
+    "modpo": Run("modpo", f"{PAIRS} --objective better", [*REWARDS, "--weights", "{better: 0.5, gold: 0.5}"]),
+    "modpo, a sweep": Run(
+        "modpo", f"{PAIRS} --objective better --weights sweep --sweep_points 2 --max_steps 4 {LORA}", REWARDS
+    ),
+    "remax": Run("remax", PROMPTS, [*REWARDS, *GOLD]),
+    "ppo": Run("ppo", f"{PROMPTS} {SEVERAL}", REWARDS),
+    "ppo, two processes": Run("ppo", f"{PROMPTS} {SEVERAL}", REWARDS, processes=2),
+    "rloo, constrained": Run("rloo", f"{PROMPTS} --num_generations 2 --beta 0.1 {SEVERAL}", HELD),
+    "grpo": Run("grpo", f"{PROMPTS} --num_generations 2", [*REWARDS, *GOLD]),
+    "reinforce_pp": Run("reinforce_pp", PROMPTS, REWARDS),
+}
+
+
+def command(name: str, world: Path, output: Path, *further: str) -> list[str]:
+    """`align ...` of a line of the table."""
+    run = RUNS[name]
+    words = f"{COMMON} --model_name_or_path {world}/policy {run.options}".format(world=world).split()
+    found: dict[str, list[str]] = {}  # a later option replaces an earlier one
+    for word in [*words, *run.tokens]:
+        if word.startswith("--"):
+            found[word] = []
+            last = word
+        else:
+            found[last].append(word)
+    options = [word for key, values in found.items() for word in (key, *values)]
+    return [run.method, *options, "--output_dir", str(output), "--resume_from_checkpoint", "auto", *further]
+
+
+def train(argv: list[str]) -> int:
+    """What `align ...` does, but that an AlignError comes out of it."""
+    from align.cli.main import build_parser
+
+    args, extra = build_parser().parse_known_args(argv)
+    return args.run(args, extra)
+
+
+def make(folder: Path, seed: int) -> Path:
+    """The policy, the rows, and a saved ensemble of two reward models, in `folder`."""
+    from align.quickstart.phases import make_policy
+
+    tokenizer = toy.tokenizer()
+    policy = make_policy(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, seed=0)
+    policy.save_pretrained(folder / "policy")
+    tokenizer.save_pretrained(folder / "policy")
+    train_rows, test_rows = toy.split_prompts(seed, 24, 5)
+    demonstrations, others = toy.reference_text(train_rows, 1, seed), toy.reference_text(train_rows, 1, seed + 1)
+    pairs = [
+        {"prompt": a["prompt"], "chosen": a["completion"], "rejected": b["completion"], "topic": a["topic"]}
+        for a, b in zip(demonstrations, others, strict=True)
+        if a["completion"] != b["completion"]
+    ]
+    for name, rows in {
+        "completions": demonstrations,
+        "pairs": pairs,
+        "prompts": train_rows,
+        "eval_prompts": test_rows,
+    }.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def copied(source: Path, target: Path) -> Path:
+    shutil.rmtree(target, ignore_errors=True)
+    return Path(shutil.copytree(source, target))
+
+
+def draw(seed: int, area: str) -> random.Random:
+    """The random numbers of an area: the same whatever else is tried."""
+    return random.Random(f"{area} {seed}")
