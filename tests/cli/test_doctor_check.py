@@ -1,0 +1,110 @@
+"""`align doctor` and `align check`: what passes, and that a fault is found and named with its remedy."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+
+from align.cli.main import main
+from align.data import toy
+from align.doctor import invariants, machine
+from align.doctor.lines import attempt
+from tests.trainers.pairs.preference_runs import toy_pairs
+from tests.trainers.tiny_runs import tiny_model
+
+
+def report(capsys, *argv: str) -> tuple[int, dict]:
+    status = main([*argv, "--json"])
+    return status, json.loads(capsys.readouterr().out)
+
+
+def test_the_doctor_passes_here_and_speaks_json(capsys):
+    status, found = report(capsys, "doctor", "--backend", "transformers")
+    by_name = {line["what"]: line for line in found["lines"]}
+    assert status == 0 and found["passed"], [line for line in found["lines"] if line["state"] == "failed"]
+    for name in (
+        "python",
+        "torch",
+        "vllm",
+        "device",
+        "rollout engine",
+        "a rollout",
+        "a push of weights",
+        "two processes",
+    ):
+        assert name in by_name
+    assert "saved and read back" in by_name["a training step"]["found"]
+    assert "21 tensors the same bit by bit" in by_name["a push of weights"]["found"]
+
+
+def test_versions_outside_their_range_fail_with_the_command_that_mends_them():
+    wanted = Requirement("trl>=1.16,<1.17")
+    assert machine.version_line(wanted, "1.16.0", "1.16.0").found == "1.16.0 (as tested)"
+    assert machine.version_line(wanted, "1.16.3", "1.16.0").found == "1.16.3 (tested with 1.16.0)"
+    for version in ("1.15.0", "1.17.0", None):
+        line = machine.version_line(wanted, version, "1.16.0")
+        assert line.state == "failed" and line.remedy == "pip install 'trl==1.16.0'"
+
+
+def test_a_stage_that_breaks_is_a_line_and_the_exit_status_says_so(capsys, monkeypatch):
+    def broken():
+        raise RuntimeError("no\nsuch device")
+
+    assert attempt("a", broken, "buy one").shown() == "failed  a: RuntimeError: no such device\n        -> buy one"
+    monkeypatch.setattr(machine, "_two_processes", broken)
+    monkeypatch.setattr(machine, "_step", lambda folder, made: broken())
+    assert main(["doctor"]) == 1
+    shown = capsys.readouterr().out
+    assert "failed  a training step" in shown and "skipped a rollout" in shown and "failed  two processes" in shown
+
+
+@pytest.fixture
+def config(tmp_path) -> Path:
+    tokenizer = toy.tokenizer()
+    tiny_model(tokenizer).save_pretrained(tmp_path / "policy")
+    tokenizer.save_pretrained(tmp_path / "policy")
+    toy_pairs(16).to_json(tmp_path / "pairs.jsonl")
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"method: dpo\nmodel_name_or_path: {tmp_path}/policy\ndataset_name: {tmp_path}/pairs.jsonl\nmax_length: 32\n"
+        f"learning_rate: 0.005\nuse_cpu: true\nrun_name: r\noutput_dir: {tmp_path}/none\n"
+    )
+    return path
+
+
+def test_the_invariants_hold(config, capsys, monkeypatch):
+    """All but two processes, which tests/trainers/on_policy/test_two_processes.py has; nothing is written beside."""
+    monkeypatch.setattr(invariants, "_ranks", lambda checker: "not here")
+    before = sorted(config.parent.iterdir())
+    status, found = report(capsys, "check", str(config))
+    assert status == 0, found
+    assert len(found["lines"]) == 9 and {line["state"] for line in found["lines"]} == {"passed"}
+    assert sorted(config.parent.iterdir()) == before
+
+
+def test_a_broken_invariant_fails_its_line(config, capsys, monkeypatch):
+    """A loss that depends on how many rows are in a batch, and a resume that draws something else."""
+    from align.trainers.dpo import DPOTrainer
+
+    step = DPOTrainer.training_step
+
+    def uneven(self, model, inputs, num_items_in_batch=None):
+        loss = step(self, model, inputs, num_items_in_batch)
+        with torch.no_grad():
+            if self.resumed is not None:
+                next(model.parameters()).add_(1e-6)
+        return loss * (1.1 if self.args.per_device_train_batch_size == 1 else 1.0)
+
+    monkeypatch.setattr(DPOTrainer, "training_step", uneven)
+    monkeypatch.setattr(
+        invariants,
+        "stages",
+        lambda checker: [("accumulation", invariants._accumulation, "a"), ("resumed", invariants._resumed, "b")],
+    )
+    status, found = report(capsys, "check", str(config))
+    assert status == 1
+    accumulation, resumed = found["lines"][1:]
+    assert accumulation["state"] == "failed" and "at most 0.001 (float32)" in accumulation["found"]
+    assert resumed["state"] == "failed" and "differs by up to" in resumed["found"] and resumed["remedy"] == "b"
