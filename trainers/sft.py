@@ -75,6 +75,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
 
     _tag_names = ["align", "sft"]
     args: SFTConfig
+    _total_train_tokens: int  # TRL's
     config_class = SFTConfig
 
     def __init__(
