@@ -26,6 +26,7 @@ TOOLS = {
     "compare": "align.cli.compare",
     "export": "align.cli.export",
     "watch": "align.cli.watch",
+    "report": "align.cli.report",
     "data": "align.cli.data",
     "masks": "align.cli.masks",
     "reward-eval": "align.cli.reward_eval",
