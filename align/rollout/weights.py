@@ -48,9 +48,7 @@ def weights_of(model: Model, arrived=None, *, merged: bool = True) -> Iterator[W
     """Every tensor that `named_weights` gives, not computed yet."""
     check_supported(model)
     core = language_model(model)
-    return _walk(
-        core, "", {id(p) for p in core.parameters()}, (lambda layer: Merged(layer, arrived)) if merged else None
-    )
+    return _walk(core, "", set(), (lambda layer: Merged(layer, arrived)) if merged else None)
 
 
 def own_weights(core: Model) -> Iterator[Weight]:
@@ -136,8 +134,8 @@ def _is_adapted(module: nn.Module) -> bool:
     return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
 
 
-def _walk(module: nn.Module, prefix: str, pending: set[int], merge: Callable | None) -> Iterator[Weight]:
-    """pending: ids of the parameters not given yet. merge: makes the merged twin of an adapter layer; None: no twin."""
+def _walk(module: nn.Module, prefix: str, given: set[int], merge: Callable | None) -> Iterator[Weight]:
+    """given: ids of the parameters that were given. merge: makes the merged twin of an adapter layer; None: no twin."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
@@ -149,15 +147,15 @@ def _walk(module: nn.Module, prefix: str, pending: set[int], merge: Callable | N
     elif isinstance(module, AuxiliaryTrainingWrapper):
         raise ConfigError(f"rollouts do not support {type(module).__name__} adapters ({prefix.rstrip('.')}): use LoRA")
     for name, parameter in module.named_parameters(recurse=False):
-        if id(parameter) in pending:
-            pending.discard(id(parameter))
+        if id(parameter) not in given:
+            given.add(id(parameter))
             value = parameter_value(parameter) if merged is None else merged.value(name)
             yield Weight(prefix + name, parameter_shape(parameter), value)
     for name, buffer in module.named_buffers(recurse=False):
         if name not in module._non_persistent_buffers_set:
             yield Weight(prefix + name, buffer.shape, parameter_value(buffer))
     for name, child in module.named_children():
-        yield from _walk(child, f"{prefix}{name}.", pending, merge)
+        yield from _walk(child, f"{prefix}{name}.", given, merge)
 
 
 def parameter_shape(parameter: Tensor) -> torch.Size:
