@@ -1,14 +1,18 @@
 """Cached reference log-probs are the live ones, are kept on disk, and are not used for anything else."""
 
+import multiprocessing
+
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 
 from align.errors import ConfigError, TrainingError
 from align.modeling.load import freeze_copy, load_policy, load_tokenizer
 from align.trainers.dpo import DPOTrainer
 from align.trainers.pairs.data import flat_column, list_column
+from align.trainers.pairs.reference_cache import ReferenceCache
 from tests.trainers.pairs.preference_runs import assert_close, dpo_config, history, toy_pairs
 from tests.trainers.tiny_runs import logged
 
@@ -136,3 +140,26 @@ def test_a_reference_in_bfloat16(policy, pairs, tmp_path):
 def test_a_dtype_that_no_reference_has(options, more, sentence, policy, pairs, tmp_path):
     with pytest.raises(ConfigError, match=sentence):
         DPOTrainer(policy, dpo_config(tmp_path, **options), pairs, **more)
+
+
+def test_three_runs_write_into_one_folder_at_once(tmp_path):
+    """Each computes and writes the same file; none fails, none reads half a file, nothing is left over."""
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(3)
+    rows = Dataset.from_list([{"prompt_ids": [1], "chosen_ids": [2, 3], "rejected_ids": [4]}] * 500)
+
+    def compute():
+        barrier.wait(30)  # all three have found no file
+        return np.arange(1000, dtype=np.float32), np.arange(500, dtype=np.float32)
+
+    def one_run():
+        found = ReferenceCache(tmp_path / "shared", "weights", "float32").add_to(rows, "train", compute)
+        assert found["ref_chosen_logps"][499] == [998, 999] and found["ref_rejected_logps"][499] == [499]
+
+    runs = [context.Process(target=one_run) for _ in range(3)]
+    for process in runs:
+        process.start()
+    for process in runs:
+        process.join(60)
+    assert [process.exitcode for process in runs] == [0, 0, 0]
+    assert len(list((tmp_path / "shared").iterdir())) == 1
