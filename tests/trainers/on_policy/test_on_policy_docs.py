@@ -62,7 +62,8 @@ def test_programs_run(tokenizer, tmp_path, monkeypatch):
 def test_the_tables_have_every_metric(policy, tmp_path):
     named = set()
     for method in ("ppo", "grpo"):
-        trainer_class, args = on_policy(method, tmp_path, num_mini_batches=2, kl_target=1.0, max_steps=4)
+        cut = {"truncated": "mask", "overlong_buffer": 2}
+        trainer_class, args = on_policy(method, tmp_path, num_mini_batches=2, kl_target=1.0, max_steps=4, **cut)
         trainer = trainer_class(policy, wanted_words, args, prompts(16))
         trainer.train()
         named |= {key for entry in trainer.state.log_history for key in entry}
