@@ -1,5 +1,6 @@
 """What one row must be before it is tokenised: functions that return its parts in one shape, or raise BadRow."""
 
+import ast
 import json
 import math
 import re
@@ -144,8 +145,8 @@ def _value(value: Any, name: str, conversational: bool) -> Text:
     if not conversational:
         if not isinstance(value, str):
             raise BadRow(f"{name} has the wrong type ({type(value).__name__} instead of text)")
-        if name == "messages" or _is_json_messages(value):
-            raise BadRow(f"{name} is text that should be messages (parse the JSON: a list of role and content)")
+        if name == "messages" or _is_written_messages(value):
+            raise BadRow(f"{name} is text that should be messages (parse it: a list of role and content)")
         return value
     if not isinstance(value, list):
         raise BadRow(f"{name} has the wrong type ({type(value).__name__} instead of a list of messages)")
@@ -172,14 +173,23 @@ def _message(message: Any, name: str) -> dict[str, Any]:
     return {key: item for key, item in message.items() if item is not None}
 
 
-def _is_json_messages(text: str) -> bool:
-    if not re.match(r"\s*\[\s*\{", text):
+def _is_written_messages(text: str) -> bool:
+    """Whether a text is messages, or one of them, as JSON, Python or NumPy write them (a CSV file has them so)."""
+    if not (re.match(r"\s*[\[{]", text) and re.search(r"""["'](role|from)["']\s*:""", text)):
         return False
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
-        return False
-    return all(isinstance(item, dict) and "role" in item for item in value)
+        try:
+            value = ast.literal_eval(re.sub(r"\}\s*\{", "}, {", text.strip()))
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return False
+    if isinstance(value, dict):
+        value = value.get("messages", value.get("conversations", [value]))
+    return isinstance(value, list) and all(
+        isinstance(item, dict) and ({"role", "content"} <= item.keys() or {"from", "value"} <= item.keys())
+        for item in value
+    )
 
 
 def _same(a: Text, b: Text) -> bool:

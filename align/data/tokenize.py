@@ -123,6 +123,8 @@ def tokenize_completions(
             if not whole:
                 _check_prompt(encoded.prompt_ids, None, tokenizer)
                 check_room(encoded.prompt_ids, max_length)
+            if whole and encoded.prompt_ids and encoded.completions[0][:1] == encoded.prompt_ids:
+                raise BadRow("text starts with BOS twice")
             completion = _closed(encoded, 0, name, tokenizer, ending, note)
             if not fmt.conversational:
                 _note_typed(name, _found(completion[:-1], controls), note)

@@ -144,6 +144,8 @@ def test_a_text_with_bos_gets_no_second_one(tokenizer):
     texts = Dataset.from_list([{"text": "<bos>yes no"}, {"text": "yes no"}])
     marked, plain = tokenize_completions(texts, tokenizer, max_length=9)
     assert marked["input_ids"] == plain["input_ids"] and marked["completion_mask"] == plain["completion_mask"]
+    with pytest.raises(DataError, match="text starts with BOS twice"):
+        tokenize_completions(Dataset.from_list([{"text": "<bos><bos>yes no"}]), tokenizer, max_length=9)
 
 
 @pytest.mark.parametrize(
@@ -151,6 +153,13 @@ def test_a_text_with_bos_gets_no_second_one(tokenizer):
     [
         ({"messages": '[{"role": "user", "content": "hi"}]'}, "messages is text that should be messages"),
         ({"prompt": "hi", "completion": '[{"role": "assistant", "content": "yes"}]'}, "completion is text that should"),
+        ({"prompt": str(USER), "completion": "yes"}, "prompt is text that should"),
+        (
+            {"text": "[{'role': 'user', 'content': \"it's\"}\n {'role': 'assistant', 'content': 'x'}]"},
+            "text is text that",
+        ),
+        ({"text": '{"messages": [{"from": "human", "value": "hi"}]}'}, "text is text that should be messages"),
+        ({"prompt": "hi", "completion": "{'role': 'assistant', 'content': 'x'}"}, "completion is text that should"),
         ({"messages": [USER]}, "messages has a malformed message"),
         ({"messages": USER + YES, "chat_template_kwargs": "thinking"}, "chat_template_kwargs is str instead of names"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "images are not supported"),
@@ -160,6 +169,19 @@ def test_a_text_with_bos_gets_no_second_one(tokenizer):
 def test_rows_that_cannot_be_meant(chat_tokenizer, row, reason):
     with pytest.raises(DataError, match=reason):
         tokenize_completions(Dataset.from_list([row]), chat_tokenizer, max_length=99)
+
+
+def test_answers_may_be_json(chat_tokenizer):
+    answers = (
+        '[{"name": "x"}]',
+        '{"role": "admin"}',
+        '[{"role": 1}, 2]',
+        "{'from': 'x'}",
+        "[] is empty",
+        "[from: 'x']",
+    )
+    rows = Dataset.from_list([{"prompt": "json?", "completion": answer} for answer in answers])
+    assert len(tokenize_completions(rows, chat_tokenizer, max_length=99)) == len(answers)
 
 
 def test_columns_that_trainers_take_for_tokens(tokenizer):
