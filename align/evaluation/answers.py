@@ -120,13 +120,14 @@ def generate_answers(
         source=source,
         max_bad_share=max_bad_share,
     )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = dtype or ("auto" if device == "cuda" else "float32")
     SamplingParams(drawing.max_completion_length, drawing.n, drawing.temperature, drawing.top_p, drawing.top_k)
-    done = _resume(output, _identity(model, dataset["prompt_ids"], drawing), dataset["row"][:], drawing.n)
+    done = _resume(output, _identity(model, dataset["prompt_ids"], drawing, dtype), dataset["row"][:], drawing.n)
     if done == len(dataset):
         logger.info("%s holds all %d answers: nothing is left to draw", output, done * drawing.n)
         return output
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    policy = load_policy(model, dtype=dtype or ("auto" if device == "cuda" else "float32")).to(device)
+    policy = load_policy(model, dtype=dtype).to(device)
     longest = max(map(len, dataset["prompt_ids"])) + drawing.max_completion_length
     engine = make_engine(policy, tokenizer, backend=drawing.backend, max_model_len=longest, seed=drawing.seed)
     del policy
@@ -174,10 +175,10 @@ def _append(output: Path, dataset: "Dataset", engine, tokenizer, drawing: Drawin
 # ---- resuming -------------------------------------------------------------------------------------------------------
 
 
-def _identity(model: str, prompt_ids, drawing: Drawing) -> dict[str, Any]:
+def _identity(model: str, prompt_ids, drawing: Drawing, dtype: str) -> dict[str, Any]:
     digest = hashlib.blake2b(repr(list(prompt_ids)).encode(), digest_size=16).hexdigest()
     settings = {name: value for name, value in asdict(drawing).items() if name != "max_prompt_length"}
-    return {"model": model, "weights": weights_digest(model), "prompts": digest, **settings}
+    return {"model": model, "weights": weights_digest(model), "dtype": dtype, "prompts": digest, **settings}
 
 
 def weights_digest(model: str) -> str | None:

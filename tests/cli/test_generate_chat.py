@@ -89,6 +89,7 @@ def test_a_file_of_another_drawing_is_refused(model, tmp_path, capsys):
     other = adapter(model, tmp_path / "run", target_modules=["q_proj"])
     for changed, named in (
         ([*argv, "--seed", "1"], "seed 0, now 1"),
+        ([*argv, "--dtype", "bfloat16"], "dtype 'float32', now 'bfloat16'"),
         ([*argv, "--system", "w9"], "prompts '"),
         (["generate", other, *argv[2:]], "weights '"),
     ):

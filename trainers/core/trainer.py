@@ -49,6 +49,7 @@ class TrainerMixin(TrainerHooks):
 
     args: RunOptions
     config_class: ClassVar[Any]  # the method's configuration, a RunOptions
+    evaluates_a_loss: ClassVar[bool] = True
 
     @classmethod
     def options(cls, args: Options | None, model: Any, train_dataset: Any) -> Options:
@@ -76,6 +77,7 @@ class TrainerMixin(TrainerHooks):
             if self.router_coefficient:
                 check_checkpointing(self.args)
         self._check_rows()
+        self._check_best_metric()
         replace_printing(self)
         self.add_callback(LogFile(type(self).__name__.removesuffix("Trainer"), lambda: self.resume_step))
         if not self.is_deepspeed_enabled:  # its gradients are not in `parameter.grad`
@@ -96,6 +98,26 @@ class TrainerMixin(TrainerHooks):
         for what, dataset in {"training": self.train_dataset, **evaluated}.items():
             if isinstance(dataset, Dataset):
                 check_fits(self.model, dataset, what, self.processing_class)
+
+    def _check_best_metric(self) -> None:
+        """The default is `eval_loss`, which is neither a metric of several sets nor of on-policy evaluations: the run
+        would end in a KeyError after its first one."""
+        if not self.args.load_best_model_at_end:
+            return
+        metric = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
+        if isinstance(self.eval_dataset, dict):
+            names = list(self.eval_dataset)
+            if not any(metric.startswith(f"{name}_") for name in names):
+                raise ConfigError(
+                    f"load_best_model_at_end: metric_for_best_model is {metric!r}, and the evaluation sets have metrics "
+                    f"of their own: name one, such as eval_{names[0]}_{metric}"
+                )
+            metric = metric.removeprefix(next(f"{name}_" for name in names if metric.startswith(f"{name}_")))
+        if metric == "loss" and not self.evaluates_a_loss:
+            raise ConfigError(
+                "load_best_model_at_end: evaluations of on-policy methods have no loss: set metric_for_best_model, such "
+                "as eval_proxy or eval_gold, and greater_is_better: true"
+            )
 
     # ---- streams ----------------------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from align.trainers.weighting.base import Weighting
 class OnPolicyBase(MicroBatchLists, Trainer):
     """A trainer whose parts, named below, `OnPolicyTrainer` makes."""
 
+    evaluates_a_loss = False
     args: OnPolicyConfig
     model: nn.Module
     rewards: RewardColumns

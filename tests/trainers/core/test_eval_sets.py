@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset, DatasetDict
 
 from align.data import toy
-from align.errors import DataError
+from align.errors import ConfigError, DataError
 from tests.trainers import reward_runs
 from tests.trainers.pairs.preference_runs import dpo_config, toy_pairs
 from tests.trainers.tiny_runs import (
@@ -79,6 +79,24 @@ def test_the_metrics_of_each_set_are_those_of_the_set_alone(method, tmp_path):
         assert trainer.normalizer.fitted_on == "both answers of 11 evaluation pairs"
     if method == "remax":
         trainer.close()
+
+
+@pytest.mark.parametrize(
+    ("method", "several", "metric", "message"),
+    [
+        ("dpo", True, None, "metric_for_best_model is 'loss', .* name one, such as eval_near_loss"),
+        ("dpo", True, "eval_rewards/margins", "such as eval_near_rewards/margins"),
+        ("remax", False, None, "evaluations of on-policy methods have no loss: set metric_for_best_model"),
+        ("remax", True, "eval_near_loss", "evaluations of on-policy methods have no loss"),
+    ],
+)
+def test_a_best_metric_that_no_evaluation_has_is_refused_at_the_start(method, several, metric, message, tmp_path):
+    rows = rows_of(method, 4)
+    options = {"eval_strategy": "steps", "save_strategy": "steps", "load_best_model_at_end": True}
+    with pytest.raises(ConfigError, match=message):
+        make_trainer(
+            method, tmp_path, rows, {"near": rows} if several else rows, **options, metric_for_best_model=metric
+        )
 
 
 def test_cached_references_of_several_sets(tmp_path):
