@@ -109,14 +109,14 @@ class TrainerMixin(TrainerHooks):
             names = list(self.eval_dataset)
             if not any(metric.startswith(f"{name}_") for name in names):
                 raise ConfigError(
-                    f"load_best_model_at_end: metric_for_best_model is {metric!r}, and the evaluation sets have metrics "
-                    f"of their own: name one, such as eval_{names[0]}_{metric}"
+                    f"load_best_model_at_end: metric_for_best_model is {metric!r}, and the evaluation sets have "
+                    f"metrics of their own: name one, such as eval_{names[0]}_{metric}"
                 )
             metric = metric.removeprefix(next(f"{name}_" for name in names if metric.startswith(f"{name}_")))
         if metric == "loss" and not self.evaluates_a_loss:
             raise ConfigError(
-                "load_best_model_at_end: evaluations of on-policy methods have no loss: set metric_for_best_model, such "
-                "as eval_proxy or eval_gold, and greater_is_better: true"
+                "load_best_model_at_end: evaluations of on-policy methods have no loss: set metric_for_best_model, "
+                "such as eval_proxy or eval_gold, and greater_is_better: true"
             )
 
     # ---- streams ----------------------------------------------------------------------------------------------------
