@@ -36,7 +36,9 @@ class TrainingSettings:
     dataloader_pin_memory: bool
     dataloader_num_workers: int
     dataloader_prefetch_factor: int | None
+    load_best_model_at_end: bool
     max_steps: int
+    metric_for_best_model: str | None
     eval_on_start: bool
     logging_steps: float
     learning_rate: float
