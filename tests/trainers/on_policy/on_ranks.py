@@ -58,11 +58,11 @@ def makers(policy: str, folder: Path, world: int, backend: str = "transformers")
         return ReMaxTrainer(policy, wanted_words_of_some, args, *data, gold_reward=GOLD)
 
     def ppo():
-        several = {"num_mini_batches": 2, "num_iterations": 2, "num_generations": 2}
-        trainer_class, args = on_policy(
-            "ppo", folder / "ppo", **several, **{**options, "max_steps": 8, "save_steps": 3}
-        )
-        return trainer_class(policy, wanted_words_of_some, args, prompts(24), prompts(5, seed=1), gold_reward=GOLD)
+        several = {"num_mini_batches": 2, "num_iterations": 2, "num_generations": 2, "max_steps": 8, "save_steps": 3}
+        # two or three of four completions are cut, and left out
+        args = {**options, **several, "truncated": "mask", "max_completion_length": 24}
+        trainer_class, args = on_policy("ppo", folder / "ppo", **args)
+        return trainer_class(policy, wanted_words, args, prompts(24), prompts(5, seed=1), gold_reward=GOLD)
 
     resumed = {"remax resumed": remax, "ppo resumed": ppo}
     return {"sft": sft, "remax": remax, "ppo": ppo, **resumed}
