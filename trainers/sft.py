@@ -170,8 +170,9 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         output.metrics[f"{metric_key_prefix}_loss"] = loss / tokens
         weights = batches[..., 1].sum(0)
         for name in ("entropy", "mean_token_accuracy"):
-            means = torch.tensor(self._metrics["eval"][name], dtype=torch.float64)  # of each batch, over all processes
-            self._metrics["eval"][name] = [(means @ weights / tokens).item()]
+            # of each batch, over all processes; TRL would log it without the set's name
+            means = torch.tensor(self._metrics["eval"].pop(name), dtype=torch.float64)
+            output.metrics[f"{metric_key_prefix}_{name}"] = (means @ weights / tokens).item()
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

@@ -63,6 +63,7 @@ class SamplingOptions(TrlOnPolicyOptions):
 
     def __post_init__(self):
         super().__post_init__()
+        self.min_p = self.min_p or 0.0  # TRL's None is off
         SamplingParams(**self.drawing)  # which checks them
         check_truncated(self)
         if self.dynamic_sampling_rounds < 0:

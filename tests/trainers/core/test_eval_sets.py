@@ -18,7 +18,7 @@ from tests.trainers.tiny_runs import (
     wanted_words,
 )
 
-METRIC = {"sft": "loss", "dpo": "rewards/margins", "reward": "rewards/margins", "remax": "proxy"}
+METRIC = {"sft": "mean_token_accuracy", "dpo": "rewards/margins", "reward": "rewards/margins", "remax": "proxy"}
 
 
 def make_trainer(method, folder, train, evaluate=None, tokenizer=None, model=None, **options):
