@@ -47,12 +47,19 @@ def result(output: Path) -> dict[str, str | list]:
     for path in sorted(output.rglob("*")):
         name = str(path.relative_to(output))
         if path.suffix == ".safetensors" and "checkpoint-" not in name:
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            found[name] = tensors_digest(path)
         elif path.name == "overoptimization.jsonl":
             found[name] = [_without_times(json.loads(line)) for line in path.read_text().splitlines()[1:]]
         elif path.name == "trainer_state.json":
             found[name] = [_without_times(entry) for entry in json.loads(path.read_text())["log_history"]]
     return found
+
+
+def tensors_digest(path: Path) -> str:
+    """Of the tensors and their names: safetensors writes what stands beside them in no fixed order."""
+    from safetensors.torch import load_file, save
+
+    return hashlib.sha256(save(load_file(path))).hexdigest()
 
 
 def _without_times(entry: dict) -> dict:
