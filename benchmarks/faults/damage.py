@@ -175,12 +175,20 @@ def one(tally: Tally, work: Path, subject: Subject, name: Path, harm, rng: rando
         if damage_of(checkpoint) is not None:
             tally.add(subject.area, "refused")
             return
+    curve_gone = name.name == "overoptimization.jsonl" and not (copy / name).exists()
     ended = processes.in_child(work / "log", lambda: subject.use(copy))
     if ended.refused is not None:
         whole = ended.refused.isprintable()
         tally.add(subject.area, "refused" if whole else "wrong", f"{what}: no one line: {ended.refused!r}")
     elif ended.problem or ended.killed:
         tally.add(subject.area, "wrong", f"{what}: {ended.problem}")
+    elif curve_gone and isinstance(subject.expected, dict) and isinstance(ended.value, dict):
+        # all else is as it was, and the run says that its curve starts where it goes on
+        told = "does not exist: its curve starts here" in (work / "log" / "output.txt").read_text()
+        expected, found = ({**one, str(name): None} for one in (subject.expected, ended.value))
+        tally.add(
+            subject.area, "exact" if told and found == expected else "wrong", f"{what}: {_where(expected, found)}"
+        )
     else:
         same = ended.value == subject.expected
         tally.add(subject.area, "exact" if same else "wrong", f"{what}: {_where(subject.expected, ended.value)}")
