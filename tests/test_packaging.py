@@ -90,6 +90,7 @@ def modules_and_data() -> set[str]:
     files |= {
         *(ROOT / "align/evaluation/templates").iterdir(),
         ROOT / "align/py.typed",
+        ROOT / "align/constraints.txt",
         ROOT / "align/config/options.json",
     }
     return {str(path.relative_to(ROOT)) for path in files if "__pycache__" not in path.parts}

@@ -1,7 +1,6 @@
 """`align check CONFIG`: the invariants that training rests on, on the user's own model, data and rewards."""
 
 import argparse
-import logging
 
 HELP = "what must hold of a config's run, tried in small on its own model and data, each with its bound"
 
@@ -19,8 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status: 0 if every line passed, 1 if one failed."""
+    from align.cli.terminal import errors_only
     from align.doctor.invariants import lines
     from align.doctor.lines import report
 
-    logging.getLogger("align").setLevel(logging.ERROR)
-    return report(lines(args.config, args.set, args.rows), args.json)
+    with errors_only():
+        return report(lines(args.config, args.set, args.rows), args.json)

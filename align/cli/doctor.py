@@ -1,7 +1,7 @@
 """`align doctor`: what is installed, what a run will use, and whether each part works on this machine."""
 
 import argparse
-import logging
+from contextlib import nullcontext
 
 HELP = "what is installed, what a run would use, and a self-check of each part, with the remedy of what fails"
 
@@ -19,9 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status: 0 if every line passed, 1 if one failed."""
+    from align.cli.terminal import errors_only
     from align.doctor.lines import report
     from align.doctor.machine import lines
 
-    if args.json:
-        logging.disable(logging.WARNING)
-    return report(lines(args.model, args.backend, self_check=not args.no_self_check), args.json)
+    with errors_only() if args.json else nullcontext():
+        return report(lines(args.model, args.backend, self_check=not args.no_self_check), args.json)

@@ -77,6 +77,17 @@ def quieten_libraries() -> None:
 
 
 @contextmanager
+def errors_only() -> Iterator[None]:
+    """No message below an error, of any package."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
 def each_warning_once() -> Iterator[None]:
     """Python's own warnings, also where a library resets the filters, which lets the same one through again."""
     seen: set[tuple[type[Warning], str]] = set()

@@ -13,25 +13,27 @@ _HUGE = 10**12  # steps, tokens, bytes: beyond it nobody means it
 
 # (least, whether it is itself allowed, largest, whether it is), and the options
 _TABLE = {
-    (0, True, 1, True): "lam label_smoothing_factor",
-    (0, False, 1, True): "gamma",
+    (0, True, 1, True): "lam label_smoothing_factor min_p",
+    (0, False, 1, True): "gamma top_p",
     (0, True, 1, False): "adam_beta1 adam_beta2 max_bad_share label_noise lora_dropout",
     (0.01, True, 2, True): "temperature",  # what `align.rollout.types` takes
     (0, False, _HUGE, True): (
         "adam_epsilon epsilon epsilon_high dual_clip kl_target kl_horizon kl_gain rollout_correction_high "
-        "num_train_epochs logging_steps save_steps eval_steps reward_clip value_clip"
+        "num_train_epochs logging_steps save_steps eval_steps reward_clip value_clip "
+        "missing_eos_penalty overlong_penalty"
     ),
     (0, True, _HUGE, True): (
         "learning_rate critic_learning_rate weight_decay max_grad_norm warmup_steps eval_delay neftune_noise_alpha "
         "rollout_correction_low beta router_aux_loss_coef center_rewards_coefficient score_l2_coefficient "
-        "sweep_min_weight dataloader_num_workers num_logged_completions num_logged_pairs critic_warmup_steps"
+        "sweep_min_weight dataloader_num_workers num_logged_completions num_logged_pairs critic_warmup_steps "
+        "top_k dynamic_sampling_rounds"
     ),
     (0, True, 2**32 - 1, True): "seed data_seed label_noise_seed",
     (1, True, _HUGE, True): (
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps lora_r lora_alpha "
         "max_length max_prompt_length max_completion_length num_generations eval_num_generations num_mini_batches "
         "num_iterations num_eval_prompts normalizer_pairs chunk_size tokens_per_batch forward_tokens_per_batch "
-        "precompute_ref_batch_size "
+        "precompute_ref_batch_size overlong_buffer "
         "save_total_limit eval_accumulation_steps dataset_num_proc dataloader_prefetch_factor ddp_bucket_cap_mb "
         "ddp_timeout torch_empty_cache_steps pad_to_multiple_of"
     ),

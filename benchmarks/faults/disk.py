@@ -27,6 +27,9 @@ def as_nobody(argv: list[str]):
     """Train as a user to whom the folder does not belong."""
 
     def train():
+        from align.cli.main import build_parser
+
+        build_parser()  # imports what another user may not be allowed to read
         before = os.geteuid()
         if before == 0:
             os.seteuid(65534)
