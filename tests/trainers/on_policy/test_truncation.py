@@ -31,7 +31,7 @@ ALONE, PLAIN = Ranks(), FixedWeights(["good"], [2.0])
         ({"truncated": "drop"}, "truncated must be one of keep, mask, penalise, bootstrap"),
         ({"truncated": "penalise"}, "needs missing_eos_penalty"),
         ({"truncated": "mask", "missing_eos_penalty": 1.0}, "missing_eos_penalty does nothing with truncated: mask"),
-        ({"missing_eos_penalty": -1.0}, "must be above 0, got -1.0"),
+        ({"missing_eos_penalty": -1.0}, "must be above 0, got -1"),
         ({"truncated": "bootstrap"}, "takes the value of a critic, which only PPO has"),
         ({"overlong_buffer": 7}, r"overlong_buffer must be 1 to max_completion_length \(6\) tokens, got 7"),
         ({"overlong_penalty": 0.5}, "needs overlong_buffer"),
