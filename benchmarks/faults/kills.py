@@ -122,7 +122,7 @@ def run(tally: Tally, folder: Path, data: Path, seed: int, kills: int, until: fl
     """Kill runs of every line in turn, until so many kills are made or the time is over."""
     draw = world.draw(seed, "kills")
     straight: dict[str, tuple[float, dict]] = {}
-    made, lines = 0, draw.sample(sorted(world.RUNS), len(world.RUNS))
+    made, runs, lines = 0, 0, draw.sample(sorted(world.RUNS), len(world.RUNS))
     while made < kills and time.monotonic() < until:
         for name in lines:
             if made >= kills or time.monotonic() > until:
@@ -139,7 +139,8 @@ def run(tally: Tally, folder: Path, data: Path, seed: int, kills: int, until: fl
                 straight[name] = (time.monotonic() - begin, result(output))
             if not straight[name][1]:
                 continue
-            made += _one(tally, area, name, folder / f"killed{made}", data, draw, straight[name])
+            runs += 1  # not the kills: a run that is over before its first one keeps its folder too
+            made += _one(tally, area, name, folder / f"killed{runs}", data, draw, straight[name])
 
 
 def _one(tally: Tally, area: str, name: str, folder: Path, data: Path, draw: random.Random, straight) -> int:
