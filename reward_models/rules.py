@@ -111,5 +111,5 @@ def not_numbers(scores: Sequence) -> list[int]:
 
 
 def _is_number(score: object) -> bool:
-    # typeshed's Real has no order, and no float(score): it raises for an int that is too large
-    return isinstance(score, Real) and abs(score) <= LARGEST  # type: ignore[operator]  # abs of a Real has no <= there
+    # not by float(score), which raises for an int that is too large
+    return isinstance(score, Real) and score <= LARGEST and not score < -LARGEST

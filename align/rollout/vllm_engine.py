@@ -105,7 +105,7 @@ class VLLMEngine(RolloutEngine):
         try:
             with starting():
                 self._llm, self._on_cpu = start_llm(core, shapes, dtype=self.dtype, rank=rank, **options)
-        except (ValueError, RuntimeError, NotImplementedError, AssertionError) as error:  # vLLM asserts what users do
+        except (ValueError, RuntimeError, NotImplementedError, AssertionError) as error:  # by assert: too little memory
             reason = f"vLLM could not start for {type(core).__name__}: {error}"
             raise RolloutError(f"{reason}\nIf it cannot run this model, {USE_TRANSFORMERS}") from error
         # Runs at the latest when the interpreter ends, and before vLLM's own, which would destroy the trainer's group.

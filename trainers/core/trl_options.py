@@ -20,12 +20,13 @@ def of_trl(default: Any, instead: str) -> Any:
     )
 
 
+@dataclass
 class TrlDefaults(TrainingSettings):
     """Checks the fields made by `of_trl`."""
 
     def __post_init__(self):
         super().__post_init__()
-        for option in fields(self):  # type: ignore[arg-type]  # of the dataclass that this is mixed into
+        for option in fields(self):
             value = getattr(self, option.name)
             if INSTEAD in option.metadata and value not in (option.default, None):
                 raise ConfigError(

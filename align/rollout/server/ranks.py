@@ -39,10 +39,10 @@ def raise_shared(failure: AlignError | None) -> None:
 
 def in_all(action: Callable[[], T]) -> T:
     """What each process finds, unless one of them fails: then that failure, in all."""
-    found, failure = None, None
     try:
         found = action()
     except AlignError as error:
-        failure = error
-    raise_shared(failure)
-    return found  # type: ignore[return-value]  # None only where `action` gives it
+        raise_shared(error)
+        raise
+    raise_shared(None)
+    return found
