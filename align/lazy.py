@@ -27,7 +27,8 @@ def imported(path: str, what: str) -> Callable:
     module = _load_file(Path(module_name), here) if module_name.endswith(".py") else _import(module_name, here)
     found = getattr(module, name, None)
     if not callable(found):
-        defined = sorted(k for k, v in vars(module).items() if inspect.isfunction(v) and not k.startswith("_"))
+        kinds = {k: v for k, v in vars(module).items() if inspect.isfunction(v) or inspect.isclass(v)}
+        defined = sorted(k for k, v in kinds.items() if v.__module__ == module.__name__ and not k.startswith("_"))
         raise ConfigError(f"{here}: no function {name!r} there; it has {', '.join(defined) or 'none'}")
     return found
 
@@ -51,6 +52,18 @@ def _load_file(file: Path, here: str):
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None:
         raise ConfigError(f"{here}: {file.resolve()} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module, name = importlib.util.module_from_spec(spec), file.stem
+    if name in sys.stdlib_module_names:  # it may import that one
+        spec.loader.exec_module(module)
+        return module
+    # Dataclasses and pydantic look their module up while it is executed. It does not stay: another file may have the
+    # same name.
+    before = sys.modules.get(name)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules[name]
+        if before is not None:
+            sys.modules[name] = before
     return module

@@ -96,9 +96,12 @@ class Calls:
             except TimeoutError:
                 raise (DeadlineExceeded if scope.expired() else TimeoutError) from None
             outcomes = self.read(result, call, batch)
-        except (KeyboardInterrupt, asyncio.CancelledError):
+        except KeyboardInterrupt:
             raise
         except BaseException as error:
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise  # from outside; else the function has raised it
             outcomes = self._failed(error, call, batch)
         self.failures.count(outcomes, call.indices, batch)
         return outcomes

@@ -14,6 +14,8 @@ from align.reward_models.math_check import checker
 from align.reward_models.sandbox import output_of, passes_asserts
 
 PYTHON = ("python", "python3", "py")
+# at the beginning of a line, or after other words if it names a language
+FENCE = re.compile(r"\s*```+\s*([\w+#.-]*)[^`]*$|[^`]+```+\s*(\w[\w+#.-]*)\s*$")
 THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d*)?")  # "3,4" is a pair
 
 
@@ -68,7 +70,9 @@ async def python_tests(completion, tests: str | list, seconds: int = 10, megabyt
     if isinstance(tests, list) and tests and all(isinstance(test, str) for test in tests):
         tests = "\n".join(tests)
     if isinstance(tests, str):
-        if not ast.parse(tests).body:  # tests that are no Python would fail every completion
+        tree = ast.parse(tests)
+        compile(tree, "<tests>", "exec")  # tests that are no Python (a `return`, too) would fail every completion
+        if not tree.body:
             raise ValueError("the column tests is empty, and every program would pass")
         return await asyncio.to_thread(passes_asserts, code, tests, seconds, megabytes)
     if not tests or not all(isinstance(test, dict) and {"input", "output"} <= test.keys() for test in tests):
@@ -86,14 +90,14 @@ def code_of(text: str) -> str:
     found: dict[str, str] = {}
     language: str | None = None
     lines: list[str] = []
-    for line in text.splitlines():
+    for line in text.replace("\r\n", "\n").split("\n"):  # not where a string has another kind of line break
         if language is not None and "```" in line:
             found[language] = "\n".join([*lines, line.partition("```")[0]])
             language = None
         elif language is not None:
             lines.append(line)
-        elif (fence := re.match(r"\s*```+\s*([\w+#.-]*)[^`]*$", line)) is not None:
-            name = fence[1].lower()
+        elif (fence := FENCE.match(line)) is not None:
+            name = (fence[1] or fence[2] or "").lower()
             language, lines = "python" if name in PYTHON else name, []
     if language is not None:
         found[language] = "\n".join(lines)

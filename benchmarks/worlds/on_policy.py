@@ -106,9 +106,9 @@ def end_after_some_words(model: LlamaForCausalLM, share: float) -> None:
     when they come to one of them. It is told by the sign of the first number of a word's embedding, which no layer
     changes, and which the end token's row of the head reads and no other."""
     embedding, head, end = model.model.embed_tokens.weight, model.lm_head.weight, model.config.eos_token_id
-    output_tail = slice(2, 2 + round(share * len(embedding)))
+    last_words = slice(2, 2 + round(share * len(embedding)))
     embedding[:, 0] = -1.0
-    embedding[output_tail, 0] = 1.0
+    embedding[last_words, 0] = 1.0
     words = torch.randint(2, len(embedding), (64, 32), generator=torch.Generator().manual_seed(0))
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0.0

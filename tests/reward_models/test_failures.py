@@ -75,6 +75,12 @@ def test_deadlines_outside_the_main_thread_and_of_async_functions():
     with pytest.raises(RewardError, match="it blocks the event loop"):
         reward.score(BATCH)
 
+    async def cancels(completions):
+        raise asyncio.CancelledError
+
+    with pytest.raises(RewardError, match="failed with CancelledError|wanted to|CancelledError"):
+        RuleReward(cancels).score(BATCH)
+
     async def fine(completions):
         return [1.0] * len(completions)
 

@@ -140,8 +140,9 @@ def test_python_tests():
     assert run("this is no program") is False
     assert run("def add(a, b):\n    return a + b\nraise SystemExit(0)") is False  # exit 0 is not passing
     assert run(GOOD, TESTS.splitlines()) is True
-    with pytest.raises(SyntaxError):
-        run(GOOD, "assert add(1, 2) ==")
+    for tests in ("assert add(1, 2) ==", "return add(1, 2) == 3"):  # the second can be parsed, and not compiled
+        with pytest.raises(SyntaxError):
+            run(GOOD, tests)
     with pytest.raises(ValueError, match="tests is empty"):
         run(GOOD, "# none yet")
 
@@ -154,6 +155,10 @@ def test_python_tests():
         ("Cut off:\n```Python3\nc = 1", "c = 1"),
         ("```py\r\nd = 1\r\n```", "d = 1\n"),
         ("1. so\n   ```python\n   if e:\n       pass```\n", "   if e:\n       pass"),
+        ("Sure: ```python\ng = 1\n```\nIt is one.", "g = 1\n"),
+        ("1. ```py\nh = 1\n```", "h = 1\n"),
+        ("It goes between ```.\n```python\ni = 1\n```", "i = 1\n"),
+        ("```\nprint('a\u2028b')\n```", "print('a\u2028b')\n"),
         ("say ``` or `x`: f = 1", "say ``` or `x`: f = 1"),
         ("```json\n{}\n```", "```json\n{}\n```"),
     ],
