@@ -14,7 +14,7 @@ from transformers import set_seed
 from align.data.collate import IGNORED
 from align.data.formats import TEXT_COLUMNS, columns_of
 from align.data.sets import of_each
-from align.data.streams import is_stream, read_whole
+from align.data.streams import is_stream, mapped, read_whole
 from align.data.tokenize import tokenize_completions
 from align.distributed.shards import outputs_as_computed
 from align.errors import ConfigError, DataError
@@ -107,6 +107,8 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
             set_seed(args.seed)  # TRL draws the adapter
         # TRL makes the labels from `completion_mask`, and packs where asked
         args.completion_only_loss = True
+        # used above: TRL would warn that it ignores them
+        init_kwargs, args.model_init_kwargs = args.model_init_kwargs, None
         super().__init__(
             model=model,
             args=args,
@@ -119,6 +121,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
             compute_metrics=compute_metrics,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
+        args.model_init_kwargs = init_kwargs
         if is_stream(train_dataset):
             self.make_endless(train_dataset)
         if not self.is_deepspeed_enabled:
@@ -137,8 +140,10 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
             return rows
         if "input_ids" in columns:
             raise ConfigError("formatting_func makes text of rows, and these are tokenised: leave it out")
-        options = {} if is_stream(rows) else {"load_from_cache_file": False, "desc": "Formatting"}
-        return rows.map(partial(_text_of, self.formatting_func), remove_columns=sorted(columns), **options)
+        text = partial(_text_of, self.formatting_func)
+        if is_stream(rows):
+            return mapped(rows, lambda row, number: text(row))
+        return rows.map(text, remove_columns=sorted(columns), load_from_cache_file=False, desc="Formatting")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         with outputs_as_computed(model):
@@ -169,7 +174,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         loss, tokens = batches.sum((0, 1)).tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = loss / tokens
         weights = batches[..., 1].sum(0)
-        for name in ("entropy", "mean_token_accuracy"):
+        for name in [name for name in ("entropy", "mean_token_accuracy", "aux_loss") if name in self._metrics["eval"]]:
             # of each batch, over all processes; TRL would log it without the set's name
             means = torch.tensor(self._metrics["eval"].pop(name), dtype=torch.float64)
             output.metrics[f"{metric_key_prefix}_{name}"] = (means @ weights / tokens).item()
@@ -195,10 +200,13 @@ def tokenized_completions(dataset, tokenizer, args: SFTConfig):
             max_bad_share=args.max_bad_share,
             num_proc=args.dataset_num_proc,
         )
+    limit = None if args.packing else args.max_length  # TRL cuts there, and then leaves out what trains nothing
     if is_stream(dataset):
-        return dataset.map(_trained, with_indices=True) if "completion_mask" in columns else dataset
-    if "completion_mask" in dataset.column_names:
-        empty = [row for row, mask in enumerate(dataset["completion_mask"]) if not any(mask[1:])]
+        return mapped(dataset, partial(_trained, limit))
+    kept = [name for name in ("completion_mask", "labels") if name in dataset.column_names]
+    if kept:
+        rows = enumerate(dataset.select_columns(kept))
+        empty = [number for number, row in rows if not _trains(row, limit)]
         if empty:
             raise DataError(f"{len(empty)} tokenised rows train no token: rows {empty[:10]}")
     return dataset
@@ -211,7 +219,14 @@ def _text_of(function: Callable[[dict], str], row: dict) -> dict[str, str]:
     return {"text": text}
 
 
-def _trained(row: dict, number: int) -> dict:
-    if not any(row["completion_mask"][1:]):
+def _trains(row: dict, limit: int | None) -> bool:
+    """Whether a tokenised row has a trained token among its first `limit`; the first token is predicted by none."""
+    if row.get("completion_mask") is not None and not any(row["completion_mask"][1:limit]):
+        return False
+    return row.get("labels") is None or any(label != IGNORED for label in row["labels"][1:limit])
+
+
+def _trained(limit: int | None, row: dict, number: int) -> dict:
+    if not _trains(row, limit):
         raise DataError(f"row {number} of the tokenised stream trains no token")
     return row

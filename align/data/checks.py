@@ -17,6 +17,8 @@ SHORT = 20  # characters: two answers may well begin with a prompt that is short
 # Raw dialogues of the hh-rlhf kind: the answer starts after the last of these.
 TURN_MARKER = "\n\nAssistant:"
 
+ROLES = ("system", "developer", "user", "human", "assistant", "gpt", "bot", "tool", "function")
+
 
 def prompt_of(row: dict[str, Any], fmt: DataFormat) -> Text:
     """The prompt of a row in any format that has one."""
@@ -179,16 +181,21 @@ def _is_written_messages(text: str) -> bool:
         return False
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         try:
             value = ast.literal_eval(re.sub(r"\}\s*\{", "}, {", text.strip()))
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             return False
     if isinstance(value, dict):
         value = value.get("messages", value.get("conversations", [value]))
-    return isinstance(value, list) and all(
-        isinstance(item, dict) and ({"role", "content"} <= item.keys() or {"from", "value"} <= item.keys())
-        for item in value
+    return isinstance(value, list) and bool(value) and all(map(_is_message, value))
+
+
+def _is_message(value: Any) -> bool:
+    """As chat data has them, and no other JSON with a `role`."""
+    return isinstance(value, dict) and any(
+        {role, content} <= value.keys() and value[role] in ROLES
+        for role, content in (("role", "content"), ("from", "value"))
     )
 
 

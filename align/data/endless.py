@@ -79,6 +79,7 @@ class EndlessRows(torch.utils.data.IterableDataset):
         """The first rows of all processes, as a dataset: fewer where a pass has fewer."""
         from datasets import Dataset
 
+        self.source.set_epoch(0)
         found = list(islice(self.passes, rows))
         if not found:
             raise DataError("the stream has no row that can be trained on")

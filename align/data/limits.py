@@ -65,14 +65,14 @@ def row_check(model: "Model", tokenizer: Any = None) -> Callable[[dict[str, Any]
 
     def check(row: dict[str, Any]) -> None:
         groups = [group for group in SEQUENCES if set(group) <= row.keys()]
+        named = f"row {row['row']}" if "row" in row else "a row"
         longest = max(sum(len(row[name]) for name in group) for group in groups)
         largest = max(max(row[name], default=0) for group in groups for name in group)
         if largest >= known:
-            raise DataError(_unknown(f"row {row['row']} of the stream", largest, known, tokenizer))
+            raise DataError(_unknown(f"{named} of the stream", largest, known, tokenizer))
         if limit is not None and longest > limit:
             raise DataError(
-                f"row {row['row']} of the stream has {longest} tokens and the model takes {limit}: set max_length: "
-                f"{limit}"
+                f"{named} of the stream has {longest} tokens and the model takes {limit}: set max_length: {limit}"
             )
 
     return check

@@ -5,7 +5,7 @@ they are reached: none is trained.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,27 @@ def sample_of(dataset: Any, source: str = "") -> "Dataset":
         return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
     except (ValueError, TypeError) as error:  # pyarrow's
         raise DataError(f"the first rows of {source or 'the stream'} differ in their types: {error}") from error
+
+
+def mapped(dataset: "IterableDataset", function: Callable[[Row, int], Row]) -> "IterableDataset":
+    """function(row, its number) of every row. `dataset.map` would give the rows an epoch of their own, and a shuffled
+    stream would come in one order in every pass."""
+    from datasets import IterableDataset
+
+    return IterableDataset.from_generator(_mapped, gen_kwargs={"parts": _Map(dataset, function)})
+
+
+@dataclass
+class _Map:
+    """In one value, as `_Parts`."""
+
+    dataset: Any
+    function: Callable[[Row, int], Row]
+
+
+def _mapped(parts: _Map) -> Iterator[Row]:
+    for number, row in enumerate(parts.dataset):
+        yield parts.function(row, number)
 
 
 def read_whole(dataset: "IterableDataset", source: str = "") -> "Dataset":

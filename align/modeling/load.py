@@ -289,8 +289,10 @@ def freeze_copy(model: Model, dtype: torch.dtype | None = None) -> Model:
         return _frozen(zero3_twin(language_model(model)))
     if dtype is None:
         return _frozen(copy.deepcopy(model))
-    # tied weights are one parameter here and there; a copy shares no storage even where the dtype is the same
-    weights = {id(p): nn.Parameter(p.detach().to(dtype, copy=True), requires_grad=False) for p in model.parameters()}
+    # what is packed in integers (4 bits) stays; tied weights are one parameter here and there; a copy shares no storage
+    # even where the dtype is the same
+    floating = [p for p in model.parameters() if p.is_floating_point()]
+    weights = {id(p): nn.Parameter(p.detach().to(dtype, copy=True), requires_grad=False) for p in floating}
     twin = _frozen(copy.deepcopy(model, dict(weights)))
     language_model(twin).config.dtype = dtype
     return twin

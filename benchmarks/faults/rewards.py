@@ -109,7 +109,6 @@ VALUES = [
         [Decimal(1), 1.0],
         [Strange(), 1.0],
         Strange(),
-        [StrangeNumber(1), 1.0],
         (x for x in "ab"),
     ),
     *(torch.tensor([1.0, float("nan")]), torch.ones(2, 1), torch.ones(3), np.array(["a", "b"]), np.ones(()), range(2)),
@@ -121,6 +120,7 @@ TRUE = {  # what are scores, and which
     "fractions": (returning([Fraction(1, 2), 2]), [0.5, 2.0]),
     "numpy": (returning(np.array([1, 2])), [1.0, 2.0]),
     "tensor": (returning(torch.tensor([1.5, 2.5])), [1.5, 2.5]),
+    "strange numbers": (returning([StrangeNumber(1), 1.0]), [1.0, 1.0]),  # a number for all that
     "scalars": (returning([np.float32(1.5), torch.tensor(2.5).item()]), [1.5, 2.5]),
     "mutates": (mutates, [3.0, 2.0]),
     "blocks": (blocks, [1.0, 2.0]),  # for less than what a batch of calls may take

@@ -212,3 +212,16 @@ def test_many_rows_are_counted_and_the_first_named():
         "  dropped: chosen is empty: 1 (row 3)",
         "  kept:    chosen is cut at max_length=8: 1 (row 1)",
     ]
+
+
+def test_text_that_only_looks_like_messages_is_text(tokenizer):
+    """A template, an answer in JSON with a role of its own, and brackets without end."""
+    texts = [
+        '{{"role": "user", "content": "{x}"}}',
+        '{"role": "CEO", "content": "x"}',
+        '{"messages": [], "x": {"role": 1}}',
+        "[" * 3000 + '"role": 1',
+    ]
+    rows = Dataset.from_list([{"prompt": "Human: hi", "completion": text} for text in texts])
+    found = tokenize_completions(rows, tokenizer, max_length=None)
+    assert len(found) == len(texts)

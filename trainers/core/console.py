@@ -148,6 +148,10 @@ class LogFile(TrainerCallback):
 def replace_printing(trainer: Any) -> None:
     """Our lines instead of transformers' dictionaries; a notebook keeps its table."""
     for kind in (ProgressCallback, PrinterCallback):
-        if trainer.pop_callback(kind) is not None:
+        own = next(
+            (one for one in trainer.callback_handler.callbacks if type(one) is kind), None
+        )  # not a user's subclass
+        if own is not None:
+            trainer.remove_callback(own)
             trainer.add_callback(Console(bar=kind is ProgressCallback))
             return

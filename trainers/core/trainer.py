@@ -22,7 +22,7 @@ from align.data.limits import check_fits, row_check
 from align.data.streams import is_stream
 from align.distributed.checkpoints import checksums, write_manifest
 from align.distributed.disk import writing
-from align.errors import ConfigError, TrainingError
+from align.errors import ConfigError, DataError, TrainingError
 from align.modeling.adapters import adapter_start, notes, split
 from align.trainers.core import card, guards, identity, saving, trackers
 from align.trainers.core.checkpoints import Resumed, choose_checkpoint, read_checkpoint, write_extra_state
@@ -100,22 +100,24 @@ class TrainerMixin(TrainerHooks):
                 check_fits(self.model, dataset, what, self.processing_class)
 
     def _check_best_metric(self) -> None:
-        """The default is `eval_loss`, which is neither a metric of several sets nor of on-policy evaluations: the run
-        would end in a KeyError after its first one."""
-        if not self.args.load_best_model_at_end:
+        """It is looked up after every evaluation. transformers' default for what needs one (load_best_model_at_end,
+        save_strategy: best, a plateau's schedule) is `eval_loss`, which neither several sets nor on-policy evaluations
+        have: the run would end in a KeyError after the first."""
+        if self.args.metric_for_best_model is None:
             return
-        metric = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
+        metric = self.args.metric_for_best_model.removeprefix("eval_")
         if isinstance(self.eval_dataset, dict):
             names = list(self.eval_dataset)
-            if not any(metric.startswith(f"{name}_") for name in names):
+            named = max((name for name in names if metric.startswith(f"{name}_")), key=len, default=None)
+            if named is None:
                 raise ConfigError(
-                    f"load_best_model_at_end: metric_for_best_model is {metric!r}, and the evaluation sets have "
+                    f"metric_for_best_model is {metric!r}, and the evaluation sets have "
                     f"metrics of their own: name one, such as eval_{names[0]}_{metric}"
                 )
-            metric = metric.removeprefix(next(f"{name}_" for name in names if metric.startswith(f"{name}_")))
+            metric = metric.removeprefix(f"{named}_")
         if metric == "loss" and not self.evaluates_a_loss:
             raise ConfigError(
-                "load_best_model_at_end: evaluations of on-policy methods have no loss: set metric_for_best_model, "
+                "metric_for_best_model: evaluations of on-policy methods have no loss: set metric_for_best_model, "
                 "such as eval_proxy or eval_gold, and greater_is_better: true"
             )
 
@@ -315,6 +317,8 @@ class TrainerMixin(TrainerHooks):
         there is one."""
         args = self.args
         self._identity = self.identity()
+        if isinstance(self.train_dataset, EndlessRows) and len(set(gather_object([self._identity["data"]]))) > 1:
+            raise DataError("the processes read the stream in different orders: give its shuffle a seed")
         checkpoint = choose_checkpoint(
             resume_from_checkpoint,
             args.output_dir,

@@ -1,4 +1,5 @@
-"""TRL's options that have no function here: a configuration may write them out with TRL's default, nothing else.
+"""TRL's options that have no function here: a configuration may write them out with the value that asks for nothing (as
+a rule TRL's default), nothing else.
 
 A value that asks for something is refused with what to do instead; it is never ignored.
 """

@@ -177,6 +177,8 @@ class OnPolicyTrainer(OnPolicyBase):
         self.engine = SyncedEngine(make, engine, recorder=self.recorder)
         sampling = SamplingParams(n=args.num_generations, **args.drawing)
         requests = self.estimator.requests(sampling)
+        truncation = TruncationRule.of(args)
+        truncation.check(self.weighting)
         self.pipeline = RolloutPipeline(
             self.engine,
             tokenizer,
@@ -184,7 +186,7 @@ class OnPolicyTrainer(OnPolicyBase):
             requests,
             seed=args.seed,
             recorder=self.recorder,
-            truncation=TruncationRule.of(args),
+            truncation=truncation,
         )
         self.refill = DynamicSampling(
             args.dynamic_sampling_rounds,

@@ -80,8 +80,8 @@ def stream_scores(sample: Sample, weighting: Weighting) -> dict[str, float]:
     """One sample's score in every stream; 0 if it is left out. Raises `RewardError` for a weighting that needs a score
     of every reward.
 
-    Its penalty is taken off the streams that hold the KL, as a part of the task; where a value stands for what follows
-    a cut completion, the penalty is all there is of its score.
+    Its penalty is taken off the streams that have a share of it (`StreamSpec.penalty`); where a value stands for what
+    follows a cut completion, the penalty is all there is of its score.
     """
     if sample.left_out:
         return {stream.name: 0.0 for stream in weighting.streams}
@@ -96,7 +96,7 @@ def stream_scores(sample: Sample, weighting: Weighting) -> dict[str, float]:
     if sample.bootstrap is not None:
         scores = dict.fromkeys(scores, 0.0)
     if sample.penalty:
-        scores = {stream.name: scores[stream.name] - stream.kl * sample.penalty for stream in weighting.streams}
+        scores = {stream.name: scores[stream.name] - stream.penalty * sample.penalty for stream in weighting.streams}
     return scores
 
 

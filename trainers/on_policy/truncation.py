@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 
+from align.errors import ConfigError
 from align.objectives.overlong import soft_overlong_punishment
 from align.trainers.on_policy.samples import Sample
 from align.trainers.on_policy.sampling_options import SamplingOptions
+from align.trainers.weighting.base import Weighting
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,15 @@ class TruncationRule:
     @property
     def penalises(self) -> bool:
         return self.truncated == "penalise" or self.overlong_buffer is not None
+
+    def check(self, weighting: Weighting) -> None:
+        """ConfigError for a penalty that no stream of the weighting takes."""
+        if self.penalises and not any(stream.penalty for stream in weighting.streams):
+            raise ConfigError(
+                "missing_eos_penalty and overlong_buffer are taken off the rewards of the task, and these constraints "
+                "leave none (or multipliers.task_apart mixes them with their own): name task_rewards, or a reward that "
+                "no constraint holds, or use truncated: mask; in a weighting of yours, give a StreamSpec penalty=1"
+            )
 
     def apply(self, samples: list[Sample]) -> None:
         """Sets `penalty`, and takes it off `score`; `masked` and `left_out` of what is to be in no loss."""

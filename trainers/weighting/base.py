@@ -21,10 +21,12 @@ FLAT_PATIENCE = 10  # rollouts
 
 @dataclass(frozen=True)
 class StreamSpec:
-    """A stream of a weighting. kl: what the KL coefficient is multiplied by inside its reward, with `kl_in: reward`."""
+    """A stream of a weighting. kl: what the KL coefficient is multiplied by inside its reward, with `kl_in: reward`.
+    penalty: what the penalty of a cut or long completion (`TruncationRule`) is multiplied by before it is taken off."""
 
     name: str
     kl: float = 0.0
+    penalty: float = 0.0
 
 
 def weighted_sum(rewards: dict[str, float], weights: dict[str, float]) -> float:
@@ -44,7 +46,7 @@ class Weighting(ABC):
     """
 
     section: type[Section] = Section
-    streams = [StreamSpec(TASK, kl=1.0)]
+    streams = [StreamSpec(TASK, kl=1.0, penalty=1.0)]
     update_per = "rollout"
     standardize = False
     needs_all = True

@@ -39,7 +39,8 @@ class Constrained(Weighting):
         self.task = {name: w for name, w in zip(names, weights, strict=True) if name in task}
         kl = 1.0 if options.kl_in_constraints else 0.0
         self.streams = [
-            StreamSpec(TASK, kl=1.0),
+            # beside rewards only: alone in its stream, a penalty would have the same effect whatever its size
+            StreamSpec(TASK, kl=1.0, penalty=1.0 if self.task else 0.0),
             *(StreamSpec(f"{c.reward}_{c.direction}", kl) for c in self.constraints),
         ]
 
@@ -110,6 +111,7 @@ class RewardStreams(ConstrainedWeights):
         if not self.task:
             raise ConfigError("multipliers.task_apart needs task_rewards: without one the KL would be in no stream")
         rest = 1.0 if options.kl_in_constraints else 0.0
+        # no penalty: the multipliers of a constrained reward can turn it into a gain
         self.streams = [StreamSpec(name, kl=1.0 if name in self.task else rest) for name in names]
 
     def scores(self, rewards: dict[str, float]) -> dict[str, float]:
@@ -162,7 +164,7 @@ class SatisficingPerEpisode(Constrained):
 
     def __init__(self, names: list[str], weights: list[float], options: ConstraintOptions):
         super().__init__(names, weights, options)
-        self.streams = [StreamSpec(TASK, kl=1.0)]
+        self.streams = [StreamSpec(TASK, kl=1.0, penalty=1.0)]
 
     def scores(self, rewards: dict[str, float]) -> dict[str, float]:
         row = torch.tensor([[rewards[c.reward] for c in self.constraints]], dtype=torch.float64)

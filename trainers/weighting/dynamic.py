@@ -111,7 +111,7 @@ class GradientWeights(Weighting):
                 f"dynamic_weights of type gradient starts from reward_weights above 0 of at least two rewards, got "
                 f"{dict(zip(names, weights, strict=True))}"
             )
-        self.streams = [StreamSpec(TASK, kl=1.0), *(StreamSpec(name) for name in names)]
+        self.streams = [StreamSpec(TASK, kl=1.0), *(StreamSpec(name, penalty=1.0) for name in names)]
         self.needs_gradients, self.gradient_parameters = tuple(names), options.parameters
         self.applied = torch.tensor(weights, dtype=torch.float64) / sum(weights)
 

@@ -90,9 +90,12 @@ def test_the_metrics_of_each_set_are_those_of_the_set_alone(method, tmp_path):
         ("remax", True, "eval_near_loss", "evaluations of on-policy methods have no loss"),
     ],
 )
-def test_a_best_metric_that_no_evaluation_has_is_refused_at_the_start(method, several, metric, message, tmp_path):
+@pytest.mark.parametrize("needs", [{"load_best_model_at_end": True}, {"lr_scheduler_type": "reduce_lr_on_plateau"}])
+def test_a_best_metric_that_no_evaluation_has_is_refused_at_the_start(
+    method, several, metric, message, needs, tmp_path
+):
     rows = rows_of(method, 4)
-    options = {"eval_strategy": "steps", "save_strategy": "steps", "load_best_model_at_end": True}
+    options = {"eval_strategy": "steps", "save_strategy": "steps", **needs}
     with pytest.raises(ConfigError, match=message):
         make_trainer(
             method, tmp_path, rows, {"near": rows} if several else rows, **options, metric_for_best_model=metric

@@ -90,3 +90,49 @@ def test_what_a_stream_cannot_do_is_a_sentence(method, tmp_path):
         trainer.train()
     with pytest.raises(DataError, match="the stream has no rows"):
         make_trainer(method, tmp_path, IterableDataset.from_generator(lambda: iter(())), max_steps=1)
+
+
+@pytest.mark.parametrize("kind", ["text", "formatted", "tokenised", "with labels"])
+def test_every_pass_of_a_shuffled_stream_has_its_own_order(kind, tmp_path):
+    """`map` of `datasets` would keep the first one."""
+    from align.data import tokenize_completions, toy
+    from align.trainers.sft import SFTTrainer
+    from tests.trainers.tiny_runs import sft_config, tiny_model
+
+    tokenizer, rows, options = toy.tokenizer(), rows_of("sft", 12), {}
+    if kind == "formatted":
+        options["formatting_func"] = lambda row: row["prompt"] + row["completion"]
+    elif kind != "text":
+        rows = tokenize_completions(rows, tokenizer, max_length=32)
+    if kind == "with labels":
+        rows = rows.map(lambda row: {"labels": row["input_ids"]}).select_columns(["input_ids", "labels"])
+    trainer = SFTTrainer(
+        tiny_model(tokenizer),
+        sft_config(tmp_path, max_steps=4),
+        stream(rows).shuffle(seed=0, buffer_size=20),
+        processing_class=tokenizer,
+        **options,
+    )
+    endless = trainer.train_dataset.rows()
+    first, second = ([tuple(next(endless)["input_ids"]) for _ in range(12)] for _ in range(2))
+    assert sorted(first) == sorted(second) and first != second
+    assert [tuple(ids) for ids in trainer.train_dataset.first(12)["input_ids"]] == first  # whatever was read before
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_rows_whose_trained_tokens_lie_behind_the_limit_are_refused(streamed, tmp_path):
+    """TRL would cut them and then leave them out without a word."""
+    from align.data import toy
+    from align.trainers.sft import SFTTrainer
+    from tests.trainers.tiny_runs import sft_config, tiny_model
+
+    ids = [[2, 3, 4, 5, 6, 7]] * 2
+    tokenizer, config = toy.tokenizer(), sft_config(tmp_path, max_steps=1, max_length=4)
+    for column, values in (("completion_mask", [0, 0, 1, 1, 1, 1]), ("labels", [-100, -100, 4, 5, 6, 7])):
+        late = [0, 0, 0, 0, 1, 1] if column == "completion_mask" else [-100] * 4 + [6, 7]
+        rows = Dataset.from_dict({"input_ids": ids, column: [values, late]})
+        with pytest.raises(DataError, match="row.* 1 .*trains? no token|train no token: rows .1"):
+            trainer = SFTTrainer(
+                tiny_model(tokenizer), config, stream(rows) if streamed else rows, processing_class=tokenizer
+            )
+            trainer.train()

@@ -115,7 +115,7 @@ def test_masks_by_hand(tokenizer):
 
 def test_a_penalty_is_part_of_the_task(tokenizer):
     class Two(FixedWeights):
-        streams = [StreamSpec("task", kl=1.0), StreamSpec("held")]
+        streams = [StreamSpec("task", kl=1.0, penalty=1.0), StreamSpec("held", kl=1.0)]
 
         def scores(self, rewards):
             return {"task": rewards["good"], "held": -rewards["good"]}
@@ -123,6 +123,26 @@ def test_a_penalty_is_part_of_the_task(tokenizer):
     rollout = rolled_out(tokenizer, TruncationRule("penalise", 3.0, longest=4))
     task, held = make_streams(rollout, Two(["good"], [1.0]), 0.0)
     assert task.scores.tolist() == [1.0, -2.0, 2.0, 3.0] and held.scores.tolist() == [-1.0, -1.0, -2.0, -3.0]
+
+
+def test_constraints_never_turn_a_penalty_into_a_gain():
+    """Whatever the multipliers are: the penalty is in the task's stream alone, or refused."""
+    from align.trainers.weighting.constrained import ConstrainedWeights, RewardStreams
+    from align.trainers.weighting.dynamic import GradientWeights
+    from align.trainers.weighting.sections import GradientSection
+    from tests.trainers.weighting.test_net_weights import make
+
+    rule = TruncationRule("penalise", 1.0, longest=4)
+    both = {"directions": ["at_most"] * 2, "weights": [1.0, 1.0], "kl_in_constraints": True}
+    held = make(ConstrainedWeights, task=["a", "b"], **both)
+    rule.check(held)
+    assert [stream.penalty for stream in held.streams] == [1.0, 0.0, 0.0]
+    rule.check(weights := GradientWeights(["a", "b"], [1.0, 3.0], GradientSection(type="gradient")))
+    assert sum(w * s.penalty for w, s in zip(weights.weights(), weights.streams, strict=True)) == 1.0
+    for weighting in (make(RewardStreams, task=["a", "b"], **both), make(ConstrainedWeights, task=None, **both)):
+        with pytest.raises(ConfigError, match="name task_rewards"):
+            rule.check(weighting)
+        TruncationRule("mask").check(weighting)
 
 
 def test_a_value_takes_the_place_of_a_cut_score(tokenizer):
