@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import zlib
 from collections.abc import Sequence
 from functools import cached_property
@@ -174,7 +175,7 @@ def rows_fingerprint(dataset: "Dataset") -> str:
 def _write(path: Path, scores: Tensor) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")  # several runs may share the folder
         save_file({"scores": scores}, temporary, metadata={"crc32": _checksum(scores)})
         temporary.replace(path)
 
@@ -189,6 +190,10 @@ def _read(path: Path, count: int) -> Tensor:
             scores, written = file.get_tensor("scores"), (file.metadata() or {}).get("crc32")
     except Exception as error:  # safetensors has no public error class of its own
         raise RewardError(f"{path} cannot be read ({error}): delete it, and the scores are computed again") from error
+    if written is None:
+        raise RewardError(
+            f"{path} has no checksum (an older version wrote it): delete it, and the scores are computed again"
+        )
     if written != _checksum(scores):
         raise RewardError(f"{path} does not match its checksum: delete it, and the scores are computed again")
     if scores.shape != (count, 2) or not scores.isfinite().all():

@@ -1,6 +1,7 @@
 """Rewards that a server computes."""
 
 import functools
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
@@ -9,6 +10,7 @@ import requests
 import torch
 from urllib3.util import Retry
 
+from align.config.addresses import LOOPBACK
 from align.config.secrets import expand, masked_text
 from align.errors import ConfigError, RewardError
 from align.reward_models.base import Reward, RewardBatch, RewardOutput
@@ -16,7 +18,6 @@ from align.reward_models.deadlines import DeadlineExceeded, call_within
 from align.reward_models.rules import not_numbers
 
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # answers that may be another one soon
-HERE = ("127.0.0.1", "localhost", "::1")
 LONGEST_WAIT = 30  # seconds between two attempts
 
 
@@ -80,8 +81,9 @@ class RemoteReward(Reward):
         self.session.headers.update(
             {key: expand(str(value), f"reward {name!r}: header {key}") for key, value in (headers or {}).items()}
         )
-        if parts.hostname in HERE:
-            self.session.trust_env = False  # a proxy of the environment does not reach this machine's own servers
+        if parts.hostname in LOOPBACK:  # a proxy of the environment does not reach this machine's own servers
+            self.session.trust_env = False
+            self.session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
         if "Authorization" in self.session.headers and "@" not in parts.netloc:
             self.session.auth = lambda request: request  # else requests puts the password of ~/.netrc in its place
         adapter = requests.adapters.HTTPAdapter(max_retries=retry, pool_maxsize=concurrency)

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 
 from benchmarks.gpu.common import SHAPES, SMALL, Part, Setting, hh_lengths, spread
 
-START_SECONDS = 300  # to a trainer's first step, after which it waits for its turns
+START_SECONDS = 200  # to a trainer's first step, below the stage's own limit: the message then names the side
 MEMORY_SHARE = 0.12  # of the GPU, for each engine
 
 

@@ -44,7 +44,7 @@ class Pairs:
             steps=3 if setting.small else 6,
             trial_steps=2 if setting.small else 3,
             repetitions=1 if setting.small else 2,
-            trl_micro=[2, 4] if setting.small else [16, 32],  # smaller ones were slower by half on an H200
+            trl_micro=[2, 4] if setting.small else [16, 32],  # smaller ones were half as fast on an H200
             ours_micro=None,
             plain=False,  # only TRL's fastest setting takes turns with ours
             device_options=setting.options,

@@ -57,7 +57,12 @@ class Rollouts:
             **options,
         )
         seconds = self.setting.clock() - begin
-        return {"engine": self.backend, "seconds": round(seconds, 2), "probe": self.differences()}
+        return {
+            "engine": self.backend,
+            "enforce_eager": quick and "engine_options" in options,
+            "seconds": round(seconds, 2),
+            "probe": self.differences(),
+        }
 
     def differences(self) -> dict:
         """Log-probs of the engine against the trainer's, and what rounding alone does on this model (nats)."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 
 from align.data import tokenize_pairs, toy
 from align.errors import ConfigError, RewardError
@@ -211,6 +212,9 @@ def test_what_is_refused(tmp_path):
     (file,) = tmp_path.iterdir()
     file.write_bytes(b"cut off")
     with pytest.raises(RewardError, match="cannot be read.*delete it"):
+        margins(pairs(), Counting(), tmp_path)
+    save_file({"scores": torch.zeros(len(pairs()), 2)}, file)
+    with pytest.raises(RewardError, match="no checksum .an older version"):
         margins(pairs(), Counting(), tmp_path)
     freed = MarginRewards(Counting(), TOKENIZER, tmp_path)
     freed.free()

@@ -80,7 +80,7 @@ def test_batches_columns_and_headers(monkeypatch, tmp_path):
     monkeypatch.setenv("TOKEN_OF_TEST", "s3cret")
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password other\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setattr(remote, "HERE", ())  # as for a server on another machine
+    monkeypatch.setattr(remote, "LOOPBACK", ())  # as for a server on another machine
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with server() as (url, seen):
         reward = RemoteReward(

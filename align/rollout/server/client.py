@@ -3,7 +3,8 @@
 import asyncio
 import json
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,11 +93,23 @@ class Server:
         if status == 404:
             raise RolloutError(f"the rollout server {self.url} has no {path}: start it with `align serve`")
         if status < 400:
-            return json.loads(text) if kind == "application/json" else text
+            with self.understood(path):
+                return json.loads(text) if kind == "application/json" else text
         failure = f"the rollout server {self.url} answered {path} with status {status}: {text[:SHOWN]}"
         if status >= 500 and path != "/health" and not await self.healthy(http):
             raise ServerLost(failure)
         raise RolloutError(failure)
+
+    @contextmanager
+    def understood(self, path: str) -> Iterator[None]:
+        """`RolloutError` for an answer of another form than `align serve` of this version gives."""
+        try:
+            yield
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise RolloutError(
+                f"the rollout server {self.url} answered {path} with what this version cannot read ({error!r:.100}): "
+                "start it with `align serve` of the same versions of align and vLLM as this run's"
+            ) from error
 
     async def healthy(self, http: aiohttp.ClientSession) -> bool:
         """Whether the server still has its engine."""
@@ -108,25 +121,31 @@ class Server:
 
     async def describe(self, http: aiohttp.ClientSession) -> None:
         """Learn what the server keeps of each tensor. Raises `RolloutError` for one that cannot take weights."""
-        workers = (await self.call(http, "POST", "/collective_rpc", {"method": "align_describe"}))["results"]
-        for worker in workers:
-            if worker["reason"] is not None:
-                raise RolloutError(
-                    f"the rollout server {self.url} cannot take weights: {worker['reason']}; use vLLM in process"
-                )
-        self.parts = {
-            name: [part for worker in workers for part in worker["parts"][name]] for name in workers[0]["parts"]
-        }
-        self.max_num_seqs = min(worker["max_num_seqs"] for worker in workers)
-        self.adapters, self.dtype, self.device = (workers[0][key] for key in ("adapters", "dtype", "device"))
+        answer = await self.call(http, "POST", "/collective_rpc", {"method": "align_describe"})
+        with self.understood("/collective_rpc align_describe"):
+            workers = answer["results"]
+            for worker in workers:
+                if worker["reason"] is not None:
+                    raise RolloutError(
+                        f"the rollout server {self.url} cannot take weights: {worker['reason']}; use vLLM in process"
+                    )
+            self.parts = {
+                name: [part for worker in workers for part in worker["parts"][name]] for name in workers[0]["parts"]
+            }
+            self.max_num_seqs = min(worker["max_num_seqs"] for worker in workers)
+            self.adapters, self.dtype, self.device = (workers[0][key] for key in ("adapters", "dtype", "device"))
 
     async def longest(self, http: aiohttp.ClientSession) -> int:
         """Tokens of a prompt and its completion together."""
-        return (await self.call(http, "GET", "/v1/models"))["data"][0]["max_model_len"]
+        models = await self.call(http, "GET", "/v1/models")
+        with self.understood("/v1/models"):
+            return models["data"][0]["max_model_len"]
 
     async def label(self, http: aiohttp.ClientSession, seconds: float | None = None) -> str:
         """Of the weights that the server says it has. Its engine answers, so this also shows that it is alive."""
-        return (await self.call(http, "GET", "/weight_info", seconds=seconds))["weight_version"]
+        weights = await self.call(http, "GET", "/weight_info", seconds=seconds)
+        with self.understood("/weight_info"):
+            return weights["weight_version"]
 
     async def fingerprints(
         self, http: aiohttp.ClientSession, names: list[str], adapter: dict[str, list[int]]
@@ -134,10 +153,13 @@ class Server:
         """Of these tensors in the memory of the workers, each in the order of `parts`. adapter: shapes of the matrices
         of the adapter, by name."""
         body = {"method": "align_fingerprints", "args": [names, adapter]}
-        workers = (await self.call(http, "POST", "/collective_rpc", body))["results"]
-        return {name: [one for worker in workers for one in worker[name]] for name in (*names, *adapter)}
+        answer = await self.call(http, "POST", "/collective_rpc", body)
+        with self.understood("/collective_rpc align_fingerprints"):
+            workers = answer["results"]
+            return {name: [one for worker in workers for one in worker[name]] for name in (*names, *adapter)}
 
     async def adapter_names(self, http: aiohttp.ClientSession) -> list[str]:
         """Of the adapters that it holds."""
-        models = (await self.call(http, "GET", "/v1/models"))["data"]
-        return [model["id"] for model in models if model["parent"] is not None]
+        models = await self.call(http, "GET", "/v1/models")
+        with self.understood("/v1/models"):
+            return [model["id"] for model in models["data"] if model["parent"] is not None]

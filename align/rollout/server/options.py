@@ -5,12 +5,12 @@ from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from align.config.addresses import LOOPBACK
 from align.config.secrets import masked_text
 from align.config.server_key import KEY_FILE, KEY_VARIABLE
 from align.rollout.options import VLLMSettings
 
 MEMORY = "/dev/shm"
-HERE = ("127.0.0.1", "localhost", "::1")
 # One address need not be written as a list.
 Addresses = Annotated[
     list[str],
@@ -69,7 +69,7 @@ class ServerOptions(VLLMSettings):
 
     @model_validator(mode="after")
     def _reachable(self) -> "ServerOptions":
-        away = [url for url in self.urls if urlsplit(url).hostname not in HERE]
+        away = [url for url in self.urls if urlsplit(url).hostname not in LOOPBACK]
         if away and self.transfer_folder == MEMORY:
             raise ValueError(f"{away[0]} is on another machine: name a transfer_folder that both can reach")
         return self

@@ -1,0 +1,57 @@
+"""What a server answers that is none of `align serve`, or one of another version."""
+
+import asyncio
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from align.errors import RolloutError
+from align.rollout.server.client import Server, session
+
+
+@pytest.fixture
+def answering():
+    """A server on this machine that answers everything with one text, and its address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        text = b""
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(self.text)))
+            self.end_headers()
+            self.wfile.write(self.text)
+
+        do_GET = do_POST
+
+        def log_message(self, *args):
+            pass
+
+    made = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield Handler, f"http://127.0.0.1:{made.server_port}"
+    made.shutdown()
+    made.server_close()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"{}", b"[]", b"{", b'{"results": []}', b'{"results": [{"reason": null, "parts": {}}]}', b'{"data": [], "x": 1}'],
+)
+def test_an_answer_of_another_form_names_the_server(answering, text):
+    Handler, url = answering
+    Handler.text = text
+
+    async def ask(question):
+        async with session() as http:
+            return await getattr(Server(url, "key", 5.0), question)(http)
+
+    for question in ("describe", "longest", "label", "adapter_names"):
+        if question == "adapter_names" and b"data" in text:
+            assert asyncio.run(ask(question)) == []
+            continue
+        with pytest.raises(RolloutError, match=f"{url} answered /.* cannot read .*start it with `align serve` of the"):
+            asyncio.run(ask(question))
