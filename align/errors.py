@@ -5,7 +5,7 @@ class AlignError(Exception):
     """An error that the user can fix: the message says what is wrong, where, and what to do."""
 
 
-class ConfigError(AlignError):
+class ConfigError(AlignError, ValueError):
     """A configuration file or a command line that does not describe a run. key: the dotted path of the option at fault
     (`rewards.0.path`), where it is known, so that a reader of files can name the line."""
 
@@ -14,7 +14,7 @@ class ConfigError(AlignError):
         self.key = key
 
 
-class DataError(AlignError):
+class DataError(AlignError, ValueError):
     """Rows that cannot be trained on, named by number."""
 
 

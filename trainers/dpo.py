@@ -6,15 +6,19 @@ loop.
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
+import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from align.errors import ConfigError
 from align.modeling.pairs import PairTokens, pair_tokens, pair_tokens_with_kl
+from align.modeling.types import Model
 from align.objectives.pair_logps import wpo_weights
 from align.objectives.pair_losses import PairLosses
 from align.objectives.preference_objective import PreferenceObjective, preference_objective
+from align.trainers.core.moving_reference import MovingReference, MovingReferenceOptions
 from align.trainers.core.trl_options import TrlDPOOptions
 from align.trainers.pairs.config import PreferenceConfig
 from align.trainers.pairs.preference import PreferenceTrainer
@@ -25,7 +29,7 @@ def loss_option(help: str, default=None):
 
 
 @dataclass
-class DPOConfig(TrlDPOOptions, PreferenceConfig):
+class DPOConfig(TrlDPOOptions, MovingReferenceOptions, PreferenceConfig):
     """Options of DPO and its variants, with TRL's names. An option that is not set has the default of its loss, and one
     that no loss of `loss_type` uses is an error."""
 
@@ -63,7 +67,13 @@ class DPOConfig(TrlDPOOptions, PreferenceConfig):
         super().__post_init__()
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
-        self.objective()
+        needs_reference = self.objective().needs_reference
+        if self.sync_ref_model and (not needs_reference or self.precompute_ref_log_probs):
+            raise ConfigError(
+                "sync_ref_model: this run holds no reference that could move: leave it out, or "
+                "precompute_ref_log_probs where that is set",
+                key="sync_ref_model",
+            )
 
     def holds_reference(self, adapter: bool) -> bool:
         return self.objective().needs_reference and super().holds_reference(adapter)
@@ -97,6 +107,15 @@ class DPOTrainer(PreferenceTrainer):
     _tag_names = ["align", "dpo"]
     args: DPOConfig
     config_class = DPOConfig
+    moving: MovingReference | None = None
+
+    def _set_up_reference(self, ref_model: Model | None, dtype: torch.dtype | None) -> None:
+        super()._set_up_reference(ref_model, dtype)
+        if self.args.sync_ref_model:
+            if self.is_deepspeed_enabled:
+                raise ConfigError("sync_ref_model does not work under DeepSpeed: use fsdp2", key="sync_ref_model")
+            self.moving = MovingReference(self.args, self.reference, self.model)
+            self.add_callback(self.moving)
 
     @cached_property
     def objective(self) -> PreferenceObjective:
@@ -142,7 +161,13 @@ class DPOTrainer(PreferenceTrainer):
         states = {name: state.state_dict() for name, state in self.objective.states.items()}
         return {**super().extra_state(), "losses": states}
 
+    def save_further_files(self, folder: Path) -> None:
+        if self.moving is not None:
+            self.moving.save(folder, writes=self.args.should_save)
+
     def restore_state(self, state: dict) -> None:
+        if self.moving is not None and self.resume_folder is not None:
+            self.moving.load(self.resume_folder)
         super().restore_state(state)
         for name, loss_state in self.objective.states.items():
             loss_state.load_state_dict(state["losses"][name])

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from align.errors import ConfigError
-from align.modeling.load import load_tokenizer
 from align.modeling.pairs import PairTokens
 from align.objectives.modpo import LOSS_TYPES, check_weight, modpo_loss, modpo_rewards
 from align.objectives.pair_losses import PairLosses
 from align.reward_models.margins import COLUMNS, MarginRewards
 from align.trainers.core.hooks import TrainingSettings
+from align.trainers.core.loading import tokenizer_of
 from align.trainers.pairs.config import PreferenceConfig
 from align.trainers.pairs.preference import PreferenceTrainer
 
@@ -134,7 +134,7 @@ class MODPOTrainer(PreferenceTrainer):
         **kwargs,
     ):
         args = self.options(args, model, train_dataset)
-        processing_class = processing_class or load_tokenizer(model)
+        processing_class = tokenizer_of(args, model, processing_class)
         self.margins = reward
         if not isinstance(reward, MarginRewards):
             self.margins = MarginRewards(reward, processing_class, args.margin_folder)

@@ -13,7 +13,7 @@ from transformers import set_seed
 from align.data.endless import EndlessRows
 from align.errors import ConfigError
 from align.evaluation.calibration import Reliability, reliability
-from align.modeling.load import disable_dropout, load_sequence_classifier, load_tokenizer
+from align.modeling.load import disable_dropout, load_sequence_classifier
 from align.modeling.padding import padding_as_saved, with_own_padding
 from align.modeling.prefix_support import SCORES, enable_shared_scores
 from align.modeling.scores import pair_scores
@@ -24,7 +24,8 @@ from align.reward_models.classifier import READ_AT
 from align.reward_models.normalizer import FILE_NAME as NORMALIZER_FILE
 from align.reward_models.normalizer import Normalizer
 from align.trainers.core.batching import CheckSharedRows, autocast_dtype, resolve_layout
-from align.trainers.core.trl_options import TrlRewardOptions, loading_options
+from align.trainers.core.loading import loading_options, set_chat_template, tokenizer_of
+from align.trainers.core.trl_options import TrlRewardOptions
 from align.trainers.pairs.config import PairConfig
 from align.trainers.pairs.data import NUMBERS, PairData
 from align.trainers.pairs.evaluation import CHOSEN, REJECTED
@@ -39,6 +40,10 @@ class RewardConfig(TrlRewardOptions, PairConfig):
     """Options of reward-model training."""
 
     learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate of AdamW."})
+    chat_template_path: str | None = field(
+        default=None,
+        metadata={"help": "A Jinja file, or a tokenizer's folder or hub name, whose chat template to use instead."},
+    )
     center_rewards_coefficient: float | None = field(
         default=None, metadata={"help": "Weight of (s+ + s-)^2, which pulls the mean score to 0; 0.01 is usual."}
     )
@@ -91,7 +96,7 @@ class RewardTrainer(PairTrainer):
         compute_metrics: UserMetrics | None = None,
     ):
         args = self.options(args, model, train_dataset)
-        processing_class = with_own_padding(processing_class or load_tokenizer(model))
+        processing_class = with_own_padding(tokenizer_of(args, model, processing_class))
         set_seed(args.seed)  # a new adapter is drawn at random
         classifier = load_sequence_classifier(
             model,
@@ -101,6 +106,7 @@ class RewardTrainer(PairTrainer):
             sharded=True,
             **loading_options(args, model),
         )
+        set_chat_template(args.chat_template_path, classifier, processing_class, adapter=peft_config is not None)
         # transformers refuses batches without one; where the last token is, the attention mask says
         classifier.config.get_text_config().pad_token_id = processing_class.pad_token_id
         setattr(classifier.config, READ_AT, "end_token")

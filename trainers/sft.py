@@ -19,14 +19,12 @@ from align.data.tokenize import tokenize_completions
 from align.distributed.shards import outputs_as_computed
 from align.errors import ConfigError, DataError
 from align.modeling.adapters import check_stack
-from align.modeling.load import load_policy, load_tokenizer, train_in_float32
+from align.modeling.load import load_policy, train_in_float32
+from align.trainers.core.loading import loading_options, set_chat_template, tokenizer_of
 from align.trainers.core.options import RunOptions
 from align.trainers.core.trainer import TrainerMixin
-from align.trainers.core.trl_options import loading_options
 
 UNUSED = {  # options of TRL's that what is done here leaves without effect
-    "chat_template_path": "set tokenizer.chat_template, or save the tokenizer with the template",
-    "trust_remote_code": "pass a loaded model and its tokenizer",
     "dataset_text_field": "rename the column to 'text'",
     "truncation_mode": "leave it out: sequences lose their end",
     "pad_to_multiple_of": "leave it out",
@@ -94,7 +92,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
     ):
         args = self.options(args, model, train_dataset)
         self.formatting_func = formatting_func
-        processing_class = processing_class or load_tokenizer(model)
+        processing_class = tokenizer_of(args, model, processing_class)
         if not isinstance(model, nn.Module):
             # the frozen weights under an adapter stay as they were saved on a GPU; TRL adds the adapter
             dtype = "auto" if peft_config is not None and torch.cuda.is_available() else None
@@ -102,13 +100,15 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         else:
             loading_options(args, model)
             train_in_float32(model, adapter=peft_config is not None)
+        set_seed(args.seed)  # TRL draws the adapter, and the embeddings of new tokens are drawn
+        set_chat_template(args.chat_template_path, model, processing_class, adapter=peft_config is not None)
         if peft_config is not None:
             check_stack(model, peft_config)
-            set_seed(args.seed)  # TRL draws the adapter
         # TRL makes the labels from `completion_mask`, and packs where asked
         args.completion_only_loss = True
-        # used above: TRL would warn that it ignores them
-        init_kwargs, args.model_init_kwargs = args.model_init_kwargs, None
+        # used above: TRL would use them again, or warn that it ignores them
+        used = {name: getattr(args, name) for name in ("model_init_kwargs", "chat_template_path")}
+        args.model_init_kwargs = args.chat_template_path = None
         super().__init__(
             model=model,
             args=args,
@@ -121,7 +121,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
             compute_metrics=compute_metrics,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        args.model_init_kwargs = init_kwargs
+        args.model_init_kwargs, args.chat_template_path = used.values()
         if is_stream(train_dataset):
             self.make_endless(train_dataset)
         if not self.is_deepspeed_enabled:

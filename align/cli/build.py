@@ -50,10 +50,15 @@ def eval_rows(run: RunConfig):
     return load_rows(other or cast(str, run.data.dataset_name), run.data.dataset_test_split, config)
 
 
+def source_options(run: RunConfig) -> dict[str, Any]:
+    """Of `from_pretrained`, for whatever is read of the model's folder or hub name."""
+    return {"revision": run.model.model_revision, "trust_remote_code": run.training.trust_remote_code}
+
+
 def tokenizer(run: RunConfig):
     from align.modeling.load import load_tokenizer
 
-    return load_tokenizer(run.model.model_name_or_path, revision=run.model.model_revision)
+    return load_tokenizer(run.model.model_name_or_path, **source_options(run))
 
 
 def peft_config(run: RunConfig):
@@ -79,7 +84,7 @@ def model(run: RunConfig):
 
     from align.modeling.load import load_policy, load_sequence_classifier
 
-    options: dict[str, Any] = {"revision": run.model.model_revision, "dtype": dtype(run)}
+    options: dict[str, Any] = {**source_options(run), "dtype": dtype(run)}
     quantization = get_quantization_config(run.model)
     if quantization is not None:
         # quantised weights cannot be moved afterwards: every process loads them to where it trains
@@ -94,7 +99,7 @@ def model(run: RunConfig):
 
 
 def model_config(run: RunConfig):
-    return pretrained_config(run.model.model_name_or_path, "model", revision=run.model.model_revision)
+    return pretrained_config(run.model.model_name_or_path, "model", **source_options(run))
 
 
 def pretrained_config(name: str, what: str, **options):

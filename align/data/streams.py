@@ -138,6 +138,8 @@ def _read(dataset: "IterableDataset", source: str) -> Iterator[Row]:
             row = next(rows)
         except StopIteration:
             return
+        except DataError:  # of a stream that this one is made of
+            raise
         except (DatasetsError, ValueError) as error:  # pyarrow's are ValueErrors
             raise DataError(f"{source}, after row {number}: cannot be read: {error}") from error
         number += 1

@@ -12,7 +12,10 @@ def head_name(model: Model) -> str:
     """Name of the linear layer that makes the one score."""
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features == 1]
     if not names:
-        raise ConfigError(f"{type(model).__name__} has no linear layer with one output: it is no reward model")
+        raise ConfigError(
+            f"{type(model).__name__} has no linear layer with one output, and reward models require `num_labels=1`: "
+            "load it with that"
+        )
     return names[-1]
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor
 
-from align.errors import ConfigError, RolloutError
+from align.errors import AlignError, ConfigError, RolloutError
 from align.modeling.logprobs import language_model
 from align.rollout.adapters import A, B, lora_layers, lora_rank, why_merged, with_adapter
 from align.rollout.engine import RolloutEngine
@@ -105,6 +105,8 @@ class VLLMEngine(RolloutEngine):
         try:
             with starting():
                 self._llm, self._on_cpu = start_llm(core, shapes, dtype=self.dtype, rank=rank, **options)
+        except AlignError:
+            raise
         except (ValueError, RuntimeError, NotImplementedError, AssertionError) as error:  # by assert: too little memory
             reason = f"vLLM could not start for {type(core).__name__}: {error}"
             raise RolloutError(f"{reason}\nIf it cannot run this model, {USE_TRANSFORMERS}") from error

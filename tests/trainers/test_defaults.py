@@ -38,7 +38,7 @@ def test_every_trainer_has_default_options_and_needs_rows(method, roomy, tmp_pat
     trainer, cls = make(method, roomy), load(method.trainer)
     name = cls.__name__.removesuffix("Trainer")
     assert type(trainer.args) is load(method.config) and trainer.args.output_dir == f"tiny-{name}"
-    with pytest.raises(ConfigError, match=f"{name}Trainer needs train_dataset"):
+    with pytest.raises(ConfigError, match=f"{name}Trainer: `train_dataset` is required"):
         cls(roomy, *([wanted_words] if method.rewards else []))
 
 

@@ -5,6 +5,7 @@ that a trainer built on one of TRL's keeps TRL's defaults.
 """
 
 from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -76,6 +77,12 @@ class BaseConfig(RunOptions, TrainingArguments):
 
     dataset_num_proc: int | None = field(
         default=None, metadata={"help": "Processes that tokenise the rows, once for all later runs. Default: one."}
+    )
+    model_init_kwargs: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Options of from_pretrained for a model that is passed by name, from Python."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the code that a model brings with it: only of those whose code you know."}
     )
     router_aux_loss_coef: float | None = field(
         default=None,

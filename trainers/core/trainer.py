@@ -56,7 +56,7 @@ class TrainerMixin(TrainerHooks):
         """What a trainer is made with: `args`, or the method's defaults, with the output in ./MODEL-METHOD as TRL has
         it. ConfigError without rows."""
         if train_dataset is None:
-            raise ConfigError(f"{cls.__name__} needs train_dataset: the rows to train on")
+            raise ConfigError(f"{cls.__name__}: `train_dataset` is required: the rows to train on")
         if is_stream(train_dataset) and (args is None or args.max_steps <= 0):
             raise ConfigError(
                 "the rows are a stream, whose end is not known: set max_steps, the number of optimiser steps to train"
@@ -74,7 +74,8 @@ class TrainerMixin(TrainerHooks):
         super().__init__(*args, **kwargs)
         if isinstance(self.args, BaseConfig):  # TRL's, of SFT, adds the loss of a mixture of experts
             self.router_coefficient = router_coefficient(self.model, self.args.router_aux_loss_coef)
-            if self.router_coefficient:
+            self.aux_loss_enabled = self.router_coefficient > 0  # TRL's name
+            if self.aux_loss_enabled:
                 check_checkpointing(self.args)
         self._check_rows()
         self._check_best_metric()

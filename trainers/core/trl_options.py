@@ -5,7 +5,6 @@ A value that asks for something is refused with what to do instead; it is never 
 """
 
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from align.errors import ConfigError
@@ -39,7 +38,6 @@ class TrlDefaults(TrainingSettings):
 class TrlOptions(TrlDefaults):
     """Of TRL's DPO and reward trainers."""
 
-    trust_remote_code: bool = of_trl(False, "pass a loaded model and its tokenizer")
     pad_token: str | None = of_trl(None, "set tokenizer.pad_token, and pass the tokenizer")
     pad_to_multiple_of: int | str | None = of_trl("auto", "leave it out; batching: shared_prefix pads nothing")
     activation_offloading: bool = of_trl(False, "gradient_checkpointing")
@@ -50,7 +48,6 @@ class TrlRewardOptions(TrlOptions):
     """Of TRL's reward trainer."""
 
     eos_token: str | None = of_trl(None, "set tokenizer.eos_token, and pass the tokenizer")
-    chat_template_path: str | None = of_trl(None, "set tokenizer.chat_template, and pass the tokenizer")
 
 
 @dataclass
@@ -59,18 +56,3 @@ class TrlDPOOptions(TrlOptions):
 
     truncation_mode: str = of_trl("keep_start", "shorten the prompts: they are never cut, completions lose their end")
     padding_free: bool = of_trl(False, "batching: shared_prefix")
-    sync_ref_model: bool = of_trl(False, "train in rounds, each with the model of the last one as ref_model")
-    ref_model_mixup_alpha: float = of_trl(0.6, "leave it out, the reference stays what it was")
-    ref_model_sync_steps: int = of_trl(512, "leave it out, the reference stays what it was")
-
-
-def loading_options(args: Any, model: Any) -> dict[str, Any]:
-    """`model_init_kwargs` for a model that is named; ConfigError with one that is loaded already."""
-    options = dict(args.model_init_kwargs or {})
-    if options and not isinstance(model, str | Path):
-        raise ConfigError(
-            "model_init_kwargs are for loading a model by its name, and this one is loaded: load it with them, or set "
-            "the command's own options (dtype, attn_implementation, model_revision)",
-            key="model_init_kwargs",
-        )
-    return options

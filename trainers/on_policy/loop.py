@@ -27,13 +27,14 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 from align.modeling.completions import completion_logps
-from align.modeling.load import disable_dropout, load_policy, load_tokenizer, reference_of
+from align.modeling.load import disable_dropout, load_policy, reference_of
 from align.modeling.prefix_support import enable_shared_prefix, enable_trunk
 from align.objectives.policy_loss import aggregate_tokens
 from align.rollout.engine import RolloutEngine
 from align.rollout.types import SamplingParams
 from align.trainers.core.batching import CheckSharedRows, autocast_dtype, resolve_layout
 from align.trainers.core.experts import with_router_loss
+from align.trainers.core.loading import loading_options, tokenizer_of
 from align.trainers.core.micro_batches import in_lists
 from align.trainers.core.ranks import Ranks
 from align.trainers.core.reference_checks import (
@@ -98,9 +99,9 @@ class OnPolicyTrainer(OnPolicyBase):
         engine: RolloutEngine | None = None,
     ):
         args = self.options(args, model, train_dataset)
-        tokenizer = processing_class or load_tokenizer(model)
+        tokenizer = tokenizer_of(args, model, processing_class)
         set_seed(args.seed)  # a new adapter is drawn at random
-        model = load_policy(model, peft_config=peft_config, sharded=True)
+        model = load_policy(model, peft_config=peft_config, sharded=True, **loading_options(args, model))
         if args.disable_dropout:
             disable_dropout(model)
         self.rewards = RewardColumns(reward, args.reward_weights, tokenizer=tokenizer)

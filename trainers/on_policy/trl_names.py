@@ -39,5 +39,3 @@ class TrlOnPolicyOptions(TrlDefaults):
     use_bias_correction_kl: bool = of_trl(False, "kl_estimator: k2, whose gradient is the reverse KL's")
     entropy_coef: float = of_trl(0.0, ENTROPY)
     use_adaptive_entropy: bool = of_trl(False, ENTROPY)
-    model_init_kwargs: dict[str, Any] | None = of_trl(None, "load the model with them, and pass it")
-    trust_remote_code: bool = of_trl(False, "pass a loaded model and its tokenizer")

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 from align.errors import ConfigError
 from align.trainers.core.batching import BatchingOptions
@@ -27,9 +26,6 @@ class PairConfig(BatchingOptions, BaseConfig):
     )
     disable_dropout: bool = field(
         default=True, metadata={"help": "Train without dropout, which makes a policy differ from its reference."}
-    )
-    model_init_kwargs: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Options of from_pretrained for a model that is passed by name, from Python."}
     )
     num_logged_pairs: int = field(default=8, metadata={"help": "Pairs shown per evaluation in the tracker; 0: none."})
 

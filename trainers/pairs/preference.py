@@ -20,20 +20,20 @@ from transformers import set_seed
 from align.data.sets import of_each
 from align.data.streams import is_stream
 from align.errors import ConfigError, TrainingError
-from align.modeling.load import Reference, disable_dropout, load_policy, load_tokenizer
+from align.modeling.load import Reference, disable_dropout, load_policy
 from align.modeling.logprobs import language_model
 from align.modeling.pairs import PairTokens, pair_tokens
 from align.modeling.prefix_support import enable_shared_prefix
 from align.modeling.types import Model
 from align.objectives.pair_losses import PairLosses
 from align.trainers.core.batching import CheckSharedRows, autocast_dtype, resolve_layout
+from align.trainers.core.loading import loading_options, tokenizer_of
 from align.trainers.core.reference_checks import (
     check_reference,
     check_same_start,
     logp_tolerance,
     reference_probe,
 )
-from align.trainers.core.trl_options import loading_options
 from align.trainers.pairs.config import PreferenceConfig
 from align.trainers.pairs.data import PairData
 from align.trainers.pairs.loop import PairTrainer, UserMetrics
@@ -114,7 +114,7 @@ class PreferenceTrainer(PairTrainer):
         compute_metrics: UserMetrics | None = None,
     ):
         args = self.options(args, model, train_dataset)
-        processing_class = processing_class or load_tokenizer(model)
+        processing_class = tokenizer_of(args, model, processing_class)
         self.args = args
         if is_stream(train_dataset):
             self._check_stream()
@@ -150,6 +150,7 @@ class PreferenceTrainer(PairTrainer):
         )
         self.reference: Reference | None = None
         self.reference_cache: ReferenceCache | None = None
+        self._start: Reference | None = None  # the policy, which is the reference until it is trained
         if self.needs_reference:
             self._set_up_reference(ref_model, ref_dtype)
 
@@ -157,7 +158,8 @@ class PreferenceTrainer(PairTrainer):
         """ConfigError where all pairs are needed before the first step."""
         if self.args.precompute_ref_log_probs:
             raise ConfigError(
-                "precompute_ref_log_probs goes through all pairs before training, and the rows are a stream"
+                "precompute_ref_log_probs is not supported with IterableDataset: it goes through all pairs before "
+                "training, and the rows are a stream"
             )
         if type(self).prepare_dataset is not PreferenceTrainer.prepare_dataset:
             raise ConfigError(
@@ -209,6 +211,8 @@ class PreferenceTrainer(PairTrainer):
             self.model, ref_model, for_one_pass=once and not sharded, dtype=dtype
         )
         cache = None
+        if reference.model is self.model:
+            self._start = reference
         if once:
             if self.is_deepspeed_enabled and self.accelerator.deepspeed_plugin.zero_stage == 3:
                 raise ConfigError("precompute_ref_log_probs does not work under ZeRO-3: use fsdp2, or a live reference")
@@ -259,12 +263,18 @@ class PreferenceTrainer(PairTrainer):
         dataset = super().prepare_other(dataset)
         if self.reference_cache is None:
             return dataset
-        if self.reference is None:
-            raise ConfigError(
-                "precompute_ref_log_probs: the reference is not kept after set-up, so other pairs than the trainer's "
-                "own eval_dataset cannot be evaluated"
-            )
-        return self._with_reference(dataset, self.reference_cache, "eval", self.args.eval_batch_size)
+        kept = self.reference
+        if kept is None and self.state.global_step == 0:
+            self.reference = self._start
+        try:
+            if self.reference is None:
+                raise ConfigError(
+                    "Cannot compute reference log-probs for a dataset passed to `evaluate` or `predict`: "
+                    "precompute_ref_log_probs keeps no reference; pass it as eval_dataset when the trainer is made"
+                )
+            return self._with_reference(dataset, self.reference_cache, "eval", self.args.eval_batch_size)
+        finally:
+            self.reference = kept
 
     def _with_reference(self, dataset: Dataset, cache: ReferenceCache, name: str, batch_size: int) -> Dataset:
         """With the reference's log-probs, from the cache or computed."""

@@ -8,12 +8,13 @@ from align.data.formats import columns_of
 from align.data.sets import of_each
 from align.distributed.checkpoints import newest_whole
 from align.errors import ConfigError
-from align.modeling.load import load_sequence_classifier, load_tokenizer
+from align.modeling.load import load_sequence_classifier
 from align.modeling.member_lora import add_member_adapters
 from align.modeling.members import share_trunk
 from align.reward_models.ensemble import FILE_NAME, KINDS, save_ensemble
 from align.reward_models.joint import save_adapters, save_trunk
 from align.reward_models.normalizer import FILE_NAME as NORMALIZER_FILE
+from align.trainers.core.loading import tokenizer_of
 from align.trainers.core.trackers import finish_tracking
 from align.trainers.reward import RewardConfig, RewardTrainer, pair_data
 from align.trainers.sweeps.joint_ensemble import JointRewardTrainer
@@ -56,7 +57,7 @@ def train_reward_ensemble(
     """
     _check(model, members, kind, upper_layers, train_trunk, peft_config)
     _check_member(member, members, kind)
-    processing_class = processing_class or load_tokenizer(model)
+    processing_class = tokenizer_of(args, model, processing_class)
     columns_of(train_dataset)  # no stream: every member goes through the same rows
     data = pair_data(processing_class, args)
     train_dataset = data.prepare(train_dataset, "train")

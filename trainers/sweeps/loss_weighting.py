@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from align.errors import ConfigError
 from align.evaluation.front import Front, Point, write_front
-from align.modeling.load import load_tokenizer
 from align.modeling.pairs import PairTokens
 from align.modeling.soups import make_soup
 from align.objectives.modpo import modpo_loss
 from align.objectives.pair_losses import PairLosses
 from align.reward_models.margins import rows_fingerprint
+from align.trainers.core.loading import tokenizer_of
 from align.trainers.modpo import WeightOptions
 from align.trainers.pairs.config import PreferenceConfig
 from align.trainers.pairs.data import numbered_pairs
@@ -69,7 +69,7 @@ class LossWeightingTrainer(PreferenceTrainer):
         processing_class=None,
         **kwargs,
     ):
-        processing_class = processing_class or load_tokenizer(model)
+        processing_class = tokenizer_of(args, model, processing_class)
         others = [name for name in train_dataset if name != args.objective]
         weight, rest = args.weights_of(others)
         weights = dict(zip([args.objective, *others], [weight, *rest], strict=True))

@@ -26,7 +26,7 @@ class OfTorch(torch.utils.data.Dataset):
 
 
 NO_ROWS = {
-    "None": (lambda rows: None, "needs train_dataset: the rows to train on"),
+    "None": (lambda rows: None, "`train_dataset` is required: the rows to train on"),
     "list": (lambda rows: rows.to_list(), r"from_list\(rows\)"),
     "columns": (lambda rows: rows.to_dict(), "several sets by name are for eval_dataset"),
     "frame": (lambda rows: pd.DataFrame(rows.to_list()), "from_pandas"),

@@ -1,11 +1,13 @@
 """Options and arguments of TRL's: defaults written out are no error, what asks for something works or is refused."""
 
+import json
 from dataclasses import MISSING, fields
 
 import numpy as np
 import pytest
 import torch
 import trl
+from peft import LoraConfig
 from transformers import TrainingArguments
 
 from align import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
@@ -16,9 +18,9 @@ from tests.trainers.tiny_runs import QUIET, tiny_model
 
 BOTH = ((DPOConfig, trl.DPOConfig), (SFTConfig, trl.SFTConfig), (RewardConfig, trl.RewardConfig))
 OTHERS = {
-    "truncation_mode": "keep_end", "padding_free": True, "sync_ref_model": True, "ref_model_mixup_alpha": 0.9,
-    "ref_model_sync_steps": 8, "trust_remote_code": True, "pad_token": "<pad>", "pad_to_multiple_of": 8,
-    "activation_offloading": True, "eos_token": "<eos>", "chat_template_path": "a.jinja", "dataset_text_field": "body",
+    "truncation_mode": "keep_end", "padding_free": True, "ref_model_mixup_alpha": 0.9,
+    "ref_model_sync_steps": 8, "pad_token": "<pad>", "pad_to_multiple_of": 8,
+    "activation_offloading": True, "eos_token": "<eos>", "dataset_text_field": "body",
     "assistant_only_loss": True, "completion_only_loss": False, "dataset_kwargs": {"skip_prepare_dataset": True},
 }  # fmt: skip
 
@@ -37,7 +39,7 @@ def test_trls_defaults_written_out_are_no_error(ours, theirs, tmp_path):
 def test_what_asks_for_something_is_refused_by_name(ours, tmp_path):
     names = {f.name for f in fields(ours)} & OTHERS.keys()
     names -= {"padding_free", "activation_offloading"} if ours is SFTConfig else set()  # TRL's own, which work
-    assert len(names) >= 6
+    assert len(names) >= 3
     for name in names:
         with pytest.raises(ConfigError, match=name):
             ours(str(tmp_path), use_cpu=True, **{name: OTHERS[name]})
@@ -94,3 +96,50 @@ def test_formatting_func_makes_the_text(tmp_path):
     assert torch.equal(run("a", rows, formatting_func=text), run("b", as_text))
     with pytest.raises(DataError, match="formatting_func gave list instead of the text of one row"):
         run("c", rows, formatting_func=lambda row: [text(row)])
+
+
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+@pytest.mark.parametrize("method", ["sft", "reward"])
+def test_chat_template_path_is_a_file_or_a_tokenizer(method, policy, tmp_path):
+    cls, config = {"sft": (SFTTrainer, SFTConfig), "reward": (RewardTrainer, RewardConfig)}[method]
+    (tmp_path / "a.jinja").write_text(TEMPLATE, encoding="utf-8")
+    source = toy.tokenizer()
+    source.chat_template = TEMPLATE
+    source.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    source.save_pretrained(tmp_path / "source")
+
+    def made(path, **options):
+        args = config(str(tmp_path / "run"), chat_template_path=str(tmp_path / path), **QUIET)
+        return cls(policy, args, rows_of(method, 4), **options)
+
+    before = made("a.jinja")
+    assert before.processing_class.chat_template == TEMPLATE and "<turn>" not in before.processing_class.get_vocab()
+    cloned = made("source")
+    assert cloned.processing_class.chat_template == TEMPLATE and "<turn>" in cloned.processing_class.get_vocab()
+    rows = [t.model.get_input_embeddings().weight.shape[0] for t in (before, cloned)]
+    assert rows[1] >= len(cloned.processing_class) > rows[0] - 64
+    with pytest.raises(ConfigError, match="special tokens that the model lacks"):
+        made("source", peft_config=LoraConfig(target_modules=["q_proj"]))
+    for path, problem in (("none.jinja", "cannot be read"), (str(policy), "has no chat template")):
+        with pytest.raises(ConfigError, match=problem):
+            made(path)
+
+
+def test_a_model_with_code_of_its_own_needs_leave(policy, tokenizer, tmp_path):
+    folder = tmp_path / "own"
+    tiny_model(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnForCausalLM"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\nclass Own(LlamaConfig):\n    model_type = 'own'\n"
+        "\n\nclass OwnForCausalLM(LlamaForCausalLM):\n    config_class = Own\n"
+    )
+    for cls, config, method in ((DPOTrainer, DPOConfig, "dpo"), (SFTTrainer, SFTConfig, "sft")):
+        with pytest.raises(ValueError, match="custom code"):
+            cls(str(folder), config(str(tmp_path / "run"), **QUIET), rows_of(method, 4))
+        trainer = cls(str(folder), config(str(tmp_path / "run"), trust_remote_code=True, **QUIET), rows_of(method, 4))
+        assert type(trainer.model).__name__ == "OwnForCausalLM"

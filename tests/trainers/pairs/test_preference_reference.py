@@ -14,7 +14,7 @@ from align.trainers.dpo import DPOTrainer
 from align.trainers.pairs.data import flat_column, list_column
 from align.trainers.pairs.reference_cache import ReferenceCache
 from tests.trainers.pairs.preference_runs import assert_close, dpo_config, history, toy_pairs
-from tests.trainers.tiny_runs import logged
+from tests.trainers.tiny_runs import logged, parameters
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 
@@ -85,10 +85,7 @@ def test_a_damaged_cache_is_an_error(policy, pairs, tmp_path):
         run(policy, dpo_config(tmp_path, precompute_ref_log_probs=True, per_device_train_batch_size=24), pairs)
 
 
-def test_other_pairs_cannot_be_evaluated_without_the_reference(policy, pairs, tmp_path):
-    trainer = DPOTrainer(policy, dpo_config(tmp_path, precompute_ref_log_probs=True), pairs)
-    with pytest.raises(ConfigError, match="other pairs than the trainer's own eval_dataset"):
-        trainer.evaluate(toy_pairs(4, seed=3))
+def test_other_pairs_are_evaluated_with_the_adapter_off(policy, pairs, tmp_path):
     lora = DPOTrainer(policy, dpo_config(tmp_path, precompute_ref_log_probs=True), pairs, peft_config=LORA)
     assert lora.evaluate(toy_pairs(4, seed=3))["eval_loss"] == pytest.approx(0.693147, abs=1e-5)
 
@@ -163,3 +160,46 @@ def test_three_runs_write_into_one_folder_at_once(tmp_path):
         process.join(60)
     assert [process.exitcode for process in runs] == [0, 0, 0]
     assert len(list((tmp_path / "shared").iterdir())) == 1
+
+
+def test_other_pairs_are_evaluated_with_a_cached_reference_until_the_policy_moves(policy, pairs, tmp_path):
+    other = toy_pairs(6, seed=1)
+    live = DPOTrainer(policy, dpo_config(tmp_path / "live"), pairs)
+    cached = DPOTrainer(policy, dpo_config(tmp_path / "cached", precompute_ref_log_probs=True), pairs, {"own": other})
+    expected, found = live.evaluate(other), cached.evaluate(other)
+    assert cached.reference is None and found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-6)
+    cached.train()
+    assert cached.evaluate()["eval_own_loss"] != pytest.approx(expected["eval_loss"], rel=1e-6)
+    with pytest.raises(ConfigError, match="Cannot compute reference log-probs for a dataset passed to"):
+        cached.evaluate(other)
+
+
+def test_a_moving_reference_is_mixed_and_resumed(policy, pairs, tmp_path):
+    settings = {"max_steps": 5, "sync_ref_model": True, "ref_model_mixup_alpha": 0.25, "ref_model_sync_steps": 2}
+
+    def trained(folder, resume=None, **options):
+        args = dpo_config(tmp_path / folder, **{**settings, **options})
+        trainer = DPOTrainer(policy, args, pairs)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    start = parameters(load_policy(policy))
+    short = trained("short", max_steps=2)  # moves once, after its last step
+    for name, weight in parameters(short.ref_model).items():
+        torch.testing.assert_close(weight, 0.75 * start[name] + 0.25 * short.model.get_parameter(name), msg=name)
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    whole = trained("whole", **saving)
+    again = trained("whole", resume=str(tmp_path / "whole" / "checkpoint-3"), **saving)
+    for name, weight in parameters(whole.ref_model).items():
+        assert torch.equal(weight, again.ref_model.get_parameter(name)), name
+    assert logged(whole, "loss")[3:] == logged(again, "loss")[-2:]
+    for options, problem in (
+        ({"precompute_ref_log_probs": True}, "holds no reference that could move"),
+        ({"loss_type": ["simpo"]}, "holds no reference that could move"),
+        ({"ref_model_mixup_alpha": 0.0}, "above 0 and at most 1"),
+        ({"sync_ref_model": False}, "only with sync_ref_model"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            dpo_config(tmp_path / "bad", **{**settings, **options})
+    with pytest.raises(ConfigError, match="adapter off"):
+        DPOTrainer(policy, dpo_config(tmp_path / "lora", **settings), pairs, peft_config=LORA)
