@@ -140,21 +140,13 @@ def _memory(run: RunConfig, config, rows):
     peft_config = build.peft_config(run)
     classifier = run.method.model == "classifier"
     shape = model_shape(config, dtype=build.dtype(run), classifier=classifier, peft_config=peft_config)
-    sequences, length = training.per_device_train_batch_size, longest(rows, data)
-    if data == "pairs":
-        sequences *= 2
-    elif data == "prompts":
-        sequences, length = sequences * training.num_generations, length + training.max_completion_length
-        if training.tokens_per_batch is not None:
-            sequences = min(sequences, max(1, training.tokens_per_batch // length))
     on_policy = data == "prompts"
     return estimate(
         shape,
         optim=training.optim.value,
         mixed=bool(training.bf16 or training.fp16),
         checkpointing=bool(training.gradient_checkpointing),
-        sequences=sequences,
-        length=length,
+        tokens=micro_batch_tokens(run, rows),
         logits=not classifier,
         reference=_holds_reference(run, adapter=peft_config is not None),
         reference_width=_reference_width(run),
@@ -176,12 +168,30 @@ def _reference_width(run: RunConfig) -> int | None:
     return None if dtype is None else 4 if dtype == "float32" else 2
 
 
-def longest(rows, data: str) -> int:
-    """Tokens of the longest row of a tokenised dataset."""
+def micro_batch_tokens(run: RunConfig, rows) -> int:
+    """Tokens of a micro-batch whose rows are all as long as the longest. Unless batches are `padded`, the completions of
+    a prompt share it: what the model allows is not looked at here."""
+    training, data = run.training, run.method.data
+    shared = vars(training).get("batching") != "padded"
+    if data == "pairs":
+        return training.per_device_train_batch_size * longest(rows, data, shared)
+    if data == "completions":
+        return training.per_device_train_batch_size * longest(rows, data)
+    prompt, completion, samples = longest(rows, data), training.max_completion_length, training.num_generations
+    one = prompt + completion
+    group = prompt + samples * completion if shared else samples * one
+    tokens = training.per_device_train_batch_size * group
+    return tokens if training.tokens_per_batch is None else min(tokens, max(one, training.tokens_per_batch))
+
+
+def longest(rows, data: str, shared: bool = False) -> int:
+    """Tokens of the longest row of a tokenised dataset; of a pair, what a batch holds for both of its sequences, whose
+    prompt may be shared."""
     if data != "pairs":
         return max(map(len, rows["prompt_ids" if data == "prompts" else "input_ids"]))
     parts = zip(rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"], strict=True)
-    return max(len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in parts)
+    lengths = ((len(prompt), len(chosen), len(rejected)) for prompt, chosen, rejected in parts)
+    return max(p + c + r if shared else 2 * (p + max(c, r)) for p, c, r in lengths)
 
 
 def reward_shapes(run: RunConfig) -> dict[str, Shape]:

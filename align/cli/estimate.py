@@ -107,8 +107,7 @@ def estimate(
     optim: str,
     mixed: bool,
     checkpointing: bool,
-    sequences: int,
-    length: int,
+    tokens: int,
     logits: bool,
     reference: bool = False,
     reference_width: int | None = None,
@@ -117,7 +116,7 @@ def estimate(
 ) -> Estimate:
     """Memory of one training process.
 
-    sequences, length: of one micro-batch. mixed: 16-bit autocast. logits: there is a language-model head; it
+    tokens: of one micro-batch, padding counted. mixed: 16-bit autocast. logits: there is a language-model head; it
     runs in chunks. reference: there is a second, frozen copy of the model; reference_width: bytes of each of its
     weights, None: as the model's. engine: the rollout engine has a copy of its
     own. rewards: reward models by name.
@@ -130,7 +129,6 @@ def estimate(
     out.add("optimiser states", shape.trainable * state, f"{optim}: {words}")
     if mixed and width == 4:
         out.add("16-bit copies", count * 2, "autocast keeps the cast weights during a forward and backward pass")
-    tokens = sequences * length
     number = 2 if mixed or width == 2 else 4
     layer = number * (10 * shape.hidden + 4 * shape.inner) + (4 if mixed else number) * 6 * shape.hidden
     if checkpointing:

@@ -52,8 +52,7 @@ def measured(setting: Setting, seen: bool, reward: bool = False, lora: bool = Fa
         optim=args.optim.value,
         mixed=bool(args.bf16 or args.fp16),
         checkpointing=bool(args.gradient_checkpointing),
-        sequences=2 * pairs,
-        length=2 * half,
+        tokens=pairs * 3 * half,  # a prompt is shared by its two completions
         logits=not reward,
         reference=not reward and not lora,
     )

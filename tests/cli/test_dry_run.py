@@ -164,7 +164,8 @@ def test_steps_of_a_run(rows, options, processes, expected, tiny_model, demonstr
 def test_longest():
     rows = {"prompt_ids": [[1, 2], [1]], "chosen_ids": [[1], [1, 2, 3]], "rejected_ids": [[1], [1]]}
     assert longest(rows, "prompts") == 2
-    assert longest(rows, "pairs") == 4
+    assert longest(rows, "pairs") == 8
+    assert longest(rows, "pairs", shared=True) == 5
     assert longest({"input_ids": [[1], [1, 2, 3]]}, "completions") == 3
 
 

@@ -36,8 +36,7 @@ def estimated(shape, **changes):
         "optim": "adamw_torch",
         "mixed": False,
         "checkpointing": False,
-        "sequences": ROWS,
-        "length": LENGTH,
+        "tokens": ROWS * LENGTH,
         "logits": True,
     }
     return estimate(shape, **{**defaults, **changes})
