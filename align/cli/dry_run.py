@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from align.cli import build
-from align.cli.estimate import Shape, estimate, model_shape
+from align.cli.estimate import Packed, Shape, estimate, model_shape
 from align.config.resolve import RunConfig, settings
 from align.data.streams import LOOKED_AT, sample_of
 from align.errors import ConfigError
@@ -139,18 +139,21 @@ def _memory(run: RunConfig, config, rows):
     training, data = run.training, run.method.data
     peft_config = build.peft_config(run)
     classifier = run.method.model == "classifier"
-    shape = model_shape(config, dtype=build.dtype(run), classifier=classifier, peft_config=peft_config)
+    shape = model_shape(
+        config, dtype=build.dtype(run), classifier=classifier, peft_config=peft_config, packed=_packed(run)
+    )
+    mixed = bool(training.bf16 or training.fp16)
     on_policy = data == "prompts"
     return estimate(
         shape,
         optim=training.optim.value,
-        mixed=bool(training.bf16 or training.fp16),
+        mixed=mixed,
         checkpointing=bool(training.gradient_checkpointing),
         tokens=micro_batch_tokens(run, rows),
         logits=not classifier,
         reference=_holds_reference(run, adapter=peft_config is not None),
         reference_width=_reference_width(run),
-        engine=on_policy and training.rollout.backend != "server",  # whose copy lies elsewhere
+        engine_width=_engine_width(run, 2 if mixed else shape.bytes_per_weight) if on_policy else None,
         rewards=reward_shapes(run) if run.method.rewards else {},
     )
 
@@ -162,6 +165,19 @@ def _holds_reference(run: RunConfig, *, adapter: bool) -> bool:
     return run.method.data == "pairs" and run.method.model == "policy" and run.training.holds_reference(adapter)
 
 
+def _packed(run: RunConfig) -> Packed | None:
+    bits = 4 if run.model.load_in_4bit else 8 if run.model.load_in_8bit else None
+    return None if bits is None else Packed(bits, nested=run.model.use_bnb_nested_quant)
+
+
+def _engine_width(run: RunConfig, computed: int) -> int | None:
+    """Bytes of each weight of an engine on this device. computed: of the dtype that the policy computes in."""
+    rollout = run.training.rollout
+    if rollout.backend == "server":
+        return None  # its copy lies elsewhere
+    return computed if rollout.dtype is None else 4 if rollout.dtype == "float32" else 2
+
+
 def _reference_width(run: RunConfig) -> int | None:
     """Bytes of each weight of a reference with a `ref_dtype` of its own."""
     dtype = vars(run.training).get("ref_dtype")  # of preference methods
@@ -169,8 +185,8 @@ def _reference_width(run: RunConfig) -> int | None:
 
 
 def micro_batch_tokens(run: RunConfig, rows) -> int:
-    """Tokens of a micro-batch whose rows are all as long as the longest. Unless batches are `padded`, the completions of
-    a prompt share it: what the model allows is not looked at here."""
+    """Tokens of a micro-batch whose rows are all as long as the longest. Unless batches are `padded`, the completions
+    of a prompt share it: what the model allows is not looked at here."""
     training, data = run.training, run.method.data
     shared = vars(training).get("batching") != "padded"
     if data == "pairs":

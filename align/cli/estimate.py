@@ -27,17 +27,35 @@ class Part:
 class Shape:
     """What the estimate needs to know of a model, all from its config.
 
-    parameters, trainable: counts. layers, hidden, inner (of the MLP), vocab: sizes. bytes_per_weight: of the dtype it
-    is loaded in.
+    parameters, trainable: counts. weights: bytes of all, and how they come about. trained: (count, bytes of each) of
+    the trained ones. cast: parameters that autocast casts (packed ones are unpacked and given back). layers, hidden,
+    inner (of the MLP), vocab: sizes. bytes_per_weight: of the dtype it is loaded in.
     """
 
     parameters: int
     trainable: int
+    weights: tuple[int, str]
+    trained: list[tuple[int, int]]
+    cast: int
     layers: int
     hidden: int
     inner: int
     vocab: int
     bytes_per_weight: int
+
+
+@dataclass(frozen=True)
+class Packed:
+    """bitsandbytes' linear layers of 4 or 8 bits. nested: the scales of 4 bits (one per 64 weights) are packed too."""
+
+    bits: int
+    nested: bool = False
+
+    @property
+    def bytes(self) -> float:
+        """Of one weight, its share of the scales included."""
+        scales = 0.0 if self.bits == 8 else (1 + 4 / 256) / 64 if self.nested else 4 / 64
+        return self.bits / 8 + scales
 
 
 @dataclass
@@ -62,11 +80,13 @@ def _size(count: int) -> str:
     return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.2f} MiB"
 
 
-def model_shape(config, *, dtype: str | None, classifier: bool = False, peft_config=None) -> Shape:
+def model_shape(
+    config, *, dtype: str | None, classifier: bool = False, peft_config=None, packed: Packed | None = None
+) -> Shape:
     """Counts from a transformers config; the model is built on the meta device, without storage.
 
     classifier: with one score in the place of the language-model head. dtype: "float32", "bfloat16", "float16", or
-    "auto" for the dtype the config names.
+    "auto" for the dtype the config names. packed: how bitsandbytes holds the linear layers; None: as the others.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -76,20 +96,49 @@ def model_shape(config, *, dtype: str | None, classifier: bool = False, peft_con
         if classifier:
             config.num_labels = 1
             model = AutoModelForSequenceClassification.from_config(config)
-            model = load_sequence_classifier(model, peft_config=peft_config)
         else:
-            model = load_policy(AutoModelForCausalLM.from_config(config), peft_config=peft_config)
+            model = AutoModelForCausalLM.from_config(config)
+        named = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype or "float32")
+        held = _packed_weights(model) if packed else {}
+        model = model.requires_grad_(False).to(named).requires_grad_(True)
+        if peft_config is not None:
+            load_model = load_sequence_classifier if classifier else load_policy
+            model = load_model(model, peft_config=peft_config)
     text = config.get_text_config()
-    named = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype or "float32")
+    sizes = {p: p.dtype.itemsize for p in model.parameters() if id(p) not in held}
+    parts = _by_width(sizes)
+    words = [f"{count:,} parameters x {width} bytes" for count, width in parts]
+    unpacked, size = sum(count for count, _ in parts), sum(count * width for count, width in parts)
+    if packed is not None:
+        count = sum(held.values())
+        size, words = size + round(count * packed.bytes), [f"{count:,} parameters in {packed.bits} bits", *words]
     return Shape(
         parameters=sum(p.numel() for p in model.parameters()),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        weights=(size, ", ".join(words)),
+        trained=_by_width({p: p.dtype.itemsize for p in model.parameters() if p.requires_grad}),
+        cast=unpacked,
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         inner=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,  # GPT-2 has no such key
         vocab=text.vocab_size,
         bytes_per_weight=named.itemsize,
     )
+
+
+def _by_width(sizes: dict[torch.nn.Parameter, int]) -> list[tuple[int, int]]:
+    return [(sum(p.numel() for p in sizes if sizes[p] == width), width) for width in sorted({*sizes.values()})]
+
+
+def _packed_weights(model) -> dict[int, int]:
+    """Counts of the weights that bitsandbytes packs, by id: of linear layers, but of the head."""
+    last = [name for name, _ in model.named_parameters()][-1]
+    head = model.get_output_embeddings()
+    return {
+        id(module.weight): module.weight.numel()
+        for name, module in model.named_modules()
+        if type(module) is torch.nn.Linear and module is not head and f"{name}.weight" != last
+    }
 
 
 def optimizer_bytes(optim: str, width: int) -> tuple[int, str]:
@@ -111,24 +160,27 @@ def estimate(
     logits: bool,
     reference: bool = False,
     reference_width: int | None = None,
-    engine: bool = False,
+    engine_width: int | None = None,
     rewards: dict[str, Shape] | None = None,
 ) -> Estimate:
     """Memory of one training process.
 
     tokens: of one micro-batch, padding counted. mixed: 16-bit autocast. logits: there is a language-model head; it
     runs in chunks. reference: there is a second, frozen copy of the model; reference_width: bytes of each of its
-    weights, None: as the model's. engine: the rollout engine has a copy of its
-    own. rewards: reward models by name.
+    weights, None: as the model's. engine_width: the rollout engine has a copy of its own, of so many bytes a weight.
+    rewards: reward models by name.
     """
     out = Estimate()
     count, width = shape.parameters, shape.bytes_per_weight
-    out.add("weights", count * width, f"{count:,} parameters x {width} bytes")
-    out.add("gradients", shape.trainable * width, f"{shape.trainable:,} trained x {width} bytes")
-    state, words = optimizer_bytes(optim, width)
-    out.add("optimiser states", shape.trainable * state, f"{optim}: {words}")
+    out.add("weights", *shape.weights)
+    gradients = sum(number * size for number, size in shape.trained)
+    words = ", ".join(f"{number:,} trained x {size} bytes" for number, size in shape.trained)
+    out.add("gradients", gradients, words)
+    states = [(number, *optimizer_bytes(optim, size)) for number, size in shape.trained]
+    words = ", ".join(dict.fromkeys(words for _, _, words in states))
+    out.add("optimiser states", sum(number * size for number, size, _ in states), f"{optim}: {words}")
     if mixed and width == 4:
-        out.add("16-bit copies", count * 2, "autocast keeps the cast weights during a forward and backward pass")
+        out.add("16-bit copies", shape.cast * 2, "autocast keeps the cast weights during a forward and backward pass")
     number = 2 if mixed or width == 2 else 4
     layer = number * (10 * shape.hidden + 4 * shape.inner) + (4 if mixed else number) * 6 * shape.hidden
     if checkpointing:
@@ -141,9 +193,10 @@ def estimate(
         out.add("logits", 3 * chunk, "at most one chunk in float32, its softmax and its gradient")
     if reference:
         out.add("reference model", count * (reference_width or width), "a frozen copy of the weights")
-    if engine:
-        out.add("rollout engine", count * width, "its own copy of the weights; its KV cache comes on top")
+    if engine_width is not None:
+        words = f"its own copy of the weights x {engine_width} bytes; its KV cache comes on top"
+        out.add("rollout engine", count * engine_width, words)
     for name, reward in (rewards or {}).items():
-        count, width = reward.parameters, reward.bytes_per_weight
-        out.add("reward model", count * width, f"{name}: {count:,} parameters x {width} bytes")
+        size, words = reward.weights
+        out.add("reward model", size, f"{name}: {words}")
     return out

@@ -5,9 +5,17 @@ import gc
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, LlamaConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    GPT2Config,
+    LlamaConfig,
+    Qwen2Config,
+)
 
-from align.cli.estimate import GIB, Estimate, estimate, model_shape, optimizer_bytes
+from align.cli.estimate import GIB, Estimate, Packed, estimate, model_shape, optimizer_bytes
+from align.modeling.load import load_policy, load_sequence_classifier
 
 ROWS, LENGTH = 4, 64
 ACTIVATIONS_WITHIN = 1.3  # the rough part: estimated and measured bytes differ by at most this factor
@@ -79,6 +87,35 @@ def test_weights_gradients_and_optimiser_states_are_exact(lora):
         assert part(result, name) == measured[name], name
 
 
+@pytest.mark.parametrize(
+    ("packed", "tied", "classifier"),
+    [
+        (Packed(4), False, False),
+        (Packed(4, nested=True), True, False),
+        (Packed(4), True, True),
+        (Packed(8), False, True),
+    ],
+    ids=["4 bits", "nested, tied", "4 bits, classifier", "8 bits, classifier"],
+)
+def test_packed_weights_take_what_bitsandbytes_gives_them(packed, tied, classifier, tmp_path):
+    given = config(tie_word_embeddings=tied, pad_token_id=0)
+    AutoModelForCausalLM.from_config(given).save_pretrained(tmp_path)
+    options = {"load_in_4bit": True, "bnb_4bit_use_double_quant": packed.nested}
+    options = options if packed.bits == 4 else {"load_in_8bit": True}
+    peft_config = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    load = load_sequence_classifier if classifier else load_policy
+    quantization = BitsAndBytesConfig(**options)
+    model = load(str(tmp_path), dtype="bfloat16", peft_config=peft_config, quantization_config=quantization)
+    states = [state for p in model.parameters() if (state := vars(p).get("quant_state")) is not None]
+    scales = sum(s.absmax.nbytes + (s.state2.absmax.nbytes if s.nested else 0) for s in states)
+    assert bool(states) == (packed.bits == 4)
+    measured = scales + sum(p.nbytes for p in model.parameters())
+    shape = model_shape(given, dtype="bfloat16", classifier=classifier, peft_config=peft_config, packed=packed)
+    assert part(estimated(shape), "weights") == pytest.approx(measured, rel=2e-3)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert part(estimated(shape), "gradients") == sum(p.nbytes for p in trained)
+
+
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize(
     "model_config",
@@ -119,7 +156,7 @@ def test_a_classifier_has_one_output_and_no_logits():
 def test_what_else_a_run_holds_is_counted():
     shape = model_shape(config(), dtype="float32")
     plain = estimated(shape)
-    full = estimated(shape, reference=True, engine=True, rewards={"runs/reward": shape})
+    full = estimated(shape, reference=True, engine_width=4, rewards={"runs/reward": shape})
     assert full.total == plain.total + 3 * 4 * shape.parameters
     assert estimated(shape, checkpointing=True).total < plain.total
     lines = full.lines()
