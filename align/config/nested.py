@@ -36,6 +36,7 @@ def nested_options() -> dict[str, Nested]:
         "multipliers": Nested(sections.MULTIPLIERS.parse, sections.MULTIPLIERS),
         "dynamic_weights": Nested(sections.parse_dynamic_weights, sections.DYNAMIC_WEIGHTS, open=True),
         "threshold_search": Nested(sections.parse_search, search),
+        "stop_at": Nested(sections.parse_stop, sections.StopSection),
     }
 
 

@@ -130,7 +130,13 @@ def _keys(name: str) -> dict[str, dict[str, str]]:
     """The keys of nested options with their help, by kind."""
     from align.reward_models.specs import REWARDS
     from align.rollout.make import rollout_kinds
-    from align.trainers.weighting.sections import DYNAMIC_WEIGHTS, MULTIPLIERS, ConstraintSection, SearchSection
+    from align.trainers.weighting.sections import (
+        DYNAMIC_WEIGHTS,
+        MULTIPLIERS,
+        ConstraintSection,
+        SearchSection,
+        StopSection,
+    )
 
     sections: dict[str, dict[str, Any]] = {
         "rewards": REWARDS.kinds,
@@ -139,6 +145,7 @@ def _keys(name: str) -> dict[str, dict[str, str]]:
         "multipliers": {cls.label: cls for cls in MULTIPLIERS.kinds.values()},
         "dynamic_weights": DYNAMIC_WEIGHTS.kinds,
         "threshold_search": {"": SearchSection},
+        "stop_at": {"": StopSection},
         "rollout": {f"backend {name}": cls for name, cls in rollout_kinds().kinds.items()},
     }
     return {

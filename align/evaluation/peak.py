@@ -8,6 +8,7 @@ from align.evaluation.bootstrap import percentile_interval, resample_weights
 
 MIN_DROP_SHARE = 0.1
 MIN_PROMPTS = 20
+FALLEN = ("over-optimised", "never helped", "collapsed")  # verdicts of a gold score that fell by more than chance
 FOLDS = 10
 RULE = (
     f"too few prompts: below {MIN_PROMPTS}, chance and single prompts decide. over-optimised: the gold score first "

@@ -39,7 +39,7 @@ CHANGEABLE = {
     "ignore_data_skip", "full_determinism", "remove_unused_columns", "max_bad_share", "num_eval_prompts",
     "rollout", "batching", "tokens_per_batch", "chunk_size",
     "margin_cache_dir", "ref_log_probs_dir", "use_liger_kernel", "prediction_loss_only", "label_names",
-    "enable_jit_checkpoint",
+    "enable_jit_checkpoint", "stop_at",
     "trust_remote_code", "pad_token", "pad_to_multiple_of", "activation_offloading", "padding_free",
     "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "eos_token", "chat_template_path",
     "length_column_name", "dataset_num_proc", "model_init_kwargs",

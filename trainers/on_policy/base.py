@@ -21,6 +21,7 @@ from align.trainers.on_policy.kl_coefficient import KLCoefficient
 from align.trainers.on_policy.metrics import OnPolicyMetrics
 from align.trainers.on_policy.pipeline import RolloutPipeline
 from align.trainers.on_policy.rewards import RewardColumns
+from align.trainers.on_policy.stopping import StopRule
 from align.trainers.weighting.base import Weighting
 
 
@@ -45,6 +46,7 @@ class OnPolicyBase(MicroBatchLists, Trainer):
     metrics: OnPolicyMetrics
     ranks: Ranks
     search: Any
+    stop: StopRule | None
 
     def sync_engine(self) -> None:
         self.engine.sync(self.accelerator.unwrap_model(self.model), self.state.global_step)
@@ -65,6 +67,11 @@ class OnPolicyBase(MicroBatchLists, Trainer):
         )
         if step == 0 and self.check_start and self.args.beta:
             check_same_start(logps, batch["ref_logps"], batch["completion_mask"], tolerance)
+
+    @property
+    def finished(self) -> bool:
+        """As in TrainerMixin, and where `stop_at` ends the run."""
+        return super().finished or (self.stop is not None and self.stop.reason is not None)
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
@@ -97,6 +104,8 @@ class OnPolicyBase(MicroBatchLists, Trainer):
             names, table = self.evaluations.write(self.state.global_step, rows, measured)
             if table:
                 self.log_table("completions", names, table)
+        if own and self.is_in_train and self.stop is not None:
+            self.stop.observe(rows, self.state, self.control)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -113,6 +122,7 @@ class OnPolicyBase(MicroBatchLists, Trainer):
             "weighting": self.weighting.state_dict(),
             "kl_controller": self.kl.state_dict(),
             "search": None if self.search is None else self.search.state_dict(),
+            "stop": None if self.stop is None else self.stop.state_dict(),
             "buffer": self.buffer.state_dict(self.ranks.count) if inside and self.buffer is not None else None,
         }
 
@@ -125,6 +135,8 @@ class OnPolicyBase(MicroBatchLists, Trainer):
         self.kl.load_state_dict(state["kl_controller"])
         if self.search is not None:
             self.search.load_state_dict(state["search"])
+        if self.stop is not None:
+            self.stop.load_state_dict(state.get("stop"))
         if state["buffer"] is not None:
             self.buffer = RolloutBuffer.from_state(state["buffer"], self.args.seed, processes=self.ranks.count)
         check_position(self.buffer, self.state.global_step, self.args.steps_per_rollout)

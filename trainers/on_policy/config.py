@@ -13,10 +13,17 @@ from align.trainers.core.options import BaseConfig
 from align.trainers.on_policy.estimators import make_estimator
 from align.trainers.on_policy.loss_types import LOSS_TYPES, resolve_loss_type
 from align.trainers.on_policy.sampling_options import SamplingOptions
+from align.trainers.on_policy.stopping import check_stop, prepare_stop
 from align.trainers.weighting.dynamic import check_dynamic_weights
 from align.trainers.weighting.options import check_constraints
 from align.trainers.weighting.search import check_search
-from align.trainers.weighting.sections import MULTIPLIERS, parse_constraints, parse_dynamic_weights, parse_search
+from align.trainers.weighting.sections import (
+    MULTIPLIERS,
+    parse_constraints,
+    parse_dynamic_weights,
+    parse_search,
+    parse_stop,
+)
 
 RATIO_LEVELS = ("token", "sequence", "sequence_mean")
 CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
@@ -25,6 +32,7 @@ SECTIONS = {
     "multipliers": MULTIPLIERS.parse,
     "dynamic_weights": parse_dynamic_weights,
     "threshold_search": parse_search,
+    "stop_at": parse_stop,
 }
 
 ESTIMATOR_HELP = {
@@ -168,6 +176,13 @@ class OnPolicyConfig(BatchingOptions, SamplingOptions, BaseConfig):
     num_eval_prompts: int | None = field(default=256, metadata={"help": "Evaluate on the first so many; None: all."})
     eval_num_generations: int = field(default=1, metadata={"help": "Completions per prompt in an evaluation."})
     num_logged_completions: int = field(default=8, metadata={"help": "Completions shown per evaluation; 0: none."})
+    stop_at: dict | None = field(
+        default=None,
+        metadata={
+            "help": "End the run at the peak of the gold score, {gold_peak: {patience: 3}}, or when an ensemble's "
+            "members disagree, {disagreement: {limit}} (docs/overoptimization.md)."
+        },
+    )
 
     @property
     def engine_options(self) -> RolloutOptions:
@@ -200,6 +215,7 @@ class OnPolicyConfig(BatchingOptions, SamplingOptions, BaseConfig):
         return {**super().to_dict(), "rollout": plain(self.rollout)}
 
     def __post_init__(self):
+        prepare_stop(self)
         super().__post_init__()
         for name, valid in {
             "loss_aggregation": AGGREGATIONS,
@@ -252,3 +268,4 @@ class OnPolicyConfig(BatchingOptions, SamplingOptions, BaseConfig):
         check_constraints(self)
         check_dynamic_weights(self)
         check_search(self)
+        check_stop(self)

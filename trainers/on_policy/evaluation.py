@@ -1,5 +1,6 @@
 """Evaluation of a policy: what it earns from the proxy and the gold reward, and how far it is from the reference."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from enum import Enum
@@ -24,6 +25,7 @@ from align.trainers.on_policy.forward import ForwardPasses
 from align.trainers.on_policy.pipeline import CompletionSource
 from align.trainers.on_policy.rewards import RewardColumns
 from align.trainers.on_policy.samples import Sample, as_text, make_samples, tokenized_prompts
+from align.trainers.on_policy.stopping import disagreement_columns
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -89,13 +91,16 @@ class PolicyEvaluator:
     ):
         self.args, self.engine, self.tokenizer, self.ranks = args, engine, tokenizer, ranks
         self.rewards, self.gold, self.forward = rewards, gold, forward
+        self.ensembles = disagreement_columns(rewards.rewards)
 
     @property
     def measured(self) -> list[str]:
-        """What there is of every prompt: `METRICS`, gold only where there is one, and every reward."""
+        """What there is of every prompt: `METRICS`, gold only where there is one, every reward, and of every ensemble
+        the standard deviation of its members' scores."""
         return [
             *(name for name in METRICS if name != "gold" or self.gold is not None),
             *(f"rewards/{name}" for name in self.rewards.names),
+            *(f"disagreement/{name}" for name in self.ensembles),
         ]
 
     def evaluate(self, prompts, model: nn.Module, reference: Reference) -> list[dict]:
@@ -122,6 +127,9 @@ class PolicyEvaluator:
             columns["gold"] = self.gold.totals(samples)
         columns["length"] = [sample.length for sample in samples]
         columns |= {f"rewards/{name}": [sample.rewards.get(name) for sample in samples] for name in self.rewards.names}
+        for name, key in self.ensembles.items():
+            variances = [sample.extras.get(key) for sample in samples]
+            columns[f"disagreement/{name}"] = [None if v is None else math.sqrt(v) for v in variances]
         rows = []
         for i, index in enumerate(indices):
             own = slice(i * count, (i + 1) * count)

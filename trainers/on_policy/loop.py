@@ -56,6 +56,7 @@ from align.trainers.on_policy.pipeline import RolloutPipeline
 from align.trainers.on_policy.refill import DynamicSampling
 from align.trainers.on_policy.rewards import RewardColumns
 from align.trainers.on_policy.samples import Sample, tokenized_prompts
+from align.trainers.on_policy.stopping import make_stop, name_best_metric
 from align.trainers.on_policy.streams import fill_advantages, mix
 from align.trainers.on_policy.truncation import TruncationRule
 from align.trainers.weighting.base import make_weighting
@@ -117,6 +118,7 @@ class OnPolicyTrainer(OnPolicyBase):
         args.remove_unused_columns = False
         if eval_dataset is None:
             args.eval_on_start = False
+        name_best_metric(args, eval_dataset)
         super().__init__(
             model=model,
             args=args,
@@ -132,14 +134,25 @@ class OnPolicyTrainer(OnPolicyBase):
         self.ranks, self.metrics = Ranks(self.accelerator), OnPolicyMetrics(self.recorder)
         self._make_passes()
         self._make_rollouts(engine)
-        has_gold, sharded = self.gold is not None and isinstance(self.eval_dataset, Dataset), self.ranks.sharded
+        self._make_ends()
+        if self.critic is not None:
+            self.add_callback(CriticStep(self.critic))
+
+    def _make_ends(self) -> None:
+        """What may end the run before its last step."""
+        args, has_gold = self.args, self.gold is not None
         self.search = make_search(
-            args, self.weighting, self.model, has_gold=has_gold, sharded=sharded, on_restore=self.engine.forget
+            args,
+            self.weighting,
+            self.model,
+            has_gold=has_gold and isinstance(self.eval_dataset, Dataset),
+            sharded=self.ranks.sharded,
+            on_restore=self.engine.forget,
         )
         if self.search is not None:
             self.add_callback(self.search)
-        if self.critic is not None:
-            self.add_callback(CriticStep(self.critic))
+        ensembles = list(self.evaluator.ensembles)
+        self.stop = make_stop(args, has_gold=has_gold, eval_dataset=self.eval_dataset, ensembles=ensembles)
 
     def _make_passes(self) -> None:
         """What computes log-probs and values: reference, critic and forward passes, in one layout of the batches."""
@@ -219,6 +232,8 @@ class OnPolicyTrainer(OnPolicyBase):
         self.engine.forget()  # its weights may be another run's
         self.evaluations.close()
         self.buffer = None
+        if self.stop is not None:
+            self.stop.clear()
         output = super().train(*args, **kwargs)
         self.engine.forget()  # the best checkpoint may have been loaded
         return output
@@ -236,6 +251,9 @@ class OnPolicyTrainer(OnPolicyBase):
         position = self.state.global_step % steps
         if self.resumed is not None and self.state.global_step == self.resumed.step:
             self.load_state(self.resumed.state, self.resumed.folder)
+            if self.finished:  # `stop_at` had ended it
+                self.control.should_training_stop = True
+                return [], None
             if position:  # the prompts of the rest of this rollout are in the buffer
                 list(islice(epoch_iterator, (steps - position) * num_batches))
         if position == 0:

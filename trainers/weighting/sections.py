@@ -1,4 +1,4 @@
-"""The sections `constraints`, `multipliers`, `dynamic_weights` and `threshold_search` as typed options.
+"""The sections `constraints`, `multipliers`, `dynamic_weights`, `threshold_search` and `stop_at` as typed options.
 
 What one section says by itself is checked here; what sections and other options say together, in `options`, `dynamic`
 and `search` beside this file. Nothing here imports torch.
@@ -118,6 +118,37 @@ class SearchSection(Section):
     )
 
 
+class GoldPeakSection(Section):
+    """Stop when the gold score has fallen from its peak, by the rule of the reports' verdicts."""
+
+    patience: int = Field(3, ge=1, description="Evaluations in a row at which it has fallen by more than chance.")
+
+
+class DisagreementSection(Section):
+    """Stop when the members of an ensemble disagree too much about the policy's completions."""
+
+    limit: float = Field(
+        gt=0, description="Of the standard deviation of the members' scores, in their unit, mean over the prompts."
+    )
+    patience: int = Field(1, ge=1, description="Evaluations in a row above the limit by more than chance.")
+    reward: str | None = Field(None, description="Name of the ensemble. Default: the one there is.")
+
+
+class StopSection(Section):
+    """When a run ends before its last step."""
+
+    gold_peak: GoldPeakSection | None = Field(None, description="patience: when the gold score fell from its peak.")
+    disagreement: DisagreementSection | None = Field(
+        None, description="limit, patience, reward: when an ensemble's members disagree more than that."
+    )
+
+    @model_validator(mode="after")
+    def _something(self):
+        if self.gold_peak is None and self.disagreement is None:
+            raise ValueError("name what to stop at: gold_peak or disagreement")
+        return self
+
+
 MULTIPLIERS = Kinds(
     "multipliers",
     {
@@ -148,3 +179,7 @@ def parse_constraints(values: Any, key: str) -> list[ConstraintSection]:
 
 def parse_search(value: Any, key: str) -> SearchSection:
     return parse(SearchSection, value, key)
+
+
+def parse_stop(value: Any, key: str) -> StopSection:
+    return parse(StopSection, value, key)
