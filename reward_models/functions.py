@@ -23,7 +23,7 @@ class UserFunction:
     """
 
     def __init__(self, function: str | Callable, arguments: dict[str, Any] | None = None):
-        self.source = function if isinstance(function, str) else f"{function.__module__}:{function.__qualname__}"
+        self.source = function if isinstance(function, str) else f"{function.__module__}:{_name_of(function)}"
         self.call = import_function(function) if isinstance(function, str) else function
         self.is_async = inspect.iscoroutinefunction(self.call)
         self.arguments = dict(arguments or {})
@@ -60,6 +60,13 @@ class UserFunction:
                 f"{', '.join(sorted(available))}. Add the column to the dataset, or give the parameter a default."
             )
         return available if self.takes_all else {k: v for k, v in available.items() if k in self.accepts}
+
+
+def _name_of(function: Callable) -> str:
+    """Its name, also of a partial, and of an object with `__call__`."""
+    if isinstance(function, functools.partial):
+        return _name_of(function.func)
+    return function.__qualname__ if inspect.isroutine(function) else type(function).__qualname__
 
 
 def run_concurrently(calls: Sequence[Callable[[], Awaitable]], limit: int, seconds: float) -> list:

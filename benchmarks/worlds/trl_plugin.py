@@ -30,7 +30,7 @@ for name in ("is_joblib_available", "is_harbor_available", "is_openreward_availa
     if not hasattr(import_utils, name):  # TRL's tests may be of another version than the package
         setattr(import_utils, name, lambda: False)
 
-for name in ("_chunked_cross_entropy_loss", "_patch_chunked_ce_lm_head"):  # of kernels whose tests are left out
+for name in ("dft_loss", "_chunked_cross_entropy_loss", "_patch_chunked_ce_lm_head"):  # their tests are left out
     if not hasattr(sft_trainer, name):
         setattr(sft_trainer, name, None)
 

@@ -51,14 +51,14 @@ class MovingReference(TrainerCallback):
                 "with its adapter off; train in rounds then, each with the merged model of the last one",
                 key="sync_ref_model",
             )
-        self.reference, self.alpha, self.every = reference.model, args.ref_model_mixup_alpha, args.ref_model_sync_steps
-        if [p.shape for p in self.reference.parameters()] != [p.shape for p in policy.parameters()]:
+        self.reference, self.alpha, self.every = reference, args.ref_model_mixup_alpha, args.ref_model_sync_steps
+        if [p.shape for p in self.reference.model.parameters()] != [p.shape for p in policy.parameters()]:
             raise ConfigError(
-                f"sync_ref_model: the reference ({type(self.reference).__name__}) and the policy "
+                f"sync_ref_model: the reference ({type(reference.model).__name__}) and the policy "
                 f"({type(policy).__name__}) have different weights, which cannot be mixed",
                 key="sync_ref_model",
             )
-        if {p.dtype for p in self.reference.parameters()} & {torch.bfloat16, torch.float16}:
+        if {p.dtype for p in self.reference.model.parameters()} & {torch.bfloat16, torch.float16}:
             raise ConfigError(
                 "sync_ref_model: a reference in 16 bits rounds small changes away: leave ref_dtype out, or load it in "
                 "float32",
@@ -69,12 +69,14 @@ class MovingReference(TrainerCallback):
         if state.global_step % self.every:
             return
         with torch.no_grad():  # shards of the same places under FSDP2
-            for old, new in zip(self.reference.parameters(), model.parameters(), strict=True):
+            for old, new in zip(self.reference.model.parameters(), model.parameters(), strict=True):
                 old.lerp_(new.detach().to(old.dtype), self.alpha)
 
     def save(self, folder: Path, *, writes: bool) -> None:
         """All processes must call it; the one that `writes` does."""
-        weights = get_model_state_dict(self.reference, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        weights = get_model_state_dict(
+            self.reference.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        )
         if writes:
             torch.save(weights, folder / FILE_NAME)
 
@@ -83,4 +85,4 @@ class MovingReference(TrainerCallback):
         if not path.exists():
             raise TrainingError(f"{folder} has no {FILE_NAME}: it is no checkpoint of a run with sync_ref_model")
         weights = torch.load(path, weights_only=True, map_location="cpu")
-        set_model_state_dict(self.reference, weights, options=StateDictOptions(full_state_dict=True))
+        set_model_state_dict(self.reference.model, weights, options=StateDictOptions(full_state_dict=True))

@@ -10,6 +10,7 @@ from align.errors import ConfigError
 from align.modeling.load import Reference
 from align.trainers.core.identity import mark_of
 from align.trainers.core.micro_batches import MicroBatchLists
+from align.trainers.core.moving_reference import MovingReference
 from align.trainers.core.ranks import Ranks
 from align.trainers.core.reference_checks import check_reference, check_same_start, logp_tolerance, reference_probe
 from align.trainers.on_policy.buffer import RolloutBuffer, check_position
@@ -44,6 +45,7 @@ class OnPolicyBase(MicroBatchLists, Trainer):
     evaluations: EvaluationFile
     pipeline: RolloutPipeline
     metrics: OnPolicyMetrics
+    moving: MovingReference | None
     ranks: Ranks
     search: Any
     stop: StopRule | None
@@ -128,6 +130,8 @@ class OnPolicyBase(MicroBatchLists, Trainer):
 
     def load_state(self, state: dict, folder: Path) -> None:
         """Restore what a checkpoint holds beyond model and optimiser: `extra_state`, and the files in its folder."""
+        if self.moving is not None:
+            self.moving.load(folder)
         if self.reference is not None and state["reference"] is not None:
             probe = reference_probe(self.reference, self.args.device)
             check_reference(probe, state["reference"], logp_tolerance(self.accelerator, self.model))
@@ -146,6 +150,8 @@ class OnPolicyBase(MicroBatchLists, Trainer):
     def save_further_files(self, folder: Path) -> None:
         if self.critic is not None:
             self.critic.save(folder)
+        if self.moving is not None:
+            self.moving.save(folder, writes=self.args.should_save)
 
     def close(self) -> None:
         """Free the rollout engine that the trainer made. It can go on: it makes a new one when it needs it."""

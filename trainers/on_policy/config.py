@@ -227,6 +227,8 @@ class OnPolicyConfig(BatchingOptions, SamplingOptions, BaseConfig):
             if getattr(self, name) not in valid:
                 more = "; the gradient of k1 is zero on average" if getattr(self, name) == "k1" else ""
                 raise ConfigError(f"{name} must be one of {', '.join(valid)}, got {getattr(self, name)!r}{more}")
+        if self.num_generations_eval is not None:
+            self.eval_num_generations = self.num_generations_eval
         default_aggregation: Any = next(f.default for f in fields(self) if f.name == "loss_aggregation")
         self.loss_aggregation = resolve_loss_type(self, default_aggregation)
         if self.kl_target is not None and not self.beta > 0:

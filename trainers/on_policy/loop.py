@@ -36,6 +36,7 @@ from align.trainers.core.batching import CheckSharedRows, autocast_dtype, resolv
 from align.trainers.core.experts import with_router_loss
 from align.trainers.core.loading import loading_options, tokenizer_of
 from align.trainers.core.micro_batches import in_lists
+from align.trainers.core.moving_reference import MovingReference
 from align.trainers.core.ranks import Ranks
 from align.trainers.core.reference_checks import (
     computes_exactly,
@@ -54,6 +55,7 @@ from align.trainers.on_policy.metrics import OnPolicyMetrics
 from align.trainers.on_policy.objective import kept_lengths, loss_count, policy_objective
 from align.trainers.on_policy.pipeline import RolloutPipeline
 from align.trainers.on_policy.refill import DynamicSampling
+from align.trainers.on_policy.reward_funcs import rewards_given
 from align.trainers.on_policy.rewards import RewardColumns
 from align.trainers.on_policy.samples import Sample, tokenized_prompts
 from align.trainers.on_policy.stopping import make_stop, name_best_metric
@@ -79,6 +81,7 @@ class OnPolicyTrainer(OnPolicyBase):
         ref_model: the reference; by default the policy as it starts (with LoRA: the adapter switched off). With
             `beta: 0` and without `eval_dataset` none is held.
         engine: a `RolloutEngine` to use, and to leave open; by default one is made from the policy.
+        reward_funcs, reward_processing_classes: TRL's names for `reward`, and for the tokenizers of its classifiers.
     """
 
     _tag_names = ["align"]
@@ -87,7 +90,7 @@ class OnPolicyTrainer(OnPolicyBase):
     def __init__(
         self,
         model: str | nn.Module,
-        reward: Any,
+        reward: Any = None,
         args: OnPolicyConfig | None = None,
         train_dataset=None,
         eval_dataset=None,
@@ -98,6 +101,8 @@ class OnPolicyTrainer(OnPolicyBase):
         callbacks=None,
         optimizers=(None, None),
         engine: RolloutEngine | None = None,
+        reward_funcs: Any = None,
+        reward_processing_classes: Any = None,
     ):
         args = self.options(args, model, train_dataset)
         tokenizer = tokenizer_of(args, model, processing_class)
@@ -105,6 +110,7 @@ class OnPolicyTrainer(OnPolicyBase):
         model = load_policy(model, peft_config=peft_config, sharded=True, **loading_options(args, model))
         if args.disable_dropout:
             disable_dropout(model)
+        reward = rewards_given(reward, reward_funcs, reward_processing_classes, tokenizer)
         self.rewards = RewardColumns(reward, args.reward_weights, tokenizer=tokenizer)
         self.gold = RewardColumns(gold_reward, None, tokenizer=tokenizer) if gold_reward is not None else None
         self.weighting = make_weighting(self.rewards.weights, args)
@@ -137,6 +143,9 @@ class OnPolicyTrainer(OnPolicyBase):
         self._make_ends()
         if self.critic is not None:
             self.add_callback(CriticStep(self.critic))
+        self.moving = MovingReference(args, self.reference, self.model) if args.sync_ref_model else None
+        if self.moving is not None:
+            self.add_callback(self.moving)
 
     def _make_ends(self) -> None:
         """What may end the run before its last step."""

@@ -1,8 +1,9 @@
 """Options of TRL's GRPO and RLOO trainers that have another name here, or no function."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from align.trainers.core.moving_reference import MovingReferenceOptions
 from align.trainers.core.trl_options import TrlDefaults, of_trl
 
 VLLM = "the section rollout, as rollout: {backend: vllm} (docs/rollouts.md)"
@@ -10,12 +11,15 @@ ENTROPY = "leave it out: there is no entropy bonus"
 
 
 @dataclass
-class TrlOnPolicyOptions(TrlDefaults):
-    """What another value asks for is refused with what to write instead."""
+class TrlOnPolicyOptions(MovingReferenceOptions, TrlDefaults):
+    """What another value asks for is refused with what to write instead; `num_generations_eval` and those of
+    `sync_ref_model` work."""
 
     # ---- another name here
     mask_truncated_completions: bool = of_trl(False, "truncated: mask (docs/on_policy.md)")
-    num_generations_eval: int | None = of_trl(None, "eval_num_generations")
+    num_generations_eval: int | None = field(default=None, metadata={"help": "TRL's name of eval_num_generations."})
+    shuffle_dataset: bool = of_trl(True, "train_sampling_strategy: sequential")
+    pad_to_multiple_of: int | None = of_trl(None, "leave it out; batching: shared_prefix pads nothing")
     log_completions: bool = of_trl(False, "num_logged_completions, of evaluations")
     num_completions_to_print: int | None = of_trl(None, "num_logged_completions, of evaluations")
     generation_batch_size: int | None = of_trl(None, "num_mini_batches, optimiser steps per pass over a rollout")
@@ -31,7 +35,6 @@ class TrlOnPolicyOptions(TrlDefaults):
     repetition_penalty: float = of_trl(1.0, "top_p, top_k or min_p: a penalty would draw from another policy")
     generation_kwargs: dict[str, Any] | None = of_trl(None, "temperature, top_p, top_k and min_p")
     chat_template_kwargs: dict[str, Any] | None = of_trl(None, "a chat template on the tokenizer with them set")
-    sync_ref_model: bool = of_trl(False, "train in rounds, each with the model of the last one as ref_model")
     reward_clip_range: Any = of_trl(None, "clip inside the reward function; ReMax has reward_clip")
     off_policy_mask_threshold: float | None = of_trl(None, "rollout_correction: sequence_mask")
     multi_objective_aggregation: str = of_trl("sum_then_normalize", "dynamic_weights or constraints")

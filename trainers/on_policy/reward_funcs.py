@@ -1,0 +1,41 @@
+"""`reward_funcs` and `reward_processing_classes`: TRL's arguments for the rewards of its GRPO and RLOO trainers."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from align.errors import ConfigError
+
+
+def rewards_given(reward: Any, reward_funcs: Any, processing_classes: Any, tokenizer: Any) -> Any:
+    """What `RewardColumns` takes, from `reward` or TRL's `reward_funcs`, of which one must be given.
+
+    Args:
+        reward_funcs: as `reward`; a loaded classifier with one label is scored as it is.
+        processing_classes: the tokenizers of the classifiers, one or a list with None for functions; by default their
+            own. tokenizer: the policy's.
+    """
+    if (reward is None) == (reward_funcs is None):
+        raise ConfigError("give the rewards once, as `reward` (or reward_funcs, its name in TRL)")
+    given = reward if reward_funcs is None else reward_funcs
+    specs = list(given) if isinstance(given, list | tuple) else [given]
+    several = isinstance(processing_classes, list | tuple)
+    tokenizers = list(processing_classes) if several else [processing_classes] * len(specs)
+    if len(tokenizers) != len(specs):
+        raise ConfigError(
+            f"The number of reward processing classes ({len(tokenizers)}) must match the number of reward functions "
+            f"({len(specs)})"
+        )
+    return [_reward(spec, own, tokenizer) for spec, own in zip(specs, tokenizers, strict=True)]
+
+
+def _reward(spec: Any, own: Any, tokenizer: Any) -> Any:
+    from align.reward_models.classifier import ClassifierReward
+
+    if isinstance(spec, PreTrainedModel):
+        name = Path(spec.config._name_or_path).name or None
+        return ClassifierReward(spec, name=name, tokenizer=own, policy_tokenizer=tokenizer)
+    if own is not None and isinstance(spec, str | Path) and ":" not in str(spec):
+        return ClassifierReward(spec, tokenizer=own, policy_tokenizer=tokenizer)
+    return spec
