@@ -49,6 +49,8 @@ if TYPE_CHECKING:  # the same table for editors and type checkers; tests compare
     from align.trainers.dpo import DPOTrainer as DPOTrainer
     from align.trainers.grpo import GRPOConfig as GRPOConfig
     from align.trainers.grpo import GRPOTrainer as GRPOTrainer
+    from align.trainers.kto import KTOConfig as KTOConfig
+    from align.trainers.kto import KTOTrainer as KTOTrainer
     from align.trainers.modpo import MODPOConfig as MODPOConfig
     from align.trainers.modpo import MODPOTrainer as MODPOTrainer
     from align.trainers.on_policy.estimators import register_estimator as register_estimator
@@ -81,6 +83,8 @@ _EXPORTS = {
     "train_reward_ensemble": "align.trainers.sweeps.ensemble:train_reward_ensemble",
     "DPOTrainer": "align.trainers.dpo:DPOTrainer",
     "DPOConfig": "align.trainers.dpo:DPOConfig",
+    "KTOTrainer": "align.trainers.kto:KTOTrainer",
+    "KTOConfig": "align.trainers.kto:KTOConfig",
     "register_loss": "align.objectives.preference:register_loss",
     "MODPOTrainer": "align.trainers.modpo:MODPOTrainer",
     "MODPOConfig": "align.trainers.modpo:MODPOConfig",

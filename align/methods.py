@@ -13,7 +13,7 @@ from align.errors import ConfigError
 class Method:
     """One training method.
 
-    trainer, config: `"module:Class"`. data: what rows are made into, `"prompts"`, `"completions"` or `"pairs"` (the
+    trainer, config: `"module:Class"`. data: what rows are made into, `"prompts"`, `"completions"`, `"pairs"` or `"unpaired"` (the
     functions `align.data.tokenize_*`). model: `"policy"` (a causal language model) or `"classifier"` (one score).
     rewards: whether the file has `rewards:`; gold: whether it may have `gold_reward:` then. ensemble: what trains
     several models, for a method that has the key `ensemble`. sweep: what trains one policy per weight vector, for a
@@ -57,6 +57,13 @@ METHODS = {
             config="align.trainers.dpo:DPOConfig",
             data="pairs",
             help="preference optimisation without a reward model: the losses of DPO, IPO, SimPO, ORPO, TDPO and others",
+        ),
+        Method(
+            "kto",
+            trainer="align.trainers.kto:KTOTrainer",
+            config="align.trainers.kto:KTOConfig",
+            data="unpaired",
+            help="preference optimisation on answers that are labelled good or bad on their own (KTO)",
         ),
         Method(
             "modpo",

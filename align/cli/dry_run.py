@@ -62,7 +62,7 @@ def _config_text(run: RunConfig) -> str:
 # ---- data -----------------------------------------------------------------------------------------------------------
 
 
-LENGTH_LIMIT = {"prompts": "max_prompt_length", "completions": "max_length", "pairs": "max_length"}
+LENGTH_LIMIT = {"prompts": "max_prompt_length", "completions": "max_length", "pairs": "max_length", "unpaired": "max_length"}
 
 
 def tokenize(run: RunConfig, rows, tokenizer) -> tuple[Any, Any]:
@@ -85,7 +85,7 @@ def _example_text(run: RunConfig, row: dict, tokenizer) -> str:
 
 # ---- arithmetic -----------------------------------------------------------------------------------------------------
 
-UNITS = {"prompts": "prompts", "completions": "sequences", "pairs": "pairs"}
+UNITS = {"prompts": "prompts", "completions": "sequences", "pairs": "pairs", "unpaired": "answers"}
 
 
 def global_batch(run: RunConfig, processes: int) -> int:
@@ -162,7 +162,9 @@ def _holds_reference(run: RunConfig, *, adapter: bool) -> bool:
     """Whether a second model of the policy's size is held while it trains."""
     if run.method.data == "prompts":
         return not adapter and (run.training.beta != 0 or build.evaluates(run))
-    return run.method.data == "pairs" and run.method.model == "policy" and run.training.holds_reference(adapter)
+    if run.method.data not in ("pairs", "unpaired") or run.method.model != "policy":
+        return False
+    return run.training.holds_reference(adapter)
 
 
 def _packed(run: RunConfig) -> Packed | None:
@@ -191,7 +193,7 @@ def micro_batch_tokens(run: RunConfig, rows) -> int:
     shared = vars(training).get("batching") != "padded"
     if data == "pairs":
         return training.per_device_train_batch_size * longest(rows, data, shared)
-    if data == "completions":
+    if data in ("completions", "unpaired"):
         return training.per_device_train_batch_size * longest(rows, data)
     prompt, completion, samples = longest(rows, data), training.max_completion_length, training.num_generations
     one = prompt + completion
@@ -203,6 +205,8 @@ def micro_batch_tokens(run: RunConfig, rows) -> int:
 def longest(rows, data: str, shared: bool = False) -> int:
     """Tokens of the longest row of a tokenised dataset; of a pair, what a batch holds for both of its sequences, whose
     prompt may be shared."""
+    if data == "unpaired":
+        return max(len(a) + len(b) for a, b in zip(rows["prompt_ids"], rows["completion_ids"], strict=True))
     if data != "pairs":
         return max(map(len, rows["prompt_ids" if data == "prompts" else "input_ids"]))
     parts = zip(rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"], strict=True)

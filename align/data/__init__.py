@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # the same table for editors and type checkers
     from align.data.tokenize import tokenize_completions as tokenize_completions
     from align.data.tokenize import tokenize_pairs as tokenize_pairs
     from align.data.tokenize import tokenize_prompts as tokenize_prompts
+    from align.data.unpaired import tokenize_unpaired as tokenize_unpaired
 
 _EXPORTS = {
     "BadRows": "bad_rows",
@@ -34,6 +35,7 @@ _EXPORTS = {
     "tokenize_completions": "tokenize",
     "tokenize_pairs": "tokenize",
     "tokenize_prompts": "tokenize",
+    "tokenize_unpaired": "unpaired",
 }
 
 __all__ = sorted(_EXPORTS)  # noqa: PLE0604  (names served by __getattr__)

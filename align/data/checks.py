@@ -43,13 +43,26 @@ def pair_of(row: dict[str, Any], fmt: DataFormat) -> tuple[Text, Text, Text]:
     """
     prompt, *answers = _pair(row, fmt)
     for name, answer in zip(("chosen", "rejected"), answers, strict=True):
-        others = sorted({m["role"] for m in answer} - {"assistant"}) if fmt.conversational else []
-        if others:
-            raise BadRow(
-                f"{name} has a message of the role {others[0]}, which would be trained as the policy's (put the turns "
-                "before the last answer into prompt)"
-            )
+        _check_speaker(answer, name, fmt)
     return prompt, *answers
+
+
+def answer_of(row: dict[str, Any], fmt: DataFormat) -> tuple[Text, Text]:
+    """(prompt, completion) of a prompt-completion row whose completion is trained whole, as `pair_of` checks it."""
+    prompt, completion = completion_of(row, fmt)
+    if not fmt.conversational and len(prompt) >= SHORT and completion.startswith(prompt):
+        raise BadRow("completion repeats the prompt")
+    _check_speaker(completion, "completion", fmt)
+    return prompt, completion
+
+
+def _check_speaker(answer: Text, name: str, fmt: DataFormat) -> None:
+    others = sorted({m["role"] for m in answer} - {"assistant"}) if fmt.conversational else []
+    if others:
+        raise BadRow(
+            f"{name} has a message of the role {others[0]}, which would be trained as the policy's (put the turns "
+            "before the last answer into prompt)"
+        )
 
 
 def _pair(row: dict[str, Any], fmt: DataFormat) -> tuple[Text, Text, Text]:

@@ -12,7 +12,7 @@ LONGEST = 2000  # characters shown of one part
 def describe_example(tokenized_row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", kind: str) -> str:
     """Plain text: each part with its token count, decoded with special tokens, marked `trained` or `context`.
 
-    kind: "prompts", "completions" or "pairs", after the function that made the row. A line break in the text is shown
+    kind: "prompts", "completions", "pairs" or "unpaired", after the function that made the row. A line break in the text is shown
     as \\n at the end of a line. Print it without rich markup: the text may hold square brackets.
     """
     row = tokenized_row
@@ -23,12 +23,15 @@ def describe_example(tokenized_row: dict[str, Any], tokenizer: "PreTrainedTokeni
         parts = [("prompt", row["prompt_ids"], "context")]
         parts += [(name, row[f"{name}_ids"], "trained") for name in ("chosen", "rejected")]
         trained = f"{len(row['chosen_ids'])} and {len(row['rejected_ids'])} trained"
+    elif kind == "unpaired":
+        parts = [("prompt", row["prompt_ids"], "context"), ("completion", row["completion_ids"], "trained")]
+        trained = f"{len(row['completion_ids'])} trained, {'desirable' if row['label'] else 'undesirable'}"
     elif kind == "completions":
         runs = groupby(zip(row["completion_mask"], row["input_ids"], strict=True), key=lambda item: item[0])
         parts = [("", [token for _, token in run], "trained" if mask else "context") for mask, run in runs]
         trained = f"{sum(row['completion_mask'])} trained"
     else:
-        raise ValueError(f"kind is 'prompts', 'completions' or 'pairs', not {kind!r}")
+        raise ValueError(f"kind is 'prompts', 'completions', 'pairs' or 'unpaired', not {kind!r}")
     total = sum(len(ids) for _, ids, _ in parts)
     lines = [f"row {row['row']}: {total} tokens, {trained}"]
     for name, ids, mark in parts:

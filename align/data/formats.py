@@ -32,6 +32,7 @@ EXPECTED = {
     "prompts": "'prompt', or a preference set ('chosen' and 'rejected') whose pairs share their beginning",
     "completions": "'prompt' and 'completion', or 'messages', or 'text', or 'chosen' and 'rejected' (trains chosen)",
     "pairs": "'chosen' and 'rejected', and 'prompt' unless the two texts share it as their beginning",
+    "unpaired": "'prompt', 'completion' and 'label', or 'chosen' and 'rejected' (two rows each)",
     "any": "'prompt' | 'prompt', 'completion' | 'text' | 'messages' | 'chosen', 'rejected' (with or without 'prompt')",
 }
 
@@ -59,7 +60,8 @@ def detect_format(dataset: "Dataset", source: str = "") -> DataFormat:
 
 
 def format_for(dataset: "Dataset", use: str, source: str = "") -> DataFormat:
-    """How the dataset serves one use: "prompts" (rollouts), "completions" (SFT) or "pairs" (preferences).
+    """How the dataset serves one use: "prompts" (rollouts), "completions" (SFT), "pairs" (preferences) or
+    "unpaired" (labelled answers).
 
     A preference set serves as prompts too, and its chosen answers as completions.
     """
@@ -67,6 +69,7 @@ def format_for(dataset: "Dataset", use: str, source: str = "") -> DataFormat:
         "prompts": ("prompt_only", "preference"),
         "completions": ("prompt_completion", "language_modeling", "preference"),
         "pairs": ("preference",),
+        "unpaired": ("prompt_completion",),
     }[use]
     columns = columns_of(dataset, source)
     if use == "prompts" and {"chosen", "rejected"} <= columns:
@@ -149,6 +152,7 @@ def _is_conversational(dataset: "Dataset", column: str, source: str) -> bool:
 
 def _missing_columns(columns: set[str], use: str, source: str) -> str:
     purpose = {"any": "no known format", "prompts": "no prompts", "completions": "no completions to train on"}
+    purpose["unpaired"] = "no labelled answers"
     message = (
         f"{source or 'dataset'} has {purpose.get(use, 'no preference pairs')}: expected the columns {EXPECTED[use]}; "
         f"found {', '.join(repr(name) for name in sorted(columns)) or 'none'}."

@@ -60,19 +60,19 @@ def tokenize_prompts(
     if not fmt.conversational:
         warn_of_dialogues(sample, tokenizer, report.source)
     check_tokenizer(tokenizer, fmt.conversational, needs_eos=False)
-    controls = _controls(tokenizer)
+    controls = controls_of(tokenizer)
 
     def prepare(row: Columns, note: Note) -> tuple[tuple, Columns]:
         prompt, options = checks.prompt_of(row, fmt), checks.template_kwargs(row)
         if fmt.conversational:
-            _note_typed("prompt", checks.typed_tokens(prompt, list(controls.values())), note)
+            note_typed("prompt", checks.typed_tokens(prompt, list(controls.values())), note)
         text = render(prompt, tokenizer, options, answer_next=True) if fmt.conversational else prompt
         return (text, []), {"prompt": prompt}
 
     def finish(encoded: Encoded, note: Note) -> Columns:
-        _check_prompt(encoded.prompt_ids, max_prompt_length, tokenizer)
+        check_prompt(encoded.prompt_ids, max_prompt_length, tokenizer)
         if not fmt.conversational:
-            _note_typed("prompt", _found(encoded.prompt_ids[1:], controls), note)
+            note_typed("prompt", tokens_inside(encoded.prompt_ids[1:], controls), note)
         return {"prompt_ids": encoded.prompt_ids}
 
     columns = {"prompt": sample.features["chosen" if fmt.implicit_prompt else "prompt"], "prompt_ids": "int32"}
@@ -105,14 +105,14 @@ def tokenize_completions(
         warn_of_dialogues(sample, tokenizer, report.source)
     check_tokenizer(tokenizer, fmt.conversational, needs_eos=True)
     _check_columns(sample, ("input_ids", "labels"), report.source)
-    ending, controls = ending_of(tokenizer, fmt.conversational), _controls(tokenizer)
+    ending, controls = ending_of(tokenizer, fmt.conversational), controls_of(tokenizer)
     whole = fmt.kind == "language_modeling"
     name = "messages" if whole and fmt.conversational else "text" if whole else "completion"
 
     def prepare_conversation(row: Columns, note: Note) -> tuple[Any, Columns]:
         prompt, completion = ([], checks.text_of(row, fmt)) if whole else checks.completion_of(row, fmt)
         first, messages = len(prompt), prompt + completion
-        _note_typed(name, checks.typed_tokens(messages[first:], list(controls.values())), note)
+        note_typed(name, checks.typed_tokens(messages[first:], list(controls.values())), note)
         options = checks.template_kwargs(row)
         if not whole and {message["role"] for message in completion} == {"assistant"}:
             return render_pair(prompt, [completion], tokenizer, options), {}
@@ -121,13 +121,13 @@ def tokenize_completions(
     def finish(encoded: Any, note: Note) -> Columns:
         if isinstance(encoded, Encoded):
             if not whole:
-                _check_prompt(encoded.prompt_ids, None, tokenizer)
+                check_prompt(encoded.prompt_ids, None, tokenizer)
                 check_room(encoded.prompt_ids, max_length)
             if whole and encoded.prompt_ids and encoded.completions[0][:1] == encoded.prompt_ids:
                 raise BadRow("text starts with BOS twice")
-            completion = _closed(encoded, 0, name, tokenizer, ending, note)
+            completion = closed(encoded, 0, name, tokenizer, ending, note)
             if not fmt.conversational:
-                _note_typed(name, _found(completion[:-1], controls), note)
+                note_typed(name, tokens_inside(completion[:-1], controls), note)
             mask = [0] * len(encoded.prompt_ids) + [1] * len(completion)
             return _sequence(encoded.prompt_ids + completion, mask, max_length, note)
         ids, mask = _closed_talk(encoded, ending, tokenizer, note)
@@ -176,27 +176,27 @@ def tokenize_pairs(
     if not fmt.conversational:
         warn_of_dialogues(sample, tokenizer, report.source)
     check_tokenizer(tokenizer, fmt.conversational, needs_eos=True)
-    ending, controls = ending_of(tokenizer, fmt.conversational), _controls(tokenizer)
+    ending, controls = ending_of(tokenizer, fmt.conversational), controls_of(tokenizer)
 
     def prepare(row: Columns, note: Note) -> tuple[tuple, Columns]:
         prompt, chosen, rejected = checks.pair_of(row, fmt)
         checks.check_pair_numbers(row)
         if fmt.conversational:
             for name, answer in (("chosen", chosen), ("rejected", rejected)):
-                _note_typed(name, checks.typed_tokens(answer, list(controls.values())), note)
+                note_typed(name, checks.typed_tokens(answer, list(controls.values())), note)
             texts = render_pair(prompt, [chosen, rejected], tokenizer, checks.template_kwargs(row))
         else:
             texts = prompt, [prompt + chosen, prompt + rejected]
         return texts, {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
     def finish(encoded: Encoded, note: Note) -> Columns:
-        _check_prompt(encoded.prompt_ids, max_prompt_length, tokenizer)
+        check_prompt(encoded.prompt_ids, max_prompt_length, tokenizer)
         check_room(encoded.prompt_ids, max_length)
         ids: Columns = {"prompt_ids": encoded.prompt_ids}
         for index, name in enumerate(("chosen", "rejected")):
-            ids[f"{name}_ids"] = whole = _closed(encoded, index, name, tokenizer, ending, note)
+            ids[f"{name}_ids"] = whole = closed(encoded, index, name, tokenizer, ending, note)
             if not fmt.conversational:
-                _note_typed(name, _found(whole[:-1], controls), note)
+                note_typed(name, tokens_inside(whole[:-1], controls), note)
         return cut_pair(ids, max_length, note)
 
     ids = dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), "int32")
@@ -232,7 +232,7 @@ def _closed_talk(encoded: tuple[list[int], list[int]], ending, tokenizer, note: 
 # ---- checks on token ids --------------------------------------------------------------------------------------------
 
 
-def _check_prompt(ids: list[int], limit: int | None, tokenizer: "PreTrainedTokenizerBase") -> None:
+def check_prompt(ids: list[int], limit: int | None, tokenizer: "PreTrainedTokenizerBase") -> None:
     bos = tokenizer.bos_token_id
     if not [token for token in ids if token != bos]:
         raise BadRow("prompt is empty")
@@ -242,7 +242,7 @@ def _check_prompt(ids: list[int], limit: int | None, tokenizer: "PreTrainedToken
         raise BadRow(f"prompt is longer than max_prompt_length={limit} tokens")
 
 
-def _closed(
+def closed(
     encoded: Encoded, index: int, name: str, tokenizer: "PreTrainedTokenizerBase", ending: Ending, note: Note
 ) -> list[int]:
     """The ids of one completion with its end token; BadRow if there is nothing before that."""
@@ -261,17 +261,17 @@ def _end_added(tokenizer: "PreTrainedTokenizerBase") -> str:
     return f"the chat template does not end an answer with EOS ({tokenizer.eos_token}), which was added"
 
 
-def _controls(tokenizer: "PreTrainedTokenizerBase") -> dict[int, str]:
+def controls_of(tokenizer: "PreTrainedTokenizerBase") -> dict[int, str]:
     """The tokens that a text should not have inside: BOS and those that end an answer."""
     ids = [token for token in (tokenizer.bos_token_id, *end_ids(tokenizer)) if token is not None]
     return dict(zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True))
 
 
-def _found(ids: list[int], controls: dict[int, str]) -> list[str]:
+def tokens_inside(ids: list[int], controls: dict[int, str]) -> list[str]:
     return [text for token, text in controls.items() if token in ids]
 
 
-def _note_typed(name: str, tokens: list[str], note: Note) -> None:
+def note_typed(name: str, tokens: list[str], note: Note) -> None:
     if tokens:
         note(f"{name} has {' and '.join(sorted(tokens))} inside its text")
 

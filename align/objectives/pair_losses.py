@@ -1,8 +1,20 @@
 """What a loss on pairs returns: with the losses what it takes for the rewards of the two completions."""
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
+
+
+class RowLosses(Protocol):
+    """What a loop over rows needs of their losses.
+
+    losses: [B], with gradient. values(): a number per row [B] by the names of the log, without gradient; `loss` first.
+    """
+
+    losses: Tensor
+
+    def values(self) -> dict[str, Tensor]: ...
 
 
 @dataclass

@@ -10,7 +10,8 @@ import align.data
 
 DOCS = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```jsonl (\w+)\n(.*?)```", DOCS, re.DOTALL)
-LIMITS = {"prompts": {"max_prompt_length": 200}, "pairs": {"max_length": 200}, "completions": {"max_length": 200}}
+LIMITS = {use: {"max_length": 200} for use in ("pairs", "completions", "unpaired")}
+LIMITS["prompts"] = {"max_prompt_length": 200}
 
 
 def test_there_are_examples_of_every_use():

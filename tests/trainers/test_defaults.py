@@ -11,7 +11,7 @@ from align.methods import METHODS
 from align.modeling.load import load_policy, load_tokenizer
 from tests.trainers.tiny_runs import demonstrations, prompts, tiny_model, wanted_words
 
-PAIRS = [{"prompt": "rose", "chosen": " wave chord", "rejected": " ridge"}] * 2
+PAIRS = [{"prompt": prompt, "chosen": " wave chord", "rejected": " ridge"} for prompt in ("rose", "comet")]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,8 @@ def roomy(tmp_path_factory):
 
 def make(method, model, args=None, **options):
     """A trainer with its rows and rewards, and nothing else."""
-    rows = {"completions": demonstrations(2), "pairs": Dataset.from_list(PAIRS), "prompts": prompts(8)}[method.data]
+    pairs = Dataset.from_list(PAIRS)
+    rows = {"completions": demonstrations(2), "pairs": pairs, "unpaired": pairs, "prompts": prompts(8)}[method.data]
     reward = [wanted_words] if method.rewards else []
     return load(method.trainer)(model, *reward, args, rows, **options)
 

@@ -163,12 +163,16 @@ class TrainerMixin(TrainerHooks):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         step, output_dir = self.state.global_step, self.args.output_dir
         if not any(key.startswith("eval_") for key in logs):
-            logs.update(self.recorder.take())
+            logs.update(self.summary(self.recorder.take()))
             if self.args.fp16 and not math.isfinite(logs.get("grad_norm", 0.0)):
                 del logs["grad_norm"]  # the loss scaler skipped this step and lowers its scale, as it should
         guards.check_metrics(logs, step, output_dir)
         super().log(logs, start_time)
         guards.check_metrics(self.state.log_history[-1], step, output_dir)  # with what TRL has added
+
+    def summary(self, means: dict[str, float]) -> dict[str, float]:
+        """What is logged, from the means over all processes since the last log."""
+        return means
 
     def log_table(self, name: str, columns: list[str], rows: list[list]) -> None:
         trackers.log_table(self.args, self.state.global_step, name, columns, rows)

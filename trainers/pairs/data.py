@@ -26,6 +26,7 @@ class PairData:
     columns: of the dataset, needed beside the tokens. optional: kept where they are there.
     further: tokenised pairs, train or eval -> the same with what the method computes for each of them.
     whole_sequences: tokenised pairs may be whole sequences, without a prompt of their own.
+    read: rows and the options of `tokenize_pairs` -> tokenised pairs, for a method whose rows are other ones; no streams.
     """
 
     tokenizer: Any
@@ -36,21 +37,23 @@ class PairData:
     further: Callable[[Any, str], Any] | None = None
     num_proc: int | None = None
     whole_sequences: bool = False
+    read: Callable[..., Any] | None = None
 
     def prepare(self, dataset, name: str):
         """Pairs in TRL's formats, or tokenised ones, with the columns of `IDS`, `row`, `columns` and `optional`; name:
         train or eval. A stream to train on stays one, without `further`; one to evaluate on is read whole."""
         if is_stream(dataset) and name == "eval":
             dataset = read_whole(dataset)
-        dataset = numbered_pairs(
-            dataset,
-            self.tokenizer,
-            max_length=self.max_length,
-            max_bad_share=self.max_bad_share,
-            num_proc=self.num_proc,
-            whole_sequences=self.whole_sequences,
-            streams=name == "train",
-        )
+        options: dict[str, Any] = {
+            "max_length": self.max_length,
+            "max_bad_share": self.max_bad_share,
+            "num_proc": self.num_proc,
+        }
+        if self.read is not None:
+            dataset = self.read(dataset, self.tokenizer, **options)
+        else:
+            options |= {"whole_sequences": self.whole_sequences, "streams": name == "train"}
+            dataset = numbered_pairs(dataset, self.tokenizer, **options)
         if is_stream(dataset):
             return dataset
         if self.further is not None:
@@ -76,11 +79,11 @@ def flat_column(dataset, column: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def list_column(values: np.ndarray, lengths: np.ndarray):
-    """The other way round: a float32 column whose rows have these lengths."""
+    """The other way round: a column whose rows have these lengths."""
     import pyarrow as pa
 
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values, pa.float32()))
+    return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values))
 
 
 def numbered_pairs(

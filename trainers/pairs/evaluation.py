@@ -54,3 +54,24 @@ def rewards_figure(chosen: np.ndarray, rejected: np.ndarray, *, name: str, step:
     margins.axvline(0, color="black", linewidth=1)
     margins.set(xlabel=f"{name} of chosen - {name} of rejected", ylabel="pairs")
     return figure
+
+
+def labelled_table(rows, decode, rewards: np.ndarray, *, step: int):
+    """As `pairs_table`, of answers with a label. rows: as KTO has them."""
+    columns = ["step", "prompt", "completion", "label", "reward"]
+    return columns, [
+        [step, decode(row["prompt_ids"]), decode(row["chosen_ids"]), bool(row["label"]), float(reward)]
+        for row, reward in zip(rows, rewards, strict=False)
+    ]
+
+
+def labelled_figure(rewards: np.ndarray, desirable: np.ndarray, *, step: int):
+    """Histograms of the rewards [N] of desirable and of undesirable answers."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4, 3), layout="constrained")
+    axis = figure.subplots()
+    axis.hist([rewards[desirable], rewards[~desirable]], bins=30, label=["desirable", "undesirable"])
+    axis.set(xlabel="reward", ylabel="answers", title=f"step {step}")
+    axis.legend()
+    return figure

@@ -24,7 +24,7 @@ from align.data.sets import of_each
 from align.data.streams import is_stream, sample_of
 from align.errors import TrainingError
 from align.modeling.types import Model
-from align.objectives.pair_losses import PairLosses
+from align.objectives.pair_losses import RowLosses
 from align.trainers.core.experts import with_router_loss
 from align.trainers.core.micro_batches import MicroBatchLists, in_lists
 from align.trainers.pairs.config import PairConfig
@@ -84,7 +84,7 @@ class PairTrainer(MicroBatchLists, Trainer):
 
     # ---- what a method says -----------------------------------------------------------------------------------------
 
-    def pair_losses(self, model: nn.Module, batch: dict[str, Tensor]) -> PairLosses:
+    def pair_losses(self, model: nn.Module, batch: dict[str, Tensor]) -> RowLosses:
         """The losses of a batch of the planner, and what to log. Under `torch.no_grad` in evaluations."""
         raise TypeError(f"{type(self).__name__} does not say what its losses are")
 
@@ -110,14 +110,18 @@ class PairTrainer(MicroBatchLists, Trainer):
             return counts
         return self.accelerator.gather(counts.to(self.args.device)).cpu()
 
-    @with_router_loss(lambda batch, args: len(batch["completion_mask"]) // 2)
+    @with_router_loss(lambda batch, args: len(batch["row"]))
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         found = self.pair_losses(model, inputs)
         values = found.values()
         self._step_losses.append((inputs["row"], values.pop("loss")))
-        self.means.add(values)
+        self.add_to_log(values)
         # The count is of all ranks, and DDP averages the gradients over them.
         return found.losses.sum() * self.accelerator.num_processes / num_items_in_batch
+
+    def add_to_log(self, values: dict[str, Tensor]) -> None:
+        """What a micro-batch measured, a number per pair [B] by metric."""
+        self.means.add(values)
 
     def check_step(self, loss: Tensor) -> None:
         """A TrainingError that names the rows whose loss is not finite."""

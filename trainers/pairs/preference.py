@@ -5,8 +5,10 @@ two models' token log-probs), `columns` and `prepare_dataset` (further inputs pe
 what its losses need.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,6 +95,9 @@ class PreferenceTrainer(PairTrainer):
         policy = pair_tokens(model, batch, chunk_size=self.args.chunk_size)
         return policy, self.reference_tokens(batch) if self.needs_reference else None
 
+    read_rows: Callable[..., Any] | None = None
+    """Of a method whose rows are no pairs: rows -> tokenised pairs (`PairData.read`)."""
+
     def prepare_dataset(self, dataset, name: str):
         """Tokenised pairs -> the same with what the method needs beside them; name: train or eval. Called once per
         dataset, before the columns that are not needed are dropped."""
@@ -131,18 +136,14 @@ class PreferenceTrainer(PairTrainer):
             self.columns,
             further=self.prepare_dataset,
             num_proc=args.dataset_num_proc,
+            read=self.read_rows,
         )
         super().__init__(policy, args, data, train_dataset, eval_dataset, callbacks, optimizers, compute_metrics)
         ref_dtype = self._reference_dtype(ref_model)
         ref_model = load_reference(ref_model, self.model, ref_dtype)
         models = [self.model] if ref_model is None else [self.model, ref_model]
-        # before a reference is copied from the policy
-        obstacles = (enable_shared_prefix(m, args.max_length, autocast_dtype(args)) for m in models)
-        shares = resolve_layout(args.batching, obstacles)
-        if shares:
-            self.add_callback(CheckSharedRows(self))
         self.planner = MicroBatchPlanner(
-            SharedPrefixPairs() if shares else PaddedPairs(processing_class.pad_token_id),
+            self.layout(models),  # before a reference is copied from the policy
             args.train_batch_size,
             args.tokens_per_batch,
             self.columns,
@@ -153,6 +154,14 @@ class PreferenceTrainer(PairTrainer):
         self._start: Reference | None = None  # the policy, which is the reference until it is trained
         if self.needs_reference:
             self._set_up_reference(ref_model, ref_dtype)
+
+    def layout(self, models: list[Model]) -> PaddedPairs | SharedPrefixPairs:
+        """Of the tokens of batches that these models run on."""
+        obstacles = (enable_shared_prefix(m, self.args.max_length, autocast_dtype(self.args)) for m in models)
+        if not resolve_layout(self.args.batching, obstacles):
+            return PaddedPairs(self.data.tokenizer.pad_token_id)
+        self.add_callback(CheckSharedRows(self))
+        return SharedPrefixPairs()
 
     def _check_stream(self) -> None:
         """ConfigError where all pairs are needed before the first step."""
@@ -303,9 +312,13 @@ class PreferenceTrainer(PairTrainer):
 
     def pair_losses(self, model: nn.Module, batch: dict[str, Tensor]) -> PairLosses:
         policy, reference = self.forward(model, batch)
+        self.check_same_start(model, policy, reference)
+        return self.losses(policy, reference, batch)
+
+    def check_same_start(self, model: nn.Module, policy: PairTokens, reference: PairTokens | None) -> None:
+        """In the first step: a TrainingError where the reference is to be the policy and is not."""
         if self.check_start and model.training and self.state.global_step == 0 and reference is not None:
             check_same_start(policy.logps.detach(), reference.logps, policy.mask, self.logp_tolerance)
-        return self.losses(policy, reference, batch)
 
     @property
     def logp_tolerance(self) -> float:
