@@ -13,8 +13,9 @@ from align.errors import ConfigError
 class Method:
     """One training method.
 
-    trainer, config: `"module:Class"`. data: what rows are made into, `"prompts"`, `"completions"`, `"pairs"` or `"unpaired"` (the
-    functions `align.data.tokenize_*`). model: `"policy"` (a causal language model) or `"classifier"` (one score).
+    trainer, config: `"module:Class"`. data: what rows are made into, `"prompts"`, `"completions"`, `"pairs"` or
+    `"unpaired"` (the functions `align.data.tokenize_*`). model: `"policy"` (a causal language model) or `"classifier"`
+    (one score).
     rewards: whether the file has `rewards:`; gold: whether it may have `gold_reward:` then. ensemble: what trains
     several models, for a method that has the key `ensemble`. sweep: what trains one policy per weight vector, for a
     method that has the key `weights`.

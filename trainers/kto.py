@@ -1,12 +1,13 @@
 """KTO (Ethayarajh et al. 2024, arXiv 2402.01306): preference optimisation on answers that are good or bad on their own.
 
-A row goes through the loop for pairs as (its prompt, its answer, another row's answer): the latter is what the reference
-point z0 is estimated on, so reference, cache and batches are those of pairs.
+A row goes through the loop for pairs as (its prompt, its answer, another row's answer): the reference point z0 is
+estimated on the latter, so reference, cache and batches are those of pairs.
 """
 
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 from transformers import EvalPrediction
 
 from align.data.formats import columns_of
-from align.data.streams import is_stream
 from align.data.unpaired import mismatched, tokenize_unpaired, unpair
 from align.errors import ConfigError
 from align.modeling.pairs import completions, pair_tokens
@@ -52,9 +52,6 @@ class KTOConfig(TrlDPOOptions, PreferenceConfig):
         super().__post_init__()
         if self.loss_type not in LOSSES:
             raise ConfigError(f"loss_type must be {' or '.join(LOSSES)}, got {self.loss_type!r}", key="loss_type")
-        for name in ("desirable_weight", "undesirable_weight"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name} must be > 0, got {getattr(self, name)}", key=name)
         if self.batching == "shared_prefix":
             raise ConfigError(
                 "batching: shared_prefix has the answers of a prompt in one row, and KTO's rows have one answer each: "
@@ -73,10 +70,10 @@ class AnswerRows(PaddedPairs):
 class KTOTrainer(PreferenceTrainer):
     """Train on answers with a label: `loss_type` kto or apo_zero_unpaired (`align.objectives.kto`).
 
-    z0 is one number per optimiser step, the mean over all of its rows on all processes, so that the loss does not depend
-    on how a step is cut into micro-batches (TRL has one z0 per micro-batch). It is computed before the step's gradients,
-    without gradient, on answers to other prompts, which follow from the data alone (`align.data.unpaired.mismatched`). In
-    an evaluation it is one number for the whole set.
+    z0 is one number per optimiser step, the mean over all of its rows on all processes, so that the loss does not
+    depend on how a step is cut into micro-batches (TRL has one z0 per micro-batch). It is computed before the step's
+    gradients, without gradient, on answers to other prompts, which follow from the data alone
+    (`align.data.unpaired.mismatched`). In an evaluation it is one number for the whole set.
 
     Args:
         model: a model, a folder or a hub name.
@@ -142,7 +139,9 @@ class KTOTrainer(PreferenceTrainer):
         if batches and self.args.loss_type == "kto":
             self.model_wrapped.train()  # as in the step, before which transformers may not have said so yet
             with self.phase("reference_point"), torch.no_grad(), self.compute_loss_context_manager():
-                total = sum(self.other_ratios(self.model_wrapped, self._prepare_inputs(batch)).sum() for batch in batches)
+                total = sum(
+                    self.other_ratios(self.model_wrapped, self._prepare_inputs(batch)).sum() for batch in batches
+                )
             point = reference_point(self.accelerator.reduce(total, "sum") / count.to(self.args.device))
             self.record("kl", point.item(), float(count))
         return [[{**side(batch, 0), "kl": torch.as_tensor(point)} for batch in part] for part in lists], count
@@ -207,12 +206,15 @@ class KTOTrainer(PreferenceTrainer):
                 metrics[f"rewards/{name}"] = found["reward"][rows].mean().item()
                 metrics[f"logps/{name}"] = found["logps"][rows].mean().item()
         if self.user_metrics is not None:
-            given = EvalPrediction(predictions=self.evaluator.values["reward"], label_ids=labels.numpy().astype(np.int64))
+            given = EvalPrediction(
+                predictions=self.evaluator.values["reward"], label_ids=labels.numpy().astype(np.int64)
+            )
             metrics |= self.user_metrics(given)
         return with_margin(metrics)
 
     def log_pairs(self, name: str | None) -> None:
-        rows = self.eval_dataset[name] if isinstance(self.eval_dataset, dict) and name else self.eval_dataset
+        sets: Any = self.eval_dataset
+        rows = sets[name] if name and isinstance(sets, dict) else sets
         suffix, step, values = f"/{name}" if name else "", self.state.global_step, self.evaluator.values
         shown = rows.select(range(min(self.args.num_logged_pairs, len(rows))))
         columns, table = labelled_table(shown, self.processing_class.decode, values["reward"], step=step)
@@ -223,7 +225,7 @@ class KTOTrainer(PreferenceTrainer):
 
 
 def side(batch: Batch, which: int) -> Batch:
-    """The answers (0) or the answers to other prompts (1) of a padded batch of `PairCollator`, as a batch of its own."""
+    """The answers (0) or those to other prompts (1) of a padded batch of `PairCollator`, as a batch of its own."""
     rows = len(batch["row"])
     part = slice(which * rows, (which + 1) * rows)
     width = int(batch["attention_mask"][part].sum(-1).max())

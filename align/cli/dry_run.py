@@ -62,7 +62,12 @@ def _config_text(run: RunConfig) -> str:
 # ---- data -----------------------------------------------------------------------------------------------------------
 
 
-LENGTH_LIMIT = {"prompts": "max_prompt_length", "completions": "max_length", "pairs": "max_length", "unpaired": "max_length"}
+LENGTH_LIMIT = {
+    "prompts": "max_prompt_length",
+    "completions": "max_length",
+    "pairs": "max_length",
+    "unpaired": "max_length",
+}
 
 
 def tokenize(run: RunConfig, rows, tokenizer) -> tuple[Any, Any]:

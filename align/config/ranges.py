@@ -20,7 +20,7 @@ _TABLE = {
     (0, False, _HUGE, True): (
         "adam_epsilon epsilon epsilon_high dual_clip kl_target kl_horizon kl_gain rollout_correction_high "
         "num_train_epochs logging_steps save_steps eval_steps reward_clip value_clip "
-        "missing_eos_penalty overlong_penalty"
+        "missing_eos_penalty overlong_penalty desirable_weight undesirable_weight"
     ),
     (0, True, _HUGE, True): (
         "learning_rate critic_learning_rate weight_decay max_grad_norm warmup_steps eval_delay neftune_noise_alpha "

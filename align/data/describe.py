@@ -12,8 +12,8 @@ LONGEST = 2000  # characters shown of one part
 def describe_example(tokenized_row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", kind: str) -> str:
     """Plain text: each part with its token count, decoded with special tokens, marked `trained` or `context`.
 
-    kind: "prompts", "completions", "pairs" or "unpaired", after the function that made the row. A line break in the text is shown
-    as \\n at the end of a line. Print it without rich markup: the text may hold square brackets.
+    kind: "prompts", "completions", "pairs" or "unpaired", after the function that made the row. A line break in the
+    text is shown as \\n at the end of a line. Print it without rich markup: the text may hold square brackets.
     """
     row = tokenized_row
     if kind == "prompts":

@@ -41,8 +41,8 @@ def tokenize_unpaired(
     """Labelled answers: columns `prompt_ids`, `completion_ids`, `label` (bool), `row`, and every other column.
 
     Preference pairs serve as well: each is two rows, the chosen answer desirable and the rejected one not, with the
-    pair's number (`unpair`). A row whose `label` is neither true nor false (nor 1 or 0) is bad. The completion is cut as
-    `tokenize_pairs` cuts. Rows that are tokenised already are checked and cut.
+    pair's number (`unpair`). A row whose `label` is neither true nor false (nor 1 or 0) is bad. The completion is cut
+    as `tokenize_pairs` cuts. Rows that are tokenised already are checked and cut.
 
     Otherwise as `tokenize_prompts`.
     """
@@ -108,7 +108,7 @@ def _recipe_of_ids(max_length: int | None) -> Recipe:
         return [row[name] for name in UNPAIRED[:2]], {"label": label}
 
     def finish(ids: Any, note: Note) -> Columns:
-        return _cut(*ids, max_length, note)
+        return _cut(ids[0], ids[1], max_length, note)
 
     columns = {"prompt_ids": "int32", "completion_ids": "int32", "label": Value("bool")}
     return Recipe(prepare, list, finish, columns)
@@ -160,8 +160,8 @@ def mismatched(prompts: list[list[int]]) -> np.ndarray:
     groups = np.array([known.setdefault(tuple(prompt), len(known)) for prompt in prompts])
     if len(known) < 2:
         raise DataError(
-            "all rows have the same prompt, and KTO's reference point needs answers to other prompts: add rows with other "
-            "prompts, or set loss_type: apo_zero_unpaired, which has no reference point"
+            "all rows have the same prompt, and KTO's reference point needs answers to other prompts: add rows with "
+            "other prompts, or set loss_type: apo_zero_unpaired, which has no reference point"
         )
     order = np.random.default_rng(SEED).permutation(len(groups))
     twice = np.concatenate([order, order])

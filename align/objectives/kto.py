@@ -84,7 +84,8 @@ def weight_advice(desirable: int, undesirable: int, desirable_weight: float, und
     low, high = ADVISED
     if not desirable or not undesirable:
         which = "undesirable" if desirable else "desirable"
-        return f"no row is {which}: every answer is pushed {'up' if desirable else 'down'}, and nothing holds against it"
+        pushed = "up" if desirable else "down"
+        return f"no row is {which}: every answer is pushed {pushed}, and nothing holds against it"
     ratio = desirable_weight * desirable / (undesirable_weight * undesirable)
     if low - 1e-6 <= ratio <= high + 1e-6:
         return None
@@ -92,7 +93,7 @@ def weight_advice(desirable: int, undesirable: int, desirable_weight: float, und
     for_undesirable = [desirable_weight * desirable / (bound * undesirable) for bound in (high, low)]
     return (
         f"{desirable} desirable and {undesirable} undesirable rows: desirable_weight x {desirable} / "
-        f"(undesirable_weight x {undesirable}) is {ratio:.3g}, and the paper advises 1 to 1.33: set desirable_weight to "
-        f"{for_desirable[0]:.3g} ... {for_desirable[1]:.3g}, or undesirable_weight to {for_undesirable[0]:.3g} ... "
+        f"(undesirable_weight x {undesirable}) is {ratio:.3g}, and the paper advises 1 to 1.33: set desirable_weight "
+        f"to {for_desirable[0]:.3g} ... {for_desirable[1]:.3g}, or undesirable_weight to {for_undesirable[0]:.3g} ... "
         f"{for_undesirable[1]:.3g}"
     )

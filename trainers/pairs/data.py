@@ -26,7 +26,8 @@ class PairData:
     columns: of the dataset, needed beside the tokens. optional: kept where they are there.
     further: tokenised pairs, train or eval -> the same with what the method computes for each of them.
     whole_sequences: tokenised pairs may be whole sequences, without a prompt of their own.
-    read: rows and the options of `tokenize_pairs` -> tokenised pairs, for a method whose rows are other ones; no streams.
+    read: rows and the options of `tokenize_pairs` -> tokenised pairs, for a method whose rows are other ones; no
+    streams.
     """
 
     tokenizer: Any

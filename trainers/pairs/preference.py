@@ -27,7 +27,7 @@ from align.modeling.logprobs import language_model
 from align.modeling.pairs import PairTokens, pair_tokens
 from align.modeling.prefix_support import enable_shared_prefix
 from align.modeling.types import Model
-from align.objectives.pair_losses import PairLosses
+from align.objectives.pair_losses import PairLosses, RowLosses
 from align.trainers.core.batching import CheckSharedRows, autocast_dtype, resolve_layout
 from align.trainers.core.loading import loading_options, tokenizer_of
 from align.trainers.core.reference_checks import (
@@ -310,7 +310,7 @@ class PreferenceTrainer(PairTrainer):
 
     # ---- loss -------------------------------------------------------------------------------------------------------
 
-    def pair_losses(self, model: nn.Module, batch: dict[str, Tensor]) -> PairLosses:
+    def pair_losses(self, model: nn.Module, batch: dict[str, Tensor]) -> RowLosses:
         policy, reference = self.forward(model, batch)
         self.check_same_start(model, policy, reference)
         return self.losses(policy, reference, batch)
