@@ -76,6 +76,7 @@ def test_help_of_a_method_has_its_own_options_first(method, capsys):
         "sft": "max_length",
         "reward": "center_rewards_coefficient",
         "dpo": "loss_type",
+        "kto": "desirable_weight",
         "modpo": "objective",
         "sparsepo": "mask_layers",
         "remax": "kl_mode",
