@@ -66,6 +66,8 @@ def _check_speaker(answer: Text, name: str, fmt: DataFormat) -> None:
 
 
 def _pair(row: dict[str, Any], fmt: DataFormat) -> tuple[Text, Text, Text]:
+    if fmt.scored:
+        row = {**row, **best_and_worst(row)}
     chosen = _value(row["chosen"], "chosen", fmt.conversational)
     rejected = _value(row["rejected"], "rejected", fmt.conversational)
     if _same(chosen, rejected):
@@ -84,6 +86,32 @@ def _pair(row: dict[str, Any], fmt: DataFormat) -> tuple[Text, Text, Text]:
         _completion(chosen, "chosen", prompt, fmt.conversational),
         _completion(rejected, "rejected", prompt, fmt.conversational),
     )
+
+
+def best_and_worst(row: dict[str, Any]) -> dict[str, Any]:
+    """The pair that `completions` and `scores` make, `chosen` with the highest score and `rejected` with the lowest (of
+    equal ones the first), and their scores; BadRow where there is no such pair."""
+    answers, scores = row["completions"], row["scores"]
+    for name, values in (("completions", answers), ("scores", scores)):
+        if values is None:
+            raise BadRow(f"{name} is missing")
+        if not isinstance(values, list):
+            raise BadRow(f"{name} is {type(values).__name__} instead of a list")
+    if len(answers) != len(scores):
+        raise BadRow("completions and scores differ in number")
+    if len(answers) < 2:
+        raise BadRow("completions has fewer than two answers")
+    if not all(isinstance(score, int | float) and math.isfinite(score) for score in scores):
+        raise BadRow("scores has something else than finite numbers")
+    best, worst = max(range(len(scores)), key=scores.__getitem__), min(range(len(scores)), key=scores.__getitem__)
+    if scores[best] == scores[worst]:
+        raise BadRow("scores are all the same, so no answer is the better one")
+    return {
+        "chosen": answers[best],
+        "rejected": answers[worst],
+        "chosen_score": float(scores[best]),
+        "rejected_score": float(scores[worst]),
+    }
 
 
 def check_pair_numbers(row: dict[str, Any]) -> None:

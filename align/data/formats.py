@@ -2,7 +2,8 @@
 
 A text is a string (standard) or a list of messages with `role` and `content` (conversational). The formats:
 prompt-only (`prompt`), prompt-completion (`prompt`, `completion`), language modelling (`text` or `messages`) and
-preference (`chosen`, `rejected`, and `prompt` or not: then it is the shared beginning of the two).
+preference (`chosen`, `rejected`, and `prompt` or not: then it is the shared beginning of the two; or `prompt`,
+`completions` and `scores`, whose best and worst answer are the pair).
 """
 
 import difflib
@@ -16,6 +17,8 @@ from align.errors import DataError
 if TYPE_CHECKING:
     from datasets import Dataset
 
+SCORED = ("completions", "scores")
+"""Columns of several answers to one prompt, and of a number for each."""
 TEXT_COLUMNS = ("prompt", "completion", "text", "messages", "chosen", "rejected")
 
 # What other collections call these columns: only for the hint in an error, never renamed silently.
@@ -31,7 +34,8 @@ OTHER_NAMES = {
 EXPECTED = {
     "prompts": "'prompt', or a preference set ('chosen' and 'rejected') whose pairs share their beginning",
     "completions": "'prompt' and 'completion', or 'messages', or 'text', or 'chosen' and 'rejected' (trains chosen)",
-    "pairs": "'chosen' and 'rejected', and 'prompt' unless the two texts share it as their beginning",
+    "pairs": "'chosen' and 'rejected', and 'prompt' unless the two texts share it as their beginning (or 'prompt', "
+    "'completions' and 'scores')",
     "unpaired": "'prompt', 'completion' and 'label', or 'chosen' and 'rejected' (two rows each)",
     "any": "'prompt' | 'prompt', 'completion' | 'text' | 'messages' | 'chosen', 'rejected' (with or without 'prompt')",
 }
@@ -42,12 +46,13 @@ class DataFormat:
     """kind: "prompt_only", "prompt_completion", "language_modeling" or "preference".
 
     conversational: the texts are lists of messages. implicit_prompt: a preference set whose prompt is the beginning
-    that chosen and rejected share.
+    that chosen and rejected share. scored: a preference set of several answers with scores, instead of choices.
     """
 
     kind: str
     conversational: bool
     implicit_prompt: bool = False
+    scored: bool = False
 
 
 def detect_format(dataset: "Dataset", source: str = "") -> DataFormat:
@@ -85,6 +90,9 @@ def _format(dataset: "Dataset", kinds: Sequence[str], use: str, source: str) -> 
         "language_modeling": {"messages"} if "messages" in columns else {"text"},
         "prompt_only": {"prompt"},
     }
+    scored = "preference" in kinds and not needed["preference"] <= columns and {*SCORED} <= columns
+    if scored and "prompt" in columns and not {"completion", "messages", "text"} & columns:
+        return DataFormat("preference", _holds_messages(dataset, source), scored=True)
     for kind in kinds:
         if needed[kind] <= columns:
             break
@@ -148,6 +156,16 @@ def _is_conversational(dataset: "Dataset", column: str, source: str) -> bool:
         f"{source or 'dataset'}, row {row}: column '{column}' holds {type(value).__name__} ({value!r:.60}), expected "
         "text or a list of messages. Convert the column, for example with dataset.cast_column or map."
     )
+
+
+def _holds_messages(dataset: "Dataset", source: str) -> bool:
+    """Whether the prompts and `completions` of scored answers are messages; DataError where only one of them is."""
+    answers = next((answers for answers in dataset["completions"] if answers), [""])
+    kinds = {"prompt": _is_conversational(dataset, "prompt", source), "completions": isinstance(answers[0], list)}
+    if len(set(kinds.values())) > 1:
+        held = ", ".join(f"'{name}' holds {'messages' if talk else 'text'}" for name, talk in kinds.items())
+        raise DataError(f"{source or 'dataset'}: {held}. All must be plain text, or all lists of messages.")
+    return kinds["prompt"]
 
 
 def _missing_columns(columns: set[str], use: str, source: str) -> str:

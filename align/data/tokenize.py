@@ -167,10 +167,13 @@ def tokenize_pairs(
     Prompt and completion together are at most `max_length` tokens: a longer completion is cut (it then has no EOS) and
     counted. A prompt that is longer than `max_prompt_length`, or leaves no room for a completion, is a bad row; so is a
     pair whose two completions are the same tokens, or whose `margin` or `chosen_prob` is no finite number or no
-    probability. An implicit prompt is taken out of `chosen` and `rejected`.
+    probability. An implicit prompt is taken out of `chosen` and `rejected`. Of `completions` with `scores` the best and
+    the worst are the pair (`checks.best_and_worst`), with the further columns `chosen_score` and `rejected_score`.
 
     Otherwise as `tokenize_prompts`.
     """
+    from datasets import Value
+
     report, sample = started(report, source, dataset, streams=True)
     fmt = format_for(sample, "pairs", report.source)
     if not fmt.conversational:
@@ -179,6 +182,7 @@ def tokenize_pairs(
     ending, controls = ending_of(tokenizer, fmt.conversational), controls_of(tokenizer)
 
     def prepare(row: Columns, note: Note) -> tuple[tuple, Columns]:
+        made = checks.best_and_worst(row) if fmt.scored else {}
         prompt, chosen, rejected = checks.pair_of(row, fmt)
         checks.check_pair_numbers(row)
         if fmt.conversational:
@@ -187,7 +191,7 @@ def tokenize_pairs(
             texts = render_pair(prompt, [chosen, rejected], tokenizer, checks.template_kwargs(row))
         else:
             texts = prompt, [prompt + chosen, prompt + rejected]
-        return texts, {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        return texts, {**made, "prompt": prompt, "chosen": chosen, "rejected": rejected}
 
     def finish(encoded: Encoded, note: Note) -> Columns:
         check_prompt(encoded.prompt_ids, max_prompt_length, tokenizer)
@@ -201,6 +205,9 @@ def tokenize_pairs(
 
     ids = dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), "int32")
     columns = {"prompt": sample.features["chosen" if fmt.implicit_prompt else "prompt"], **ids}
+    if fmt.scored:
+        columns |= dict.fromkeys(("chosen", "rejected"), sample.features["completions"].feature)
+        columns |= dict.fromkeys(("chosen_score", "rejected_score"), Value("float64"))
     recipe = Recipe(prepare, partial(_encode, tokenizer, fmt), finish, columns)
     limits = {"use": "pairs", "max_length": max_length, "max_prompt_length": max_prompt_length}
     return tokenized(dataset, tokenizer, recipe, limits, report, max_bad_share=max_bad_share, num_proc=num_proc)

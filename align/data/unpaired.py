@@ -11,7 +11,7 @@ from align.data.bad_rows import BadRow, BadRows
 from align.data.dialogue import warn_of_dialogues
 from align.data.encode import Encoded, check_tokenizer, encode, render_pair
 from align.data.ending import ending_of
-from align.data.formats import columns_of, format_for
+from align.data.formats import SCORED, columns_of, format_for
 from align.data.passes import Columns, Note, Recipe, started, tokenized
 from align.data.rows import source_of
 from align.data.tokenize import check_prompt, closed, controls_of, note_typed, tokenize_pairs, tokens_inside
@@ -53,7 +53,7 @@ def tokenize_unpaired(
         "source": source,
         "num_proc": num_proc,
     }
-    if {"chosen", "rejected"} <= columns and not {"completion", "label"} <= columns:
+    if ({"chosen", "rejected"} <= columns or {*SCORED} <= columns) and not {"completion", "label"} <= columns:
         return unpair(tokenize_pairs(dataset, tokenizer, report=report, **options), source)
     report, sample = started(report, source, dataset)
     if "label" not in columns:
