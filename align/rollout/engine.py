@@ -6,7 +6,7 @@ import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, ClassVar
 
 from align.data.ending import end_ids
@@ -37,6 +37,9 @@ class RolloutEngine(ABC):
     name: str
     # Of the section `rollout`, for an engine that is named by its place and has options of its own.
     options_class: "ClassVar[type[RolloutOptions] | None]" = None
+    # Whether completions are made outside this process, and `generate` touches nothing of it: no random state, no
+    # device. Then another thread may call it while the policy trains.
+    draws_elsewhere: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -125,7 +128,8 @@ class RolloutEngine(ABC):
         requests = self._requests(prompts, params)
         if not requests:
             return []
-        with preserved_random_states():
+        # to put the random states back would undo the draws that the process makes meanwhile
+        with nullcontext() if self.draws_elsewhere else preserved_random_states():
             completions = self._complete(requests, progress)
         check_logprobs(completions)
         return [Rollout(r.prompt_ids, c, self.weight_version) for r, c in zip(requests, completions, strict=True)]
@@ -181,6 +185,10 @@ class RolloutEngine(ABC):
         self.rounding = probe.rounding
         check_probe(probe, self.name, self.weight_version, self.sync_tolerance)
         return probe
+
+    def interrupt(self) -> None:
+        """With `draws_elsewhere`: give up the call of `generate` that another thread waits for, which raises there."""
+        raise NotImplementedError(f"{type(self).__name__} draws elsewhere, and must say how that is given up")
 
     def sleep(self) -> bool:
         """Give memory back until the engine is used again, where a back-end can and its options say so. True: its

@@ -13,6 +13,7 @@ from align.trainers.core.micro_batches import MicroBatchLists
 from align.trainers.core.moving_reference import MovingReference
 from align.trainers.core.ranks import Ranks
 from align.trainers.core.reference_checks import check_reference, check_same_start, logp_tolerance, reference_probe
+from align.trainers.on_policy.ahead import RolloutsAhead
 from align.trainers.on_policy.buffer import RolloutBuffer, check_position
 from align.trainers.on_policy.config import OnPolicyConfig
 from align.trainers.on_policy.critic import CriticLearner
@@ -43,6 +44,7 @@ class OnPolicyBase(MicroBatchLists, Trainer):
     engine: SyncedEngine
     evaluator: PolicyEvaluator
     evaluations: EvaluationFile
+    ahead: RolloutsAhead
     pipeline: RolloutPipeline
     metrics: OnPolicyMetrics
     moving: MovingReference | None
@@ -51,6 +53,7 @@ class OnPolicyBase(MicroBatchLists, Trainer):
     stop: StopRule | None
 
     def sync_engine(self) -> None:
+        self.ahead.wait()
         self.engine.sync(self.accelerator.unwrap_model(self.model), self.state.global_step)
 
     def check_logps(self, logps: Tensor, batch: dict[str, Tensor]) -> None:
@@ -66,6 +69,7 @@ class OnPolicyBase(MicroBatchLists, Trainer):
             step=step + 1,
             engine=self.engine.name,
             truncated=self.pipeline.requests[0].truncates,
+            judged=self.buffer is None or not self.buffer.stale,
         )
         if step == 0 and self.check_start and self.args.beta:
             check_same_start(logps, batch["ref_logps"], batch["completion_mask"], tolerance)
@@ -125,6 +129,7 @@ class OnPolicyBase(MicroBatchLists, Trainer):
             "kl_controller": self.kl.state_dict(),
             "search": None if self.search is None else self.search.state_dict(),
             "stop": None if self.stop is None else self.stop.state_dict(),
+            "ahead": self.ahead.state_dict(),
             "buffer": self.buffer.state_dict(self.ranks.count) if inside and self.buffer is not None else None,
         }
 
@@ -143,6 +148,7 @@ class OnPolicyBase(MicroBatchLists, Trainer):
             self.stop.load_state_dict(state.get("stop"))
         if state["buffer"] is not None:
             self.buffer = RolloutBuffer.from_state(state["buffer"], self.args.seed, processes=self.ranks.count)
+        self.ahead.load_state_dict(state.get("ahead"))
         check_position(self.buffer, self.state.global_step, self.args.steps_per_rollout)
         if self.critic is not None:
             self.critic.load(folder)
@@ -155,4 +161,5 @@ class OnPolicyBase(MicroBatchLists, Trainer):
 
     def close(self) -> None:
         """Free the rollout engine that the trainer made. It can go on: it makes a new one when it needs it."""
+        self.ahead.stop()
         self.engine.close()

@@ -102,6 +102,11 @@ class RolloutBuffer:
         return cls([samples[i : i + size] for i in range(0, len(samples), size)], seed, number)
 
     @property
+    def stale(self) -> bool:
+        """Whether it was drawn by weights before those of the rollout's first step."""
+        return self.mini_batches[0][0].weight_version != self.number
+
+    @property
     def samples(self) -> list[Sample]:
         return [sample for mini_batch in self.mini_batches for sample in mini_batch]
 

@@ -10,6 +10,7 @@ from align.rollout import RolloutOptions, rollout_options
 from align.rollout.types import SamplingParams
 from align.trainers.core.batching import BatchingOptions
 from align.trainers.core.options import BaseConfig
+from align.trainers.on_policy.ahead import check_ahead
 from align.trainers.on_policy.estimators import make_estimator
 from align.trainers.on_policy.loss_types import LOSS_TYPES, resolve_loss_type
 from align.trainers.on_policy.sampling_options import SamplingOptions
@@ -58,6 +59,13 @@ class OnPolicyConfig(BatchingOptions, SamplingOptions, BaseConfig):
         metadata={
             "help": "The engine that completes prompts: {backend, max_num_seqs, dtype, ...} or the back-end's name "
             "alone (docs/rollouts.md)."
+        },
+    )
+    rollouts_ahead: int = field(
+        default=0,
+        metadata={
+            "help": "1: the engine draws the next rollout while this one is trained on, from the weights of this one. "
+            "Needs rollout: {backend: server, ...} and rollout_correction (docs/on_policy.md)."
         },
     )
     # ---- objective
@@ -267,6 +275,7 @@ class OnPolicyConfig(BatchingOptions, SamplingOptions, BaseConfig):
             raise ConfigError(
                 "truncated: bootstrap takes the value of a critic, which only PPO has: use keep, mask or penalise"
             )
+        check_ahead(self)
         check_constraints(self)
         check_dynamic_weights(self)
         check_search(self)

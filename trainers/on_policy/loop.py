@@ -6,6 +6,7 @@ parts with stated inputs, each in a file of this folder:
 
     engine      SyncedEngine: a rollout engine with the weights of a step
     pipeline    RolloutPipeline: prompts in, scored samples out
+    ahead       RolloutsAhead: draws the next rollout while this one is trained on, if asked to
     forward     ForwardPasses: log-probs of reference and policy
     estimator   Estimator: from a stream of scores to advantages; the one thing in which methods differ
     weighting   Weighting (trainers/weighting/): which streams there are, and what each counts now
@@ -41,6 +42,7 @@ from align.trainers.core.ranks import Ranks
 from align.trainers.core.reference_checks import (
     computes_exactly,
 )
+from align.trainers.on_policy.ahead import RolloutsAhead
 from align.trainers.on_policy.base import OnPolicyBase
 from align.trainers.on_policy.batches import BatchPlanner
 from align.trainers.on_policy.buffer import RolloutBuffer, block_sampler, check_arithmetic, take_prompts
@@ -211,6 +213,13 @@ class OnPolicyTrainer(OnPolicyBase):
             recorder=self.recorder,
             truncation=truncation,
         )
+        self.ahead = RolloutsAhead(
+            args.rollouts_ahead,
+            self.pipeline,
+            self.engine,
+            steps=args.steps_per_rollout,
+            processes=self.ranks.count,
+        )
         self.refill = DynamicSampling(
             args.dynamic_sampling_rounds,
             args.prompts_per_rollout,
@@ -243,7 +252,11 @@ class OnPolicyTrainer(OnPolicyBase):
         self.buffer = None
         if self.stop is not None:
             self.stop.clear()
-        output = super().train(*args, **kwargs)
+        self.ahead.forget()
+        try:
+            output = super().train(*args, **kwargs)
+        finally:
+            self.ahead.stop()
         self.engine.forget()  # the best checkpoint may have been loaded
         return output
 
@@ -266,7 +279,8 @@ class OnPolicyTrainer(OnPolicyBase):
             if position:  # the prompts of the rest of this rollout are in the buffer
                 list(islice(epoch_iterator, (steps - position) * num_batches))
         if position == 0:
-            prompts, indices = take_prompts(epoch_iterator, num_batches, self.args)
+            take = partial(take_prompts, epoch_iterator, num_batches, self.args)
+            prompts, indices = self.ahead.prompts(take, more=self.state.global_step + steps < self.state.max_steps)
             if not prompts:
                 return [], None
             self.buffer = self.make_rollout(prompts, indices)
@@ -279,6 +293,7 @@ class OnPolicyTrainer(OnPolicyBase):
 
     @with_router_loss(lambda batch, args: loss_count(kept_lengths(batch["completion_mask"]), args))
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.ahead.raise_early()
         args, mask = self.args, inputs["completion_mask"]
         logps, entropy = completion_logps(model, inputs, temperature=args.temperature, return_entropy=True)
         if self.state.global_step % args.steps_per_rollout == 0:
@@ -299,8 +314,8 @@ class OnPolicyTrainer(OnPolicyBase):
     def make_rollout(self, prompts: list[dict], indices: list[int]) -> RolloutBuffer:
         """From prompts to samples that know their advantages. indices: of the prompts in the rollout's global batch."""
         args, step = self.args, self.state.global_step
-        self.sync_engine()
-        rollout = self.pipeline.run(prompts, indices, step, weight_version=step)
+        drawn = self.ahead.draw(prompts, indices, step, self.sync_engine)
+        rollout = self.pipeline.run(prompts, indices, step, drawn.version, drawn.rollouts)
         if args.dynamic_sampling_rounds:
             self.refill.fill(
                 rollout, indices, step, self.weighting, partial(self.pipeline.run, step=step, weight_version=step)
@@ -343,10 +358,10 @@ class OnPolicyTrainer(OnPolicyBase):
 
         In float32 the engine's log-probs serve as well. In half precision they differ from any of the trainer's by
         rounding, which the sum over a long completion would take for a KL; and where drawing is truncated, they are
-        those of the truncated distribution.
+        those of the truncated distribution; those of a rollout drawn ahead are of older weights.
         """
         exact = computes_exactly(self.accelerator, self.model) and self.args.engine_options.dtype in (None, "float32")
-        exact = exact and not self.pipeline.requests[0].truncates
+        exact = exact and not self.pipeline.requests[0].truncates and not self.ahead.on
         return not exact and (self.kl.adapts or (self.args.kl_in == "reward" and self.args.beta > 0))
 
     def stream_gradients(self, parts: list[list[Sample]]) -> Tensor:

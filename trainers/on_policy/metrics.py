@@ -55,12 +55,14 @@ class OnPolicyMetrics:
         step: int,
         engine: str,
         truncated: bool = False,
+        judged: bool = True,
     ) -> None:
         """The policy that is trained must compute what sampled: warns, once, and raises `TrainingError` if the mean
         difference of their log-probs (nats) is above the first and the second of `limits`.
 
         truncated: the engine's are of a truncated distribution, and so above the trainer's by -log of the probability
-        that was left: only what lies below them is a difference then.
+        that was left: only what lies below them is a difference then. judged: False where they are to differ, as those
+        of older weights do; then the differences are recorded, and that is all.
         """
         mask = batch["completion_mask"]
         gaps = (logps - batch["engine_logps"])[mask.bool()]
@@ -72,12 +74,12 @@ class OnPolicyMetrics:
             f"step {step}: the log-probs of the rollouts differ by {gap:.4f} nats per token between the {engine} "
             f"engine and the trainer (99 % of them by less than {p99:.4f})"
         )
-        if not gap <= limits[1]:
+        if judged and not gap <= limits[1]:
             raise TrainingError(
                 f"{found}, and {limits[1]:.4f} is allowed. Does something change the weights or the logits outside the "
                 "trainer? Compare with rollout.backend: transformers"
             )
-        if gap > limits[0] and not self.warned:
+        if judged and gap > limits[0] and not self.warned:
             self.warned = True
             logger.warning("%s: more than rounding usually does. rollout_correction weighs such differences", found)
         for name, value in mismatch(log_ratios(logps, batch["engine_logps"], mask), mask).items():

@@ -61,15 +61,24 @@ class RolloutPipeline:
         self.engine, self.tokenizer, self.rewards, self.requests = engine, tokenizer, rewards, requests
         self.seed, self.recorder, self.truncation = seed, recorder, truncation
 
-    def run(self, prompts: list[dict], indices: list[int], step: int, weight_version: int) -> ScoredRollout:
+    def run(
+        self,
+        prompts: list[dict],
+        indices: list[int],
+        step: int,
+        weight_version: int,
+        rollouts: list[Rollout] | None = None,
+    ) -> ScoredRollout:
         """Sample and score, with one engine call for all requests of all prompts.
 
         indices: of the prompts in the rollout's global batch, so that the draws do not depend on how it is cut into
         processes. step: of the optimiser, that the rollout is made for; it changes the draws. weight_version: of the
-        weights that the engine must have; raises `RolloutError` if it has others.
+        weights that the engine must have; raises `RolloutError` if it has others. rollouts: of `draw`, made before.
         """
         with self.recorder.phase("generate"):
-            rollout = self.generate(prompts, indices, step)
+            if rollouts is None:
+                rollouts = self.draw(prompts, indices, step)
+            rollout = self.samples(prompts, rollouts)
         if rollout.weight_version != weight_version:
             raise RolloutError(
                 f"the rollouts of step {step} were made by weights of version {rollout.weight_version}, and version "
@@ -88,10 +97,9 @@ class RolloutPipeline:
             sample.left_out |= any(other.left_out for other in rollout.extra[i // each])
         return rollout
 
-    def generate(self, prompts: list[dict], indices: list[int], step: int) -> ScoredRollout:
-        """Completions without scores."""
-        count = len(self.requests)
-        rollouts = self.engine.generate(
+    def draw(self, prompts: list[dict], indices: list[int], step: int) -> list[Rollout]:
+        """Completions of every request of every prompt, side by side. It asks the engine, and does nothing else."""
+        return self.engine.generate(
             [prompt["prompt_ids"] for prompt in prompts for _ in self.requests],
             [
                 replace(request, seed=derive_seed(self.seed, "train", step, index, number))
@@ -99,6 +107,10 @@ class RolloutPipeline:
                 for number, request in enumerate(self.requests)
             ],
         )
+
+    def samples(self, prompts: list[dict], rollouts: list[Rollout]) -> ScoredRollout:
+        """Completions without scores. rollouts: of `draw`."""
+        count = len(self.requests)
         samples, extra = [], []
         for i, prompt in enumerate(prompts):
             made = [

@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Coroutine, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,19 +26,29 @@ class Background:
 
     def __init__(self):
         self._loop = asyncio.new_event_loop()
+        self._waited: set[Future] = set()  # for what callers wait
         self._thread = threading.Thread(target=self._loop.run_forever, name="align-rollout-server", daemon=True)
         self._thread.start()
 
     def run(self, coroutine: Coroutine) -> Any:
         """Its result. An interrupt here cancels it, which closes its connections; vLLM then drops the requests."""
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        self._waited.add(future)
         try:
             return future.result()
         except BaseException:
             future.cancel()
             raise
+        finally:
+            self._waited.discard(future)
+
+    def interrupt(self) -> None:
+        """Cancel what other threads wait for; `CancelledError` is raised there."""
+        for future in list(self._waited):
+            future.cancel()
 
     def close(self) -> None:
+        self.interrupt()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

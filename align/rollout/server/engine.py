@@ -51,6 +51,7 @@ class ServerEngine(RolloutEngine):
     """
 
     name = "server"
+    draws_elsewhere = True
 
     def __init__(
         self,
@@ -347,6 +348,9 @@ class ServerEngine(RolloutEngine):
                 await self._come_back(server, http)
             elif isinstance(outcome, BaseException):
                 raise outcome
+
+    def interrupt(self) -> None:
+        self._background.interrupt()
 
     # ---- the rest ----------------------------------------------------------------------------------------------------
 
