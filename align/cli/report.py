@@ -16,12 +16,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from align.evaluation.runs_report import write_runs_report
 
+    if Path(args.output).is_dir():
+        raise ConfigError(f"--output {args.output} is a folder: name the page's file, such as {args.output}/runs.html")
     folders: dict[str, Path] = {}
     for path in map(Path, args.runs):
-        name = path.absolute().name
-        name = name if name not in folders else str(path)
-        if name in folders:
+        if path.resolve() in [other.resolve() for other in folders.values()]:
             raise ConfigError(f"{path} is given twice")
+        name = next(name for name in (path.absolute().name, str(path), str(path.resolve())) if name not in folders)
         folders[name] = path
     print(write_runs_report(args.output, folders))
     return 0

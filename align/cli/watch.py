@@ -14,13 +14,13 @@ POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inli
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="the output folder of a run that trains, or has trained")
+    parser.add_argument("folder", metavar="RUN", help="the output folder of a run that trains, or has trained")
     parser.add_argument("--port", type=int, default=0, metavar="N", help="port on 127.0.0.1 [one that is free]")
 
 
 def run(args: argparse.Namespace) -> int:
-    server = make_server(args.run, args.port)
-    print(f"watching {args.run}: {server.address} (Ctrl-C ends it)", flush=True)
+    server = make_server(args.folder, args.port)
+    print(f"watching {args.folder}: {server.address} (Ctrl-C ends it)", flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:
@@ -40,6 +40,8 @@ def make_server(run: str | Path, port: int = 0) -> Server:
     folder = Path(run)
     if not folder.is_dir():
         raise ConfigError(f"there is no folder {str(folder)!r}: give the output folder of a run")
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"there is no port {port}: ports are 1 to 65535, and 0 is one that is free")
     token = secrets.token_urlsafe(16)
 
     class Handler(BaseHTTPRequestHandler):

@@ -21,6 +21,22 @@ def test_help_lists_every_command(capsys):
     assert capsys.readouterr().out == shown
 
 
+def every_parser(parser):
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for sub in action.choices.values():
+                yield from every_parser(sub)
+
+
+def test_no_argument_takes_a_name_that_the_command_needs():
+    """An argument with the dest `run` would replace the function that the command calls."""
+    found = list(every_parser(command.build_parser()))
+    assert len(found) > len(METHODS) + len(command.TOOLS)
+    for sub in found[1:]:
+        assert not {"run", "parser", "version"} & {action.dest for action in sub._actions}, sub.prog
+
+
 def test_unknown_commands_and_options(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["stf"])

@@ -4,8 +4,8 @@ import json
 
 from align.cli.main import main
 from align.evaluation.metrics_file import MetricsWriter
-from align.evaluation.runs_report import compare_runs
-from tests.browser import CHROMIUM, ask
+from align.evaluation.runs_report import compare_runs, write_runs_report
+from tests.browser import ask, needs_chromium
 from tests.evaluation.synthetic import write_run
 
 HOSTILE = "</script><img src=x onerror=y()>"
@@ -33,14 +33,22 @@ def test_two_methods(tmp_path, capsys):
     assert found["samples"]["sea"]["b"]["step"] == 20
     html = page.read_text()
     assert "<img" not in html and json.dumps(HOSTILE)[1:-1] not in html
-    if CHROMIUM:
-        drawn, console = ask(page, "return document.querySelectorAll('.curves svg').length", tmp_path)
-        assert console == [] and drawn == len(found["figures"])
+
+
+@needs_chromium
+def test_every_figure_is_drawn(tmp_path):
+    runs = {name: write(tmp_path / name, name) for name in ("dpo", "remax")}
+    page = write_runs_report(tmp_path / "page.html", runs)
+    drawn, console = ask(page, "return document.querySelectorAll('.curves svg').length", tmp_path)
+    assert console == [] and drawn == len(compare_runs(runs)["figures"]) == 3
 
 
 def test_what_is_no_run(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert "holds no metrics.jsonl" in capsys.readouterr().err
     folder = write(tmp_path / "a", "DPO")
-    assert main(["report", str(folder), str(folder), str(folder)]) == 2
-    assert "is given twice" in capsys.readouterr().err
+    for same in (folder, tmp_path / "b" / ".." / "a"):
+        assert main(["report", str(folder), str(same)]) == 2
+        assert "is given twice" in capsys.readouterr().err
+    assert main(["report", str(folder), "--output", str(tmp_path)]) == 2
+    assert "is a folder" in capsys.readouterr().err and sorted(tmp_path.iterdir()) == [folder]

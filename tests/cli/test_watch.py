@@ -7,7 +7,8 @@ import urllib.request
 
 import pytest
 
-from align.cli.watch import make_server
+from align.cli.main import main
+from align.cli.watch import Server, make_server
 from align.errors import ConfigError
 from align.evaluation.metrics_file import MetricsWriter
 from align.evaluation.watch import POINTS, snapshot
@@ -45,6 +46,17 @@ def server(folder):
 def get(address: str, **headers):
     with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=5) as answer:
         return answer.read().decode()
+
+
+def test_the_command(folder, monkeypatch, capsys):
+    def interrupt(server):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Server, "serve_forever", interrupt)
+    assert main(["watch", str(folder)]) == 0
+    assert f"watching {folder}: http://127.0.0.1:" in capsys.readouterr().out
+    assert main(["watch", str(folder), "--port", "70000"]) == 2
+    assert "there is no port 70000" in capsys.readouterr().err
 
 
 def test_the_state_of_a_run_that_trains(folder):
