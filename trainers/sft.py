@@ -9,7 +9,7 @@ import torch
 import trl
 from accelerate.utils import gather_object
 from torch import nn
-from transformers import set_seed
+from transformers import TrainingArguments, set_seed
 
 from align.data.collate import IGNORED
 from align.data.formats import TEXT_COLUMNS, columns_of
@@ -64,6 +64,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
 
     Args:
         model: a model, a folder or a hub name.
+        args: may be transformers' own TrainingArguments.
         train_dataset, eval_dataset: demonstrations in TRL's formats (docs/data.md), or the output of
             `tokenize_completions`.
         peft_config: trains an adapter.
@@ -79,7 +80,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
     def __init__(
         self,
         model: str | nn.Module,
-        args: SFTConfig | None = None,
+        args: SFTConfig | TrainingArguments | None = None,
         train_dataset=None,
         eval_dataset=None,
         processing_class=None,
@@ -90,6 +91,8 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         compute_metrics: Callable | None = None,
         preprocess_logits_for_metrics: Callable | None = None,
     ):
+        if isinstance(args, TrainingArguments) and not isinstance(args, SFTConfig):
+            args = with_own_defaults(args)
         args = self.options(args, model, train_dataset)
         self.formatting_func = formatting_func
         processing_class = tokenizer_of(args, model, processing_class)
@@ -185,6 +188,15 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         tokens = inputs["labels"][..., 1:].ne(IGNORED).sum().item()
         self._eval_batches.append((loss.item() * tokens, tokens))
         return loss, logits, labels
+
+
+def with_own_defaults(args: TrainingArguments) -> SFTConfig:
+    """What transformers' own arguments say, as TRL takes them; where they leave the default, it is that of SFT."""
+    defaults = type(args)(output_dir=args.output_dir, use_cpu=args.use_cpu)
+    given = {f.name: getattr(args, f.name) for f in fields(TrainingArguments) if f.init}
+    return SFTConfig(**{name: value for name, value in given.items() if value != getattr(defaults, name)} | {
+        "output_dir": args.output_dir, "use_cpu": args.use_cpu
+    })  # fmt: skip
 
 
 def tokenized_completions(dataset, tokenizer, args: SFTConfig):

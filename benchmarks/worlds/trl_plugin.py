@@ -7,6 +7,7 @@ Deselected: tests of TRL's own collators and kernels, and those of images, vLLM,
 import json
 import os
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,11 @@ CLASSES = {f"Test{name}" for name in EXCHANGED if name.endswith("Trainer")}
 ELSEWHERE = ("vlm", "vision", "image", "ConditionalGeneration", "vllm", "liger", "quantization", "multimodal")
 
 for name in EXCHANGED:
+    ours = getattr(align, name)
+    if name in ("RLOOConfig", "GRPOConfig"):  # TRL generates with transformers too unless it is asked not to
+        ours = partial(ours, rollout="transformers")
     for module in (trl, trl.trainer):
-        setattr(module, name, getattr(align, name))
+        setattr(module, name, ours)
 for name in ("is_joblib_available", "is_harbor_available", "is_openreward_available", "is_jmespath_available"):
     if not hasattr(import_utils, name):  # TRL's tests may be of another version than the package
         setattr(import_utils, name, lambda: False)

@@ -143,3 +143,11 @@ def test_a_model_with_code_of_its_own_needs_leave(policy, tokenizer, tmp_path):
             cls(str(folder), config(str(tmp_path / "run"), **QUIET), rows_of(method, 4))
         trainer = cls(str(folder), config(str(tmp_path / "run"), trust_remote_code=True, **QUIET), rows_of(method, 4))
         assert type(trainer.model).__name__ == "OwnForCausalLM"
+
+
+def test_sft_takes_transformers_own_arguments(tmp_path):
+    tokenizer = toy.tokenizer()
+    given = TrainingArguments(str(tmp_path), learning_rate=3e-4, max_steps=2, report_to="none", use_cpu=True)
+    args = SFTTrainer(tiny_model(tokenizer), given, rows_of("sft", 4), processing_class=tokenizer).args
+    assert (args.learning_rate, args.max_steps, args.report_to) == (3e-4, 2, [])
+    assert args.max_length == 1024 and args.logging_nan_inf_filter is False
