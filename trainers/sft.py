@@ -12,9 +12,9 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from align.data.collate import IGNORED
-from align.data.formats import TEXT_COLUMNS, columns_of
+from align.data.formats import TEXT_COLUMNS, columns_of, format_for
 from align.data.sets import of_each
-from align.data.streams import is_stream, mapped, read_whole
+from align.data.streams import is_stream, mapped, read_whole, sample_of
 from align.data.tokenize import tokenize_completions
 from align.distributed.shards import outputs_as_computed
 from align.errors import ConfigError, DataError
@@ -30,7 +30,7 @@ UNUSED = {  # options of TRL's that what is done here leaves without effect
     "pad_to_multiple_of": "leave it out",
     "pad_token": "set tokenizer.pad_token, and pass the tokenizer",
 }
-OWNED = {"completion_only_loss": None, "assistant_only_loss": False, "dataset_kwargs": None, "eos_token": None}
+OWNED = {"completion_only_loss": None, "dataset_kwargs": None, "eos_token": None}
 NEUTRAL = {"completion_only_loss": (None, True), "dataset_kwargs": (None, {}), "pad_to_multiple_of": ("auto", None)}
 
 
@@ -107,16 +107,20 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         set_chat_template(args.chat_template_path, model, processing_class, adapter=peft_config is not None)
         if peft_config is not None:
             check_stack(model, peft_config)
+        train_rows = tokenized_completions(self._formatted(train_dataset), processing_class, args)
+        eval_rows = of_each(eval_dataset, lambda rows: self._to_evaluate(rows, processing_class, args))
         # TRL makes the labels from `completion_mask`, and packs where asked
         args.completion_only_loss = True
         # used above: TRL would use them again, or warn that it ignores them
-        used = {name: getattr(args, name) for name in ("model_init_kwargs", "chat_template_path")}
-        args.model_init_kwargs = args.chat_template_path = None
+        used = {
+            name: getattr(args, name) for name in ("model_init_kwargs", "chat_template_path", "assistant_only_loss")
+        }
+        args.model_init_kwargs, args.chat_template_path, args.assistant_only_loss = None, None, False
         super().__init__(
             model=model,
             args=args,
-            train_dataset=tokenized_completions(self._formatted(train_dataset), processing_class, args),
-            eval_dataset=of_each(eval_dataset, lambda rows: self._to_evaluate(rows, processing_class, args)),
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -124,7 +128,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
             compute_metrics=compute_metrics,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        args.model_init_kwargs, args.chat_template_path = used.values()
+        args.model_init_kwargs, args.chat_template_path, args.assistant_only_loss = used.values()
         if is_stream(train_dataset):
             self.make_endless(train_dataset)
         if not self.is_deepspeed_enabled:
@@ -205,6 +209,12 @@ def tokenized_completions(dataset, tokenizer, args: SFTConfig):
     columns = columns_of(dataset, streams=True)
     tokenised = "input_ids" in columns and (columns & {"completion_mask", "labels"} or not columns & {*TEXT_COLUMNS})
     if not tokenised:
+        if args.assistant_only_loss and not format_for(sample_of(dataset), "completions").conversational:
+            raise ConfigError(
+                "assistant_only_loss: the rows are text, which says no turns: leave it out, or give messages, whose "
+                "assistant turns alone are trained with it or without",
+                key="assistant_only_loss",
+            )
         return tokenize_completions(
             dataset,
             tokenizer,

@@ -107,7 +107,7 @@ def test_several_evaluation_sets_by_name(policy, tmp_path):
 
 
 def test_options_without_effect_are_refused_by_name(tmp_path):
-    for name, value in {"dataset_text_field": "content", "chat_template_path": "x.jinja"}.items():
+    for name, value in {"dataset_text_field": "content", "pad_to_multiple_of": 8}.items():
         with pytest.raises(ConfigError, match=f"{name} has no effect here"):
             sft_config(tmp_path, **{name: value})
 
@@ -148,7 +148,7 @@ def test_a_loss_that_is_not_finite_is_an_error(tokenizer, tmp_path):
 
 
 def test_options_that_follow_from_the_data_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="assistant_only_loss: the loss mask follows from"):
-        sft_config(tmp_path, assistant_only_loss=True)
+    with pytest.raises(ConfigError, match="completion_only_loss: the loss mask follows from"):
+        sft_config(tmp_path, completion_only_loss=False)
     with pytest.raises(ConfigError, match="max_bad_share must be at least 0 and below 1"):
         sft_config(tmp_path, max_bad_share=1.5)

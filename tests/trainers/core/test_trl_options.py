@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import trl
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainingArguments
 
@@ -21,7 +22,7 @@ OTHERS = {
     "truncation_mode": "keep_end", "padding_free": True, "ref_model_mixup_alpha": 0.9,
     "ref_model_sync_steps": 8, "pad_token": "<pad>", "pad_to_multiple_of": 8,
     "activation_offloading": True, "eos_token": "<eos>", "dataset_text_field": "body",
-    "assistant_only_loss": True, "completion_only_loss": False, "dataset_kwargs": {"skip_prepare_dataset": True},
+    "completion_only_loss": False, "dataset_kwargs": {"skip_prepare_dataset": True},
 }  # fmt: skip
 
 
@@ -151,3 +152,20 @@ def test_sft_takes_transformers_own_arguments(tmp_path):
     args = SFTTrainer(tiny_model(tokenizer), given, rows_of("sft", 4), processing_class=tokenizer).args
     assert (args.learning_rate, args.max_steps, args.report_to) == (3e-4, 2, [])
     assert args.max_length == 1024 and args.logging_nan_inf_filter is False
+
+
+def test_assistant_only_loss_is_what_messages_have_anyway(tmp_path):
+    tokenizer = toy.tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    talk = [{"role": "user", "content": "about rose"}, {"role": "assistant", "content": "the rose well"}]
+
+    def labels(rows, **options):
+        args = SFTConfig(str(tmp_path), **QUIET, **options)
+        trainer = SFTTrainer(tiny_model(tokenizer), args, rows, processing_class=tokenizer)
+        assert trainer.args.assistant_only_loss == bool(options)
+        return trainer.train_dataset["labels"]
+
+    rows = Dataset.from_list([{"messages": talk}])
+    assert labels(rows, assistant_only_loss=True) == labels(rows)
+    with pytest.raises(ConfigError, match="assistant_only_loss: the rows are text"):
+        labels(rows_of("sft", 4), assistant_only_loss=True)
