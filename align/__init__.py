@@ -54,6 +54,8 @@ if TYPE_CHECKING:  # the same table for editors and type checkers; tests compare
     from align.trainers.modpo import MODPOConfig as MODPOConfig
     from align.trainers.modpo import MODPOTrainer as MODPOTrainer
     from align.trainers.on_policy.estimators import register_estimator as register_estimator
+    from align.trainers.online_dpo import OnlineDPOConfig as OnlineDPOConfig
+    from align.trainers.online_dpo import OnlineDPOTrainer as OnlineDPOTrainer
     from align.trainers.ppo import PPOConfig as PPOConfig
     from align.trainers.ppo import PPOTrainer as PPOTrainer
     from align.trainers.reinforce_pp import ReinforcePPConfig as ReinforcePPConfig
@@ -103,6 +105,8 @@ _EXPORTS = {
     "GRPOConfig": "align.trainers.grpo:GRPOConfig",
     "ReinforcePPTrainer": "align.trainers.reinforce_pp:ReinforcePPTrainer",
     "ReinforcePPConfig": "align.trainers.reinforce_pp:ReinforcePPConfig",
+    "OnlineDPOTrainer": "align.trainers.online_dpo:OnlineDPOTrainer",
+    "OnlineDPOConfig": "align.trainers.online_dpo:OnlineDPOConfig",
     # rewards
     "Reward": "align.reward_models.base:Reward",
     "RewardBatch": "align.reward_models.base:RewardBatch",

@@ -123,6 +123,14 @@ METHODS = {
             help="policy gradient on rewards whitened over the batch (REINFORCE++)",
             rewards=True,
         ),
+        Method(
+            "online_dpo",
+            trainer="align.trainers.online_dpo:OnlineDPOTrainer",
+            config="align.trainers.online_dpo:OnlineDPOConfig",
+            data="prompts",
+            help="preference optimisation on pairs that the policy writes and rewards rank (online DPO)",
+            rewards=True,
+        ),
     )
 }
 

@@ -1,4 +1,4 @@
-"""README.md, docs/cli.md and docs/launching.md: every command is run, or resolved where it needs a model from a hub."""
+"""README.md and the pages of `PAGES`: every command is run, or resolved where it needs a model from a hub."""
 
 import re
 import shlex
@@ -12,7 +12,7 @@ from align.config.resolve import resolve
 from align.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/cli.md", "docs/launching.md")
+PAGES = ("README.md", "docs/cli.md", "docs/launching.md", "docs/online.md")
 SET_UP = ("make ", "python3.11 -m venv", ".venv/bin/pip", "pip ", "sbatch ", "python -c")
 
 

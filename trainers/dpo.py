@@ -4,7 +4,7 @@ What the losses are is in `align.objectives.preference` (the table) and docs/los
 loop.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -17,56 +17,20 @@ from align.modeling.pairs import PairTokens, pair_tokens, pair_tokens_with_kl
 from align.modeling.types import Model
 from align.objectives.pair_logps import wpo_weights
 from align.objectives.pair_losses import PairLosses
-from align.objectives.preference_objective import PreferenceObjective, preference_objective
+from align.objectives.preference_objective import PreferenceObjective
 from align.trainers.core.moving_reference import MovingReference, MovingReferenceOptions
 from align.trainers.core.trl_options import TrlDPOOptions
 from align.trainers.pairs.config import PreferenceConfig
+from align.trainers.pairs.loss_options import PairLossOptions
 from align.trainers.pairs.preference import PreferenceTrainer
 
 
-def loss_option(help: str, default=None):
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass
-class DPOConfig(TrlDPOOptions, MovingReferenceOptions, PreferenceConfig):
-    """Options of DPO and its variants, with TRL's names. An option that is not set has the default of its loss, and one
-    that no loss of `loss_type` uses is an error."""
-
-    loss_type: list[str] = field(
-        default_factory=lambda: ["sigmoid"],
-        metadata={"help": "One loss or several (docs/losses.md): sigmoid, ipo, robust, cdpo, simpo, orpo, tdpo2 ..."},
-    )
-    loss_weights: list[float] | None = loss_option("One weight per loss of loss_type. Default: 1 each.")
-    beta: float | None = loss_option(  # type: ignore[assignment]  # None: the default of the loss
-        "Strength of the KL constraint. Default: the loss's, for sigmoid 0.1."
-    )
-    label_smoothing: float | None = loss_option(
-        "Probability that a label is flipped: cdpo, robust, exo_pair, aot, aot_unpaired, cpo."
-    )
-    discopop_tau: float | None = loss_option("Temperature of discopop.")
-    simpo_gamma: float | None = loss_option("Margin of simpo, simpo_hinge and alphapo (itself, not divided by beta).")
-    cpo_alpha: float | None = loss_option("Weight of the negative log-likelihood in cpo.")
-    alphapo_alpha: float | None = loss_option("Shape of alphapo's reward; 0 is simpo.")
-    rpo_eta: float | None = loss_option("Weight of the negative log-likelihood in rpo_sum, multiplied by beta.")
-    rpo_coef: float | None = loss_option("Weight of the mean negative log-likelihood in rpo_mean.")
-    tdpo_alpha: float | None = loss_option("Weight of tdpo2's difference of KLs.")
-    beta_dpo_alpha: float | None = loss_option("How strongly beta_dpo's beta follows the batch; 0: not at all.")
-    beta_dpo_filter: float | None = loss_option("Share of the pairs that beta_dpo drops.")
-    beta_dpo_momentum: float | None = loss_option("Of beta_dpo's running mean and deviation.")
-    beta_dpo_preset: str | None = loss_option("corrected, or released: what the authors' code does.")
-    f_divergence_type: str | None = loss_option(
-        "reverse_kl (default), forward_kl, js_divergence or alpha_divergence, for losses of the reward difference."
-    )
-    f_alpha_divergence_coef: float | None = loss_option("Coefficient of alpha_divergence.")
-    ld_alpha: float | None = loss_option("Weight in [0, 1] of the tokens beyond the shorter completion (LD-DPO).")
-    use_weighting: bool = loss_option("Weigh pairs by how likely the policy would have written them (WPO).", False)
-    loss_options: dict[str, float] | None = loss_option("Options of losses of your own (`register_loss`), by name.")
+class DPOConfig(TrlDPOOptions, MovingReferenceOptions, PairLossOptions, PreferenceConfig):  # type: ignore[misc]  # beta: or None
+    """Options of DPO and its variants, with TRL's names."""
 
     def __post_init__(self):
         super().__post_init__()
-        if isinstance(self.loss_type, str):
-            self.loss_type = [self.loss_type]
         needs_reference = self.objective().needs_reference
         if self.sync_ref_model and (not needs_reference or self.precompute_ref_log_probs):
             raise ConfigError(
@@ -77,20 +41,6 @@ class DPOConfig(TrlDPOOptions, MovingReferenceOptions, PreferenceConfig):
 
     def holds_reference(self, adapter: bool) -> bool:
         return self.objective().needs_reference and super().holds_reference(adapter)
-
-    def objective(self) -> PreferenceObjective:
-        """A new objective; ConfigError for options that do not fit its losses."""
-        names = [name for name in OPTIONS if name != "loss_options"]
-        options = {name: getattr(self, name) for name in names}
-        twice = sorted(set(names) & set(self.loss_options or ()))
-        if twice:
-            raise ConfigError(f"loss_options: {', '.join(twice)} are keys of their own")
-        return preference_objective(
-            self.loss_type, self.loss_weights, {**options, **(self.loss_options or {})}, seed=self.seed
-        )
-
-
-OPTIONS = tuple(name for name in DPOConfig.__annotations__ if name not in ("loss_type", "loss_weights"))
 
 
 class DPOTrainer(PreferenceTrainer):

@@ -28,6 +28,7 @@ PAPERS = {
     "PPO": "Schulman et al. 2017, arXiv 1707.06347",
     "RLOO": "Ahmadian et al. 2024, arXiv 2402.14740",
     "GRPO": "Shao et al. 2024, arXiv 2402.03300",
+    "OnlineDPO": "Guo et al. 2024, arXiv 2402.04792",
     "ReinforcePP": "REINFORCE++; Hu 2025, arXiv 2501.03262",
 }
 

@@ -62,7 +62,10 @@ class BatchPlanner:
         return split_by_length(samples, -(-len(samples) // size))
 
     def _within(self, samples: list[Sample], budget: int) -> list[list[Sample]]:
-        parts = pack(samples, budget) if self.shared_prefix else pad_within(samples, budget)
+        return self.even_out(pack(samples, budget) if self.shared_prefix else pad_within(samples, budget))
+
+    def even_out(self, parts: list[list]) -> list[list]:
+        """As many parts on every process: the largest are halved."""
         count = int(self.ranks.gather(torch.tensor([len(parts)])).max())
         while len(parts) < count:
             largest = max(range(len(parts)), key=lambda i: len(parts[i]))

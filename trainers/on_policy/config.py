@@ -237,8 +237,7 @@ class OnPolicyConfig(BatchingOptions, SamplingOptions, BaseConfig):
                 raise ConfigError(f"{name} must be one of {', '.join(valid)}, got {getattr(self, name)!r}{more}")
         if self.num_generations_eval is not None:
             self.eval_num_generations = self.num_generations_eval
-        default_aggregation: Any = next(f.default for f in fields(self) if f.name == "loss_aggregation")
-        self.loss_aggregation = resolve_loss_type(self, default_aggregation)
+        self.resolve_loss_type()
         if self.kl_target is not None and not self.beta > 0:
             raise ConfigError("kl_target needs a target and a beta (its starting point) above 0")
         if self.tokens_per_batch is not None and self.forward_tokens_per_batch is None:
@@ -280,3 +279,8 @@ class OnPolicyConfig(BatchingOptions, SamplingOptions, BaseConfig):
         check_dynamic_weights(self)
         check_search(self)
         check_stop(self)
+
+    def resolve_loss_type(self) -> None:
+        """What `loss_type` says of the other options."""
+        default_aggregation: Any = next(f.default for f in fields(self) if f.name == "loss_aggregation")
+        self.loss_aggregation = resolve_loss_type(self, default_aggregation)

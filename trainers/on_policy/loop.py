@@ -55,7 +55,7 @@ from align.trainers.on_policy.forward import ForwardPasses
 from align.trainers.on_policy.kl_coefficient import KLCoefficient
 from align.trainers.on_policy.metrics import OnPolicyMetrics
 from align.trainers.on_policy.objective import kept_lengths, loss_count, policy_objective
-from align.trainers.on_policy.pipeline import RolloutPipeline
+from align.trainers.on_policy.pipeline import RolloutPipeline, ScoredRollout
 from align.trainers.on_policy.refill import DynamicSampling
 from align.trainers.on_policy.reward_funcs import rewards_given
 from align.trainers.on_policy.rewards import RewardColumns
@@ -87,6 +87,7 @@ class OnPolicyTrainer(OnPolicyBase):
     """
 
     _tag_names = ["align"]
+    planner_class = BatchPlanner
     args: OnPolicyConfig
 
     def __init__(
@@ -185,7 +186,7 @@ class OnPolicyTrainer(OnPolicyBase):
             self.add_callback(CheckSharedRows(self))
         tokenizer = self.processing_class
         padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self.planner = BatchPlanner(
+        self.planner = self.planner_class(
             padding,
             num_generations=args.num_generations,
             shared_prefix=shared,
@@ -314,22 +315,10 @@ class OnPolicyTrainer(OnPolicyBase):
     def make_rollout(self, prompts: list[dict], indices: list[int]) -> RolloutBuffer:
         """From prompts to samples that know their advantages. indices: of the prompts in the rollout's global batch."""
         args, step = self.args, self.state.global_step
-        drawn = self.ahead.draw(prompts, indices, step, self.sync_engine)
-        rollout = self.pipeline.run(prompts, indices, step, drawn.version, drawn.rollouts)
-        if args.dynamic_sampling_rounds:
-            self.refill.fill(
-                rollout, indices, step, self.weighting, partial(self.pipeline.run, step=step, weight_version=step)
-            )
-        self.engine.rest()
+        rollout = self.sample_rollout(prompts, indices)
         samples = rollout.samples
         parts = self.planner.plan_forward(samples, args.train_batch_size * args.num_generations)
-        if args.beta:
-            assert self.reference is not None  # held wherever beta is not 0
-            with self.phase("reference"):
-                self.forward.fill(parts, "ref_logps", self.forward.reference_logps(self.reference))
-        if args.steps_per_rollout > 1 or self.kl_needs_policy():
-            with self.phase("old_logps"):
-                self.forward.fill(parts, "old_logps", self.forward.policy_logps(self.model))
+        self.fill_logps(parts)
         if self.critic is not None:
             with self.phase("values"):
                 if args.truncated == "bootstrap":
@@ -352,6 +341,32 @@ class OnPolicyTrainer(OnPolicyBase):
             for sample in samples:
                 sample.old_logps = None  # they were for the KL: with one step the ratio is exactly 1
         return RolloutBuffer.of(samples, args.num_mini_batches, args.seed, step)
+
+    def sample_rollout(self, prompts: list[dict], indices: list[int]) -> ScoredRollout:
+        """Scored samples of these prompts by the policy as it is, and of others where they have no signal."""
+        args, step = self.args, self.state.global_step
+        drawn = self.ahead.draw(prompts, indices, step, self.sync_engine)
+        rollout = self.pipeline.run(prompts, indices, step, drawn.version, drawn.rollouts)
+        if args.dynamic_sampling_rounds:
+            self.refill.fill(
+                rollout, indices, step, self.weighting, partial(self.pipeline.run, step=step, weight_version=step)
+            )
+        self.engine.rest()
+        return rollout
+
+    def fill_logps(self, parts: list[list[Sample]]) -> None:
+        """Give the samples their log-probs under the reference and, where it is asked for, under the policy."""
+        if self.args.beta:
+            assert self.reference is not None  # held wherever beta is not 0
+            with self.phase("reference"):
+                self.forward.fill(parts, "ref_logps", self.forward.reference_logps(self.reference))
+        if self.needs_old_logps():
+            with self.phase("old_logps"):
+                self.forward.fill(parts, "old_logps", self.forward.policy_logps(self.model))
+
+    def needs_old_logps(self) -> bool:
+        """Whether the policy's log-probs before the rollout's first step are computed."""
+        return self.args.steps_per_rollout > 1 or self.kl_needs_policy()
 
     def kl_needs_policy(self) -> bool:
         """Whether the KL in the reward needs a pass of the policy beside that of the reference.
