@@ -18,7 +18,7 @@ from align.modeling.types import Model
 from align.objectives.pair_logps import wpo_weights
 from align.objectives.pair_losses import PairLosses
 from align.objectives.preference_objective import PreferenceObjective
-from align.trainers.core.moving_reference import MovingReference, MovingReferenceOptions
+from align.trainers.core.moving_reference import MovingReference
 from align.trainers.core.trl_options import TrlDPOOptions
 from align.trainers.pairs.config import PreferenceConfig
 from align.trainers.pairs.loss_options import PairLossOptions
@@ -26,7 +26,7 @@ from align.trainers.pairs.preference import PreferenceTrainer
 
 
 @dataclass
-class DPOConfig(TrlDPOOptions, MovingReferenceOptions, PairLossOptions, PreferenceConfig):  # type: ignore[misc]  # beta: or None
+class DPOConfig(TrlDPOOptions, PairLossOptions, PreferenceConfig):  # type: ignore[misc]  # beta: or None
     """Options of DPO and its variants, with TRL's names."""
 
     def __post_init__(self):

@@ -9,6 +9,7 @@ from typing import Any
 
 from align.errors import ConfigError
 from align.trainers.core.hooks import TrainingSettings
+from align.trainers.core.moving_reference import MovingReferenceOptions
 
 INSTEAD = "instead"
 
@@ -51,7 +52,7 @@ class TrlRewardOptions(TrlOptions):
 
 
 @dataclass
-class TrlDPOOptions(TrlOptions):
+class TrlDPOOptions(MovingReferenceOptions, TrlOptions):
     """Of TRL's DPO trainer."""
 
     truncation_mode: str = of_trl("keep_start", "shorten the prompts: they are never cut, completions lose their end")
