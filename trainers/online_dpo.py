@@ -68,6 +68,7 @@ class OnlineDPOConfig(PairLossOptions, OnPolicyConfig):  # type: ignore[misc]  #
     epsilon_high: float | None = without_effect(None, PAIRS_ONLY)
     dual_clip: float | None = without_effect(None, PAIRS_ONLY)
     importance_sampling_level: str = without_effect("token", PAIRS_ONLY)
+    rollouts_ahead: int = without_effect(0, "num_mini_batches, for fewer and larger rollouts")
     rollout_correction: str = without_effect("none", PAIRS_ONLY)
     rollout_correction_high: float = without_effect(3.0, PAIRS_ONLY)
     rollout_correction_low: float | None = without_effect(None, PAIRS_ONLY)
@@ -162,7 +163,6 @@ class OnlineDPOTrainer(OnPolicyTrainer):
 
     @with_router_loss(lambda batch, args: int(pairs_kept(batch["completion_mask"]).sum()))
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        self.ahead.raise_early()
         logps, entropy = completion_logps(model, inputs, temperature=self.args.temperature, return_entropy=True)
         if self.state.global_step % self.args.steps_per_rollout == 0:
             self.check_logps(logps.detach(), inputs)

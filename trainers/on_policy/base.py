@@ -12,17 +12,25 @@ from align.trainers.core.identity import mark_of
 from align.trainers.core.micro_batches import MicroBatchLists
 from align.trainers.core.moving_reference import MovingReference
 from align.trainers.core.ranks import Ranks
-from align.trainers.core.reference_checks import check_reference, check_same_start, logp_tolerance, reference_probe
+from align.trainers.core.reference_checks import (
+    check_reference,
+    check_same_start,
+    computes_exactly,
+    logp_tolerance,
+    reference_probe,
+)
 from align.trainers.on_policy.ahead import RolloutsAhead
 from align.trainers.on_policy.buffer import RolloutBuffer, check_position
 from align.trainers.on_policy.config import OnPolicyConfig
 from align.trainers.on_policy.critic import CriticLearner
 from align.trainers.on_policy.engine import SyncedEngine
 from align.trainers.on_policy.evaluation import EvaluationFile, PolicyEvaluator, one_set, sets_of
+from align.trainers.on_policy.forward import ForwardPasses
 from align.trainers.on_policy.kl_coefficient import KLCoefficient
 from align.trainers.on_policy.metrics import OnPolicyMetrics
 from align.trainers.on_policy.pipeline import RolloutPipeline
 from align.trainers.on_policy.rewards import RewardColumns
+from align.trainers.on_policy.samples import Sample
 from align.trainers.on_policy.stopping import StopRule
 from align.trainers.weighting.base import Weighting
 
@@ -42,6 +50,7 @@ class OnPolicyBase(MicroBatchLists, Trainer):
     buffer: RolloutBuffer | None
     critic: CriticLearner | None
     engine: SyncedEngine
+    forward: ForwardPasses
     evaluator: PolicyEvaluator
     evaluations: EvaluationFile
     ahead: RolloutsAhead
@@ -78,6 +87,33 @@ class OnPolicyBase(MicroBatchLists, Trainer):
     def finished(self) -> bool:
         """As in TrainerMixin, and where `stop_at` ends the run."""
         return super().finished or (self.stop is not None and self.stop.reason is not None)
+
+    # ---- log-probs of a rollout --------------------------------------------------------------------------------------
+
+    def fill_logps(self, parts: list[list[Sample]]) -> None:
+        """Give the samples their log-probs under the reference and, where it is asked for, under the policy."""
+        if self.args.beta:
+            assert self.reference is not None  # held wherever beta is not 0
+            with self.phase("reference"):
+                self.forward.fill(parts, "ref_logps", self.forward.reference_logps(self.reference))
+        if self.needs_old_logps():
+            with self.phase("old_logps"):
+                self.forward.fill(parts, "old_logps", self.forward.policy_logps(self.model))
+
+    def needs_old_logps(self) -> bool:
+        """Whether the policy's log-probs before the rollout's first step are computed."""
+        return self.args.steps_per_rollout > 1 or self.kl_needs_policy()
+
+    def kl_needs_policy(self) -> bool:
+        """Whether the KL in the reward needs a pass of the policy beside that of the reference.
+
+        In float32 the engine's log-probs serve as well. In half precision they differ from any of the trainer's by
+        rounding, which the sum over a long completion would take for a KL; and where drawing is truncated, they are
+        those of the truncated distribution; those of a rollout drawn ahead are of older weights.
+        """
+        exact = computes_exactly(self.accelerator, self.model) and self.args.engine_options.dtype in (None, "float32")
+        exact = exact and not self.pipeline.requests[0].truncates and not self.ahead.on
+        return not exact and (self.kl.adapts or (self.args.kl_in == "reward" and self.args.beta > 0))
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
 

@@ -39,9 +39,6 @@ from align.trainers.core.loading import loading_options, tokenizer_of
 from align.trainers.core.micro_batches import in_lists
 from align.trainers.core.moving_reference import MovingReference
 from align.trainers.core.ranks import Ranks
-from align.trainers.core.reference_checks import (
-    computes_exactly,
-)
 from align.trainers.on_policy.ahead import RolloutsAhead
 from align.trainers.on_policy.base import OnPolicyBase
 from align.trainers.on_policy.batches import BatchPlanner
@@ -353,31 +350,6 @@ class OnPolicyTrainer(OnPolicyBase):
             )
         self.engine.rest()
         return rollout
-
-    def fill_logps(self, parts: list[list[Sample]]) -> None:
-        """Give the samples their log-probs under the reference and, where it is asked for, under the policy."""
-        if self.args.beta:
-            assert self.reference is not None  # held wherever beta is not 0
-            with self.phase("reference"):
-                self.forward.fill(parts, "ref_logps", self.forward.reference_logps(self.reference))
-        if self.needs_old_logps():
-            with self.phase("old_logps"):
-                self.forward.fill(parts, "old_logps", self.forward.policy_logps(self.model))
-
-    def needs_old_logps(self) -> bool:
-        """Whether the policy's log-probs before the rollout's first step are computed."""
-        return self.args.steps_per_rollout > 1 or self.kl_needs_policy()
-
-    def kl_needs_policy(self) -> bool:
-        """Whether the KL in the reward needs a pass of the policy beside that of the reference.
-
-        In float32 the engine's log-probs serve as well. In half precision they differ from any of the trainer's by
-        rounding, which the sum over a long completion would take for a KL; and where drawing is truncated, they are
-        those of the truncated distribution; those of a rollout drawn ahead are of older weights.
-        """
-        exact = computes_exactly(self.accelerator, self.model) and self.args.engine_options.dtype in (None, "float32")
-        exact = exact and not self.pipeline.requests[0].truncates and not self.ahead.on
-        return not exact and (self.kl.adapts or (self.args.kl_in == "reward" and self.args.beta > 0))
 
     def stream_gradients(self, parts: list[list[Sample]]) -> Tensor:
         """Of the streams that the weighting learns from, on the global rollout given in micro-batches."""
