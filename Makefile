@@ -16,12 +16,12 @@ quickstart: $(VENV)/.installed
 # one thread for each of JOBS workers: tiny models lose more to threads that wait for each other than they gain
 test: $(VENV)/.installed
 	$(BIN)/python -m tests.real_model
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The suite on newer versions than the tested set's, in an environment of its own, on CPUs and without vLLM.
 # `make test-highest ARGS="tests/modeling -k gemma2"` runs a part.
 test-highest: .venv-highest/.installed
-	OMP_NUM_THREADS=1 .venv-highest/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 .venv-highest/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 .venv-highest/.installed: requirements/highest.txt pyproject.toml
 	$(PYTHON) -m venv .venv-highest

@@ -1,5 +1,6 @@
 """What every test needs: what it imports from its own folder is forgotten after it."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -7,6 +8,20 @@ from pathlib import Path
 import pytest
 
 from tests.real_model.make import is_made, real_model_folder
+
+ROOT = Path(__file__).parents[1]
+LONGEST = tuple(
+    f"tests/{name}.py"
+    for name in (
+        *("real_model/test_training", "trainers/core/test_matrix", "quickstart/test_quickstart"),
+        *("benchmarks/test_faults", "rollout/test_server", "rollout/test_reproducibility", "trainers/core/test_fsdp2"),
+        *("trainers/weighting/test_constrained", "trainers/on_policy/test_two_processes", "trainers/test_modpo_docs"),
+        *("trainers/weighting/test_constrained_ranks", "benchmarks/test_gpu_check", "test_packaging"),
+        *("trainers/on_policy/test_unbiasedness", "cli/test_doctor_check", "trainers/core/test_checkpoints"),
+    )
+)
+"""Files that take a minute or more, in the order in which they begin: none of them is what the others wait for at the
+end. (With `--no-loadscope-reorder`, or xdist begins with the files of most tests.)"""
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +54,21 @@ def real_pairs() -> Path:
     return path
 
 
+def pytest_collection_finish():
+    """A trainer looks for garbage when it starts to train. In what was imported there is none, and looking through it
+    takes half a second each time: more than most of the trainings here."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
+
+
 def pytest_collection_modifyitems(items):
+    assert all((ROOT / name).exists() for name in LONGEST), "a file of LONGEST is gone"
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.nodeid.partition("::")[0], len(ranks)))
     for item in items:
         if "real_model" in item.fixturenames:
             item.add_marker("real_model")

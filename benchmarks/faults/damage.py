@@ -17,8 +17,8 @@ from align.reward_models.build import build_reward
 from benchmarks.faults import kills, processes, world
 from benchmarks.faults.tally import Tally
 
-RESUMED = 20
-"""One of so many damaged checkpoints that are passed over is also resumed beside, to the end."""
+RESUMED = 10
+"""The first of so many damaged checkpoints is also resumed beside, to the end; the others must be seen as damaged."""
 BATCH = RewardBatch(["describe the garden : ", "explain the ocean : "], ["rose soil", "wave stupid well"])
 
 
@@ -65,17 +65,20 @@ def overwrite(path: Path, rng: random.Random) -> str:
     return f"overwritten with {content[:10]!r}"
 
 
+CHECKPOINTS = "damaged checkpoints"
 NOT_SEEN = ("damaged policies", "damaged adapters")
 """Of a finished model no checksums are kept, as transformers keeps none: a flipped bit of its weights is not looked
 for. Its files are cut, emptied, removed, overwritten and replaced."""
 HARMS: list[Callable[[Path, random.Random], str]] = [flip, flip, cut, empty, remove, folder, dangle, overwrite]
+NOT_READ = ("align_config.yaml", "metrics.jsonl", "overoptimization.jsonl")
+"""Beside a model, these are not opened when it is loaded, nor is an adapter's generation_config.json: not damaged."""
 IGNORED = ("README.md", "training_args.bin", "curves", "log0", ".lock", ".align_lock", "output.txt", "outcome.json")
 
 
 @dataclass
 class Subject:
-    """What is damaged. source: a whole folder, of which each damage gets a copy. files: those below it that count, or
-    None for all. use: reads the copy, in a child, and returns something that must be equal to `expected`."""
+    """What is damaged. source: a whole folder, of which each damage gets a copy. files: which of those below it count,
+    by their paths in it. use: reads the copy, in a child, and returns something that must be equal to `expected`."""
 
     area: str
     source: Path
@@ -85,8 +88,8 @@ class Subject:
 
     def names(self) -> list[Path]:
         found = [path for path in sorted(self.source.rglob("*")) if path.is_file() and path.stat().st_size]
-        found = [path for path in found if not any(word in str(path) for word in IGNORED) and self.files(path)]
-        return [path.relative_to(self.source) for path in found]
+        inside = [path.relative_to(self.source) for path in found]
+        return [path for path in inside if not any(word in str(path) for word in IGNORED) and self.files(path)]
 
 
 def resumed(name: str, data: Path) -> Callable[[Path], object]:
@@ -125,7 +128,7 @@ def subjects(work: Path, data: Path) -> list[Subject]:
         _made(kills.finish(output, kills.start(name, data, output)))
         expected = as_plain(kills.result(output))
         shutil.rmtree(output / f"checkpoint-{world.STEPS}")
-        found.append(Subject("damaged checkpoints", output, resumed(name, data), expected, _in_checkpoint))
+        found.append(Subject(CHECKPOINTS, output, resumed(name, data), expected, _in_checkpoint))
         found.append(Subject("damaged files of a run", output, resumed(name, data), expected, _beside_checkpoints))
     for name in ("dpo, cached reference", "modpo"):
         cached = work / name.partition(",")[0] / "run"
@@ -145,7 +148,8 @@ def subjects(work: Path, data: Path) -> list[Subject]:
     ):
         ended = processes.in_child(work / "whole", lambda f=folder_, u=use: u(f))
         _made(ended)
-        found.append(Subject(area, folder_, use, ended.value, lambda path: "checkpoint-" not in str(path)))
+        read = _of_an_adapter if area == "damaged adapters" else _of_a_model
+        found.append(Subject(area, folder_, use, ended.value, read))
     return found
 
 
@@ -155,6 +159,14 @@ def _in_checkpoint(path: Path) -> bool:
 
 def _beside_checkpoints(path: Path) -> bool:
     return "checkpoint-" not in str(path)
+
+
+def _of_a_model(path: Path) -> bool:
+    return _beside_checkpoints(path) and path.name not in NOT_READ
+
+
+def _of_an_adapter(path: Path) -> bool:
+    return _of_a_model(path) and path.name != "generation_config.json"
 
 
 def _cache(path: Path) -> bool:
@@ -170,7 +182,7 @@ def one(tally: Tally, work: Path, subject: Subject, name: Path, harm, rng: rando
     copy = world.copied(subject.source, work / "copy" / subject.source.name)
     done = harm(copy / name, rng)
     what = f"{name} {done} (in {subject.source})"
-    if subject.area == "damaged checkpoints" and not thorough:
+    if subject.area == CHECKPOINTS and not thorough:
         checkpoint = copy / name.parts[0]
         if damage_of(checkpoint) is not None:
             tally.add(subject.area, "refused")
@@ -201,15 +213,17 @@ def _where(expected, found) -> str:
 
 
 def run(tally: Tally, work: Path, data: Path, seed: int, number: int, until: float) -> None:
-    rng, tried = world.draw(seed, "damage"), 0
+    rng, tried, checkpoints = world.draw(seed, "damage"), 0, 0
     made = subjects(work, data)
     while tried < number:
         for subject in made:
             names = subject.names()
-            count = 4 if subject.area == "damaged checkpoints" else 3 if "files of a run" not in subject.area else 1
+            count = 4 if subject.area == CHECKPOINTS else 3 if "files of a run" not in subject.area else 1
             for _ in range(count):
                 if tried >= number or time.monotonic() > until:
                     return
                 tried += 1
                 harm = rng.choice(HARMS[2:] if subject.area in NOT_SEEN else HARMS)
-                one(tally, work, subject, rng.choice(names), harm, rng, tried % RESUMED == 0)
+                thorough = subject.area == CHECKPOINTS and checkpoints % RESUMED == 0
+                checkpoints += subject.area == CHECKPOINTS
+                one(tally, work, subject, rng.choice(names), harm, rng, thorough)

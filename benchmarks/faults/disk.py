@@ -23,12 +23,17 @@ def limited(argv: list[str], size: int):
     return train
 
 
-def as_nobody(argv: list[str]):
-    """Train as a user to whom the folder does not belong."""
+def as_nobody(argv: list[str], cache: Path):
+    """Train as a user to whom the folder of the run does not belong. cache: for data sets, which any user may write."""
+    cache.mkdir()
+    cache.chmod(0o777)
 
     def train():
+        import datasets
+
         from align.cli.main import build_parser
 
+        datasets.config.HF_DATASETS_CACHE = cache
         build_parser()  # imports what another user may not be allowed to read
         before = os.geteuid()
         if before == 0:
@@ -58,24 +63,27 @@ def small_disk(folder: Path, size: str):
 def run(tally: Tally, work: Path, data: Path, seed: int, number: int, until: float) -> None:
     rng = world.draw(seed, "disk")
     straight = {}
+    work.mkdir(parents=True)
+    _closed(tally, work, data)
     for index in range(number):
         if time.monotonic() > until:
             return
         name = LINES[index % len(LINES)]
         if name not in straight:
             output = work / "straight" / name.replace(", ", "_") / "run"
-            kills.finish(output, kills.start(name, data, output))
+            whole = kills.finish(output, kills.start(name, data, output))
+            if whole.problem or whole.refused or whole.killed:
+                raise SystemExit(f"{name} with room enough: {whole}")
             straight[name] = kills.result(output)
         output = work / f"full{index}" / "run"
         size = int(2 ** rng.uniform(8, 20))
         ended = processes.in_child(output.parent / "log0", limited(world.command(name, data, output), size))
         what = f"{name}, no file above {size} bytes (in {output})"
         _judge(tally, "disk full", ended, what)
-        if not ended.problem:
+        if not (ended.problem or ended.killed):
             again = kills.finish(output, kills.start(name, data, output))
             problem = again.problem or again.refused or kills.difference(straight[name], kills.result(output))
             tally.add("resumed when there is room", "wrong" if problem else "exact", f"{what}: {problem}")
-    _closed(tally, work, data)
     with small_disk(work / "small", "1m") as mounted:
         if mounted:
             argv = world.command("sft", data, work / "small" / "run")
@@ -90,6 +98,8 @@ def _closed(tally: Tally, work: Path, data: Path) -> None:
     file.write_text("no folder")
     closed = work / "closed"
     closed.mkdir(mode=0o555)
+    for path in data.rglob("*"):  # safetensors writes files for their owner alone
+        path.chmod(path.stat().st_mode | 0o044)
     for what, output, train in (
         ("output_dir is below a file", file / "run", world.train),
         ("output_dir is a file", file, world.train),
@@ -98,14 +108,16 @@ def _closed(tally: Tally, work: Path, data: Path) -> None:
         ("a name that is too long", work / ("x" * 300), world.train),
     ):
         argv = world.command("sft", data, output)
-        function = as_nobody(argv) if train is None else lambda argv=argv: world.train(argv)
+        function = as_nobody(argv, work / "cache") if train is None else lambda argv=argv: world.train(argv)
         ended = processes.in_child(work / "closed_log", function)
-        _judge(tally, "read-only", ended, what, must_fail=True)
+        _judge(tally, "read-only", ended, what, output)
 
 
-def _judge(tally: Tally, area: str, ended: processes.Ended, what: str, must_fail: bool = False) -> None:
-    if ended.refused is not None and ended.refused.isprintable():
-        tally.add(area, "refused")
+def _judge(tally: Tally, area: str, ended: processes.Ended, what: str, closed: Path | None = None) -> None:
+    """closed: an output folder that cannot be, which the sentence must name."""
+    if ended.refused is not None:
+        said = ended.refused.isprintable() and (closed is None or str(closed) in ended.refused)
+        tally.add(area, "refused" if said else "wrong", f"{what}: {ended.refused!r}")
     else:
-        fine = ended.problem is None and not must_fail and ended.refused is None
-        tally.add(area, "exact" if fine else "wrong", f"{what}: {ended.problem or ended.refused!r}")
+        fine = not ended.problem and not ended.killed and closed is None
+        tally.add(area, "exact" if fine else "wrong", f"{what}: {ended}")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from benchmarks.faults import processes, world
 from benchmarks.faults.tally import Tally
+from tests.trainers.accelerate_setups import under
 
 LONGEST = 4
 """Kills of one run, at most."""
@@ -21,6 +22,11 @@ def start(name: str, data: Path, output: Path) -> list[int]:
     count, argv = world.RUNS[name].processes, world.command(name, data, output)
     if count == 1:
         return [processes.start(output.parent / "log0", lambda: world.train(argv))]
+
+    def train() -> int:
+        with under(world.RUNS[name].setup):
+            return world.train(argv)
+
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -28,7 +34,7 @@ def start(name: str, data: Path, output: Path) -> list[int]:
     return [
         processes.start(
             output.parent / f"log{rank}",
-            lambda: world.train(argv),
+            train,
             {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(count)
@@ -42,7 +48,8 @@ def finish(output: Path, children: list[int]) -> processes.Ended:
 
 
 def result(output: Path) -> dict[str, str | list]:
-    """What a run has made: digests of all weights that it saved, its evaluations, and what it logged."""
+    """What a run has made: digests of all weights that it saved, its evaluations, what it logged, and what the phases
+    of a quickstart found."""
     found: dict[str, str | list] = {}
     for path in sorted(output.rglob("*")):
         name = str(path.relative_to(output))
@@ -52,6 +59,9 @@ def result(output: Path) -> dict[str, str | list]:
             found[name] = [_without_times(json.loads(line)) for line in path.read_text().splitlines()[1:]]
         elif path.name == "trainer_state.json":
             found[name] = [_without_times(entry) for entry in json.loads(path.read_text())["log_history"]]
+        elif path.name == "phases.json":
+            phases = json.loads(path.read_text())["phases"]
+            found[name] = [[phase, _without_times(phases[phase]["result"])] for phase in sorted(phases)]
     return found
 
 
@@ -118,11 +128,12 @@ def alive(child: int) -> bool:
         return False
 
 
-def run(tally: Tally, folder: Path, data: Path, seed: int, kills: int, until: float) -> None:
-    """Kill runs of every line in turn, until so many kills are made or the time is over."""
-    draw = world.draw(seed, "kills")
+def run(tally: Tally, folder: Path, data: Path, seed: int, kills: int, until: float, which: str = "kills") -> None:
+    """Kill runs of every line of the area in turn, until so many kills are made or the time is over."""
+    draw = world.draw(seed, which)
     straight: dict[str, tuple[float, dict]] = {}
-    made, runs, lines = 0, 0, draw.sample(sorted(world.RUNS), len(world.RUNS))
+    lines = sorted(name for name, run_ in world.RUNS.items() if run_.area == which)
+    made, runs, lines = 0, 0, draw.sample(lines, len(lines))
     while made < kills and time.monotonic() < until:
         for name in lines:
             if made >= kills or time.monotonic() > until:
@@ -144,7 +155,8 @@ def run(tally: Tally, folder: Path, data: Path, seed: int, kills: int, until: fl
 
 
 def _one(tally: Tally, area: str, name: str, folder: Path, data: Path, draw: random.Random, straight) -> int:
-    """One run, killed once or several times; returns how often. Each kill counts as tried."""
+    """One run, killed once or several times; returns how often. Each kill counts as tried, and a run that goes wrong
+    before it is killed."""
     output, seconds, expected = folder / "run", *straight
     wanted, moments = draw.randint(1, LONGEST), []
     for _ in range(wanted):
@@ -167,6 +179,7 @@ def _one(tally: Tally, area: str, name: str, folder: Path, data: Path, draw: ran
         ended = finish(output, start(name, data, output))
     problem = ended.problem or ended.refused or difference(expected, result(output))
     outcome = "wrong" if problem else "exact"
-    for _ in moments:
-        tally.add(area, outcome, f"killed at {', '.join(moments)} of {seconds:.1f} s: {problem} (in {folder})")
+    for _ in moments or [""] * bool(problem):
+        when = ", ".join(moments) or "no moment"
+        tally.add(area, outcome, f"killed at {when} of {seconds:.1f} s: {problem} (in {folder})")
     return len(moments)

@@ -18,6 +18,27 @@ LIMIT = 400.0
 """Seconds after which a child counts as hanging."""
 
 
+def import_everything() -> None:
+    """Everything that a run needs, once, so that children start at once."""
+    import torch
+
+    torch.set_num_threads(1)
+    import bitsandbytes  # noqa: F401  (peft asks for it)
+    import trl  # noqa: F401
+
+    import align
+    from align.lazy import load
+    from align.methods import METHODS
+
+    for method in METHODS.values():
+        load(method.trainer), load(method.config)
+        for further in (method.ensemble, method.sweep):
+            if further:
+                load(further)
+    for name in align.__all__:
+        getattr(align, name)
+
+
 @dataclass
 class Ended:
     """How a child ended: `value` that its function returned; or the sentence of its AlignError; or `problem`, what
@@ -31,7 +52,8 @@ class Ended:
 
 def start(folder: Path, function: Callable[[], object], environment: dict[str, str] | None = None) -> int:
     """Fork a process that runs `function` and writes what came of it to `folder/outcome.json`; its output goes to
-    `folder/output.txt`. Returns its process id. Nothing of torch's threads may run in this process."""
+    `folder/output.txt`, which is that of no earlier one. Returns its process id. Nothing of torch's threads may run in
+    this process."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "outcome.json").unlink(missing_ok=True)
     sys.stdout.flush(), sys.stderr.flush()
@@ -40,7 +62,7 @@ def start(folder: Path, function: Callable[[], object], environment: dict[str, s
         return child
     try:
         os.setsid()
-        out = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        out = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
         os.dup2(out, 1), os.dup2(out, 2)
         logging.disable(logging.NOTSET)
         os.environ |= environment or {}

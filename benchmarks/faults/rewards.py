@@ -216,7 +216,7 @@ def outcome(score: Callable[[RewardBatch], list[float]], expected: list[float] |
     except Exception as error:  # a function's own error ends the run with its own traceback, and names the reward
         notes = getattr(error, "__notes__", [])
         named = any("raised by the reward function" in note for note in notes)
-        ended = "refused" if named and expected is None else "wrong", traceback.format_exc()[-1500:]
+        ended = "raised" if named and expected is None else "wrong", traceback.format_exc()[-1500:]
     except BaseException:
         ended = "wrong", traceback.format_exc()[-1500:]
     if given != batch():

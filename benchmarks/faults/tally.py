@@ -4,17 +4,17 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field
 
-OUTCOMES = ("exact", "refused", "wrong")
+OUTCOMES = ("exact", "refused", "raised", "wrong")
 
 
 @dataclass
 class Tally:
-    """Counts by area. exact: as if nothing had happened. refused: one sentence of an `AlignError`. wrong: all else,
-    with a description that is enough to make it again."""
+    """Counts by area. exact: as if nothing had happened. refused: one sentence of an `AlignError`, or a damaged
+    checkpoint that is passed over. raised: the own error of a user's function, with a note that names it. wrong: all
+    else, with a description that is enough to make it again."""
 
     counts: Counter = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
-    notes: dict[str, str] = field(default_factory=dict)
 
     def add(self, area: str, outcome: str, what: str = "") -> None:
         self.counts[area, outcome] += 1
@@ -36,10 +36,9 @@ class Tally:
         ]
 
     def table(self) -> str:
-        lines = [f"{'':36}{'tried':>8}{'exact':>8}{'refused':>9}{'wrong':>7}"]
+        lines = [f"{'':36}{'tried':>8}{'exact':>8}{'refused':>9}{'raised':>8}{'wrong':>7}"]
         for row in self.rows():
             lines.append(
-                f"{row['area']:36}{row['tried']:8}{row['exact']:8}{row['refused']:9}{row['wrong']:7}"
-                f"  {self.notes.get(row['area'], '')}".rstrip()
+                f"{row['area']:36}{row['tried']:8}{row['exact']:8}{row['refused']:9}{row['raised']:8}{row['wrong']:7}"
             )
         return "\n".join(lines)

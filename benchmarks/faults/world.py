@@ -5,6 +5,7 @@ import random
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from align.data import toy
 
@@ -30,16 +31,21 @@ HELD = [
 ]
 LORA = "--use_peft --lora_r 4 --lora_dropout 0.1 --lora_target_modules all-linear"
 SEVERAL = "--num_mini_batches 2 --num_iterations 2"
+VLLM = "--rollout.backend vllm"
+FSDP2: Any = {"processes": 2, "setup": "fsdp2", "area": "fsdp2"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One line of the kills: a method's command. processes: more than one run under gloo."""
+    """One line of the kills: a method's command. processes: more than one run under gloo. setup: of `align launch`.
+    area: of the campaign that kills it."""
 
     method: str
     options: str
     tokens: list[str] = field(default_factory=list)
     processes: int = 1
+    setup: str = "ddp"
+    area: str = "kills"
 
 
 RUNS = {
@@ -63,12 +69,21 @@ RUNS = {
     "rloo, constrained": Run("rloo", f"{PROMPTS} --num_generations 2 --beta 0.1 {SEVERAL}", HELD),
     "grpo": Run("grpo", f"{PROMPTS} --num_generations 2", [*REWARDS, *GOLD]),
     "reinforce_pp": Run("reinforce_pp", PROMPTS, REWARDS),
+    "remax, vLLM": Run("remax", f"{PROMPTS} {VLLM}", [*REWARDS, *GOLD], area="vllm"),
+    "ppo, vLLM": Run("ppo", f"{PROMPTS} {VLLM} {SEVERAL}", REWARDS, area="vllm"),
+    "grpo, LoRA, vLLM": Run("grpo", f"{PROMPTS} {VLLM} --num_generations 2 {LORA}", REWARDS, area="vllm"),
+    "sft, FSDP2": Run("sft", "--max_length 32 --dataset_name {world}/completions.jsonl", **FSDP2),
+    "dpo, FSDP2": Run("dpo", PAIRS, **FSDP2),
+    "ppo, FSDP2": Run("ppo", f"{PROMPTS} {SEVERAL}", REWARDS, **FSDP2),
+    "quickstart": Run("quickstart", "", area="quickstart"),
 }
 
 
 def command(name: str, world: Path, output: Path, *further: str) -> list[str]:
     """`align ...` of a line of the table."""
     run = RUNS[name]
+    if run.method == "quickstart":
+        return ["quickstart", "--small", "--output_dir", str(output), *further]
     words = f"{COMMON} --model_name_or_path {world}/policy {run.options}".format(world=world).split()
     found: dict[str, list[str]] = {}  # a later option replaces an earlier one
     for word in [*words, *run.tokens]:

@@ -49,6 +49,15 @@ def sleeps(space, seconds, handle):
     return {}
 
 
+def nothing() -> None:
+    """In place of the libraries, which these phases do not use."""
+
+
+@pytest.fixture(autouse=True)
+def without_libraries(monkeypatch):
+    monkeypatch.setattr("align.quickstart.workers._load_libraries", nothing)
+
+
 def run(folder, plan: dict[str, Phase], seconds: float = 60.0) -> Workspace:
     space = Workspace(folder, {"seed": 0})
     with (

@@ -1,10 +1,8 @@
 """Two processes share the scoring of margin rewards, and both get all of it, once."""
 
-import os
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
+
+from tests.warm import run_ranks
 
 SCRIPT = textwrap.dedent("""
     import json, sys
@@ -37,14 +35,8 @@ def test_two_processes_score_what_one_does(tmp_path):
     import json
 
     (tmp_path / "script.py").write_text(SCRIPT)
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    for name, command in {"one": [], "two": launcher}.items():
-        (tmp_path / name).mkdir()
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-        subprocess.run(
-            [sys.executable, *command, str(tmp_path / "script.py"), str(tmp_path / name)],
-            env=environment, check=True, capture_output=True, timeout=300,
-        )  # fmt: skip
+    for name, count in {"one": 1, "two": 2}.items():
+        run_ranks(str(tmp_path / "script.py"), str(tmp_path / name), logs=tmp_path / name, count=count)
     alone = json.loads((tmp_path / "one" / "found_0.json").read_text())
     assert alone == [[[float(n)] for n in range(1, 6)], [[1.0]] * 5]
     for rank in (0, 1):

@@ -1,5 +1,6 @@
 import json
 import os
+import sys
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from align.trainers.reward import RewardTrainer
 from tests.modeling import tiny, wrapped
 from tests.reward_models import worlds
 from tests.trainers.reward_runs import config, logged, pairs
+from tests.trainers.two_processes import run_on_two
 
 
 @pytest.fixture(scope="module")
@@ -110,25 +112,20 @@ def test_the_last_step_of_an_epoch_is_a_mean_too(trunk, tmp_path):
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
 
 
-def on_one_rank(rank, trunk, folder, queue):
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29547"
-    )
-    torch.set_num_threads(1)
+def on_one_rank(trunk, folder):
+    """What a process of `test_two_processes_are_one` does, of which this file is the main module."""
+    rank = int(os.environ["RANK"])
     values = first_step(trunk, folder, 4, 1, pairs(13), ddp_backend="gloo")
-    queue.put((rank, [v.tolist() for v in values], wrapped.differences(rank)))
+    torch.save((values, wrapped.differences(rank)), f"{folder}/rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_are_one(trunk, tmp_path):
     """Starting processes is slow, so one start serves the trainer and the functions under it."""
     expected = first_step(trunk, tmp_path, 8, 1, pairs(13))
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    torch.multiprocessing.spawn(on_one_rank, args=(trunk, str(tmp_path / "two"), queue), nprocs=2)
-    for _, values, differences in sorted(queue.get(timeout=10) for _ in range(2)):
+    for values, differences in run_on_two("tests.trainers.test_reward", tmp_path / "two", str(trunk)):
         for actual, whole in zip(values, expected, strict=True):
-            torch.testing.assert_close(torch.tensor(actual[0]), whole[0], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(actual[0], whole[0], rtol=1e-5, atol=1e-6)
         assert len(differences) == 8 and max(differences.values()) < 1e-9, differences
 
 
@@ -273,3 +270,7 @@ def real_text_model(folder, texts):
     PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>").save_pretrained(folder)
     tiny.causal(dtype=torch.float32, vocab_size=800, max_position_embeddings=1024).save_pretrained(folder)
     return str(folder)
+
+
+if __name__ == "__main__":
+    on_one_rank(*sys.argv[1:])

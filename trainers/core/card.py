@@ -1,5 +1,6 @@
 """The model card of a run: what it was trained from, on what, how, for which rewards, and what the curve says."""
 
+import functools
 import json
 import platform
 from collections.abc import Sized
@@ -86,6 +87,7 @@ def curve_of(folder: Path) -> str | None:
     )
 
 
+@functools.cache  # the metadata of a package is read and parsed anew each time it is asked for
 def versions() -> str:
     found = []
     for package in PACKAGES:

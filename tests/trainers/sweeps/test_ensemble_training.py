@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from align.trainers.sweeps.joint_ensemble import JointRewardTrainer
 from tests.modeling import tiny
 from tests.reward_models import worlds
 from tests.trainers.reward_runs import config, logged, pairs
+from tests.trainers.two_processes import run_on_two
 
 BATCH = RewardBatch(["w1 ", "w2 "], ["w3 w4", "w20 w9"])
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
@@ -144,25 +146,19 @@ def two_steps(folder, kind, batch, output, **options):
     return [*values, torch.tensor([n.mean for n in trainer.normalizers])]
 
 
-def on_one_rank(rank, folder, output, queue):
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29561"
-    )
-    torch.set_num_threads(1)
+def on_one_rank(folder, output):
+    """What a process of `test_two_processes_are_one` does, of which this file is the main module."""
     values = [two_steps(folder, kind, 4, output, ddp_backend="gloo") for kind in ("lora", "shared_trunk")]
-    queue.put((rank, [[v.tolist() for v in each] for each in values]))
+    torch.save(values, f"{output}/rank{os.environ['RANK']}.pt")
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_are_one(trunk, tmp_path):
     expected = [two_steps(trunk, kind, 8, tmp_path / "one") for kind in ("lora", "shared_trunk")]
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    torch.multiprocessing.spawn(on_one_rank, args=(trunk, str(tmp_path / "two"), queue), nprocs=2)
-    for _, found in [queue.get(timeout=10) for _ in range(2)]:
+    for found in run_on_two("tests.trainers.sweeps.test_ensemble_training", tmp_path / "two", str(trunk)):
         for values, wanted in zip(found, expected, strict=True):
             for value, other in zip(values, wanted, strict=True):
-                torch.testing.assert_close(torch.tensor(value), other, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-5)
 
 
 def test_separate_members(trunk, tmp_path):
@@ -214,3 +210,7 @@ def test_every_member_has_its_copy(trunk):
         "model.norm",
         "score",
     ]
+
+
+if __name__ == "__main__":
+    on_one_rank(*sys.argv[1:])
