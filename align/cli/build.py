@@ -12,10 +12,14 @@ from align.lazy import load
 def train_rows(run: RunConfig):
     """The rows to train on, some labels flipped if `label_noise` says so."""
     from align.data import load_rows
+    from align.data.mixture import load_mixture, parse_mixture
     from align.data.noise import flip_labels
 
     data, noise = run.data, run.ensemble
-    rows = load_rows(cast(str, data.dataset_name), data.dataset_train_split, data.dataset_config, data.streaming)
+    if data.datasets is None:
+        rows = load_rows(cast(str, data.dataset_name), data.dataset_train_split, data.dataset_config, data.streaming)
+    else:
+        rows = load_mixture(parse_mixture(data.datasets), data.mixture_seed)
     if noise is None or not noise.label_noise:
         return rows
     if data.streaming:
@@ -46,6 +50,8 @@ def eval_rows(run: RunConfig):
     if not evaluates(run):
         return None
     other = run.data.eval_dataset_name
+    if other is None and run.data.dataset_name is None:
+        raise ConfigError("several datasets are trained on: set eval_dataset_name, or eval_strategy: 'no'")
     config = None if other else run.data.dataset_config
     return load_rows(other or cast(str, run.data.dataset_name), run.data.dataset_test_split, config)
 

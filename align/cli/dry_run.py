@@ -30,6 +30,8 @@ def dry_run(run: RunConfig, processes: int | None = None) -> int:
     given = build.train_rows(run)
     if run.data.streaming:
         print(f"a stream: its first {LOOKED_AT} rows are looked at, the others when training reaches them")
+    if run.data.datasets is not None:
+        print(given.info.description)
     rows, report = tokenize(run, sample_of(given), tokenizer)
     print(report.summary())
     _title("first example")

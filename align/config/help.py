@@ -8,7 +8,7 @@ from align.methods import Method
 
 # Of the others, what nearly every run sets.
 COMMON = (
-    *("dataset_name", "dataset_train_split", "dataset_test_split", "eval_dataset_name"),
+    *("dataset_name", "dataset_train_split", "dataset_test_split", "eval_dataset_name", "datasets"),
     *("model_name_or_path", "dtype", "use_peft", "lora_r", "lora_target_modules"),
     *("output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("lr_scheduler_type", "warmup_steps", "eval_strategy", "eval_steps", "save_steps", "seed", "report_to"),

@@ -23,12 +23,14 @@ class Nested:
 
 def nested_options() -> dict[str, Nested]:
     """Every nested section by its key."""
+    from align.data.mixture import MixturePart, parse_mixture
     from align.reward_models.specs import REWARDS, parse_reward, parse_rewards
     from align.rollout.make import rollout_kinds, rollout_options
     from align.trainers.weighting import sections
 
     search, constraint = sections.SearchSection, sections.ConstraintSection
     return {
+        "datasets": Nested(parse_mixture, MixturePart, many=True),
         "rewards": Nested(parse_rewards, REWARDS, many=True, text=True, open=True),
         "gold_reward": Nested(parse_reward, REWARDS, text=True, open=True),
         "rollout": Nested(rollout_options, rollout_kinds(), text=True, open=True),

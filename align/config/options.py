@@ -22,7 +22,13 @@ from align.methods import METHODS, Method
 FILE = Path(__file__).with_name("options.json")
 MADE_WITH = ("transformers", "trl")
 PACKAGE = Path(__file__).resolve().parents[1]
-OTHERS = ("config/resolve.py", "methods.py", "rollout/options.py", "reward_models/specs.py")  # beside trainers
+OTHERS = (
+    "config/resolve.py",
+    "methods.py",
+    "rollout/options.py",
+    "reward_models/specs.py",
+    "data/mixture.py",
+)  # beside trainers
 _DECLARATION = re.compile(rb"^    \w+: .*=.*$", re.MULTILINE)
 _JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
@@ -122,12 +128,13 @@ def _record(group: str, cls: type, field: dataclasses.Field) -> dict[str, Any]:
     if plain == arms:
         allowed = {_JSON_TYPES[arm] for arm in plain} | ({"null"} if len(get_args(hint)) > len(arms) else set())
         record["json"] = sorted(allowed)
-    keys = _keys(field.name) if group == "method" else {}
+    keys = _keys(field.name) if group in ("method", "data") else {}
     return {**record, "keys": keys} if keys else record
 
 
 def _keys(name: str) -> dict[str, dict[str, str]]:
     """The keys of nested options with their help, by kind."""
+    from align.data.mixture import MixturePart
     from align.reward_models.specs import REWARDS
     from align.rollout.make import rollout_kinds
     from align.trainers.weighting.sections import (
@@ -139,6 +146,7 @@ def _keys(name: str) -> dict[str, dict[str, str]]:
     )
 
     sections: dict[str, dict[str, Any]] = {
+        "datasets": {"": MixturePart},
         "rewards": REWARDS.kinds,
         "gold_reward": REWARDS.kinds,
         "constraints": {"": ConstraintSection},

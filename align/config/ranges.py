@@ -28,10 +28,11 @@ _TABLE = {
         "sweep_min_weight dataloader_num_workers num_logged_completions num_logged_pairs critic_warmup_steps "
         "top_k dynamic_sampling_rounds"
     ),
-    (0, True, 2**32 - 1, True): "seed data_seed label_noise_seed",
+    (0, True, 2**32 - 1, True): "seed data_seed label_noise_seed mixture_seed",
     (1, True, _HUGE, True): (
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps lora_r lora_alpha "
-        "max_length max_prompt_length max_completion_length num_generations eval_num_generations num_mini_batches "
+        "max_length max_prompt_length max_completion_length num_generations eval_num_generations num_generations_eval "
+        "num_mini_batches "
         "num_iterations num_eval_prompts normalizer_pairs chunk_size tokens_per_batch forward_tokens_per_batch "
         "precompute_ref_batch_size overlong_buffer "
         "save_total_limit eval_accumulation_steps dataset_num_proc dataloader_prefetch_factor ddp_bucket_cap_mb "
@@ -43,7 +44,7 @@ _TABLE = {
         "alphapo_alpha beta_dpo_alpha beta_dpo_filter beta_dpo_momentum cpo_alpha discopop_tau f_alpha_divergence_coef "
         "interpolate label_smoothing ld_alpha mask_dropout mask_l1_kl mask_l1_reward mask_learning_rate mask_mlp_size "
         "mask_weight_decay rpo_coef rpo_eta simpo_gamma sweep_points tdpo_alpha ensemble ensemble_member "
-        "ensemble_upper_layers"
+        "ensemble_upper_layers ref_model_mixup_alpha ref_model_sync_steps"
     ),
 }
 RANGES = {name: limits for limits, names in _TABLE.items() for name in names.split()}

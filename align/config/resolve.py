@@ -41,6 +41,14 @@ class DataArguments:
     dataset_name: str | None = field(
         default=None, metadata={"help": "Local .parquet, .jsonl, .json or .csv file or folder, or a hub dataset."}
     )
+    datasets: list[dict[str, Any]] | None = field(
+        default=None,
+        metadata={
+            "help": "Several datasets to train on together, instead of dataset_name, which evaluations still read: a "
+            "list of {path, name, split, weight, columns} (docs/data.md)."
+        },
+    )
+    mixture_seed: int = field(default=0, metadata={"help": "Draws the rows of datasets with a weight, and the order."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str = field(
@@ -53,6 +61,12 @@ class DataArguments:
         default=False,
         metadata={"help": "Read the training rows as they are needed; with max_steps, for SFT, preferences, rewards."},
     )
+
+    def __post_init__(self):
+        if self.datasets is not None and self.streaming:
+            raise ConfigError("streaming: the rows of several datasets are drawn among all of them: leave it out")
+        if self.mixture_seed and self.datasets is None:
+            raise ConfigError("mixture_seed needs datasets: there is nothing to draw")
 
 
 @dataclass
@@ -318,7 +332,10 @@ def _culprit(cls: type, arguments: dict[str, Any], error: Exception) -> str | No
 
 
 def _check_required(run: RunConfig, config_file: str | None) -> None:
-    required = {"model_name_or_path": run.model.model_name_or_path, "dataset_name": run.data.dataset_name}
+    required = {
+        "model_name_or_path": run.model.model_name_or_path,
+        "dataset_name": run.data.datasets or run.data.dataset_name,
+    }
     if run.method.rewards:
         required["rewards"] = run.rewards
     missing = [key for key, value in required.items() if not value]

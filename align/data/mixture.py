@@ -1,0 +1,111 @@
+"""Several datasets as one: which rows of each are trained, how often, and in which order."""
+
+import logging
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from align.config.sections import Section, parse, parse_list
+from align.data.formats import SCORED, TEXT_COLUMNS
+from align.data.rows import load_rows
+from align.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+
+class MixturePart(Section):
+    """One dataset of a mixture."""
+
+    label: ClassVar[str] = "a dataset of the mixture"
+
+    path: str = Field(description="as dataset_name: a file, a folder or a hub dataset")
+    name: str | None = Field(default=None, description="configuration of a hub dataset")
+    split: str = Field(default="train", description="split, which takes slices: train[:1000]")
+    weight: float = Field(
+        default=1.0,
+        gt=0,
+        le=1000,
+        description="how often each row comes per epoch: 1 once; 0.3: 30 % of the rows, drawn with mixture_seed; 2.5: "
+        "twice, and half of them once more",
+    )
+    columns: list[str] | None = Field(default=None, description="the columns to keep; default: all")
+
+
+def parse_mixture(value: Any, key: str = "datasets") -> list[MixturePart]:
+    """The parts that a list of mappings describes."""
+    parts = parse_list(lambda item, place: parse(MixturePart, item, place), value, key)
+    if not parts:
+        raise ConfigError(f"{key}: the list is empty: name a dataset, or leave {key} out", key=key)
+    return parts
+
+
+def load_mixture(parts: list[MixturePart], seed: int) -> "Dataset":
+    """The rows of an epoch of a mixture, in an order drawn with `seed`.
+
+    Rows count from 0 through the datasets as they are listed (column `row`), whichever of them are taken: the
+    description of the result (`info.description`), which is logged too, says which numbers are whose. A column that
+    only some of the datasets have is null in the others.
+
+    Raises DataError where the datasets have different formats, or a weight takes no row.
+    """
+    return mix([(load_rows(part.path, part.split, part.name), part) for part in parts], seed)
+
+
+def mix(loaded: list[tuple["Dataset", MixturePart]], seed: int) -> "Dataset":
+    """`load_mixture` of datasets that are loaded."""
+    from datasets import concatenate_datasets
+
+    names = [f"datasets.{index} ({part.path})" for index, (_, part) in enumerate(loaded)]
+    datasets, taken, lines, first = [], [], [], 0
+    for index, (rows, part) in enumerate(loaded):
+        if part.columns is not None:
+            missing = [name for name in part.columns if name not in rows.column_names]
+            if missing:
+                raise DataError(f"{names[index]} has no column {missing[0]!r}; it has: {', '.join(rows.column_names)}")
+            rows = rows.select_columns(part.columns)
+        drawn = _drawn(len(rows), part.weight, np.random.default_rng([seed, index]))
+        if not len(drawn):
+            raise DataError(f"{names[index]}: weight {part.weight:g} of {len(rows)} rows takes no row")
+        lines.append(
+            f"{len(drawn)} of {len(rows)} rows from {part.path} (weight {part.weight:g}, rows {first} to "
+            f"{first + len(rows) - 1})"
+        )
+        if "row" in rows.column_names:
+            rows = rows.remove_columns("row")
+        datasets.append(rows.add_column("row", np.arange(first, first + len(rows))))
+        taken.append(drawn + first)
+        first += len(rows)
+    _check_same_format(datasets, names)
+    try:
+        whole = concatenate_datasets(datasets)
+    except (ValueError, TypeError) as error:  # of pyarrow and datasets: columns of one name and other types
+        raise DataError(f"the datasets of the mixture have columns of different types: {error}") from error
+    order = np.concatenate(taken)
+    mixed = whole.select(order[np.random.default_rng([seed, len(loaded)]).permutation(len(order))])
+    mixed.info.dataset_name = "mixture of " + ", ".join(f"{part.path} x {part.weight:g}" for _, part in loaded)
+    mixed.info.description = f"{len(order)} rows per epoch: {'; '.join(lines)}"
+    logger.info("%s", mixed.info.description)
+    return mixed
+
+
+def _drawn(count: int, weight: float, generator: np.random.Generator) -> np.ndarray:
+    """The rows of `count` that a weight takes, some of them several times; round(weight x count) in all."""
+    whole = int(weight)
+    rest = np.sort(generator.permutation(count)[: round(weight * count) - whole * count])
+    return np.concatenate([*[np.arange(count)] * whole, rest])
+
+
+def _check_same_format(datasets: list["Dataset"], names: list[str]) -> None:
+    """DataError where rows of one dataset would be bad in the format of another."""
+    own = [{*rows.column_names} & {*TEXT_COLUMNS, *SCORED} for rows in datasets]
+    for columns, name in zip(own, names, strict=True):
+        if columns != own[0]:
+            raise DataError(
+                f"{names[0]} has the columns {', '.join(sorted(own[0])) or 'of no known format'} and {name} has "
+                f"{', '.join(sorted(columns)) or 'those of no known format'}: datasets of a mixture have one format. "
+                "Rename columns, or keep some of them (columns: [...])"
+            )
