@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     }
     write(Path(args.output_dir), summary, found)
     print_fronts(summary)
-    print(f"wrote scores.json, front.png, front.svg and completions.jsonl in {args.output_dir}")
+    print(f"wrote front.html, scores.json, front.png, front.svg and completions.jsonl in {args.output_dir}")
     return 0
 
 
@@ -107,15 +107,17 @@ def read_fronts(args: argparse.Namespace) -> dict:
 
 
 def write(folder: Path, summary: dict, found: dict) -> None:
-    """scores.json (the summary), the figure, and one completion per prompt of every policy to read."""
+    """scores.json (the summary), the figure, the page, and one completion per prompt of every policy to read."""
     import json
 
+    from align.evaluation.front_page import write_page
     from align.evaluation.front_plots import plot_fronts
     from align.evaluation.plots import save_figure
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "scores.json").write_text(json.dumps(summary, indent=2) + "\n")
     save_figure(plot_fronts(summary), folder / "front")
+    write_page(folder / "front.html", summary)
     with open(folder / "completions.jsonl", "w", encoding="utf-8") as file:
         for run, policies in found.items():
             points = [p["name"] for p in summary["runs"][run]["points"]] if run in summary["runs"] else [run]

@@ -120,7 +120,7 @@ def write_comparison(folder: str | Path, result: dict[str, Any], pairs: list[tup
     ]
     for index, entry in enumerate(shown):
         entry["verdicts"] = {name: found["preference"][index] for name, found in result["by"].items()}
-    page = render_page(folder / PAGE_NAME, TEMPLATE, figures={}, r=result, shown=shown)
+    page = render_page(folder / PAGE_NAME, TEMPLATE, r=result, shown=shown)
     return [page, write_json(folder / JSON_NAME, result)]
 
 

@@ -189,4 +189,4 @@ def write_page(path: str | Path, found: dict[str, Any]) -> Path:
 
     quantiles = [(_name(share), value) for share, value in found["quantiles"].items()]
     most = max(count for *_, count in found["histogram"])
-    return render_page(Path(path), TEMPLATE, figures={}, f=found, quantiles=quantiles, most=most)
+    return render_page(Path(path), TEMPLATE, f=found, quantiles=quantiles, most=most)

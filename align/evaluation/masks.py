@@ -73,7 +73,7 @@ def write_page(path: str | Path, content: dict, *, title: str, intro: str) -> Pa
     """One HTML file that holds everything it shows."""
     from align.evaluation.report import render_page
 
-    return render_page(Path(path), TEMPLATE, figures={}, title=title, intro=intro, content=content, labels=LABELS)
+    return render_page(Path(path), TEMPLATE, title=title, intro=intro, content=content, labels=LABELS)
 
 
 def tracker_rows(content: dict, step: int) -> tuple[list[str], list[list]]:

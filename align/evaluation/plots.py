@@ -5,8 +5,6 @@ Gold is solid and the proxy dashed everywhere; a ring marks the gold peak; bands
 has a square-root scale, because scores are smooth in sqrt(KL) and not in KL.
 """
 
-import html
-import re
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -166,14 +164,6 @@ def save_figure(figure, stem: str | Path) -> list[Path]:
         figure.savefig(paths[1], metadata={"Date": None})
         figure.savefig(paths[0], dpi=160)
     return paths
-
-
-def inline_svg(path: str | Path, label: str) -> str:
-    """A saved figure as an `<svg>` element to put into a page: no XML header, no metadata, a label for screen
-    readers."""
-    svg = Path(path).read_text(encoding="utf-8")
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.S)
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1).strip()
 
 
 def with_gold(entries: dict[str, dict]) -> dict[str, dict]:

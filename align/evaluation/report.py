@@ -6,6 +6,7 @@ import math
 import os
 from pathlib import Path
 
+from align.evaluation import interactive
 from align.evaluation.masks import LABELS as MASK_LABELS
 from align.evaluation.peak import MIN_PROMPTS
 from align.evaluation.summary import write_summary
@@ -59,16 +60,15 @@ def write_report(path: str | Path, *, title: str, intro: str | list[str], summar
     intro: one or several paragraphs of plain text. Everything else that is shown is in the summary. Returns the path.
     """
     path = Path(path)
-    figures = render_figures(summary, path.parent / "figures")
+    save_figures(summary, path.parent / "figures")
     return render_page(
         path,
         TEMPLATE,
         title=title,
         intro=[intro] if isinstance(intro, str) else intro,
         s=summary,
-        figures=figures,
         kinds={"runs": "step", "best_of_n": "n"},
-        interactive={kind: curves_of(summary[kind]) for kind in ("runs", "best_of_n")},
+        drawn={kind: _interactive(summary, kind) for kind in ("runs", "best_of_n")},
         own_form={"runs": "rl", "best_of_n": "bon"},
         form_names={"rl": "d(α − β ln d)", "bon": "d(α − β d)"},
         sentences={kind: {n: sentence(e, kind) for n, e in summary[kind].items()} for kind in ("runs", "best_of_n")},
@@ -101,11 +101,9 @@ def page_text(template: str, **context) -> str:
     return environment.get_template(template).render(**context)
 
 
-def render_page(path: Path, template: str, *, figures: dict[str, str], **context) -> Path:
-    """Write one page that holds everything it shows. figures: `<svg>` elements by name, see `draw`."""
-    from markupsafe import Markup
-
-    html = page_text(template, figures={name: Markup(svg) for name, svg in figures.items()}, **context)
+def render_page(path: Path, template: str, **context) -> Path:
+    """Write one page that holds everything it shows."""
+    html = page_text(template, **context)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".html.tmp")
     temporary.write_text(html, encoding="utf-8")
@@ -114,19 +112,16 @@ def render_page(path: Path, template: str, *, figures: dict[str, str], **context
     return path
 
 
-def draw(figures: dict, folder: str | Path) -> dict[str, str]:
-    """Save matplotlib figures as PNG and SVG, and return each as an `<svg>` element for a page, by name."""
+def draw(figures: dict, folder: str | Path) -> None:
+    """Save matplotlib figures by name as PNG and SVG."""
     from align.evaluation import plots
 
-    svgs = {}
     for name, figure in figures.items():
-        _, svg = plots.save_figure(figure, Path(folder) / name)
-        svgs[name] = plots.inline_svg(svg, label=name.replace("_", " "))
-    return svgs
+        plots.save_figure(figure, Path(folder) / name)
 
 
-def render_figures(summary: dict, folder: str | Path) -> dict[str, str]:
-    """Draw the figures that the summary has curves for, save each as PNG and SVG, and return the SVG by name."""
+def save_figures(summary: dict, folder: str | Path) -> None:
+    """Draw the figures that the summary has curves for, and save each as PNG and SVG."""
     from align.evaluation import plots
 
     figures = {}
@@ -143,24 +138,21 @@ def render_figures(summary: dict, folder: str | Path) -> dict[str, str]:
         fitted = {name: e for name, e in with_gold.items() if any(_fit(summary, kind, name, f) for f in ("bon", "rl"))}
         if fitted:
             figures[f"{kind}_fits"] = plots.plot_fits(fitted, summary["fits"][kind], kind)
-    return draw(figures, folder)
+    draw(figures, folder)
 
 
-def curves_of(entries: dict[str, dict]) -> dict:
-    """Gold and proxy of curves, in SD of the initial policy, as the page's script draws them."""
-    curves = []
-    for group, (name, entry) in enumerate(entries.items()):
-        for score in ("gold", "proxy"):
-            unit = entry["unit"]
-            if entry[score][0] is not None:
-                zero, size = unit[f"{score}_zero"], unit[f"{score}_sd"] or 1.0
-                y = [(value - zero) / size for value in entry[score]]
-                title = f"{name}: {score}"
-                curves.append({"name": title, "x": entry["x"], "y": y, "dashed": score == "proxy", "group": group})
-    axis = next(iter(entries.values()))["x_of"] if entries else "kl"
-    names = {"kl": "KL (nats)", "kl_k3": "KL (nats, k3 estimate)", "step": "optimiser step"}
-    scale = "linear" if axis == "step" else "√"
-    return {"x": names[axis], "y": "score (SD of the initial policy)", "scale": scale, "curves": curves}
+def _interactive(summary: dict, kind: str) -> dict[str, list[dict]]:
+    """The figures of the page, by place."""
+    entries = {name: entry for name, entry in summary[kind].items() if len(entry["kl"]) > 1}
+    if not entries:
+        return {"pairs": [], "gold": [], "steps": [], "fits": []}
+    gold = interactive.all_gold(entries)
+    return {
+        "pairs": interactive.proxy_and_gold(entries),
+        "gold": [gold] if len(gold["curves"]) > 1 else [],
+        "steps": interactive.by_step(entries) if kind == "runs" else [],
+        "fits": interactive.fits(entries, summary["fits"].get(kind, {})),
+    }
 
 
 def _fit(summary: dict, kind: str, name: str, form: str) -> dict | None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from align.evaluation import plots, reward_plots
+from align.evaluation import interactive, plots, reward_plots
 from align.evaluation.report import draw, number, percent, render_page, tenths
 from align.evaluation.strict_json import write_json
 
@@ -31,12 +31,14 @@ def write_reward_eval(folder: str | Path, result: dict) -> list[Path]:
     """Write the page, its figures (PNG and SVG) and the numbers into one folder; returns page and numbers."""
     folder = Path(folder)
     numbers = write_json(folder / JSON_NAME, result)
+    draw(figures(result), folder / "figures")
+    rewards = {name: entry for name, entry in result["rewards"].items() if "accuracy" in entry}
     page = render_page(
         folder / PAGE_NAME,
         TEMPLATE,
-        figures=draw(figures(result), folder / "figures"),
         r=result,
-        rewards={name: entry for name, entry in result["rewards"].items() if "accuracy" in entry},
+        rewards=rewards,
+        drawn=drawn_on_page(result, rewards),
         worst={name: worst_rewrite(entry) for name, entry in result["rewards"].items()},
         sentences=sentences(result["comparisons"]),
         glossary=GLOSSARY,
@@ -58,6 +60,26 @@ def figures(result: dict) -> dict:
         drawn["disagreement"] = reward_plots.plot_disagreement(result)
     if result["best_of_n"]:
         drawn["best_of_n"] = plots.plot_proxy_and_gold(result["best_of_n"], "best_of_n")
+    return drawn
+
+
+def drawn_on_page(result: dict, rewards: dict[str, dict]) -> dict[str, list[dict]]:
+    """The same as the page draws them."""
+    drawn: dict[str, list[dict]] = {}
+    if rewards:
+        series = {**rewards, **result["baselines"]}
+        rows = reward_plots.accuracy_rows(series)
+        drawn["accuracy"] = [interactive.estimates(rows, list(series), x="accuracy", reference=0.5)]
+        drawn["scores"] = interactive.margins(rewards)
+        drawn["length"] = [interactive.by_length(rewards, result["baselines"])]
+        drawn["calibration"] = interactive.calibration(rewards)
+        rows = reward_plots.rewrite_rows(result)
+        if rows:
+            drawn["rewrites"] = [interactive.estimates(rows, list(rewards), x="change of accuracy", reference=0.0)]
+    if any("disagreement" in entry for entry in result["agreement"].values()):
+        drawn["disagreement"] = [interactive.disagreement(result["agreement"])]
+    if result["best_of_n"]:
+        drawn["best_of_n"] = interactive.proxy_and_gold(result["best_of_n"])
     return drawn
 
 

@@ -10,19 +10,14 @@ GREY = "#777777"
 def plot_accuracy(result: dict):
     """Accuracy of each reward and of the length baseline, in all, by section or by subset, with 95 % intervals."""
     series = {**_rewards(result), **result["baselines"]}
-    rows = _accuracy_rows(series)
+    rows = accuracy_rows(series)
     return _dots(rows, list(series), xlabel="accuracy", reference=0.5, least=0.1, baselines=result["baselines"])
 
 
 def plot_rewrites(result: dict):
     """The change of accuracy under each rewrite, with paired 95 % intervals."""
     series = _rewards(result)
-    rows = [
-        (name, {reward: entry["rewrites"][name]["change"] for reward, entry in series.items()})
-        for name, rewrite in result["rewrites"].items()
-        if rewrite["changed"]
-    ]
-    return _dots(rows, list(series), xlabel="change of accuracy", reference=0.0, least=0.02)
+    return _dots(rewrite_rows(result), list(series), xlabel="change of accuracy", reference=0.0, least=0.02)
 
 
 def plot_length(result: dict):
@@ -120,7 +115,18 @@ def _rewards(result: dict) -> dict[str, dict]:
     return {name: entry for name, entry in result["rewards"].items() if "accuracy" in entry}
 
 
-def _accuracy_rows(series: dict[str, dict]) -> list[tuple[str, dict[str, dict]]]:
+def rewrite_rows(result: dict) -> list[tuple[str, dict[str, dict]]]:
+    """The change of accuracy of each reward under each rewrite that changes anything."""
+    series = _rewards(result)
+    return [
+        (name, {reward: entry["rewrites"][name]["change"] for reward, entry in series.items()})
+        for name, rewrite in result["rewrites"].items()
+        if rewrite["changed"]
+    ]
+
+
+def accuracy_rows(series: dict[str, dict]) -> list[tuple[str, dict[str, dict]]]:
+    """Accuracies of each reward: in all, by section of RewardBench or by subset."""
     rows = [("all pairs", {name: entry["accuracy"] for name, entry in series.items()})]
     first = next(iter(series.values()))
     if first["rewardbench"] is not None:

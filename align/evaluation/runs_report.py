@@ -56,4 +56,4 @@ def write_runs_report(path: str | Path, folders: dict[str, Path]) -> Path:
     for folder in folders.values():
         if not (folder / metrics_file.FILE_NAME).exists():
             raise DataError(f"{folder} holds no {metrics_file.FILE_NAME}: give the output folders of runs")
-    return render_page(Path(path), TEMPLATE, figures={}, r=compare_runs(folders))
+    return render_page(Path(path), TEMPLATE, r=compare_runs(folders))

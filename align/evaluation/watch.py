@@ -38,7 +38,7 @@ def snapshot(folder: str | Path) -> dict[str, Any]:
         run = of_the_task(records.read_run(folder))
     except DataError:  # no evaluation yet, or a method without
         return found
-    found["figures"] = [_proxy_and_gold(run), *found["figures"]]
+    found["figures"] = [_proxy_and_gold(run), _kl(run), *found["figures"]]
     found["samples"] = _samples(run)
     return found
 
@@ -58,7 +58,11 @@ def _proxy_and_gold(run: records.Run) -> dict:
     curves = {f"proxy ({run.proxy_name})": (steps, run.proxy.tolist())}
     if run.gold is not None:
         curves[f"gold ({run.gold_name})"] = (steps, run.gold.tolist())
-    return _figure("proxy and gold score", curves | {"KL (k3, nats)": (steps, run.kl_k3.tolist())})
+    return _figure("proxy and gold score", curves)
+
+
+def _kl(run: records.Run) -> dict:
+    return _figure("KL to the reference (nats)", {"k3 estimate": (run.step.tolist(), run.kl_k3.tolist())})
 
 
 def _training(curves: dict[str, tuple[list[float], list[float]]]) -> list[dict]:

@@ -15,6 +15,7 @@ from align.evaluation.reward_eval import evaluate_reward
 from align.evaluation.rewardbench import PAIRS
 from align.evaluation.rewrites import REWRITES
 from align.reward_models.rules import RuleReward
+from tests.evaluation.pages import figures_of
 
 WORDS = ("wave", "calm", "salt", "reef", "foam", "tide")
 RULES = """
@@ -296,10 +297,14 @@ def test_the_page_holds_everything_it_shows(world, result):
     assert {path.name for path in folder.iterdir()} == {"reward_eval.html", "reward_eval.json", "figures"}
     assert json.loads((folder / "reward_eval.json").read_text()) == json.loads(json.dumps(result))
     page = (folder / "reward_eval.html").read_text()
-    assert page.count("<svg ") == 5 and "first_letter_case" in page
+    rewards = {name: entry for name, entry in result["rewards"].items() if "accuracy" in entry}
+    drawn = figures_of(folder / "reward_eval.html")
+    assert len(drawn) == 3 + 2 * len(rewards) and "first_letter_case" in page
+    for curve, entry in zip(drawn[0]["curves"], rewards.values(), strict=False):
+        assert (curve["x"][0], curve["xlow"][0]) == (entry["accuracy"]["value"], entry["accuracy"]["low"])
     for link in re.findall(r'(?:src|href)="([^"]*)"', page):
         assert link.startswith("#"), link
-    assert not re.search(r"url\((?!#)", page) and page.count("<script") == 1 and "{{" not in page
+    assert not re.search(r"url\((?!#)", page) and page.count("<script>") == 1 and "{{" not in page
     for name in ("accuracy", "scores", "length", "calibration", "rewrites"):
         assert (folder / "figures" / f"{name}.png").stat().st_size > 5000
 
@@ -337,7 +342,7 @@ def test_best_of_n_and_a_configuration_file(world, tmp_path, capsys):
     assert curves["waves"]["rank_correlation"]["value"] > curves["longest"]["rank_correlation"]["value"]
     assert "Best-of-n" in capsys.readouterr().out
     page = (tmp_path / "out" / "reward_eval.html").read_text()
-    assert page.count("<svg ") == 1 and "Best-of-n against truth" in page
+    assert len(figures_of(tmp_path / "out" / "reward_eval.html")) == len(curves) and "Best-of-n against truth" in page
 
 
 def test_the_command_prints_one_table(world, tmp_path, capsys):

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
 import numpy as np
@@ -14,6 +13,7 @@ from align.evaluation import report
 from align.evaluation.best_of_n import bon_curve
 from align.evaluation.records import read_run
 from align.evaluation.summary import build_summary, read_summary, validate_summary, write_summary
+from tests.evaluation.pages import figures_of
 from tests.evaluation.synthetic import scored_answers, write_run
 
 
@@ -185,7 +185,7 @@ def test_the_report_shows_every_headline_number(summary, page):
     assert not missing
 
 
-def test_figures_are_inline_and_saved(page):
+def test_figures_are_drawn_and_saved(page, summary):
     figures = page.parent / "figures"
     names = {path.stem for path in figures.glob("*.svg")}
     assert names == {path.stem for path in figures.glob("*.png")}
@@ -193,11 +193,23 @@ def test_figures_are_inline_and_saved(page):
         "runs_proxy_and_gold", "runs_gold", "runs_steps", "runs_fits",
         "best_of_n_proxy_and_gold", "best_of_n_gold", "best_of_n_fits",
     }  # fmt: skip
-    svgs = re.findall(r"<svg .*?</svg>", page.read_text(), flags=re.S)
-    assert len(svgs) == len(names)
-    for svg in svgs:
-        assert ElementTree.fromstring(svg).get("role") == "img"
-        assert "<metadata>" not in svg
+    drawn = figures_of(page)
+    runs, curves = summary["runs"], summary["best_of_n"]
+    judged = {name: entry for name, entry in runs.items() if entry["gold"][0] is not None}
+    assert 0 < len(judged) < len(runs)
+    assert len(drawn) == len(runs) + 1 + 3 + len(judged) + 2 * len(curves) + 1  # pairs, all gold, by step, fits
+    gold = [figure for figure in drawn if figure["y"] == "gold score"]
+    by_kl, by_step, by_n = ({curve["name"]: curve for curve in figure["curves"]} for figure in gold)
+    for name, entry in judged.items():
+        assert by_kl[name]["x"] == entry["x"] and by_step[name]["x"] == entry["step"]
+        assert by_kl[name]["y"] == by_step[name]["y"] == entry["gold"] and by_kl[name]["low"] == entry["gold_low"]
+    for name, entry in curves.items():
+        assert by_n[name]["y"] == entry["gold"] and by_n[name]["labels"][-1] == f"n = {entry['n'][-1]}"
+    for figure, entry in zip(drawn, runs.values(), strict=False):
+        for curve in figure["curves"]:  # in SD of the initial policy, from 0
+            unit, score = entry["unit"], curve["name"]
+            last = (entry[score][-1] - unit[f"{score}_zero"]) / unit[f"{score}_sd"]
+            assert curve["y"][0] == 0 and curve["y"][-1] == pytest.approx(last)
 
 
 def test_number_formats():
