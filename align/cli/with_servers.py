@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 GRACE = 60  # seconds that servers have to end
 BEAT = 1.0  # seconds between two looks at the servers
+STARTS = 5  # in vain, after which a server is not started again
+PAUSE = 2.0  # seconds before the second start, doubled for each further one
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 PR_SET_PDEATHSIG = 1
 if sys.platform == "linux":
     PRCTL = ctypes.CDLL(None).prctl  # looked up here: a process that has just been forked may take no locks
@@ -109,35 +113,56 @@ def supervise(before: list[Started], trainer: Started, *, again: bool) -> int:
     again: a server that ends while the trainer runs is started again. Raises `RolloutError` for a server that does not
     start.
     """
-    running = [Server(one) for one in before]
-    ended = 0
+    places: list[Place] = []
     try:
-        for server in running:
-            server.wait_ready()
-        process = subprocess.Popen(
-            trainer.words, env={**os.environ, **trainer.environment}, start_new_session=True, preexec_fn=with_parent
-        )
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, lambda given, _: process.send_signal(given))
-        while process.poll() is None:
-            if again:
-                running = [server if server.process.poll() is None else Server(server.started) for server in running]
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(BEAT)
-        ended = process.returncode
+        for one in before:
+            places.append(Place(Server(one)))
+        for place in places:
+            place.server.wait_ready()
+        ended = _train(trainer, places, again)
     finally:
-        for server in running:
-            server.process.terminate()
-        for server in running:
-            server.end()
+        _end([place.server for place in places])
     return ended if ended >= 0 else 128 - ended
 
 
+def _train(trainer: Started, places: "list[Place]", again: bool) -> int:
+    """Run the trainer to its end; its exit code. The signals are its own meanwhile, and ours again afterwards."""
+    process = subprocess.Popen(
+        trainer.words, env={**os.environ, **trainer.environment}, start_new_session=True, preexec_fn=with_parent
+    )
+    handlers = {number: signal.signal(number, lambda given, _: process.send_signal(given)) for number in SIGNALS}
+    try:
+        while process.poll() is None:
+            if again:
+                for place in places:
+                    place.look()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(BEAT)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return process.returncode
+
+
+def _end(running: "list[Server]") -> None:
+    """Ask all servers to end, and kill what is left of them after `GRACE` seconds, or at an interrupt."""
+    end = time.monotonic() + GRACE
+    try:
+        for server in running:
+            server.process.terminate()
+        with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+            for server in running:
+                server.process.wait(max(end - time.monotonic(), 0))
+    finally:
+        for server in running:
+            server.kill()
+
+
 class Server:
-    """A server that has been started. What it prints is passed on."""
+    """A server that has been started. What it prints is passed on. served: it has said that it answers."""
 
     def __init__(self, started: Started):
-        self.started, self.ready = started, threading.Event()
+        self.started, self.served, self.ready = started, False, threading.Event()
         # a session of its own: an interrupt from the keyboard is for the trainer, which may need its servers once more
         self.process = subprocess.Popen(
             started.words,
@@ -154,19 +179,52 @@ class Server:
         for line in self.process.stdout or ():
             print(line, end="", flush=True)
             if line.startswith("serving at "):
+                self.served = True
                 self.ready.set()
         self.ready.set()
 
     def wait_ready(self) -> None:
-        self.ready.wait()  # a server ends itself after its --start-timeout
-        if not self.reader.is_alive():
+        while not self.ready.wait(BEAT):  # a server ends itself after its --start-timeout
+            if self.process.poll() is not None:  # what it has started may hold the pipe open
+                self.ready.wait(BEAT)
+                break
+        if not self.served:
             raise RolloutError(f"a rollout server did not start: {self.started.shown()}")
 
-    def end(self) -> None:
-        try:
-            self.process.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
+    def kill(self) -> None:
+        """With its whole session: vLLM's processes hold the GPUs, also when the one that started them is gone."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@dataclass
+class Place:
+    """Where a server runs: it is started again there when it ends, at most `STARTS` times in a row in vain."""
+
+    server: Server
+    failures: int = 0  # starts in a row that served nothing
+    due: float | None = None  # when the next start is due, in seconds of the monotonic clock
+
+    def look(self) -> None:
+        """Start the server again if it has ended and its pause is over."""
+        server = self.server
+        if server.process.poll() is None or self.failures >= STARTS:
+            return
+        if self.due is None:
+            server.kill()
+            server.reader.join(GRACE)  # its last line may be that it serves
+            self.failures = 0 if server.served else self.failures + 1
+            pause = 0 if server.served else min(PAUSE * 2**self.failures, GRACE)
+            self.due = time.monotonic() + pause
+            how = f"align launch: a rollout server has ended with status {server.process.returncode}"
+            if self.failures >= STARTS:
+                print(f"{how}, {STARTS} times before it served, and is not started again: {server.started.shown()}")
+                print("the run waits for it up to rollout.wait_limit", flush=True)
+                return
+            print(f"{how}, and is started again in {pause:g} s", flush=True)
+        if time.monotonic() >= self.due:
+            self.server, self.due = Server(server.started), None
 
 
 def with_parent() -> None:

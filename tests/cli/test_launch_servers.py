@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -189,3 +190,42 @@ def test_a_server_that_dies_is_started_again_for_a_run_that_waits(tmp_path, sign
     trainer = started(tmp_path, PATIENT, "30" if again else "0.5")
     assert supervise([started(tmp_path, ONCE)], trainer, again=again) == 0
     assert (tmp_path / "first").exists() and (tmp_path / "second").exists() is again
+
+
+SPAWNER = """
+import os, subprocess, sys, time
+folder = sys.argv[1]
+open(f"{folder}/starts", "a").write("x")
+first = len(open(f"{folder}/starts").read()) == 1
+if first:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(90)"])
+    open(f"{folder}/child", "w").write(str(child.pid))
+    print("serving at a place", flush=True)
+sys.exit(0 if first else 3)
+"""
+
+
+def test_a_server_that_cannot_start_again_is_left_and_its_own_processes_end(tmp_path, signals, monkeypatch, capfd):
+    """Restarts have pauses and an end; what a dead server had started does not stay on the GPUs."""
+    monkeypatch.setattr(with_servers, "BEAT", 0.05)
+    monkeypatch.setattr(with_servers, "PAUSE", 0.01)
+    monkeypatch.setattr(with_servers, "STARTS", 3)
+    interrupt = signal.getsignal(signal.SIGINT)
+    assert supervise([started(tmp_path, SPAWNER)], started(tmp_path, PATIENT, "6"), again=True) == 0
+    assert (tmp_path / "starts").read_text() == "xxxx"  # one that served, three in vain
+    said = capfd.readouterr().out
+    assert "status 3, and is started again in 0.04 s" in said and "status 3, 3 times before it served" in said
+    status = Path(f"/proc/{(tmp_path / 'child').read_text()}/status")
+    assert not status.exists() or "zombie" in status.read_text()
+    assert signal.getsignal(signal.SIGINT) is interrupt
+
+
+def test_a_server_that_has_failed_is_not_ready_while_its_reader_still_ends(tmp_path):
+    server = with_servers.Server(started(tmp_path, "import sys; sys.exit(1)"))
+    server.process.wait()
+    server.reader.join()
+    still = threading.Thread(target=time.sleep, args=(1,), daemon=True)
+    still.start()
+    server.reader = still  # the thread that has set the event has not ended yet
+    with pytest.raises(RolloutError, match="did not start"):
+        server.wait_ready()

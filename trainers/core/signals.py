@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import threading
+import time
 
 import torch
 from transformers import TrainerCallback
@@ -12,25 +13,32 @@ logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: try again
+SAME = (
+    2.0  # seconds in which signals are one: SLURM sends its own to launcher and trainer, and the launcher passes it on
+)
 
 
 class StopOnSignal(TrainerCallback):
-    """While a run trains: the first signal ends it with a checkpoint after the step, the second ends the process at
+    """While a run trains: the first signal ends it with a checkpoint after the step, a later one ends the process at
     once. `stopped` says whether one came. All processes stop at the same step, whichever of them got the signal."""
 
     def __init__(self, accelerator):
         self.accelerator, self.stopped, self._before = accelerator, False, {}
+        self._first: float | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.stopped = False
+        self.stopped, self._first = False, None
         if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
             self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
 
     def _handle(self, number, frame):
-        if self.stopped:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self.stopped = True
+        now = time.monotonic()
+        if self._first is not None:
+            if now - self._first > SAME:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        self._first, self.stopped = now, True
         logger.warning("%s: a checkpoint is written after this step, and the run ends", signal.Signals(number).name)
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -7,6 +7,7 @@ import pytest
 from transformers import TrainerCallback
 
 from align.errors import TrainingError
+from align.trainers.core import signals
 from align.trainers.core.lock import holding
 from align.trainers.core.signals import REQUEUE, StopOnSignal
 from align.trainers.sft import SFTTrainer
@@ -47,9 +48,14 @@ def test_a_second_signal_ends_at_once(monkeypatch):
     sent, restored = [], []
     monkeypatch.setattr(os, "kill", lambda process, number: sent.append(number))
     monkeypatch.setattr(signal, "signal", lambda number, handler: restored.append((number, handler)))
+    now = [100.0]
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
     callback = StopOnSignal(None)
     callback._handle(signal.SIGTERM, None)
+    now[0] += 0.5
+    callback._handle(signal.SIGTERM, None)  # the launcher's copy of the same one
     assert callback.stopped and not sent
+    now[0] += 5
     callback._handle(signal.SIGTERM, None)
     assert sent == [signal.SIGTERM] and restored == [(signal.SIGTERM, signal.SIG_DFL)]
 
