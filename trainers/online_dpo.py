@@ -13,6 +13,7 @@ from torch import Tensor
 
 from align.errors import ConfigError
 from align.modeling.completions import completion_logps
+from align.objectives.inpo import inpo_reference
 from align.objectives.pair_losses import PairLosses
 from align.objectives.preference_objective import PreferenceObjective
 from align.trainers.core.experts import with_router_loss
@@ -52,6 +53,13 @@ class OnlineDPOConfig(PairLossOptions, OnPolicyConfig):  # type: ignore[misc]  #
     )
     num_generations: int = field(
         default=2, metadata={"help": "Completions per prompt, of which the best and the worst are the pair."}
+    )
+    old_policy_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "INPO's 1 - tau/eta: the share of the policy before the rollout's first step in what the loss takes "
+            "for the reference. With loss_type: ipo_sum and beta: eta it is INPO."
+        },
     )
     kl_in: str = without_effect("reward", PAIRS_ONLY)
     kl_estimator: str = without_effect("k2", PAIRS_ONLY)
@@ -159,7 +167,7 @@ class OnlineDPOTrainer(OnPolicyTrainer):
                 self.record("pairs/length_chosen_minus_rejected", chosen.length - rejected.length)
 
     def needs_old_logps(self) -> bool:
-        return False
+        return self.args.old_policy_share > 0
 
     @with_router_loss(lambda batch, args: int(pairs_kept(batch["completion_mask"]).sum()))
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -179,7 +187,10 @@ class OnlineDPOTrainer(OnPolicyTrainer):
         """Of the pairs that count. logps: [2B, L] of the policy, chosen rows and then rejected."""
         mask = batch["completion_mask"]
         rows = pairs_kept(mask).repeat(2)
-        pairs = self.objective.pairs(logps[rows], mask[rows], batch["ref_logps"][rows])
+        reference, share = batch["ref_logps"], self.args.old_policy_share
+        if share:
+            reference = inpo_reference(reference, batch["old_logps"], share)
+        pairs = self.objective.pairs(logps[rows], mask[rows], reference[rows])
         found = self.objective(pairs)
         found.metrics |= {"logps/chosen": pairs.chosen, "logps/rejected": pairs.rejected}
         return found

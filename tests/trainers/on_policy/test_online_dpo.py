@@ -167,6 +167,29 @@ def test_a_step_without_a_pair_changes_nothing(policy, tmp_path, caplog):
     assert logged(trainer, "pairs/without_signal") == [1.0] and "no prompt has a pair" in caplog.text
 
 
+def test_inpo_takes_the_policy_that_wrote_the_pairs_into_the_reference(policy, tokenizer, tmp_path):
+    """At a rollout's first step policy and pi_t are one: of the log-ratio to the reference tau/eta is left; after it
+    they differ, and the loss is that of IPO on sums against the mixture."""
+    share = 0.75
+    options = {
+        "loss_type": "ipo_sum",
+        "beta": 0.5,
+        "num_iterations": 2,
+        "max_steps": 2,
+        "per_device_train_batch_size": 8,
+    }
+    found = {}
+    for old in (0.0, share):
+        trainer = make(policy, tmp_path / str(old), ref_model=other_policy(tokenizer), old_policy_share=old, **options)
+        trainer.train()
+        found[old] = trainer
+    for key in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
+        plain, mixed = (logged(found[old], key)[0] for old in (0.0, share))
+        assert mixed == pytest.approx((1 - share) * plain, rel=1e-4, abs=1e-6), key
+    assert logged(found[share], "rewards/margins")[1] > logged(found[share], "rewards/margins")[0]
+    assert all(sample.old_logps is not None for sample in found[share].buffer.samples)
+
+
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
 
