@@ -57,8 +57,8 @@ class OnlineDPOConfig(PairLossOptions, OnPolicyConfig):  # type: ignore[misc]  #
     old_policy_share: float = field(
         default=0.0,
         metadata={
-            "help": "INPO's 1 - tau/eta: the share of the policy before the rollout's first step in what the loss takes "
-            "for the reference. With loss_type: ipo_sum and beta: eta it is INPO."
+            "help": "INPO's 1 - tau/eta: the share of the policy before the rollout's first step in what the loss "
+            "takes for the reference. With loss_type: ipo_sum and beta: eta it is INPO."
         },
     )
     kl_in: str = without_effect("reward", PAIRS_ONLY)

@@ -256,6 +256,7 @@ def test_gold_rises_on_the_toy_world(tokenizer, tmp_path):
         ({"loss_type": "beta_dpo"}, "compares a pair with the others"),
         ({"loss_type": "grpo"}, "loss_type 'grpo' is unknown"),
         ({"beta": 0.0}, "beta must be > 0"),
+        ({"old_policy_share": 1.0}, "old_policy_share must be at least 0 and below 1"),
         ({"use_weighting": True}, "these it has written"),
         ({"simpo_gamma": 1.0}, "simpo_gamma would be ignored"),
         ({"kl_in": "loss"}, "kl_in: 'loss' has no effect here"),
