@@ -3,6 +3,7 @@
 import argparse
 import json
 import secrets
+import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -42,12 +43,13 @@ def make_server(run: str | Path, port: int = 0) -> Server:
         raise ConfigError(f"there is no folder {str(folder)!r}: give the output folder of a run")
     if not 0 <= port <= 65535:
         raise ConfigError(f"there is no port {port}: ports are 1 to 65535, and 0 is one that is free")
-    token = secrets.token_urlsafe(16)
+    token, live = secrets.token_urlsafe(16), Live(folder)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             address = urlsplit(self.path)
-            given = parse_qs(address.query).get("token", [""])[0]
+            asked = {key: values[0] for key, values in parse_qs(address.query).items()}
+            given = asked.get("token", "")
             host = self.headers.get("Host", "").rpartition(":")[0]
             # Another site's name that resolves to this machine must not read the page either.
             if not secrets.compare_digest(given.encode(), token.encode()) or host not in ("127.0.0.1", "localhost"):
@@ -55,9 +57,11 @@ def make_server(run: str | Path, port: int = 0) -> Server:
             elif address.path == "/":
                 self.answer(200, "text/html", _page(folder.absolute().name))
             elif address.path == "/state.json":
-                self.answer(200, "application/json", _state(folder))
+                self.answer(200, "application/json", live.state(asked.get("have")))
+            elif address.path == "/samples.json":
+                self.answer(200, "application/json", live.samples(asked.get("prompt", "")))
             else:
-                self.answer(404, "text/plain", "there is / and /state.json")
+                self.answer(404, "text/plain", "there is /, /state.json and /samples.json")
 
         def answer(self, status: int, kind: str, body: str) -> None:
             data = body.encode()
@@ -88,10 +92,33 @@ def _page(name: str) -> str:
     return page_text("watch.html.j2", name=name)
 
 
-def _state(folder: Path) -> str:
-    from align.evaluation.watch import snapshot
+class Live:
+    """What the page asks for, as JSON: all its tabs share one reading of the run's files."""
 
-    try:
-        return json.dumps(snapshot(folder))
-    except AlignError as error:  # a file is damaged: the page says which
-        return json.dumps({"error": str(error)})
+    def __init__(self, folder: Path):
+        from align.evaluation.watch import Watch
+
+        self.watch = Watch(folder)
+        self.lock = threading.Lock()
+        self.told: tuple[int, str] | None = None  # the last state, and of which changes
+
+    def state(self, have: str | None) -> str:
+        """The state of the run, as of `version`; no more than that where the page has it already."""
+        with self.lock:
+            try:
+                self.watch.update()
+            except (AlignError, OSError) as error:  # a file is damaged, or cannot be read: the page says which
+                return json.dumps({"error": str(error)})
+            version = self.watch.changes
+            if have == str(version):
+                return json.dumps({"version": version, "unchanged": True})
+            if self.told is None or self.told[0] != version:
+                self.told = version, json.dumps({**self.watch.state(), "version": version}, allow_nan=False)
+            return self.told[1]
+
+    def samples(self, prompt: str) -> str:
+        """The answers to one prompt, by its place, at every evaluation."""
+        with self.lock:
+            samples = list(self.watch.samples.values())
+        found = samples[int(prompt)] if prompt.isdecimal() and int(prompt) < len(samples) else []
+        return json.dumps(found, allow_nan=False)

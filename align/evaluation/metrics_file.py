@@ -2,21 +2,28 @@
 
 The first line is a header, every further line one log (of training, or of an evaluation: its keys start with eval_):
 
-    {"format": "align.metrics/1", "method", "started", "max_steps", "processes", "versions", "settings"}
+    {"format": "align.metrics/1", "method", "started", "max_steps", "processes", "versions", "settings", "earlier"}
     {"step", "at", "loss": 0.69, "learning_rate": 1e-6, "time/train": 1.5, ...}
 
-`at` is the time in seconds since 1970. As with the evaluation file, a resumed run drops what came after its checkpoint
-(that training is repeated), and a line counts when it is whole.
+`at` is the time in seconds since 1970; a number that is not finite is null. As with the evaluation file, a resumed run
+drops what came after its checkpoint (that training is repeated), and a line counts when it is whole. The header is of
+the run as it was resumed last; `earlier` has the headers before, each with the step `until` which it held.
 """
 
 import json
+import logging
+import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from align.errors import DataError
 from align.evaluation.records import free_name
+from align.evaluation.thin import ThinCurve
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "align.metrics/1"
 FILE_NAME = "metrics.jsonl"
@@ -27,27 +34,7 @@ class Metrics:
     """What a run has logged: the header, and one dict per log, in order."""
 
     header: dict[str, Any]
-    logs: list[dict[str, float]]
-
-    def curves(self) -> dict[str, tuple[list[float], list[float]]]:
-        """(steps, values) by metric, in the order in which they were first logged."""
-        found: dict[str, tuple[list[float], list[float]]] = {}
-        for log in self.logs:
-            for name, value in log.items():
-                if name not in ("step", "at"):
-                    steps, values = found.setdefault(name, ([], []))
-                    steps.append(log["step"])
-                    values.append(value)
-        return found
-
-    def phases(self) -> dict[str, float]:
-        """Seconds of each phase of the main process, in all, the longest first."""
-        totals: dict[str, float] = {}
-        for log in self.logs:
-            for name, value in log.items():
-                if name.startswith("time/"):
-                    totals[name[5:]] = totals.get(name[5:], 0.0) + value
-        return dict(sorted(totals.items(), key=lambda item: -item[1]))
+    logs: list[dict[str, float | None]]
 
 
 class MetricsWriter:
@@ -56,21 +43,90 @@ class MetricsWriter:
     def __init__(self, folder: str | Path, header: dict[str, Any], resume_step: int | None):
         self.path = Path(folder) / FILE_NAME
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [{"format": FORMAT, **header}]
+        header = {"format": FORMAT, **header}
+        logs: list[dict[str, float | None]] = []
         if self.path.exists():
             if resume_step is None:
                 os.replace(self.path, free_name(self.path))
             else:
-                before = read_metrics(self.path)
-                kept = [before.header, *(log for log in before.logs if log["step"] <= resume_step)]
-                kept[0]["max_steps"] = header["max_steps"]
+                header, logs = self._resumed(header, resume_step)
         temporary = self.path.with_suffix(".jsonl.tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        lines = [json.dumps(_named(header), allow_nan=False) + "\n", *map(_line, logs)]
+        temporary.write_text("".join(lines), encoding="utf-8")
         os.replace(temporary, self.path)
+
+    def _resumed(self, header: dict[str, Any], resume_step: int) -> tuple[dict[str, Any], list]:
+        """The new header with those before it, and the logs that stay."""
+        try:
+            before = read_metrics(self.path)
+        except DataError as error:  # a log must not keep a run from being resumed
+            old = free_name(self.path)
+            os.replace(self.path, old)
+            logger.warning("%s: kept as %s, and the logs start anew", error, old.name)
+            return header, []
+        earlier = before.header.pop("earlier", [])
+        header = {**header, "earlier": [*earlier, {**before.header, "until": resume_step}]}
+        return header, [log for log in before.logs if _step(log) <= resume_step]
 
     def write(self, log: dict[str, float]) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(log) + "\n")
+            file.write(_line(log))
+
+
+class MetricsFollower:
+    """What a run has logged so far, thinned; each `update` reads only what was appended since the one before.
+
+    header: None while there is no file. curves by metric, in the order in which they were first logged. phases: seconds
+    of the main process by phase. last: the newest log. changes: grows whenever something is new.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.path = Path(folder) / FILE_NAME
+        self.changes = 0
+        self._start()
+
+    def _start(self) -> None:
+        self.header: dict[str, Any] | None = None
+        self.curves: dict[str, ThinCurve] = {}
+        self.phases: dict[str, float] = {}
+        self.last: dict[str, float | None] | None = None
+        self._first, self._inode, self._offset, self._number = b"", -1, 0, 0
+        self.changes += 1
+
+    def update(self) -> None:
+        """Read on; from the start where the file was replaced. Raises DataError naming file and line, each time until
+        it is mended; OSError for a file that cannot be read."""
+        try:
+            file = open(self.path, "rb")
+        except FileNotFoundError:
+            if self.header is not None:
+                self._start()
+            return
+        with file:
+            now = os.fstat(file.fileno())
+            if now.st_ino != self._inode or now.st_size < self._offset or file.read(len(self._first)) != self._first:
+                self._start()
+                self._inode = now.st_ino
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                value = _parsed(line, self._number + 1, self.path)
+                self._number += 1
+                self._offset += len(line)
+                self.changes += 1
+                if self.header is None:
+                    self.header, self._first = value, line
+                else:
+                    self._add(value)
+
+    def _add(self, log: dict[str, float | None]) -> None:
+        self.last = log
+        for name, value in log.items():
+            if name not in ("step", "at"):
+                self.curves.setdefault(name, ThinCurve()).add(_step(log), value)
+            if name.startswith("time/") and value is not None and math.isfinite(value):
+                self.phases[name[5:]] = self.phases.get(name[5:], 0.0) + value
 
 
 def read_metrics(path: str | Path) -> Metrics:
@@ -83,14 +139,48 @@ def read_metrics(path: str | Path) -> Metrics:
         path = path / FILE_NAME
     if not path.exists():
         raise DataError(f"{path} does not exist: a run writes it while it trains")
-    lines = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-        try:
-            lines.append(json.loads(line))
-        except ValueError as error:
-            raise DataError(f"{path}: line {number} is not valid JSON ({error})") from error
-        if not isinstance(lines[-1], dict) or number > 1 and "step" not in lines[-1]:
-            raise DataError(f"{path}: line {number} is not a log of a run")
-    if not lines or lines[0].get("format") != FORMAT:
+    lines = [_parsed(line, number, path) for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1)]
+    if not lines:
         raise DataError(f"{path}: line 1 is not the header of a run's logs (format {FORMAT!r})")
     return Metrics(lines[0], lines[1:])
+
+
+def _parsed(line: bytes, number: int, path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{path}: line {number} is not valid JSON ({error})") from error
+    if number == 1:
+        if (
+            not isinstance(value, dict)
+            or value.get("format") != FORMAT
+            or not isinstance(value.get("settings", {}), dict)
+        ):
+            raise DataError(f"{path}: line 1 is not the header of a run's logs (format {FORMAT!r})")
+    elif (
+        not isinstance(value, dict)
+        or value.get("step") is None
+        or not all(item is None or isinstance(item, int | float) for item in value.values())
+    ):
+        raise DataError(f"{path}: line {number} is not a log of a run, which has a step, and numbers by name")
+    return value
+
+
+def _step(log: dict[str, float | None]) -> float:
+    step = log["step"]
+    assert step is not None  # `_parsed` has looked
+    return step
+
+
+def _line(log: Mapping[str, float | None]) -> str:
+    finite = {key: value if value is not None and math.isfinite(value) else None for key, value in log.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
+def _named(value: Any) -> Any:
+    """Settings as JSON can hold them: infinity (no limit) as the text "inf"."""
+    if isinstance(value, dict):
+        return {key: _named(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_named(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -32,6 +32,10 @@ SCORE_KEYS = ("kl", "kl_k3", "proxy", "gold", "length")
 SAMPLE_KEYS = ("prompt", "completion", "proxy", "gold")
 
 
+class NoEvaluation(DataError):
+    """A run has no evaluation file, or one with a header alone: nothing is evaluated yet, or its method does not."""
+
+
 @dataclass
 class Run:
     """One run's evaluations. E evaluations of the same P prompts, in order of step.
@@ -195,10 +199,10 @@ def read_run(path: str | Path) -> Run:
     if path.is_dir():
         path = path / FILE_NAME
     if not path.exists():
-        raise DataError(f"{path} does not exist: give a run's folder, or its {FILE_NAME}")
+        raise NoEvaluation(f"{path} does not exist: give a run's folder, or its {FILE_NAME}")
     header, records = _read_lines(path)
     if not records:
-        raise DataError(f"{path} holds no evaluation yet (only its header)")
+        raise NoEvaluation(f"{path} holds no evaluation yet (only its header)")
 
     def column(key: str) -> np.ndarray:
         return np.array([math.nan if r.get(key) is None else r[key] for r in records], dtype=np.float64)
@@ -249,6 +253,8 @@ def _read_lines(path: Path) -> tuple[dict, list[dict]]:
     missing = [key for key in HEADER_KEYS if key not in lines[0]]
     if missing:
         raise DataError(f"{path}: the header (line 1) lacks {', '.join(missing)}")
+    if not isinstance(lines[0]["config"], dict):
+        raise DataError(f"{path}: config of the header (line 1) is no object of settings by name")
     for number, record in enumerate(lines[1:], start=2):
         _check_record(record, lines[0], lines[number - 2] if number > 2 else None, f"{path}: line {number}")
     return lines[0], lines[1:]
@@ -258,6 +264,7 @@ def _check_record(record: dict, header: dict, previous: dict | None, where: str)
     missing = [key for key in ("step", *SCORE_KEYS, "per_prompt", "samples") if key not in record]
     if missing:
         raise DataError(f"{where} lacks {', '.join(missing)}")
+    _check_kinds(record, where)
     needed = ["kl", "kl_k3", "proxy"] + (["gold"] if header["gold"] is not None else [])
     empty = [key for key in needed if record[key] is None or key not in record["per_prompt"]]
     if empty:
@@ -269,6 +276,25 @@ def _check_record(record: dict, header: dict, previous: dict | None, where: str)
         lengths["the line before"] = len(previous["per_prompt"]["kl"])
     if len(set(lengths.values())) > 1:
         raise DataError(f"{where} has different numbers of prompts: {lengths}")
+
+
+def _check_kinds(record: dict, where: str) -> None:
+    if isinstance(record["step"], bool) or not isinstance(record["step"], int):
+        raise DataError(f"{where}: step is {record['step']!r:.80}, no whole number")
+    per_prompt, samples = record["per_prompt"], record["samples"]
+    if not isinstance(per_prompt, dict) or not all(isinstance(values, list) for values in per_prompt.values()):
+        raise DataError(f"{where}: per_prompt must hold a list of numbers by name")
+    if not isinstance(samples, list):
+        raise DataError(f"{where}: samples must be a list")
+    for number, sample in enumerate(samples):
+        for key in ("prompt", "completion"):
+            value = sample.get(key) if isinstance(sample, dict) else None
+            if not isinstance(value, str) and not (isinstance(value, list) and value and all(map(_is_message, value))):
+                raise DataError(f"{where}: sample {number} has no {key}: a text, or messages with role and content")
+
+
+def _is_message(value) -> bool:
+    return isinstance(value, dict) and value.keys() >= {"role", "content"}
 
 
 def _refuse_constant(name: str):

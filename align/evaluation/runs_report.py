@@ -15,17 +15,19 @@ def compare_runs(folders: dict[str, Path]) -> dict[str, Any]:
     """What the page shows of runs by name: `figures` (as the page's script draws them, a curve per run and metric),
     `differ` and `same` (settings, versions: {key: {run: value}}), `phases` (seconds by run) and `samples` (by prompt,
     the last answer of each run). DataError for a folder without logs."""
+    for folder in folders.values():
+        if not (folder / metrics_file.FILE_NAME).exists():
+            raise DataError(f"{folder} holds no {metrics_file.FILE_NAME}: give the output folders of runs")
     states = {name: snapshot(folder) for name, folder in folders.items()}
-    headers = {name: metrics_file.read_metrics(folder).header for name, folder in folders.items()}
     figures: dict[str, dict] = {}
     for name, state in states.items():
         for figure in state["figures"]:
             merged = figures.setdefault(figure["y"], {**figure, "curves": []})
             merged["curves"] += [{**curve, "name": f"{name}: {curve['name']}"} for curve in figure["curves"]]
     table: dict[str, dict[str, Any]] = {}
-    for name, header in headers.items():
-        own = {key: header.get(key) for key in ("method", "started", "processes", "max_steps", "versions")}
-        for key, value in {**own, **header.get("settings", {})}.items():
+    for name, state in states.items():
+        own = {key: state["header"].get(key) for key in ("method", "started", "processes", "versions")}
+        for key, value in {**own, "max_steps": state["max_steps"], **state["settings"]}.items():
             table.setdefault(key, {})[name] = value
     for row in table.values():
         for name in states:
@@ -42,6 +44,7 @@ def compare_runs(folders: dict[str, Path]) -> dict[str, Any]:
         "runs": list(states),
         "steps": {name: (state["step"], state["max_steps"], state["ended"]) for name, state in states.items()},
         "figures": list(figures.values()),
+        "not_finite": {name: state["not_finite"] for name, state in states.items() if state["not_finite"]},
         "differ": differ,
         "same": {key: row for key, row in table.items() if key not in differ},
         "phases": {name: state["phases"] for name, state in states.items()},
@@ -53,7 +56,4 @@ def write_runs_report(path: str | Path, folders: dict[str, Path]) -> Path:
     """Write the page of runs by name."""
     from align.evaluation.report import render_page
 
-    for folder in folders.values():
-        if not (folder / metrics_file.FILE_NAME).exists():
-            raise DataError(f"{folder} holds no {metrics_file.FILE_NAME}: give the output folders of runs")
     return render_page(Path(path), TEMPLATE, r=compare_runs(folders))

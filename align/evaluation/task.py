@@ -7,6 +7,7 @@ that grows in length while a constraint holds the length would seem to earn more
 from collections.abc import Iterable
 from dataclasses import replace
 
+from align.errors import DataError
 from align.evaluation.records import Run
 
 
@@ -20,16 +21,22 @@ def held_rewards(run: Run) -> list[str]:
 
 def task_rewards(run: Run) -> dict[str, float] | None:
     """Weight of each reward of the task of a constrained run, empty where the task is the KL alone; None for a run
-    without constraints, or one whose file lacks the rewards."""
+    without constraints, or one whose file lacks the rewards. DataError where evaluations, or weights, are of different
+    rewards."""
     held = held_rewards(run)
     names = [key.removeprefix("rewards/") for key in run.per_prompt if key.startswith("rewards/")]
-    if not held or not names:
+    # The file lists rewards by name, weights are in the order of the settings: the order of the first record is that.
+    order = [key.removeprefix("rewards/") for key in run.reward_order] or names
+    if not held or not order:
         return None
     wanted = run.config.get("task_rewards")
     weights = run.config.get("reward_weights")
-    # The file lists rewards by name, weights are in the order of the settings: the order of the first record is that.
-    order = [key.removeprefix("rewards/") for key in run.reward_order] or names
-    by_name = dict(zip(order, weights, strict=True)) if isinstance(weights, list) else dict.fromkeys(names, 1.0)
+    lost = [name for name in order if name not in names]
+    if lost:
+        raise DataError(f"{run.path}: not every evaluation has the scores of the reward {lost[0]!r} of the first")
+    if isinstance(weights, list) and len(weights) != len(order):
+        raise DataError(f"{run.path}: {len(weights)} reward_weights for {len(order)} rewards ({', '.join(order)})")
+    by_name = dict(zip(order, weights, strict=True)) if isinstance(weights, list) else dict.fromkeys(order, 1.0)
     return {name: by_name[name] for name in order if (name in wanted if wanted is not None else name not in held)}
 
 

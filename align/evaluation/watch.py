@@ -3,71 +3,103 @@
 from pathlib import Path
 from typing import Any
 
-from align.errors import DataError
 from align.evaluation import metrics_file, records
 from align.evaluation.report import text
 from align.evaluation.task import of_the_task
+from align.evaluation.thin import ThinCurve, thin
 
-POINTS = 600  # of a curve at most: more than a screen can show
 SAMPLES = 40  # prompts
+NAME = 120  # characters of a prompt in the list of prompts
+
+
+class Watch:
+    """A run's files, followed: `update` reads what is new in the logs, and the evaluation file where it has changed.
+
+    changes: grows whenever there is something new. samples: by prompt, what the policy answered at each evaluation.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.metrics = metrics_file.MetricsFollower(folder)
+        self._evaluated: tuple[int, int, int] | None = None
+        self._evaluations = 0
+        self._figures: list[dict] = []
+        self.samples: dict[str, list[dict]] = {}
+
+    @property
+    def changes(self) -> int:
+        return self.metrics.changes + self._evaluations
+
+    def update(self) -> None:
+        """Raises DataError where a file is damaged, OSError where it cannot be read."""
+        self.metrics.update()
+        try:
+            found = (self.folder / records.FILE_NAME).stat()
+        except FileNotFoundError:  # no evaluation yet, or a method without
+            found = None
+        now = (found.st_ino, found.st_size, found.st_mtime_ns) if found else None
+        if now == self._evaluated:
+            return
+        figures: list[dict] = []
+        samples: dict[str, list[dict]] = {}
+        if found:
+            try:
+                run = of_the_task(records.read_run(self.folder))
+                figures, samples = [_proxy_and_gold(run), _kl(run)], _samples(run)
+            except records.NoEvaluation:
+                pass
+        self._figures, self.samples, self._evaluated = figures, samples, now
+        self._evaluations += 1
+
+    def state(self) -> dict[str, Any]:
+        """The state of a run, without its samples (`prompts` are their names): plain values, to be sent as JSON. A run
+        that has written nothing yet is empty."""
+        header, last = self.metrics.header or {}, self.metrics.last or {}
+        curves = self.metrics.curves
+        return {
+            "name": self.folder.absolute().name,
+            "header": {k: v for k, v in header.items() if k in ("method", "started", "processes", "versions")},
+            "step": last.get("step", 0) if header else None,
+            "max_steps": header.get("max_steps"),
+            "at": last.get("at"),
+            "ended": "train_runtime" in last,
+            "phases": dict(sorted(self.metrics.phases.items(), key=lambda item: -item[1])),
+            "figures": [*self._figures, *_training(curves)],
+            "prompts": [prompt[:NAME] for prompt in self.samples],
+            "not_finite": {name: c.not_finite_from for name, c in curves.items() if c.not_finite_from is not None},
+        }
 
 
 def snapshot(folder: str | Path) -> dict[str, Any]:
-    """The state of a run: plain values, to be sent as JSON. A run that has written nothing yet is empty."""
-    folder = Path(folder)
-    found: dict[str, Any] = {
-        "name": folder.absolute().name,
-        "step": None,
-        "max_steps": None,
-        "figures": [],
-        "phases": {},
-    }
-    found |= {"samples": {}, "header": {}, "ended": None}
-    if (folder / metrics_file.FILE_NAME).exists():
-        metrics = metrics_file.read_metrics(folder)
-        found["header"] = {
-            k: v for k, v in metrics.header.items() if k in ("method", "started", "processes", "versions")
-        }
-        found["max_steps"] = metrics.header.get("max_steps")
-        found["step"] = metrics.logs[-1]["step"] if metrics.logs else 0
-        found["at"] = metrics.logs[-1]["at"] if metrics.logs else None
-        found["ended"] = bool(metrics.logs) and "train_runtime" in metrics.logs[-1]
-        found["phases"] = metrics.phases()
-        found["figures"] = _training(metrics.curves())
-    try:
-        run = of_the_task(records.read_run(folder))
-    except DataError:  # no evaluation yet, or a method without
-        return found
-    found["figures"] = [_proxy_and_gold(run), _kl(run), *found["figures"]]
-    found["samples"] = _samples(run)
-    return found
+    """The state of a run, with its samples and its settings."""
+    watch = Watch(folder)
+    watch.update()
+    return {**watch.state(), "samples": watch.samples, "settings": (watch.metrics.header or {}).get("settings", {})}
 
 
-def _thin(values: list) -> list:
-    every = max(len(values) // POINTS, 1)
-    return values[::every] if (len(values) - 1) % every == 0 else [*values[::every], values[-1]]
-
-
-def _figure(y: str, curves: dict[str, tuple[list, list]]) -> dict:
-    lines = [{"name": name, "x": _thin(x), "y": _thin(values)} for name, (x, values) in curves.items()]
+def _figure(y: str, curves: dict[str, ThinCurve]) -> dict:
+    lines = []
+    for name, curve in curves.items():
+        x, values = curve.points()
+        lines.append({"name": name, "x": x, "y": values})
     return {"x": "optimiser step", "y": y, "curves": lines}
 
 
 def _proxy_and_gold(run: records.Run) -> dict:
     steps = run.step.tolist()
-    curves = {f"proxy ({run.proxy_name})": (steps, run.proxy.tolist())}
+    curves = {f"proxy ({run.proxy_name})": thin(steps, run.proxy.tolist())}
     if run.gold is not None:
-        curves[f"gold ({run.gold_name})"] = (steps, run.gold.tolist())
+        curves[f"gold ({run.gold_name})"] = thin(steps, run.gold.tolist())
     return _figure("proxy and gold score", curves)
 
 
 def _kl(run: records.Run) -> dict:
-    return _figure("KL to the reference (nats)", {"k3 estimate": (run.step.tolist(), run.kl_k3.tolist())})
+    return _figure("KL to the reference (nats)", {"k3 estimate": thin(run.step.tolist(), run.kl_k3.tolist())})
 
 
-def _training(curves: dict[str, tuple[list[float], list[float]]]) -> list[dict]:
+def _training(curves: dict[str, ThinCurve]) -> list[dict]:
     """One figure per group of metrics that belong together; what has a time or a rate is no curve."""
-    groups: dict[str, dict] = {}
+    groups: dict[str, dict[str, ThinCurve]] = {}
     for name, curve in curves.items():
         if name.startswith(("time/", "train_")) or name.endswith(("_runtime", "_per_second")) or name == "epoch":
             continue

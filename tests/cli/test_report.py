@@ -14,6 +14,8 @@ HOSTILE = "</script><img src=x onerror=y()>"
 def write(folder, method, **settings):
     header = {"method": method, "max_steps": 3, "processes": 1, "versions": "torch 2", "settings": settings}
     writer = MetricsWriter(folder, header, None)
+    with open(writer.path, "a") as file:
+        file.write('{"step": 1, "at": 0, "grad_norm": NaN, "loss": -Infinity}\n')
     for step in range(1, 4):
         writer.write({"step": step, "at": 0, "loss": step, f"of_{method}": 1.0, "time/train": 2.0})
     return folder
@@ -29,9 +31,12 @@ def test_two_methods(tmp_path, capsys):
     assert set(found["differ"]) == {"method", "beta", "seed"} and "learning_rate" in found["same"]
     assert found["differ"]["beta"] == {"a": 0.1, "b": None} and found["phases"]["a"] == {"train": 6.0}
     loss = next(figure for figure in found["figures"] if figure["y"] == "loss")
-    assert [curve["name"] for curve in loss["curves"]] == ["a: loss", "b: loss"] and loss["curves"][0]["x"] == [1, 2, 3]
+    assert [curve["name"] for curve in loss["curves"]] == ["a: loss", "b: loss"]
+    assert loss["curves"][0]["y"] == [None, 1, 2, 3]
     assert found["samples"]["sea"]["b"]["step"] == 20
     html = page.read_text()
+    json.dumps(found, allow_nan=False)
+    assert "a logged numbers that are not finite: grad_norm from step 1, loss from step 1" in html
     assert "<img" not in html and json.dumps(HOSTILE)[1:-1] not in html
 
 
@@ -40,7 +45,7 @@ def test_every_figure_is_drawn(tmp_path):
     runs = {name: write(tmp_path / name, name) for name in ("dpo", "remax")}
     page = write_runs_report(tmp_path / "page.html", runs)
     drawn, console = ask(page, "return document.querySelectorAll('.curves svg').length", tmp_path)
-    assert console == [] and drawn == len(compare_runs(runs)["figures"]) == 3
+    assert console == [] and drawn == len(compare_runs(runs)["figures"]) == 4
 
 
 def test_what_is_no_run(tmp_path, capsys):

@@ -46,7 +46,9 @@ def write_pages(folder: Path) -> list[str]:
     one, two = _run(made / "one", "ReMax", 1), _run(made / "two", "RLOO", 2)
     runs_report.write_runs_report(folder / "runs.html", {"one": one, "two": two})
     (folder / "watch.html").write_text(page_text("watch.html.j2", name="one"))
-    (folder / "state.json").write_text(json.dumps(snapshot(one)))
+    state = snapshot(one)
+    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "samples.json").write_text(json.dumps(next(iter(state["samples"].values()))))
     front_page.write_page(folder / "front.html", _front())
     return [f"{name}.html" for name in NAMES]
 

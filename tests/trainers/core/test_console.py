@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from align.errors import DataError
-from align.evaluation.metrics_file import read_metrics
+from align.evaluation.metrics_file import MetricsWriter, read_metrics
+from align.evaluation.watch import snapshot
 from align.trainers.core.console import Console, duration
 from align.trainers.sft import SFTConfig, SFTTrainer
 from tests.trainers.tiny_runs import QUIET, demonstrations, on_policy, prompts, wanted_words
@@ -34,11 +35,10 @@ def test_a_line_per_log_and_all_numbers_in_the_file(policy, tokenizer, tmp_path,
         assert len({len(line[0]) for line in lines if line[4] == kind}) == 1
     metrics = read_metrics(tmp_path)
     assert metrics.header["method"] == "ReMax" and metrics.header["max_steps"] == 10
-    steps, _ = metrics.curves()["rollout/effective_sample_size"]
-    assert steps == [5, 10]
+    assert [log["step"] for log in metrics.logs if "rollout/effective_sample_size" in log] == [5, 10]
     logged = [{k: v for k, v in entry.items() if k != "at"} for entry in metrics.logs]
     assert logged[:-1] == [{"step": e["step"], **e} for e in trainer.state.log_history[:-1]]
-    assert {"train", "generate"} <= set(metrics.phases())
+    assert {"train", "generate"} <= set(snapshot(tmp_path)["phases"])
 
 
 def test_a_resumed_run_repeats_what_came_after_its_checkpoint(policy, tokenizer, tmp_path):
@@ -69,6 +69,21 @@ def test_damaged_files_are_named(tmp_path):
     path.write_text(json.dumps({"format": "align.metrics/1"}) + "\n[1]\n")
     with pytest.raises(DataError, match="line 2 is not a log"):
         read_metrics(path)
+
+
+def test_a_resumed_run_has_its_own_settings_and_those_before_it(tmp_path, caplog):
+    for resume, rate in ((None, 1.0), (5, 2.0), (7, float("inf"))):
+        writer = MetricsWriter(tmp_path, {"max_steps": 9, "settings": {"max_grad_norm": rate}}, resume)
+        writer.write({"step": (resume or 0) + 4, "loss": float("nan")})
+    found = read_metrics(tmp_path)
+    assert found.header["settings"] == {"max_grad_norm": "inf"} and found.logs[-1] == {"step": 11, "loss": None}
+    assert [log["step"] for log in found.logs] == [4, 11]
+    assert [(e["settings"]["max_grad_norm"], e["until"]) for e in found.header["earlier"]] == [(1.0, 5), (2.0, 7)]
+    assert "NaN" not in writer.path.read_text() and "earlier" not in found.header["earlier"][1]
+    writer.path.write_text(writer.path.read_text() + "{\n")  # damaged: the run goes on all the same
+    MetricsWriter(tmp_path, {"max_steps": 9}, 11)
+    assert read_metrics(tmp_path).logs == [] and "line 4 is not valid JSON" in caplog.text
+    assert "metrics.1.old.jsonl" in caplog.text and (tmp_path / "metrics.1.old.jsonl").exists()
 
 
 def state(step=5, main=True, max_steps=100):
