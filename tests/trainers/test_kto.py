@@ -40,7 +40,9 @@ def kto(folder, rows=None, eval_rows=None, policy=None, peft_config=None, callba
 
 
 def run(folder, **options) -> tuple[dict, dict]:
-    trainer = kto(folder, **options)
+    """What was logged and the final weights. By SGD, whose weights differ as the gradients do: AdamW's first step makes
+    the rounding of a gradient near 0 as large as any other."""
+    trainer = kto(folder, optim="sgd", learning_rate=0.05, **options)
     trainer.train()
     return history(trainer, *NAMES), parameters(trainer.model)
 
@@ -101,7 +103,7 @@ def whole(tmp_path_factory):
     ids=lambda options: ",".join(options),
 )
 def test_micro_batches_and_the_cache_do_not_change_a_run(options, whole, tmp_path):
-    assert whole[0]["kl"].min() > 0.1
+    assert (whole[0]["kl"] > 0.1).sum() >= 2  # of three steps
     assert_equal_runs(whole, run(tmp_path / "other", **options))
 
 
