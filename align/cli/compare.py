@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.rewards and not args.judge:
         raise ConfigError("name who decides: --rewards REWARD..., --judge file.py:function, or both")
     rewards = build_rewards(args.rewards, None, gold_name="")
-    judges = {name.rpartition(":")[2]: import_function(name) for name in args.judge}
+    judges = {name: import_function(judge) for name, judge in compare.judge_names(args.judge, rewards).items()}
     folder, sides = Path(args.output_dir), []
     for side, source in (("a", args.a), ("b", args.b)):
         path = Path(source)

@@ -201,7 +201,7 @@ def _resume(output: Path, identity: dict, rows: list[int], n: int) -> int:
         return 0
     if not beside.exists():
         raise ConfigError(f"{output} is there, and nothing says what it was drawn from ({beside.name} is missing)")
-    before = json.loads(beside.read_text(encoding="utf-8"))
+    before = _parsed(beside.read_bytes(), str(beside))
     differing = [
         f"{name} {before.get(name)!r}, now {identity.get(name)!r}"
         for name in {**before, **identity}
@@ -214,9 +214,9 @@ def _resume(output: Path, identity: dict, rows: list[int], n: int) -> int:
     lines, wanted = output.read_bytes().split(b"\n"), [(row, sample) for row in rows for sample in range(n)]
     kept = 0
     for line, (row, sample) in zip(lines[:-1], wanted, strict=False):  # after the last line break nothing is whole
-        found = json.loads(line)
-        if (found["row"], found["sample"]) != (row, sample):
-            raise ConfigError(f"{output}, line {kept + 1} is not sample {sample} of row {row}: it was edited")
+        found = _parsed(line, f"{output}, line {kept + 1}")
+        if (found.get("row"), found.get("sample")) != (row, sample):
+            raise DataError(f"{output}, line {kept + 1} is not sample {sample} of row {row}: it was edited")
         kept += 1
     done = kept // n
     whole = b"".join(line + b"\n" for line in lines[: done * n])
@@ -237,20 +237,35 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def read_answers(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of an answers' file. DataError for one without `prompt` and `completion`."""
+    """The lines of an answers' file. DataError, naming file and line, for one without `prompt` and `completion`."""
+    if not Path(path).is_file():
+        raise DataError(f"{path} does not exist: give a file of align generate")
     found = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number}: not valid JSON: {error.msg}") from error
-            if not isinstance(row, dict) or not {"prompt", "completion"} <= row.keys():
-                raise DataError(f"{path}, line {number}: an answer has a prompt and a completion")
+            row = _parsed(line, f"{path}, line {number}")
+            prompt = row.get("prompt")
+            messages = isinstance(prompt, list) and prompt and all(map(_is_message, prompt))
+            if not (isinstance(prompt, str) or messages) or not isinstance(row.get("completion"), str):
+                raise DataError(f"{path}, line {number}: an answer has a prompt and a completion, which are texts")
             found.append(row)
     if not found:
         raise DataError(f"{path} holds no answer")
     return found
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() >= {"role", "content"}
+
+
+def _parsed(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:  # also of bytes that are no text
+        raise DataError(f"{where}: not valid JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: no JSON object")
+    return row
 
 
 def scores_of(answers: list[dict[str, Any]], rewards: dict) -> dict[str, list[float]]:

@@ -1,13 +1,13 @@
 """Two sets of answers to the same prompts: who wins, by rewards and by judges, at any length and at equal length."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from align.errors import DataError, RewardError
+from align.errors import ConfigError, DataError, RewardError
 from align.evaluation.bootstrap import percentile_interval, resample_weights
 from align.evaluation.report import render_page
 from align.evaluation.strict_json import write_json
@@ -54,6 +54,20 @@ def by_judge(pairs: list[tuple[dict, dict]], judge: Callable, name: str) -> tupl
     forward = _verdicts(judge(prompts, *texts), len(pairs), name)
     backward = 1 - _verdicts(judge(prompts, *texts[::-1]), len(pairs), name)
     return (forward + backward) / 2, float(np.mean(np.sign(forward - 0.5) == np.sign(backward - 0.5)))
+
+
+def judge_names(judges: Sequence[str], rewards: Collection[str]) -> dict[str, str]:
+    """file.py:function of judges by the name that they have in tables: the function's, or the whole where another judge
+    or a reward has that too. ConfigError for a judge that is given twice."""
+    short = [judge.rpartition(":")[2] for judge in judges]
+    names = {
+        judge if short.count(name) > 1 or name in rewards else name: judge
+        for name, judge in zip(short, judges, strict=True)
+    }
+    if len(names) < len(judges):
+        twice = next(judge for judge in judges if list(judges).count(judge) > 1)
+        raise ConfigError(f"the judge {twice} is given twice")
+    return names
 
 
 def _verdicts(found: Sequence[Any], count: int, name: str) -> np.ndarray:

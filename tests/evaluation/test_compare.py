@@ -7,6 +7,7 @@ import pytest
 
 from align.cli.main import main
 from align.errors import DataError, RewardError
+from align.evaluation.answers import _resume
 from align.evaluation.compare import by_judge, paired, summarise
 
 
@@ -84,3 +85,51 @@ def test_mistakes(tmp_path, capsys):
     assert halves == [0.5] and alike == 1
     with pytest.raises(RewardError, match="'j', pair 0: expected 'first', 'second', 'tie' or a probability, got 2"):
         by_judge(pairs_of(["x"], ["y"]), lambda prompts, first, second: [2], "j")
+
+
+def test_judges_of_one_name_are_told_apart(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, verdict in (("one", "first"), ("two", "tie")):
+        (tmp_path / f"{name}.py").write_text(f"def judge(prompts, a, b):\n    return [{verdict!r}] * len(a)\n")
+    (tmp_path / "three.py").write_text("def judge(prompts, completions, **_):\n    return [1.0] * len(completions)\n")
+    command = ["compare", answers(tmp_path / "a.jsonl", ["x"]), answers(tmp_path / "b.jsonl", ["y"])]
+    for options, names in (
+        (["--judge", "one.py:judge", "two.py:judge"], ["one.py:judge", "two.py:judge"]),
+        (["--judge", "one.py:judge", "--rewards", "three.py:judge"], ["judge", "one.py:judge"]),
+        (["--judge", "one.py:judge"], ["judge"]),
+    ):
+        assert main([*command, *options]) == 0
+        assert sorted(json.loads((tmp_path / "outputs/compare/compare.json").read_text())["by"]) == names
+        assert len(capsys.readouterr().out.splitlines()) == len(names) + 1
+    assert main([*command, "--judge", "one.py:judge", "one.py:judge"]) == 2
+    assert "the judge one.py:judge is given twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line, said", [
+    ({"prompt": "p", "completion": None}, "line 2: an answer has a prompt"),
+    ({"prompt": [{"role": "user"}], "completion": "x"}, "line 2: an answer has a prompt"),
+    ([1], "line 2: no JSON object"),
+])  # fmt: skip
+def test_damaged_answers_are_named(tmp_path, capsys, line, said):
+    a, b = answers(tmp_path / "a.jsonl", ["x"]), str(tmp_path / "b.jsonl")
+    assert main(["compare", a, b, "--rewards", "align.data.toy:gold"]) == 2
+    assert "b.jsonl does not exist" in capsys.readouterr().err
+    answers(tmp_path / "b.jsonl", ["y"])
+    with open(b, "a") as file:
+        file.write(json.dumps(line) + "\n")
+    assert main(["compare", a, b, "--rewards", "align.data.toy:gold"]) == 2
+    assert f"b.jsonl, {said}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line, said", [
+    (b"{", "line 1: not valid JSON"), (b"\xff", "line 1: not valid JSON"), (b"{}", "line 1 is not sample 0 of row 0"),
+])  # fmt: skip
+def test_a_damaged_file_is_not_resumed(tmp_path, line, said):
+    output = tmp_path / "a.jsonl"
+    assert _resume(output, {"n": 1}, [0, 1], 1) == 0
+    output.write_bytes(line + b"\n")
+    with pytest.raises(DataError, match=f"a.jsonl, {said}"):
+        _resume(output, {"n": 1}, [0, 1], 1)
+    output.with_suffix(".identity.json").write_text("{")
+    with pytest.raises(DataError, match="a.identity.json: not valid JSON"):
+        _resume(output, {"n": 1}, [0, 1], 1)
