@@ -11,7 +11,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="options of the run, as its command takes them"
     )
     parser.add_argument(
-        "--rows", type=int, default=16, metavar="N", help="rows of the training split that are used [16]"
+        "--rows", type=int, default=16, metavar="N", help="rows of the training split that are used, from 8 [16]"
+    )
+    parser.add_argument(
+        "--folder", metavar="DIR", help="where the short runs are written, and deleted [the system's temporary folder]"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -23,4 +26,4 @@ def run(args: argparse.Namespace) -> int:
     from align.doctor.lines import report
 
     with errors_only():
-        return report(lines(args.config, args.set, args.rows), args.json)
+        return report(lines(args.config, args.set, args.rows, args.folder), args.json)

@@ -18,6 +18,15 @@ DESCRIPTION = (
     "the file: align launch configs/sft.yaml --setup fsdp2 --num-processes 8 --learning_rate 1e-5"
 )
 SETUPS = ("ddp", "fsdp2", "zero2", "zero3")
+DEFAULTS = {"main_port": 29500, "rollout_tensor_parallel": 1, "rollout_port": 8000, "cpus_per_process": 8}
+PARTNERS = {  # an option, and what it does nothing without
+    "rollout_tensor_parallel": "--rollout-gpus",
+    "rollout_port": "--rollout-gpus",
+    "node_addresses": "--rollout-gpus",
+    "cpus_per_process": "--slurm",
+}
+OF_THE_JOB = ("node_rank", "main_address", "main_port", "node_addresses")  # which the batch file finds for itself
+OF_SEVERAL = ("node_rank", "main_address", "node_addresses")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,20 +41,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="number of machines [1]")
     parser.add_argument("--node-rank", type=int, metavar="R", help="which of the machines this is, from 0")
     parser.add_argument("--main-address", metavar="HOST", help="address of machine 0")
-    parser.add_argument("--main-port", type=int, default=29500, metavar="PORT", help="a free port of machine 0 [29500]")
+    parser.add_argument("--main-port", type=int, metavar="PORT", help="a free port of machine 0 [29500]")
     parser.add_argument("--cpu", action="store_true", help="train on the CPU (gloo); ddp only")
     parser.add_argument(
         "--rollout-gpus", type=int, metavar="N", help="GPUs of each machine for vLLM servers that make the completions"
     )
     parser.add_argument(
-        "--rollout-tensor-parallel", type=int, default=1, metavar="N", help="of these, GPUs that one server has [1]"
+        "--rollout-tensor-parallel", type=int, metavar="N", help="of these, GPUs that one server has [1]"
     )
-    parser.add_argument(
-        "--rollout-port", type=int, default=8000, metavar="PORT", help="of a machine's first server [8000]"
-    )
+    parser.add_argument("--rollout-port", type=int, metavar="PORT", help="of a machine's first server [8000]")
     parser.add_argument("--node-addresses", metavar="A,B", help="of all machines, where they have servers")
     parser.add_argument("--slurm", metavar="FILE", help="write a SLURM batch file and run nothing")
-    parser.add_argument("--cpus-per-process", type=int, default=8, metavar="N", help="for the SLURM batch file [8]")
+    parser.add_argument("--cpus-per-process", type=int, metavar="N", help="for the SLURM batch file [8]")
     parser.add_argument("--dry-run", action="store_true", help="print the exact command and run nothing")
 
 
@@ -118,6 +125,7 @@ def method_of(args: argparse.Namespace) -> str:
 
 
 def _check(args: argparse.Namespace) -> None:
+    """Raises `ConfigError` for what does not go together, and sets the defaults of what was left out."""
     if args.num_processes is not None and args.num_processes < 1 or args.nodes < 1:
         raise ConfigError("--num-processes and --nodes count from 1")
     if args.cpu and args.setup != "ddp":
@@ -128,6 +136,11 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("several --nodes need --node-rank and --main-address on each, or --slurm FILE")
     if args.node_rank is not None and not 0 <= args.node_rank < args.nodes:
         raise ConfigError(f"--node-rank goes from 0 to {args.nodes - 1} for {args.nodes} node(s), not {args.node_rank}")
+    _check_partners(args)
+    for name, value in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    _check_ranges(args)
     if args.rollout_gpus is not None:
         from align.cli.with_servers import check
 
@@ -136,6 +149,39 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"--setup {args.setup} needs DeepSpeed, which is not installed: pip install deepspeed, or use --setup fsdp2"
         )
+
+
+def _check_partners(args: argparse.Namespace) -> None:
+    """No option is accepted and then unused."""
+    for name, partner in PARTNERS.items():
+        if getattr(args, name) is not None and getattr(args, _attribute(partner)) is None:
+            raise ConfigError(f"{_flag(name)} does nothing without {partner}: leave it out")
+    for name in OF_THE_JOB if args.slurm else ():
+        if getattr(args, name) is not None:
+            raise ConfigError(f"{_flag(name)} is found by the batch file in its job: leave it out with --slurm")
+    for name in OF_SEVERAL if args.nodes == 1 else ():
+        if getattr(args, name) is not None:
+            raise ConfigError(f"{_flag(name)} is for several --nodes: leave it out on one")
+
+
+def _check_ranges(args: argparse.Namespace) -> None:
+    last = args.rollout_port + (args.rollout_gpus or 1) - 1
+    for flag, low, high in (
+        ("--main-port", args.main_port, args.main_port),
+        ("--rollout-port", args.rollout_port, last),
+    ):
+        if not 0 < low <= high < 1 << 16:
+            raise ConfigError(f"{flag} {low}: ports go from 1 to 65535")
+    if args.cpus_per_process < 1:
+        raise ConfigError(f"--cpus-per-process counts from 1, not {args.cpus_per_process}")
+
+
+def _attribute(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _count_gpus() -> int:

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -55,7 +56,16 @@ def check(args, method) -> None:
 
 
 def addresses(args) -> list[str]:
-    return args.node_addresses.split(",") if args.node_addresses else ["127.0.0.1"]
+    """Of the machines with servers. Raises `ConfigError` for what is no name or address, and for one given twice."""
+    if args.node_addresses is None:
+        return ["127.0.0.1"]
+    names = [name.strip() for name in args.node_addresses.split(",")]
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9_.:-]+", name):
+            raise ConfigError(f"--node-addresses: {name!r} is no name of a machine; write them as node0,node1")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--node-addresses {args.node_addresses} names a machine twice")
+    return names
 
 
 def placed(args, extra: list[str]) -> "tuple[list[str], ServerOptions]":

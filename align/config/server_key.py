@@ -35,9 +35,23 @@ def own_key(variable: str, file: str | None) -> str:
     if not os.environ.get(variable) and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, made = tempfile.mkstemp(prefix=path.name, dir=path.parent)  # with mode 600
-        with os.fdopen(handle, "w") as out:
-            out.write(secrets.token_urlsafe(32) + "\n")
-        with suppress(FileExistsError):  # another server was first: its key holds
-            os.link(made, path)  # appears at once and whole, unlike a file that is being written
-        os.unlink(made)
+        try:
+            with os.fdopen(handle, "w") as out:
+                out.write(secrets.token_urlsafe(32) + "\n")
+            _place(made, path)
+        finally:
+            os.unlink(made)
     return read_key(variable, file)
+
+
+def _place(made: str, path: Path) -> None:
+    """Copy the file of a new key to its place, unless another server was first: its key holds."""
+    try:
+        os.link(made, path)  # appears at once and whole, unlike a file that is being written
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        with suppress(FileExistsError):
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(handle, "wb") as out:
+                out.write(Path(made).read_bytes())

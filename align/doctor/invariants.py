@@ -1,7 +1,5 @@
 """The lines of `align check`: short runs of a config that must agree with each other, and what they leave."""
 
-import contextlib
-import gc
 import json
 import math
 import os
@@ -10,31 +8,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from align.doctor.lines import Line, attempt
+from align.doctor.short_runs import Checker, Result, free
 from align.errors import ConfigError, TrainingError
 
-SHORT = {
-    "max_steps": 2,
-    "save_strategy": "steps",
-    "save_steps": 1,
-    "logging_steps": 1,
-    "eval_strategy": "no",
-    "eval_on_start": "false",
-    "report_to": "none",
-    "push_to_hub": "false",
-    "load_best_model_at_end": "false",
-    "disable_tqdm": "true",
-    "lr_scheduler_type": "constant",
-    "warmup_steps": 0,
-    "resume_from_checkpoint": "false",
-}
-WITHOUT_DROPOUT = ("lora_dropout", "mask_dropout")  # which is drawn otherwise for other batches
-BATCHES = {"4 at once": (4, 1), "1 x 4 accumulated": (1, 4), "2 x 2 accumulated": (2, 2)}
+BATCHES = {"1 x 4 accumulated": (1, 4), "2 x 2 accumulated": (2, 2)}
+RANKS_SECONDS = 1800  # for two processes to load the model and train one step
 BOUNDS = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2}
 """Of losses and gradient norms of the same step computed in other portions, relative to the larger (or to 1): orders of
 summation differ, and nothing else does. A step's loss in bfloat16 differs by its 8 bits."""
@@ -43,86 +26,13 @@ STEP_0 = 1e-3
 they are of the rounding, which the trainers measure and refuse themselves."""
 
 
-@dataclass
-class Result:
-    """What a short run left. logs: of each step. folder: its output, with the final model."""
-
-    logs: list[dict]
-    folder: Path
-    dtype: str
-
-
-class Checker:
-    """Makes the short runs of one config. Each is made once."""
-
-    def __init__(self, config: str, options: list[str], rows: int, work: Path):
-        from align.config.resolve import resolve
-        from align.config.source import read_file
-
-        stated = read_file(config).get("method")
-        if stated is None:
-            raise ConfigError(f"{config}: a line `method:` is needed, to know what is checked")
-        self.config, self.method, self.rows, self.work = config, str(stated.value), rows, work
-        self.given = [f"--{option}" for option in options]
-        self.run = resolve(self.method, config, self.given)
-        self.results: dict[str, Result] = {}
-
-    def tokens(self, output: Path, **options: Any) -> list[str]:
-        """The command line of a short run. What a method has no option for is left out."""
-        from align.config.options import options_of
-
-        known = options_of(self.method)
-        split = self.run.data.dataset_train_split
-        own = {
-            **SHORT,
-            "output_dir": output,
-            "dataset_train_split": split if "[" in split else f"{split}[:{self.rows}]",
-        }
-        own |= {key: 0 for key in WITHOUT_DROPOUT}
-        own |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, **options}
-        return [*self.given, *(f"--{key}={value}" for key, value in own.items() if key in known)]
-
-    def made(self, name: str, **options: Any) -> Result:
-        """The short run of this name."""
-        if name not in self.results:
-            self.results[name] = self._train(self.work / name.replace(" ", "_"), **options)
-        return self.results[name]
-
-    def _train(self, output: Path, **options: Any) -> Result:
-        from align.cli import build
-        from align.cli.train import resume_from
-        from align.config.resolve import resolve
-
-        run = resolve(self.method, self.config, self.tokens(output, **options))
-        trainer = build.trainer(run)
-        try:
-            trainer.train(resume_from_checkpoint=resume_from(run.training.resume_from_checkpoint))
-            trainer.save_model(str(output))
-            return Result(list(trainer.state.log_history), output, _dtype(run.training))
-        finally:
-            if hasattr(trainer, "close"):
-                trainer.close()
-            del trainer
-            free()
-
-
-def free() -> None:
-    """Give the memory of a trainer back before the next one is made."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _dtype(args) -> str:
-    return "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
-
-
-def lines(config: str, options: list[str], rows: int) -> Iterator[Line]:
-    """All lines. The first makes the run that the others are compared with."""
-    with tempfile.TemporaryDirectory(prefix="align-check-") as folder:
-        checker = Checker(config, options, rows, Path(folder))
+def lines(config: str, options: list[str], rows: int, folder: str | None = None) -> Iterator[Line]:
+    """All lines. The first makes the run that the others are compared with. folder: in which the runs' folders are
+    made, and deleted; default: the system's temporary one."""
+    if folder is not None and not Path(folder).is_dir():
+        raise ConfigError(f"--folder {folder} is not a folder")
+    with tempfile.TemporaryDirectory(prefix="align-check-", dir=folder) as work:
+        checker = Checker(config, options, rows, Path(work))
         if checker.run.ensemble is not None and checker.run.ensemble.several:
             raise ConfigError(
                 "an ensemble's members are runs of their own: check with --set ensemble=1 ensemble_kind=separate"
@@ -185,9 +95,9 @@ def stages(checker: Checker) -> list[tuple[str, Any, str]]:
 
 
 def _first(checker: Checker) -> str:
-    result = checker.made("4 at once")
+    result = checker.whole()
     losses = ", ".join(f"{entry['loss']:.4g}" for entry in result.logs if "loss" in entry)
-    return f"losses {losses} on {checker.rows} rows, {result.dtype}"
+    return f"losses {losses} on {len(checker.rows)} rows, {result.dtype}"
 
 
 def compared(a: Result, b: Result, steps: int | None = 1) -> str:
@@ -209,11 +119,11 @@ def bounded(found: float, bound: float, of: str) -> str:
 
 
 def _accumulation(checker: Checker) -> str:
-    first, *others = (
-        checker.made(name, per_device_train_batch_size=size, gradient_accumulation_steps=count)
-        for name, (size, count) in BATCHES.items()
-    )
-    return "; ".join(f"{name} {compared(first, other)}" for name, other in zip(list(BATCHES)[1:], others, strict=True))
+    found = []
+    for name, (size, count) in BATCHES.items():
+        other = checker.made(name, per_device_train_batch_size=size, gradient_accumulation_steps=count)
+        found.append(f"{name} {compared(checker.whole(), other)}")
+    return "; ".join(found)
 
 
 def _ranks(checker: Checker) -> str | Line:
@@ -223,28 +133,54 @@ def _ranks(checker: Checker) -> str | Line:
     if cuda and torch.cuda.device_count() < 2:
         return Line(what, "skipped", "there is one GPU")
     output = checker.work / "two_processes"
-    tokens = checker.tokens(output, per_device_train_batch_size=2, max_steps=1)
+    saved = {"save_strategy": "steps", "save_steps": 1, "save_only_model": "true"}  # for what the checkpoint says
+    tokens = checker.tokens(output, per_device_train_batch_size=2, max_steps=1, **saved)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "align"]
-    done = subprocess.run(
-        [*command, checker.method, "--config", checker.config, *tokens],
+    try:
+        run_shown([*command, checker.method, "--config", checker.config, *tokens], RANKS_SECONDS)
+        logs = json.loads((output / "checkpoint-1" / "trainer_state.json").read_text())["log_history"]
+    finally:
+        shutil.rmtree(output, ignore_errors=True)
+    return compared(checker.whole(), Result(logs, output, checker.whole().dtype))
+
+
+def run_shown(command: list[str], seconds: float) -> None:
+    """Run a command to its end, at most so many seconds. TrainingError with its error, or its last lines."""
+    process = subprocess.Popen(
+        command,
         env={"OMP_NUM_THREADS": "1", **os.environ},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
+        errors="replace",
     )
-    if done.returncode:
-        said = [line for line in done.stderr.splitlines() if "align: error" in line or "Error" in line]
-        raise TrainingError((said or [f"exit status {done.returncode}"])[0])
-    logs = json.loads((output / "checkpoint-1" / "trainer_state.json").read_text())["log_history"]
-    return compared(checker.made("4 at once"), Result(logs, output, checker.made("4 at once").dtype))
+    late = False
+    try:
+        said, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        late = True
+        process.terminate()  # torchrun ends its processes, which have sessions of their own
+        try:
+            said, _ = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            said, _ = process.communicate()
+    if not late and not process.returncode:
+        return
+    print(said[-4000:], file=sys.stderr)
+    errors = [line for line in said.splitlines() if "align: error" in line]
+    last = errors[:1] or [line for line in said.splitlines() if line.strip()][-3:]
+    why = f"not done after {seconds:g} s" if late else f"exit status {process.returncode}"
+    raise TrainingError(f"{why}: {' | '.join(last) or 'nothing was printed'}")
 
 
 def _step_0(checker: Checker) -> str | Line:
-    logs = checker.made("4 at once").logs[0]
+    logs = checker.whole().logs[0]
     found = {key: logs[key] for key in ("kl", "rewards/chosen", "rewards/rejected", "rewards/margins") if key in logs}
     if not found:
         return Line("policy = reference at step 0", "skipped", "this run has no reference, or logs nothing of it")
     worst = max(map(abs, found.values()))
-    bound = STEP_0 if checker.made("4 at once").dtype == "float32" else 50 * STEP_0
+    bound = STEP_0 if checker.whole().dtype == "float32" else 50 * STEP_0
     return f"{', '.join(found)} {bounded(worst, bound, checker.made('4 at once').dtype)}"
 
 
@@ -275,14 +211,21 @@ def _cached(checker: Checker) -> str | Line:
 
 
 def _resumed(checker: Checker) -> str:
+    whole, folder = checker.whole(), checker.work / "resumed"
+    try:
+        half = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "save_only_model": "false"}
+        checker.made("resumed", keep=True, **half)
+        del checker.results["resumed"]
+        again = checker.made("resumed", keep=True, resume_from_checkpoint="true")
+        return same_weights(whole, again)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def same_weights(whole: Result, again: Result) -> str:
     import torch
     from safetensors.torch import load_file
 
-    whole, folder = checker.made("4 at once"), checker.work / "resumed"
-    shutil.copytree(whole.folder / "checkpoint-1", folder / "checkpoint-1")
-    with contextlib.suppress(FileNotFoundError):
-        shutil.copy(whole.folder / "overoptimization.jsonl", folder)
-    again = checker.made("resumed", resume_from_checkpoint="true")
     files = sorted(path.name for path in whole.folder.glob("*.safetensors"))
     for name in files:
         ours, theirs = load_file(whole.folder / name), load_file(again.folder / name)
@@ -296,7 +239,7 @@ def _resumed(checker: Checker) -> str:
 def _exported(checker: Checker) -> str:
     from align.modeling.export import export_model
 
-    source = checker.made("4 at once").folder
+    source = checker.whole().folder
     exported = export_model(source, checker.work / "exported")
     shutil.rmtree(checker.work / "exported")
     return f"as one model in {exported.dtype}, checked on fixed rows"
@@ -310,11 +253,9 @@ def _engine(checker: Checker) -> str:
     from align.rollout import make_engine
 
     cuda = torch.cuda.is_available() and not checker.run.training.use_cpu
-    device, dtype = (
-        ("cuda", "bfloat16" if checker.made("4 at once").dtype == "bfloat16" else None) if cuda else ("cpu", None)
-    )
+    device, dtype = ("cuda", "bfloat16" if checker.whole().dtype == "bfloat16" else None) if cuda else ("cpu", None)
     start = load_policy(checker.run.model.model_name_or_path, dtype=dtype).to(device)
-    trained = load_policy(str(checker.made("4 at once").folder), dtype=dtype).to(device)
+    trained = load_policy(str(checker.whole().folder), dtype=dtype).to(device)
     tokenizer = load_tokenizer(checker.run.model.model_name_or_path)
     backend = getattr(getattr(checker.run.training, "rollout", None), "backend", "transformers")
     longest = getattr(start.config.get_text_config(), "max_position_embeddings", None) or 256
@@ -331,10 +272,7 @@ def _engine(checker: Checker) -> str:
 
 def _texts(checker: Checker, count: int = 6) -> tuple[list, list]:
     """Prompts of the rows, and texts of other lengths after each: what is scored here need not be good."""
-    from align.cli import build
-
-    rows = build.train_rows(checker.run)
-    rows = rows.select(range(min(count, len(rows))))
+    rows = checker.rows.select(range(count))
     columns = rows.column_names
     prompts = rows["prompt"][:] if "prompt" in columns else ["" for _ in range(len(rows))]
     answers = next((rows[name][:] for name in ("chosen", "completion") if name in columns), None)
@@ -373,7 +311,7 @@ def _parameters(reward) -> list:
 def _own_scores(checker: Checker) -> str:
     from align.reward_models.classifier import ClassifierReward
 
-    return _invariant(ClassifierReward(str(checker.made("4 at once").folder), normalize=False), checker)
+    return _invariant(ClassifierReward(str(checker.whole().folder), normalize=False), checker)
 
 
 def _rewards(checker: Checker) -> str | Line:

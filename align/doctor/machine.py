@@ -88,12 +88,21 @@ def version_line(requirement, version: str | None, pin: str | None) -> Line:
 
 
 def _engine_version(pins: dict[str, str]) -> Line:
-    found = next((f"{version} ({name})" for name in ENGINES if (version := _installed(name))), None)
-    if found is None:
-        return Line(
-            "vllm", "note", "not installed: rollouts are made by transformers, slowly. `pip install 'align-rlhf[vllm]'`"
-        )
-    return Line("vllm", "passed", found)
+    """Of vLLM, under either name, against the range of the extra of that name."""
+    from packaging.requirements import Requirement
+
+    for name in ENGINES:
+        if (version := _installed(name)) is None:
+            continue
+        for text in importlib.metadata.requires(DISTRIBUTION) or []:
+            wanted = Requirement(text)
+            if wanted.name == name and wanted.marker is not None and wanted.marker.evaluate({"extra": name}):
+                line = version_line(wanted, version, pins.get(name))
+                line.what, line.found = "vllm", f"{name} {line.found}"
+                return line
+    return Line(
+        "vllm", "note", "not installed: rollouts are made by transformers, slowly. `pip install 'align-rlhf[vllm]'`"
+    )
 
 
 # ---- what a run uses ------------------------------------------------------------------------------------------------
@@ -112,7 +121,7 @@ def used(model: str | None) -> Iterator[Line]:
     yield attempt("rollout engine", _engine, "install vLLM anew, for the PyTorch that is installed")
     flash = next((f"{name} {v}" for name in ("flash-attn", "kernels") if (v := _installed(name))), None)
     yield Line("attention", "note", f"sdpa by default; {flash or 'flash-attn is not installed'}")
-    free = _free(Path.cwd())
+    free = free_gib(Path.cwd())
     state, remedy = ("passed", "") if free > 2 else ("failed", "free some space, or write to another disk (output_dir)")
     yield Line("disk", state, f"{free:.1f} GiB free in {Path.cwd()}", remedy)
     if model is not None:
@@ -121,7 +130,7 @@ def used(model: str | None) -> Iterator[Line]:
         )
 
 
-def _free(folder: Path) -> float:
+def free_gib(folder: Path) -> float:
     room = os.statvfs(folder)
     return room.f_bavail * room.f_frsize / 2**30
 

@@ -1,6 +1,7 @@
 """`align doctor` and `align check`: what passes, and that a fault is found and named with its remedy."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ from packaging.requirements import Requirement
 
 from align.cli.main import main
 from align.data import toy
-from align.doctor import invariants, machine
+from align.doctor import invariants, machine, short_runs
 from align.doctor.lines import attempt
+from align.errors import TrainingError
 from tests.trainers.pairs.preference_runs import toy_pairs
 from tests.trainers.tiny_runs import tiny_model
 
@@ -48,6 +50,18 @@ def test_versions_outside_their_range_fail_with_the_command_that_mends_them():
         assert line.state == "failed" and line.remedy == "pip install 'trl==1.16.0'"
 
 
+def test_vllm_outside_the_range_of_its_extra_fails(monkeypatch):
+    """The range is the package's own; as for every other package, the remedy is the command."""
+    found = {"vllm": "0.24.0"}
+    monkeypatch.setattr(machine, "_installed", found.get)
+    line = machine._engine_version({"vllm": "0.31.0"})
+    assert (line.what, line.state) == ("vllm", "failed") and "vllm 0.24.0, <=0.31,>=0.25 is needed" in line.found
+    found["vllm"] = "0.31.0"
+    assert machine._engine_version({"vllm": "0.31.0"}).found == "vllm 0.31.0 (as tested)"
+    del found["vllm"]
+    assert machine._engine_version({}).state == "note"
+
+
 def test_a_stage_that_breaks_is_a_line_and_the_exit_status_says_so(capsys, monkeypatch):
     def broken():
         raise RuntimeError("no\nsuch device")
@@ -74,12 +88,30 @@ def config(tmp_path) -> Path:
     return path
 
 
+def watch_folders(monkeypatch) -> list[list[str]]:
+    """What lies in the check's folder when each of its short runs begins: folders of models and of checkpoints."""
+    seen, train = [], short_runs.Checker._train
+
+    def watched(self, output, keep, **options):
+        files = [path.parent for path in self.work.rglob("*.safetensors") if path.parent != output]
+        folders = [str(path.relative_to(self.work)) for path in files]
+        seen.append(folders)
+        return train(self, output, keep, **options)
+
+    monkeypatch.setattr(short_runs.Checker, "_train", watched)
+    return seen
+
+
 def test_the_invariants_hold(config, capsys, monkeypatch):
     """All but two processes, which tests/trainers/on_policy/test_two_processes.py has; nothing is written beside."""
     monkeypatch.setattr(invariants, "_ranks", lambda checker: "not here")
     before = sorted(config.parent.iterdir())
-    status, found = report(capsys, "check", str(config))
+    seen = watch_folders(monkeypatch)
+    status, found = report(capsys, "check", str(config), "--rows", "9", "--folder", str(config.parent))
     assert status == 0, found
+    assert "on 9 rows" in found["lines"][0]["found"]
+    saved = {name for names in seen for name in names}
+    assert saved == {"4_at_once", "resumed/checkpoint-1"}  # one checkpoint, and of the models the one that is read
     assert len(found["lines"]) == 9 and {line["state"] for line in found["lines"]} == {"passed"}
     assert sorted(config.parent.iterdir()) == before
 
@@ -108,3 +140,48 @@ def test_a_broken_invariant_fails_its_line(config, capsys, monkeypatch):
     accumulation, resumed = found["lines"][1:]
     assert accumulation["state"] == "failed" and "at most 0.001 (float32)" in accumulation["found"]
     assert resumed["state"] == "failed" and "differs by up to" in resumed["found"] and resumed["remedy"] == "b"
+
+
+def first_rows(config, *options, rows=8):
+    folder = config.parent / "work"
+    folder.mkdir(exist_ok=True)
+    return short_runs.Checker(str(config), list(options), rows, folder)
+
+
+def test_the_first_rows_are_taken_of_a_slice_and_of_a_stream(config):
+    assert len(first_rows(config, "dataset_train_split=train[2:]", rows=9).rows) == 9
+    streamed = first_rows(config, "streaming=true")
+    tokens = streamed.tokens(config.parent / "out")
+    assert len(streamed.rows) == 8 and "--streaming=false" in tokens
+    assert f"--dataset_name={config.parent}/work/rows.parquet" in tokens
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rows", "-3"], "--rows -3 is too few: two steps of four rows need 8"),
+        (["--set", "dataset_train_split=train[:5]"], "there are 5 rows to train on"),
+        (["--set", "max_steps=3"], "--set max_steps: the check sets this itself"),
+        (["--set", "gradient-accumulation-steps=2"], "--set gradient_accumulation_steps: the check sets this itself"),
+        (["--folder", "/nowhere"], "--folder /nowhere is not a folder"),
+    ],
+)
+def test_what_the_check_cannot_use_is_refused(config, capsys, options, message):
+    assert main(["check", str(config), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_without_room_is_refused_before_anything_trains(config, capsys, monkeypatch):
+    monkeypatch.setattr(short_runs, "free_gib", lambda folder: 0.0001)
+    status, found = report(capsys, "check", str(config))
+    assert status == 1 and len(found["lines"]) == 1
+    assert "which has 0.0 GiB free: name another --folder" in found["lines"][0]["found"]
+
+
+def test_a_command_that_fails_or_hangs_shows_its_last_lines(capsys):
+    talk = "import sys, time; print('out'); print('the last word', file=sys.stderr, flush=True); "
+    with pytest.raises(TrainingError, match=r"exit status 3: .*the last word"):
+        invariants.run_shown([sys.executable, "-c", talk + "sys.exit(3)"], 60)
+    with pytest.raises(TrainingError, match="not done after 2 s"):
+        invariants.run_shown([sys.executable, "-c", talk + "time.sleep(60)"], 2)
+    assert "the last word" in capsys.readouterr().err

@@ -60,7 +60,7 @@ def test_the_gpus_are_those_that_the_environment_shows(config, capsys, monkeypat
 
 def test_on_two_machines_every_process_knows_all_servers(config, capsys):
     options = ["--num-processes", 8, "--rollout-gpus", 4, "--rollout-tensor-parallel", 4, "--nodes", 2]
-    where = ["--node-rank", 1, "--main-address", "n0", "--node-addresses", "n0,n1", "--dry-run"]
+    where = ["--node-rank", 1, "--main-address", "n0", "--node-addresses", "n0, n1", "--dry-run"]
     assert launch(config, *options, *where) == 2  # weights go through a folder of both
     assert "http://n0:8000 is on another machine: name a transfer_folder" in capsys.readouterr().err
     assert launch(config, *options, *where, "--rollout.transfer_folder", "/data") == 0
@@ -92,6 +92,9 @@ def test_a_slurm_file_launches_servers_and_trainer_on_every_node(config, capsys)
         assert word in " ".join(trainer[1])
 
 
+TWO = ["--rollout-gpus", 1, "--nodes", 2, "--node-rank", 0, "--main-address", "a"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -99,6 +102,10 @@ def test_a_slurm_file_launches_servers_and_trainer_on_every_node(config, capsys)
         (["--rollout-gpus", 0], "--rollout-gpus 0 is not a number"),
         (["--rollout-gpus", 1, "--rollout.timeout", 0], "rollout.timeout: input should be greater than 0"),
         (["--rollout-gpus", 1, "--nodes", 2, "--node-rank", 0, "--main-address", "a"], "needs their --node-addresses"),
+        (["--rollout-gpus", 1, "--node-addresses", "n0,n1"], "--node-addresses is for several --nodes"),
+        ([*TWO, "--node-addresses", "n0,n 1"], "'n 1' is no name of a machine"),
+        ([*TWO, "--node-addresses", "n0,n0"], "names a machine twice"),
+        (["--rollout-gpus", 2, "--rollout-port", 65535], "--rollout-port 65535: ports go from 1 to 65535"),
     ],
 )
 def test_what_cannot_be_shared_out(config, capsys, options, message):

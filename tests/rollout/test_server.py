@@ -267,6 +267,20 @@ def test_the_page_shows_what_works(monkeypatch):
     assert len(options.urls) == 2 and options.on_engine_failure == "wait" and options.transfer_folder == "/dev/shm"
 
 
+def test_a_home_without_hard_links_gets_a_key_too(tmp_path, monkeypatch):
+    from align.config.server_key import own_key, read_key
+
+    def refuse(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.delenv("ALIGN_ROLLOUT_KEY", raising=False)
+    monkeypatch.setattr(os, "link", refuse)
+    file = tmp_path / "key"
+    key = own_key("ALIGN_ROLLOUT_KEY", str(file))
+    assert own_key("ALIGN_ROLLOUT_KEY", str(file)) == key == read_key("NONE", str(file))
+    assert file.stat().st_mode & 0o777 == 0o600 and list(tmp_path.iterdir()) == [file]
+
+
 def test_keys_are_made_once_and_kept_from_others(tmp_path, monkeypatch):
     from align.config.server_key import own_key, read_key
 
