@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from align.distributed.shards import is_zero3, zero3_twin
+from align.distributed.shells import copied
 from align.errors import ConfigError
 from align.modeling.adapters import adapter_base, attached, check_stack, is_adapter, split
 from align.modeling.logprobs import language_model, token_logps
@@ -100,23 +101,23 @@ def load_adapted(folder: str | Path, *, dtype: str | torch.dtype | None = None) 
     return attached(core, config, trained).requires_grad_(False)
 
 
-def load_backbone(source: str | Path, *, dtype: str | torch.dtype = "float32") -> Model:
+def load_backbone(source: str | Path, *, dtype: str | torch.dtype = "float32", sharded: bool = False) -> Model:
     """The transformer under the head of a causal model or a classifier, from a folder (of an adapter too) or hub
-    name."""
+    name. sharded: as in `load_policy`."""
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     if is_adapter(source):
         from peft import PeftConfig
 
         if PeftConfig.from_pretrained(str(source)).task_type != "SEQ_CLS":
-            whole = load_merged(AutoModelForCausalLM, str(source), {"dtype": dtype})
+            whole = load_merged(AutoModelForCausalLM, str(source), {"dtype": dtype, "sharded": sharded})
         else:
-            options = {"dtype": dtype, "num_labels": 1}
+            options = {"dtype": dtype, "num_labels": 1, "sharded": sharded}
             whole = load_merged(AutoModelForSequenceClassification, str(source), options, head_seed=0)
         model = whole.base_model
     else:
         with only_errors_from_transformers():  # the head that is left out is expected
-            model = from_pretrained(AutoModel, str(source), "model", dtype=dtype)
+            model = from_pretrained(AutoModel, str(source), "model", dtype=dtype, sharded=sharded)
     compute_soft_caps(model)
     return model
 
@@ -283,18 +284,12 @@ def reference_of(model: Model, ref_model: str | Path | Model | None = None) -> R
 
 
 def freeze_copy(model: Model, dtype: torch.dtype | None = None) -> Model:
-    """A copy of the model that no optimiser can change, in eval mode; dtype: of its weights, None: as they are. No copy
-    in the model's own precision is made on the way; buffers (rotary frequencies) keep theirs."""
+    """A copy of the model that no optimiser can change, in eval mode; dtype: of its weights, None: as they are."""
     if is_zero3(model.parameters()):
         return _frozen(zero3_twin(language_model(model)))
-    if dtype is None:
-        return _frozen(copy.deepcopy(model))
-    # what is packed in integers (4 bits) stays; tied weights are one parameter here and there; a copy shares no storage
-    # even where the dtype is the same
-    floating = [p for p in model.parameters() if p.is_floating_point()]
-    weights = {id(p): nn.Parameter(p.detach().to(dtype, copy=True), requires_grad=False) for p in floating}
-    twin = _frozen(copy.deepcopy(model, dict(weights)))
-    language_model(twin).config.dtype = dtype
+    twin = _frozen(copied(model, dtype))
+    if dtype is not None:
+        language_model(twin).config.dtype = dtype
     return twin
 
 

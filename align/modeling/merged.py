@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from align.distributed.shells import fill
 from align.errors import ConfigError
 from align.modeling.adapters import CONFIG_FILE, adapter_base, is_adapter, read_object, read_start
 from align.modeling.pretrained import load_whole, one_line, only_errors_from_transformers
@@ -42,6 +43,7 @@ def load_unmerged(auto_class, folder: str, options: dict, **head) -> tuple[Model
         raise ConfigError(f"{folder} is the adapter of a reward model, and a language model is needed here")
     with only_errors_from_transformers():  # a head that the base lacks is the adapter's
         model = load(auto_class, base, options, **({"head_seed": 0} if head else {}))
+        fill(model)  # the adapter is added to it
         try:
             return PeftModel.from_pretrained(model, folder), base
         except Exception as error:  # damaged files make PEFT and safetensors raise anything

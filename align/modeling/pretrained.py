@@ -2,12 +2,13 @@
 
 import logging
 import os
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from align.data.hub import not_found, offline_if_unreachable
+from align.distributed.shells import ShellsForZeros, fill
 from align.errors import ConfigError
 from align.modeling.adapters import is_adapter
 from align.modeling.score_head import draw_head, head_name
@@ -19,7 +20,7 @@ logger = logging.getLogger(__name__)
 @contextmanager
 def weights_on_every_process():
     """Under FSDP's cpu_ram_efficient_loading, transformers gives every process but the main one a model of zeros, of
-    whatever kind it is. Only the model that FSDP then shards gets its weights from the main process."""
+    whatever kind it is. Only a model that FSDP then shards gets its weights from the main process."""
     name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
     before = os.environ.get(name)
     if before is not None:
@@ -36,7 +37,7 @@ def from_pretrained(auto_class, source: str, what: str, *, sharded: bool = False
     try:
         with (
             offline_if_unreachable(source) as problem,
-            nullcontext() if sharded else weights_on_every_process(),
+            ShellsForZeros() if sharded else weights_on_every_process(),
         ):
             return auto_class.from_pretrained(source, **kwargs)
     except Exception as error:  # missing and damaged files make transformers, tokenizers and safetensors raise anything
@@ -61,6 +62,7 @@ def load_whole(auto_class, source: str, options: dict, **head) -> Model:
         if head["head_seed"] is None:
             raise ConfigError(f"{source} is no reward model: it holds no weights for its score ({name})")
         logger.info("%s has no score head: %s is drawn with seed %d", source, name, head["head_seed"])
+        fill(model.get_submodule(name))
         draw_head(model.get_submodule(name), head["head_seed"])
     others = sorted(key for key in missing if not key.startswith(f"{name}."))
     if others:

@@ -1,6 +1,5 @@
 """The critic of PPO: a separate value network with its own optimiser and its own file in checkpoints."""
 
-import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
+from align.distributed.shells import copied
 from align.errors import ConfigError, TrainingError
 from align.modeling.load import disable_dropout, load_backbone
 from align.modeling.logprobs import language_model
@@ -82,14 +82,14 @@ def make_critic(policy: Model, args: Any, *, heads: int) -> Critic:
             "PPOConfig, or a configuration with CriticOptions"
         )
     if args.critic_model_name_or_path is not None:
-        backbone = load_backbone(args.critic_model_name_or_path)
+        backbone = load_backbone(args.critic_model_name_or_path, sharded=True)
     elif hasattr(policy, "peft_config"):
         raise ConfigError(
             "a policy with an adapter needs critic_model_name_or_path: the critic is trained in full, and the adapted "
             "trunk cannot be its start. Name the model that training starts from, or a reward model"
         )
     else:
-        backbone = copy.deepcopy(language_model(policy).base_model)
+        backbone = copied(language_model(policy).base_model)
     backbone.requires_grad_(True).train()
     disable_dropout(backbone)
     if args.gradient_checkpointing:
@@ -109,8 +109,10 @@ class CriticLearner:
         if kind == "DEEPSPEED" or (kind == "FSDP" and not accelerator.is_fsdp2):
             raise ConfigError(f"the critic of PPO is trained with DDP or FSDP2 or in one process, not under {kind}")
         self.accelerator, self.args, self.recorder = accelerator, args, recorder
-        critic = critic.to(accelerator.device)
-        self.model = fsdp2_prepare_model(accelerator, critic) if kind == "FSDP" else accelerator.prepare_model(critic)
+        if kind == "FSDP":  # the whole critic never lies on one device
+            self.model = fsdp2_prepare_model(accelerator, critic)
+        else:
+            self.model = accelerator.prepare_model(critic.to(accelerator.device))
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=args.critic_learning_rate, weight_decay=args.weight_decay, eps=1e-5, fused=False
         )

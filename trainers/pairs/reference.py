@@ -24,9 +24,8 @@ def load_reference(
     if not isinstance(ref_model, str):
         return ref_model
     core = language_model(policy)
-    return load_policy(
-        ref_model, dtype=core.dtype if dtype is None else dtype, attn_implementation=core.config._attn_implementation
-    )
+    options = {"dtype": core.dtype if dtype is None else dtype}
+    return load_policy(ref_model, attn_implementation=core.config._attn_implementation, sharded=True, **options)
 
 
 def make_reference(

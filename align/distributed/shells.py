@@ -1,0 +1,54 @@
+"""Weights of the processes that FSDP2 will send theirs: shapes without memory.
+
+Under `cpu_ram_efficient_loading` transformers gives every process but the main one of its node a model of zeros, which
+FSDP2 then replaces by shards of what the main process has read. Written out, these zeros are the whole model in each
+process: 280 GB for 70B parameters in float32, and again for a copy. A shell is a zero that is seen everywhere: it is
+computed with, is copied for nothing, and cannot be written to.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from align.modeling.types import Model
+
+
+class ShellsForZeros(TorchFunctionMode):
+    """Inside, the zeros that transformers puts in the place of parameters are shells."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.zeros_like and isinstance(args[0], nn.Parameter) and kwargs == {"device": "cpu"}:
+            return shell(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def shell(like: Tensor) -> Tensor:
+    """A zero on the CPU in the shape of `like`."""
+    return torch.zeros((), dtype=like.dtype).expand(like.shape)
+
+
+def is_shell(tensor: Tensor) -> bool:
+    return tensor.numel() > 1 and not any(tensor.stride())
+
+
+def fill(module: nn.Module) -> None:
+    """Give the shells in a module memory of their own, for what writes to its weights."""
+    for parameter in module.parameters():
+        if is_shell(parameter):
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+
+
+def copied(model: Model, dtype: torch.dtype | None = None) -> Model:
+    """A copy; dtype: of its floating weights (those that are packed in integers stay), None: as they are. Shells are
+    shared, tied weights are one parameter here and there, no weight is copied in another dtype on the way, and buffers
+    (rotary frequencies) keep theirs."""
+    weights: dict[int, nn.Parameter] = {}
+    for parameter in model.parameters():
+        kind = dtype if dtype is not None and parameter.is_floating_point() else parameter.dtype
+        if is_shell(parameter):
+            weights[id(parameter)] = nn.Parameter(shell(torch.empty_like(parameter, dtype=kind, device="meta")))
+        elif kind != parameter.dtype or dtype is not None and parameter.is_floating_point():
+            weights[id(parameter)] = nn.Parameter(parameter.detach().to(kind, copy=True))
+    return copy.deepcopy(model, dict(weights))
