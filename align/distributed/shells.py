@@ -7,6 +7,9 @@ computed with, is copied for nothing, and cannot be written to.
 """
 
 import copy
+import functools
+from types import CellType, FunctionType, MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,4 +54,35 @@ def copied(model: Model, dtype: torch.dtype | None = None) -> Model:
             weights[id(parameter)] = nn.Parameter(shell(torch.empty_like(parameter, dtype=kind, device="meta")))
         elif kind != parameter.dtype or dtype is not None and parameter.is_floating_point():
             weights[id(parameter)] = nn.Parameter(parameter.detach().to(kind, copy=True))
-    return copy.deepcopy(model, dict(weights))
+    twin = copy.deepcopy(model, dict(weights))
+    _own_forward(twin, {id(module) for module in model.modules()})
+    return twin
+
+
+def _own_forward(twin: nn.Module, originals: set[int]) -> None:
+    """TRL puts a function in the place of `forward` that calls the model it was made for. A copy of it would compute
+    with the weights of the original: its class's own takes that place."""
+    for module in twin.modules():
+        forward = vars(module).get("forward")
+        if forward is not None and _reaches(forward, originals):
+            del module.forward
+
+
+def _reaches(function: Any, originals: set[int]) -> bool:
+    """Whether a callable holds one of these modules: bound to it, in its closure, or as an argument."""
+    left, seen = [function], set()
+    while left:
+        one = left.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, nn.Module):
+            if id(one) in originals:
+                return True
+        elif isinstance(one, MethodType):
+            left += [one.__self__, one.__func__]
+        elif isinstance(one, functools.partial):
+            left += [one.func, *one.args, *one.keywords.values()]
+        elif isinstance(one, FunctionType):
+            left += [cell.cell_contents for cell in one.__closure__ or () if cell != CellType()]
+    return False

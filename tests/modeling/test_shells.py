@@ -90,3 +90,17 @@ def test_a_copy_is_a_copy():
 def resident(name: str) -> int:
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:")]
     return int(line.split()[1]) * 1024
+
+
+def test_a_copy_of_a_model_that_trl_has_patched_computes_with_its_own_weights(saved, tmp_path):
+    """`SFTTrainer(...).model` into the next trainer, as scripts do it."""
+    from trl.trainer.utils import add_fused_lm_head as patch
+
+    model = load_policy(saved)
+    patch(model)
+    twin, ids = freeze_copy(model), torch.tensor([[1, 2, 3]])
+    before = twin(ids).logits
+    torch.testing.assert_close(before, model(ids).logits, rtol=0, atol=0)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2.0)
+    assert torch.equal(twin(ids).logits, before) and not torch.equal(model(ids).logits, before)

@@ -322,7 +322,7 @@ def constrained(**options):
 
 def test_a_weighting_says_its_streams_and_scores():
     weighting, row = constrained(), {"a": 0.1, "b": 0.2, "c": 0.3}
-    assert weighting.streams == [StreamSpec("task", 1.0), StreamSpec("a_at_least"), StreamSpec("b_at_most")]
+    assert weighting.streams == [StreamSpec("task", 1.0, 1.0), StreamSpec("a_at_least"), StreamSpec("b_at_most")]
     assert weighting.scores(row) == {"task": pytest.approx(0.9), "a_at_least": 0.1, "b_at_most": 0.2}
     assert weighting.weights() == [1.0, 0.5, -0.5] and weighting.kl_weight == 1.0
     assert constrained(kl_in_constraints=True).kl_weight == 1.0  # 1 + 0.5 - 0.5
