@@ -16,6 +16,7 @@ _TABLE = {
     (0, True, 1, True): "rollouts_ahead lam label_smoothing_factor min_p",
     (0, False, 1, True): "gamma top_p",
     (0, True, 1, False): "old_policy_share adam_beta1 adam_beta2 max_bad_share label_noise lora_dropout",
+    (0, False, 10, True): "repetition_penalty",
     (0.01, True, 2, True): "temperature",  # what `align.rollout.types` takes
     (0, False, _HUGE, True): (
         "adam_epsilon epsilon epsilon_high dual_clip kl_target kl_horizon kl_gain rollout_correction_high "

@@ -32,6 +32,13 @@ def processed_logps(
     return logits.log_softmax(-1)
 
 
+def penalised(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
+    """Logits [B, V] in which tokens that were there before are less likely, as in vLLM and transformers: divided by the
+    penalty if positive, else multiplied. seen: [B, V] bool. penalty: [B]."""
+    changed = torch.where(logits > 0, logits / penalty[:, None], logits * penalty[:, None])
+    return torch.where(seen, changed, logits)
+
+
 def draw_tokens(logps: Tensor, uniforms: Tensor) -> Tensor:
     """Tokens [B] drawn from log-probs [B, V] with one uniform number in [0, 1) per row, `uniforms` [B] float64.
 
@@ -52,7 +59,9 @@ class RowSampler:
         stop_ids: list[tuple[int, ...]],
         vocab_size: int,
         device: torch.device,
+        prompts: list[list[int]] | None = None,
     ):
+        """prompts: what a repetition penalty counts beside the completions."""
         self.params, self.stop_ids = params, stop_ids
         tensor = lambda values: torch.tensor(values, device=device)  # noqa: E731
         self.greedy = tensor([p.greedy for p in params])
@@ -66,13 +75,19 @@ class RowSampler:
             if seed is not None:
                 uniforms[row, : own.max_tokens] = np.random.default_rng(seed).random(own.max_tokens)
         self.uniforms = torch.from_numpy(uniforms).to(device)
+        self.penalty = tensor([p.repetition_penalty for p in params]) if any(p.penalises for p in params) else None
+        self.seen: Tensor | None = None  # [B, V]: the tokens that a row has already
+        if self.penalty is not None:
+            self.seen = torch.zeros(len(params), vocab_size, dtype=torch.bool, device=device)
+            for row, ids in enumerate(prompts or []):
+                self.seen[row, ids] = True
         self.min_tokens = max(p.min_tokens for p in params)
 
     def select(self, rows: list[int]) -> None:
         """Keep only these rows."""
         self.params = [self.params[i] for i in rows]
         self.stop_ids = [self.stop_ids[i] for i in rows]
-        for name in ("greedy", "temperature", "top_k", "top_p", "min_p", "uniforms"):
+        for name in ("greedy", "temperature", "top_k", "top_p", "min_p", "uniforms", "penalty", "seen"):
             if (values := getattr(self, name)) is not None:
                 setattr(self, name, values[rows])
 
@@ -82,8 +97,12 @@ class RowSampler:
             for row, params in enumerate(self.params):
                 if step < params.min_tokens:
                     logits[row, list(self.stop_ids[row])] = -torch.inf
+        if self.penalty is not None and self.seen is not None:
+            logits = penalised(logits, self.seen, self.penalty)
         logps = processed_logps(logits, self.temperature, self.top_k, self.top_p, self.min_p)
         tokens = draw_tokens(logps, self.uniforms[:, step])
         if self.any_greedy:
             tokens = torch.where(self.greedy, logits.argmax(-1), tokens)
+        if self.seen is not None:
+            self.seen.scatter_(1, tokens[:, None], True)
         return tokens, logps.gather(-1, tokens[:, None]).squeeze(-1)

@@ -109,6 +109,7 @@ class TransformersEngine(RolloutEngine):
             [row.request.stop_ids for row in rows],
             self.vocab_size,
             _sampling_device(device),
+            [row.request.prompt_ids for row in rows],
         )
         logits, cache, mask = self._read_prompts([row.request.prompt_ids for row in rows])
         step = 0

@@ -8,6 +8,7 @@ from align.errors import ConfigError
 if TYPE_CHECKING:
     from align.rollout.probe import Probe
 
+MAX_PENALTY = 10.0
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0  # vLLM silently raises smaller ones to 0.01 and refuses larger ones
 
 
@@ -18,7 +19,9 @@ class SamplingParams:
     `top_p`, `top_k` and `min_p` truncate the sampling distribution, and the returned log-probs are those of the
     truncated one; 1, 0 and 0 are off. `min_p`, before the other two, leaves the tokens out whose probability is less
     than that share of the most likely one's. Before `min_tokens` tokens, no token that ends the completion
-    can be drawn, which the log-probs show too. `seed` fixes the draws of this request whatever else is in the call;
+    can be drawn, which the log-probs show too. `repetition_penalty`, before the temperature and of greedy requests too,
+    divides the positive logits of tokens that the prompt or the completion has already and multiplies the negative ones
+    (CTRL, arXiv 1909.05858); 1 is off. `seed` fixes the draws of this request whatever else is in the call;
     the `n` samples differ all the same. A completion ends with the model's end tokens or one of `stop_token_ids`.
     """
 
@@ -28,6 +31,7 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
     min_tokens: int = 0
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
@@ -48,6 +52,11 @@ class SamplingParams:
             raise ConfigError(f"top_k must be >= 0, got {self.top_k} (0 is off)")
         if not 0 <= self.min_p <= 1:
             raise ConfigError(f"min_p must be in [0, 1], got {self.min_p} (0 is off)")
+        if not 0 < self.repetition_penalty <= MAX_PENALTY:
+            raise ConfigError(
+                f"repetition_penalty must be above 0 and at most {MAX_PENALTY:g} (1 is off), got "
+                f"{self.repetition_penalty}"
+            )
         if not 0 <= self.min_tokens <= self.max_tokens:
             raise ConfigError(f"min_tokens must be in [0, max_tokens={self.max_tokens}], got {self.min_tokens}")
 
@@ -59,6 +68,11 @@ class SamplingParams:
     def truncates(self) -> bool:
         """Whether some tokens cannot be drawn."""
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
+    @property
+    def penalises(self) -> bool:
+        """Whether what was there before changes the distribution: log-probs are above or below the policy's."""
+        return self.repetition_penalty != 1
 
 
 @dataclass(slots=True)

@@ -321,6 +321,7 @@ def vllm_params(request: Request):
         top_p=params.top_p,
         top_k=params.top_k,
         min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
         seed=request.seed,
         max_tokens=params.max_tokens,
         min_tokens=params.min_tokens,

@@ -1,5 +1,7 @@
 """What comes out of an engine: order, lengths, log-probs, ends, and its checks of what goes in."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -68,6 +70,29 @@ def test_truncated_logprobs_are_renormalised_over_what_can_be_drawn(engine, mode
     drawn = {c.token_ids[0]: c.logprobs[0] for c in rollout.completions}
     assert drawn == pytest.approx({token: expected[token] for token in drawn}, abs=1e-4)
     assert len(drawn) > 1
+
+
+def test_a_repetition_penalty_is_that_of_transformers(engine, model):
+    """Of prompt and completion, before the temperature, and in the log-probs; a neighbour without one has none."""
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    (prompt,) = prompts([9])
+    process = RepetitionPenaltyLogitsProcessor(2.5)
+    asked = [SamplingParams(10, n=3, temperature=0.7), SamplingParams(10, temperature=0), SamplingParams(4)]
+    asked[:2] = [replace(params, repetition_penalty=2.5) for params in asked[:2]]
+    sampled, greedy, plain = engine.generate([prompt] * 3, asked)
+    for completion in [*sampled.completions, *greedy.completions]:
+        with torch.no_grad():
+            logits = model.eval()(torch.tensor([prompt + completion.token_ids])).logits[0, len(prompt) - 1 : -1]
+        for t, token in enumerate(completion.token_ids):
+            changed = process(torch.tensor([prompt + completion.token_ids[:t]]), logits[t : t + 1].clone())[0]
+            if completion.logprobs is None:
+                assert token == changed.argmax()
+            else:
+                assert completion.logprobs[t] == pytest.approx(float((changed / 0.7).log_softmax(-1)[token]), abs=1e-4)
+    (completion,) = plain.completions
+    expected = own_logps(model, prompt, completion.token_ids, 1.0)
+    torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=0, atol=1e-4)
 
 
 def test_a_call_with_more_prompt_tokens_than_one_scheduling_step_takes(engine, model):

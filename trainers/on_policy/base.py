@@ -78,7 +78,7 @@ class OnPolicyBase(MicroBatchLists, Trainer):
             step=step + 1,
             engine=self.engine.name,
             truncated=self.pipeline.requests[0].truncates,
-            judged=self.buffer is None or not self.buffer.stale,
+            judged=not (self.pipeline.requests[0].penalises or (self.buffer is not None and self.buffer.stale)),
         )
         if step == 0 and self.check_start and self.args.beta:
             check_same_start(logps, batch["ref_logps"], batch["completion_mask"], tolerance)
@@ -108,11 +108,12 @@ class OnPolicyBase(MicroBatchLists, Trainer):
         """Whether the KL in the reward needs a pass of the policy beside that of the reference.
 
         In float32 the engine's log-probs serve as well. In half precision they differ from any of the trainer's by
-        rounding, which the sum over a long completion would take for a KL; and where drawing is truncated, they are
-        those of the truncated distribution; those of a rollout drawn ahead are of older weights.
+        rounding, which the sum over a long completion would take for a KL; and where drawing is truncated or penalised,
+        they are those of that distribution; those of a rollout drawn ahead are of older weights.
         """
         exact = computes_exactly(self.accelerator, self.model) and self.args.engine_options.dtype in (None, "float32")
-        exact = exact and not self.pipeline.requests[0].truncates and not self.ahead.on
+        asked = self.pipeline.requests[0]
+        exact = exact and not asked.truncates and not asked.penalises and not self.ahead.on
         return not exact and (self.kl.adapts or (self.args.kl_in == "reward" and self.args.beta > 0))
 
     # ---- evaluation --------------------------------------------------------------------------------------------------

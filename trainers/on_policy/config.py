@@ -274,6 +274,12 @@ class OnPolicyConfig(BatchingOptions, SamplingOptions, BaseConfig):
             raise ConfigError(
                 "truncated: bootstrap takes the value of a critic, which only PPO has: use keep, mask or penalise"
             )
+        if self.repetition_penalty != 1 and self.rollout_correction == "none":
+            raise ConfigError(
+                "repetition_penalty draws from another distribution than the policy that is trained: set "
+                "rollout_correction, such as token_truncate, which weighs the samples by the ratio",
+                key="repetition_penalty",
+            )
         check_ahead(self)
         check_constraints(self)
         check_dynamic_weights(self)

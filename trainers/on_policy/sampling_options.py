@@ -24,6 +24,13 @@ class SamplingOptions(TrlOnPolicyOptions):
         default=0.0,
         metadata={"help": "Draw no token less likely than this share of the most likely one's probability; 0: off."},
     )
+    repetition_penalty: float = field(
+        default=1.0,
+        metadata={
+            "help": "Divide the positive logits of tokens that the prompt or the completion has already by this, and "
+            "multiply the negative ones, when completions are drawn; 1: off. Needs rollout_correction."
+        },
+    )
     truncated: str | None = field(
         default=None,
         metadata={
@@ -58,7 +65,7 @@ class SamplingOptions(TrlOnPolicyOptions):
     @property
     def drawing(self) -> dict[str, Any]:
         """Arguments of `SamplingParams` for a sampled completion."""
-        names = ("temperature", "top_p", "top_k", "min_p")
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         return {"max_tokens": self.max_completion_length, **{name: getattr(self, name) for name in names}}
 
     def __post_init__(self):

@@ -32,8 +32,7 @@ class TrlOnPolicyOptions(MovingReferenceOptions, TrlDefaults):
     vllm_importance_sampling_correction: bool = of_trl(False, "rollout_correction: token_truncate or sequence_mask")
     normalize_advantages: bool = of_trl(False, "the method reinforce_pp, which whitens over the rollout")
     # ---- what does not exist here
-    repetition_penalty: float = of_trl(1.0, "top_p, top_k or min_p: a penalty would draw from another policy")
-    generation_kwargs: dict[str, Any] | None = of_trl(None, "temperature, top_p, top_k and min_p")
+    generation_kwargs: dict[str, Any] | None = of_trl(None, "temperature, top_p, top_k, min_p and repetition_penalty")
     chat_template_kwargs: dict[str, Any] | None = of_trl(None, "a chat template on the tokenizer with them set")
     reward_clip_range: Any = of_trl(None, "clip inside the reward function; ReMax has reward_clip")
     off_policy_mask_threshold: float | None = of_trl(None, "rollout_correction: sequence_mask")

@@ -128,6 +128,7 @@ def body_of(request: Request, salt: str) -> dict:
             "top_p": params.top_p,
             "top_k": params.top_k,
             "min_p": params.min_p,
+            "repetition_penalty": params.repetition_penalty,
             "seed": request.seed,
             "max_tokens": params.max_tokens,
             "min_tokens": params.min_tokens,

@@ -26,7 +26,7 @@ ASKING = {
     "shuffle_dataset": (False, "train_sampling_strategy: sequential"),
     "use_vllm": (True, "rollout: {backend: vllm}"),
     "vllm_importance_sampling_correction": (True, "rollout_correction"),
-    "repetition_penalty": (1.1, "top_p, top_k or min_p"),
+    "generation_kwargs": ({"top_k": 3}, "top_p, top_k, min_p and repetition_penalty"),
     "steps_per_generation": (4, "num_mini_batches"),
 }
 

@@ -53,3 +53,18 @@ def test_an_engine_below_the_policy_is_found(policy, tmp_path):
         check(-mask, below, **limits, truncated=True)
     with pytest.raises(TrainingError, match=r"differ by 0\.5000"):
         check(-mask, above, **limits)
+
+
+def test_a_penalty_is_weighed_and_not_judged(policy, tmp_path):
+    """Log-probs of the engine are of what was drawn, the KL of the policy without the penalty."""
+    with pytest.raises(ConfigError, match="set rollout_correction, such as token_truncate"):
+        on_policy("rloo", tmp_path, repetition_penalty=1.5)
+    options = {"repetition_penalty": 1.5, "rollout_correction": "token_truncate", "beta": 0.1}
+    trainer_class, args = on_policy("rloo", tmp_path, **options)
+    trainer = trainer_class(policy, wanted_words, args, prompts(16))
+    assert trainer.kl_needs_policy()
+    trainer.train()
+    assert logged(trainer, "rollout/mean_abs_logp_diff")[0] > 0.01 and logged(trainer, "kl")[0] == pytest.approx(
+        0, abs=1e-5
+    )
+    assert logged(trainer, "rollout/effective_sample_size")[0] < 0.999
