@@ -274,12 +274,7 @@ class OnPolicyConfig(BatchingOptions, SamplingOptions, BaseConfig):
             raise ConfigError(
                 "truncated: bootstrap takes the value of a critic, which only PPO has: use keep, mask or penalise"
             )
-        if self.repetition_penalty != 1 and self.rollout_correction == "none":
-            raise ConfigError(
-                "repetition_penalty draws from another distribution than the policy that is trained: set "
-                "rollout_correction, such as token_truncate, which weighs the samples by the ratio",
-                key="repetition_penalty",
-            )
+        check_penalty(self)
         check_ahead(self)
         check_constraints(self)
         check_dynamic_weights(self)
@@ -290,3 +285,13 @@ class OnPolicyConfig(BatchingOptions, SamplingOptions, BaseConfig):
         """What `loss_type` says of the other options."""
         default_aggregation: Any = next(f.default for f in fields(self) if f.name == "loss_aggregation")
         self.loss_aggregation = resolve_loss_type(self, default_aggregation)
+
+
+def check_penalty(args: OnPolicyConfig) -> None:
+    """Raises `ConfigError` where samples of another distribution would be taken for the policy's."""
+    if args.repetition_penalty != 1 and args.rollout_correction == "none":
+        raise ConfigError(
+            "repetition_penalty draws from another distribution than the policy that is trained: set "
+            "rollout_correction, such as token_truncate, which weighs the samples by the ratio",
+            key="repetition_penalty",
+        )
