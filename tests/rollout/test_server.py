@@ -28,7 +28,7 @@ from align.rollout.server.client import Server
 from tests.rollout import server_limits, test_generation, test_push, test_reproducibility
 from tests.rollout.rollout_models import is_greedy, llama, needs_vllm, never_ending, own_logps, prompts
 from tests.rollout.served import KEY, Served, connected
-from tests.trainers.tiny_runs import logged, on_policy, wanted_words
+from tests.trainers.tiny_runs import assert_same, logged, on_policy, parameters, wanted_words
 from tests.trainers.tiny_runs import prompts as toy_prompts
 from tests.trainers.two_processes import run_on_two
 
@@ -80,6 +80,7 @@ def model():
 test_order = test_generation.test_sampled_and_greedy_requests_share_a_call_and_keep_their_order
 test_logprobs = test_generation.test_logprobs_are_the_models_at_the_sampling_temperature
 test_truncated = test_generation.test_truncated_logprobs_are_renormalised_over_what_can_be_drawn
+test_penalty = test_generation.test_a_repetition_penalty_is_that_of_transformers
 test_many_prompt_tokens = test_generation.test_a_call_with_more_prompt_tokens_than_one_scheduling_step_takes
 test_samples_differ = test_generation.test_samples_of_one_prompt_differ
 test_distribution = test_generation.test_draws_follow_the_distribution
@@ -212,6 +213,35 @@ def test_a_run_draws_and_learns_what_it_does_with_vllm_in_its_process(served, tm
             trainer.close()
             logs.append([logged(trainer, key) for key in ("reward", "loss", "kl", "rollout/mean_abs_logp_diff")])
     assert len(logs[0][0]) == 3 and logs[0] == logs[1]
+
+
+def test_a_run_draws_ahead_and_goes_on_exactly(served, tmp_path, monkeypatch):
+    """The servers draw while the policy trains, from the weights of the rollout before; what they drew is resumed."""
+    monkeypatch.setenv("ALIGN_ROLLOUT_KEY", KEY)
+    model, runs = never_ending(llama(3, vocab_size=96)), []
+    for resume in (None, str(tmp_path / "checkpoint-2")):
+        options = {"rollouts_ahead": 1, "rollout_correction": "token_truncate", "max_steps": 4, "learning_rate": 5e-3}
+        section = {"backend": "server", "urls": served.urls}
+        trainer_class, args = on_policy(
+            "rloo", tmp_path, rollout=section, save_strategy="steps", save_steps=2, **options
+        )
+        trainer = trainer_class(
+            copy.deepcopy(model), wanted_words, args, toy_prompts(64), processing_class=toy.tokenizer()
+        )
+        under_way, update = [], trainer.compute_loss
+
+        def compute_loss(*rest, trainer=trainer, under_way=under_way, update=update, **named):
+            under_way.append(trainer.ahead._answer is not None)
+            return update(*rest, **named)
+
+        trainer.compute_loss = compute_loss
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.close()
+        assert under_way == [True, True, True, False][-2 if resume else 0 :]
+        assert logged(trainer, "rollout/staleness") == [0, 1, 1, 1]
+        runs.append((logged(trainer, "reward"), logged(trainer, "loss"), parameters(trainer.model)))
+    assert runs[0][:2] == runs[1][:2]
+    assert_same(runs[0][2], runs[1][2])
 
 
 def test_two_processes_share_the_servers(served, tmp_path, monkeypatch):
