@@ -155,6 +155,7 @@ class OnlineDPOTrainer(OnPolicyTrainer):
         with self.phase("advantages"):
             self.metrics.all(fill_advantages(rollout, self.estimator, self.weighting, self.ranks, beta=0.0))
         self.metrics.rollout(rollout.samples, self.pipeline.truncation)
+        self.shown.keep(rollout.samples)
         self.updates.learn(rollout.samples, step + 1)
         pairs = make_pairs(rollout)
         self.record_lengths(pairs)

@@ -7,6 +7,8 @@ from typing import SupportsFloat
 
 from accelerate.utils import gather_object
 
+SQUARES = "/mean of squares"
+
 
 class Recorder:
     """Collects metrics and phase times until they are logged. Each process has its own."""
@@ -21,6 +23,11 @@ class Recorder:
         entry = self._sums.setdefault(name, [0.0, 0.0])
         entry[0] += float(value) * float(weight)
         entry[1] += float(weight)
+
+    def record_spread(self, name: str, value: SupportsFloat) -> None:
+        """Add to `name`/mean and `name`/std of the next log: the standard deviation of all values since the last."""
+        self.record(f"{name}/mean", value)
+        self.record(f"{name}{SQUARES}", float(value) ** 2)
 
     @contextmanager
     def phase(self, name: str):
@@ -44,6 +51,9 @@ class Recorder:
                 entry[0] += total
                 entry[1] += weight
         taken = {name: total / weight for name, (total, weight) in totals.items() if weight}
+        for name in [name for name in taken if name.endswith(SQUARES)]:
+            of = name.removesuffix(SQUARES)
+            taken[f"{of}/std"] = max(0.0, taken.pop(name) - taken[f"{of}/mean"] ** 2) ** 0.5
         taken |= {f"time/{name}": seconds for name, seconds in self._seconds.items()}
         self._sums.clear()
         self._seconds.clear()

@@ -31,6 +31,7 @@ from align.trainers.on_policy.metrics import OnPolicyMetrics
 from align.trainers.on_policy.pipeline import RolloutPipeline
 from align.trainers.on_policy.rewards import RewardColumns
 from align.trainers.on_policy.samples import Sample
+from align.trainers.on_policy.shown import ShownCompletions
 from align.trainers.on_policy.stopping import StopRule
 from align.trainers.weighting.base import Weighting
 
@@ -59,7 +60,15 @@ class OnPolicyBase(MicroBatchLists, Trainer):
     moving: MovingReference | None
     ranks: Ranks
     search: Any
+    shown: ShownCompletions
     stop: StopRule | None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        of_training = not any(key.startswith("eval_") for key in logs)
+        super().log(logs, start_time)
+        columns, rows = self.shown.take(self.state.global_step) if of_training else ([], [])
+        if rows:
+            self.log_table("train_completions", columns, rows)
 
     def sync_engine(self) -> None:
         self.ahead.wait()

@@ -57,6 +57,7 @@ from align.trainers.on_policy.refill import DynamicSampling
 from align.trainers.on_policy.reward_funcs import rewards_given
 from align.trainers.on_policy.rewards import RewardColumns
 from align.trainers.on_policy.samples import Sample, tokenized_prompts
+from align.trainers.on_policy.shown import ShownCompletions
 from align.trainers.on_policy.stopping import make_stop, name_best_metric
 from align.trainers.on_policy.streams import fill_advantages, mix
 from align.trainers.on_policy.truncation import TruncationRule
@@ -138,6 +139,7 @@ class OnPolicyTrainer(OnPolicyBase):
         self.rewards.trainer_state = lambda: self.state
         self.model_accepts_loss_kwargs = True  # the losses are normalised by the global count, not by Trainer
         self.ranks, self.metrics = Ranks(self.accelerator), OnPolicyMetrics(self.recorder)
+        self.shown = ShownCompletions(args)
         self._make_passes()
         self._make_rollouts(engine)
         self._make_ends()
@@ -329,6 +331,7 @@ class OnPolicyTrainer(OnPolicyBase):
             with self.phase("objective_gradients"):
                 self.updates.learn_from_gradients(self.stream_gradients(self.planner.plan(samples, len(parts))))
         self.metrics.rollout(samples, self.pipeline.truncation)
+        self.shown.keep(samples)
         if self.weighting.update_per == "rollout":
             self.updates.learn(samples, step + 1)
         if self.kl.adapts:

@@ -20,7 +20,7 @@ class OnPolicyMetrics:
     """Records what they are of: the log shows means over samples, sequences or tokens."""
 
     def __init__(self, recorder: Recorder):
-        self.record = recorder.record
+        self.record, self.spread = recorder.record, recorder.record_spread
         self.warned = False  # of a gap between engine and trainer
 
     def rollout(self, samples: list[Sample], truncation: TruncationRule) -> None:
@@ -32,6 +32,8 @@ class OnPolicyMetrics:
                 continue
             for name, value in {**sample.rewards, **sample.extras}.items():
                 self.record(f"rewards/{name}", value)
+            for name, value in sample.rewards.items():
+                self.spread(f"rewards/{name}", value)
             self.record("reward", sample.score)
             self.record("completions/mean_length", sample.length)
             self.record("completions/clipped_ratio", sample.truncated)

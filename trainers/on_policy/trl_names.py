@@ -5,23 +5,22 @@ from typing import Any
 
 from align.trainers.core.moving_reference import MovingReferenceOptions
 from align.trainers.core.trl_options import TrlDefaults, of_trl
+from align.trainers.on_policy.shown import ShownCompletionsOptions
 
 VLLM = "the section rollout, as rollout: {backend: vllm} (docs/rollouts.md)"
 ENTROPY = "leave it out: there is no entropy bonus"
 
 
 @dataclass
-class TrlOnPolicyOptions(MovingReferenceOptions, TrlDefaults):
-    """What another value asks for is refused with what to write instead; `num_generations_eval` and those of
-    `sync_ref_model` work."""
+class TrlOnPolicyOptions(MovingReferenceOptions, ShownCompletionsOptions, TrlDefaults):
+    """What another value asks for is refused with what to write instead; `num_generations_eval`, those of
+    `sync_ref_model` and those of `log_completions` work."""
 
     # ---- another name here
     mask_truncated_completions: bool = of_trl(False, "truncated: mask (docs/on_policy.md)")
     num_generations_eval: int | None = field(default=None, metadata={"help": "TRL's name of eval_num_generations."})
     shuffle_dataset: bool = of_trl(True, "train_sampling_strategy: sequential")
     pad_to_multiple_of: int | None = of_trl(None, "leave it out; batching: shared_prefix pads nothing")
-    log_completions: bool = of_trl(False, "num_logged_completions, of evaluations")
-    num_completions_to_print: int | None = of_trl(None, "num_logged_completions, of evaluations")
     generation_batch_size: int | None = of_trl(None, "num_mini_batches, optimiser steps per pass over a rollout")
     steps_per_generation: int | None = of_trl(None, "num_mini_batches, optimiser steps per pass over a rollout")
     delta: float | None = of_trl(None, "dual_clip, which caps the loss of bad actions")

@@ -2,6 +2,7 @@
 
 from dataclasses import MISSING, fields
 
+import numpy as np
 import pytest
 import torch
 import trl
@@ -116,3 +117,27 @@ def test_a_moving_reference_of_an_on_policy_run_is_resumed(tmp_path):
     for name, weight in whole.reference.model.named_parameters():
         assert torch.equal(weight, again.reference.model.get_parameter(name)), name
         assert not torch.equal(weight, start.get_parameter(name)), name
+
+
+def test_completions_are_shown_and_scores_have_a_spread(tmp_path, capsys):
+    """`log_completions`, and TRL's names `rewards/<name>/mean` and `/std`, of what the reward has given."""
+    given = []
+
+    def counting(completions):
+        given.extend(float(len(text)) for text in completions)
+        return given[-len(completions) :]
+
+    shown = {"log_completions": True, "num_completions_to_print": 3}
+    args = on_policy_config(RLOOConfig, tmp_path, num_generations=2, max_steps=2, logging_steps=1, **shown)
+    trainer = RLOOTrainer(tiny_model(toy.tokenizer()), counting, args, prompts(8), processing_class=toy.tokenizer())
+    trainer.train()
+    trainer.close()
+    logs = [entry for entry in trainer.state.log_history if "reward" in entry]
+    count = len(given) // 2
+    for log, scores in zip(logs, (given[:count], given[count:]), strict=True):
+        assert log["rewards/counting/mean"] == log["rewards/counting"] == pytest.approx(np.mean(scores))
+        assert log["rewards/counting/std"] == pytest.approx(np.std(scores)) and np.std(scores) > 0
+    printed = capsys.readouterr().out
+    assert printed.count(">>>> ") == 6 and f"rewards/counting {given[0]:.4g}" in printed
+    with pytest.raises(ConfigError, match="only with log_completions: true"):
+        on_policy_config(RLOOConfig, tmp_path, num_completions_to_print=3)
