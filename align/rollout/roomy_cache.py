@@ -29,9 +29,9 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (held[..., :end, :] for held in self.held)
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Tensor) -> None:
         length = self.get_seq_length()
-        self.held = tuple(held[indices] for held in self.held)
+        self.held = tuple(held[beam_idx] for held in self.held)
         self.keys, self.values = (held[..., :length, :] for held in self.held)
 
 
@@ -44,4 +44,6 @@ def with_room(old: Tensor, length: int) -> Tensor:
 
 def give_room(cache: Cache) -> None:
     """Replace the layers that hold everything; others (sliding windows, recurrent states) do not grow."""
-    cache.layers = [RoomyLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [
+        RoomyLayer(layer) if type(layer) is DynamicLayer and layer.is_initialized else layer for layer in cache.layers
+    ]

@@ -125,7 +125,7 @@ class TransformersEngine(RolloutEngine):
                 rows = [rows[i] for i in running]
                 sampler.select(running)
                 index = torch.tensor(running, device=device)
-                cache.batch_select_indices(index)
+                cache.reorder_cache(index)  # of any length; layers with states have no other choice of rows
                 tokens, mask = tokens[index], mask[index]
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             logits, _ = self._forward(tokens[:, None], mask, mask.sum(-1, keepdim=True) - 1, cache)
@@ -140,7 +140,7 @@ class TransformersEngine(RolloutEngine):
         if len(different) < len(prompts):
             places = {ids: place for place, ids in enumerate(different)}
             index = torch.tensor([places[tuple(ids)] for ids in prompts], device=self._model.device)
-            cache.batch_select_indices(index)
+            cache.reorder_cache(index)
             logits, mask = logits[index], mask[index]
         return logits, cache, mask
 
@@ -151,6 +151,12 @@ class TransformersEngine(RolloutEngine):
             # rows that have ended but are still in the batch must not run past the last position
             inputs["position_ids"] = positions.clamp(max=self.max_model_len - 1)
         output = self._model(**inputs)
+        if "past_key_values" not in output:
+            raise ConfigError(
+                f"{type(self._model).__name__} keeps what it has read in a form that rows cannot be picked from: use "
+                "rollout.backend: vllm",
+                key="rollout",
+            )
         return output.logits[:, -1], output.past_key_values
 
 
