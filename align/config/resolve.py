@@ -161,7 +161,8 @@ def resolve(method_name: str, config_file: str | None, tokens: list[str]) -> Run
     apply_overrides(entries, read_overrides(tokens))
     stated = entries.pop("method", None)
     if stated is not None and stated.value != method.name:
-        raise ConfigError(f"{stated.where}: a file for `align {stated.value}`, the command is `align {method.name}`")
+        wanted = one_line(str(stated.value))
+        raise ConfigError(f"{stated.where}: a file for `align {wanted}`, the command is `align {method.name}`")
 
     _check_keys(entries, list(options_of(method.name)), method)
     for key, entry in entries.items():

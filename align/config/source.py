@@ -87,8 +87,11 @@ for _tag in ("str", "seq", "map"):
 
 
 def parse_value(text: str) -> Any:
-    """A command-line value as YAML; text that is no YAML stands for itself."""
+    """A command-line value as YAML; text that is no YAML, or refers to an anchor (which might hold itself), stands for
+    itself."""
     try:
+        if "*" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, _CoreLoader)):
+            return text
         return yaml.load(text, _CoreLoader)  # noqa: S506  (a SafeLoader)
     except (yaml.YAMLError, RecursionError):
         return text

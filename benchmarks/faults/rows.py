@@ -6,7 +6,15 @@ import time
 import traceback
 from pathlib import Path
 
-from align.data import BadRows, load_rows, tokenize_completions, tokenize_pairs, tokenize_prompts, toy
+from align.data import (
+    BadRows,
+    load_rows,
+    tokenize_completions,
+    tokenize_pairs,
+    tokenize_prompts,
+    tokenize_unpaired,
+    toy,
+)
 from align.errors import AlignError
 from align.methods import METHODS
 from benchmarks.faults.tally import Tally
@@ -14,12 +22,23 @@ from benchmarks.faults.world import draw
 
 SET = 20
 """Rows of a data set; the first is good."""
-LENGTHS = {"prompts": {"max_prompt_length": 16}, "completions": {"max_length": 24}, "pairs": {"max_length": 24}}
-DOORS = {"prompts": tokenize_prompts, "completions": tokenize_completions, "pairs": tokenize_pairs}
+LENGTHS = {
+    "prompts": {"max_prompt_length": 16},
+    "completions": {"max_length": 24},
+    "pairs": {"max_length": 24},
+    "unpaired": {"max_length": 24},
+}
+DOORS = {
+    "prompts": tokenize_prompts,
+    "completions": tokenize_completions,
+    "pairs": tokenize_pairs,
+    "unpaired": tokenize_unpaired,
+}
 COLUMNS = {
     "prompts": ("prompt",),
     "completions": ("prompt", "completion"),
     "pairs": ("prompt", "chosen", "rejected"),
+    "unpaired": ("prompt", "completion"),
 }
 CHAT = (
     "{% for message in messages %}{{ message['role'] }} : {{ message['content'] }} <eos> {% endfor %}"
@@ -64,17 +83,20 @@ def row(rng: random.Random, use: str, chat: bool) -> dict:
         made["rejected"] = made["chosen"]
     if use == "pairs" and rng.random() < 0.1:
         made["margin"] = rng.choice([1, 0.5, "x", None])
+    if use == "unpaired":
+        made["label"] = rng.choice([*([True, False] * 8), 1, 0, 0.0, None, 2, -1, "true", "", [], float("nan")])
     if rng.random() < 0.03:
-        made.pop(rng.choice(names))
+        made.pop(rng.choice(sorted(made)))
     return made
 
 
 def good(use: str, chat: bool) -> dict:
     words = dict(zip(COLUMNS[use], ("describe the garden", "rose soil", "stupid"), strict=False))
+    label = {"label": True} if use == "unpaired" else {}
     if not chat:
-        return words
+        return words | label
     roles = {name: "user" if name == "prompt" else "assistant" for name in words}
-    return {name: [{"role": roles[name], "content": value}] for name, value in words.items()}
+    return {name: [{"role": roles[name], "content": value}] for name, value in words.items()} | label
 
 
 def problem_with(made: dict, use: str, vocabulary: int) -> str | None:
@@ -87,6 +109,10 @@ def problem_with(made: dict, use: str, vocabulary: int) -> str | None:
             return "no token is trained"
     else:
         parts = [made["prompt_ids"]]
+        if use == "unpaired":
+            parts = [made["prompt_ids"] + made["completion_ids"]]
+            if made["label"] not in (True, False) or not made["completion_ids"]:
+                return "there is nothing to learn from"
         if use == "pairs":
             parts = [made["prompt_ids"] + made[name] for name in ("chosen_ids", "rejected_ids")]
             if made["chosen_ids"] == made["rejected_ids"] or not made["chosen_ids"] or not made["rejected_ids"]:

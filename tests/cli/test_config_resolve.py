@@ -86,6 +86,7 @@ def test_the_type_comes_from_the_field(file, line, part, value):
         ("optim: adamw_torch_fuse", "optim cannot be 'adamw_torch_fuse'; nearest valid: adamw_torch_fused"),
         ("dtype: float8", "dtype cannot be 'float8'; valid: auto, bfloat16"),
         ("method: reward", "a file for `align reward`, the command is `align sft`"),
+        (r'method: "\x00"', r"a file for `align \x00`, the command is"),
     ],
 )
 def test_mistakes_in_a_file_are_one_line_with_the_place(file, line, message):

@@ -202,3 +202,8 @@ def test_folders_and_ready_names(tmp_path, monkeypatch):
     assert read_file("dpo")["method"].value == "dpo"
     (tmp_path / "rloo").write_text("seed: 1\n")
     assert list(read_file("rloo")) == ["seed"]
+
+
+@pytest.mark.parametrize("text", ["&a [*a]", "{x: &a [1], y: *a}", "*.jsonl"])
+def test_a_value_that_refers_to_an_anchor_is_text(text):
+    assert parse_value(text) == text
