@@ -12,11 +12,12 @@ from peft import LoraConfig
 
 from align.data import toy
 from align.trainers.dpo import DPOTrainer
+from align.trainers.kto import KTOConfig, KTOTrainer
 from align.trainers.reward import RewardTrainer
 from align.trainers.sft import SFTTrainer
 from tests.trainers import reward_runs, sparse_runs
 from tests.trainers.pairs.preference_runs import dpo_config, toy_pairs
-from tests.trainers.tiny_runs import demonstrations, on_policy, prompts, sft_config, wanted_words
+from tests.trainers.tiny_runs import QUIET, demonstrations, on_policy, prompts, sft_config, wanted_words
 
 KEYS = (
     *(
@@ -45,6 +46,10 @@ def settings(**options) -> dict:
     }  # fmt: skip
 
 
+def kto_config(folder: Path, **options) -> KTOConfig:
+    return KTOConfig(**{**QUIET, "output_dir": str(folder), "max_length": 32, **options})
+
+
 def makers(policy: str, folder: Path) -> dict:
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     pairs, eval_pairs = toy_pairs(24), toy_pairs(8, seed=1)
@@ -69,8 +74,10 @@ def makers(policy: str, folder: Path) -> dict:
         "sparsepo": lambda: sparse_runs.trainer(
             policy, folder / "sparsepo", **settings(mask_dropout=0.0, eval_strategy="no")
         ),
+        "kto": lambda: KTOTrainer(policy, kto_config(folder / "kto", **settings()), pairs, eval_pairs),
         "reward": reward,
         "remax": lambda: on_prompts("remax"),
+        "online_dpo": lambda: on_prompts("online_dpo"),
         "ppo": lambda: on_prompts("ppo", num_mini_batches=2, num_iterations=2, max_steps=8, save_steps=3),
     }
     return {**made, **{f"{name} resumed": made[name] for name in RESUMED}}
