@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from align.cli.main import main
+from tests.evaluation.pages import figures_of
 from tests.evaluation.test_real_best_of_n import tiny_classifier_base
 
 ROOT = Path(__file__).parents[2]
@@ -59,5 +60,6 @@ def test_an_ensemble_and_a_rule_on_human_preferences(tmp_path, capsys):
     assert members["names"] == ["member 0", "member 1"] and 0.3 < members["same_ranking"][0][1] < 1
     assert members["accuracy"][0] == pytest.approx(result["rewards"]["member_0"]["accuracy"]["value"])
     assert result["rewards"]["rm"]["rewrites"]["closing"]["score_shift"]["value"] > 0
-    assert (out / "reward_eval.html").stat().st_size > 50_000
+    drawn = figures_of(out / "reward_eval.html")
+    assert len(drawn) == 10 and all(figure["curves"] for figure in drawn)
     assert "120 pairs" in capsys.readouterr().out
