@@ -1,6 +1,8 @@
 """Check that a quickstart left a report and a summary whose numbers exist."""
 
+import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -17,5 +19,9 @@ for kind, axis in (("best_of_n", "n"), ("runs", "step")):
 assert set(summary["runs"]) == set(RUNS), summary["runs"].keys()
 assert summary["phases"] and all(seconds >= 0 for seconds in summary["phases"].values())
 report = (folder / "report.html").read_text()
-assert "<svg" in report and "http://" not in report.replace("http://www.w3.org", "")
+figures = re.findall(r'<script type="application/json" data-curves="[^"]+">(.*?)</script>', report)
+assert len(figures) > 3 and all(
+    curve["x"] and curve["y"] for figure in figures for curve in json.loads(figure)["curves"]
+)
+assert "http://" not in report.replace("http://www.w3.org", "")
 print(f"{folder}/report.html: {len(summary['best_of_n'])} best-of-n curves, {len(summary['runs'])} runs")

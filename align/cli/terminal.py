@@ -69,11 +69,18 @@ def quieten_libraries() -> None:
     for name in LIBRARIES:
         logger = logging.getLogger(name)
         for handler in logger.handlers:
-            handler.addFilter(Once())  # one each: what the first handler has shown is new to the second
+            if type(handler) is logging.StreamHandler:  # the library's own, not what somebody else has attached
+                show_once(handler)
         if not main_process():
             logger.setLevel(logging.ERROR)
     if logging.lastResort is not None:  # prints the warnings of libraries that have no handler of their own
-        logging.lastResort.addFilter(Once())
+        show_once(logging.lastResort)
+
+
+def show_once(handler: logging.Handler) -> None:
+    """A filter for each handler: what the first one has shown is new to the second."""
+    if not any(isinstance(found, Once) for found in handler.filters):
+        handler.addFilter(Once())
 
 
 @contextmanager

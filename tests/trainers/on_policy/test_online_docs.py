@@ -28,5 +28,6 @@ def test_the_program_runs_and_logs_what_the_table_names(tokenizer, tmp_path, mon
     assert variables["trainer"].state.global_step == 3
     named = set(re.findall(r"`(\w+/\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", DOCS, re.MULTILINE))))
     own = {key for entry in history for key in entry if key.startswith(("pairs/", "logps/", "rewards/"))}
-    assert own - named == {"rewards/short_answers", "rewards/chosen", "rewards/rejected", "logps/mean"}
+    reward = {"rewards/short_answers", "rewards/short_answers/mean", "rewards/short_answers/std"}
+    assert own - named == {*reward, "rewards/chosen", "rewards/rejected", "logps/mean"}
     assert named <= own
