@@ -7,6 +7,7 @@ them are a pair for the loss. All else is the on-policy loop (`align.trainers.on
 import logging
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from align.objectives.inpo import inpo_reference
 from align.objectives.pair_losses import PairLosses
 from align.objectives.preference_objective import PreferenceObjective
 from align.trainers.core.experts import with_router_loss
-from align.trainers.core.trl_options import INSTEAD
+from align.trainers.core.trl_options import without_effect
 from align.trainers.on_policy.buffer import RolloutBuffer
 from align.trainers.on_policy.config import OnPolicyConfig
 from align.trainers.on_policy.loop import OnPolicyTrainer
@@ -34,10 +35,9 @@ RANKED = "reward_weights, whose weighted sum ranks the completions; under constr
 LOGGED = ("chosen", "rejected", "margins", "accuracies")
 
 
-def without_effect(default, instead: str):
+def of_loop(default: Any, instead: str) -> Any:
     """An option of the loop that this method does not have: it takes its default alone."""
-    help = f"Without effect in this method. Instead: {instead}."
-    return field(default=default, metadata={"help": help, INSTEAD: instead})
+    return without_effect(default, instead, "Without effect in this method")
 
 
 @dataclass
@@ -61,25 +61,25 @@ class OnlineDPOConfig(PairLossOptions, OnPolicyConfig):  # type: ignore[misc]  #
             "takes for the reference. With loss_type: ipo_sum and beta: eta it is INPO."
         },
     )
-    kl_in: str = without_effect("reward", PAIRS_ONLY)
-    kl_estimator: str = without_effect("k2", PAIRS_ONLY)
-    kl_target: float | None = without_effect(None, "beta, which stays what it is")
-    kl_horizon: float = without_effect(10_000, "beta, which stays what it is")
-    kl_gain: float | None = without_effect(None, "beta, which stays what it is")
-    loss_aggregation: str = without_effect("sequence_sum", "loss_type: sigmoid_norm or ipo, which divide by lengths")
-    constraints: list[dict] | None = without_effect(None, RANKED)
-    multipliers: dict | None = without_effect(None, RANKED)
-    task_rewards: list[str] | None = without_effect(None, RANKED)
-    dynamic_weights: dict | None = without_effect(None, RANKED)
-    threshold_search: dict | None = without_effect(None, RANKED)
-    epsilon: float = without_effect(0.2, PAIRS_ONLY)
-    epsilon_high: float | None = without_effect(None, PAIRS_ONLY)
-    dual_clip: float | None = without_effect(None, PAIRS_ONLY)
-    importance_sampling_level: str = without_effect("token", PAIRS_ONLY)
-    rollouts_ahead: int = without_effect(0, "num_mini_batches, for fewer and larger rollouts")
-    rollout_correction: str = without_effect("none", PAIRS_ONLY)
-    rollout_correction_high: float = without_effect(3.0, PAIRS_ONLY)
-    rollout_correction_low: float | None = without_effect(None, PAIRS_ONLY)
+    kl_in: str = of_loop("reward", PAIRS_ONLY)
+    kl_estimator: str = of_loop("k2", PAIRS_ONLY)
+    kl_target: float | None = of_loop(None, "beta, which stays what it is")
+    kl_horizon: float = of_loop(10_000, "beta, which stays what it is")
+    kl_gain: float | None = of_loop(None, "beta, which stays what it is")
+    loss_aggregation: str = of_loop("sequence_sum", "loss_type: sigmoid_norm or ipo, which divide by lengths")
+    constraints: list[dict] | None = of_loop(None, RANKED)
+    multipliers: dict | None = of_loop(None, RANKED)
+    task_rewards: list[str] | None = of_loop(None, RANKED)
+    dynamic_weights: dict | None = of_loop(None, RANKED)
+    threshold_search: dict | None = of_loop(None, RANKED)
+    epsilon: float = of_loop(0.2, PAIRS_ONLY)
+    epsilon_high: float | None = of_loop(None, PAIRS_ONLY)
+    dual_clip: float | None = of_loop(None, PAIRS_ONLY)
+    importance_sampling_level: str = of_loop("token", PAIRS_ONLY)
+    rollouts_ahead: int = of_loop(0, "num_mini_batches, for fewer and larger rollouts")
+    rollout_correction: str = of_loop("none", PAIRS_ONLY)
+    rollout_correction_high: float = of_loop(3.0, PAIRS_ONLY)
+    rollout_correction_low: float | None = of_loop(None, PAIRS_ONLY)
 
     def resolve_loss_type(self) -> None:
         """The names are those of pair losses; there is nothing to resolve."""

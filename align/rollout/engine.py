@@ -186,9 +186,10 @@ class RolloutEngine(ABC):
         check_probe(probe, self.name, self.weight_version, self.sync_tolerance)
         return probe
 
-    def interrupt(self) -> None:
-        """With `draws_elsewhere`: give up the call of `generate` that another thread waits for, which raises there."""
-        raise NotImplementedError(f"{type(self).__name__} draws elsewhere, and must say how that is given up")
+    def interrupt(self) -> bool:
+        """Give up the call of `generate` that another thread waits for (`draws_elsewhere`), which raises there. True:
+        so it is; False for a back-end that cannot, where it runs to its end."""
+        return False
 
     def sleep(self) -> bool:
         """Give memory back until the engine is used again, where a back-end can and its options say so. True: its

@@ -143,7 +143,7 @@ def test_a_broken_invariant_fails_its_line(config, capsys, monkeypatch):
 
 
 def first_rows(config, *options, rows=8):
-    folder = config.parent / "work"
+    folder = config.parent / "short"
     folder.mkdir(exist_ok=True)
     return short_runs.Checker(str(config), list(options), rows, folder)
 
@@ -153,7 +153,7 @@ def test_the_first_rows_are_taken_of_a_slice_and_of_a_stream(config):
     streamed = first_rows(config, "streaming=true")
     tokens = streamed.tokens(config.parent / "out")
     assert len(streamed.rows) == 8 and "--streaming=false" in tokens
-    assert f"--dataset_name={config.parent}/work/rows.parquet" in tokens
+    assert f"--dataset_name={config.parent}/short/rows.parquet" in tokens
 
 
 @pytest.mark.parametrize(

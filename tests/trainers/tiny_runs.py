@@ -1,6 +1,8 @@
 """A tiny policy over the toy world's words, prompts for it, and settings that keep a run quiet and short."""
 
 import importlib.util
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,3 +119,14 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), f"{name} differs by up to {(a[name] - b[name]).abs().max()}"
+
+
+def what_programs_name(tokenizer) -> None:
+    """What the programs of docs/on_policy.md and docs/online.md find in their folder: a policy, prompts, a reward."""
+    tiny_model(tokenizer, max_position_embeddings=1024).save_pretrained("my_policy")
+    tokenizer.save_pretrained("my_policy")
+    lines = [json.dumps({"prompt": row["prompt"]}) for row in toy.split_prompts(0, 40)[0]]
+    Path("train_prompts.jsonl").write_text("\n".join(lines))
+    Path("my_rewards.py").write_text(
+        "def short_answers(completions, **columns):\n    return [-float(len(text)) for text in completions]\n"
+    )

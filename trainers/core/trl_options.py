@@ -16,9 +16,12 @@ INSTEAD = "instead"
 
 def of_trl(default: Any, instead: str) -> Any:
     """A field that only takes its default; instead: what to do, for the error."""
-    return field(
-        default=default, metadata={"help": f"TRL's, only with its default. Instead: {instead}.", INSTEAD: instead}
-    )
+    return without_effect(default, instead, "TRL's, only with its default")
+
+
+def without_effect(default: Any, instead: str, why: str) -> Any:
+    """As `of_trl`; why: for the help."""
+    return field(default=default, metadata={"help": f"{why}. Instead: {instead}.", INSTEAD: instead})
 
 
 @dataclass

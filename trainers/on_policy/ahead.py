@@ -133,8 +133,7 @@ class RolloutsAhead:
 
     def stop(self) -> None:
         """Give up what is under way, if anything is, without waiting for it."""
-        if self._thread is not None:
-            self.engine.current.interrupt()
+        if self._thread is not None and self.engine.current.interrupt():
             self._thread.join(PATIENCE)
         self.forget()
 

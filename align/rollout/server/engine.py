@@ -349,8 +349,9 @@ class ServerEngine(RolloutEngine):
             elif isinstance(outcome, BaseException):
                 raise outcome
 
-    def interrupt(self) -> None:
+    def interrupt(self) -> bool:
         self._background.interrupt()
+        return True
 
     # ---- the rest ----------------------------------------------------------------------------------------------------
 

@@ -37,3 +37,4 @@ class Elsewhere(TransformersEngine):
 
     def interrupt(self):
         self.given_up.set()
+        return True

@@ -1,6 +1,5 @@
 """docs/on_policy.md: its commands resolve, its programs run, its table names the metrics that there are."""
 
-import json
 import re
 import shlex
 from pathlib import Path
@@ -9,9 +8,8 @@ import pytest
 
 from align.config import configs_dir
 from align.config.resolve import resolve
-from align.data import toy
 from align.trainers.on_policy.estimators import ESTIMATORS
-from tests.trainers.tiny_runs import logged, on_policy, prompts, tiny_model, wanted_words
+from tests.trainers.tiny_runs import logged, on_policy, prompts, wanted_words, what_programs_name
 
 ROOT = Path(__file__).parents[3]
 DOCS = (ROOT / "docs" / "on_policy.md").read_text(encoding="utf-8")
@@ -34,13 +32,7 @@ def test_commands_resolve(command):
 
 def test_programs_run(tokenizer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tiny_model(tokenizer, max_position_embeddings=1024).save_pretrained("my_policy")
-    tokenizer.save_pretrained("my_policy")
-    lines = [json.dumps({"prompt": row["prompt"]}) for row in toy.split_prompts(0, 40)[0]]
-    Path("train_prompts.jsonl").write_text("\n".join(lines))
-    Path("my_rewards.py").write_text(
-        "def short_answers(completions, **columns):\n    return [-float(len(text)) for text in completions]\n"
-    )
+    what_programs_name(tokenizer)
     first, second = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
     first = first.replace("max_steps=3", "max_steps=3, report_to='none', max_completion_length=8, use_cpu=True")
     variables = {}

@@ -1,24 +1,16 @@
 """docs/online.md: its program runs, and its table has the metrics that the method adds."""
 
-import json
 import re
 from pathlib import Path
 
-from align.data import toy
-from tests.trainers.tiny_runs import tiny_model
+from tests.trainers.tiny_runs import what_programs_name
 
 DOCS = (Path(__file__).parents[3] / "docs" / "online.md").read_text(encoding="utf-8")
 
 
 def test_the_program_runs_and_logs_what_the_table_names(tokenizer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tiny_model(tokenizer, max_position_embeddings=1024).save_pretrained("my_policy")
-    tokenizer.save_pretrained("my_policy")
-    lines = [json.dumps({"prompt": row["prompt"]}) for row in toy.split_prompts(0, 40)[0]]
-    Path("train_prompts.jsonl").write_text("\n".join(lines))
-    Path("my_rewards.py").write_text(
-        "def short_answers(completions, **columns):\n    return [-float(len(text)) for text in completions]\n"
-    )
+    what_programs_name(tokenizer)
     (program,) = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
     quiet = "max_steps=3, report_to='none', max_completion_length=8, use_cpu=True, logging_steps=1, "
     quiet += "rollout='transformers'"
