@@ -6,19 +6,15 @@ loop.
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
-import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from align.errors import ConfigError
 from align.modeling.pairs import PairTokens, pair_tokens, pair_tokens_with_kl
-from align.modeling.types import Model
 from align.objectives.pair_logps import wpo_weights
 from align.objectives.pair_losses import PairLosses
 from align.objectives.preference_objective import PreferenceObjective
-from align.trainers.core.moving_reference import MovingReference
 from align.trainers.core.trl_options import TrlDPOOptions
 from align.trainers.pairs.config import PreferenceConfig
 from align.trainers.pairs.loss_options import PairLossOptions
@@ -57,15 +53,6 @@ class DPOTrainer(PreferenceTrainer):
     _tag_names = ["align", "dpo"]
     args: DPOConfig
     config_class = DPOConfig
-    moving: MovingReference | None = None
-
-    def _set_up_reference(self, ref_model: Model | None, dtype: torch.dtype | None) -> None:
-        super()._set_up_reference(ref_model, dtype)
-        if self.args.sync_ref_model:
-            if self.is_deepspeed_enabled:
-                raise ConfigError("sync_ref_model does not work under DeepSpeed: use fsdp2", key="sync_ref_model")
-            self.moving = MovingReference(self.args, self.reference, self.model)
-            self.add_callback(self.moving)
 
     @cached_property
     def objective(self) -> PreferenceObjective:
@@ -111,13 +98,7 @@ class DPOTrainer(PreferenceTrainer):
         states = {name: state.state_dict() for name, state in self.objective.states.items()}
         return {**super().extra_state(), "losses": states}
 
-    def save_further_files(self, folder: Path) -> None:
-        if self.moving is not None:
-            self.moving.save(folder, writes=self.args.should_save)
-
     def restore_state(self, state: dict) -> None:
-        if self.moving is not None and self.resume_folder is not None:
-            self.moving.load(self.resume_folder)
         super().restore_state(state)
         for name, loss_state in self.objective.states.items():
             loss_state.load_state_dict(state["losses"][name])

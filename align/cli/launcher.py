@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 SAME = 2.0  # seconds in which signals are one: SLURM sends its own to every process of a job step, to us and to these
@@ -85,11 +86,10 @@ def finished(processes: list) -> list[int]:
 def kill(processes: list) -> None:
     """At once, with what they have started: PyTorch's launcher gives each process a session of its own."""
     for process in processes:
-        if process.is_running():
-            group = os.getpgid(process.pid)
-            if group == process.pid:
-                os.killpg(group, signal.SIGKILL)
-            else:
+        with suppress(ProcessLookupError):  # it has just ended
+            if process.is_running() and os.getpgid(process.pid) == process.pid:
+                os.killpg(process.pid, signal.SIGKILL)
+            elif process.is_running():
                 process.kill()
 
 

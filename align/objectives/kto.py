@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 ADVISED = (1.0, 4 / 3)
-"""What the paper advises for lambda_D n_D / (lambda_U n_U), the weights times the numbers of rows (eq. 8)."""
+"""What the paper advises for lambda_D n_D / (lambda_U n_U), the weights times the numbers of rows."""
 
 
 @dataclass
@@ -45,7 +45,7 @@ def kto_losses(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Tensor:
-    """lambda_y - v(x, y): KTO (arXiv 2402.01306, eq. 7 and 8), [B].
+    """lambda_y - v(x, y): KTO (arXiv 2402.01306), [B]. TRL's `KTOTrainer` computes the same.
 
         lambda_D (1 - s(beta (rho - z0)))  of a desirable answer,
         lambda_U (1 - s(beta (z0 - rho)))  of an undesirable one,
@@ -69,7 +69,7 @@ def kto_losses(
 
 def reference_point(mean_ratio: Tensor) -> Tensor:
     """z0 = max(0, mean over (x, y') of log pi(y'|x) - log ref(y'|x)), in nats, a scalar without gradient (arXiv
-    2402.01306, section 3.4): a biased but cheap estimate of KL(pi || ref). The y' are answers to other prompts.
+    2402.01306): a biased but cheap estimate of KL(pi || ref). The y' are answers to other prompts.
 
     mean_ratio: that mean, over all rows of an optimiser step.
     """

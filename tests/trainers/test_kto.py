@@ -219,3 +219,15 @@ def test_the_unpaired_apo_zero_is_kto_without_a_reference_point():
     losses = kto_losses(ratios, labels, 0.0, beta=0.3, desirable_weight=1.5, undesirable_weight=0.5)
     s = torch.sigmoid(0.3 * ratios)
     torch.testing.assert_close(losses, torch.where(labels == 1, 1.5 * (1 - s), 0.5 * s))
+
+
+def test_its_reference_moves(tmp_path):
+    """`sync_ref_model`, as in DPO."""
+    settings = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.25, "ref_model_sync_steps": 2}
+    trainer = kto(tmp_path, optim="sgd", learning_rate=0.05, **{**settings, "max_steps": 2})
+    start = {name: weight.clone() for name, weight in parameters(trainer.ref_model).items()}
+    trainer.train()
+    for name, weight in parameters(trainer.ref_model).items():
+        expected = 0.75 * start[name] + 0.25 * trainer.model.get_parameter(name)
+        torch.testing.assert_close(weight, expected, msg=name)
+    assert any(not torch.equal(weight, start[name]) for name, weight in parameters(trainer.ref_model).items())

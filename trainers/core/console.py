@@ -148,10 +148,7 @@ class LogFile(TrainerCallback):
 def replace_printing(trainer: Any) -> None:
     """Our lines instead of transformers' dictionaries; a notebook keeps its table."""
     for kind in (ProgressCallback, PrinterCallback):
-        own = next(
-            (one for one in trainer.callback_handler.callbacks if type(one) is kind), None
-        )  # not a user's subclass
-        if own is not None:
+        for own in [one for one in trainer.callback_handler.callbacks if type(one) is kind]:  # no user's subclass
             trainer.remove_callback(own)
             trainer.add_callback(Console(bar=kind is ProgressCallback))
             return

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,6 +40,17 @@ class MovingReferenceOptions(TrainingSettings):
         for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
             if not self.sync_ref_model and getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise ConfigError(f"{name}: only with sync_ref_model: true", key=name)
+
+
+def moving_reference(trainer: Any) -> "MovingReference | None":
+    """Of a trainer whose options ask for one, among its callbacks; None without. ConfigError where it cannot move."""
+    if not (isinstance(trainer.args, MovingReferenceOptions) and trainer.args.sync_ref_model):
+        return None
+    if trainer.is_deepspeed_enabled:
+        raise ConfigError("sync_ref_model does not work under DeepSpeed: use fsdp2", key="sync_ref_model")
+    moving = MovingReference(trainer.args, trainer.reference, trainer.model)
+    trainer.add_callback(moving)
+    return moving
 
 
 class MovingReference(TrainerCallback):

@@ -13,9 +13,8 @@ logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: try again
-SAME = (
-    2.0  # seconds in which signals are one: SLURM sends its own to launcher and trainer, and the launcher passes it on
-)
+SAME = 2.0
+"""Seconds in which signals are one: SLURM sends its own to launcher and trainer, and the launcher passes it on."""
 
 
 class StopOnSignal(TrainerCallback):

@@ -37,7 +37,7 @@ from align.trainers.core.batching import CheckSharedRows, autocast_dtype, resolv
 from align.trainers.core.experts import with_router_loss
 from align.trainers.core.loading import loading_options, tokenizer_of
 from align.trainers.core.micro_batches import in_lists
-from align.trainers.core.moving_reference import MovingReference
+from align.trainers.core.moving_reference import moving_reference
 from align.trainers.core.ranks import Ranks
 from align.trainers.on_policy.ahead import RolloutsAhead
 from align.trainers.on_policy.base import OnPolicyBase
@@ -145,9 +145,7 @@ class OnPolicyTrainer(OnPolicyBase):
         self._make_ends()
         if self.critic is not None:
             self.add_callback(CriticStep(self.critic))
-        self.moving = MovingReference(args, self.reference, self.model) if args.sync_ref_model else None
-        if self.moving is not None:
-            self.add_callback(self.moving)
+        self.moving = moving_reference(self)
 
     def _make_ends(self) -> None:
         """What may end the run before its last step."""

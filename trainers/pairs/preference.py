@@ -30,6 +30,7 @@ from align.modeling.types import Model
 from align.objectives.pair_losses import PairLosses, RowLosses
 from align.trainers.core.batching import CheckSharedRows, autocast_dtype, resolve_layout
 from align.trainers.core.loading import loading_options, tokenizer_of
+from align.trainers.core.moving_reference import moving_reference
 from align.trainers.core.reference_checks import (
     check_reference,
     check_same_start,
@@ -154,6 +155,7 @@ class PreferenceTrainer(PairTrainer):
         self._start: Reference | None = None  # the policy, which is the reference until it is trained
         if self.needs_reference:
             self._set_up_reference(ref_model, ref_dtype)
+        self.moving = moving_reference(self)
 
     def layout(self, models: list[Model]) -> PaddedPairs | SharedPrefixPairs:
         """Of the tokens of batches that these models run on."""
@@ -334,7 +336,13 @@ class PreferenceTrainer(PairTrainer):
             return {"reference": reference_probe(self.reference, self.args.device)}
         return {"reference": None if self.reference_cache is None else self.reference_cache.marks["train"]}
 
+    def save_further_files(self, folder: Path) -> None:
+        if self.moving is not None:
+            self.moving.save(folder, writes=self.args.should_save)
+
     def restore_state(self, state: dict) -> None:
+        if self.moving is not None and self.resume_folder is not None:
+            self.moving.load(self.resume_folder)
         before, now = state["reference"], self.extra_state()["reference"]
         if isinstance(before, Tensor) and isinstance(now, Tensor):
             check_reference(now, before, self.logp_tolerance)

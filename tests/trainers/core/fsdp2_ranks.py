@@ -77,7 +77,8 @@ def makers(policy: str, folder: Path) -> dict:
         "kto": lambda: KTOTrainer(policy, kto_config(folder / "kto", **settings()), pairs, eval_pairs),
         "reward": reward,
         "remax": lambda: on_prompts("remax"),
-        "online_dpo": lambda: on_prompts("online_dpo"),
+        # whose reference moves with the policy's shards
+        "online_dpo": lambda: on_prompts("online_dpo", sync_ref_model=True, ref_model_sync_steps=2),
         "ppo": lambda: on_prompts("ppo", num_mini_batches=2, num_iterations=2, max_steps=8, save_steps=3),
     }
     return {**made, **{f"{name} resumed": made[name] for name in RESUMED}}
