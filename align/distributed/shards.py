@@ -39,6 +39,14 @@ def whole(parameter: Tensor) -> Tensor:
     return parameter.detach()
 
 
+def reshard(model: Model) -> None:
+    """Give FSDP2's parameters back to their shards. After a forward pass without gradients the root's (embeddings,
+    head) stay whole, as plain tensors: what is written to the shards then is not seen by the next pass."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 @contextmanager
 def outputs_as_computed(model: Model):
     """Inside, what the model returns has the dtypes that it was computed in. FSDP2's mixed precision casts it all to

@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from transformers import TrainerCallback
 
+from align.distributed.shards import reshard
 from align.errors import ConfigError, TrainingError
 from align.modeling.load import Reference
 from align.trainers.core.hooks import TrainingSettings
@@ -80,6 +81,8 @@ class MovingReference(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.every:
             return
+        reshard(self.reference.model)
+        reshard(model)
         with torch.no_grad():  # shards of the same places under FSDP2
             for old, new in zip(self.reference.model.parameters(), model.parameters(), strict=True):
                 old.lerp_(new.detach().to(old.dtype), self.alpha)
