@@ -23,6 +23,8 @@ class RewardBatch:
     rows: the numbers of the dataset's rows that the prompts come from, for errors.
     ended: whether each completion ended by itself (its last token is then the one that ended it) or was cut; None: as
     its last token says, where the policy's tokenizer is known.
+    groups: in training, one number per prompt of the rollout; completions of the same prompt may be compared. None
+    elsewhere, where completions that stand together need not be of one prompt.
     trainer_state: transformers' `TrainerState` in training, else None.
     """
 
@@ -33,6 +35,7 @@ class RewardBatch:
     columns: dict[str, list] = field(default_factory=dict)
     rows: list[int] | None = None
     ended: list[bool] | None = None
+    groups: list[int] | None = None
     trainer_state: Any = None
 
     def __len__(self) -> int:
@@ -61,6 +64,7 @@ class RewardBatch:
             self.columns,
             self.rows,
             self.ended,
+            self.groups,
         )
         return replace(RewardBatch(*map(_copied, parts)), trainer_state=self.trainer_state)
 
@@ -78,6 +82,7 @@ class RewardBatch:
             columns={name: take(values) for name, values in self.columns.items()},
             rows=take(self.rows),
             ended=take(self.ended),
+            groups=take(self.groups),
             trainer_state=self.trainer_state,
         )
 

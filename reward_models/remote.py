@@ -3,7 +3,9 @@
 import functools
 import os
 import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 from urllib.parse import urlsplit
 
 import requests
@@ -21,52 +23,42 @@ PASSING = (408, 425, 429, 500, 502, 503, 504)  # answers that may be another one
 LONGEST_WAIT = 30  # seconds between two attempts
 
 
-class RemoteReward(Reward):
-    """A server that is sent `{"prompts": [...], "completions": [...], "columns": {...}}` as JSON by POST and answers
-    `{"scores": [...]}`, one finite number per completion.
+class JsonServer:
+    """A server that answers JSON posted to it. `what` names it in errors.
 
     No answer within `timeout`, an answer that breaks off, no connection and a passing failure (408, 425, 429, 5xx) are
     tried again, at once and then after 2, 4, 8 ... times `backoff` seconds, or when the server says (Retry-After), all
-    of it within a deadline. Whatever is wrong in the end is an error that names the rows; nothing is made up. Nothing
-    is sent before the first completions are scored.
+    of it within a deadline. Whatever is wrong in the end is a `RewardError`.
 
     Args:
-        url: where to post, `${NAME}` standing for an environment variable. name: in metrics and errors.
-        columns: names of the dataset's columns to send along.
+        url: where to post, `${NAME}` standing for an environment variable.
         headers: of every request; `$NAME` in a value stands for that environment variable.
-        batch_size: completions per request. concurrency: requests in flight at most.
-        timeout: seconds to wait for a connection, and then for the answer. retries: further attempts.
+        concurrency: requests in flight at most. timeout: seconds to wait for a connection, and then for the answer.
+        retries: further attempts.
     """
+
+    load: tuple[str, ...] = ("concurrency",)  # what a server that is too slow wants lowered
 
     def __init__(
         self,
         url: str,
+        what: str,
         *,
-        name: str = "remote",
-        columns: list[str] | tuple[str, ...] = (),
-        headers: dict[str, str] | None = None,
-        batch_size: int = 64,
-        concurrency: int = 4,
-        timeout: float = 60.0,
-        retries: int = 5,
-        backoff: float = 0.5,
+        headers: dict[str, str] | None,
+        concurrency: int,
+        timeout: float,
+        retries: int,
+        backoff: float,
     ):
-        self.name, self.url, self.columns = name, expand(url, f"reward {name!r}: url"), tuple(columns)
+        self.url = expand(url, f"{what}: url")
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"reward {name!r}: url must be http://... or https://..., got {masked_text(url)!r}")
+            raise ConfigError(f"{what}: url must be http://... or https://..., got {masked_text(url)!r}")
         self.shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"  # without secrets
-        for key, value, least in (
-            ("batch_size", batch_size, 1),
-            ("concurrency", concurrency, 1),
-            ("retries", retries, 0),
-        ):
-            if not isinstance(value, int) or value < least:
-                raise ConfigError(f"reward {name!r}: {key} must be a whole number of at least {least}, got {value!r}")
+        check_whole(what, concurrency=(concurrency, 1), retries=(retries, 0))
         if not timeout > 0 or backoff < 0:
-            raise ConfigError(f"reward {name!r}: timeout must be > 0 and backoff >= 0, got {timeout} and {backoff}")
-        self.batch_size, self.concurrency, self.timeout, self.retries = batch_size, concurrency, timeout, retries
-        self.backoff = backoff
+            raise ConfigError(f"{what}: timeout must be > 0 and backoff >= 0, got {timeout} and {backoff}")
+        self.concurrency, self.timeout, self.retries, self.backoff = concurrency, timeout, retries, backoff
         waits = sum(min(backoff * 2**attempt, LONGEST_WAIT) for attempt in range(1, retries + 1))
         self.deadline = (retries + 1) * 2 * timeout + 2 * waits + LONGEST_WAIT  # a connection and an answer, each time
         retry = Retry(
@@ -79,7 +71,7 @@ class RemoteReward(Reward):
         )
         self.session = requests.Session()
         self.session.headers.update(
-            {key: expand(str(value), f"reward {name!r}: header {key}") for key, value in (headers or {}).items()}
+            {key: expand(str(value), f"{what}: header {key}") for key, value in (headers or {}).items()}
         )
         if parts.hostname in LOOPBACK:  # a proxy of the environment does not reach this machine's own servers
             self.session.trust_env = False
@@ -90,29 +82,16 @@ class RemoteReward(Reward):
         self.session.mount("http://", adapter)
         self.session.mount("https://", adapter)
 
-    def _score(self, batch: RewardBatch) -> RewardOutput:
-        missing = [column for column in self.columns if column not in batch.columns]
-        if missing:
-            raise RewardError(
-                f"reward {self.name!r}: the dataset has no column {', '.join(missing)} to send (it has "
-                f"{', '.join(sorted(batch.columns)) or 'none'})"
-            )
-        indices = [range(i, min(i + self.batch_size, len(batch))) for i in range(0, len(batch), self.batch_size)]
+    def each(self, function: Callable[[Any], Any], items: Iterable) -> list:
+        """function(item) of all items, in order, `concurrency` at a time."""
         pool = ThreadPoolExecutor(self.concurrency)
         try:
-            parts = list(pool.map(lambda rows: self._request(batch, rows), indices))
+            return list(pool.map(function, items))
         finally:
             pool.shutdown(cancel_futures=True)
-        return RewardOutput(torch.tensor([score for part in parts for score in part], dtype=torch.float32))
 
-    def _request(self, batch: RewardBatch, indices: range) -> list[float]:
-        rows = batch.select(indices)
-        content = {
-            "prompts": rows.prompts,
-            "completions": rows.completions,
-            "columns": {name: rows.columns[name] for name in self.columns},
-        }
-        where = f"reward {self.name!r} at {self.shown}, {batch.row_names(indices)}"
+    def ask(self, content: dict, where: str) -> Any:
+        """The JSON that the server answers. RewardError, beginning with `where`, for whatever is wrong."""
         try:
             answer = call_within(self.deadline, functools.partial(self._post, content))
         except DeadlineExceeded:
@@ -128,7 +107,13 @@ class RemoteReward(Reward):
                 f"{where}: the server answered {answer.status_code} {answer.reason}{again}: {answer.text[:200]!r}. "
                 "Look into its log"
             )
-        return self._checked(answer, batch, indices, where)
+        try:
+            return answer.json()
+        except requests.JSONDecodeError as error:
+            raise RewardError(f"{where}: the answer is no JSON: {answer.text[:200]!r}") from error
+        except (ValueError, RecursionError) as error:
+            what = "a number of thousands of digits, or lists within lists without end"
+            raise RewardError(f"{where}: the answer holds {what}: {answer.text[:200]!r}") from error
 
     def _post(self, content: dict) -> requests.Response:
         """The session repeats what has no answer; an answer that breaks off is repeated here."""
@@ -144,26 +129,83 @@ class RemoteReward(Reward):
     def _no_answer(self, error: requests.RequestException) -> str:
         tried = f"tried {self.retries + 1} times"
         if "timed out" in str(error).lower():
+            sizes = ", ".join(f"{name} ({getattr(self, name)})" for name in self.load)
             return (
                 f"no answer within {self.timeout:g} s, {tried}. The server is too slow or stuck: raise timeout, or "
-                f"lower batch_size ({self.batch_size}) or concurrency ({self.concurrency})"
+                f"lower {sizes.replace(', ', ' or ')}"
             )
         if isinstance(error, requests.exceptions.ChunkedEncodingError):
             return f"the answer broke off, {tried}. Look into the server's log: it may have died or been restarted"
         reason = masked_text(str(getattr(error.args[0], "reason", error.args[0]) if error.args else error))
         return f"no connection, {tried} ({reason}). Start the server, or fix the url"
 
-    def _checked(self, answer: requests.Response, batch: RewardBatch, indices: range, where: str) -> list[float]:
-        try:
-            content = answer.json()
-        except requests.JSONDecodeError as error:
-            raise RewardError(f"{where}: the answer is no JSON: {answer.text[:200]!r}") from error
-        except (ValueError, RecursionError) as error:
-            what = "a number of thousands of digits, or lists within lists without end"
-            raise RewardError(f"{where}: the answer holds {what}: {answer.text[:200]!r}") from error
+
+def check_whole(what: str, **given: tuple[int, int]) -> None:
+    """Options by name with their least value. ConfigError for what is no whole number, or below it."""
+    for key, (value, least) in given.items():
+        if not isinstance(value, int) or value < least:
+            raise ConfigError(f"{what}: {key} must be a whole number of at least {least}, got {value!r}")
+
+
+class RemoteReward(JsonServer, Reward):
+    """A server that is sent `{"prompts": [...], "completions": [...], "columns": {...}}` as JSON by POST and answers
+    `{"scores": [...]}`, one finite number per completion.
+
+    How it is asked: `JsonServer`. Whatever is wrong in the end is an error that names the rows; nothing is made up.
+    Nothing is sent before the first completions are scored.
+
+    Args:
+        url, headers, concurrency, timeout, retries, backoff: of `JsonServer`. name: in metrics and errors.
+        columns: names of the dataset's columns to send along.
+        batch_size: completions per request.
+    """
+
+    load = ("batch_size", "concurrency")
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        name: str = "remote",
+        columns: list[str] | tuple[str, ...] = (),
+        headers: dict[str, str] | None = None,
+        batch_size: int = 64,
+        concurrency: int = 4,
+        timeout: float = 60.0,
+        retries: int = 5,
+        backoff: float = 0.5,
+    ):
+        self.name, self.columns = name, tuple(columns)
+        options = {"concurrency": concurrency, "timeout": timeout, "retries": retries, "backoff": backoff}
+        super().__init__(url, f"reward {name!r}", headers=headers, **options)
+        check_whole(f"reward {name!r}", batch_size=(batch_size, 1))
+        self.batch_size = batch_size
+
+    def _score(self, batch: RewardBatch) -> RewardOutput:
+        missing = [column for column in self.columns if column not in batch.columns]
+        if missing:
+            raise RewardError(
+                f"reward {self.name!r}: the dataset has no column {', '.join(missing)} to send (it has "
+                f"{', '.join(sorted(batch.columns)) or 'none'})"
+            )
+        indices = [range(i, min(i + self.batch_size, len(batch))) for i in range(0, len(batch), self.batch_size)]
+        parts = self.each(lambda rows: self._request(batch, rows), indices)
+        return RewardOutput(torch.tensor([score for part in parts for score in part], dtype=torch.float32))
+
+    def _request(self, batch: RewardBatch, indices: range) -> list[float]:
+        rows = batch.select(indices)
+        content = {
+            "prompts": rows.prompts,
+            "completions": rows.completions,
+            "columns": {name: rows.columns[name] for name in self.columns},
+        }
+        where = f"reward {self.name!r} at {self.shown}, {batch.row_names(indices)}"
+        return self._checked(self.ask(content, where), batch, indices, where)
+
+    def _checked(self, content: Any, batch: RewardBatch, indices: range, where: str) -> list[float]:
         scores = content.get("scores") if isinstance(content, dict) else None
         if not isinstance(scores, list):
-            raise RewardError(f"{where}: the answer is not {{'scores': [...]}}: {answer.text[:200]!r}")
+            raise RewardError(f"{where}: the answer is not {{'scores': [...]}}: {str(content)[:200]!r}")
         if len(scores) != len(indices):
             raise RewardError(f"{where}: {len(scores)} scores came back for {len(indices)} completions. Fix the server")
         bad = not_numbers(scores)

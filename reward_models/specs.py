@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import Field, model_validator
 
+import align.reward_models.judge_specs  # noqa: F401  (registers its kinds)
 from align.config.sections import parse, parse_list, plain
 from align.errors import ConfigError, RewardError
 from align.reward_models.function_specs import RuleSpec

@@ -13,7 +13,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--prompts", metavar="DATA", help="needed unless A and B are files of answers")
     add("--rewards", nargs="+", default=[], metavar="REWARD", help="the higher score wins: as of align generate")
-    add("--judge", nargs="+", default=[], metavar="FUNCTION", help="file.py:function(prompts, first, second)")
+    add(
+        "--judge",
+        nargs="+",
+        default=[],
+        metavar="JUDGE",
+        help="file.py:function(prompts, first, second), or {url: ..., model: ...}",
+    )
     add("--output_dir", default="outputs/compare", metavar="DIR", help="[%(default)s]")
     add_drawing(parser)
 
@@ -26,14 +32,13 @@ def run(args: argparse.Namespace) -> int:
     from align.evaluation import compare
     from align.evaluation.answers import read_answers, scores_of
     from align.evaluation.scoring import build_rewards
-    from align.reward_models.functions import import_function
     from align.rollout.make import check_backend
 
     check_backend(args.backend)
     if not args.rewards and not args.judge:
         raise ConfigError("name who decides: --rewards REWARD..., --judge file.py:function, or both")
     rewards = build_rewards(args.rewards, None, gold_name="")
-    judges = {name: import_function(judge) for name, judge in compare.judge_names(args.judge, rewards).items()}
+    judges = compare.build_judges(args.judge, rewards)
     folder, sides = Path(args.output_dir), []
     for side, source in (("a", args.a), ("b", args.b)):
         path = Path(source)

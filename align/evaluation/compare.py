@@ -1,20 +1,26 @@
 """Two sets of answers to the same prompts: who wins, by rewards and by judges, at any length and at equal length."""
 
-from collections.abc import Callable, Collection, Sequence
-from numbers import Real
+import logging
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from align.errors import ConfigError, DataError, RewardError
+from align.config.sections import parse
+from align.config.source import parse_value
+from align.errors import ConfigError, DataError
 from align.evaluation.bootstrap import percentile_interval, resample_weights
 from align.evaluation.report import render_page
 from align.evaluation.strict_json import write_json
+from align.reward_models.functions import import_function
+from align.reward_models.judge_specs import JudgeSpec
+from align.reward_models.judges import Judge, ask
+
+logger = logging.getLogger(__name__)
 
 JSON_NAME, PAGE_NAME, TEMPLATE = "compare.json", "compare.html", "compare.html.j2"
 RIDGE, STEPS, SHOWN = 1e-3, 30, 40
-WORDS = {"first": 1.0, "second": 0.0, "tie": 0.5}
 
 
 def paired(a: list[dict], b: list[dict]) -> list[tuple[dict, dict]]:
@@ -42,24 +48,38 @@ def by_scores(a: Sequence[float], b: Sequence[float]) -> np.ndarray:
     return 0.5 + 0.5 * np.sign(np.asarray(a) - np.asarray(b))
 
 
-def by_judge(pairs: list[tuple[dict, dict]], judge: Callable, name: str) -> tuple[np.ndarray, float]:
-    """(preference for A [N] in [0, 1], share of pairs judged alike in both orders).
+def by_judge(pairs: list[tuple[dict, dict]], judge: Judge, name: str) -> tuple[np.ndarray, float | None]:
+    """(preference for A [N] in [0, 1], share of pairs judged alike in both orders; None without such pairs).
 
-    judge(prompts, first, second): a list with "first", "second" or "tie" per pair, or the probability that the first is
-    better. It sees every pair twice, A first and B first, and the preference is the mean: who only prefers a position
-    finds ties.
+    Every pair is judged twice, A first and B first (`align.reward_models.judges.ask`). A pair without a verdict in
+    either order is a tie, and a warning says how many there were.
     """
     prompts = [one["prompt"] for one, _ in pairs]
     texts = [one["completion"] for one, _ in pairs], [other["completion"] for _, other in pairs]
-    forward = _verdicts(judge(prompts, *texts), len(pairs), name)
-    backward = 1 - _verdicts(judge(prompts, *texts[::-1]), len(pairs), name)
-    return (forward + backward) / 2, float(np.mean(np.sign(forward - 0.5) == np.sign(backward - 0.5)))
+    found = ask(judge, prompts, *texts, name)
+    missing = np.isnan(found.preference)
+    if missing.any():
+        logger.warning(
+            "judge %r gave no verdict on %d of %d pairs: they count as ties", name, missing.sum(), len(pairs)
+        )
+    both = found.consistent[~np.isnan(found.consistent)]
+    return np.where(missing, 0.5, found.preference), float(both.mean()) if len(both) else None
 
 
-def judge_names(judges: Sequence[str], rewards: Collection[str]) -> dict[str, str]:
-    """file.py:function of judges by the name that they have in tables: the function's, or the whole where another judge
-    or a reward has that too. ConfigError for a judge that is given twice."""
-    short = [judge.rpartition(":")[2] for judge in judges]
+def build_judges(words: Sequence[str], rewards: Collection[str]) -> dict[str, Judge]:
+    """The judges that command-line words name: file.py:function, or the mapping of a `judge` reward."""
+    specs = {word: parse(JudgeSpec, parse_value(word), "--judge") for word in words if word.lstrip().startswith("{")}
+    names = judge_names(words, rewards, {word: spec.stated_name for word, spec in specs.items()})
+    return {name: specs[word].judge() if word in specs else import_function(word) for name, word in names.items()}
+
+
+def judge_names(
+    judges: Sequence[str], rewards: Collection[str], stated: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The words of judges by the name that they have in tables: a function's, or the whole word where another judge
+    or a reward has that too. stated: names of words that are no functions. ConfigError for a judge that is given
+    twice."""
+    short = [(stated or {}).get(judge, judge.rpartition(":")[2]) for judge in judges]
     names = {
         judge if short.count(name) > 1 or name in rewards else name: judge
         for name, judge in zip(short, judges, strict=True)
@@ -68,18 +88,6 @@ def judge_names(judges: Sequence[str], rewards: Collection[str]) -> dict[str, st
         twice = next(judge for judge in judges if list(judges).count(judge) > 1)
         raise ConfigError(f"the judge {twice} is given twice")
     return names
-
-
-def _verdicts(found: Sequence[Any], count: int, name: str) -> np.ndarray:
-    values = [WORDS.get(value, value) if isinstance(value, str) else value for value in found]
-    for index, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
-            raise RewardError(
-                f"judge {name!r}, pair {index}: expected 'first', 'second', 'tie' or a probability, got {value!r:.80}"
-            )
-    if len(values) != count:
-        raise RewardError(f"judge {name!r} returned {len(values)} verdicts for {count} pairs")
-    return np.array(values, dtype=np.float64)
 
 
 def summarise(pairs: list[tuple[dict, dict]], preference: np.ndarray, *, seed: int = 0) -> dict[str, Any]:

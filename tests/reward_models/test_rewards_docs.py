@@ -29,7 +29,12 @@ from tests.trainers.test_reward import pairs
 
 DOCS = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
 BATCH = RewardBatch(
-    ["w1 "], ["w2"], [[7]], [[8, 1]], columns={"answer": ["w2"], "tests": ["assert w2 == 1"], "target": ["w2"]}
+    ["w1 "],
+    ["w2"],
+    [[7]],
+    [[8, 1]],
+    columns={"answer": ["w2"], "tests": ["assert w2 == 1"], "target": ["w2"]},
+    groups=[0],
 )
 
 
@@ -67,6 +72,8 @@ def world(tmp_path, monkeypatch):
         ("class NearSpec", "my_kinds.py"),
     ):
         Path(file).write_text(block(text))
+    with open("judge.py", "a") as file:
+        file.write(block("def shorter"))
     names = {"__name__": "score_server"}
     exec(block("class Scorer"), names)
     monkeypatch.setattr(names["Scorer"], "log_message", lambda *args: None)

@@ -81,17 +81,18 @@ class SyncedEngine:
             self.engine = self.step = None
 
 
-def engine_maker(args, tokenizer, mixed_precision: str = "no") -> Callable[[nn.Module], RolloutEngine]:
+def engine_maker(args, tokenizer, mixed_precision: str = "no", room: int = 0) -> Callable[[nn.Module], RolloutEngine]:
     """A function that makes the engine that a configuration (`OnPolicyConfig`) asks for.
 
     Unless it says otherwise, the engine computes in what the policy computes in: mixed precision, else its weights.
+    room: tokens of the longest sequence besides prompts and completions (what a policy that judges itself reads).
     """
     options = args.engine_options.given()
     if options.get("dtype") is None:
         options["dtype"] = {"bf16": "bfloat16", "fp16": "float16"}.get(mixed_precision)
 
     def make(model: nn.Module) -> RolloutEngine:
-        longest = args.max_prompt_length + args.max_completion_length
+        longest = max(room, args.max_prompt_length + args.max_completion_length)
         return make_engine(model, tokenizer, max_model_len=longest, seed=args.seed, **options)
 
     return make

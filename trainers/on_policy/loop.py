@@ -55,8 +55,9 @@ from align.trainers.on_policy.objective import kept_lengths, loss_count, policy_
 from align.trainers.on_policy.pipeline import RolloutPipeline, ScoredRollout
 from align.trainers.on_policy.refill import DynamicSampling
 from align.trainers.on_policy.reward_funcs import rewards_given
-from align.trainers.on_policy.rewards import RewardColumns
+from align.trainers.on_policy.rewards import RewardColumns, gold_columns
 from align.trainers.on_policy.samples import Sample, tokenized_prompts
+from align.trainers.on_policy.self_judges import bind_judges, room_of_judges
 from align.trainers.on_policy.shown import ShownCompletions
 from align.trainers.on_policy.stopping import make_stop, name_best_metric
 from align.trainers.on_policy.streams import fill_advantages, mix
@@ -113,7 +114,7 @@ class OnPolicyTrainer(OnPolicyBase):
             disable_dropout(model)
         reward = rewards_given(reward, reward_funcs, reward_processing_classes, tokenizer)
         self.rewards = RewardColumns(reward, args.reward_weights, tokenizer=tokenizer)
-        self.gold = RewardColumns(gold_reward, None, tokenizer=tokenizer) if gold_reward is not None else None
+        self.gold = gold_columns(gold_reward, tokenizer)
         self.weighting = make_weighting(self.rewards.weights, args)
         self.estimator = make_estimator(args)
         self.kl = KLCoefficient(args.beta, args.kl_target, horizon=args.kl_horizon, gain=args.kl_gain)
@@ -196,8 +197,11 @@ class OnPolicyTrainer(OnPolicyBase):
     def _make_rollouts(self, engine: RolloutEngine | None) -> None:
         """What makes and scores completions, in training and evaluation."""
         args, tokenizer = self.args, self.processing_class
-        make = engine_maker(args, tokenizer, self.accelerator.mixed_precision)
+        make = engine_maker(
+            args, tokenizer, self.accelerator.mixed_precision, room_of_judges(self.rewards, tokenizer, args)
+        )
         self.engine = SyncedEngine(make, engine, recorder=self.recorder)
+        bind_judges(self.rewards, self.engine, tokenizer, args)
         sampling = SamplingParams(n=args.num_generations, **args.drawing)
         requests = self.estimator.requests(sampling)
         truncation = TruncationRule.of(args)

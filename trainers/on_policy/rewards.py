@@ -6,6 +6,7 @@ from typing import Any
 
 from align.errors import ConfigError
 from align.reward_models.base import Reward, RewardBatch
+from align.reward_models.judges import JudgeReward
 from align.trainers.on_policy.samples import Sample
 from align.trainers.weighting.base import weighted_sum
 
@@ -58,6 +59,7 @@ class RewardColumns:
         return metrics
 
     def scores(self, samples: list[Sample]) -> dict:
+        prompts: dict[int, int] = {}  # the samples of a prompt hold one and the same mapping
         batch = RewardBatch(
             prompts=[sample.prompt["prompt"] for sample in samples],
             completions=[sample.completion for sample in samples],
@@ -70,6 +72,7 @@ class RewardColumns:
             },
             rows=[sample.prompt["row"] for sample in samples] if "row" in samples[0].prompt else None,
             ended=[not sample.truncated for sample in samples],
+            groups=[prompts.setdefault(id(sample.prompt), len(prompts)) for sample in samples],
             trainer_state=self.trainer_state(),
         )
         return {reward.name: reward.score(batch, partial=True) for reward in self.rewards}
@@ -82,3 +85,19 @@ class RewardColumns:
             failed = any(o.failed is not None and bool(o.failed[i]) for o in scores.values())
             found.append(weighted_sum(row, self.weights) if row and not failed else None)
         return found
+
+
+def gold_columns(spec: Any, tokenizer) -> RewardColumns | None:
+    """The rewards that evaluations score beside the others; None of None. ConfigError for a judge: evaluations draw
+    single completions, which it has nothing to compare with."""
+    if spec is None:
+        return None
+    columns = RewardColumns(spec, None, tokenizer=tokenizer)
+    judges = [reward.name for reward in columns.rewards if isinstance(reward, JudgeReward)]
+    if judges:
+        raise ConfigError(
+            f"gold_reward: {judges[0]} is a judge, whose score is a completion's win rate among its prompt's own, one "
+            "half in the mean whatever the policy: name a reward that scores single completions, or compare two models "
+            "with align compare --judge"
+        )
+    return columns

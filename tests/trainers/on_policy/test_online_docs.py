@@ -11,13 +11,19 @@ DOCS = (Path(__file__).parents[3] / "docs" / "online.md").read_text(encoding="ut
 def test_the_program_runs_and_logs_what_the_table_names(tokenizer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     what_programs_name(tokenizer)
-    (program,) = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
-    quiet = "max_steps=3, report_to='none', max_completion_length=8, use_cpu=True, logging_steps=1, "
+    programs = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
+    quiet = "report_to='none', max_completion_length=8, use_cpu=True, logging_steps=1, "
     quiet += "rollout='transformers'"
     variables = {}
-    exec(compile(program.replace("max_steps=3", quiet), "docs/online.md", "exec"), variables)
-    history = variables["trainer"].state.log_history
-    assert variables["trainer"].state.global_step == 3
+    kept = []
+    for program, steps in zip(programs, ("max_steps=3", "max_steps=2"), strict=True):
+        exec(compile(program.replace(steps, f"{steps}, {quiet}"), "docs/online.md", "exec"), variables)
+        kept.append(variables["trainer"].state)
+        assert f"max_steps={kept[-1].global_step}" == steps
+    history = kept[0].log_history
+    assert {"rewards/shorter/ties", "rewards/shorter/consistent"} <= {
+        key for entry in kept[1].log_history for key in entry
+    }
     named = set(re.findall(r"`(\w+/\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", DOCS, re.MULTILINE))))
     own = {key for entry in history for key in entry if key.startswith(("pairs/", "logps/", "rewards/"))}
     reward = {"rewards/short_answers", "rewards/short_answers/mean", "rewards/short_answers/std"}

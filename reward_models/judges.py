@@ -1,0 +1,129 @@
+"""Judges of pairs: functions, servers and the policy itself, asked in both orders; and the reward that they make."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+
+from align.errors import ConfigError, RewardError
+from align.objectives.judging import pairs_within, win_rates
+from align.reward_models.base import Reward, RewardBatch, RewardOutput
+from align.reward_models.failures import Failed, Failures
+
+WORDS = {"first": 1.0, "second": 0.0, "tie": 0.5}
+# (prompts, first, second), lists of one length -> a verdict per pair: "first", "second", "tie", the probability that
+# the first is better, or None for want of one. Prompts are texts or messages as in the data, the other two texts.
+Judge = Callable[[list, list[str], list[str]], Sequence[Any]]
+
+
+@dataclass
+class Judged:
+    """preference: that the first is better, [M] in [0, 1], NaN without a verdict. consistent: whether it was judged
+    alike in both orders, [M], NaN where one of them has no verdict or was not asked for."""
+
+    preference: np.ndarray
+    consistent: np.ndarray
+
+
+def ask(judge: Judge, prompts: list, first: list[str], second: list[str], name: str, *, swap: bool = True) -> Judged:
+    """What a judge says of pairs. RewardError naming the judge and the pair for what is no verdict.
+
+    With `swap` every pair is asked about twice, either answer first, and the preference is the mean: who only prefers a
+    position finds ties. Where one order has no verdict the other one counts alone.
+    """
+    forward = _verdicts(judge(prompts, first, second), len(prompts), name)
+    if not swap:
+        return Judged(forward, np.full(len(prompts), np.nan))
+    backward = 1 - _verdicts(judge(prompts, second, first), len(prompts), name)
+    preference = np.where(np.isnan(forward), backward, np.where(np.isnan(backward), forward, (forward + backward) / 2))
+    alike = (np.sign(forward - 0.5) == np.sign(backward - 0.5)).astype(float)
+    return Judged(preference, np.where(np.isnan(forward) | np.isnan(backward), np.nan, alike))
+
+
+def _verdicts(found: Sequence[Any], count: int, name: str) -> np.ndarray:
+    values = [WORDS.get(value, value) if isinstance(value, str) else value for value in found]
+    for index, value in enumerate(values):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
+            raise RewardError(
+                f"judge {name!r}, pair {index}: expected 'first', 'second', 'tie' or a probability, got {value!r:.80}"
+            )
+    if len(values) != count:
+        raise RewardError(f"judge {name!r} returned {len(values)} verdicts for {count} pairs")
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+
+
+class JudgeReward(Reward):
+    """How often a completion is preferred to the others of its prompt, in [0, 1]
+    (`align.objectives.judging.win_rates`).
+
+    It compares what stands together, so it is a reward of training on prompts alone: everywhere else the batch does not
+    say which completions are of one prompt, and it refuses. Equal texts are ties that nobody is asked about; a
+    completion without another beside it (evaluations draw one per prompt) has the score 0.5, as against itself.
+
+    Args:
+        judge: `Judge`. name: in metrics and errors.
+        swap: ask in both orders. tie_margin: preferences at most so far from 1/2 are ties.
+        max_error_share: of the last 1,000 pairs, how many may be without a verdict (0.1); more end the run. A
+            completion none of whose pairs has a verdict is left out.
+    """
+
+    def __init__(
+        self,
+        judge: Judge,
+        *,
+        name: str,
+        swap: bool = True,
+        tie_margin: float = 0.0,
+        max_error_share: float | None = None,
+    ):
+        if not 0 <= tie_margin < 0.5:
+            raise ConfigError(f"reward {name!r}: tie_margin must be at least 0 and below 0.5, got {tie_margin}")
+        self.judge, self.name, self.swap, self.tie_margin = judge, name, swap, tie_margin
+        self.failures = Failures(name, "mask", max_error_share=max_error_share)
+
+    def _score(self, batch: RewardBatch) -> RewardOutput:
+        if batch.groups is None:
+            raise RewardError(
+                f"reward {self.name!r} is a judge, which compares the completions of one prompt with each other: it "
+                "ranks in training on prompts (align online_dpo, grpo ...), and here single completions are scored. "
+                "Use align compare --judge for two sets of answers"
+            )
+        first, second = pairs_within(batch.groups)
+        texts = [as_text(completion) for completion in batch.completions]
+        preference = np.full(len(first), 0.5)
+        differ = [pair for pair, (i, j) in enumerate(zip(first, second, strict=True)) if texts[i] != texts[j]]
+        found = Judged(np.empty(0), np.empty(0))
+        if differ:
+            sides = [[texts[side[pair]] for pair in differ] for side in (first, second)]
+            found = ask(self.judge, [batch.prompts[first[p]] for p in differ], *sides, self.name, swap=self.swap)
+            verdicts = [Failed("no verdict") if np.isnan(value) else value for value in found.preference]
+            self.failures.count(verdicts, [first[pair] for pair in differ], batch)
+            near = np.abs(found.preference - 0.5) <= self.tie_margin
+            preference[differ] = np.where(near, 0.5, found.preference)
+        return self._output(batch, first, second, preference, found)
+
+    def _output(self, batch: RewardBatch, first, second, preference: np.ndarray, found: Judged) -> RewardOutput:
+        scores = win_rates(first, second, torch.from_numpy(preference), len(batch))
+        paired = torch.zeros(len(batch), dtype=torch.bool)
+        paired[[*first, *second]] = True
+        scores[~paired] = 0.5
+        failed = scores.isnan()
+        missing = np.isnan(preference)
+        metrics = {
+            "ties": (preference[~missing] == 0.5).astype(float).tolist(),
+            "no_verdict": np.isnan(found.preference).astype(float).tolist(),
+            "consistent": found.consistent[~np.isnan(found.consistent)].tolist(),
+        }
+        return RewardOutput(scores, failed=failed if failed.any() else None, metrics=metrics)
+
+
+def as_text(completion: Any) -> str:
+    """What a judge reads of a completion: the text, or the contents of its messages."""
+    if isinstance(completion, str):
+        return completion
+    return "\n".join(str(message["content"]) for message in completion)
