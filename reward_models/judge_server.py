@@ -82,8 +82,15 @@ class ServerJudge(JsonServer):
         retries: int = 5,
         backoff: float = 0.5,
     ):
-        options = {"concurrency": concurrency, "timeout": timeout, "retries": retries, "backoff": backoff}
-        super().__init__(url, f"judge {name!r}", headers=headers, **options)
+        super().__init__(
+            url,
+            f"judge {name!r}",
+            headers=headers,
+            concurrency=concurrency,
+            timeout=timeout,
+            retries=retries,
+            backoff=backoff,
+        )
         check_whole(f"judge {name!r}", max_tokens=(max_tokens, 1))
         self.name, self.model, self.max_tokens = name, model, max_tokens
         self.template, self.request = read_template(template, f"judge {name!r}"), dict(request or {})

@@ -99,8 +99,8 @@ class JudgeReward(Reward):
         differ = [pair for pair, (i, j) in enumerate(zip(first, second, strict=True)) if texts[i] != texts[j]]
         found = Judged(np.empty(0), np.empty(0))
         if differ:
-            sides = [[texts[side[pair]] for pair in differ] for side in (first, second)]
-            found = ask(self.judge, [batch.prompts[first[p]] for p in differ], *sides, self.name, swap=self.swap)
+            a, b = ([texts[side[pair]] for pair in differ] for side in (first, second))
+            found = ask(self.judge, [batch.prompts[first[p]] for p in differ], a, b, self.name, swap=self.swap)
             verdicts = [Failed("no verdict") if np.isnan(value) else value for value in found.preference]
             self.failures.count(verdicts, [first[pair] for pair in differ], batch)
             near = np.abs(found.preference - 0.5) <= self.tie_margin

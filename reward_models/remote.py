@@ -176,8 +176,15 @@ class RemoteReward(JsonServer, Reward):
         backoff: float = 0.5,
     ):
         self.name, self.columns = name, tuple(columns)
-        options = {"concurrency": concurrency, "timeout": timeout, "retries": retries, "backoff": backoff}
-        super().__init__(url, f"reward {name!r}", headers=headers, **options)
+        super().__init__(
+            url,
+            f"reward {name!r}",
+            headers=headers,
+            concurrency=concurrency,
+            timeout=timeout,
+            retries=retries,
+            backoff=backoff,
+        )
         check_whole(f"reward {name!r}", batch_size=(batch_size, 1))
         self.batch_size = batch_size
 

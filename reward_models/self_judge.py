@@ -16,7 +16,7 @@ WORDS_OF_CHAT = 64  # tokens that a chat template puts around the question, at m
 class Generates(Protocol):
     """What is needed of a rollout engine."""
 
-    def generate(self, prompts: list[list[int]], params: SamplingParams) -> list[Rollout]: ...
+    def generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Rollout]: ...
 
 
 class SelfJudge:
@@ -59,7 +59,7 @@ class SelfJudge:
         verdicts: list[float | None] = [None] * len(ids)
         if not fits:
             return verdicts
-        params = SamplingParams(self.max_tokens, temperature=0.0)
+        params = [SamplingParams(self.max_tokens, temperature=0.0)] * len(fits)
         for index, rollout in zip(fits, self.engine.generate([ids[i] for i in fits], params), strict=True):
             (said,) = rollout.completions
             text = written_text(self.tokenizer, said.token_ids, said.finish_reason == "stop")

@@ -137,7 +137,7 @@ def test_the_policy_is_asked_through_its_engine():
     output = reward.score(batch_of(["a", "bb", "cccc"], ["d" * 99, "e"]), partial=True)
     assert output.scores[:3].tolist() == [0.0, 0.5, 1.0] and output.failed.tolist() == [False] * 3 + [True] * 2
     texts, params = engine.asked
-    assert len(texts) == 3 and params == SamplingParams(16, temperature=0.0)
+    assert len(texts) == 3 and params == [SamplingParams(16, temperature=0.0)] * 3
     assert all(len(text) + 16 <= room for text in texts)
 
 
