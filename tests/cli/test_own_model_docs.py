@@ -1,4 +1,4 @@
-"""docs/own_model_and_data.md: its commands run as they are written, one after the other, with a tiny model in the hub's place."""
+"""docs/own_model_and_data.md: its commands run as written, one after the other, with a tiny model for the hub's."""
 
 import io
 import json
