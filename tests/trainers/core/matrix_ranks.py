@@ -19,7 +19,7 @@ from tests.trainers.accelerate_setups import under
 from tests.trainers.pairs.preference_runs import toy_pairs
 from tests.trainers.tiny_runs import demonstrations, prompts
 
-METHODS = ("sft", "reward", "dpo", "sparsepo", "remax", "ppo")
+METHODS = ("sft", "reward", "dpo", "kto", "sparsepo", "remax", "ppo")
 PRECISIONS = {
     "float32": "--bf16 false --dtype float32",
     "bf16 autocast": "--bf16 true --dtype float32",
@@ -50,6 +50,7 @@ OF_METHOD = {
     "sft": "--max_length 32",
     "reward": "--max_length 32",
     "dpo": "--max_length 32",
+    "kto": "--max_length 32",  # of each pair both answers, labelled
     "sparsepo": "--max_length 32 --mask_dropout 0",
     "remax": ON_POLICY,
     "ppo": f"{ON_POLICY} --num_mini_batches 1 --num_iterations 1",

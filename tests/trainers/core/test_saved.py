@@ -18,6 +18,7 @@ from align.modeling.export import export_model
 from align.modeling.load import load_policy, load_sequence_classifier
 from align.reward_models.build import build_reward
 from align.trainers.dpo import DPOTrainer
+from align.trainers.kto import KTOConfig, KTOTrainer
 from align.trainers.modpo import MODPOConfig, MODPOTrainer
 from align.trainers.reward import RewardTrainer
 from align.trainers.sft import SFTTrainer
@@ -38,6 +39,8 @@ def make(method: str, model, folder, peft=None, **options):
         return SFTTrainer(model, sft_config(folder, **options), demonstrations(16), peft_config=peft)
     if method == "dpo":
         return DPOTrainer(model, dpo_config(folder, **options), toy_pairs(16), peft_config=peft)
+    if method == "kto":
+        return KTOTrainer(model, KTOConfig(**vars_of(dpo_config(folder, **options))), toy_pairs(8), peft_config=peft)
     if method == "sparsepo":
         return sparse_runs.trainer(model, folder, lora=peft, **options)
     if method == "modpo":
@@ -99,7 +102,7 @@ def start(policy, tmp_path_factory) -> str:
     return str(folder)
 
 
-METHODS = ["sft", "dpo", "modpo", "sparsepo", "reward", "remax", "ppo"]
+METHODS = ["sft", "dpo", "kto", "modpo", "sparsepo", "reward", "remax", "ppo", "online_dpo"]
 
 
 @pytest.mark.parametrize("method", METHODS)
