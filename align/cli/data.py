@@ -11,7 +11,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = actions.add_parser("show", help=text, description=text, allow_abbrev=False).add_argument
     add("data", metavar="DATA", help="a .parquet, .jsonl, .json or .csv file, a folder, or a hub name")
     add("--tokenizer", required=True, metavar="MODEL", help="folder or hub name of the model that is to be trained")
-    add("--use", choices=("pairs", "completions", "prompts"), help="what the rows are for [what their columns fit]")
+    add(
+        "--use",
+        choices=("pairs", "completions", "prompts", "unpaired"),
+        help="what the rows are for [what their columns fit]",
+    )
     add("--split", default="train", help="of the data [train]")
     add("--config", metavar="NAME", help="the configuration of a hub dataset")
     add("--against", metavar="DATA", help="other data that should share no row with it, such as the evaluation set")

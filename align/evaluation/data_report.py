@@ -12,17 +12,19 @@ from align.data.describe import describe_example
 from align.data.formats import detect_format, format_for
 from align.data.rows import source_of
 from align.data.tokenize import tokenize_completions, tokenize_pairs, tokenize_prompts
+from align.data.unpaired import tokenize_unpaired
 from align.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-USES = ("pairs", "completions", "prompts")
+USES = ("pairs", "completions", "prompts", "unpaired")
 IDS = {
     "pairs": ("prompt_ids", "chosen_ids", "rejected_ids"),
     "completions": ("input_ids", "completion_mask"),
     "prompts": ("prompt_ids",),
+    "unpaired": ("prompt_ids", "completion_ids", "label"),
 }
 BINS = 12
 QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
@@ -50,22 +52,23 @@ def data_report(
 ) -> dict[str, Any]:
     """Plain values by name, as `lines` and the page show them.
 
-    use: "pairs", "completions" or "prompts"; by default what the columns are for. limits: of `max_length`, or of
-    `max_prompt_length` for prompts. against: another split, which should share no row and no prompt with this one.
-    Raises DataError where no row can be used.
+    use: "pairs", "completions", "prompts" or "unpaired" (labelled answers); by default what the columns are for.
+    limits: of `max_length`, or of `max_prompt_length` for prompts. against: another split, which should share no row
+    and no prompt with this one. Raises DataError where no row can be used.
     """
     use = use or _use_of(dataset)
     report = BadRows()
     tokenised = _tokenised(dataset, tokenizer, use, report)
     rows = list(_rows(tokenised, use))
     tokens, needed = np.array([row.tokens for row in rows]), np.array([row.needed for row in rows])
-    fmt = format_for(dataset, use)
+    fmt = detect_format(dataset) if use == "unpaired" else format_for(dataset, use)
     counts, edges = np.histogram(tokens, bins=min(BINS, int(tokens.max())), range=(0, int(tokens.max()) + 1))
     found: dict[str, Any] = {
         "source": source_of(dataset),
         "use": use,
         "format": f"{fmt.kind}, {'messages' if fmt.conversational else 'text'}"
-        + (", the prompt taken from the pair" if fmt.implicit_prompt else ""),
+        + (", the prompt taken from the pair" if fmt.implicit_prompt else "")
+        + (_labels(tokenised["label"]) if use == "unpaired" else ""),
         "columns": list(dataset.column_names),
         "rows": len(dataset),
         "usable": len(rows),
@@ -86,7 +89,14 @@ def data_report(
 
 def _use_of(dataset: "Dataset") -> str:
     kinds = {"preference": "pairs", "prompt_only": "prompts"}
-    return kinds.get(detect_format(dataset).kind, "completions")
+    kind = detect_format(dataset).kind
+    if kind == "prompt_completion" and "label" in dataset.column_names:
+        return "unpaired"
+    return kinds.get(kind, "completions")
+
+
+def _labels(labels: Sequence[bool]) -> str:
+    return f"; {sum(labels)} desirable, {len(labels) - sum(labels)} undesirable"
 
 
 def _tokenised(dataset: "Dataset", tokenizer, use: str, report: BadRows) -> "Dataset":
@@ -96,6 +106,8 @@ def _tokenised(dataset: "Dataset", tokenizer, use: str, report: BadRows) -> "Dat
         return tokenize_completions(dataset, tokenizer, max_length=None, max_bad_share=1.0, report=report)
     if use == "prompts":
         return tokenize_prompts(dataset, tokenizer, max_prompt_length=None, max_bad_share=1.0, report=report)
+    if use == "unpaired":
+        return tokenize_unpaired(dataset, tokenizer, max_length=None, max_bad_share=1.0, report=report)
     raise DataError(f"data are used as {', '.join(USES)}, not as {use!r}")
 
 
@@ -110,6 +122,10 @@ def _rows(tokenised: "Dataset", use: str) -> Iterator[Row]:
         prompt = parts[0]
         if use == "prompts":
             yield Row(len(prompt), len(prompt) - 1, _digest(prompt), _digest(prompt))
+            continue
+        if use == "unpaired":
+            tokens = len(prompt) + len(parts[1])
+            yield Row(tokens, len(prompt), _digest(prompt), _digest(prompt, parts[1], [parts[2]]))
             continue
         chosen, rejected = parts[1:]
         shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)

@@ -107,7 +107,7 @@ class Moment:
                 if left == 0:
                     time.sleep(self.after)
                     return
-            time.sleep(0.001)
+            time.sleep(0.005)  # looking costs about a millisecond of the processor that the run needs
 
 
 def _unfinished(output: Path) -> set[str]:

@@ -11,6 +11,7 @@ was. `--minutes` is shared by the areas; each stops at its number (150 kills, 80
 """
 
 import argparse
+import gc
 import importlib
 import json
 import logging
@@ -64,6 +65,8 @@ def main() -> int:
 
     if set(args.areas) - {"configs", "rows", "rewards"}:
         processes.import_everything()
+        gc.collect()
+        gc.freeze()  # neither looked through by each child nor copied for it
     from benchmarks.faults.tally import Tally
 
     logging.disable(logging.WARNING)  # of rows that are left out, one by one

@@ -58,6 +58,15 @@ RUNS = {
     "dpo, cached reference": Run("dpo", f"{PAIRS} --precompute_ref_log_probs"),
     "dpo, LoRA": Run("dpo", f"{PAIRS} {LORA}"),
     "dpo, two processes": Run("dpo", PAIRS, processes=2),
+    "kto": Run("kto", "--max_length 32 --dataset_name {world}/labelled.jsonl"),
+    "kto, LoRA, cached reference": Run(
+        "kto", f"--max_length 32 --dataset_name {{world}}/labelled.jsonl --precompute_ref_log_probs {LORA}"
+    ),
+    "dpo, two datasets, a reference that follows": Run(
+        "dpo",
+        "--max_length 32 --sync_ref_model --ref_model_sync_steps 2",
+        ["--datasets", "[{path: {world}/pairs.jsonl}, {path: {world}/further.jsonl, weight: 0.5}]"],
+    ),
     "sparsepo": Run("sparsepo", PAIRS),
     "modpo": Run("modpo", f"{PAIRS} --objective better", [*REWARDS, "--weights", "{better: 0.5, gold: 0.5}"]),
     "modpo, a sweep": Run(
@@ -69,6 +78,7 @@ RUNS = {
     "rloo, constrained": Run("rloo", f"{PROMPTS} --num_generations 2 --beta 0.1 {SEVERAL}", HELD),
     "grpo": Run("grpo", f"{PROMPTS} --num_generations 2", [*REWARDS, *GOLD]),
     "reinforce_pp": Run("reinforce_pp", PROMPTS, REWARDS),
+    "online_dpo": Run("online_dpo", f"{PROMPTS} --num_generations 3 {SEVERAL}", [*REWARDS, *GOLD]),
     "remax, vLLM": Run("remax", f"{PROMPTS} {VLLM}", [*REWARDS, *GOLD], area="vllm"),
     "ppo, vLLM": Run("ppo", f"{PROMPTS} {VLLM} {SEVERAL}", REWARDS, area="vllm"),
     "grpo, LoRA, vLLM": Run("grpo", f"{PROMPTS} {VLLM} --num_generations 2 {LORA}", REWARDS, area="vllm"),
@@ -86,7 +96,7 @@ def command(name: str, world: Path, output: Path, *further: str) -> list[str]:
         return ["quickstart", "--small", "--output_dir", str(output), *further]
     words = f"{COMMON} --model_name_or_path {world}/policy {run.options}".format(world=world).split()
     found: dict[str, list[str]] = {}  # a later option replaces an earlier one
-    for word in [*words, *run.tokens]:
+    for word in [*words, *(token.replace("{world}", str(world)) for token in run.tokens)]:
         if word.startswith("--"):
             found[word] = []
             last = word
@@ -119,9 +129,19 @@ def make(folder: Path, seed: int) -> Path:
         for a, b in zip(demonstrations, others, strict=True)
         if a["completion"] != b["completion"]
     ]
+    labelled = [
+        {
+            "prompt": row["prompt"],
+            "completion": row["completion"],
+            "label": toy.gold_score(row["topic"], row["completion"]) > 1,
+        }
+        for row in (*demonstrations, *others)
+    ]
     for name, rows in {
         "completions": demonstrations,
         "pairs": pairs,
+        "further": pairs[::-2],
+        "labelled": labelled,
         "prompts": train_rows,
         "eval_prompts": test_rows,
     }.items():

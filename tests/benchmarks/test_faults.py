@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from align.methods import METHODS
+from benchmarks.faults.world import RUNS
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -21,6 +24,10 @@ def found(tmp_path_factory) -> dict:
 
 def test_nothing_is_wrong(found):
     assert found["status"] == 0 and not found["faults"], "\n".join(found["faults"])
+
+
+def test_every_method_is_killed():
+    assert set(METHODS) <= {run.method for run in RUNS.values()}
 
 
 @pytest.mark.parametrize(

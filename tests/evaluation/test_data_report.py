@@ -11,6 +11,7 @@ from datasets import Dataset
 from align.cli.main import main
 from align.data import BadRows, load_rows, toy
 from align.data.tokenize import tokenize_completions, tokenize_pairs, tokenize_prompts
+from align.data.unpaired import tokenize_unpaired
 from align.errors import DataError
 from align.evaluation.data_report import data_report, lines
 
@@ -30,10 +31,20 @@ def made(count: int, seed: int = 0) -> Dataset:
     return Dataset.from_list(rows)
 
 
-@pytest.mark.parametrize("use", ["pairs", "completions", "prompts"])
+def labelled(pairs: Dataset) -> Dataset:
+    return pairs.map(
+        lambda row, i: {"completion": row["chosen"], "label": i % 3 == 0}, with_indices=True
+    ).select_columns(["prompt", "completion", "label"])
+
+
+@pytest.mark.parametrize("use", ["pairs", "completions", "prompts", "unpaired"])
 def test_what_limits_cost_is_what_they_do(use):
     rows, tokenizer = made(60), toy.tokenizer()
-    tokenize = {"pairs": tokenize_pairs, "completions": tokenize_completions, "prompts": tokenize_prompts}[use]
+    rows = labelled(rows) if use == "unpaired" else rows
+    tokenize = {
+        **{"pairs": tokenize_pairs, "completions": tokenize_completions, "prompts": tokenize_prompts},
+        "unpaired": tokenize_unpaired,
+    }[use]
     name = "max_prompt_length" if use == "prompts" else "max_length"
     limits = [4, 8, 13, 20, 40]
     found = data_report(rows, tokenizer, use=use, limits=limits)
@@ -58,6 +69,18 @@ def test_faults_repeats_and_leakage(tmp_path):
     assert found["repeats"] == {"rows": 1, "prompts": 2}
     assert found["leakage"] == {"of": 5, "rows": 1, "prompts": 2}
     assert "dropped: chosen is empty: 1 (rows 12)" in lines(found)
+
+
+def test_labelled_answers():
+    rows = labelled(made(9)).to_list()
+    rows += [rows[0], {**rows[1], "label": True}, {**rows[2], "label": None}]  # another label is another row
+    found = data_report(Dataset.from_list(rows), toy.tokenizer(), against=labelled(made(4)))
+    assert found["use"] == "unpaired" and found["dropped"] == {"label is missing": (1, [11])}
+    assert "11 usable as unpaired (prompt_completion, text; 5 desirable, 6 undesirable)" in lines(found)[0]
+    assert found["repeats"] == {"rows": 1, "prompts": 2} and found["leakage"] == {"of": 4, "rows": 4, "prompts": 4}
+    assert "1 trained" not in found["examples"][0] and "desirable" in found["examples"][0]
+    pairs = data_report(made(5), toy.tokenizer(), use="unpaired")
+    assert pairs["usable"] == 10 and "(preference, text; 5 desirable, 5 undesirable)" in lines(pairs)[0]
 
 
 def test_the_command_of_the_documentation(tmp_path, monkeypatch, capsys):
