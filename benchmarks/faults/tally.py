@@ -22,6 +22,18 @@ class Tally:
             self.faults.append(f"{area}: {what}")
             print(self.faults[-1], file=sys.stderr, flush=True)
 
+    @classmethod
+    def together(cls, tallies: "list[Tally]") -> "Tally":
+        made = cls()
+        for one in tallies:
+            made.counts.update(one.counts)
+            made.faults += one.faults
+        return made
+
+    def found(self) -> dict:
+        """As the file of results holds it."""
+        return {"tried": sum(self.counts.values()), "table": self.rows(), "faults": self.faults}
+
     @property
     def areas(self) -> list[str]:
         return list(dict.fromkeys(area for area, _ in self.counts))
