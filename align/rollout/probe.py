@@ -97,10 +97,16 @@ def check_probe(probe: Probe, engine: str, version: int, tolerance: float | None
         f"own by {probe.rounding:.3g}"
     )
     if not probe.mean_abs_diff <= limit:  # a NaN must fail too
+        other = (
+            "the model's own generation with a key-value cache differs from its pass over whole sequences, and so it "
+            "cannot be trained on-policy"
+            if engine == "transformers"
+            else "the back-end implements this model, its positions or the temperature differently: set "
+            "rollout.backend: transformers"
+        )
         raise RolloutError(
             f"the {engine} engine does not compute what the trainer computes: {found}. The average may be {limit:.3g}. "
-            "Its weights may be stale, or the back-end implements this model, its positions or the temperature "
-            "differently: set rollout.backend: transformers; or, if you know that this is rounding, sync_tolerance"
+            f"Its weights may be stale, or {other}. If you know that this is rounding, set sync_tolerance"
         )
     if probe.mean_abs_diff > max(WARN * probe.rounding, FLOOR):
         logger.warning("%s: more than rounding usually does. rollout_correction weighs such differences", found)

@@ -9,6 +9,7 @@ from torch import nn
 
 from align.errors import ConfigError, RolloutError
 from align.rollout import SamplingParams, make_engine
+from align.rollout.probe import Probe, check_probe
 from tests.rollout.rollout_models import EOS, is_greedy, llama, needs_vllm, never_ending, prompts
 
 GREEDY = SamplingParams(max_tokens=16, temperature=0)
@@ -138,6 +139,13 @@ def test_an_engine_that_answers_from_old_keys_and_values_is_found(monkeypatch):
     engine.close()
 
 
+@pytest.mark.parametrize(("engine", "advised"), [("vllm", True), ("server", True), ("transformers", False)])
+def test_the_probe_does_not_advise_the_engine_that_it_refuses(engine, advised):
+    with pytest.raises(RolloutError) as found:
+        check_probe(Probe(1.0, 1.0, 1.0, 1.0, 1e-6, 8), engine, 0, None)
+    assert ("rollout.backend: transformers" in str(found.value)) == advised
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_the_probe_takes_rounding_and_no_other_temperature(holding, monkeypatch, dtype):
     model = llama(scale=0.05)
@@ -151,7 +159,7 @@ def test_the_probe_takes_rounding_and_no_other_temperature(holding, monkeypatch,
         return complete([replace(r, params=replace(r.params, temperature=0.8)) for r in requests], progress)
 
     monkeypatch.setattr(engine, "_complete", at_another_temperature)
-    with pytest.raises(RolloutError, match="the temperature differently"):
+    with pytest.raises(RolloutError, match="does not compute what the trainer computes"):
         engine.probe(model)
 
 

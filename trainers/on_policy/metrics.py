@@ -79,7 +79,7 @@ class OnPolicyMetrics:
         if judged and not gap <= limits[1]:
             raise TrainingError(
                 f"{found}, and {limits[1]:.4f} is allowed. Does something change the weights or the logits outside the "
-                "trainer? Compare with rollout.backend: transformers"
+                "trainer?" + ("" if engine == "transformers" else " Compare with rollout.backend: transformers")
             )
         if judged and gap > limits[0] and not self.warned:
             self.warned = True
