@@ -8,7 +8,7 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test test-highest lint docs audit clean
+.PHONY: quickstart test test-lowest test-highest lint docs audit clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/align quickstart $(ARGS)
@@ -16,17 +16,17 @@ quickstart: $(VENV)/.installed
 # one thread for each of JOBS workers: tiny models lose more to threads that wait for each other than they gain
 test: $(VENV)/.installed
 	$(BIN)/python -m tests.real_model
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=40 --durations-min=5 $(ARGS)
 
-# The suite on newer versions than the tested set's, in an environment of its own, on CPUs and without vLLM.
+# The suite at the ends of the ranges in pyproject.toml, in environments of their own, on CPUs and without vLLM.
 # `make test-highest ARGS="tests/modeling -k gemma2"` runs a part.
-test-highest: .venv-highest/.installed
-	OMP_NUM_THREADS=1 .venv-highest/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+test-lowest test-highest: test-%: .venv-%/.installed
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-.venv-highest/.installed: requirements/highest.txt pyproject.toml
-	$(PYTHON) -m venv .venv-highest
-	.venv-highest/bin/pip install -q --upgrade pip
-	.venv-highest/bin/pip install -q -e '.[dev]' -r $<
+.venv-%/.installed: requirements/%.txt pyproject.toml
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install -q --upgrade pip
+	.venv-$*/bin/pip install -q -e '.[dev]' -r $<
 	touch $@
 
 lint: $(VENV)/.installed
@@ -67,4 +67,4 @@ endif
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-highest .venv-audit build *.egg-info
+	rm -rf $(VENV) .venv-lowest .venv-highest .venv-audit build *.egg-info
