@@ -13,6 +13,7 @@ from align.trainers.on_policy.loop import OnPolicyTrainer
 from align.trainers.on_policy.streams import Stream
 
 SCALES = get_args(Scale)
+AGGREGATED = ("sum_then_normalize", "normalize_then_sum")
 
 
 @register_estimator("grpo")
@@ -63,6 +64,13 @@ class GRPOConfig(OnPolicyConfig):
         default="sequence_mean",
         metadata={"help": "sequence_mean (GRPO), token_mean (DAPO), constant (Dr. GRPO) or sequence_sum."},
     )
+    multi_objective_aggregation: str = field(
+        default="sum_then_normalize",
+        metadata={
+            "help": "normalize_then_sum: every reward is compared with the group's apart, and their weighted sum is "
+            "divided by its deviation over the rollout (GDPO, arXiv 2601.05242); sum_then_normalize: the other way."
+        },
+    )
     kl_in: str = field(default="loss", metadata={"help": "loss, as published, or reward."})
     kl_estimator: str = field(default="k3", metadata={"help": "With kl_in: loss. k3 as published, or k2."})
 
@@ -70,6 +78,30 @@ class GRPOConfig(OnPolicyConfig):
         if isinstance(self.scale_rewards, bool):
             self.scale_rewards = "group" if self.scale_rewards else "none"
         super().__post_init__()
+        if self.multi_objective_aggregation not in AGGREGATED:
+            raise ConfigError(
+                f"multi_objective_aggregation must be one of {', '.join(AGGREGATED)}, got "
+                f"{self.multi_objective_aggregation!r}"
+            )
+        if self.multi_objective_aggregation == "normalize_then_sum":
+            check_decoupled(self)
+
+
+def check_decoupled(args: GRPOConfig) -> None:
+    """ConfigError for what GDPO's separate comparisons leave no place for."""
+    found = {
+        "constraints or dynamic_weights, which weigh the rewards otherwise": args.constraints or args.dynamic_weights,
+        "kl_in: reward: set kl_in: loss": args.kl_in == "reward" and args.beta,
+        "missing_eos_penalty or overlong_buffer: put them into a reward": args.truncated == "penalise"
+        or args.overlong_buffer,
+        "scale_rewards other than group": args.scale_rewards != "group",
+    }
+    for what, given in found.items():
+        if given:
+            raise ConfigError(
+                f"multi_objective_aggregation: normalize_then_sum goes without {what}",
+                key="multi_objective_aggregation",
+            )
 
 
 class GRPOTrainer(OnPolicyTrainer):

@@ -80,6 +80,22 @@ class OnlineDPOConfig(PairLossOptions, OnPolicyConfig):  # type: ignore[misc]  #
     rollout_correction: str = of_loop("none", PAIRS_ONLY)
     rollout_correction_high: float = of_loop(3.0, PAIRS_ONLY)
     rollout_correction_low: float | None = of_loop(None, PAIRS_ONLY)
+    delta: float | None = of_loop(None, PAIRS_ONLY)
+    off_policy_mask_threshold: float | None = of_loop(None, PAIRS_ONLY)
+    use_bias_correction_kl: bool = of_loop(False, PAIRS_ONLY)
+    top_entropy_quantile: float = of_loop(1.0, PAIRS_ONLY)
+    entropy_coef: float = of_loop(0.0, PAIRS_ONLY)
+    use_adaptive_entropy: bool = of_loop(False, PAIRS_ONLY)
+    entropy_coef_min: float = of_loop(0.0, PAIRS_ONLY)
+    entropy_coef_max: float = of_loop(1.0, PAIRS_ONLY)
+    entropy_coef_delta: float = of_loop(0.005, PAIRS_ONLY)
+    entropy_target: float = of_loop(0.2, PAIRS_ONLY)
+    sapo_temperature_pos: float = of_loop(1.0, PAIRS_ONLY)
+    sapo_temperature_neg: float = of_loop(1.05, PAIRS_ONLY)
+    vespo_k_pos: float = of_loop(2.0, PAIRS_ONLY)
+    vespo_lambda_pos: float = of_loop(3.0, PAIRS_ONLY)
+    vespo_k_neg: float = of_loop(3.0, PAIRS_ONLY)
+    vespo_lambda_neg: float = of_loop(2.0, PAIRS_ONLY)
 
     def resolve_loss_type(self) -> None:
         """The names are those of pair losses; there is nothing to resolve."""

@@ -13,7 +13,7 @@ _HUGE = 10**12  # steps, tokens, bytes: beyond it nobody means it
 
 # (least, whether it is itself allowed, largest, whether it is), and the options
 _TABLE = {
-    (0, True, 1, True): "rollouts_ahead lam label_smoothing_factor min_p",
+    (0, True, 1, True): "rollouts_ahead lam label_smoothing_factor min_p top_entropy_quantile",
     (0, False, 1, True): "gamma top_p",
     (0, True, 1, False): "old_policy_share adam_beta1 adam_beta2 max_bad_share label_noise lora_dropout",
     (0, False, 10, True): "repetition_penalty",
@@ -21,13 +21,15 @@ _TABLE = {
     (0, False, _HUGE, True): (
         "adam_epsilon epsilon epsilon_high dual_clip kl_target kl_horizon kl_gain rollout_correction_high "
         "num_train_epochs logging_steps save_steps eval_steps reward_clip value_clip "
-        "missing_eos_penalty overlong_penalty desirable_weight undesirable_weight"
+        "missing_eos_penalty overlong_penalty desirable_weight undesirable_weight delta off_policy_mask_threshold "
+        "entropy_coef_delta sapo_temperature_pos sapo_temperature_neg vespo_lambda_pos vespo_lambda_neg"
     ),
     (0, True, _HUGE, True): (
         "learning_rate critic_learning_rate weight_decay max_grad_norm warmup_steps eval_delay neftune_noise_alpha "
         "rollout_correction_low beta router_aux_loss_coef center_rewards_coefficient score_l2_coefficient "
         "sweep_min_weight dataloader_num_workers num_logged_completions num_logged_pairs critic_warmup_steps "
-        "top_k dynamic_sampling_rounds"
+        "top_k dynamic_sampling_rounds entropy_coef entropy_coef_min entropy_coef_max entropy_target vespo_k_pos "
+        "vespo_k_neg"
     ),
     (0, True, 2**32 - 1, True): "seed data_seed label_noise_seed mixture_seed",
     (1, True, _HUGE, True): (

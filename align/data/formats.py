@@ -131,8 +131,9 @@ def columns_of(dataset: "Dataset", source: str = "", streams: bool = False) -> s
         if streams:
             return set(sample_of(dataset, source).column_names)
         raise DataError(
-            f"{name} is a streamed dataset, which serves SFT, preference pairs and single reward models alone: load it "
-            "without streaming=True. Rows are read from disk and tokenised once (docs/data.md)."
+            f"{name} is a streamed dataset, which serves SFT, preference pairs, single reward models and "
+            "on-policy prompts alone: load it without streaming=True. Rows are read from disk and tokenised once "
+            "(docs/data.md)."
         )
     remedies = {
         "NoneType": "there are no rows",

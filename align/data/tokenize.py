@@ -45,6 +45,8 @@ def tokenize_prompts(
     source: str = "",
     report: BadRows | None = None,
     num_proc: int | None = None,
+    template_options: dict[str, Any] | None = None,
+    streams: bool = False,
 ) -> "Dataset":
     """Prompts for rollouts: columns `prompt_ids`, `prompt` (text or messages), `row`, and every other column.
 
@@ -52,18 +54,25 @@ def tokenize_prompts(
     source: what to call the data in messages. report: receives what was found. num_proc: processes that tokenise; more
     rows than `align.data.passes.IN_MEMORY` are kept on disk and found there the next time. `row` counts from 0; a
     whole-number column `row` that the data has already is kept, so that rows selected from a larger set keep theirs.
+    template_options: further variables of the chat template, for all rows; a row's own come first.
+    streams: a `datasets.IterableDataset` may be given, whose rows are tokenised as they are reached.
 
     Raises DataError if more than `max_bad_share` of the rows are bad, or none is left.
     """
-    report, sample = started(report, source, dataset)
+    report, sample = started(report, source, dataset, streams)
     fmt = format_for(sample, "prompts", report.source)
     if not fmt.conversational:
+        if template_options:
+            raise DataError(
+                f"{report.source}: chat_template_kwargs are for prompts of messages, and these are texts, which no "
+                "chat template is applied to: leave them out"
+            )
         warn_of_dialogues(sample, tokenizer, report.source)
     check_tokenizer(tokenizer, fmt.conversational, needs_eos=False)
     controls = controls_of(tokenizer)
 
     def prepare(row: Columns, note: Note) -> tuple[tuple, Columns]:
-        prompt, options = checks.prompt_of(row, fmt), checks.template_kwargs(row)
+        prompt, options = checks.prompt_of(row, fmt), {**(template_options or {}), **checks.template_kwargs(row)}
         if fmt.conversational:
             note_typed("prompt", checks.typed_tokens(prompt, list(controls.values())), note)
         text = render(prompt, tokenizer, options, answer_next=True) if fmt.conversational else prompt
@@ -78,6 +87,7 @@ def tokenize_prompts(
     columns = {"prompt": sample.features["chosen" if fmt.implicit_prompt else "prompt"], "prompt_ids": "int32"}
     recipe = Recipe(prepare, partial(_encode, tokenizer, fmt), finish, columns)
     limits = {"use": "prompts", "max_prompt_length": max_prompt_length}
+    limits |= {"template_options": template_options} if template_options else {}
     return tokenized(dataset, tokenizer, recipe, limits, report, max_bad_share=max_bad_share, num_proc=num_proc)
 
 

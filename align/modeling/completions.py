@@ -19,12 +19,22 @@ def completion_logps(
 
 @overload
 def completion_logps(
-    model: Model, batch: dict[str, Tensor], *, temperature: float = 1.0, return_entropy: Literal[True]
+    model: Model,
+    batch: dict[str, Tensor],
+    *,
+    temperature: float = 1.0,
+    return_entropy: Literal[True],
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]: ...
 
 
 def completion_logps(
-    model: Model, batch: dict[str, Tensor], *, temperature: float = 1.0, return_entropy: bool = False
+    model: Model,
+    batch: dict[str, Tensor],
+    *,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+    entropy_gradient: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log p of each completion token at `temperature`, natural log: [B, L] float32 (or float64), 0 outside the mask.
 
@@ -34,10 +44,16 @@ def completion_logps(
         model: a causal language model, bare or wrapped (PEFT, DDP, FSDP2).
         batch: what the model gets (input_ids, attention_mask; position_ids for rows with shared prefixes), and
             completion_ids, completion_mask and completion_sources [B, L] as in `modeling.pairs.Completions`.
-        return_entropy: also return the entropy of each token's distribution in nats, [B, L], detached.
+        return_entropy: also return the entropy of each token's distribution in nats, [B, L]; detached unless
+            entropy_gradient.
     """
     positions = Completions(batch["completion_ids"], batch["completion_mask"].bool(), batch["completion_sources"])
-    finish = partial(token_values, targets=positions.ids[positions.mask], entropy=return_entropy)
+    finish = partial(
+        token_values,
+        targets=positions.ids[positions.mask],
+        entropy=return_entropy,
+        entropy_gradient=entropy_gradient,
+    )
     values = values_at(
         model, pair_inputs(model, batch), positions.sources[positions.mask], finish, temperature=temperature
     )

@@ -54,8 +54,8 @@ class Head(NamedTuple):
 class TokenValues(NamedTuple):
     """[N] each, float32 (float64 from float64 logits); what was not asked for is None.
 
-    logps: log p(target); kl: KL(ref || p), in nats. Without gradient: entropy of p, in nats; log_sum_squares: log of
-    sum_v p(v)^2; ref_logps: log ref(target).
+    logps: log p(target); kl: KL(ref || p), in nats; entropy of p, in nats, without gradient unless it was asked for.
+    Without gradient: log_sum_squares, log of sum_v p(v)^2; ref_logps, log ref(target).
     """
 
     logps: Tensor

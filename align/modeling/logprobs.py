@@ -188,9 +188,12 @@ def _through_head(
         if hidden.shape[:2] == inputs["input_ids"].shape:
             values = finish(head, hidden.flatten(0, 1).index_select(0, positions))
             kept["joint"] = values.logps
-            if values.kl is not None:  # the gradient of either must come through the output
-                kept["joint"] = torch.stack([values.logps, values.kl])
-                values = values._replace(logps=kept["joint"][0], kl=kept["joint"][1])
+            names = ["logps"] if values.kl is None else ["logps", "kl"]
+            if values.entropy is not None and values.entropy.requires_grad:
+                names.append("entropy")
+            if len(names) > 1:  # the gradient of each must come through the output
+                kept["joint"] = torch.stack([getattr(values, name) for name in names])
+                values = values._replace(**dict(zip(names, kept["joint"], strict=True)))
             kept["values"] = values
         kept["last"] = head.forward(hidden[:, -1:])
         return kept["last"]

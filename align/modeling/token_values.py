@@ -18,10 +18,12 @@ def token_values(
     *,
     reference: tuple[Head, Tensor] | None = None,
     entropy: bool = False,
+    entropy_gradient: bool = False,
     sum_squares: bool = False,
     chunk_size: int | None = None,
 ) -> TokenValues:
-    """Values of `targets` [N] under head(hidden), hidden [N, d]. Differentiable in logps and kl.
+    """Values of `targets` [N] under head(hidden), hidden [N, d]. Differentiable in logps and kl,
+    with `entropy_gradient` in the entropy too.
 
     Args:
         reference: head and hidden states [N, d'] of the reference: adds kl and ref_logps. It gets no gradient.
@@ -35,7 +37,7 @@ def token_values(
             "vocabulary; resize the embeddings of one of them"
         )
     linear = head.weight is not None and (reference is None or reference[0].weight is not None)
-    options = {"entropy": entropy, "sum_squares": sum_squares}
+    options = {"entropy": entropy, "entropy_gradient": entropy_gradient, "sum_squares": sum_squares}
     return (tiled if linear else _chunked)(head, hidden, targets, reference, options, chunk_size)
 
 
@@ -63,13 +65,15 @@ def _chunked(head: Head, hidden: Tensor, targets: Tensor, reference, options: di
 
 
 def _chunk_values(
-    head: Head, ref_head: Head | None, hidden, targets, ref_hidden=None, *, entropy, sum_squares
+    head: Head, ref_head: Head | None, hidden, targets, ref_hidden=None, *, entropy, entropy_gradient, sum_squares
 ) -> tuple:
     log_p = head.transform(wide(head.forward(hidden))).log_softmax(-1)
     logps = log_p.gather(-1, targets[:, None]).squeeze(-1)
     kl = spread = log_squares = ref_logps = None
+    if entropy_gradient:
+        spread = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
     with torch.no_grad():
-        if entropy:
+        if entropy and not entropy_gradient:
             spread = torch.special.entr(log_p.exp()).sum(-1)
         if sum_squares:
             log_squares = (2 * log_p).logsumexp(-1)

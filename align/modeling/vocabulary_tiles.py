@@ -33,6 +33,8 @@ class _Tiled(torch.autograd.Function):
 
     g (1[v = target] - p_v) + k (p_v - q_v)
 
+    and with e = dL/dentropy (`entropy_gradient`) also e p_v (m - z_v), m the mean of z under p.
+
     It is summed in float32 before anything is rounded to the dtype of the products: at a token that the policy is sure
     of, g and g p differ by less than bfloat16 can tell. Each product with it is rounded once, and products are added up
     in float32, in one order.
@@ -41,6 +43,7 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, targets, transforms, options, chunk_size, dtype, *tensors):
         ctx.set_materialize_grads(False)
+        entropy_gradient, options = options["entropy_gradient"], {n: options[n] for n in ("entropy", "sum_squares")}
         sides = _sides(tensors, transforms, dtype)
         tiling = _Tiling(targets, sides[0].weight, chunk_size)
         blocks = [_block_values(sides, targets[rows], rows, tiling, **options) for rows in tiling.blocks]
@@ -49,19 +52,20 @@ class _Tiled(torch.autograd.Function):
         values, normalisers = TokenValues(torch.cat(logps), *columns[:4]), columns[4:]
         ctx.transforms, ctx.chunk_size, ctx.dtype = transforms, chunk_size, dtype
         # as they came: what autocast makes of them is made again, rather than kept until then
-        ctx.save_for_backward(targets, *normalisers, *tensors)
-        ctx.mark_non_differentiable(*[t for t in values[2:] if t is not None])
+        ctx.save_for_backward(targets, values.entropy if entropy_gradient else None, *normalisers, *tensors)
+        ctx.mark_non_differentiable(*[t for t in values[3 if entropy_gradient else 2 :] if t is not None])
         return tuple(values)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g, k, *_):
-        targets, top, total, ref_top, ref_total, *tensors = ctx.saved_tensors
+    def backward(ctx, g, k, e, *_):
+        targets, entropy, top, total, ref_top, ref_total, *tensors = ctx.saved_tensors
         sides = _sides(tensors, ctx.transforms, ctx.dtype)
         policy, tiling = sides[0], _Tiling(targets, sides[0].weight, ctx.chunk_size)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[5:8]
         g = torch.zeros_like(top) if g is None else g
         normalisers = (top, total), (ref_top, ref_total)
+        spread = None if e is None else (e, top + total.log() - entropy)
         d_hidden = torch.zeros_like(policy.hidden, dtype=top.dtype) if need_hidden else None
         d_weight = torch.empty_like(tensors[1]) if need_weight else None
         d_bias = torch.empty_like(tensors[2]) if need_bias else None
@@ -70,7 +74,7 @@ class _Tiled(torch.autograd.Function):
             tile_weight = None if d_weight is None else torch.zeros_like(weight, dtype=top.dtype)
             tile_bias = None if d_bias is None else top.new_zeros(len(weight))
             for rows in tiling.blocks:
-                d = _logit_gradients(sides, rows, tile, tiling, targets, g, k, normalisers)
+                d = _logit_gradients(sides, rows, tile, tiling, targets, g, k, spread, normalisers)
                 if tile_bias is not None:
                     tile_bias += d.sum(0)
                 d = tiling.cast(d, weight.dtype, "gradient")
@@ -87,14 +91,22 @@ class _Tiled(torch.autograd.Function):
         return None, None, None, None, None, d_hidden, d_weight, d_bias, *[None] * (len(tensors) - 3)
 
 
-def _logit_gradients(sides, rows, tile, tiling, targets, g, k, normalisers) -> Tensor:
-    """dL/d(product of the head) of a tile, [rows, tile], in a buffer."""
+def _logit_gradients(sides, rows, tile, tiling, targets, g, k, spread, normalisers) -> Tensor:
+    """dL/d(product of the head) of a tile, [rows, tile], in a buffer. spread: None, or dL/dentropy and the mean logit
+    under p."""
     (top, total), (ref_top, ref_total) = normalisers
     transform = sides[0].transform
     z = sides[0].logits(rows, tile, tiling, "policy")
     slope = transform.slope(z, out=tiling.like(z, "slope") if transform.cap else None)
     into_p = -g if k is None else k - g
-    d = z.sub_(top[rows, None]).exp_().mul_((into_p / total)[rows, None])
+    if spread is None:
+        d = z.sub_(top[rows, None]).exp_().mul_((into_p / total)[rows, None])
+    else:
+        e, mean = (part[rows, None] for part in spread)
+        # a logit of -inf has probability 0, and nothing of it is left
+        above = torch.sub(mean, z, out=tiling.like(z, "above")).nan_to_num_(nan=torch.nan, posinf=0.0)
+        above.mul_(e).add_(into_p[rows, None]).div_(total[rows, None])
+        d = z.sub_(top[rows, None]).exp_().mul_(above)
     if k is not None:
         q = sides[1].logits(rows, tile, tiling, "reference").sub_(ref_top[rows, None]).exp_()
         d.sub_(q.mul_((k / ref_total)[rows, None]))

@@ -4,6 +4,7 @@ Aggregation is its own function with an explicit normaliser, so that micro-batch
 whole batch.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -86,6 +87,64 @@ def cispo_policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     losses = torch.where(valid, -ratio.clamp(max=high) * advantages * logps, torch.zeros_like(logps))
     return PolicyLoss(losses, ratio, valid & (ratio > high), torch.zeros_like(valid), masked_mean(-log_ratio, mask))
+
+
+def sapo_policy_loss(
+    logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, *, above: float = 1.0, below: float = 1.05
+) -> PolicyLoss:
+    """SAPO: -4 / tau sigmoid(tau (rho - 1)) A (arXiv 2511.20347), a soft gate in the place of the clip, whose slope at
+    rho = 1 is the ratio's.
+
+    logps (with gradient), old_logps, advantages, mask: [B, T]. above, below: tau of tokens whose advantage is above 0
+    and of the others; the larger, the sooner a ratio away from 1 loses its gradient.
+    """
+    valid = mask.bool()
+    log_ratio = torch.where(valid, logps - old_logps, torch.zeros_like(logps))
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    tau = torch.where(advantages > 0, torch.tensor(above).to(ratio), torch.tensor(below).to(ratio))
+    losses = torch.where(valid, -4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantages, torch.zeros_like(logps))
+    none = torch.zeros_like(valid)
+    return PolicyLoss(losses, ratio.detach(), none, none, masked_mean(-log_ratio.detach(), mask))
+
+
+VESPO_LOWEST = math.log(1e-8)  # the published code's
+
+
+def vespo_policy_loss(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    above: tuple[float, float] = (2.0, 3.0),
+    below: tuple[float, float] = (3.0, 2.0),
+    correction: Tensor | None = None,
+) -> PolicyLoss:
+    """VESPO: -sg(phi(w)) A log pi, phi(w) = w^k e^(l (1 - w)) with w the sequence's ratio (arXiv 2602.10693; TRL's).
+
+    logps (with gradient), old_logps, advantages, mask: [B, T]. above, below: k and l of tokens whose advantage is at
+    least 0 and of the others. correction: log of the tokens' importance weights against the engine, [B, T],
+    which then belong to w.
+    """
+    valid = mask.bool()
+    log_ratio = torch.where(valid, logps.detach() - old_logps, torch.zeros_like(logps))
+    log_w = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).sum(-1, keepdim=True)
+    if correction is not None:
+        log_w = log_w + torch.where(valid, correction.clamp(VESPO_LOWEST, MAX_LOG_RATIO), 0.0).sum(-1, keepdim=True)
+    log_w = log_w.clamp(VESPO_LOWEST, MAX_LOG_RATIO)
+    k, decay = (torch.where(advantages >= 0, *torch.tensor(pair).to(log_w)) for pair in zip(above, below, strict=True))
+    weight = (decay + k * log_w - decay * log_w.exp()).exp()
+    losses = torch.where(valid, -weight * advantages * logps, torch.zeros_like(logps))
+    ratio = torch.where(valid, log_w.exp().expand(mask.shape), 1.0)
+    none = torch.zeros_like(valid)
+    return PolicyLoss(losses, ratio, none, none, masked_mean(-log_ratio, mask))
+
+
+def off_policy_kept(advantages: Tensor, logps: Tensor, sampling_logps: Tensor, mask: Tensor, limit: float) -> Tensor:
+    """DeepSeek-V3.2's off-policy sequence mask (arXiv 2512.02556, eq. 9), [B, T]: False on tokens of negative advantage
+    in sequences whose mean of log pi_sampling - log pi is above `limit` (nats per token). All tensors: [B, T]."""
+    gap = masked_sum(sampling_logps - logps.detach(), mask, dim=-1) / mask.sum(-1).clamp(min=1)
+    return (advantages >= 0) | (gap <= limit)[:, None]
 
 
 def value_losses(

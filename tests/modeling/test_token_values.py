@@ -79,6 +79,39 @@ def test_values_and_gradients(name, linear, with_kl):
 
 
 @pytest.mark.parametrize("linear", [True, False], ids=["tiles", "chunks"])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_the_entropy_has_a_gradient_where_it_is_asked_for(name, linear):
+    """Beside that of the log-prob and alone, with logits of -inf (a padded vocabulary)."""
+    layer, hidden = draw()
+    with torch.no_grad():
+        layer.bias[30:] = -torch.inf if TRANSFORMS[name].cap is None else 0.0
+    targets, transform = torch.randint(0, 20, (N,)), TRANSFORMS[name]
+    head = head_of(layer, V, transform)
+    if not linear:
+        head = head._replace(weight=None, bias=None)
+    weights = torch.randn(2, N, dtype=torch.float64)
+
+    def grads(logps, entropy, both):
+        for tensor in (hidden, *layer.parameters()):
+            tensor.grad = None
+        ((weights[0] * logps).sum() * both + (weights[1] * entropy).sum()).backward()
+        return [hidden.grad, *(p.grad for p in layer.parameters())]
+
+    log_p = transform(layer(hidden)).log_softmax(-1)
+    entropy = -torch.where(log_p > -torch.inf, log_p.exp() * log_p.clamp(min=-1e6), 0.0).sum(-1)
+    logps = log_p.gather(-1, targets[:, None])[:, 0]
+    for both in (1, 0):
+        found = token_values(head, hidden, targets, entropy=True, entropy_gradient=True, chunk_size=4)
+        torch.testing.assert_close(found.entropy, entropy, rtol=0, atol=1e-12)
+        ours, theirs = grads(found.logps, found.entropy, both), grads(logps, entropy, both)
+        log_p = transform(layer(hidden)).log_softmax(-1)  # the graph is used up
+        entropy = -torch.where(log_p > -torch.inf, log_p.exp() * log_p.clamp(min=-1e6), 0.0).sum(-1)
+        logps = log_p.gather(-1, targets[:, None])[:, 0]
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("linear", [True, False], ids=["tiles", "chunks"])
 def test_padded_vocabulary_adds_nothing(linear):
     """Logits of -inf on both sides, on the reference's alone, and probabilities that underflow: finite values."""
     (layer, hidden), (ref_layer, ref_hidden) = draw(), draw(seed=1)

@@ -49,7 +49,6 @@ class TrainerMixin(TrainerHooks):
 
     args: RunOptions
     config_class: ClassVar[Any]  # the method's configuration, a RunOptions
-    evaluates_a_loss: ClassVar[bool] = True
 
     @classmethod
     def options(cls, args: Options | None, model: Any, train_dataset: Any) -> Options:
@@ -57,6 +56,12 @@ class TrainerMixin(TrainerHooks):
         it. ConfigError without rows."""
         if train_dataset is None:
             raise ConfigError(f"{cls.__name__}: `train_dataset` is required: the rows to train on")
+        if is_stream(train_dataset) and args is not None and args.accelerator_config.dispatch_batches:
+            raise ConfigError(
+                "Iterable datasets require `dispatch_batches=False`: every process reads the whole stream itself and "
+                "takes its share of the rows",
+                key="accelerator_config",
+            )
         if is_stream(train_dataset) and (args is None or args.max_steps <= 0):
             raise ConfigError(
                 "the rows are a stream, whose end is not known: set max_steps, the number of optimiser steps to train"
@@ -102,8 +107,8 @@ class TrainerMixin(TrainerHooks):
 
     def _check_best_metric(self) -> None:
         """It is looked up after every evaluation. transformers' default for what needs one (load_best_model_at_end,
-        save_strategy: best, a plateau's schedule) is `eval_loss`, which neither several sets nor on-policy evaluations
-        have: the run would end in a KeyError after the first."""
+        save_strategy: best, a plateau's schedule) is `eval_loss`, which several sets do not have: the run
+        would end in a KeyError after the first."""
         if self.args.metric_for_best_model is None:
             return
         metric = self.args.metric_for_best_model.removeprefix("eval_")
@@ -115,12 +120,6 @@ class TrainerMixin(TrainerHooks):
                     f"metric_for_best_model is {metric!r}, and the evaluation sets have "
                     f"metrics of their own: name one, such as eval_{names[0]}_{metric}"
                 )
-            metric = metric.removeprefix(f"{named}_")
-        if metric == "loss" and not self.evaluates_a_loss:
-            raise ConfigError(
-                "metric_for_best_model: evaluations of on-policy methods have no loss: set metric_for_best_model, "
-                "such as eval_proxy or eval_gold, and greater_is_better: true"
-            )
 
     # ---- streams ----------------------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from align.trainers.on_policy.buffer import RolloutBuffer, check_position
 from align.trainers.on_policy.config import OnPolicyConfig
 from align.trainers.on_policy.critic import CriticLearner
 from align.trainers.on_policy.engine import SyncedEngine
+from align.trainers.on_policy.entropy import EntropyBonus
 from align.trainers.on_policy.evaluation import EvaluationFile, PolicyEvaluator, one_set, sets_of
 from align.trainers.on_policy.forward import ForwardPasses
 from align.trainers.on_policy.kl_coefficient import KLCoefficient
@@ -39,7 +40,6 @@ from align.trainers.weighting.base import Weighting
 class OnPolicyBase(MicroBatchLists, Trainer):
     """A trainer whose parts, named below, `OnPolicyTrainer` makes."""
 
-    evaluates_a_loss = False
     args: OnPolicyConfig
     model: nn.Module
     rewards: RewardColumns
@@ -51,6 +51,7 @@ class OnPolicyBase(MicroBatchLists, Trainer):
     buffer: RolloutBuffer | None
     critic: CriticLearner | None
     engine: SyncedEngine
+    entropy: EntropyBonus
     forward: ForwardPasses
     evaluator: PolicyEvaluator
     evaluations: EvaluationFile
@@ -93,6 +94,16 @@ class OnPolicyBase(MicroBatchLists, Trainer):
             check_same_start(logps, batch["ref_logps"], batch["completion_mask"], tolerance)
 
     @property
+    def entropy_coef(self) -> float:
+        """The coefficient of the entropy bonus now (TRL's name)."""
+        return self.entropy.coefficient
+
+    @property
+    def reward_processing_classes(self) -> list:
+        """The tokenizers of the rewards that are classifiers, None of the others (TRL's name)."""
+        return [getattr(reward, "tokenizer", None) for reward in self.rewards.rewards]
+
+    @property
     def finished(self) -> bool:
         """As in TrainerMixin, and where `stop_at` ends the run."""
         return super().finished or (self.stop is not None and self.stop.reason is not None)
@@ -105,7 +116,10 @@ class OnPolicyBase(MicroBatchLists, Trainer):
             assert self.reference is not None  # held wherever beta is not 0
             with self.phase("reference"):
                 self.forward.fill(parts, "ref_logps", self.forward.reference_logps(self.reference))
-        if self.needs_old_logps():
+        if self.args.top_entropy_quantile < 1:
+            with self.phase("old_logps"):
+                self.forward.fill_old(parts, self.model)
+        elif self.needs_old_logps():
             with self.phase("old_logps"):
                 self.forward.fill(parts, "old_logps", self.forward.policy_logps(self.model))
 
@@ -128,7 +142,8 @@ class OnPolicyBase(MicroBatchLists, Trainer):
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """Sample from the policy at the training temperature on the evaluation prompts, score, and log the means.
+        """Sample from the policy at the training temperature on the evaluation prompts, score, and log the means; the
+        loss among them is what the run minimises, `beta` times the KL per sequence less the score.
 
         The evaluation file takes what training and, after it, calls without `eval_dataset` (prompts, all of which are
         used) evaluate, once per step; of several sets (a dict; metrics `eval_<name>_...`) the first.
@@ -147,7 +162,9 @@ class OnPolicyBase(MicroBatchLists, Trainer):
             rows = self.evaluator.evaluate(dataset, self.model, self.reference)
         self.engine.rest()
         measured = self.evaluator.measured
-        metrics = {f"{metric_key_prefix}_{name}": sum(row[name] for row in rows) / len(rows) for name in measured}
+        means = {name: sum(row[name] for row in rows) / len(rows) for name in measured}
+        means["loss"] = (self.args.beta or 0.0) * means["kl"] - means["proxy"]
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         if own and self.is_in_train:
             learned = self.weighting.observe({n: [row[f"rewards/{n}"] for row in rows] for n in self.rewards.names})
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in learned.items()}
@@ -176,6 +193,7 @@ class OnPolicyBase(MicroBatchLists, Trainer):
             "search": None if self.search is None else self.search.state_dict(),
             "stop": None if self.stop is None else self.stop.state_dict(),
             "ahead": self.ahead.state_dict(),
+            "entropy_bonus": self.entropy.state_dict(),
             "buffer": self.buffer.state_dict(self.ranks.count) if inside and self.buffer is not None else None,
         }
 
@@ -195,6 +213,7 @@ class OnPolicyBase(MicroBatchLists, Trainer):
         if state["buffer"] is not None:
             self.buffer = RolloutBuffer.from_state(state["buffer"], self.args.seed, processes=self.ranks.count)
         self.ahead.load_state_dict(state.get("ahead"))
+        self.entropy.load_state_dict(state.get("entropy_bonus"))
         check_position(self.buffer, self.state.global_step, self.args.steps_per_rollout)
         if self.critic is not None:
             self.critic.load(folder)

@@ -4,10 +4,12 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from itertools import islice
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
 
+from align.data.streams import is_stream
 from align.errors import ConfigError, TrainingError
 from align.rollout.seeds import derive_seed
 from align.trainers.on_policy.config import OnPolicyConfig
@@ -83,6 +85,23 @@ def check_arithmetic(args: OnPolicyConfig, rows: int) -> None:
             steps,
             "" if steps == 1 else "s",
         )
+
+
+def check_stream(args: OnPolicyConfig, prompts: Any) -> None:
+    """Raises `ConfigError` for options that go back over the prompts, or choose among all of them, if these are a
+    stream."""
+    if not is_stream(prompts):
+        return
+    for name, asked in (
+        ("num_iterations", args.num_iterations > 1),
+        ("dynamic_sampling_rounds", args.dynamic_sampling_rounds),
+    ):
+        if asked:
+            raise ConfigError(
+                f"{name}: the prompts are a stream, which is read once from its start: leave it out, or make a dataset "
+                "of the prompts",
+                key=name,
+            )
 
 
 class RolloutBuffer:

@@ -12,6 +12,7 @@ from align.trainers.core.batching import BatchingOptions
 from align.trainers.core.options import BaseConfig
 from align.trainers.on_policy.ahead import check_ahead
 from align.trainers.on_policy.estimators import make_estimator
+from align.trainers.on_policy.loss_options import check_loss_options, take_delta
 from align.trainers.on_policy.loss_types import LOSS_TYPES, resolve_loss_type
 from align.trainers.on_policy.sampling_options import SamplingOptions
 from align.trainers.on_policy.stopping import check_stop, prepare_stop
@@ -26,7 +27,7 @@ from align.trainers.weighting.sections import (
     parse_stop,
 )
 
-RATIO_LEVELS = ("token", "sequence", "sequence_mean")
+RATIO_LEVELS = ("token", "sequence", "sequence_sum")
 CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 SECTIONS = {
     "constraints": parse_constraints,
@@ -109,9 +110,9 @@ class OnPolicyConfig(BatchingOptions, SamplingOptions, BaseConfig):
     loss_type: str | None = field(
         default=None,
         metadata={
-            "help": f"TRL's name for the loss: {', '.join(LOSS_TYPES)}. Sets loss_aggregation; cispo also cuts the "
-            "importance weights (at epsilon_high) instead of clipping the surrogate. Default: the surrogate, and "
-            "loss_aggregation as it is."
+            "help": f"TRL's name for the loss: {', '.join(LOSS_TYPES)}. Sets loss_aggregation; cispo, sapo and "
+            "vespo also weigh the tokens otherwise than the clipped surrogate (docs/on_policy.md). Default: the "
+            "surrogate, and loss_aggregation as it is."
         },
     )
     constraints: list[dict] | None = field(
@@ -156,7 +157,11 @@ class OnPolicyConfig(BatchingOptions, SamplingOptions, BaseConfig):
     epsilon_high: float | None = field(default=None, metadata={"help": "Clip above 1. Default: epsilon."})
     dual_clip: float | None = field(default=None, metadata={"help": "Cap of a bad action's loss, above 1; 3 is usual."})
     importance_sampling_level: str = field(
-        default="token", metadata={"help": f"Level of the probability ratio: {', '.join(RATIO_LEVELS)} (GSPO's)."}
+        default="token",
+        metadata={
+            "help": "Level of the probability ratio: token; sequence, the geometric mean of the tokens' (GSPO's); "
+            "sequence_sum, their product."
+        },
     )
     rollout_correction: str = field(
         default="none",
@@ -237,6 +242,7 @@ class OnPolicyConfig(BatchingOptions, SamplingOptions, BaseConfig):
                 raise ConfigError(f"{name} must be one of {', '.join(valid)}, got {getattr(self, name)!r}{more}")
         if self.num_generations_eval is not None:
             self.eval_num_generations = self.num_generations_eval
+        take_delta(self)
         self.resolve_loss_type()
         if self.kl_target is not None and not self.beta > 0:
             raise ConfigError("kl_target needs a target and a beta (its starting point) above 0")
@@ -253,10 +259,10 @@ class OnPolicyConfig(BatchingOptions, SamplingOptions, BaseConfig):
             raise ConfigError(f"kl_gain needs kl_target and a value above 0, got {self.kl_gain}")
         if self.kl_gain is not None and self.kl_horizon != 10_000:
             raise ConfigError("kl_gain takes the place of kl_horizon: set one of them")
-        if self.importance_sampling_level == "sequence" and self.loss_aggregation != "sequence_mean":
+        if self.importance_sampling_level == "sequence_sum" and self.loss_aggregation != "sequence_mean":
             raise ConfigError(
-                "importance_sampling_level: sequence gives every token the whole sequence's ratio, so its loss is the "
-                "mean over tokens: set loss_aggregation: sequence_mean"
+                "importance_sampling_level: sequence_sum gives every token the whole sequence's ratio, so its "
+                "loss is the mean over tokens: set loss_aggregation: sequence_mean"
             )
         given = {name: getattr(self, name) for name in SECTIONS}
         self.sections = {name: SECTIONS[name](value, name) for name, value in given.items() if value is not None}
@@ -275,6 +281,7 @@ class OnPolicyConfig(BatchingOptions, SamplingOptions, BaseConfig):
                 "truncated: bootstrap takes the value of a critic, which only PPO has: use keep, mask or penalise"
             )
         check_penalty(self)
+        check_loss_options(self)
         check_ahead(self)
         check_constraints(self)
         check_dynamic_weights(self)

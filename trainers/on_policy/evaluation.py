@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 
 from align.config.sections import plain
 from align.data.sets import of_each
+from align.data.streams import is_stream, read_whole
 from align.errors import ConfigError, RewardError
 from align.evaluation.records import EvalWriter
 from align.modeling.load import Reference
@@ -45,10 +46,15 @@ def eval_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: OnP
     """The first `num_eval_prompts` prompts, tokenised; of several sets by name, the first of each; None of None."""
 
     def first(rows):
-        rows = tokenized_prompts(rows, tokenizer, args)
+        rows = tokenized_prompts(whole(rows, args.num_eval_prompts), tokenizer, args)
         return rows.select(range(min(args.num_eval_prompts or len(rows), len(rows))))
 
     return of_each(dataset, first)
+
+
+def whole(rows: Any, most: int | None) -> Any:
+    """A stream's first `most` rows (None: all), which every evaluation goes through; a dataset as it is."""
+    return read_whole(rows if most is None else rows.take(most)) if is_stream(rows) else rows
 
 
 def sets_of(own, given) -> dict[str, Any] | None:
@@ -64,7 +70,7 @@ def one_set(own, given, tokenizer, args) -> tuple[Any, bool]:
     the name of one of the trainer's sets, or prompts."""
     if isinstance(given, str):
         return own[given], given == next(iter(own))
-    dataset = own if given is None else tokenized_prompts(given, tokenizer, args)
+    dataset = own if given is None else tokenized_prompts(whole(given, None), tokenizer, args)
     if dataset is None:
         raise ConfigError("there is nothing to evaluate on: pass eval_dataset")
     return dataset, given is None

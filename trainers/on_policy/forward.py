@@ -53,6 +53,15 @@ class ForwardPasses:
 
         return compute
 
+    @torch.no_grad()
+    def fill_old(self, parts: list[list[Sample]], model: nn.Module) -> None:
+        """Give every sample its log-probs under the policy as it is, and the entropies of its tokens."""
+        for part in parts:
+            batch = self.prepare(self.planner.collate(part))
+            logps, entropies = completion_logps(model, batch, temperature=self.temperature, return_entropy=True)
+            scatter(part, "old_logps", logps)
+            scatter(part, "entropies", entropies)
+
     def policy_logps(self, model: nn.Module) -> Callable[[dict[str, Tensor]], Tensor]:
         """Computes them under the policy."""
         return lambda batch: completion_logps(model, batch, temperature=self.temperature)

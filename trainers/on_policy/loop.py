@@ -27,6 +27,8 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import set_seed
 
+from align.data.endless import EndlessRows
+from align.data.streams import is_stream
 from align.modeling.completions import completion_logps
 from align.modeling.load import disable_dropout, load_policy, reference_of
 from align.modeling.prefix_support import enable_shared_prefix, enable_trunk
@@ -42,10 +44,11 @@ from align.trainers.core.ranks import Ranks
 from align.trainers.on_policy.ahead import RolloutsAhead
 from align.trainers.on_policy.base import OnPolicyBase
 from align.trainers.on_policy.batches import BatchPlanner
-from align.trainers.on_policy.buffer import RolloutBuffer, block_sampler, check_arithmetic, take_prompts
+from align.trainers.on_policy.buffer import RolloutBuffer, block_sampler, check_arithmetic, check_stream, take_prompts
 from align.trainers.on_policy.config import OnPolicyConfig
 from align.trainers.on_policy.critic import CriticLearner, CriticStep, make_critic
 from align.trainers.on_policy.engine import SyncedEngine, engine_maker
+from align.trainers.on_policy.entropy import EntropyBonus, train_high_entropy_tokens
 from align.trainers.on_policy.estimators import make_estimator
 from align.trainers.on_policy.evaluation import Curve, EvaluationFile, PolicyEvaluator, eval_prompts
 from align.trainers.on_policy.forward import ForwardPasses
@@ -107,6 +110,7 @@ class OnPolicyTrainer(OnPolicyBase):
         reward_processing_classes: Any = None,
     ):
         args = self.options(args, model, train_dataset)
+        check_stream(args, train_dataset)
         tokenizer = tokenizer_of(args, model, processing_class)
         set_seed(args.seed)  # a new adapter is drawn at random
         model = load_policy(model, peft_config=peft_config, sharded=True, **loading_options(args, model))
@@ -137,9 +141,14 @@ class OnPolicyTrainer(OnPolicyBase):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if is_stream(train_dataset):
+            self.make_endless(train_dataset)
         self.rewards.trainer_state = lambda: self.state
         self.model_accepts_loss_kwargs = True  # the losses are normalised by the global count, not by Trainer
         self.ranks, self.metrics = Ranks(self.accelerator), OnPolicyMetrics(self.recorder)
+        self.entropy = EntropyBonus(args, self.ranks, self.record)
+        if self.entropy.on:
+            self.add_callback(self.entropy)
         self.shown = ShownCompletions(args)
         self._make_passes()
         self._make_rollouts(engine)
@@ -248,7 +257,8 @@ class OnPolicyTrainer(OnPolicyBase):
     # ---- transformers' hooks ----------------------------------------------------------------------------------------
 
     def train(self, *args, **kwargs):
-        check_arithmetic(self.args, len(self.train_dataset))
+        if not isinstance(self.train_dataset, EndlessRows):
+            check_arithmetic(self.args, len(self.train_dataset))
         self.engine.forget()  # its weights may be another run's
         self.evaluations.close()
         self.buffer = None
@@ -263,7 +273,7 @@ class OnPolicyTrainer(OnPolicyBase):
         return output
 
     def _get_train_sampler(self, train_dataset=None):
-        if self.args.steps_per_rollout == 1:
+        if self.args.steps_per_rollout == 1 or isinstance(self.train_dataset, EndlessRows):
             return super()._get_train_sampler(train_dataset)
         return block_sampler(self.args, len(self.train_dataset), lambda: self.state.global_step)
 
@@ -290,6 +300,7 @@ class OnPolicyTrainer(OnPolicyBase):
         samples = self.buffer.mini_batch(position)
         if self.weighting.update_per == "mini_batch":
             self.updates.learn(samples, self.state.global_step + 1)
+        self.entropy.begin(samples)
         batches = self.planner.plan(samples, num_batches)
         return in_lists([self.planner.collate(batch) for batch in batches], num_batches), self.loss_count(samples)
 
@@ -297,18 +308,25 @@ class OnPolicyTrainer(OnPolicyBase):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self.ahead.raise_early()
         args, mask = self.args, inputs["completion_mask"]
-        logps, entropy = completion_logps(model, inputs, temperature=args.temperature, return_entropy=True)
+        logps, entropy = completion_logps(
+            model, inputs, temperature=args.temperature, return_entropy=True, entropy_gradient=self.entropy.on
+        )
         if self.state.global_step % args.steps_per_rollout == 0:
             self.check_logps(logps.detach(), inputs)
         advantages = mix(inputs["advantages"], self.weighting)
         coefficient = self.kl.value * self.weighting.kl_weight
         losses, policy = policy_objective(logps, advantages, inputs, args, kl_coefficient=coefficient)
-        self.metrics.update(logps.detach(), entropy, inputs)
+        self.metrics.update(logps.detach(), entropy.detach(), inputs)
         if args.steps_per_rollout > 1:
             self.metrics.surrogate(policy, mask)
         if self.critic is not None:
             self.critic.learn(inputs, num_items_in_batch)
         loss = aggregate_tokens(losses, mask, args.loss_aggregation, num_items_in_batch)
+        if self.entropy.on:
+            count = loss_count(kept_lengths(mask), args)
+            if count:  # the mean over the step's micro-batches is then the step's loss
+                self.record("policy_loss", loss.detach() * num_items_in_batch / count, count)
+            loss = loss + self.entropy.term(entropy, mask)
         return loss * self.accelerator.num_processes  # the count is of all ranks, and DDP averages over them
 
     # ---- from prompts to advantages ---------------------------------------------------------------------------------
@@ -329,6 +347,8 @@ class OnPolicyTrainer(OnPolicyBase):
         with self.phase("advantages"):
             beta = self.kl.value if args.kl_in == "reward" else 0.0
             self.metrics.all(fill_advantages(rollout, self.estimator, self.weighting, self.ranks, beta))
+            if args.top_entropy_quantile < 1:
+                train_high_entropy_tokens(samples, args.top_entropy_quantile, self.ranks)
         if self.weighting.needs_gradients:
             with self.phase("objective_gradients"):
                 self.updates.learn_from_gradients(self.stream_gradients(self.planner.plan(samples, len(parts))))

@@ -20,7 +20,8 @@ class Sample:
     weighted sum less `penalty`, what a long or cut completion loses (`TruncationRule`). left_out: of the loss and of
     baselines, for want of a score, or, if `masked`, for having been cut. bootstrap: values after the last token of
     a cut completion, [streams], that stand for its score; None where the score counts. shown: what a reward said beside
-    it. ref_logps, old_logps: under the reference and under the policy before the first update, [L], nats. advantages,
+    it. ref_logps, old_logps: under the reference and under the policy before the first update, [L], nats. entropies: of
+    its tokens then, until advantages are known. advantages,
     values, returns: [L, streams].
     """
 
@@ -40,6 +41,7 @@ class Sample:
     shown: dict[str, str | float] = field(default_factory=dict)
     ref_logps: torch.Tensor | None = None
     old_logps: torch.Tensor | None = None
+    entropies: torch.Tensor | None = None
     advantages: torch.Tensor | None = None
     values: torch.Tensor | None = None
     returns: torch.Tensor | None = None
@@ -51,7 +53,7 @@ class Sample:
 
 def tokenized_prompts(dataset, tokenizer, args):
     """Prompts as the loop takes them; a dataset that is tokenised already is taken as it is."""
-    if "prompt_ids" in columns_of(dataset):
+    if "prompt_ids" in columns_of(dataset, streams=True):
         return dataset
     return tokenize_prompts(
         dataset,
@@ -59,6 +61,8 @@ def tokenized_prompts(dataset, tokenizer, args):
         max_prompt_length=args.max_prompt_length,
         max_bad_share=args.max_bad_share,
         num_proc=args.dataset_num_proc,
+        template_options=args.chat_template_kwargs,
+        streams=True,
     )
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from align.errors import ConfigError
 from align.rollout.types import SamplingParams
-from align.trainers.on_policy.trl_names import TrlOnPolicyOptions
+from align.trainers.on_policy.trl_names import DRAWN, TrlOnPolicyOptions, take_generation_kwargs
 
 TRUNCATED = ("keep", "mask", "penalise", "bootstrap")
 
@@ -65,10 +65,10 @@ class SamplingOptions(TrlOnPolicyOptions):
     @property
     def drawing(self) -> dict[str, Any]:
         """Arguments of `SamplingParams` for a sampled completion."""
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        return {"max_tokens": self.max_completion_length, **{name: getattr(self, name) for name in names}}
+        return {"max_tokens": self.max_completion_length, **{name: getattr(self, name) for name in DRAWN}}
 
     def __post_init__(self):
+        take_generation_kwargs(self)
         super().__post_init__()
         self.min_p = self.min_p or 0.0  # TRL's None is off
         SamplingParams(**self.drawing)  # which checks them
@@ -80,6 +80,13 @@ class SamplingOptions(TrlOnPolicyOptions):
 def check_truncated(args: SamplingOptions) -> None:
     """Raises `ConfigError`; fills in the default of `truncated`."""
     penalty = args.missing_eos_penalty
+    if args.mask_truncated_completions:
+        if args.truncated not in (None, "mask"):
+            raise ConfigError(
+                f"mask_truncated_completions is TRL's name of truncated: mask, and truncated: {args.truncated} is "
+                "given: leave one of them out"
+            )
+        args.truncated = "mask"
     if penalty is not None and not penalty > 0:
         raise ConfigError(f"missing_eos_penalty is subtracted from the score and must be above 0, got {penalty}")
     if args.truncated is None:

@@ -11,6 +11,8 @@ from align.trainers.on_policy.pipeline import ScoredRollout
 from align.trainers.on_policy.samples import Sample, completion_masks, completion_matrix, sampling_logps, scatter
 from align.trainers.weighting.base import Weighting
 
+EPSILON = 1e-4  # TRL's, added to a deviation
+
 
 @dataclass
 class Stream:
@@ -118,9 +120,20 @@ def estimate_advantages(
     advantages = [one.advantages for one in found]
     if weighting.standardize:
         advantages = [ranks.whiten(a, stream.mask) for a, stream in zip(advantages, streams, strict=True)]
+    if weighting.scaled:
+        advantages = scaled(advantages, weighting, streams[0].mask, ranks)
     returns = None if found[0].returns is None else torch.stack([one.returns for one in found], dim=-1)
     metrics = {name: values for one in found for name, values in one.metrics.items()}
     return torch.stack(advantages, dim=-1), returns, metrics
+
+
+def scaled(advantages: list[Tensor], weighting: Weighting, mask: Tensor, ranks: Ranks) -> list[Tensor]:
+    """Every stream's advantages [N, L] over the deviation of their weighted sum, over the samples of all processes that
+    count (GDPO, eq. 7). The sum's mean is 0 already, as every group's is."""
+    total = ranks.gather(mix(torch.stack(advantages, dim=-1), weighting)[:, 0])
+    total = total[ranks.gather(mask.amax(-1)) > 0]
+    deviation = total.std() if len(total) > 1 else torch.tensor(0.0)
+    return [stream / (deviation + EPSILON) for stream in advantages]
 
 
 def mix(advantages: Tensor, weighting: Weighting) -> Tensor:

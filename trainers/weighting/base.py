@@ -40,15 +40,16 @@ class Weighting(ABC):
     streams: see `StreamSpec`. update_per: rollout or mini_batch, when `update` is called. standardize: whether each
     stream's advantages get mean 0 and deviation 1 before they are mixed. needs_gradients: names of the streams whose
     policy gradients it learns from, of the parameters whose name has the regular expression `gradient_parameters`.
-    needs_all: whether every completion needs a score of every reward. messages: warnings that the loop has not passed
-    on yet. section: of a weighting that `register_weighting` names, the class of its options; an instance is made as
-    `cls(names, weights, options)`.
+    scaled: whether the mixture's deviation over the rollout becomes 1. needs_all: whether every completion needs a
+    score of every reward. messages: warnings that the loop has not passed on yet. section: of a weighting that
+    `register_weighting` names, the class of its options; an instance is made as `cls(names, weights, options)`.
     """
 
     section: type[Section] = Section
     streams = [StreamSpec(TASK, kl=1.0, penalty=1.0)]
     update_per = "rollout"
     standardize = False
+    scaled = False
     needs_all = True
     needs_gradients: tuple[str, ...] = ()
     gradient_parameters = ""
@@ -120,6 +121,27 @@ class FixedWeights(Weighting):
         return {TASK: weighted_sum(rewards, self.reward_weights)}
 
 
+class DecoupledWeights(Weighting):
+    """GDPO (arXiv 2601.05242): a stream for each reward, so that each is compared with its group apart; the weighted
+    sum of their advantages is scaled to deviation 1."""
+
+    scaled = True
+
+    def __init__(self, names: list[str], weights: list[float], options: Any = None):
+        super().__init__(names, weights, options)
+        self.streams = [StreamSpec(name) for name in names]
+
+    def scores(self, rewards: dict[str, float]) -> dict[str, float]:
+        return {name: rewards[name] for name in self.reward_weights}
+
+    def weights(self) -> list[float]:
+        return list(self.reward_weights.values())
+
+    @property
+    def kl_weight(self) -> float:
+        return 1.0
+
+
 OWN: dict[type[Section], type[Weighting]] = {}  # weightings of users, by the class of their options
 
 
@@ -158,6 +180,8 @@ def make_weighting(reward_weights: dict[str, float], args: Any) -> Weighting:
         }
         return kinds[type(dynamic)](names, weights, dynamic)
     options = check_constraints(args)
+    if args.multi_objective_aggregation == "normalize_then_sum":
+        return DecoupledWeights(names, weights)
     if options is None:
         return FixedWeights(names, weights)
     if options.task_apart:

@@ -34,10 +34,6 @@ NO_ROWS = {
     "name": (lambda rows: "pairs.jsonl", r"load_rows\(name\)"),
     "splits": (lambda rows: DatasetDict(train=rows, test=rows), "has several splits, choose one of: train, test"),
     "transform": (lambda rows: rows.with_transform(dict), "has a transform .* which would not be applied: .*map"),
-    "stream": (
-        lambda rows: rows.to_iterable_dataset(),
-        "a streamed dataset, which serves SFT, .* alone: load it without",
-    ),
     "no row": (lambda rows: rows.select([]), "no rows"),
 }
 
@@ -47,8 +43,6 @@ def test_what_is_no_dataset_is_refused_with_a_remedy(method, tmp_path):
     tokenizer, rows = toy.tokenizer(), rows_of(method, 8)
     train = partial(make_trainer, method, tmp_path, tokenizer=tokenizer)
     for name, (make, sentence) in NO_ROWS.items():
-        if name == "stream" and method != "remax":  # test_streams.py
-            continue
         with pytest.raises(AlignError, match=sentence):
             train(make(rows))
         if name not in ("None", "columns", "splits"):  # which an evaluation set may be

@@ -86,8 +86,7 @@ def test_the_metrics_of_each_set_are_those_of_the_set_alone(method, tmp_path):
     [
         ("dpo", True, None, "metric_for_best_model is 'loss', .* name one, such as eval_near_loss"),
         ("dpo", True, "eval_rewards/margins", "such as eval_near_rewards/margins"),
-        ("remax", False, None, "evaluations of on-policy methods have no loss: set metric_for_best_model"),
-        ("remax", True, "eval_near_loss", "evaluations of on-policy methods have no loss"),
+        ("remax", True, None, "metric_for_best_model is 'loss', .* name one, such as eval_near_loss"),
     ],
 )
 @pytest.mark.parametrize("needs", [{"load_best_model_at_end": True}, {"lr_scheduler_type": "reduce_lr_on_plateau"}])

@@ -1,5 +1,6 @@
 """`loss_type` against the loss of TRL's GRPOTrainer, on the same log-probs."""
 
+from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,9 @@ from tests.trainers.tiny_runs import on_policy_config
 LENGTHS = [5, 2, 4, 1]  # the third is masked
 LONGEST = 7
 # TRL's bnpo is another one for every cut of the step
-CASES = [(kind, n) for kind in ("grpo", "dapo", "dr_grpo", "cispo", "luspo") for n in (1, 2)] + [("bnpo", 1)]
+CASES = [(kind, n) for kind in ("grpo", "dapo", "dr_grpo", "cispo", "luspo", "sapo", "vespo") for n in (1, 2)] + [
+    ("bnpo", 1)
+]
 
 
 def drawn():
@@ -33,7 +36,7 @@ def drawn():
     }
 
 
-def trl_gradient(kind, level, beta, micro_batches):
+def trl_gradient(kind, level, beta, micro_batches, threshold=None, correct=False, delta=None):
     """Of TRL's own code: the loss of a step of so many micro-batches, and its gradient in the log-probs."""
     x = drawn()
     logps = x["new"].clone().requires_grad_()
@@ -41,13 +44,15 @@ def trl_gradient(kind, level, beta, micro_batches):
     alone = SimpleNamespace(num_processes=1, gather=lambda v: v, reduce=lambda v, reduction: v, sync_gradients=True)
     trainer = SimpleNamespace(
         loss_type=kind, importance_sampling_level=level, epsilon_low=0.2, epsilon_high=high, beta=beta,
-        max_completion_length=LONGEST, top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False,
+        max_completion_length=LONGEST, top_entropy_quantile=1.0, off_policy_mask_threshold=threshold, use_vllm=False,
         aux_loss_enabled=False, _entropy_bonus_enabled=False, model=SimpleNamespace(training=True),
         current_gradient_accumulation_steps=micro_batches, accelerator=alone,
-        args=SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=micro_batches),
-        _metrics={"train": {name: [] for name in (
-            "kl", "entropy", "cispo_clip_ratio", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/low_min",
-            "clip_ratio/high_max", "clip_ratio/region_mean")}},
+        args=SimpleNamespace(
+            delta=delta, use_bias_correction_kl=correct, steps_per_generation=micro_batches, sapo_temperature_pos=1.0,
+            sapo_temperature_neg=1.05, vespo_k_pos=2.0, vespo_lambda_pos=3.0, vespo_k_neg=3.0, vespo_lambda_neg=2.0,
+        ),
+        get_off_policy_mask=trl.GRPOTrainer.get_off_policy_mask, get_gamma_weights=trl.GRPOTrainer.get_gamma_weights,
+        _metrics={"train": defaultdict(list)},
     )  # fmt: skip
     total = 0.0
     for rows in torch.arange(4).chunk(micro_batches):
@@ -88,32 +93,65 @@ def our_gradient(args, micro_batches):
 def test_the_loss_is_that_of_trl(kind, micro_batches, beta, tmp_path):
     options = {"epsilon_high": 1.2 if kind == "cispo" else 0.28, "beta": beta, "max_completion_length": LONGEST}
     if kind == "luspo":
-        options["importance_sampling_level"] = "sequence_mean"
+        options["importance_sampling_level"] = "sequence"
     args = on_policy_config(GRPOConfig, tmp_path, loss_type=kind, num_mini_batches=2, **options)
     theirs, their_gradient = trl_gradient(kind, "sequence" if kind == "luspo" else "token", beta, micro_batches)
     loss, gradient = our_gradient(args, micro_batches)
-    if kind in ("grpo", "dr_grpo", "luspo"):
+    if kind in ("grpo", "dr_grpo", "luspo", "sapo"):
         # TRL counts the masked sequence among those that it divides by
+        theirs, their_gradient = theirs * 4 / 3, their_gradient * 4 / 3
+    assert loss == pytest.approx(theirs, rel=1e-9 if kind != "sapo" else 1e-6)  # TRL's temperatures are of float32
+    torch.testing.assert_close(gradient, their_gradient, rtol=1e-6, atol=1e-9)
+    assert gradient[2].abs().max() == 0 < gradient[0].abs().max()
+
+
+@pytest.mark.parametrize("kind", ["grpo", "vespo"])
+def test_masked_sequences_and_the_corrected_kl_are_those_of_trl(kind, tmp_path):
+    """`off_policy_mask_threshold`, `use_bias_correction_kl` and `delta` by its name."""
+    options = {"off_policy_mask_threshold": 0.05, "use_bias_correction_kl": True, "beta": 0.1, "epsilon_high": 0.28}
+    cap = {"delta": 1.3} if kind == "grpo" else {}
+    args = on_policy_config(GRPOConfig, tmp_path, loss_type=kind, num_mini_batches=2, **options, **cap)
+    theirs, their_gradient = trl_gradient(kind, "token", 0.1, 1, threshold=0.05, correct=True, **cap)
+    loss, gradient = our_gradient(args, 1)
+    if kind == "grpo":
         theirs, their_gradient = theirs * 4 / 3, their_gradient * 4 / 3
     assert loss == pytest.approx(theirs, rel=1e-9)
     torch.testing.assert_close(gradient, their_gradient)
-    assert gradient[2].abs().max() == 0 < gradient[0].abs().max()
+    without = on_policy_config(GRPOConfig, tmp_path, loss_type=kind, num_mini_batches=2, beta=0.1, epsilon_high=0.28)
+    changed = [bool((gradient[row] != our_gradient(without, 1)[1][row]).any()) for row in (0, 1, 3)]
+    assert all(changed)
+
+
+def test_a_ratio_of_sequences_is_told_of_where_lengths_weigh(tmp_path, caplog):
+    for kind in ("grpo", "dapo"):
+        caplog.clear()
+        args = on_policy_config(GRPOConfig, tmp_path, loss_type=kind, importance_sampling_level="sequence")
+        assert ("weights each sequence by its completion length" in caplog.text) == (kind == "dapo")
+    assert args.loss_aggregation == "token_mean"
+    assert on_policy_config(GRPOConfig, tmp_path, loss_type="cispo").epsilon_high == 5.0
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss_type": "sapo"}, "loss_type must be one of grpo, dapo"),
+        ({"loss_type": "ppo"}, "loss_type must be one of grpo, dapo"),
+        ({"loss_type": "sapo", "delta": 4.0}, r"soft gate .* leave importance_sampling_level and dual_clip \(delta\)"),
+        ({"sapo_temperature_pos": 2.0}, "sapo_temperature_pos: only with loss_type: sapo"),
+        ({"delta": 1.1}, r"delta .* must be above 1 \+ epsilon_high"),
+        ({"use_bias_correction_kl": True, "kl_estimator": "k2"}, "corrects the k3 of the loss"),
+        ({"entropy_target": 2.0}, "entropy_target: only with use_adaptive_entropy: true"),
+        ({"loss_type": "vespo", "rollout_correction": "sequence_mask"}, "token_truncate or token_mask"),
+        ({"mask_truncated_completions": True, "truncated": "keep"}, "leave one of them out"),
         (
             {"loss_type": "dapo", "loss_aggregation": "constant"},
             "is loss_aggregation: token_mean, and constant is given",
         ),
-        ({"loss_type": "cispo"}, "largest importance weight itself"),
+        ({"loss_type": "cispo", "epsilon_high": 0.3}, "largest importance weight itself"),
         (
             {"loss_type": "cispo", "epsilon_high": 5.0, "dual_clip": 3.0},
             "leave importance_sampling_level and dual_clip",
         ),
-        ({"loss_type": "luspo"}, "set importance_sampling_level: sequence_mean"),
+        ({"loss_type": "luspo"}, "set importance_sampling_level: sequence"),
     ],
 )
 def test_contradictions_are_told(options, message, tmp_path):

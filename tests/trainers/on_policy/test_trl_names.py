@@ -6,28 +6,31 @@ import numpy as np
 import pytest
 import torch
 import trl
-from transformers import LlamaForSequenceClassification
+from datasets import Dataset
+from transformers import LlamaForSequenceClassification, TrainerCallback
 
 from align.data import toy
-from align.errors import ConfigError
+from align.errors import ConfigError, DataError
 from align.trainers.core.ranks import Ranks
 from align.trainers.core.trl_options import INSTEAD
 from align.trainers.grpo import GRPOConfig
+from align.trainers.on_policy.estimators import make_estimator
+from align.trainers.on_policy.pipeline import ScoredRollout
 from align.trainers.on_policy.reward_funcs import rewards_given
 from align.trainers.on_policy.rewards import RewardColumns
-from align.trainers.on_policy.streams import Stream
+from align.trainers.on_policy.samples import Sample, tokenized_prompts
+from align.trainers.on_policy.streams import Stream, fill_advantages, mix
 from align.trainers.on_policy.trl_names import TrlOnPolicyOptions
 from align.trainers.rloo import RLOO, RLOOConfig, RLOOTrainer
+from align.trainers.weighting.base import make_weighting
 from tests.test_coming_from_trl import PAGE, named
 from tests.trainers.tiny_runs import on_policy_config, prompts, tiny_model, wanted_words
 
 BOTH = ((GRPOConfig, trl.GRPOConfig), (RLOOConfig, trl.RLOOConfig))
 ASKING = {
-    "mask_truncated_completions": (True, "truncated: mask"),
     "shuffle_dataset": (False, "train_sampling_strategy: sequential"),
     "use_vllm": (True, "rollout: {backend: vllm}"),
     "vllm_importance_sampling_correction": (True, "rollout_correction"),
-    "generation_kwargs": ({"top_k": 3}, "top_p, top_k, min_p and repetition_penalty"),
     "steps_per_generation": (4, "num_mini_batches"),
 }
 
@@ -51,6 +54,100 @@ def test_the_names_are_those_of_trl():
         shared = (a.keys() & b.keys()) - own - {"logging_nan_inf_filter"}  # listed for all methods
         differ |= {name for name in shared if MISSING not in (a[name], b[name]) and a[name] != b[name]}
     assert named(defaults) - {"GRPOConfig"} == differ | {"per_device_train_batch_size"}
+
+
+def test_generation_kwargs_are_the_options_that_they_name(tmp_path):
+    args = on_policy_config(RLOOConfig, tmp_path, generation_kwargs={"do_sample": True, "top_k": 3, "temperature": 0.7})
+    assert (args.top_k, args.temperature) == (3, 0.7) and args.drawing["top_k"] == 3
+    for given, message in (
+        ({"num_beams": 2}, "num_beams would draw from a distribution whose probabilities the loss does not know"),
+        ({"do_sample": False}, "the same completion"),
+        ({"top_p": 0.5}, "top_p itself are given"),
+        ({"top_p": 1.5}, "top_p"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            options = {"top_p": 0.9} if "itself" in message else {}
+            on_policy_config(RLOOConfig, tmp_path, generation_kwargs=given, **options)
+    masked = on_policy_config(GRPOConfig, tmp_path, mask_truncated_completions=True, delta=4.0)
+    assert (masked.truncated, masked.dual_clip) == ("mask", 4.0)
+
+
+def test_chat_template_kwargs_reach_the_template(tmp_path):
+    tokenizer = toy.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %} {{ closing }}"
+    words = [row["prompt"] for row in toy.split_prompts(0, 4)[0]]
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in words])
+    own = rows.add_column("chat_template_kwargs", [{"closing": "wave"}] * 4)
+    args = on_policy_config(GRPOConfig, tmp_path, chat_template_kwargs={"closing": "rose"})
+    for data, word in ((rows, "rose"), (own, "wave")):
+        last = {row["prompt_ids"][-1] for row in tokenized_prompts(data, tokenizer, args)}
+        assert last == {tokenizer.convert_tokens_to_ids(word)}
+    with pytest.raises(DataError, match="chat_template_kwargs are for prompts of messages"):
+        tokenized_prompts(prompts(4), tokenizer, args)
+
+
+def test_rewards_that_are_compared_apart_weigh_the_same(tmp_path):
+    """GDPO: the scale of a reward is nothing, its weight is; the mixture has deviation 1. As in TRL's code."""
+    args = on_policy_config(GRPOConfig, tmp_path, num_generations=3, multi_objective_aggregation="normalize_then_sum")
+    scores = torch.tensor([[1.0, 2.0, 4.0, 3.0, 3.0, 9.0], [0.1, 0.0, 0.0, 0.2, 0.5, 0.1]])
+    weights = {"large": 0.7, "small": 0.3}
+    samples = [
+        Sample({}, [0] * 2, "", [0.0] * 2, False, 0, rewards={"large": a, "small": b}) for a, b in scores.T.tolist()
+    ]
+    weighting = make_weighting(weights, args)
+    rollout = ScoredRollout(samples, [[], []], 0)
+    fill_advantages(rollout, make_estimator(args), weighting, Ranks(), 0.0)
+    found = torch.stack([mix(s.advantages, weighting)[0] for s in samples])
+    grouped = scores.view(2, 2, 3)
+    alone = (grouped - grouped.mean(-1, keepdim=True)) / (grouped.std(-1, keepdim=True) + 1e-4)
+    total = (torch.tensor([0.7, 0.3])[:, None, None] * alone).sum(0).flatten()
+    torch.testing.assert_close(found, (total - total.mean()) / (total.std() + 1e-4))
+    assert weighting.kl_weight == 1.0
+    for options, message in (
+        ({"kl_in": "reward"}, "set kl_in: loss"),
+        ({"missing_eos_penalty": 1.0}, "put them into a reward"),
+        ({"scale_rewards": False}, "scale_rewards other than group"),
+        ({"multi_objective_aggregation": "sum"}, "must be one of"),
+    ):
+        given = {"multi_objective_aggregation": "normalize_then_sum", **options}
+        with pytest.raises(ConfigError, match=message):
+            on_policy_config(GRPOConfig, tmp_path, **given)
+
+
+def test_a_stream_of_prompts_trains_as_its_rows(tmp_path):
+    """Several steps per rollout, other columns for the reward, and a checkpoint inside a rollout."""
+    rows = prompts(32).add_column("wish", list(range(32)))
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(sorted({sample.prompt["wish"] for sample in self.trainer.buffer.samples}))
+
+    saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
+
+    def run(data, resume=None, evaluated=None):
+        options = {"per_device_train_batch_size": 4, "num_mini_batches": 2, "num_generations": 2}
+        tokenizer, more = toy.tokenizer(), {"train_sampling_strategy": "sequential"}
+        args = on_policy_config(RLOOConfig, tmp_path, **options, **saving, **more)
+        trainer = RLOOTrainer(tiny_model(tokenizer), wanted_words, args, data, evaluated, processing_class=tokenizer)
+        watch = Watch()
+        watch.trainer = trainer
+        trainer.add_callback(watch)
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.close()
+        return trainer
+
+    streamed = run(rows.to_iterable_dataset(), evaluated=prompts(8).add_column("wish", [0] * 8).to_iterable_dataset())
+    assert seen == [list(range(i, i + 8)) for i in (0, 0, 8, 8, 16, 16)]
+    assert len(streamed.eval_dataset) == 8
+    found = streamed.evaluate({"x": prompts(4).add_column("wish", [0] * 4).to_iterable_dataset()})
+    assert found["eval_x_loss"] == pytest.approx(0.05 * found["eval_x_kl"] - found["eval_x_proxy"])
+    again = run(rows.to_iterable_dataset(), str(tmp_path / "checkpoint-3"), prompts(8).add_column("wish", [0] * 8))
+    for name, weight in streamed.model.named_parameters():
+        assert torch.equal(weight, again.model.get_parameter(name)), name
+    args = on_policy_config(RLOOConfig, tmp_path, num_iterations=2, max_steps=2)
+    with pytest.raises(ConfigError, match="num_iterations: the prompts are a stream, which is read once"):
+        RLOOTrainer(tiny_model(toy.tokenizer()), wanted_words, args, rows.to_iterable_dataset())
 
 
 @pytest.mark.parametrize(("given", "scale"), [(True, "group"), (False, "none"), ("batch", "batch")])
