@@ -86,7 +86,7 @@ def tokenize_prompts(
 
     columns = {"prompt": sample.features["chosen" if fmt.implicit_prompt else "prompt"], "prompt_ids": "int32"}
     recipe = Recipe(prepare, partial(_encode, tokenizer, fmt), finish, columns)
-    limits = {"use": "prompts", "max_prompt_length": max_prompt_length}
+    limits: dict[str, Any] = {"use": "prompts", "max_prompt_length": max_prompt_length}
     limits |= {"template_options": template_options} if template_options else {}
     return tokenized(dataset, tokenizer, recipe, limits, report, max_bad_share=max_bad_share, num_proc=num_proc)
 

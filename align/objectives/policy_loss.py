@@ -132,7 +132,8 @@ def vespo_policy_loss(
     if correction is not None:
         log_w = log_w + torch.where(valid, correction.clamp(VESPO_LOWEST, MAX_LOG_RATIO), 0.0).sum(-1, keepdim=True)
     log_w = log_w.clamp(VESPO_LOWEST, MAX_LOG_RATIO)
-    k, decay = (torch.where(advantages >= 0, *torch.tensor(pair).to(log_w)) for pair in zip(above, below, strict=True))
+    k = torch.where(advantages >= 0, torch.tensor(above[0]).to(log_w), torch.tensor(below[0]).to(log_w))
+    decay = torch.where(advantages >= 0, torch.tensor(above[1]).to(log_w), torch.tensor(below[1]).to(log_w))
     weight = (decay + k * log_w - decay * log_w.exp()).exp()
     losses = torch.where(valid, -weight * advantages * logps, torch.zeros_like(logps))
     ratio = torch.where(valid, log_w.exp().expand(mask.shape), 1.0)

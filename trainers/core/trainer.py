@@ -43,6 +43,11 @@ logger = logging.getLogger(__name__)
 Options = TypeVar("Options", bound=RunOptions)
 
 
+def _dispatches(args: Any) -> bool:
+    """Whether one process is to read the rows for all."""
+    return bool(args.accelerator_config.dispatch_batches)
+
+
 class TrainerMixin(TrainerHooks):
     """In front of a transformers-style trainer: `class XTrainer(TrainerMixin, Trainer)`. A mix-in, so that a trainer
     built on one of TRL's keeps TRL's code."""
@@ -56,7 +61,7 @@ class TrainerMixin(TrainerHooks):
         it. ConfigError without rows."""
         if train_dataset is None:
             raise ConfigError(f"{cls.__name__}: `train_dataset` is required: the rows to train on")
-        if is_stream(train_dataset) and args is not None and args.accelerator_config.dispatch_batches:
+        if is_stream(train_dataset) and args is not None and _dispatches(args):
             raise ConfigError(
                 "Iterable datasets require `dispatch_batches=False`: every process reads the whole stream itself and "
                 "takes its share of the rows",
