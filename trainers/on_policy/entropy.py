@@ -37,6 +37,13 @@ class EntropyBonus(TrainerCallback):
             tokens = sum(sample.length for sample in samples if not sample.left_out)
             self.count = self.ranks.total(tokens).clamp(min=1)
 
+    def added_to(self, loss: Tensor, entropy: Tensor, mask: Tensor, count: int, of: Tensor | float) -> Tensor:
+        """The loss of a micro-batch with its share of the bonus. count, of: what this loss would be divided by alone,
+        and what it was divided by, the whole step's."""
+        if count:  # the mean over the step's micro-batches is then the step's loss
+            self.record("policy_loss", loss.detach() * of / count, count)
+        return loss + self.term(entropy, mask)
+
     def term(self, entropy: Tensor, mask: Tensor) -> Tensor:
         """What is added to the loss of a micro-batch, its share of the step's. entropy: with gradient, mask: [B, L]."""
         total = (entropy * mask).sum()

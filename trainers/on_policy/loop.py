@@ -323,10 +323,7 @@ class OnPolicyTrainer(OnPolicyBase):
             self.critic.learn(inputs, num_items_in_batch)
         loss = aggregate_tokens(losses, mask, args.loss_aggregation, num_items_in_batch)
         if self.entropy.on:
-            count = loss_count(kept_lengths(mask), args)
-            if count:  # the mean over the step's micro-batches is then the step's loss
-                self.record("policy_loss", loss.detach() * num_items_in_batch / count, count)
-            loss = loss + self.entropy.term(entropy, mask)
+            loss = self.entropy.added_to(loss, entropy, mask, loss_count(kept_lengths(mask), args), num_items_in_batch)
         return loss * self.accelerator.num_processes  # the count is of all ranks, and DDP averages over them
 
     # ---- from prompts to advantages ---------------------------------------------------------------------------------
