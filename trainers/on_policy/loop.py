@@ -146,15 +146,10 @@ class OnPolicyTrainer(OnPolicyBase):
         self.rewards.trainer_state = lambda: self.state
         self.model_accepts_loss_kwargs = True  # the losses are normalised by the global count, not by Trainer
         self.ranks, self.metrics = Ranks(self.accelerator), OnPolicyMetrics(self.recorder)
-        self.entropy = EntropyBonus(args, self.ranks, self.record)
-        if self.entropy.on:
-            self.add_callback(self.entropy)
         self.shown = ShownCompletions(args)
         self._make_passes()
         self._make_rollouts(engine)
         self._make_ends()
-        if self.critic is not None:
-            self.add_callback(CriticStep(self.critic))
         self.moving = moving_reference(self)
 
     def _make_ends(self) -> None:
@@ -189,6 +184,10 @@ class OnPolicyTrainer(OnPolicyBase):
             if shared:
                 shared = resolve_layout(args.batching, [enable_trunk(critic.backbone, self.model, longest)])
             self.critic = CriticLearner(critic, self.accelerator, args, self.recorder)
+            self.add_callback(CriticStep(self.critic))
+        self.entropy = EntropyBonus(args, self.ranks, self.record)
+        if self.entropy.on:
+            self.add_callback(self.entropy)
         if shared:
             self.add_callback(CheckSharedRows(self))
         tokenizer = self.processing_class
