@@ -51,6 +51,8 @@ if TYPE_CHECKING:  # the same table for editors and type checkers; tests compare
     from align.trainers.grpo import GRPOTrainer as GRPOTrainer
     from align.trainers.kto import KTOConfig as KTOConfig
     from align.trainers.kto import KTOTrainer as KTOTrainer
+    from align.trainers.listwise_dpo import ListwiseDPOConfig as ListwiseDPOConfig
+    from align.trainers.listwise_dpo import ListwiseDPOTrainer as ListwiseDPOTrainer
     from align.trainers.modpo import MODPOConfig as MODPOConfig
     from align.trainers.modpo import MODPOTrainer as MODPOTrainer
     from align.trainers.on_policy.estimators import register_estimator as register_estimator
@@ -87,6 +89,8 @@ _EXPORTS = {
     "DPOConfig": "align.trainers.dpo:DPOConfig",
     "KTOTrainer": "align.trainers.kto:KTOTrainer",
     "KTOConfig": "align.trainers.kto:KTOConfig",
+    "ListwiseDPOTrainer": "align.trainers.listwise_dpo:ListwiseDPOTrainer",
+    "ListwiseDPOConfig": "align.trainers.listwise_dpo:ListwiseDPOConfig",
     "register_loss": "align.objectives.preference:register_loss",
     "MODPOTrainer": "align.trainers.modpo:MODPOTrainer",
     "MODPOConfig": "align.trainers.modpo:MODPOConfig",

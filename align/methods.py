@@ -13,9 +13,9 @@ from align.errors import ConfigError
 class Method:
     """One training method.
 
-    trainer, config: `"module:Class"`. data: what rows are made into, `"prompts"`, `"completions"`, `"pairs"` or
-    `"unpaired"` (the functions `align.data.tokenize_*`). model: `"policy"` (a causal language model) or `"classifier"`
-    (one score).
+    trainer, config: `"module:Class"`. data: what rows are made into, `"prompts"`, `"completions"`, `"pairs"`,
+    `"ranked"` or `"unpaired"` (the functions `align.data.tokenize_*`). model: `"policy"` (a causal language model) or
+    `"classifier"` (one score).
     rewards: whether the file has `rewards:`; gold: whether it may have `gold_reward:` then. ensemble: what trains
     several models, for a method that has the key `ensemble`. sweep: what trains one policy per weight vector, for a
     method that has the key `weights`.
@@ -65,6 +65,13 @@ METHODS = {
             config="align.trainers.kto:KTOConfig",
             data="unpaired",
             help="preference optimisation on answers that are labelled good or bad on their own (KTO)",
+        ),
+        Method(
+            "listwise_dpo",
+            trainer="align.trainers.listwise_dpo:ListwiseDPOTrainer",
+            config="align.trainers.listwise_dpo:ListwiseDPOConfig",
+            data="ranked",
+            help="preference optimisation on ranked lists of answers (DPO under Plackett-Luce)",
         ),
         Method(
             "modpo",

@@ -68,6 +68,7 @@ LENGTH_LIMIT = {
     "prompts": "max_prompt_length",
     "completions": "max_length",
     "pairs": "max_length",
+    "ranked": "max_length",
     "unpaired": "max_length",
 }
 
@@ -92,7 +93,8 @@ def _example_text(run: RunConfig, row: dict, tokenizer) -> str:
 
 # ---- arithmetic -----------------------------------------------------------------------------------------------------
 
-UNITS = {"prompts": "prompts", "completions": "sequences", "pairs": "pairs", "unpaired": "answers"}
+UNITS = {"prompts": "prompts", "completions": "sequences", "pairs": "pairs"}
+UNITS |= {"ranked": "lists", "unpaired": "answers"}
 
 
 def global_batch(run: RunConfig, processes: int) -> int:
@@ -169,7 +171,7 @@ def _holds_reference(run: RunConfig, *, adapter: bool) -> bool:
     """Whether a second model of the policy's size is held while it trains."""
     if run.method.data == "prompts":
         return not adapter and (run.training.beta != 0 or build.evaluates(run))
-    if run.method.data not in ("pairs", "unpaired") or run.method.model != "policy":
+    if run.method.data not in ("pairs", "ranked", "unpaired") or run.method.model != "policy":
         return False
     return run.training.holds_reference(adapter)
 
@@ -198,7 +200,7 @@ def micro_batch_tokens(run: RunConfig, rows) -> int:
     of a prompt share it: what the model allows is not looked at here."""
     training, data = run.training, run.method.data
     shared = vars(training).get("batching") != "padded"
-    if data == "pairs":
+    if data in ("pairs", "ranked"):
         return training.per_device_train_batch_size * longest(rows, data, shared)
     if data in ("completions", "unpaired"):
         return training.per_device_train_batch_size * longest(rows, data)
@@ -210,10 +212,13 @@ def micro_batch_tokens(run: RunConfig, rows) -> int:
 
 
 def longest(rows, data: str, shared: bool = False) -> int:
-    """Tokens of the longest row of a tokenised dataset; of a pair, what a batch holds for both of its sequences, whose
-    prompt may be shared."""
+    """Tokens of the longest row of a tokenised dataset; of a pair or list, what a batch holds for all of its sequences,
+    whose prompt may be shared."""
     if data == "unpaired":
         return max(len(a) + len(b) for a, b in zip(rows["prompt_ids"], rows["completion_ids"], strict=True))
+    if data == "ranked":
+        lists = zip(rows["prompt_ids"], rows["lengths"], strict=True)
+        return max(len(p) + sum(own) if shared else len(own) * (len(p) + max(own)) for p, own in lists)
     if data != "pairs":
         return max(map(len, rows["prompt_ids" if data == "prompts" else "input_ids"]))
     parts = zip(rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"], strict=True)

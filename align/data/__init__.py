@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # the same table for editors and type checkers
     from align.data.describe import describe_example as describe_example
     from align.data.formats import DataFormat as DataFormat
     from align.data.formats import detect_format as detect_format
+    from align.data.ranked import tokenize_ranked as tokenize_ranked
     from align.data.rows import load_rows as load_rows
     from align.data.shared_prefix import SharedPrefixCollator as SharedPrefixCollator
     from align.data.tokenize import tokenize_completions as tokenize_completions
@@ -35,6 +36,7 @@ _EXPORTS = {
     "tokenize_completions": "tokenize",
     "tokenize_pairs": "tokenize",
     "tokenize_prompts": "tokenize",
+    "tokenize_ranked": "ranked",
     "tokenize_unpaired": "unpaired",
 }
 

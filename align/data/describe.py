@@ -12,8 +12,8 @@ LONGEST = 2000  # characters shown of one part
 def describe_example(tokenized_row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", kind: str) -> str:
     """Plain text: each part with its token count, decoded with special tokens, marked `trained` or `context`.
 
-    kind: "prompts", "completions", "pairs" or "unpaired", after the function that made the row. A line break in the
-    text is shown as \\n at the end of a line. Print it without rich markup: the text may hold square brackets.
+    kind: "prompts", "completions", "pairs", "ranked" or "unpaired", after the function that made the row. A line break
+    in the text is shown as \\n at the end of a line. Print it without rich markup: the text may hold square brackets.
     """
     row = tokenized_row
     if kind == "prompts":
@@ -23,6 +23,12 @@ def describe_example(tokenized_row: dict[str, Any], tokenizer: "PreTrainedTokeni
         parts = [("prompt", row["prompt_ids"], "context")]
         parts += [(name, row[f"{name}_ids"], "trained") for name in ("chosen", "rejected")]
         trained = f"{len(row['chosen_ids'])} and {len(row['rejected_ids'])} trained"
+    elif kind == "ranked":
+        from align.data.ranked import answers_of
+
+        parts = [("prompt", row["prompt_ids"], "context")]
+        parts += [(f"answer {place}", ids, "trained") for place, ids in enumerate(answers_of(row), 1)]
+        trained = f"{' and '.join(str(len(ids)) for _, ids, _ in parts[1:])} trained"
     elif kind == "unpaired":
         parts = [("prompt", row["prompt_ids"], "context"), ("completion", row["completion_ids"], "trained")]
         trained = f"{len(row['completion_ids'])} trained, {'desirable' if row['label'] else 'undesirable'}"
@@ -31,7 +37,7 @@ def describe_example(tokenized_row: dict[str, Any], tokenizer: "PreTrainedTokeni
         parts = [("", [token for _, token in run], "trained" if mask else "context") for mask, run in runs]
         trained = f"{sum(row['completion_mask'])} trained"
     else:
-        raise ValueError(f"kind is 'prompts', 'completions', 'pairs' or 'unpaired', not {kind!r}")
+        raise ValueError(f"kind is 'prompts', 'completions', 'pairs', 'ranked' or 'unpaired', not {kind!r}")
     total = sum(len(ids) for _, ids, _ in parts)
     lines = [f"row {row['row']}: {total} tokens, {trained}"]
     for name, ids, mark in parts:

@@ -10,7 +10,7 @@ import align.data
 
 DOCS = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```jsonl (\w+)\n(.*?)```", DOCS, re.DOTALL)
-LIMITS = {use: {"max_length": 200} for use in ("pairs", "completions", "unpaired")}
+LIMITS = {use: {"max_length": 200} for use in ("pairs", "completions", "ranked", "unpaired")}
 LIMITS["prompts"] = {"max_prompt_length": 200}
 
 

@@ -28,7 +28,13 @@ def roomy(tmp_path_factory):
 def make(method, model, args=None, **options):
     """A trainer with its rows and rewards, and nothing else."""
     pairs = Dataset.from_list(PAIRS)
-    rows = {"completions": demonstrations(2), "pairs": pairs, "unpaired": pairs, "prompts": prompts(8)}[method.data]
+    rows = {
+        "completions": demonstrations(2),
+        "pairs": pairs,
+        "unpaired": pairs,
+        "ranked": pairs,
+        "prompts": prompts(8),
+    }[method.data]
     reward = [wanted_words] if method.rewards else []
     return load(method.trainer)(model, *reward, args, rows, **options)
 

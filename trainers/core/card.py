@@ -22,6 +22,7 @@ PACKAGES = ("align-rlhf", "transformers", "trl", "peft", "torch", "vllm", "vllm-
 PAPERS = {
     "Reward": "Bradley-Terry on pairs; Stiennon et al. 2020, arXiv 2009.01325",
     "DPO": "Rafailov et al. 2023, arXiv 2305.18290",
+    "ListwiseDPO": "Rafailov et al. 2023, arXiv 2305.18290, appendix A.3",
     "KTO": "Ethayarajh et al. 2024, arXiv 2402.01306",
     "MODPO": "Zhou et al. 2023, arXiv 2310.03708",
     "SparsePO": "Christopoulou et al. 2024, arXiv 2410.05102",
