@@ -97,7 +97,7 @@ def test_neither_layout_nor_cuts_nor_a_cached_reference_change_a_number(tmp_path
         {"batching": "padded", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
         {"batching": "shared_prefix", "precompute_ref_log_probs": True},
     )):  # fmt: skip
-        trainer = make(tmp_path / str(number), rows, **{"optim": "sgd", "learning_rate": 0.05, "max_steps": 2, **options})
+        trainer = make(tmp_path / str(number), rows, optim="sgd", learning_rate=0.05, max_steps=2, **options)
         first = trainer.train_dataset[0]
         trainer.train()
         runs.append((history(trainer), parameters(trainer.model)))
