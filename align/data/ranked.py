@@ -19,7 +19,7 @@ from align.data.collate import per_pair, right_pad
 from align.data.dialogue import warn_of_dialogues
 from align.data.encode import Encoded, check_tokenizer, encode, render_pair
 from align.data.ending import ending_of
-from align.data.formats import SCORED, columns_of, format_for
+from align.data.formats import SCORED, DataFormat, columns_of, format_for
 from align.data.passes import Columns, Note, Recipe, started, tokenized
 from align.data.tokenize import check_prompt, closed, controls_of, note_typed, tokenize_pairs, tokens_inside
 from align.data.tokenized import check_room
@@ -60,17 +60,7 @@ def tokenize_ranked(
     ending, controls = ending_of(tokenizer, fmt.conversational), controls_of(tokenizer)
 
     def prepare(row: Columns, note: Note) -> tuple[tuple, Columns]:
-        checks.best_and_worst(row)
-        scores = row["scores"]
-        order = sorted(range(len(scores)), key=lambda i: -scores[i])  # of equal ones the first stays in front
-        kept = [i for place, i in enumerate(order) if place == 0 or scores[i] != scores[order[place - 1]]]
-        if len(kept) < len(order):
-            note(TIED)
-        answers: list = []  # texts, or messages
-        for lower in kept[1:]:  # as pairs with the best one, so that each is checked as a pair's answers are
-            pair = {**row, "completions": [row["completions"][i] for i in (kept[0], lower)], "scores": [1.0, 0.0]}
-            prompt, best, other = checks.pair_of(pair, fmt)
-            answers = [*(answers or [best]), other]
+        prompt, answers = ranking_of(row, fmt, note)
         if not fmt.conversational:
             return (prompt, [prompt + answer for answer in answers]), {"prompt": prompt}
         for answer in answers:
@@ -96,6 +86,22 @@ def tokenize_ranked(
     recipe = Recipe(prepare, partial(encode, tokenizer, add_bos=not fmt.conversational), finish, columns)
     limits = {"use": "ranked", "max_length": max_length}
     return tokenized(dataset, tokenizer, recipe, limits, report, max_bad_share=max_bad_share, num_proc=num_proc)
+
+
+def ranking_of(row: Columns, fmt: DataFormat, note: Note) -> tuple[Any, list]:
+    """(prompt, answers best first), texts or messages; BadRow where there is no ranking."""
+    checks.best_and_worst(row)
+    scores = row["scores"]
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])  # of equal ones the first stays in front
+    kept = [i for place, i in enumerate(order) if place == 0 or scores[i] != scores[order[place - 1]]]
+    if len(kept) < len(order):
+        note(TIED)
+    prompt, answers = None, []
+    for lower in kept[1:]:  # as pairs with the best one, so that each is checked as a pair's answers are
+        pair = {**row, "completions": [row["completions"][i] for i in (kept[0], lower)], "scores": [1.0, 0.0]}
+        prompt, best, other = checks.pair_of(pair, fmt)
+        answers = [*(answers or [best]), other]
+    return prompt, answers
 
 
 LISTS = ("chosen_ids", "rejected_ids", "lengths")
