@@ -96,7 +96,8 @@ def ranking_of(row: Columns, fmt: DataFormat, note: Note) -> tuple[Any, list]:
     kept = [i for place, i in enumerate(order) if place == 0 or scores[i] != scores[order[place - 1]]]
     if len(kept) < len(order):
         note(TIED)
-    prompt, answers = None, []
+    prompt: Any = None
+    answers: list = []
     for lower in kept[1:]:  # as pairs with the best one, so that each is checked as a pair's answers are
         pair = {**row, "completions": [row["completions"][i] for i in (kept[0], lower)], "scores": [1.0, 0.0]}
         prompt, best, other = checks.pair_of(pair, fmt)
