@@ -20,6 +20,7 @@ from align.distributed.shards import outputs_as_computed
 from align.errors import ConfigError, DataError
 from align.modeling.adapters import check_stack
 from align.modeling.load import load_policy, train_in_float32
+from align.trainers.core.eval_completions import EvalCompletionsOptions, show_completions
 from align.trainers.core.loading import loading_options, set_chat_template, tokenizer_of
 from align.trainers.core.options import RunOptions
 from align.trainers.core.trainer import TrainerMixin
@@ -35,7 +36,7 @@ NEUTRAL = {"completion_only_loss": (None, True), "dataset_kwargs": (None, {}), "
 
 
 @dataclass
-class SFTConfig(RunOptions, trl.SFTConfig):
+class SFTConfig(EvalCompletionsOptions, RunOptions, trl.SFTConfig):
     """TRL's options. Rows are tokenised here, with the loss on completions and assistant turns only, so TRL's own
     settings for that are left alone."""
 
@@ -129,6 +130,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         args.model_init_kwargs, args.chat_template_path, args.assistant_only_loss = used.values()
+        show_completions(self, eval_rows)
         if is_stream(train_dataset):
             self.make_endless(train_dataset)
         if not self.is_deepspeed_enabled:

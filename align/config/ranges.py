@@ -37,7 +37,7 @@ _TABLE = {
         "max_length max_prompt_length max_completion_length num_generations eval_num_generations num_generations_eval "
         "num_mini_batches num_completions_to_print "
         "num_iterations num_eval_prompts normalizer_pairs chunk_size tokens_per_batch forward_tokens_per_batch "
-        "precompute_ref_batch_size overlong_buffer "
+        "precompute_ref_batch_size overlong_buffer max_new_tokens "
         "save_total_limit eval_accumulation_steps dataset_num_proc dataloader_prefetch_factor ddp_bucket_cap_mb "
         "ddp_timeout torch_empty_cache_steps pad_to_multiple_of"
     ),

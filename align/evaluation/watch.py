@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from align.evaluation import metrics_file, records
+from align.evaluation import completions_file, metrics_file, records
 from align.evaluation.report import text
 from align.evaluation.task import of_the_task
 from align.evaluation.thin import ThinCurve, thin
@@ -21,7 +21,7 @@ class Watch:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.metrics = metrics_file.MetricsFollower(folder)
-        self._evaluated: tuple[int, int, int] | None = None
+        self._evaluated: dict[str, tuple[int, int, int]] = {}
         self._evaluations = 0
         self._figures: list[dict] = []
         self.samples: dict[str, list[dict]] = {}
@@ -33,16 +33,20 @@ class Watch:
     def update(self) -> None:
         """Raises DataError where a file is damaged, OSError where it cannot be read."""
         self.metrics.update()
-        try:
-            found = (self.folder / records.FILE_NAME).stat()
-        except FileNotFoundError:  # no evaluation yet, or a method without
-            found = None
-        now = (found.st_ino, found.st_size, found.st_mtime_ns) if found else None
+        stats = {}
+        for name in (records.FILE_NAME, completions_file.FILE_NAME):  # of on-policy runs, and of the others
+            try:
+                stats[name] = (self.folder / name).stat()
+            except FileNotFoundError:  # no evaluation yet, or a run without completions
+                pass
+        now = {name: (found.st_ino, found.st_size, found.st_mtime_ns) for name, found in stats.items()}
         if now == self._evaluated:
             return
         figures: list[dict] = []
         samples: dict[str, list[dict]] = {}
-        if found:
+        if completions_file.FILE_NAME in stats:
+            samples = _answers(completions_file.read_completions(self.folder))
+        if records.FILE_NAME in stats:
             try:
                 run = of_the_task(records.read_run(self.folder))
                 figures, samples = [_proxy_and_gold(run), _kl(run)], _samples(run)
@@ -120,4 +124,14 @@ def _samples(run: records.Run) -> dict[str, list[dict]]:
             found.setdefault(text(sample["prompt"]), []).append(
                 {"step": step, "completion": text(sample["completion"]), **scores}
             )
+    return found
+
+
+def _answers(evaluations: list[dict]) -> dict[str, list[dict]]:
+    """`_samples` of a run on demonstrations or pairs, whose answers have no scores."""
+    found: dict[str, list[dict]] = {}
+    for evaluation in evaluations:
+        for sample in evaluation["samples"][:SAMPLES]:
+            answer = {"step": evaluation["step"], "completion": sample["completion"], "proxy": None, "gold": None}
+            found.setdefault(sample["prompt"], []).append(answer)
     return found

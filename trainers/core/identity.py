@@ -41,7 +41,7 @@ CHANGEABLE = {
     "margin_cache_dir", "ref_log_probs_dir", "use_liger_kernel", "prediction_loss_only", "label_names",
     "enable_jit_checkpoint", "stop_at",
     "trust_remote_code", "pad_token", "pad_to_multiple_of", "activation_offloading", "padding_free",
-    "eos_token", "chat_template_path", "num_completions_to_print",
+    "eos_token", "chat_template_path", "num_completions_to_print", "max_new_tokens",
     "length_column_name", "dataset_num_proc", "model_init_kwargs",
     "per_device_train_batch_size", "gradient_accumulation_steps",  # compared as their product
 }  # fmt: skip

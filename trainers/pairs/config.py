@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from align.errors import ConfigError
 from align.trainers.core.batching import BatchingOptions
+from align.trainers.core.eval_completions import EvalCompletionsOptions
 from align.trainers.core.options import BaseConfig
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -41,7 +42,7 @@ class PairConfig(BatchingOptions, BaseConfig):
 
 
 @dataclass
-class PreferenceConfig(PairConfig):
+class PreferenceConfig(EvalCompletionsOptions, PairConfig):
     """Of those that train a policy."""
 
     learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of AdamW."})

@@ -28,6 +28,7 @@ from align.modeling.pairs import PairTokens, pair_tokens
 from align.modeling.prefix_support import enable_shared_prefix
 from align.modeling.types import Model
 from align.objectives.pair_losses import PairLosses, RowLosses
+from align.trainers.core.eval_completions import show_completions
 from align.trainers.core.batching import CheckSharedRows, autocast_dtype, resolve_layout
 from align.trainers.core.loading import loading_options, tokenizer_of
 from align.trainers.core.moving_reference import moving_reference
@@ -156,6 +157,7 @@ class PreferenceTrainer(PairTrainer):
         if self.needs_reference:
             self._set_up_reference(ref_model, ref_dtype)
         self.moving = moving_reference(self)
+        show_completions(self, self.eval_dataset)
 
     def layout(self, models: list[Model]) -> PaddedPairs | SharedPrefixPairs:
         """Of the tokens of batches that these models run on."""

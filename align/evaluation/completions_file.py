@@ -1,0 +1,67 @@
+"""What a policy that is trained on demonstrations or pairs answers at evaluations, `<run>/completions.jsonl`.
+
+The first line is a header, every further line one evaluation:
+
+    {"format": "align.completions/1"}
+    {"step": 20, "samples": [{"prompt": "...", "completion": "...", "ended": true}]}
+
+As with the evaluation file of on-policy runs (`align.evaluation.records`), a resumed run drops what came after its
+checkpoint, and a line counts when it is whole.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from align.errors import DataError
+from align.evaluation.records import free_name
+
+FORMAT = "align.completions/1"
+FILE_NAME = "completions.jsonl"
+
+
+class CompletionsWriter:
+    """Appends to `<folder>/completions.jsonl`; main process only. resume_step: None starts a new file, and keeps one of
+    an earlier run under another name. last_step: the newest evaluation in the file."""
+
+    def __init__(self, folder: str | Path, resume_step: int | None):
+        self.path = Path(folder) / FILE_NAME
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept: list[dict[str, Any]] = []
+        if self.path.exists():
+            if resume_step is None:
+                os.replace(self.path, free_name(self.path))
+            else:
+                kept = [record for record in read_completions(self.path) if record["step"] <= resume_step]
+        self.last_step: int | None = kept[-1]["step"] if kept else None
+        temporary = self.path.with_suffix(".jsonl.tmp")
+        lines = [json.dumps(line) + "\n" for line in ({"format": FORMAT}, *kept)]
+        temporary.write_text("".join(lines), encoding="utf-8")
+        os.replace(temporary, self.path)
+
+    def write(self, step: int, samples: list[dict[str, Any]]) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "samples": samples}) + "\n")
+        self.last_step = step
+
+
+def read_completions(path: str | Path) -> list[dict[str, Any]]:
+    """The evaluations of a file, or of a run's folder, in order. Raises DataError naming the file and line."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / FILE_NAME
+    found = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}: line {number} is not valid JSON ({error})") from error
+        if number == 1:
+            if not isinstance(value, dict) or value.get("format") != FORMAT:
+                raise DataError(f"{path}: line 1 is not the header of a file of completions (format {FORMAT!r})")
+        elif not isinstance(value, dict) or not isinstance(value.get("samples"), list) or "step" not in value:
+            raise DataError(f"{path}: line {number} is not an evaluation, with a step and samples")
+        else:
+            found.append(value)
+    return found
