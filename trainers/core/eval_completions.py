@@ -1,4 +1,4 @@
-"""`num_logged_completions` of trainers on demonstrations and pairs: what the policy answers to a few evaluation prompts.
+"""`num_logged_completions` of trainers on demonstrations and pairs: what the policy answers to a few prompts.
 
 The answers are greedy and made by the model that is trained, so nothing is copied and no random number is drawn. Every
 process takes a share of the prompts and makes as many passes as the slowest, which sharded weights (FSDP2) need.
@@ -58,8 +58,8 @@ class EvalCompletions(TrainerCallback):
         args = trainer.args
         if trainer.is_deepspeed_enabled or (trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2):
             raise ConfigError(
-                "num_logged_completions works in one process, under DDP and under FSDP2 (fsdp_version: 2): leave it out "
-                "and look at the run with align generate",
+                "num_logged_completions works in one process, under DDP and under FSDP2 (fsdp_version: 2): leave it "
+                "out and look at the run with align generate",
                 key="num_logged_completions",
             )
         rows = next(iter(rows.values())) if isinstance(rows, dict) else rows
@@ -75,8 +75,8 @@ class EvalCompletions(TrainerCallback):
         self.prompts = prompts_of(rows, args.num_logged_completions, longest)
         if not self.prompts:
             raise ConfigError(
-                "num_logged_completions: no evaluation row has a prompt (text without one is continued by nothing) that "
-                f"leaves room for max_new_tokens {args.max_new_tokens}" + (f" of {room} tokens" if room else ""),
+                "num_logged_completions: no evaluation row has a prompt (text without one is continued by nothing) "
+                f"that leaves room for max_new_tokens {args.max_new_tokens}" + (f" of {room} tokens" if room else ""),
                 key="num_logged_completions",
             )
         self.ends = end_tokens(language_model(trainer.model), trainer.processing_class)

@@ -28,8 +28,8 @@ from align.modeling.pairs import PairTokens, pair_tokens
 from align.modeling.prefix_support import enable_shared_prefix
 from align.modeling.types import Model
 from align.objectives.pair_losses import PairLosses, RowLosses
-from align.trainers.core.eval_completions import show_completions
 from align.trainers.core.batching import CheckSharedRows, autocast_dtype, resolve_layout
+from align.trainers.core.eval_completions import show_completions
 from align.trainers.core.loading import loading_options, tokenizer_of
 from align.trainers.core.moving_reference import moving_reference
 from align.trainers.core.reference_checks import (
