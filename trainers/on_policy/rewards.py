@@ -1,5 +1,6 @@
 """From samples to the reward matrix [samples, rewards], and from its columns to one score."""
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,8 @@ from align.reward_models.base import Reward, RewardBatch
 from align.reward_models.judges import JudgeReward
 from align.trainers.on_policy.samples import Sample
 from align.trainers.weighting.base import weighted_sum
+
+logger = logging.getLogger(__name__)
 
 
 class RewardColumns:
@@ -28,6 +31,7 @@ class RewardColumns:
         if len(weights) != len(self.rewards):
             raise ConfigError(f"{len(weights)} reward_weights for {len(self.rewards)} rewards {self.names}")
         self.weights = dict(zip(self.names, weights, strict=True))
+        self.warned = False  # of a completion that no reward applies to
         self.trainer_state: Callable[[], Any] = lambda: None  # a trainer sets it
 
     @property
@@ -55,6 +59,13 @@ class RewardColumns:
             metrics |= {f"rewards/{name}/{key}": values for key, values in output.metrics.items()}
         for sample in samples:
             sample.score = weighted_sum(sample.rewards, self.weights)
+            if not sample.rewards and not sample.left_out and not self.warned:
+                self.warned = True
+                logger.warning(
+                    "All reward functions returned None for the following kwargs: %s. The completion is in no loss and "
+                    "in no baseline; this is said once",
+                    {"completion": sample.completion, **{k: v for k, v in sample.prompt.items() if k != "prompt_ids"}},
+                )
             sample.left_out |= not sample.rewards
         return metrics
 

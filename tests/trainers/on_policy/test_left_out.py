@@ -72,7 +72,7 @@ HELD = {
     ("method", "options"),
     [("grpo", {"scale_rewards": "batch"}), ("rloo", HELD), ("remax", {}), ("reinforce_pp", {}), ("ppo", {})],
 )
-def test_a_rollout_without_any_score_trains_nothing(method, options, policy, tmp_path):
+def test_a_rollout_without_any_score_trains_nothing(method, options, policy, tmp_path, caplog):
     def late(completions, trainer_state):
         return [None if trainer_state.global_step == 0 else score for score in wanted_words(completions)]
 
@@ -82,6 +82,8 @@ def test_a_rollout_without_any_score_trains_nothing(method, options, policy, tmp
     trainer = trainer_class(policy, late, args, prompts(16))
     trainer.train()
     trainer.close()
+    said = [line for line in caplog.messages if "All reward functions returned None for the following kwargs" in line]
+    assert len(said) == 1 and "'completion': " in said[0] and "'row': " in said[0]
     first, second, _ = trainer.state.log_history
     assert first["loss"] == first["grad_norm"] == 0 < second["grad_norm"]
     described = {"reward", "kl", "entropy", "remax/greedy_reward", "remax/advantage", "critic/explained_variance/late"}
