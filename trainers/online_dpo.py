@@ -181,7 +181,7 @@ class OnlineDPOTrainer(OnPolicyTrainer):
     def record_lengths(self, pairs: list[Sample]) -> None:
         for chosen, rejected in zip(pairs[::2], pairs[1::2], strict=True):
             if not chosen.left_out:
-                self.record("pairs/length_chosen_minus_rejected", chosen.length - rejected.length)
+                self.record("pairs/length_chosen_minus_rejected", chosen.written - rejected.written)
 
     def needs_old_logps(self) -> bool:
         return self.args.old_policy_share > 0

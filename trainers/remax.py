@@ -58,7 +58,7 @@ class ReMax(Estimator):
             "remax/greedy_reward": [greedy.score for _, greedy in pairs],
             "remax/advantage": [sample.score - greedy.score for sample, greedy in pairs],
             "remax/same_as_greedy": [sample.completion_ids == greedy.completion_ids for sample, greedy in pairs],
-            "remax/length_minus_greedy": [sample.length - greedy.length for sample, greedy in pairs],
+            "remax/length_minus_greedy": [sample.written - greedy.written for sample, greedy in pairs],
         }
 
 

@@ -21,7 +21,8 @@ _TABLE = {
     (0, False, _HUGE, True): (
         "adam_epsilon epsilon epsilon_high dual_clip kl_target kl_horizon kl_gain rollout_correction_high "
         "num_train_epochs logging_steps save_steps eval_steps reward_clip value_clip "
-        "missing_eos_penalty overlong_penalty desirable_weight undesirable_weight delta off_policy_mask_threshold "
+        "environment_timeout missing_eos_penalty overlong_penalty desirable_weight undesirable_weight delta "
+        "off_policy_mask_threshold "
         "entropy_coef_delta sapo_temperature_pos sapo_temperature_neg vespo_lambda_pos vespo_lambda_neg"
     ),
     (0, True, _HUGE, True): (
@@ -35,7 +36,7 @@ _TABLE = {
     (1, True, _HUGE, True): (
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps lora_r lora_alpha "
         "max_length max_prompt_length max_completion_length num_generations eval_num_generations num_generations_eval "
-        "num_mini_batches num_completions_to_print "
+        "num_mini_batches num_completions_to_print max_turns "
         "num_iterations num_eval_prompts normalizer_pairs chunk_size tokens_per_batch forward_tokens_per_batch "
         "precompute_ref_batch_size overlong_buffer max_new_tokens "
         "save_total_limit eval_accumulation_steps dataset_num_proc dataloader_prefetch_factor ddp_bucket_cap_mb "

@@ -76,17 +76,40 @@ class SamplingParams:
 
 
 @dataclass(slots=True)
+class Episode:
+    """What a completion of several turns is beside its tokens (`align.trainers.on_policy.episodes`).
+
+    policy_mask: 1 on the tokens that the policy wrote, 0 on those of its environment. messages: the turns, from the
+    first answer on. prompt: the row with what the environment added to its prompt. turns: the policy's answers. reward:
+    the environment's, None where it has none; failure: why there is none. finished: whether the environment, or an
+    answer without a tool call, ended it. calls, failed_calls: of tools.
+    """
+
+    policy_mask: list[int]
+    messages: list[dict]
+    prompt: dict
+    turns: int
+    reward: float | None = None
+    failure: str | None = None
+    finished: bool = False
+    calls: int = 0
+    failed_calls: int = 0
+
+
+@dataclass(slots=True)
 class Completion:
     """One completion: the token ids up to and including the token that ended it, and their log-probs.
 
     `logprobs[t]` is the natural log of the probability with which token t was drawn (after temperature, min-p,
     top-p and top-k); None for greedy requests. `finish_reason` is "stop" (ended by itself) or "length" (cut at
-    max_tokens).
+    max_tokens). `episode`: of a completion of several turns, which no engine makes by itself; the log-probs of the
+    environment's tokens are 0.
     """
 
     token_ids: list[int]
     logprobs: list[float] | None
     finish_reason: str
+    episode: Episode | None = None
 
 
 @dataclass(slots=True)

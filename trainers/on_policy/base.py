@@ -1,5 +1,6 @@
 """What stands around the on-policy loop: the engine's weights, checks, evaluations and checkpoints."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from align.trainers.on_policy.config import OnPolicyConfig
 from align.trainers.on_policy.critic import CriticLearner
 from align.trainers.on_policy.engine import SyncedEngine
 from align.trainers.on_policy.entropy import EntropyBonus
+from align.trainers.on_policy.episodes import Episodes
 from align.trainers.on_policy.evaluation import EvaluationFile, PolicyEvaluator, one_set, sets_of
 from align.trainers.on_policy.forward import ForwardPasses
 from align.trainers.on_policy.kl_coefficient import KLCoefficient
@@ -52,6 +54,7 @@ class OnPolicyBase(MicroBatchLists, Trainer):
     critic: CriticLearner | None
     engine: SyncedEngine
     entropy: EntropyBonus
+    episodes: Episodes | None
     forward: ForwardPasses
     evaluator: PolicyEvaluator
     evaluations: EvaluationFile
@@ -63,6 +66,7 @@ class OnPolicyBase(MicroBatchLists, Trainer):
     search: Any
     shown: ShownCompletions
     stop: StopRule | None
+    tokenize: Callable
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         of_training = not any(key.startswith("eval_") for key in logs)
@@ -151,7 +155,7 @@ class OnPolicyBase(MicroBatchLists, Trainer):
         if (sets := sets_of(self.eval_dataset, eval_dataset)) is not None:
             found = (self.evaluate(rows, ignore_keys, f"{metric_key_prefix}_{name}") for name, rows in sets.items())
             return {key: value for metrics in found for key, value in metrics.items()}
-        dataset, own = one_set(self.eval_dataset, eval_dataset, self.processing_class, self.args)
+        dataset, own = one_set(self.eval_dataset, eval_dataset, self.tokenize)
         if self.reference is None:
             raise ConfigError(
                 "with beta: 0 and no eval_dataset the trainer holds no reference, which an evaluation measures the KL "

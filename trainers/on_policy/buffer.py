@@ -12,6 +12,7 @@ from torch.utils.data import Sampler
 from align.data.streams import is_stream
 from align.errors import ConfigError, TrainingError
 from align.rollout.seeds import derive_seed
+from align.rollout.types import Episode
 from align.trainers.on_policy.config import OnPolicyConfig
 from align.trainers.on_policy.samples import Sample
 
@@ -156,7 +157,13 @@ class RolloutBuffer:
                 f"it: each process has its own part. Resume with {state['processes']} processes, or from a checkpoint "
                 "at the end of a rollout (save_steps a multiple of num_mini_batches x num_iterations)"
             )
-        return cls([[Sample(**sample) for sample in batch] for batch in state["mini_batches"]], seed, state["number"])
+        return cls([[restored(sample) for sample in batch] for batch in state["mini_batches"]], seed, state["number"])
+
+
+def restored(sample: dict) -> Sample:
+    """A sample of `asdict`."""
+    episode = sample.get("episode")
+    return Sample(**{**sample, "episode": None if episode is None else Episode(**episode)})
 
 
 def check_position(buffer: RolloutBuffer | None, step: int, steps_per_rollout: int) -> None:

@@ -34,7 +34,7 @@ class EntropyBonus(TrainerCallback):
     def begin(self, samples: list[Sample]) -> None:
         """samples: of the optimiser step, on this process."""
         if self.on:
-            tokens = sum(sample.length for sample in samples if not sample.left_out)
+            tokens = sum(sample.written for sample in samples if not sample.left_out)
             self.count = self.ranks.total(tokens).clamp(min=1)
 
     def added_to(self, loss: Tensor, entropy: Tensor, mask: Tensor, count: int, of: Tensor | float) -> Tensor:

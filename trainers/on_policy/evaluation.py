@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from align.config.sections import plain
 from align.data.sets import of_each
@@ -22,10 +22,11 @@ from align.rollout.seeds import derive_seed
 from align.rollout.types import SamplingParams
 from align.trainers.core.ranks import Ranks
 from align.trainers.on_policy.config import OnPolicyConfig
+from align.trainers.on_policy.episodes import Episodes
 from align.trainers.on_policy.forward import ForwardPasses
 from align.trainers.on_policy.pipeline import CompletionSource
 from align.trainers.on_policy.rewards import RewardColumns
-from align.trainers.on_policy.samples import Sample, as_text, make_samples, tokenized_prompts
+from align.trainers.on_policy.samples import Sample, as_text, make_samples
 from align.trainers.on_policy.stopping import disagreement_columns
 
 if TYPE_CHECKING:
@@ -42,12 +43,12 @@ def run_options(args: Any) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Enum) else plain(value) for name, value in options.items()}
 
 
-def eval_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: OnPolicyConfig) -> Dataset:
-    """The first `num_eval_prompts` prompts, tokenised; of several sets by name, the first of each; None of None."""
+def eval_prompts(dataset: Dataset, tokenize: Callable, most: int | None) -> Dataset:
+    """The first `most` prompts, tokenised; of several sets by name, the first of each; None of None."""
 
     def first(rows):
-        rows = tokenized_prompts(whole(rows, args.num_eval_prompts), tokenizer, args)
-        return rows.select(range(min(args.num_eval_prompts or len(rows), len(rows))))
+        rows = tokenize(whole(rows, most))
+        return rows.select(range(min(most or len(rows), len(rows))))
 
     return of_each(dataset, first)
 
@@ -65,12 +66,12 @@ def sets_of(own, given) -> dict[str, Any] | None:
     return given if isinstance(given, dict) else None
 
 
-def one_set(own, given, tokenizer, args) -> tuple[Any, bool]:
+def one_set(own, given, tokenize: Callable) -> tuple[Any, bool]:
     """The prompts that one evaluation is on, and whether it is the run's own (of several sets: the first). given: None,
     the name of one of the trainer's sets, or prompts."""
     if isinstance(given, str):
         return own[given], given == next(iter(own))
-    dataset = own if given is None else tokenized_prompts(whole(given, None), tokenizer, args)
+    dataset = own if given is None else tokenize(whole(given, None))
     if dataset is None:
         raise ConfigError("there is nothing to evaluate on: pass eval_dataset")
     return dataset, given is None
@@ -83,6 +84,7 @@ class PolicyEvaluator:
         engine: holds the policy's weights.
         gold: scored beside the rewards, None without.
         forward: passes of policy and reference.
+        episodes: where completions are conversations of several turns.
     """
 
     def __init__(
@@ -94,7 +96,9 @@ class PolicyEvaluator:
         gold: RewardColumns | None,
         forward: ForwardPasses,
         ranks: Ranks,
+        episodes: Episodes | None = None,
     ):
+        self.episodes = episodes
         self.args, self.engine, self.tokenizer, self.ranks = args, engine, tokenizer, ranks
         self.rewards, self.gold, self.forward = rewards, gold, forward
         self.ensembles = disagreement_columns(rewards.rewards)
@@ -131,7 +135,7 @@ class PolicyEvaluator:
         columns["proxy"] = [None if sample.left_out else sample.score for sample in samples]
         if self.gold is not None:
             columns["gold"] = self.gold.totals(samples)
-        columns["length"] = [sample.length for sample in samples]
+        columns["length"] = [sample.written for sample in samples]
         columns |= {f"rewards/{name}": [sample.rewards.get(name) for sample in samples] for name in self.rewards.names}
         for name, key in self.ensembles.items():
             variances = [sample.extras.get(key) for sample in samples]
@@ -159,7 +163,12 @@ class PolicyEvaluator:
             for index in indices
             for j in range(count)
         ]
-        rollouts = self.engine.generate([prompt["prompt_ids"] for prompt in prompts for _ in range(count)], params)
+        asked = [prompt for prompt in prompts for _ in range(count)]
+        if self.episodes is None:
+            rollouts = self.engine.generate([prompt["prompt_ids"] for prompt in asked], params)
+        else:
+            seeds = [derive_seed(self.args.seed, "evaluate environment", i, j) for i in indices for j in range(count)]
+            rollouts = self.episodes.complete(self.engine, asked, params, seeds)
         return [
             make_samples(self.tokenizer, prompts[i // count], rollout.completions, rollout.weight_version)[0]
             for i, rollout in enumerate(rollouts)

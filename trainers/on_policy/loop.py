@@ -19,6 +19,7 @@ its batches are cut into processes and micro-batches, nor on where it was resume
 """
 
 import logging
+from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -49,6 +50,7 @@ from align.trainers.on_policy.config import OnPolicyConfig
 from align.trainers.on_policy.critic import CriticLearner, CriticStep, make_critic
 from align.trainers.on_policy.engine import SyncedEngine, engine_maker
 from align.trainers.on_policy.entropy import EntropyBonus, train_high_entropy_tokens
+from align.trainers.on_policy.episodes import make_episodes
 from align.trainers.on_policy.estimators import make_estimator
 from align.trainers.on_policy.evaluation import Curve, EvaluationFile, PolicyEvaluator, eval_prompts
 from align.trainers.on_policy.forward import ForwardPasses
@@ -86,6 +88,8 @@ class OnPolicyTrainer(OnPolicyBase):
             `beta: 0` and without `eval_dataset` none is held.
         engine: a `RolloutEngine` to use, and to leave open; by default one is made from the policy.
         reward_funcs, reward_processing_classes: TRL's names for `reward`, and for the tokenizers of its classifiers.
+        tools, environment_factory: functions that the policy may call, and what makes an environment that it talks
+            with (docs/environments.md).
     """
 
     _tag_names = ["align"]
@@ -108,18 +112,22 @@ class OnPolicyTrainer(OnPolicyBase):
         engine: RolloutEngine | None = None,
         reward_funcs: Any = None,
         reward_processing_classes: Any = None,
+        tools: list[Callable] | None = None,
+        environment_factory: Callable[[], Any] | None = None,
     ):
         args = self.options(args, model, train_dataset)
         check_stream(args, train_dataset)
+        args.remove_unused_columns = False
+        args.eval_on_start = args.eval_on_start and eval_dataset is not None
         tokenizer = tokenizer_of(args, model, processing_class)
         set_seed(args.seed)  # a new adapter is drawn at random
         model = load_policy(model, peft_config=peft_config, sharded=True, **loading_options(args, model))
         if args.disable_dropout:
             disable_dropout(model)
-        reward = rewards_given(reward, reward_funcs, reward_processing_classes, tokenizer)
-        self.rewards = RewardColumns(reward, args.reward_weights, tokenizer=tokenizer)
-        self.gold = gold_columns(gold_reward, tokenizer)
-        self.weighting = make_weighting(self.rewards.weights, args)
+        self.episodes = make_episodes(args, tools, environment_factory, tokenizer)
+        own = None if self.episodes is None else self.episodes.reward
+        reward = rewards_given(reward, reward_funcs, reward_processing_classes, tokenizer, own)
+        self._make_rewards(reward, gold_reward, tokenizer, args)
         self.estimator = make_estimator(args)
         self.kl = KLCoefficient(args.beta, args.kl_target, horizon=args.kl_horizon, gain=args.kl_gain)
         self.check_start = ref_model is None
@@ -127,16 +135,15 @@ class OnPolicyTrainer(OnPolicyBase):
         held = args.beta != 0 or eval_dataset is not None
         self.reference = reference_of(model, ref_model) if held else None
         self.buffer: RolloutBuffer | None = None
-        args.remove_unused_columns = False
-        if eval_dataset is None:
-            args.eval_on_start = False
+        schemas = [] if self.episodes is None else self.episodes.schemas
+        self.tokenize = partial(tokenized_prompts, tokenizer=tokenizer, args=args, tools=schemas)
         name_best_metric(args, eval_dataset)
         super().__init__(
             model=model,
             args=args,
             data_collator=list,
-            train_dataset=tokenized_prompts(train_dataset, tokenizer, args),
-            eval_dataset=eval_prompts(eval_dataset, tokenizer, args),
+            train_dataset=self.tokenize(train_dataset),
+            eval_dataset=eval_prompts(eval_dataset, self.tokenize, args.num_eval_prompts),
             processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -151,6 +158,11 @@ class OnPolicyTrainer(OnPolicyBase):
         self._make_rollouts(engine)
         self._make_ends()
         self.moving = moving_reference(self)
+
+    def _make_rewards(self, reward: Any, gold_reward: Any, tokenizer, args: OnPolicyConfig) -> None:
+        self.rewards = RewardColumns(reward, args.reward_weights, tokenizer=tokenizer)
+        self.gold = gold_columns(gold_reward, tokenizer)
+        self.weighting = make_weighting(self.rewards.weights, args)
 
     def _make_ends(self) -> None:
         """What may end the run before its last step."""
@@ -222,6 +234,7 @@ class OnPolicyTrainer(OnPolicyBase):
             seed=args.seed,
             recorder=self.recorder,
             truncation=truncation,
+            episodes=self.episodes,
         )
         self.ahead = RolloutsAhead(
             args.rollouts_ahead,
@@ -240,7 +253,7 @@ class OnPolicyTrainer(OnPolicyBase):
         )
         self.updates = WeightingUpdates(self.weighting, self.ranks, self.recorder)
         self.evaluator = PolicyEvaluator(
-            args, self.engine, tokenizer, self.rewards, self.gold, self.forward, self.ranks
+            args, self.engine, tokenizer, self.rewards, self.gold, self.forward, self.ranks, self.episodes
         )
         self.evaluations = EvaluationFile(
             args,
@@ -388,7 +401,7 @@ class OnPolicyTrainer(OnPolicyBase):
 
     def loss_count(self, samples: list[Sample]) -> Tensor:
         """What the loss of these samples is divided by, counted over all processes."""
-        lengths = [sample.length for sample in samples if not sample.left_out]
+        lengths = [sample.written for sample in samples if not sample.left_out]
         count = self.ranks.total(loss_count(lengths, self.args))
         if not count and self.ranks.index == 0:
             logger.warning(

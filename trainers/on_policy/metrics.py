@@ -8,6 +8,7 @@ from align.errors import TrainingError
 from align.objectives import kl
 from align.objectives.policy_loss import PolicyLoss
 from align.objectives.rollout_correction import log_ratios, mismatch
+from align.rollout.types import Episode
 from align.trainers.core.recorder import Recorder
 from align.trainers.on_policy.batches import padding_share
 from align.trainers.on_policy.samples import Sample
@@ -35,12 +36,23 @@ class OnPolicyMetrics:
             for name, value in sample.rewards.items():
                 self.spread(f"rewards/{name}", value)
             self.record("reward", sample.score)
-            self.record("completions/mean_length", sample.length)
+            self.record("completions/mean_length", sample.written)
             self.record("completions/clipped_ratio", sample.truncated)
             if truncation.truncated == "mask":
                 self.record("completions/masked_ratio", sample.masked)
             if truncation.penalises:
                 self.record("completions/penalty", sample.penalty)
+            if sample.episode is not None:
+                self.episode(sample.episode)
+
+    def episode(self, episode: Episode) -> None:
+        """The share of calls that failed is of all calls: TRL's `tools/failure_frequency`."""
+        self.record("environment/turns", episode.turns)
+        self.record("environment/finished_ratio", episode.finished)
+        self.record("environment/tokens", len(episode.policy_mask) - sum(episode.policy_mask))
+        self.record("tools/call_frequency", episode.calls)
+        if episode.calls:
+            self.record("tools/failure_frequency", episode.failed_calls / episode.calls, episode.calls)
 
     def all(self, metrics: dict[str, list[float]]) -> None:
         """Of an estimator."""

@@ -7,6 +7,7 @@ from align.errors import RolloutError
 from align.rollout.seeds import derive_seed
 from align.rollout.types import Rollout, SamplingParams
 from align.trainers.core.recorder import Recorder
+from align.trainers.on_policy.episodes import Episodes
 from align.trainers.on_policy.rewards import RewardColumns
 from align.trainers.on_policy.samples import Sample, make_samples
 from align.trainers.on_policy.truncation import TruncationRule
@@ -45,6 +46,7 @@ class RolloutPipeline:
         seed: of the run; each request's seed follows from it, the step, the prompt's index and the request's number.
         recorder: gets the seconds of the phases `generate` and `score`.
         truncation: what becomes of completions that are cut.
+        episodes: where completions are conversations of several turns.
     """
 
     def __init__(
@@ -57,9 +59,10 @@ class RolloutPipeline:
         seed: int,
         recorder: Recorder,
         truncation: TruncationRule = KEEP,
+        episodes: Episodes | None = None,
     ):
         self.engine, self.tokenizer, self.rewards, self.requests = engine, tokenizer, rewards, requests
-        self.seed, self.recorder, self.truncation = seed, recorder, truncation
+        self.seed, self.recorder, self.truncation, self.episodes = seed, recorder, truncation, episodes
 
     def run(
         self,
@@ -99,14 +102,16 @@ class RolloutPipeline:
 
     def draw(self, prompts: list[dict], indices: list[int], step: int) -> list[Rollout]:
         """Completions of every request of every prompt, side by side. It asks the engine, and does nothing else."""
-        return self.engine.generate(
-            [prompt["prompt_ids"] for prompt in prompts for _ in self.requests],
-            [
-                replace(request, seed=derive_seed(self.seed, "train", step, index, number))
-                for index in indices
-                for number, request in enumerate(self.requests)
-            ],
-        )
+        asked = [prompt for prompt in prompts for _ in self.requests]
+        params = [
+            replace(request, seed=derive_seed(self.seed, "train", step, index, number))
+            for index in indices
+            for number, request in enumerate(self.requests)
+        ]
+        if self.episodes is None:
+            return self.engine.generate([prompt["prompt_ids"] for prompt in asked], params)
+        seeds = [derive_seed(self.seed, "environment", step, index) for index in indices for _ in self.requests]
+        return self.episodes.complete(self.engine, asked, params, seeds)
 
     def samples(self, prompts: list[dict], rollouts: list[Rollout]) -> ScoredRollout:
         """Completions without scores. rollouts: of `draw`."""

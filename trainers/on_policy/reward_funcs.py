@@ -6,16 +6,21 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from align.errors import ConfigError
+from align.reward_models.base import Reward
 
 
-def rewards_given(reward: Any, reward_funcs: Any, processing_classes: Any, tokenizer: Any) -> Any:
+def rewards_given(
+    reward: Any, reward_funcs: Any, processing_classes: Any, tokenizer: Any, own: Reward | None = None
+) -> Any:
     """What `RewardColumns` takes, from `reward` or TRL's `reward_funcs`, of which one must be given.
 
     Args:
         reward_funcs: as `reward`; a loaded classifier with one label is scored as it is.
         processing_classes: the tokenizers of the classifiers, one or a list with None for functions; by default their
-            own. tokenizer: the policy's.
+            own. tokenizer: the policy's. own: of an environment, after the others; with it there need be no others.
     """
+    if own is not None and reward is None and reward_funcs is None:
+        return [own]
     if (reward is None) == (reward_funcs is None):
         raise ConfigError("give the rewards once, as `reward` (or reward_funcs, its name in TRL)")
     given = reward if reward_funcs is None else reward_funcs
@@ -27,7 +32,8 @@ def rewards_given(reward: Any, reward_funcs: Any, processing_classes: Any, token
             f"The number of reward processing classes ({len(tokenizers)}) must match the number of reward functions "
             f"({len(specs)})"
         )
-    return [_reward(spec, own, tokenizer) for spec, own in zip(specs, tokenizers, strict=True)]
+    found = [_reward(spec, tokenizer_of, tokenizer) for spec, tokenizer_of in zip(specs, tokenizers, strict=True)]
+    return found if own is None else [*found, own]
 
 
 def _reward(spec: Any, own: Any, tokenizer: Any) -> Any:

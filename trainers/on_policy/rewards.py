@@ -8,6 +8,7 @@ from typing import Any
 from align.errors import ConfigError
 from align.reward_models.base import Reward, RewardBatch
 from align.reward_models.judges import JudgeReward
+from align.trainers.on_policy.environments import FAILURE_COLUMN, REWARD_COLUMN
 from align.trainers.on_policy.samples import Sample
 from align.trainers.weighting.base import weighted_sum
 
@@ -71,6 +72,13 @@ class RewardColumns:
 
     def scores(self, samples: list[Sample]) -> dict:
         prompts: dict[int, int] = {}  # the samples of a prompt hold one and the same mapping
+        episodes = [sample.episode for sample in samples]
+        of_environment: dict[str, list] = {}
+        if episodes[0] is not None:
+            of_environment = {
+                REWARD_COLUMN: [None if episode is None else episode.reward for episode in episodes],
+                FAILURE_COLUMN: [None if episode is None else episode.failure for episode in episodes],
+            }
         batch = RewardBatch(
             prompts=[sample.prompt["prompt"] for sample in samples],
             completions=[sample.completion for sample in samples],
@@ -80,7 +88,8 @@ class RewardColumns:
                 name: [sample.prompt[name] for sample in samples]
                 for name in samples[0].prompt
                 if name not in ("prompt", "prompt_ids", "row")
-            },
+            }
+            | of_environment,
             rows=[sample.prompt["row"] for sample in samples] if "row" in samples[0].prompt else None,
             ended=[not sample.truncated for sample in samples],
             groups=[prompts.setdefault(id(sample.prompt), len(prompts)) for sample in samples],

@@ -9,7 +9,7 @@ from align.data.formats import columns_of
 from align.data.tokenize import tokenize_prompts
 from align.errors import RolloutError
 from align.objectives.kl import masked_sum
-from align.rollout.types import Completion
+from align.rollout.types import Completion, Episode
 
 
 @dataclass
@@ -20,9 +20,9 @@ class Sample:
     weighted sum less `penalty`, what a long or cut completion loses (`TruncationRule`). left_out: of the loss and of
     baselines, for want of a score, or, if `masked`, for having been cut. bootstrap: values after the last token of
     a cut completion, [streams], that stand for its score; None where the score counts. shown: what a reward said beside
-    it. ref_logps, old_logps: under the reference and under the policy before the first update, [L], nats. entropies: of
-    its tokens then, until advantages are known. advantages,
-    values, returns: [L, streams].
+    it. episode: of a completion of several turns, whose tokens of the environment are in no loss. ref_logps, old_logps:
+    under the reference and under the policy before the first update, [L], nats. entropies: of its tokens then, until
+    advantages are known. advantages, values, returns: [L, streams].
     """
 
     prompt: dict
@@ -39,6 +39,7 @@ class Sample:
     masked: bool = False
     bootstrap: torch.Tensor | None = None
     shown: dict[str, str | float] = field(default_factory=dict)
+    episode: Episode | None = None
     ref_logps: torch.Tensor | None = None
     old_logps: torch.Tensor | None = None
     entropies: torch.Tensor | None = None
@@ -48,11 +49,18 @@ class Sample:
 
     @property
     def length(self) -> int:
+        """Tokens after the prompt, those of an environment among them."""
         return len(self.completion_ids)
 
+    @property
+    def written(self) -> int:
+        """Tokens that the policy wrote: what losses and metrics count."""
+        return self.length if self.episode is None else sum(self.episode.policy_mask)
 
-def tokenized_prompts(dataset, tokenizer, args):
-    """Prompts as the loop takes them; a dataset that is tokenised already is taken as it is."""
+
+def tokenized_prompts(dataset, tokenizer, args, tools: list[dict] | None = None):
+    """Prompts as the loop takes them; a dataset that is tokenised already is taken as it is. tools: their schemas, for
+    the chat template."""
     if "prompt_ids" in columns_of(dataset, streams=True):
         return dataset
     return tokenize_prompts(
@@ -61,13 +69,16 @@ def tokenized_prompts(dataset, tokenizer, args):
         max_prompt_length=args.max_prompt_length,
         max_bad_share=args.max_bad_share,
         num_proc=args.dataset_num_proc,
-        template_options=args.chat_template_kwargs,
+        template_options={**(args.chat_template_kwargs or {}), **({"tools": tools} if tools else {})} or None,
         streams=True,
     )
 
 
 def decode(tokenizer, prompt: dict, completion: Completion) -> str | list[dict]:
-    """The completion in the form of its prompt: a string, or one assistant message for conversational prompts."""
+    """The completion in the form of its prompt: a string, or messages for conversational prompts: one of the assistant,
+    or the turns of its episode."""
+    if completion.episode is not None:
+        return completion.episode.messages
     text = written_text(tokenizer, completion.token_ids, completion.finish_reason == "stop")
     return [{"role": "assistant", "content": text}] if isinstance(prompt["prompt"], list) else text
 
@@ -84,12 +95,13 @@ def make_samples(tokenizer, prompt: dict, completions: list[Completion], weight_
             raise RolloutError(f"the engine returned an empty completion for the prompt of row {prompt['row']}")
     return [
         Sample(
-            prompt=prompt,
+            prompt=prompt if completion.episode is None else completion.episode.prompt,
             completion_ids=completion.token_ids,
             completion=decode(tokenizer, prompt, completion),
             engine_logps=completion.logprobs or [],
             truncated=completion.finish_reason == "length",
             weight_version=weight_version,
+            episode=completion.episode,
         )
         for completion in completions
     ]
@@ -102,10 +114,15 @@ def completion_matrix(samples: list[Sample], name: str) -> torch.Tensor:
 
 
 def completion_masks(samples: list[Sample]) -> torch.Tensor:
-    """1 on the tokens of each completion, [N, L], left-aligned; 0 on all of one that is left out."""
+    """1 on the tokens that the policy wrote in each completion, [N, L], left-aligned; 0 on all of one that is left
+    out."""
     lengths = torch.tensor([sample.length for sample in samples])
     kept = torch.tensor([not sample.left_out for sample in samples])
-    return ((torch.arange(int(lengths.max())) < lengths[:, None]) & kept[:, None]).float()
+    mask = (torch.arange(int(lengths.max())) < lengths[:, None]) & kept[:, None]
+    for i, sample in enumerate(samples):
+        if sample.episode is not None:
+            mask[i, : sample.length] &= torch.tensor(sample.episode.policy_mask, dtype=torch.bool)
+    return mask.float()
 
 
 def sampling_logps(samples: list[Sample]) -> torch.Tensor:

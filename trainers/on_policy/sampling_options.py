@@ -5,13 +5,14 @@ from typing import Any
 
 from align.errors import ConfigError
 from align.rollout.types import SamplingParams
+from align.trainers.on_policy.environments import EnvironmentOptions
 from align.trainers.on_policy.trl_names import DRAWN, TrlOnPolicyOptions, take_generation_kwargs
 
 TRUNCATED = ("keep", "mask", "penalise", "bootstrap")
 
 
 @dataclass
-class SamplingOptions(TrlOnPolicyOptions):
+class SamplingOptions(EnvironmentOptions, TrlOnPolicyOptions):
     """Mixed into the configuration of on-policy methods."""
 
     max_completion_length: int = field(default=256, metadata={"help": "Completions are cut here (tokens)."})

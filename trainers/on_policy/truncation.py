@@ -59,6 +59,6 @@ class TruncationRule:
         penalty = self.missing_eos_penalty if sample.truncated else 0.0
         if self.overlong_buffer is not None:
             penalty -= self.overlong_penalty * soft_overlong_punishment(
-                sample.length, longest=self.longest, buffer=self.overlong_buffer
+                sample.written, longest=self.longest, buffer=self.overlong_buffer
             )
         return penalty

@@ -1,0 +1,251 @@
+"""Completions of several turns: a policy and an environment, or tools, take turns within one completion.
+
+All conversations of a call go round together: one engine call completes every one that still goes on, then each
+environment replies. A completion is one sequence of tokens, the policy's as it drew them and the environment's as the
+chat template writes them, with a mask that tells which is whose; `max_completion_length` is for all of it.
+
+It ends when the environment is done, at an answer without a tool call where there is no other environment, or after
+`max_turns` answers; then it counts as ended. It counts as cut when an answer reaches the length limit, or when the next
+turn and one token more would.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from align.data.checks import template_kwargs
+from align.data.encode import encode, render
+from align.data.ending import written_text
+from align.errors import ConfigError, RolloutError
+from align.rollout.seeds import derive_seed
+from align.rollout.types import Completion, Episode, Rollout, SamplingParams
+from align.trainers.on_policy.environments import (
+    EnvironmentFailure,
+    EnvironmentReward,
+    Environments,
+    Session,
+    environments_of,
+)
+from align.trainers.on_policy.turn_tokens import TurnTokens
+
+if TYPE_CHECKING:
+    from align.trainers.on_policy.pipeline import CompletionSource
+
+NOT_AHEAD = (
+    "environments and tools run in the trainer's own process, which trains while completions are drawn ahead: set "
+    "rollouts_ahead: 0"
+)
+
+
+@dataclass
+class Talk:
+    """One conversation while it goes on. number: of the prompt's samples in this request."""
+
+    prompt: dict
+    params: SamplingParams
+    number: int
+    session: Session
+    ids: list[int] = field(default_factory=list)
+    mask: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    messages: list[dict] = field(default_factory=list)
+    turns: int = 0
+    cut: bool = False
+    finished: bool = False
+    reward: float | None = None
+    failure: str | None = None
+    version: int = 0
+
+    @property
+    def left(self) -> int:
+        """Tokens until the limit."""
+        return self.params.max_tokens - len(self.ids)
+
+    def request(self) -> SamplingParams:
+        """Of the next answer. Its draws depend on the run's seed, the prompt, the sample and the turn alone."""
+        seed, least = self.params.seed, min(self.params.min_tokens, self.left)
+        turn = None if seed is None else derive_seed(seed, "turn", self.number, self.turns)
+        return replace(self.params, n=1, max_tokens=self.left, min_tokens=least, seed=turn)
+
+    def add(self, ids: list[int], logps: list[float] | None, *, own: bool) -> None:
+        self.ids += ids
+        self.mask += [int(own)] * len(ids)
+        self.logps += logps or [0.0] * len(ids)
+
+    def completion(self) -> Completion:
+        tools = self.session.tools
+        episode = Episode(
+            self.mask,
+            self.messages,
+            self.prompt,
+            self.turns,
+            self.reward,
+            self.failure,
+            self.finished,
+            tools.called,
+            tools.failed,
+        )
+        logps = None if self.params.greedy else self.logps
+        return Completion(self.ids, logps, "length" if self.cut else "stop", episode)
+
+
+class Episodes:
+    """Holds the conversations of a run.
+
+    Args:
+        max_turns: answers of the policy; None: as many as there is room for. stops: whether a failure of an environment
+            ends the run; else the completion is left out.
+        template_options: further variables of the chat template, for all prompts.
+    """
+
+    def __init__(
+        self,
+        environments: Environments,
+        tokenizer,
+        *,
+        max_turns: int | None = None,
+        max_prompt_length: int | None = None,
+        stops: bool = True,
+        template_options: dict | None = None,
+    ):
+        self.environments, self.tokenizer, self.template_options = environments, tokenizer, template_options or {}
+        self.max_turns, self.max_prompt_length, self.stops = max_turns, max_prompt_length, stops
+        self.turn_tokens = TurnTokens(tokenizer, environments.roles)
+        self.schemas = environments.tools.schemas
+        if self.schemas and "<tool_call>" not in tokenizer.get_chat_template():
+            raise ConfigError(
+                "tool calls are read as <tool_call>{...}</tool_call>, and this chat template does not ask for them: "
+                "use a model whose template does, such as Qwen's or Hermes', or an environment that reads the calls "
+                "itself"
+            )
+        if not stops and not environments.scores:
+            raise ConfigError("environment_on_error: mask is for environments with a reward of their own")
+
+    @property
+    def reward(self) -> EnvironmentReward | None:
+        """The environment's, as one more reward."""
+        if not self.environments.scores:
+            return None
+        return EnvironmentReward(str(self.environments.name), "stop" if self.stops else "mask")
+
+    def complete(
+        self, engine: "CompletionSource", prompts: list[dict], params: list[SamplingParams], seeds: list[int]
+    ) -> list[Rollout]:
+        """As `RolloutEngine.generate`, of rows with `prompt` and `prompt_ids`. seeds: of the environments, one for all
+        samples of a request."""
+        asked = list(zip(prompts, params, seeds, strict=True))
+        longer: dict[tuple[int, str], dict] = {}  # samples whose environments say the same share one prompt
+        groups = [[self._start(prompt, own, seed, i, longer) for i in range(own.n)] for prompt, own, seed in asked]
+        live = [talk for group in groups for talk in group]
+        while live:
+            rollouts = engine.generate(
+                [talk.prompt["prompt_ids"] + talk.ids for talk in live], [talk.request() for talk in live]
+            )
+            live = [talk for talk, rollout in zip(live, rollouts, strict=True) if self._goes_on(talk, rollout)]
+        return [
+            Rollout(prompt["prompt_ids"], [self._finish(talk) for talk in group], group[0].version)
+            for prompt, group in zip(prompts, groups, strict=True)
+        ]
+
+    def _start(self, prompt: dict, params: SamplingParams, seed: int, number: int, longer: dict) -> Talk:
+        if isinstance(prompt["prompt"], str):
+            raise RolloutError(
+                "environments and tools take conversations, and the prompts are plain texts: write each as "
+                '[{"role": "user", "content": ...}]'
+            )
+        try:
+            session = self.environments.start()
+        except Exception as error:  # the user's code raises anything
+            name = self.environments.name
+            raise RolloutError(
+                f"a new environment {name} could not be made: {type(error).__name__}: {error}"
+            ) from error
+        talk = Talk(prompt, params, number, session)
+        row = {key: value for key, value in prompt.items() if key != "prompt_ids"}
+        try:
+            added = session.reset({**row, "environment_seed": seed})
+        except EnvironmentFailure as failure:
+            self._failed(talk, failure)
+            return talk
+        if added:
+            key = id(prompt), added
+            if key not in longer:
+                longer[key] = self._with_text(prompt, added)
+            talk.prompt = longer[key]
+        return talk
+
+    def _options(self, prompt: dict) -> dict:
+        described = {"tools": self.schemas} if self.schemas else {}
+        return {**self.template_options, **described, **template_kwargs(prompt)}
+
+    def _with_text(self, prompt: dict, text: str) -> dict:
+        """The row with a text after its last message."""
+        last = prompt["prompt"][-1]
+        messages = [*prompt["prompt"][:-1], {**last, "content": last["content"] + text}]
+        rendered = render(messages, self.tokenizer, self._options(prompt), answer_next=True)
+        ids = encode(self.tokenizer, [(rendered, [])], add_bos=False)[0].prompt_ids
+        if self.max_prompt_length is not None and len(ids) > self.max_prompt_length:
+            raise RolloutError(
+                f"the prompt of row {prompt.get('row')} has {len(ids)} tokens with what reset added to it, more than "
+                f"max_prompt_length={self.max_prompt_length}: raise it, or return less"
+            )
+        return {**prompt, "prompt": messages, "prompt_ids": ids}
+
+    def _goes_on(self, talk: Talk, rollout: Rollout) -> bool:
+        """Takes an answer, and the environment's reply to it."""
+        (answer,) = rollout.completions
+        talk.version = rollout.weight_version
+        talk.add(answer.token_ids, answer.logprobs, own=True)
+        talk.turns += 1
+        talk.cut = answer.finish_reason == "length"
+        text = written_text(self.tokenizer, answer.token_ids, not talk.cut)
+        talk.messages.append({"role": "assistant", "content": text})
+        if talk.cut or talk.failure is not None:
+            return False
+        try:
+            reply = talk.session.reply(text)
+        except EnvironmentFailure as failure:
+            self._failed(talk, failure)
+            return False
+        talk.finished = reply.done
+        if reply.done or talk.turns == self.max_turns:
+            return False
+        between = self.turn_tokens.between(reply.messages, answer.token_ids[-1], self._options(talk.prompt))
+        talk.cut = len(between) >= talk.left
+        if not talk.cut:
+            talk.add(between, None, own=False)
+            talk.messages += reply.messages
+        return not talk.cut
+
+    def _finish(self, talk: Talk) -> Completion:
+        try:
+            if talk.failure is None:
+                talk.reward = talk.session.finish()
+            talk.session.close()
+        except EnvironmentFailure as failure:
+            self._failed(talk, failure)
+        return talk.completion()
+
+    def _failed(self, talk: Talk, failure: EnvironmentFailure) -> None:
+        talk.failure = str(failure)
+        if self.stops:
+            raise RolloutError(
+                f"environment {self.environments.name}, row {talk.prompt.get('row')} of the dataset, after "
+                f"{talk.turns} answers: {failure}"
+            ) from failure
+
+
+def make_episodes(args, tools, factory, tokenizer) -> Episodes | None:
+    """Of a configuration (`OnPolicyConfig`) and a trainer's arguments; None where completions are of one turn."""
+    environments = environments_of(args, tools, factory)
+    if environments is None:
+        return None
+    if args.rollouts_ahead:
+        raise ConfigError(NOT_AHEAD, key="rollouts_ahead")
+    return Episodes(
+        environments,
+        tokenizer,
+        max_turns=args.max_turns,
+        max_prompt_length=args.max_prompt_length,
+        stops=args.environment_on_error == "stop",
+        template_options=args.chat_template_kwargs,
+    )

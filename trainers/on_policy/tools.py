@@ -1,0 +1,86 @@
+"""Functions that a policy may call, and how its calls are read: `<tool_call>{"name", "arguments"}</tool_call>`.
+
+That is how Qwen and Hermes write them, and what their chat templates ask for; other forms are refused at the start.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+from transformers.utils import get_json_schema
+from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
+
+from align.errors import ConfigError
+from align.reward_models.deadlines import DeadlineExceeded, call_within
+
+CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+
+
+class Tools:
+    """Tools of one conversation, and how often they were called.
+
+    Args:
+        functions: with type hints and a docstring in Google's style, from which the schema is made. timeout: seconds
+            of a call.
+    """
+
+    def __init__(self, functions: list[Callable], timeout: float):
+        self.timeout, self.schemas = timeout, [schema_of(function) for function in functions]
+        self._take(functions)
+
+    def _take(self, functions: list[Callable]) -> None:
+        self.functions = {function.__name__: function for function in functions}
+        if len(self.functions) < len(functions):
+            raise ConfigError(f"two tools have the same name in {[function.__name__ for function in functions]}")
+        self.called = self.failed = 0
+
+    def bound(self, functions: list[Callable]) -> "Tools":
+        """The same tools for one conversation, some of them methods of its environment."""
+        other = object.__new__(Tools)
+        other.timeout, other.schemas = self.timeout, self.schemas
+        other._take(functions)
+        return other
+
+    def calls(self, answer: str) -> list[dict | str]:
+        """The calls in an answer, in order; a text is what could not be read as one."""
+        return [read_call(found) for found in CALL.findall(answer)] if self.functions else []
+
+    def answer(self, call: dict | str) -> dict:
+        """The tool message that answers a call. What went wrong is told in it, as TRL does."""
+        self.called += 1
+        if isinstance(call, str):
+            return self._failure("unknown", call)
+        name = call["name"]
+        if name not in self.functions:
+            return self._failure(name, f"Tool {name} not found.")
+        try:
+            result = call_within(self.timeout, lambda: self.functions[name](**call["arguments"]))
+        except DeadlineExceeded:
+            return self._failure(name, f"{name} did not return within {self.timeout:g} s")
+        except Exception as error:  # a tool raises anything, and the policy chose its arguments
+            return self._failure(name, str(error))
+        return {"role": "tool", "name": name, "content": str(result)}
+
+    def _failure(self, name: str, reason: str) -> dict:
+        self.failed += 1
+        return {"role": "tool", "name": name, "content": str({"error": reason})}
+
+
+def schema_of(function: Callable) -> dict:
+    try:
+        return get_json_schema(function)
+    except (DocstringParsingException, TypeHintParsingException) as error:
+        raise ConfigError(f"tool {function.__qualname__}: {error}") from error
+
+
+def read_call(text: str) -> dict[str, Any] | str:
+    """A call's name and arguments; a text that says why it is none."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        return f"the tool call is no JSON: {error}"
+    arguments = found.get("arguments", {}) if isinstance(found, dict) else None
+    if not (isinstance(arguments, dict) and isinstance(found.get("name"), str)):
+        return 'a tool call is {"name": ..., "arguments": {...}}'
+    return {"name": found["name"], "arguments": arguments}

@@ -1,0 +1,68 @@
+"""What a chat template writes between an answer of the policy and its next one, as tokens."""
+
+from align.data.bad_rows import BadRow
+from align.data.encode import render
+from align.data.ending import ANSWER, ending_of
+from align.errors import ConfigError, RolloutError
+
+ASKED = {"role": "user", "content": "Hi"}
+PROBE = "Reply-4127"
+
+
+class TurnTokens:
+    """The tokens of an environment's turn: the answer's end where the policy wrote another, the turn itself and the
+    start of the next answer.
+
+    Nothing that the policy wrote is tokenised again. The tokens are what the chat template's text of a conversation
+    with the turn has more than its text without; a conversation of two messages stands for the real one. The end
+    token of the answer splits the text wherever it stands, so they do not depend on what came before.
+
+    Args:
+        roles: of the turns, user or tool. Raises `ConfigError` for a template that cannot be used.
+    """
+
+    def __init__(self, tokenizer, roles: list[str]):
+        self.tokenizer = tokenizer
+        ending = ending_of(tokenizer, True)
+        if not ending.written:
+            raise ConfigError(
+                "conversations of several turns need a chat template that ends an answer with a token of its own, such "
+                f"as <|im_end|>, and that of {tokenizer.name_or_path or 'this tokenizer'!r} has none"
+            )
+        self.end, self.end_text = ending.token, tokenizer.convert_ids_to_tokens(ending.token)
+        for role in roles:
+            try:
+                text = self._text([{"role": role, "name": "probe", "content": PROBE}], {})
+            except (BadRow, RolloutError) as error:
+                raise ConfigError(f"{error} (tried with a message of role {role})") from error
+            if PROBE not in text:
+                raise ConfigError(
+                    f"the chat template leaves messages of role {role} out: it cannot show them the policy"
+                )
+
+    def between(self, messages: list[dict], last_token: int, options: dict) -> list[int]:
+        """Ids that follow an answer whose last token is `last_token`, up to where the next answer starts.
+
+        messages: of the environment, all of one role. options: of the chat template, of this prompt."""
+        text = self.end_text + self._text(messages, options)
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if not ids or ids[0] != self.end:
+            raise RolloutError(f"the tokenizer does not read {self.end_text!r} at the start of a text as one token")
+        return ids[1:] if last_token == self.end else ids
+
+    def _text(self, messages: list[dict], options: dict) -> str:
+        """What follows the answer's end token."""
+        answer: dict = {"role": "assistant", "content": ANSWER}
+        if messages[0]["role"] == "tool":  # some templates name the tool after the call
+            calls = [{"type": "function", "function": {"name": m["name"], "arguments": {}}} for m in messages]
+            answer["tool_calls"] = calls
+        before = render([ASKED, answer], self.tokenizer, options)
+        after = render([ASKED, answer, *messages], self.tokenizer, options, answer_next=True)
+        end = before.rfind(self.end_text)
+        if end < 0 or not after.startswith(before[: end + len(self.end_text)]):
+            raise RolloutError(
+                "the chat template writes an answer differently once a turn follows it, so the next turn cannot be put "
+                "after what the policy has written: use a template whose text of a conversation begins with that of "
+                "its first messages"
+            )
+        return after[end + len(self.end_text) :]
