@@ -1,6 +1,7 @@
 """What stands around the on-policy loop: the engine's weights, checks, evaluations and checkpoints."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,12 @@ from align.trainers.on_policy.forward import ForwardPasses
 from align.trainers.on_policy.kl_coefficient import KLCoefficient
 from align.trainers.on_policy.metrics import OnPolicyMetrics
 from align.trainers.on_policy.pipeline import RolloutPipeline
-from align.trainers.on_policy.rewards import RewardColumns
-from align.trainers.on_policy.samples import Sample
+from align.trainers.on_policy.reward_funcs import rewards_given
+from align.trainers.on_policy.rewards import RewardColumns, gold_columns
+from align.trainers.on_policy.samples import Sample, tokenized_prompts
 from align.trainers.on_policy.shown import ShownCompletions
 from align.trainers.on_policy.stopping import StopRule
-from align.trainers.weighting.base import Weighting
+from align.trainers.weighting.base import Weighting, make_weighting
 
 
 class OnPolicyBase(MicroBatchLists, Trainer):
@@ -67,6 +69,16 @@ class OnPolicyBase(MicroBatchLists, Trainer):
     shown: ShownCompletions
     stop: StopRule | None
     tokenize: Callable
+
+    def take_rewards(self, args: OnPolicyConfig, tokenizer, reward, gold_reward, reward_funcs, classes) -> None:
+        """The rewards, among them the environment's, what becomes of them, and how prompts are tokenised."""
+        episodes = self.episodes
+        own, schemas = (None, []) if episodes is None else (episodes.reward, episodes.schemas)
+        given = rewards_given(reward, reward_funcs, classes, tokenizer, own)
+        self.rewards = RewardColumns(given, args.reward_weights, tokenizer=tokenizer)
+        self.gold = gold_columns(gold_reward, tokenizer)
+        self.weighting = make_weighting(self.rewards.weights, args)
+        self.tokenize = partial(tokenized_prompts, tokenizer=tokenizer, args=args, tools=schemas)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         of_training = not any(key.startswith("eval_") for key in logs)

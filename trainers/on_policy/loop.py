@@ -59,15 +59,12 @@ from align.trainers.on_policy.metrics import OnPolicyMetrics
 from align.trainers.on_policy.objective import kept_lengths, loss_count, policy_objective
 from align.trainers.on_policy.pipeline import RolloutPipeline, ScoredRollout
 from align.trainers.on_policy.refill import DynamicSampling
-from align.trainers.on_policy.reward_funcs import rewards_given
-from align.trainers.on_policy.rewards import RewardColumns, gold_columns
-from align.trainers.on_policy.samples import Sample, tokenized_prompts
+from align.trainers.on_policy.samples import Sample
 from align.trainers.on_policy.self_judges import bind_judges, room_of_judges
 from align.trainers.on_policy.shown import ShownCompletions
 from align.trainers.on_policy.stopping import make_stop, name_best_metric
 from align.trainers.on_policy.streams import fill_advantages, mix
 from align.trainers.on_policy.truncation import TruncationRule
-from align.trainers.weighting.base import make_weighting
 from align.trainers.weighting.gradients import gradient_parameters, stream_gradients
 from align.trainers.weighting.search import make_search
 from align.trainers.weighting.updates import WeightingUpdates
@@ -125,9 +122,7 @@ class OnPolicyTrainer(OnPolicyBase):
         if args.disable_dropout:
             disable_dropout(model)
         self.episodes = make_episodes(args, tools, environment_factory, tokenizer)
-        own = None if self.episodes is None else self.episodes.reward
-        reward = rewards_given(reward, reward_funcs, reward_processing_classes, tokenizer, own)
-        self._make_rewards(reward, gold_reward, tokenizer, args)
+        self.take_rewards(args, tokenizer, reward, gold_reward, reward_funcs, reward_processing_classes)
         self.estimator = make_estimator(args)
         self.kl = KLCoefficient(args.beta, args.kl_target, horizon=args.kl_horizon, gain=args.kl_gain)
         self.check_start = ref_model is None
@@ -135,8 +130,6 @@ class OnPolicyTrainer(OnPolicyBase):
         held = args.beta != 0 or eval_dataset is not None
         self.reference = reference_of(model, ref_model) if held else None
         self.buffer: RolloutBuffer | None = None
-        schemas = [] if self.episodes is None else self.episodes.schemas
-        self.tokenize = partial(tokenized_prompts, tokenizer=tokenizer, args=args, tools=schemas)
         name_best_metric(args, eval_dataset)
         super().__init__(
             model=model,
@@ -158,11 +151,6 @@ class OnPolicyTrainer(OnPolicyBase):
         self._make_rollouts(engine)
         self._make_ends()
         self.moving = moving_reference(self)
-
-    def _make_rewards(self, reward: Any, gold_reward: Any, tokenizer, args: OnPolicyConfig) -> None:
-        self.rewards = RewardColumns(reward, args.reward_weights, tokenizer=tokenizer)
-        self.gold = gold_columns(gold_reward, tokenizer)
-        self.weighting = make_weighting(self.rewards.weights, args)
 
     def _make_ends(self) -> None:
         """What may end the run before its last step."""

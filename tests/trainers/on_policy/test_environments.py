@@ -41,7 +41,7 @@ def sample(mask, length=6):
 @pytest.mark.parametrize("shared", [True, False])
 def test_the_tokens_of_an_environment_are_in_no_loss(shared, tmp_path):
     _, args = on_policy("grpo", tmp_path, rollout_correction="sequence_truncate", num_iterations=2)
-    _, by_sequence = on_policy("grpo", tmp_path, importance_sampling_level="sequence_mean", num_iterations=2)
+    _, by_sequence = on_policy("grpo", tmp_path, importance_sampling_level="sequence", num_iterations=2)
 
     def gradient(samples, options, moved=0.0):
         batch = collate(samples, 0, shared_prefix=shared)
