@@ -73,14 +73,16 @@ LENGTH_LIMIT = {
 }
 
 
-def tokenize(run: RunConfig, rows, tokenizer) -> tuple[Any, Any]:
-    """The tokenised rows and what was found in them (`align.data.BadRows`): the trainers' own functions and options."""
+def tokenize(run: RunConfig, rows, tokenizer, max_bad_share: float | None = None) -> tuple[Any, Any]:
+    """The tokenised rows and what was found in them (`align.data.BadRows`): the trainers' own functions and options.
+    max_bad_share: in the place of the run's."""
     import align.data
 
     function = getattr(align.data, f"tokenize_{run.method.data}")
     limit = LENGTH_LIMIT[run.method.data]
     report = align.data.BadRows()
-    options = {limit: getattr(run.training, limit), "max_bad_share": run.training.max_bad_share}
+    share = run.training.max_bad_share if max_bad_share is None else max_bad_share
+    options = {limit: getattr(run.training, limit), "max_bad_share": share}
     options["num_proc"] = run.training.dataset_num_proc
     return function(rows, tokenizer, report=report, **options), report
 

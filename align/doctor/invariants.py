@@ -175,10 +175,15 @@ def run_shown(command: list[str], seconds: float) -> None:
 
 
 def _step_0(checker: Checker) -> str | Line:
-    logs = checker.whole().logs[0]
-    found = {key: logs[key] for key in ("kl", "rewards/chosen", "rewards/rejected", "rewards/margins") if key in logs}
+    if not checker.whole().from_reference:
+        return Line(
+            "policy = reference at step 0", "skipped", "this run has no reference, or names another model as it"
+        )
+    logs, margins = checker.whole().logs[0], checker.run.method.data == "pairs" and checker.run.method.rewards
+    keys = ["kl"] if margins else ["kl", "rewards/chosen", "rewards/rejected", "rewards/margins"]
+    found = {key: logs[key] for key in keys if key in logs}  # MODPO's implicit rewards have its margins in them
     if not found:
-        return Line("policy = reference at step 0", "skipped", "this run has no reference, or logs nothing of it")
+        return "every token within the bound of the trainer, which stops its first step otherwise"
     worst = max(map(abs, found.values()))
     bound = STEP_0 if checker.whole().dtype == "float32" else 50 * STEP_0
     return f"{', '.join(found)} {bounded(worst, bound, checker.made('4 at once').dtype)}"

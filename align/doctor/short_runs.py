@@ -29,15 +29,19 @@ OWNED = {*SHORT, *WITHOUT_DROPOUT, *ONE_BATCH, "output_dir", "num_train_epochs",
 ROWS = 8  # two steps of four
 OF_ROWS = {"datasets": "null", "mixture_seed": 0, "dataset_config": "null", "label_noise": 0, "label_noise_seed": 0}
 """Options that have done their work when the rows are in a file of their own."""
+LOOKED_AT = 16
+"""Rows that are tokenised for each row that is used: some of a real dataset are too long, or bad."""
 
 
 @dataclass
 class Result:
-    """What a short run left. logs: of each step. folder: its output, with the final model."""
+    """What a short run left. logs: of each step. folder: its output, with the final model. from_reference: whether
+    the policy is its reference before the first step."""
 
     logs: list[dict]
     folder: Path
     dtype: str
+    from_reference: bool = False
 
 
 class Checker:
@@ -62,7 +66,7 @@ class Checker:
         found = sample_of(build.train_rows(self.run))
         if len(found) < ROWS:
             raise ConfigError(f"there are {len(found)} rows to train on: two steps of four rows need {ROWS}")
-        self.rows = found.select(range(min(rows, len(found))))
+        self.rows = usable(self.run, found, rows)
         self.rows.to_parquet(work / "rows.parquet")
         self.results: dict[str, Result] = {}
 
@@ -100,7 +104,8 @@ class Checker:
             trainer.train(resume_from_checkpoint=resume_from(run.training.resume_from_checkpoint))
             if keep:
                 trainer.save_model(str(output))
-            return Result(list(trainer.state.log_history), output, _dtype(run.training))
+            logs = list(trainer.state.log_history)
+            return Result(logs, output, _dtype(run.training), starts_from_reference(trainer))
         finally:
             if hasattr(trainer, "close"):
                 trainer.close()
@@ -108,6 +113,33 @@ class Checker:
             free()
             if not keep:
                 shutil.rmtree(output, ignore_errors=True)
+
+
+def usable(run, found, count: int):
+    """The first rows that the run would train on. ConfigError where they are too few."""
+    from align.cli import build
+    from align.cli.dry_run import tokenize
+
+    looked_at = found.select(range(min(LOOKED_AT * count, len(found))))
+    tokenised, _ = tokenize(run, looked_at, build.tokenizer(run), max_bad_share=1.0)
+    numbers = sorted(set(tokenised["row"]))[:count]
+    if len(numbers) < ROWS:
+        raise ConfigError(
+            f"of the first {len(looked_at)} rows {len(numbers)} can be used, and two steps of four rows need {ROWS}: "
+            "`--dry-run` shows why; --rows N looks at more"
+        )
+    return looked_at.select(numbers)
+
+
+def starts_from_reference(trainer) -> bool:
+    """Whether the trainer compares policy and reference in its first step: not where the run names another reference,
+    nor without one."""
+    from align.trainers.on_policy.loop import OnPolicyTrainer
+    from align.trainers.pairs.preference import PreferenceTrainer
+
+    if isinstance(trainer, PreferenceTrainer):
+        return trainer.check_start and trainer.needs_reference
+    return isinstance(trainer, OnPolicyTrainer) and trainer.check_start and bool(trainer.args.beta)
 
 
 def check_space(model, folder: Path) -> None:

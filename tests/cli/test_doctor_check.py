@@ -16,6 +16,8 @@ from align.errors import TrainingError
 from tests.trainers.pairs.preference_runs import toy_pairs
 from tests.trainers.tiny_runs import tiny_model
 
+REWARDS = "rewards={type: rule, function: tests.trainers.tiny_runs:wanted_words}"
+
 
 def report(capsys, *argv: str) -> tuple[int, dict]:
     status = main([*argv, "--json"])
@@ -154,6 +156,42 @@ def test_the_first_rows_are_taken_of_a_slice_and_of_a_stream(config):
     tokens = streamed.tokens(config.parent / "out")
     assert len(streamed.rows) == 8 and "--streaming=false" in tokens
     assert f"--dataset_name={config.parent}/short/rows.parquet" in tokens
+
+
+def test_rows_that_cannot_be_used_are_passed_over(config, capsys):
+    """What the run leaves out of a large dataset may be most of its first rows."""
+    rows = toy_pairs(16).to_list()
+    bad = [{**row, "prompt": row["prompt"] * 20} for row in rows[:5]] + [{**rows[5], "chosen": rows[5]["rejected"]}]
+    pairs = config.parent / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in [*bad, *rows]))
+    assert first_rows(config, "max_bad_share=0.5", rows=9).rows.to_list() == rows[:9]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in [*bad, *rows[:7]]))
+    assert main(["check", str(config)]) == 2
+    assert "of the first 13 rows 7 can be used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "state"),
+    [
+        ("kto", [], "passed"),
+        ("sparsepo", [], "passed"),
+        ("modpo", [REWARDS, "objective=better", "weights={better: 0.5, wanted_words: 0.5}"], "passed"),
+        ("online_dpo", [REWARDS, "rollout.backend=transformers"], "passed"),
+        ("dpo", ["loss_type=simpo"], "skipped"),
+        ("dpo", ["ref_model_name_or_path=other"], "skipped"),
+        ("remax", [REWARDS, "rollout.backend=transformers", "beta=0"], "skipped"),
+    ],
+)
+def test_policy_and_reference_are_compared_where_they_are_one(config, capsys, monkeypatch, method, options, state):
+    text = config.read_text().replace("method: dpo", f"method: {method}")
+    if method in ("online_dpo", "remax"):
+        text = text.replace("max_length: 32", "max_prompt_length: 16\nmax_completion_length: 6")
+    config.write_text(text)
+    tiny_model(toy.tokenizer(), seed=7).save_pretrained(config.parent / "other")
+    monkeypatch.setattr(invariants, "stages", lambda checker: [("step 0", invariants._step_0, "")])
+    monkeypatch.chdir(config.parent)
+    status, found = report(capsys, "check", str(config), "--set", "beta=0.1", *options)
+    assert status == 0 and [one["state"] for one in found["lines"]] == ["passed", state], found
 
 
 @pytest.mark.parametrize(
