@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 from align.data.endless import EndlessRows
+from align.data.streams import is_stream
 from align.errors import ConfigError
 from align.evaluation.calibration import Reliability, reliability
 from align.modeling.load import disable_dropout, load_sequence_classifier
@@ -27,7 +29,7 @@ from align.trainers.core.batching import CheckSharedRows, autocast_dtype, resolv
 from align.trainers.core.loading import loading_options, set_chat_template, tokenizer_of
 from align.trainers.core.trl_options import TrlRewardOptions
 from align.trainers.pairs.config import PairConfig
-from align.trainers.pairs.data import NUMBERS, PairData
+from align.trainers.pairs.data import NUMBERS, SCORE_COLUMNS, PairData, with_score_margins
 from align.trainers.pairs.evaluation import CHOSEN, REJECTED
 from align.trainers.pairs.loop import PairTrainer, UserMetrics
 from align.trainers.pairs.micro_batches import MicroBatchPlanner, PaddedPairs, SharedPrefixPairs
@@ -50,6 +52,13 @@ class RewardConfig(TrlRewardOptions, PairConfig):
     score_l2_coefficient: float = field(
         default=0.0, metadata={"help": "Weight of (s+^2 + s-^2)/2, which keeps the scores small; 0.001 in the papers."}
     )
+    score_margin: float | None = field(
+        default=None,
+        metadata={
+            "help": "Above 0: the margin of a pair is this times chosen_score - rejected_score, columns of the data "
+            "(of completions with scores they are made)."
+        },
+    )
     normalizer_pairs: int = field(
         default=1000,
         metadata={"help": "Without an evaluation set, the normaliser is fitted on at most so many training pairs."},
@@ -64,8 +73,8 @@ class RewardConfig(TrlRewardOptions, PairConfig):
 
 
 class RewardTrainer(PairTrainer):
-    """Bradley-Terry on pairs; a column `margin` is subtracted from the score difference, a column `chosen_prob` is the
-    probability that the chosen answer is preferred (without it: 1).
+    """Bradley-Terry on pairs; a column `margin` (or `score_margin` times the difference of scores) is subtracted from
+    the score difference, a column `chosen_prob` is the probability that the chosen answer is preferred (without it: 1).
 
     The score is that of the last real token, the EOS. After training the normaliser is fitted on the evaluation pairs
     (without any: on training pairs, and the log says so) and saved with the model.
@@ -96,6 +105,8 @@ class RewardTrainer(PairTrainer):
         compute_metrics: UserMetrics | None = None,
     ):
         args = self.options(args, model, train_dataset)
+        if args.score_margin is not None and is_stream(train_dataset):
+            raise ConfigError("score_margin is computed for all pairs before training, and the rows are a stream")
         processing_class = with_own_padding(tokenizer_of(args, model, processing_class))
         set_seed(args.seed)  # a new adapter is drawn at random
         classifier = load_sequence_classifier(
@@ -224,8 +235,15 @@ def agreement(margins: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def pair_data(tokenizer, args: RewardConfig) -> PairData:
     """How a reward model's datasets are prepared."""
-    limits = (args.max_length, args.max_bad_share)
-    return PairData(tokenizer, *limits, optional=NUMBERS, num_proc=args.dataset_num_proc, whole_sequences=True)
+    return PairData(
+        tokenizer,
+        args.max_length,
+        args.max_bad_share,
+        optional=NUMBERS if args.score_margin is None else (*NUMBERS, *SCORE_COLUMNS),
+        further=None if args.score_margin is None else partial(with_score_margins, scale=args.score_margin),
+        num_proc=args.dataset_num_proc,
+        whole_sequences=True,
+    )
 
 
 def reliability_figure(curve: Reliability, title: str):

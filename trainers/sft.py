@@ -19,6 +19,7 @@ from align.data.tokenize import tokenize_completions
 from align.distributed.shards import outputs_as_computed
 from align.errors import ConfigError, DataError
 from align.modeling.adapters import check_stack
+from align.modeling.half import freeze_half
 from align.modeling.load import load_policy, train_in_float32
 from align.trainers.core.eval_completions import EvalCompletionsOptions, show_completions
 from align.trainers.core.loading import loading_options, set_chat_template, tokenizer_of
@@ -42,6 +43,13 @@ class SFTConfig(EvalCompletionsOptions, RunOptions, trl.SFTConfig):
 
     max_length: int | None = field(
         default=1024, metadata={"help": "Prompt and completion together, in tokens; longer completions are cut."}
+    )
+    half_finetuning: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of a round of half fine-tuning (HFT), from 0: half of each layer's weights, drawn by seed "
+            "and round, stay what they are. Default: all are trained."
+        },
     )
 
     def __post_init__(self):
@@ -108,6 +116,14 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         set_chat_template(args.chat_template_path, model, processing_class, adapter=peft_config is not None)
         if peft_config is not None:
             check_stack(model, peft_config)
+        if args.half_finetuning is not None:
+            if peft_config is not None:
+                raise ConfigError(
+                    "half_finetuning freezes half of the weights, and with peft_config all of them are frozen: leave "
+                    "one of the two out",
+                    key="half_finetuning",
+                )
+            freeze_half(model, f"{args.seed} {args.half_finetuning}")
         train_rows = tokenized_completions(self._formatted(train_dataset), processing_class, args)
         eval_rows = of_each(eval_dataset, lambda rows: self._to_evaluate(rows, processing_class, args))
         # TRL makes the labels from `completion_mask`, and packs where asked

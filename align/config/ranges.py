@@ -22,7 +22,7 @@ _TABLE = {
         "adam_epsilon epsilon epsilon_high dual_clip kl_target kl_horizon kl_gain rollout_correction_high "
         "num_train_epochs logging_steps save_steps eval_steps reward_clip value_clip "
         "environment_timeout missing_eos_penalty overlong_penalty desirable_weight undesirable_weight delta "
-        "off_policy_mask_threshold "
+        "off_policy_mask_threshold score_margin "
         "entropy_coef_delta sapo_temperature_pos sapo_temperature_neg vespo_lambda_pos vespo_lambda_neg"
     ),
     (0, True, _HUGE, True): (
@@ -32,7 +32,7 @@ _TABLE = {
         "top_k dynamic_sampling_rounds entropy_coef entropy_coef_min entropy_coef_max entropy_target vespo_k_pos "
         "vespo_k_neg"
     ),
-    (0, True, 2**32 - 1, True): "seed data_seed label_noise_seed mixture_seed",
+    (0, True, 2**32 - 1, True): "seed data_seed label_noise_seed mixture_seed half_finetuning",
     (1, True, _HUGE, True): (
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps lora_r lora_alpha "
         "max_length max_prompt_length max_completion_length num_generations eval_num_generations num_generations_eval "

@@ -10,7 +10,7 @@ from align.errors import ConfigError, DataError
 from align.modeling.padding import with_own_padding
 from align.reward_models.base import RewardBatch
 from align.reward_models.classifier import ClassifierReward
-from align.trainers.reward import RewardTrainer, reliability_figure
+from align.trainers.reward import RewardTrainer, pair_data, reliability_figure
 from tests.reward_models import worlds
 from tests.trainers.test_reward import config, encoder, logged, pairs, trunk  # noqa: F401
 
@@ -119,3 +119,35 @@ def test_two_members_of_a_batch_weigh_by_their_labels(trunk, tmp_path):  # noqa:
         trainer.train()
         losses.append([logged(trainer, key)[0] for key in ("loss", "grad_norm", "rewards/accuracies")])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_margins_of_scores(trunk, tmp_path):  # noqa: F811
+    """The loss is that of a column `margin` with these numbers; completions with scores have them too."""
+    data = pairs(16)
+    scores = {"chosen_score": [4.0 + i % 3 for i in range(16)], "rejected_score": [float(i % 2) for i in range(16)]}
+    margin = [0.25 * (a - b) for a, b in zip(*scores.values(), strict=True)]
+    rows = data.to_list()
+    scored = [{**row, **{name: values[i] for name, values in scores.items()}} for i, row in enumerate(rows)]
+    several = [
+        {"prompt": row["prompt"], "completions": [row["rejected"], row["chosen"]], "scores": [b, a]}
+        for row, a, b in zip(rows, *scores.values(), strict=True)
+    ]
+    losses = []
+    for given, scale in ((data.add_column("margin", margin), None), (Dataset.from_list(scored), 0.25),
+                         (Dataset.from_list(several), 0.25), (data, None)):  # fmt: skip
+        trainer = RewardTrainer(trunk, config(tmp_path, max_steps=1, logging_steps=1, score_margin=scale), given)
+        trainer.train()
+        losses.append(logged(trainer, "loss")[0])
+    assert losses[0] == losses[1] == losses[2] and losses[3] < losses[0] - 0.1
+    again = pair_data(trainer.processing_class, config(tmp_path, score_margin=0.25))
+    first = again.prepare(Dataset.from_list(scored), "train")
+    assert again.prepare(first, "train")["margin"][:] == margin  # an ensemble's members get prepared rows
+    with pytest.raises(ConfigError, match="score_margin must be above 0"):
+        config(tmp_path, score_margin=-1.0)
+    for bad, said in (
+        (data, "there is no chosen_score and no rejected_score"),
+        (Dataset.from_list([{**scored[0], "chosen_score": -1.0}, *scored[1:]]), "rejected_score above.*rows .0."),
+        (Dataset.from_list(scored).add_column("margin", [1.0] * 16), "makes another one"),
+    ):
+        with pytest.raises(DataError, match=said):
+            again.prepare(bad, "train")

@@ -16,6 +16,7 @@ from align.errors import DataError
 
 NUMBERS = ("margin", "chosen_prob")
 """Columns of numbers that reward models look at."""
+SCORE_COLUMNS = ("chosen_score", "rejected_score")
 
 
 @dataclass
@@ -64,6 +65,33 @@ class PairData:
     def kept(self, names: Collection[str]) -> list[str]:
         """The columns that the loop takes, of a dataset with these."""
         return [*IDS, "row", *self.columns, *(column for column in self.optional if column in names)]
+
+
+def with_score_margins(dataset, name: str, *, scale: float):
+    """Tokenised pairs with the column `margin`: scale (chosen_score - rejected_score), in the units of the scores times
+    `scale`. DataError where the scores are not there, no finite numbers, or say that the rejected answer is better."""
+    from datasets import Value
+
+    missing = [column for column in SCORE_COLUMNS if column not in dataset.column_names]
+    if missing:
+        raise DataError(
+            f"{name}: score_margin needs the columns chosen_score and rejected_score, or completions with scores; "
+            f"there is no {' and no '.join(missing)}"
+        )
+    chosen, rejected = (np.array(dataset[column], dtype=np.float64) for column in SCORE_COLUMNS)  # None becomes NaN
+    bad = np.flatnonzero(~(chosen >= rejected) | ~np.isfinite(chosen - rejected))
+    if len(bad):
+        rows = [dataset[int(index)]["row"] for index in bad[:10]]
+        raise DataError(
+            f"{name}: {len(bad)} pairs have scores that are no finite numbers, or a rejected_score above the "
+            f"chosen_score, which would be a margin below 0: rows {rows}"
+        )
+    margins = scale * (chosen - rejected)
+    if "margin" not in dataset.column_names:
+        return dataset.add_column("margin", margins, feature=Value("float64"))
+    if np.array_equal(dataset["margin"], margins):  # prepared before, by what trains several members on the same rows
+        return dataset
+    raise DataError(f"{name}: the pairs have a column margin, and score_margin makes another one: leave one out")
 
 
 def flat_column(dataset, column: str) -> tuple[np.ndarray, np.ndarray]:
