@@ -123,6 +123,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
                     "one of the two out",
                     key="half_finetuning",
                 )
+            assert isinstance(model, nn.Module)  # loaded above
             freeze_half(model, f"{args.seed} {args.half_finetuning}")
         train_rows = tokenized_completions(self._formatted(train_dataset), processing_class, args)
         eval_rows = of_each(eval_dataset, lambda rows: self._to_evaluate(rows, processing_class, args))
