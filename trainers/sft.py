@@ -116,15 +116,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         set_chat_template(args.chat_template_path, model, processing_class, adapter=peft_config is not None)
         if peft_config is not None:
             check_stack(model, peft_config)
-        if args.half_finetuning is not None:
-            if peft_config is not None:
-                raise ConfigError(
-                    "half_finetuning freezes half of the weights, and with peft_config all of them are frozen: leave "
-                    "one of the two out",
-                    key="half_finetuning",
-                )
-            assert isinstance(model, nn.Module)  # loaded above
-            freeze_half(model, f"{args.seed} {args.half_finetuning}")
+        keep_half(model, args, adapter=peft_config is not None)
         train_rows = tokenized_completions(self._formatted(train_dataset), processing_class, args)
         eval_rows = of_each(eval_dataset, lambda rows: self._to_evaluate(rows, processing_class, args))
         # TRL makes the labels from `completion_mask`, and packs where asked
@@ -211,6 +203,20 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         tokens = inputs["labels"][..., 1:].ne(IGNORED).sum().item()
         self._eval_batches.append((loss.item() * tokens, tokens))
         return loss, logits, labels
+
+
+def keep_half(model: nn.Module | str, args: SFTConfig, *, adapter: bool) -> None:
+    """Freezes what `half_finetuning` asks for, in a model that is loaded; ConfigError where an adapter is trained."""
+    if args.half_finetuning is None:
+        return
+    if adapter:
+        raise ConfigError(
+            "half_finetuning freezes half of the weights, and with peft_config all of them are frozen: leave one of the "
+            "two out",
+            key="half_finetuning",
+        )
+    assert isinstance(model, nn.Module)  # loaded before
+    freeze_half(model, f"{args.seed} {args.half_finetuning}")
 
 
 def with_own_defaults(args: TrainingArguments) -> SFTConfig:
