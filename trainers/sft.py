@@ -211,8 +211,8 @@ def keep_half(model: nn.Module | str, args: SFTConfig, *, adapter: bool) -> None
         return
     if adapter:
         raise ConfigError(
-            "half_finetuning freezes half of the weights, and with peft_config all of them are frozen: leave one of the "
-            "two out",
+            "half_finetuning freezes half of the weights, and with peft_config all of them are frozen: leave one of "
+            "the two out",
             key="half_finetuning",
         )
     assert isinstance(model, nn.Module)  # loaded before
