@@ -114,9 +114,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
             train_in_float32(model, adapter=peft_config is not None)
         set_seed(args.seed)  # TRL draws the adapter, and the embeddings of new tokens are drawn
         set_chat_template(args.chat_template_path, model, processing_class, adapter=peft_config is not None)
-        if peft_config is not None:
-            check_stack(model, peft_config)
-        keep_half(model, args, adapter=peft_config is not None)
+        choose_trained(model, args, peft_config)
         train_rows = tokenized_completions(self._formatted(train_dataset), processing_class, args)
         eval_rows = of_each(eval_dataset, lambda rows: self._to_evaluate(rows, processing_class, args))
         # TRL makes the labels from `completion_mask`, and packs where asked
@@ -205,17 +203,18 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         return loss, logits, labels
 
 
-def keep_half(model: nn.Module | str, args: SFTConfig, *, adapter: bool) -> None:
-    """Freezes what `half_finetuning` asks for, in a model that is loaded; ConfigError where an adapter is trained."""
+def choose_trained(model: Any, args: SFTConfig, peft_config: Any) -> None:
+    """Checks the adapter that is trained on a loaded model, or freezes what `half_finetuning` asks for."""
+    if peft_config is not None:
+        check_stack(model, peft_config)
     if args.half_finetuning is None:
         return
-    if adapter:
+    if peft_config is not None:
         raise ConfigError(
             "half_finetuning freezes half of the weights, and with peft_config all of them are frozen: leave one of "
             "the two out",
             key="half_finetuning",
         )
-    assert isinstance(model, nn.Module)  # loaded before
     freeze_half(model, f"{args.seed} {args.half_finetuning}")
 
 
