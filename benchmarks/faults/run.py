@@ -98,8 +98,9 @@ def main() -> int:
 
 def keep(output: Path, area: str, found: dict) -> None:
     """Write what one area has found beside what others have."""
-    areas = json.loads(output.read_text()) if output.exists() else {}
-    output.write_text(json.dumps(areas | {area: found}, indent=1) + "\n")
+    before = json.loads(output.read_text()) if output.exists() else {}
+    areas = {name: one for name, one in before.items() if name in NUMBERS} | {area: found}  # of an older form: nothing
+    output.write_text(json.dumps(areas, indent=1) + "\n")
 
 
 def _area(name: str):
