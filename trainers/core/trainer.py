@@ -43,9 +43,15 @@ logger = logging.getLogger(__name__)
 Options = TypeVar("Options", bound=RunOptions)
 
 
-def _dispatches(args: Any) -> bool:
-    """Whether one process is to read the rows for all."""
-    return bool(args.accelerator_config.dispatch_batches)
+def _read_by_each(args: Any) -> None:
+    """Of a stream: no process reads it for the others, which ConfigError says to who asks for it."""
+    if args.accelerator_config.dispatch_batches:
+        raise ConfigError(
+            "Iterable datasets require `dispatch_batches=False`: every process reads the whole stream itself and takes "
+            "its share of the rows",
+            key="accelerator_config",
+        )
+    args.accelerator_config.dispatch_batches = False
 
 
 class TrainerMixin(TrainerHooks):
@@ -61,12 +67,8 @@ class TrainerMixin(TrainerHooks):
         it. ConfigError without rows."""
         if train_dataset is None:
             raise ConfigError(f"{cls.__name__}: `train_dataset` is required: the rows to train on")
-        if is_stream(train_dataset) and args is not None and _dispatches(args):
-            raise ConfigError(
-                "Iterable datasets require `dispatch_batches=False`: every process reads the whole stream itself and "
-                "takes its share of the rows",
-                key="accelerator_config",
-            )
+        if is_stream(train_dataset) and args is not None:
+            _read_by_each(args)
         if is_stream(train_dataset) and (args is None or args.max_steps <= 0):
             raise ConfigError(
                 "the rows are a stream, whose end is not known: set max_steps, the number of optimiser steps to train"

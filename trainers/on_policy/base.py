@@ -115,6 +115,11 @@ class OnPolicyBase(MicroBatchLists, Trainer):
         return self.entropy.coefficient
 
     @property
+    def ref_model(self) -> nn.Module | None:
+        """The reference's model, None where it is the policy with its adapter off or there is none (TRL's name)."""
+        return None if self.reference is None or self.reference.adapter_off else self.reference.model
+
+    @property
     def reward_processing_classes(self) -> list:
         """The tokenizers of the rewards that are classifiers, None of the others (TRL's name)."""
         return [getattr(reward, "tokenizer", None) for reward in self.rewards.rewards]

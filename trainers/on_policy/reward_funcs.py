@@ -16,8 +16,9 @@ def rewards_given(
 
     Args:
         reward_funcs: as `reward`; a loaded classifier with one label is scored as it is.
-        processing_classes: the tokenizers of the classifiers, one or a list with None for functions; by default their
-            own. tokenizer: the policy's. own: of an environment, after the others; with it there need be no others.
+        processing_classes: the tokenizers of the classifiers, a list with None for functions, or one for a single
+            reward; by default their own. tokenizer: the policy's. own: of an environment, after the others; with it
+            there need be no others.
     """
     if own is not None and reward is None and reward_funcs is None:
         return [own]
@@ -26,7 +27,9 @@ def rewards_given(
     given = reward if reward_funcs is None else reward_funcs
     specs = list(given) if isinstance(given, list | tuple) else [given]
     several = isinstance(processing_classes, list | tuple)
-    tokenizers = list(processing_classes) if several else [processing_classes] * len(specs)
+    if processing_classes is None:
+        processing_classes, several = [None] * len(specs), True
+    tokenizers = list(processing_classes) if several else [processing_classes]
     if len(tokenizers) != len(specs):
         raise ConfigError(
             f"The number of reward processing classes ({len(tokenizers)}) must match the number of reward functions "

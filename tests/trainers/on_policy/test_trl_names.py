@@ -139,12 +139,15 @@ def test_a_stream_of_prompts_trains_as_its_rows(tmp_path):
 
     streamed = run(rows.to_iterable_dataset(), evaluated=prompts(8).add_column("wish", [0] * 8).to_iterable_dataset())
     assert seen == [list(range(i, i + 8)) for i in (0, 0, 8, 8, 16, 16)]
-    assert len(streamed.eval_dataset) == 8
+    assert len(streamed.eval_dataset) == 8 and streamed.args.accelerator_config.dispatch_batches is False
     found = streamed.evaluate({"x": prompts(4).add_column("wish", [0] * 4).to_iterable_dataset()})
     assert found["eval_x_loss"] == pytest.approx(0.05 * found["eval_x_kl"] - found["eval_x_proxy"])
     again = run(rows.to_iterable_dataset(), str(tmp_path / "checkpoint-3"), prompts(8).add_column("wish", [0] * 8))
     for name, weight in streamed.model.named_parameters():
         assert torch.equal(weight, again.model.get_parameter(name)), name
+    args = on_policy_config(RLOOConfig, tmp_path, max_steps=2, accelerator_config={"dispatch_batches": True})
+    with pytest.raises(ConfigError, match="Iterable datasets require `dispatch_batches=False`"):
+        RLOOTrainer(tiny_model(toy.tokenizer()), wanted_words, args, rows.to_iterable_dataset())
     args = on_policy_config(RLOOConfig, tmp_path, num_iterations=2, max_steps=2)
     with pytest.raises(ConfigError, match="num_iterations: the prompts are a stream, which is read once"):
         RLOOTrainer(tiny_model(toy.tokenizer()), wanted_words, args, rows.to_iterable_dataset())
@@ -188,6 +191,8 @@ def test_reward_funcs_are_rewards(tmp_path):
     assert columns.rewards[2].model is classifier and columns.rewards[2].tokenizer is tokenizer
     with pytest.raises(ConfigError, match=r"processing classes \(1\) must match the number of reward functions \(2\)"):
         rewards_given(None, [Lengths(), wanted_words], [None], tokenizer)
+    with pytest.raises(ConfigError, match=r"processing classes \(1\) must match the number of reward functions \(2\)"):
+        rewards_given(None, [classifier, wanted_words], tokenizer, tokenizer)
     for twice in ((None, None), (wanted_words, wanted_words)):
         with pytest.raises(ConfigError, match="give the rewards once"):
             rewards_given(*twice, None, tokenizer)
@@ -212,7 +217,7 @@ def test_a_moving_reference_of_an_on_policy_run_is_resumed(tmp_path):
     assert whole.args.eval_num_generations == 3
     start = tiny_model(tokenizer)
     for name, weight in whole.reference.model.named_parameters():
-        assert torch.equal(weight, again.reference.model.get_parameter(name)), name
+        assert torch.equal(weight, again.ref_model.get_parameter(name)), name
         assert not torch.equal(weight, start.get_parameter(name)), name
 
 
