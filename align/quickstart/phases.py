@@ -13,7 +13,7 @@ from align.quickstart.workspace import Workspace
 
 RUNS: dict[str, dict] = {
     "single proxy": {"members": 1, "aggregation": "mean"},
-    "ensemble mean": {"aggregation": "mean"},
+    "worst case": {"aggregation": "wco"},
     "uncertainty-weighted": {"aggregation": "uwo"},
 }
 GOLD = {"type": "rule", "function": "align.data.toy:gold", "name": "gold"}

@@ -106,7 +106,7 @@ def bon_curves(space: Workspace, settings: Settings) -> dict:
     }
 
 
-TITLE = "Quickstart: aligned with a learned reward, over-optimised, and then not"
+TITLE = "Quickstart: learned rewards optimised, the true reward beside them"
 INTRO = [
     "A small language model is fine-tuned on a toy world, reward models are trained on noisy preferences between its "
     "own answers, and the model is then optimised against them in two ways: by picking the best of n answers, and by "
