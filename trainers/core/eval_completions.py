@@ -1,7 +1,7 @@
 """`num_logged_completions` of trainers on demonstrations and pairs: what the policy answers to a few prompts.
 
 The answers are greedy and made by the model that is trained, so nothing is copied and no random number is drawn. Every
-process takes a share of the prompts and makes as many passes as the slowest, which sharded weights (FSDP2) need.
+process takes a share of the prompts and makes as many passes as the slowest.
 """
 
 import inspect
@@ -51,15 +51,15 @@ def show_completions(trainer: Any, rows: Dataset | dict[str, Dataset] | None) ->
 
 
 class EvalCompletions(TrainerCallback):
-    """Answers at the evaluations of a training run, each step once. ConfigError for what has no prompts, and for FSDP1
-    and DeepSpeed, where a model cannot be asked between two steps."""
+    """Answers at the evaluations of a training run, each step once. ConfigError for what has no prompts, and for FSDP
+    and DeepSpeed: that every process makes equally many passes has not been tried there."""
 
     def __init__(self, trainer: Any, rows: Dataset | dict[str, Dataset] | None):
         args = trainer.args
-        if trainer.is_deepspeed_enabled or (trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2):
+        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
             raise ConfigError(
-                "num_logged_completions works in one process, under DDP and under FSDP2 (fsdp_version: 2): leave it "
-                "out and look at the run with align generate",
+                "num_logged_completions works in one process and under DDP, not with sharded weights (FSDP, "
+                "DeepSpeed): leave it out and look at the run with align generate",
                 key="num_logged_completions",
             )
         rows = next(iter(rows.values())) if isinstance(rows, dict) else rows

@@ -59,8 +59,7 @@ def makers(policy: str, folder: Path) -> dict:
         return trainer_class(policy, wanted_words, args, prompts(24), prompts(6, seed=1), gold_reward=toy.gold)
 
     def dpo(name, **options):
-        shown = {"num_logged_completions": 3, "max_new_tokens": 6}
-        return DPOTrainer(policy, dpo_config(folder / name, **settings(**shown)), pairs, eval_pairs, **options)
+        return DPOTrainer(policy, dpo_config(folder / name, **settings()), pairs, eval_pairs, **options)
 
     def reward():
         args = reward_runs.config(folder / "reward", **settings())
