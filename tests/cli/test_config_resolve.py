@@ -134,7 +134,7 @@ def test_rewards_are_nested_and_can_be_overridden(file):
     [
         ("  - a.py:f\n  - type: rule\n    function: b\n    nam: c\n", "line 7: unknown key rewards.1.nam of a rule"),
         ("  - {type: classifier, name: a}\n", "line 4: rewards.0: a classifier reward needs 'path'"),
-        ("  - {type: clasifier, path: a}\n", "line 4: rewards.0: type must be one of rule, verifier, "),
+        ("  - {type: clasifier, path: a}\n", "line 4: rewards.0: type must be one of judge, "),
         (
             "  type: ensemble\n  aggregation: mean\n  members:\n    - path: a\n      typ: classifier\n",
             "line 7: rewards.members.0: type must be one of",
