@@ -168,7 +168,7 @@ def trainer(run: RunConfig):
     text = tokenizer(run)
     options: dict[str, Any] = {}
     if run.method.rewards:
-        options["reward"] = rewards(run, "rewards", text)
+        options["reward"] = None if run.rewards is None else rewards(run, "rewards", text)
         if run.gold_reward is not None:
             options["gold_reward"] = rewards(run, "gold_reward", text)
     return load(run.method.trainer)(
