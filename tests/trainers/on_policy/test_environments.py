@@ -1,16 +1,11 @@
 """Completions of several turns: whose tokens are trained on, how turns are put together, games and tools."""
 
-import re
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-from align.config import configs_dir
-from align.config.resolve import resolve
 from align.errors import ConfigError, RolloutError
-from align.lazy import imported
 from align.rollout import make_engine
 from align.rollout.types import Completion, Episode, Rollout, SamplingParams
 from align.trainers.core.ranks import Ranks
@@ -22,13 +17,10 @@ from align.trainers.on_policy.estimators import make_estimator
 from align.trainers.on_policy.objective import kept_lengths, loss_count, policy_objective
 from align.trainers.on_policy.samples import Sample
 from align.trainers.on_policy.streams import Stream
-from align.trainers.on_policy.tools import Tools
 from align.trainers.on_policy.turn_tokens import TurnTokens
 from tests.trainers.on_policy.talks import CALLS, CHATML, NUMBERS, GuessingGame, questions, talking_tokenizer
 from tests.trainers.tiny_runs import assert_same, logged, on_policy, parameters, tiny_model
 
-ROOT = Path(__file__).parents[3]
-DOCS = (ROOT / "docs" / "environments.md").read_text(encoding="utf-8")
 METHODS = ["grpo", "rloo", "reinforce_pp", "remax", "ppo"]
 MASK = [1, 1, 0, 0, 1, 1]
 
@@ -333,42 +325,6 @@ def test_what_is_refused(tmp_path):
         Episodes(Environments(Echo, [], 5), tokenizer).complete(
             Scripted(tokenizer, "one"), plain, [SamplingParams(max_tokens=5, seed=1)], [0]
         )
-
-
-# ---- the page and its example ---------------------------------------------------------------------------------------
-
-
-def test_the_commands_and_the_class_of_the_page():
-    bash, python = re.search(r"```bash\n(.*?)```.*?```python\n(.*?)```", DOCS, re.DOTALL).groups()
-    for line in bash.strip().splitlines():
-        _, method, _, config, *further = line.removesuffix(" --dry-run").split()
-        run = resolve(method, str(configs_dir() / Path(config).name), further)
-        places = [*(run.training.tools or []), *([run.training.environment] if run.training.environment else [])]
-        assert places and all(callable(imported(str(ROOT / place), "example")) for place in places)
-        assert run.rewards is None or method == "rloo"
-    variables: dict = {}
-    exec(compile(python, "docs/environments.md", "exec"), variables)
-    session = Environments(variables["GuessingGame"], [], 5).start()
-    session.reset({"environment_seed": 6})
-    assert [session.reply(answer).done for answer in ("6", "7")] == [False, True] and session.finish() == 1.0
-
-
-def test_the_example():
-    game = Environments(imported(f"{ROOT}/examples/environments.py:GuessingGame", "example"), [], 5).start()
-    game.reset({"environment_seed": 0})
-    low, high = 1, 20
-    turns = 0
-    while turns < 6:
-        turns += 1
-        reply = game.reply(f"{(low + high) // 2}")
-        if reply.done:
-            break
-        middle = (low + high) // 2
-        low, high = (middle + 1, high) if reply.messages[0]["content"] == "Higher." else (low, middle - 1)
-    assert game.finish() == pytest.approx(1.1 - 0.1 * turns)
-    tools = Tools([imported(f"{ROOT}/examples/environments.py:calculator", "example")], 5)
-    said = [tools.answer({"name": "calculator", "arguments": {"expression": e}})["content"] for e in ("3*(2+5)", "x()")]
-    assert said[0] == "21" and "only numbers" in said[1] and tools.schemas[0]["function"]["name"] == "calculator"
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
