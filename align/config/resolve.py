@@ -337,7 +337,7 @@ def _check_required(run: RunConfig, config_file: str | None) -> None:
         "model_name_or_path": run.model.model_name_or_path,
         "dataset_name": run.data.datasets or run.data.dataset_name,
     }
-    if run.method.rewards and run.training.environment is None:  # which has a reward of its own
+    if run.method.rewards and run.given.get("environment") is None:  # which has a reward of its own
         required["rewards"] = run.rewards
     missing = [key for key, value in required.items() if not value]
     if missing:
