@@ -342,7 +342,7 @@ def game(method, folder, tokenizer, **options):
 
 def test_a_guessing_game_is_learned(tmp_path):
     tokenizer = talking_tokenizer()
-    trainer = game("rloo", tmp_path, tokenizer, max_steps=16, learning_rate=5e-3)
+    trainer = game("rloo", tmp_path, tokenizer, max_steps=20, learning_rate=5e-3)
     trainer.train()
     won = logged(trainer, "rewards/GuessingGame")
     assert max(won[:3]) < 0.1 and sum(won[-5:]) / 5 > 0.25
