@@ -62,6 +62,7 @@ RUNS = {
     "kto, LoRA, cached reference": Run(
         "kto", f"--max_length 32 --dataset_name {{world}}/labelled.jsonl --precompute_ref_log_probs {LORA}"
     ),
+    "listwise_dpo": Run("listwise_dpo", "--max_length 32 --dataset_name {world}/rankings.jsonl"),
     "dpo, two datasets, a reference that follows": Run(
         "dpo",
         "--max_length 32 --sync_ref_model --ref_model_sync_steps 2",
@@ -137,11 +138,20 @@ def make(folder: Path, seed: int) -> Path:
         }
         for row in (*demonstrations, *others)
     ]
+    rankings = [
+        {
+            "prompt": pair["prompt"],
+            "completions": [pair["rejected"], pair["chosen"], pair["chosen"][:9]],
+            "scores": scores,
+        }
+        for pair, scores in zip(pairs, ([0, 2, 1], [1, 2, 0]) * len(pairs), strict=False)
+    ]
     for name, rows in {
         "completions": demonstrations,
         "pairs": pairs,
         "further": pairs[::-2],
         "labelled": labelled,
+        "rankings": rankings,
         "prompts": train_rows,
         "eval_prompts": test_rows,
     }.items():
