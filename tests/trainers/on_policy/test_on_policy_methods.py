@@ -198,7 +198,7 @@ def test_a_group_without_variance_is_counted(policy, tmp_path):
         ("ppo", {"value_clip": 0.0}, "value_clip must be above 0"),
         ("ppo", {"kl_target": 1.0, "beta": 0.0}, "kl_target needs"),
         ("reinforce_pp", {"group_baseline": True}, "needs at least 2"),
-        ("rloo", {"importance_sampling_level": "sequence"}, "set loss_aggregation: sequence_mean"),
+        ("rloo", {"importance_sampling_level": "sequence_sum"}, "set loss_aggregation: sequence_mean"),
         ("rloo", {"multipliers": {"form": "tanh"}}, "there are no constraints"),
     ],
 )

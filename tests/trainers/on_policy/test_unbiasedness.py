@@ -13,7 +13,10 @@ PLAIN_PPO = {"num_iterations": 1, "lam": 1.0, "whiten_advantages": False}  # its
     [
         ("remax", {}),
         ("rloo", {}),
-        ("rloo", {"num_generations": 4, "importance_sampling_level": "sequence", "loss_aggregation": "sequence_mean"}),
+        (
+            "rloo",
+            {"num_generations": 4, "importance_sampling_level": "sequence_sum", "loss_aggregation": "sequence_mean"},
+        ),
         ("ppo", PLAIN_PPO),
     ],
 )
