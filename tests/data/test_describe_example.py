@@ -42,5 +42,5 @@ def test_a_prompt_and_a_long_text(tokenizer):
 
 
 def test_an_unknown_kind(tokenizer):
-    with pytest.raises(ValueError, match="'prompts', 'completions', 'pairs' or 'unpaired'"):
+    with pytest.raises(ValueError, match="'prompts', 'completions', 'pairs', 'ranked' or 'unpaired'"):
         describe_example({}, tokenizer, "pair")
