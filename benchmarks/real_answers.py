@@ -13,7 +13,8 @@ judge, and another one on the harmless pairs. They score the answers to instruct
 one member, for the ensembles, and for the length of the answer, the best of n is judged, by the unbiased estimator over
 all subsets.
 
-Every step is kept in DIR and is not repeated. `align bon DIR/scores.parquet` draws the page of the same numbers.
+The defaults are those of results/real_answers.json. Every step is kept in DIR and is not repeated. `align bon
+DIR/scores.parquet` draws the page of the same numbers.
 """
 
 import argparse
@@ -37,12 +38,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--folder", default="runs/real_answers", type=Path)
     parser.add_argument("--output", default=RESULT, type=Path)
     parser.add_argument("--figure", type=Path, help="a picture of the curves")
-    parser.add_argument("--layers", type=int, default=10)
-    parser.add_argument("--upper_layers", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--upper_layers", type=int, default=1)
     parser.add_argument("--members", type=int, default=4)
-    parser.add_argument("--pairs", type=int, default=1200)
-    parser.add_argument("--instructions", type=int, default=150, help="held out, whose answers are scored [150]")
-    parser.add_argument("--max_length", type=int, default=320, help="what the reward models read, in tokens [320]")
+    parser.add_argument("--pairs", type=int, default=800)
+    parser.add_argument("--instructions", type=int, default=100, help="held out, whose answers are scored [100]")
+    parser.add_argument("--max_length", type=int, default=224, help="what the reward models read, in tokens [224]")
     return parser.parse_args()
 
 
@@ -130,6 +131,12 @@ def train(base: Path, rows: list[dict], folder: Path, args: argparse.Namespace) 
         upper_layers=args.upper_layers,
         resume=True,
     )
+
+
+def held_out_accuracy(folder: Path) -> float:
+    """Of the members' mean score on the tenth of the pairs, after training."""
+    logs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return round([log["eval_rewards/accuracies"] for log in logs if "eval_rewards/accuracies" in log][-1], 4)
 
 
 def score(folder: Path, table: pd.DataFrame, args: argparse.Namespace) -> np.ndarray:
@@ -239,6 +246,7 @@ def main() -> None:
         "settings": {
             name: getattr(args, name) for name in ("layers", "upper_layers", "members", "pairs", "max_length")
         },
+        "accuracy": {name: held_out_accuracy(args.folder / name) for name in pairs},
         "instructions": int(table.prompt_id.nunique()),
         "answers": len(table),
         "versions": {name: version(name) for name in ("torch", "transformers")},

@@ -129,10 +129,10 @@ class JsonServer:
     def _no_answer(self, error: requests.RequestException) -> str:
         tried = f"tried {self.retries + 1} times"
         if "timed out" in str(error).lower():
-            sizes = ", ".join(f"{name} ({getattr(self, name)})" for name in self.load)
+            sizes = " or ".join(f"{name} ({getattr(self, name)})" for name in self.load)
             return (
                 f"no answer within {self.timeout:g} s, {tried}. The server is too slow or stuck: raise timeout, or "
-                f"lower {sizes.replace(', ', ' or ')}"
+                f"lower {sizes}"
             )
         if isinstance(error, requests.exceptions.ChunkedEncodingError):
             return f"the answer broke off, {tried}. Look into the server's log: it may have died or been restarted"

@@ -95,11 +95,11 @@ def answer_logps(logps: Tensor, lengths: Tensor) -> Tensor:
     """[B, K], the sums over the tokens of each answer. logps: [2B, L], the best answers and then the others of each
     list one after the other. lengths: [B, K], in tokens, 0 behind the end of a list."""
     best, others = logps.chunk(2)
-    ends = lengths[:, 1:].cumsum(-1)
-    places = torch.arange(others.shape[1], device=logps.device).expand_as(others).contiguous()
-    owner = torch.searchsorted(ends, places, right=True)  # K - 1 behind the last answer, where all values are 0
-    sums = logps.new_zeros(len(best), lengths.shape[1]).scatter_add(-1, owner, others)
-    return torch.cat([best.sum(-1, keepdim=True), sums[:, :-1]], dim=-1)
+    ends = lengths[:, 1:].cumsum(-1)[:, None]
+    places = torch.arange(others.shape[1], device=logps.device)[:, None]
+    owned = (places < ends) & (places >= ends - lengths[:, None, 1:])  # [B, L, K - 1]; a scatter would add in any order
+    sums = (others[..., None] * owned).sum(1)
+    return torch.cat([best.sum(-1, keepdim=True), sums], dim=-1)
 
 
 def _check_lists(dataset, max_length: int | None) -> None:

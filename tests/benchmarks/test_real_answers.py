@@ -44,7 +44,8 @@ def test_what_chooses_by_gold_is_the_gold_curve():
 
 
 def test_the_page_has_the_numbers_of_the_result():
-    found = json.loads((ROOT / "benchmarks" / "results" / "real_answers.json").read_text())["curves"]
+    result = json.loads((ROOT / "benchmarks" / "results" / "real_answers.json").read_text())
+    found = result["curves"]
     page = (ROOT / "docs" / "overoptimization.md").read_text().partition("## On real answers")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| ([^|]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \[([\d.]+), ([\d.]+)\] \|$", page, re.MULTILINE)
     names = {
@@ -61,3 +62,4 @@ def test_the_page_has_the_numbers_of_the_result():
         given = [curve["gold"][0], curve["gold"][2], curve["gold"][-1], *curve["gold_95"][-1]]
         assert shown == [f"{value:.3f}" for value in given], name
     assert f"{found['length']['instructions']} instructions" in page
+    assert f"{100 * result['accuracy']['judged']:.0f} % right" in page

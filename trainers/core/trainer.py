@@ -243,6 +243,8 @@ class TrainerMixin(TrainerHooks):
         folder = Path(output_dir or self.args.output_dir)
         readme = folder / "README.md"
         previous = readme.read_text(encoding="utf-8") if readme.is_file() else None
+        # transformers empties what it is given if the model was made from a config
+        trained = dict(state_dict) if self._verify and state_dict is not None else None
         super()._save(output_dir, state_dict)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if not isinstance(model, PreTrainedModel | PeftModel):
@@ -251,7 +253,7 @@ class TrainerMixin(TrainerHooks):
         base = adapter_start(folder) if saving.is_peft(model) else model.config._name_or_path
         card.write_card(folder, previous, card.facts_of(self), base=base, adapter=saving.is_peft(model))
         if self._verify:
-            saving.verify_saved(folder, model, model.state_dict() if state_dict is None else state_dict)
+            saving.verify_saved(folder, model, model.state_dict() if trained is None else trained)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self._load_stacked(resume_from_checkpoint):

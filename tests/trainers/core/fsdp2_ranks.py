@@ -13,11 +13,14 @@ from peft import LoraConfig
 from align.data import toy
 from align.trainers.dpo import DPOTrainer
 from align.trainers.kto import KTOConfig, KTOTrainer
+from align.trainers.listwise_dpo import ListwiseDPOConfig, ListwiseDPOTrainer
 from align.trainers.reward import RewardTrainer
 from align.trainers.sft import SFTTrainer
 from tests.trainers import reward_runs, sparse_runs
+from tests.trainers.on_policy.talks import GuessingGame, questions, talking_tokenizer
 from tests.trainers.pairs.preference_runs import dpo_config, toy_pairs
-from tests.trainers.tiny_runs import QUIET, demonstrations, on_policy, prompts, sft_config, wanted_words
+from tests.trainers.test_listwise_dpo import rankings
+from tests.trainers.tiny_runs import QUIET, demonstrations, on_policy, prompts, sft_config, tiny_model, wanted_words
 
 KEYS = (
     *(
@@ -50,6 +53,18 @@ def kto_config(folder: Path, **options) -> KTOConfig:
     return KTOConfig(**{**QUIET, "output_dir": str(folder), "max_length": 32, **options})
 
 
+def listwise_config(folder: Path, **options) -> ListwiseDPOConfig:
+    return ListwiseDPOConfig(**{**QUIET, "output_dir": str(folder), "max_length": 40, **options})
+
+
+def game(folder: Path, **options):
+    tokenizer = talking_tokenizer()
+    trainer_class, args = on_policy("grpo", folder, num_generations=4, max_completion_length=24, **options)
+    return trainer_class(
+        tiny_model(tokenizer), None, args, questions(24), None, tokenizer, environment_factory=GuessingGame
+    )
+
+
 def makers(policy: str, folder: Path) -> dict:
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     pairs, eval_pairs = toy_pairs(24), toy_pairs(8, seed=1)
@@ -74,9 +89,19 @@ def makers(policy: str, folder: Path) -> dict:
         "sparsepo": lambda: sparse_runs.trainer(
             policy, folder / "sparsepo", **settings(mask_dropout=0.0, eval_strategy="no")
         ),
+        "half of it": lambda: SFTTrainer(
+            policy,
+            sft_config(folder / "half of it", half_finetuning=1, **settings(eval_strategy="no")),
+            demonstrations(24),
+        ),
+        "listwise_dpo": lambda: ListwiseDPOTrainer(
+            policy, listwise_config(folder / "listwise_dpo", **settings(eval_strategy="no")), rankings(24, most=3)
+        ),
         "kto": lambda: KTOTrainer(policy, kto_config(folder / "kto", **settings()), pairs, eval_pairs),
         "reward": reward,
         "remax": lambda: on_prompts("remax"),
+        # conversations of several turns, and the entropy's gradient through the head
+        "game": lambda: game(folder / "game", **settings(eval_strategy="no", entropy_coef=0.1)),
         # whose reference moves with the policy's shards
         "online_dpo": lambda: on_prompts("online_dpo", sync_ref_model=True, ref_model_sync_steps=2),
         "ppo": lambda: on_prompts("ppo", num_mini_batches=2, num_iterations=2, max_steps=8, save_steps=3),

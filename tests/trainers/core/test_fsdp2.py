@@ -7,7 +7,10 @@ from safetensors.torch import load_file
 from tests.trainers.core.fsdp2_ranks import KEYS, RESUMED, train
 from tests.trainers.two_processes import run_on_two
 
-METHODS = ("sft", "dpo", "dpo, adapter", "sparsepo", "kto", "reward", "remax", "online_dpo", "ppo")
+METHODS = (
+    *("sft", "half of it", "dpo", "dpo, adapter", "listwise_dpo", "sparsepo", "kto", "reward", "remax", "game"),
+    *("online_dpo", "ppo"),
+)
 
 
 @pytest.fixture(scope="module")
