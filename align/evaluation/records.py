@@ -2,18 +2,21 @@
 
 The first line is a header, every further line one evaluation on one fixed set of prompts:
 
-    {"format": "align.overoptimization/1", "name", "method", "proxy", "gold", "seed", "started", "config"}
-    {"step", "kl", "kl_k3", "proxy", "gold", "length", ..., "per_prompt": {"kl": [...], ...}, "samples": [...]}
+    {"format": "align.overoptimization/2", "name", "method", "proxy", "gold", "seed", "started", "config", "crc32"}
+    {"step", "kl", "kl_k3", "proxy", "gold", "length", ..., "per_prompt": {...}, "samples": [...], "crc32"}
 
 KL is in nats per sequence (sum over response tokens). `rewards/<name>` is each reward that the run knows, also one that
 it does not optimise; `proxy` is their weighted sum. A line counts when it is whole: a process killed while it writes
-leaves at most one partial last line, which reading drops with a warning and resuming cuts off.
+leaves at most one partial last line, which reading drops with a warning and resuming cuts off. `crc32` is of the line's
+other keys as `json.dumps(..., ensure_ascii=False)` writes them: a changed digit is seen. Files of format 1 have none.
 """
 
 import json
 import logging
 import math
 import os
+import zlib
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +28,8 @@ from align.errors import ConfigError, DataError, TrainingError
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "align.overoptimization/1"
+FORMAT = "align.overoptimization/2"
+UNCHECKED = "align.overoptimization/1"
 FILE_NAME = "overoptimization.jsonl"
 HEADER_KEYS = ("format", "name", "method", "proxy", "gold", "seed", "started", "config")
 SCORE_KEYS = ("kl", "kl_k3", "proxy", "gold", "length")
@@ -74,6 +78,7 @@ class EvalWriter:
     resume_step: None starts a new file (an old one is kept beside it under another name); a step keeps the records up
     to and including that step and drops later ones, which belong to training that will be repeated. `last_step` is the
     step of the newest record kept, so that a trainer knows whether the evaluation at its checkpoint is already there.
+    evaluated: the steps at which the run has evaluated before it is resumed: a file that has lost one is refused.
     """
 
     def __init__(
@@ -87,6 +92,7 @@ class EvalWriter:
         seed: int,
         config: dict,
         resume_step: int | None = None,
+        evaluated: Collection[int] = (),
     ):
         self.path = Path(run_dir) / FILE_NAME
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +110,7 @@ class EvalWriter:
         self._num_prompts: int | None = None
         lines = [_dump(self.header, self.path)]
         if resume_step is not None:
-            lines = self._kept_lines(resume_step) or lines
+            lines = self._kept_lines(resume_step, evaluated)
         elif self.path.exists():
             old = free_name(self.path)
             os.replace(self.path, old)
@@ -118,10 +124,11 @@ class EvalWriter:
                 os.fsync(file.fileno())
             os.replace(temporary, self.path)
 
-    def _kept_lines(self, resume_step: int) -> list[str]:
+    def _kept_lines(self, resume_step: int, evaluated: Collection[int]) -> list[str]:
         if not self.path.exists():
             logger.warning("resuming at step %d, but %s does not exist: its curve starts here", resume_step, self.path)
-            return []
+            self.header["starts_after"] = resume_step
+            return [_dump(self.header, self.path)]
         header, records = _read_lines(self.path)
         for key in ("name", "method", "proxy", "gold"):
             if header[key] != self.header[key]:
@@ -129,15 +136,22 @@ class EvalWriter:
                     f"{self.path} is of a run with {key} {header[key]!r}, and this one has {self.header[key]!r}: "
                     "one curve cannot hold both. Resume with the same setting, or use another output folder"
                 )
-        self.header = header
+        self.header = header | {"format": FORMAT}
         kept = [record for record in records if record["step"] <= resume_step]
+        first = header.get("starts_after", -1)
+        lost = sorted({step for step in evaluated if first < step <= resume_step} - {record["step"] for record in kept})
+        if lost:
+            raise DataError(
+                f"{self.path} has lost evaluations that the run made before its checkpoint at step {resume_step} "
+                f"(steps {', '.join(map(str, lost))}): put it back, or move it away: the curve starts anew"
+            )
         if len(kept) < len(records):
             dropped = [record["step"] for record in records[len(kept) :]]
             logger.info("%s: dropped the evaluations after step %d (steps %s)", self.path, resume_step, dropped)
         if kept:
             self.last_step = kept[-1]["step"]
             self._num_prompts = len(kept[-1]["per_prompt"]["kl"])
-        return [_dump(line, self.path) for line in (header, *kept)]
+        return [_dump(line, self.path) for line in (self.header, *kept)]
 
     def write(self, step: int, *, kl, kl_k3, proxy, gold=None, length, samples: list[dict] | None = None, **extra):
         """Append the evaluation after `step` optimiser steps.
@@ -247,9 +261,13 @@ def _read_lines(path: Path) -> tuple[dict, list[dict]]:
         if not isinstance(value, dict):
             raise DataError(f"{path}: line {number} is not a JSON object")
         lines.append(value)
-    if not lines or lines[0].get("format") != FORMAT:
+    if not lines or lines[0].get("format") not in (FORMAT, UNCHECKED):
         found = lines[0].get("format") if lines else None
         raise DataError(f"{path}: line 1 is not the header of an evaluation file (format {FORMAT!r}, found {found!r})")
+    if lines[0]["format"] == FORMAT:
+        for number, line in enumerate(lines, start=1):
+            if line.pop("crc32", None) != _crc32(line):
+                raise DataError(f"{path}: line {number} is not as it was written (its crc32 is another): put it back")
     missing = [key for key in HEADER_KEYS if key not in lines[0]]
     if missing:
         raise DataError(f"{path}: the header (line 1) lacks {', '.join(missing)}")
@@ -301,9 +319,14 @@ def _refuse_constant(name: str):
     raise ValueError(f"{name} is not a finite number")
 
 
+def _crc32(value: dict) -> int:
+    # a surrogate, which is half of a character, is a text that JSON can hold and UTF-8 cannot
+    return zlib.crc32(json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+
+
 def _dump(value: dict, path: Path) -> str:
     try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
+        return json.dumps(value | {"crc32": _crc32(value)}, ensure_ascii=False, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise TrainingError(f"cannot write to {path}: {error}; give plain finite numbers, strings, lists") from error
 

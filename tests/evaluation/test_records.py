@@ -2,6 +2,7 @@
 
 import json
 import logging
+import random
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from align.errors import ConfigError, DataError, TrainingError
-from align.evaluation.records import FILE_NAME, EvalWriter, read_run
+from align.evaluation.records import FILE_NAME, FORMAT, UNCHECKED, EvalWriter, read_run
 
 PROMPTS = 6
 
@@ -27,6 +28,14 @@ def write(w, step, *, with_gold=True, **changes):
     values["samples"] = [{"prompt": "sea", "completion": f"wave {step}", "proxy": 1.0, "gold": 0.5}]
     w.write(step, **{**values, **changes})
     return values
+
+
+def without_checksums(lines: list[str]) -> list[str]:
+    """As format 1 has them, where a line is judged by what it says."""
+    values = [json.loads(line) for line in lines]
+    for value in values:
+        del value["crc32"]
+    return [json.dumps(value).replace(FORMAT, UNCHECKED) for value in values]
 
 
 def test_round_trip(tmp_path):
@@ -161,18 +170,58 @@ def test_damage_is_an_error_with_its_line(tmp_path, damage, message):
     w = writer(tmp_path)
     for step in (0, 10):
         write(w, step)
-    lines = (tmp_path / FILE_NAME).read_text().splitlines()
+    lines = without_checksums((tmp_path / FILE_NAME).read_text().splitlines())
     damage(lines)
     (tmp_path / FILE_NAME).write_text("\n".join(lines) + "\n")
     with pytest.raises(DataError, match=message):
         read_run(tmp_path)
 
 
+def test_no_flipped_bit_is_read(tmp_path, caplog):
+    w = writer(tmp_path)
+    for step in (0, 10):
+        write(w, step)
+    path, rng = tmp_path / FILE_NAME, random.Random(0)
+    content = path.read_bytes()
+    for place in rng.sample(range(len(content) - 1), 400):  # the last byte ends the last line
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(flipped)
+        with pytest.raises(DataError, match="line [123]"):
+            read_run(path)
+
+
+def test_lines_without_checksums_are_read_and_get_them(tmp_path):
+    w = writer(tmp_path)
+    for step in (0, 10):
+        write(w, step)
+    path = tmp_path / FILE_NAME
+    content = path.read_text()
+    path.write_text("\n".join(without_checksums(content.splitlines())) + "\n")
+    assert read_run(path).step.tolist() == [0, 10]
+    writer(tmp_path, resume_step=10)
+    assert path.read_text() == content
+
+
+def test_a_resumed_run_knows_what_its_file_has_lost(tmp_path):
+    w = writer(tmp_path)
+    for step in (0, 10, 20):
+        write(w, step)
+    path = tmp_path / FILE_NAME
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+    with pytest.raises(DataError, match=r"lost evaluations .* checkpoint at step 20 \(steps 10, 20\)"):
+        writer(tmp_path, resume_step=20, evaluated=[0, 10, 20])
+    writer(tmp_path, resume_step=5, evaluated=[0])
+    path.unlink()  # as the error says
+    write(writer(tmp_path, resume_step=20, evaluated=[0, 10, 20]), 30)
+    assert writer(tmp_path, resume_step=30, evaluated=[0, 10, 20, 30]).last_step == 30
+
+
 def test_a_different_number_of_prompts_in_the_file_is_an_error(tmp_path):
     w = writer(tmp_path)
     for step in (0, 10):
         write(w, step)
-    lines = (tmp_path / FILE_NAME).read_text().splitlines()
+    lines = without_checksums((tmp_path / FILE_NAME).read_text().splitlines())
     record = json.loads(lines[2])
     record["per_prompt"] = {key: values[:-1] for key, values in record["per_prompt"].items()}
     (tmp_path / FILE_NAME).write_text("\n".join([*lines[:2], json.dumps(record)]) + "\n")

@@ -1,7 +1,7 @@
 """Evaluation of a policy: what it earns from the proxy and the gold reward, and how far it is from the reference."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path
@@ -212,8 +212,8 @@ class EvaluationFile:
         self.args, self.method, self.proxy, self.gold = args, method, proxy, gold
         self.writer: EvalWriter | None = None
 
-    def open(self, resume_step: int | None) -> None:
-        """Start the file of a run, or continue it after this step."""
+    def open(self, resume_step: int | None, evaluated: Collection[int]) -> None:
+        """Start the file of a run, or continue it after this step. evaluated: as of `EvalWriter`."""
         args = self.args
         self.writer = EvalWriter(
             args.output_dir,
@@ -224,6 +224,7 @@ class EvaluationFile:
             seed=args.seed,
             config=run_options(args),
             resume_step=resume_step,
+            evaluated=evaluated,
         )
 
     def close(self) -> None:
@@ -260,7 +261,8 @@ class Curve(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self.file.open(self.resume_step())
+            written = [log["step"] for log in state.log_history if any(key.endswith("_kl_k3") for key in log)]
+            self.file.open(self.resume_step(), written)
 
     def on_train_end(self, args, state, control, **kwargs):
         writer = self.file.writer

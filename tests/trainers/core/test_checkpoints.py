@@ -11,7 +11,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from align.distributed.checkpoints import checksums, damage, newest_whole, write_manifest
-from align.errors import TrainingError
+from align.errors import DataError, TrainingError
 from align.modeling.load import load_policy, load_tokenizer
 from align.rollout import make_engine
 from align.trainers.remax import ReMaxTrainer
@@ -113,6 +113,18 @@ def test_a_finished_run_can_be_made_longer(policy, tmp_path):
     resumed.train(resume_from_checkpoint=True)
     assert_same(parameters(resumed.model), parameters(straight.model))
     assert evaluations(tmp_path / "run") == evaluations(tmp_path / "straight")
+
+
+def test_a_curve_that_has_lost_evaluations_is_refused(finished, tmp_path):
+    make, straight, folder = finished
+    if not evaluations(folder):
+        return
+    copy_until(folder, tmp_path / "run", 6)
+    path = tmp_path / "run" / "overoptimization.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:2]) + lines[2][:100])  # those of steps 0 and, in part, 4
+    with pytest.raises(DataError, match="has lost evaluations that the run made before its checkpoint at step 6"):
+        make(tmp_path / "run").train(resume_from_checkpoint=True)
 
 
 class Kill(TrainerCallback):
