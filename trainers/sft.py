@@ -21,10 +21,12 @@ from align.errors import ConfigError, DataError
 from align.modeling.adapters import check_stack
 from align.modeling.half import freeze_half
 from align.modeling.load import load_policy, train_in_float32
-from align.trainers.core.eval_completions import EvalCompletionsOptions, show_completions
+from align.trainers.core.eval_completions import show_completions
 from align.trainers.core.loading import loading_options, set_chat_template, tokenizer_of
 from align.trainers.core.options import RunOptions
 from align.trainers.core.trainer import TrainerMixin
+from align.trainers.supervised.options import SupervisedOptions
+from align.trainers.supervised.selection import token_selection
 
 UNUSED = {  # options of TRL's that what is done here leaves without effect
     "dataset_text_field": "rename the column to 'text'",
@@ -37,19 +39,12 @@ NEUTRAL = {"completion_only_loss": (None, True), "dataset_kwargs": (None, {}), "
 
 
 @dataclass
-class SFTConfig(EvalCompletionsOptions, RunOptions, trl.SFTConfig):
+class SFTConfig(SupervisedOptions, RunOptions, trl.SFTConfig):
     """TRL's options. Rows are tokenised here, with the loss on completions and assistant turns only, so TRL's own
     settings for that are left alone."""
 
     max_length: int | None = field(
         default=1024, metadata={"help": "Prompt and completion together, in tokens; longer completions are cut."}
-    )
-    half_finetuning: int | None = field(
-        default=None,
-        metadata={
-            "help": "Number of a round of half fine-tuning (HFT), from 0: half of each layer's weights, drawn by seed "
-            "and round, stay what they are. Default: all are trained."
-        },
     )
 
     def __post_init__(self):
@@ -77,6 +72,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         train_dataset, eval_dataset: demonstrations in TRL's formats (docs/data.md), or the output of
             `tokenize_completions`.
         peft_config: trains an adapter.
+        ref_model: with `selective_tokens`, the reference: a model, a folder or a hub name.
         formatting_func: a row -> its text; the rows are then trained as `text`, every token of them.
         compute_metrics, preprocess_logits_for_metrics: as transformers' Trainer has them.
     """
@@ -99,6 +95,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         formatting_func: Callable[[dict], str] | None = None,
         compute_metrics: Callable | None = None,
         preprocess_logits_for_metrics: Callable | None = None,
+        ref_model: str | nn.Module | None = None,
     ):
         if isinstance(args, TrainingArguments) and not isinstance(args, SFTConfig):
             args = with_own_defaults(args)
@@ -138,13 +135,17 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         )
         args.model_init_kwargs, args.chat_template_path, args.assistant_only_loss = used.values()
         show_completions(self, eval_rows)
+        self.selection = token_selection(self, ref_model)
         if is_stream(train_dataset):
             self.make_endless(train_dataset)
         if not self.is_deepspeed_enabled:
-            # TRL's adapters on 4-bit weights are in bfloat16, where small updates are rounded away
-            for parameter in self.model.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()
+            self._train_in_float32()
+
+    def _train_in_float32(self) -> None:
+        """TRL's adapters on 4-bit weights are in bfloat16, where small updates are rounded away."""
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
 
     def _to_evaluate(self, rows, tokenizer, args: SFTConfig):
         return tokenized_completions(self._formatted(read_whole(rows) if is_stream(rows) else rows), tokenizer, args)
@@ -165,8 +166,16 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         with outputs_as_computed(model):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.selection is not None and batches:
+            self.selection.narrow(self.model_wrapped, batches)
+            count = self._get_num_items_in_batch(batches, device)
+        return batches, count
+
     def extra_state(self) -> dict:
-        return {**super().extra_state(), "tokens": int(self._total_train_tokens)}
+        of_selection = {} if self.selection is None else self.selection.state()
+        return {**super().extra_state(), "tokens": int(self._total_train_tokens), **of_selection}
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self.resumed is not None and not self._total_train_tokens:  # which TRL counts and does not keep

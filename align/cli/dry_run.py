@@ -173,7 +173,7 @@ def _holds_reference(run: RunConfig, *, adapter: bool) -> bool:
     """Whether a second model of the policy's size is held while it trains."""
     if run.method.data == "prompts":
         return not adapter and (run.training.beta != 0 or build.evaluates(run))
-    if run.method.data not in ("pairs", "ranked", "unpaired") or run.method.model != "policy":
+    if run.method.model != "policy":
         return False
     return run.training.holds_reference(adapter)
 
@@ -193,7 +193,7 @@ def _engine_width(run: RunConfig, computed: int) -> int | None:
 
 def _reference_width(run: RunConfig) -> int | None:
     """Bytes of each weight of a reference with a `ref_dtype` of its own."""
-    dtype = vars(run.training).get("ref_dtype")  # of preference methods
+    dtype = vars(run.training).get("ref_dtype")  # of SFT and preference methods
     return None if dtype is None else 4 if dtype == "float32" else 2
 
 

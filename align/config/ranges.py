@@ -14,7 +14,7 @@ _HUGE = 10**12  # steps, tokens, bytes: beyond it nobody means it
 # (least, whether it is itself allowed, largest, whether it is), and the options
 _TABLE = {
     (0, True, 1, True): "rollouts_ahead lam label_smoothing_factor min_p top_entropy_quantile",
-    (0, False, 1, True): "gamma top_p",
+    (0, False, 1, True): "gamma top_p selective_tokens",
     (0, True, 1, False): "old_policy_share adam_beta1 adam_beta2 max_bad_share label_noise lora_dropout",
     (0, False, 10, True): "repetition_penalty",
     (0.01, True, 2, True): "temperature",  # what `align.rollout.types` takes

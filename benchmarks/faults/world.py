@@ -52,6 +52,11 @@ RUNS = {
     "sft": Run("sft", "--max_length 32 --dataset_name {world}/completions.jsonl"),
     "sft, LoRA": Run("sft", f"--max_length 32 --dataset_name {{world}}/completions.jsonl {LORA}"),
     "sft, two processes": Run("sft", "--max_length 32 --dataset_name {world}/completions.jsonl", processes=2),
+    "sft, selected tokens": Run(
+        "sft",
+        "--max_length 32 --dataset_name {world}/completions.jsonl --selective_tokens 0.5 "
+        "--ref_model_name_or_path {world}/reference",
+    ),
     "reward": Run("reward", PAIRS),
     "reward, three members": Run("reward", f"{PAIRS} --ensemble 3 --max_steps 4"),
     "reward, three adapters": Run("reward", f"{PAIRS} --ensemble 3 --ensemble_kind lora --use_peft --lora_r 4"),
@@ -120,9 +125,10 @@ def make(folder: Path, seed: int) -> Path:
     from align.quickstart.phases import make_policy
 
     tokenizer = toy.tokenizer()
-    policy = make_policy(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, seed=0)
-    policy.save_pretrained(folder / "policy")
-    tokenizer.save_pretrained(folder / "policy")
+    for number, name in enumerate(("policy", "reference")):
+        made = make_policy(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, seed=number)
+        made.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
     train_rows, test_rows = toy.split_prompts(seed, 24, 5)
     demonstrations, others = toy.reference_text(train_rows, 1, seed), toy.reference_text(train_rows, 1, seed + 1)
     pairs = [

@@ -33,6 +33,7 @@ KEYS = (
         "kl",
         "rewards/margins",
         "mask_u/chosen/mean",
+        "selective/excess_loss",
     ),
     *("critic/loss", "critic/grad_norm"),
 )
@@ -93,6 +94,12 @@ def makers(policy: str, folder: Path) -> dict:
             policy,
             sft_config(folder / "half of it", half_finetuning=1, **settings(eval_strategy="no")),
             demonstrations(24),
+        ),
+        "selected tokens": lambda: SFTTrainer(
+            policy,
+            sft_config(folder / "selected tokens", selective_tokens=0.5, **settings(eval_strategy="no")),
+            demonstrations(24),
+            ref_model=tiny_model(toy.tokenizer(), seed=1),
         ),
         "listwise_dpo": lambda: ListwiseDPOTrainer(
             policy, listwise_config(folder / "listwise_dpo", **settings(eval_strategy="no")), rankings(24, most=3)

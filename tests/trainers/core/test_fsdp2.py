@@ -8,8 +8,8 @@ from tests.trainers.core.fsdp2_ranks import KEYS, RESUMED, train
 from tests.trainers.two_processes import run_on_two
 
 METHODS = (
-    *("sft", "half of it", "dpo", "dpo, adapter", "listwise_dpo", "sparsepo", "kto", "reward", "remax", "game"),
-    *("online_dpo", "ppo"),
+    *("sft", "half of it", "selected tokens", "dpo", "dpo, adapter", "listwise_dpo", "sparsepo", "kto", "reward"),
+    *("remax", "game", "online_dpo", "ppo"),
 )
 
 
