@@ -265,8 +265,8 @@ def _read_lines(path: Path) -> tuple[dict, list[dict]]:
         found = lines[0].get("format") if lines else None
         raise DataError(f"{path}: line 1 is not the header of an evaluation file (format {FORMAT!r}, found {found!r})")
     if lines[0]["format"] == FORMAT:
-        for number, line in enumerate(lines, start=1):
-            if line.pop("crc32", None) != _crc32(line):
+        for number, entry in enumerate(lines, start=1):
+            if entry.pop("crc32", None) != _crc32(entry):
                 raise DataError(f"{path}: line {number} is not as it was written (its crc32 is another): put it back")
     missing = [key for key in HEADER_KEYS if key not in lines[0]]
     if missing:
