@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -87,6 +87,15 @@ class RewardBatch:
         )
 
 
+def joined(parts: Iterable[dict[str, list[float]]]) -> dict[str, list[float]]:
+    """Lists by name, one after another where several parts have a name."""
+    found: dict[str, list[float]] = {}
+    for part in parts:
+        for name, values in part.items():
+            found.setdefault(name, []).extend(values)
+    return found
+
+
 def _copied(value):
     """A copy down to numbers and text; lists of token ids, which are long, at once."""
     if isinstance(value, list):
@@ -103,8 +112,9 @@ class RewardOutput:
     (an ensemble returns its members, its mean and its variance there).
 
     absent, failed: bool [B], completions that the reward does not apply to, and those that are to be left out because
-    it failed; None where there are none. Their scores are NaN. metrics: numbers by name to log, their mean. columns:
-    one text or number per completion, to be shown beside it.
+    it failed; None where there are none. Their scores are NaN. metrics: numbers by name to log, their mean, under
+    the reward's name; given: the same of a function of the user's, under the name that it chose (TRL's `log_metric`).
+    columns: one text or number per completion, to be shown beside it.
     """
 
     scores: torch.Tensor
@@ -112,6 +122,7 @@ class RewardOutput:
     absent: torch.Tensor | None = None
     failed: torch.Tensor | None = None
     metrics: dict[str, list[float]] = field(default_factory=dict)
+    given: dict[str, list[float]] = field(default_factory=dict)
     columns: dict[str, list] = field(default_factory=dict)
 
     @property

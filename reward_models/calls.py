@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from align.errors import RewardError
-from align.reward_models.base import RewardBatch
+from align.reward_models.base import RewardBatch, joined
 from align.reward_models.deadlines import DeadlineExceeded, call_within
 from align.reward_models.failures import Failed, Failures
 from align.reward_models.functions import UserFunction, check_concurrency, run_concurrently
@@ -132,15 +132,12 @@ class Calls:
 
 def merged(calls: list[Call], count: int) -> tuple[dict[str, list[float]], dict[str, list]]:
     """What the calls of a batch of `count` completions logged: metrics, and columns with "" where a call had none."""
-    metrics: dict[str, list[float]] = {}
     columns: dict[str, list] = {}
     for call in calls:
-        for name, values in call.log.metrics.items():
-            metrics.setdefault(name, []).extend(values)
         for name, values in call.log.columns.items():
             if len(values) != len(call.indices):
                 raise RewardError(f"log_extra({name!r}, ...): {len(values)} values for {len(call.indices)} completions")
             column = columns.setdefault(name, [""] * count)
             for index, value in zip(call.indices, values, strict=True):
                 column[index] = value
-    return metrics, columns
+    return joined(call.log.metrics for call in calls), columns

@@ -8,7 +8,7 @@ from operator import add
 import torch
 
 from align.errors import ConfigError
-from align.reward_models.base import Reward, RewardBatch, RewardOutput
+from align.reward_models.base import Reward, RewardBatch, RewardOutput, joined
 
 
 class CompositeReward(Reward):
@@ -56,5 +56,6 @@ class CompositeReward(Reward):
             absent=absent if absent.any() else None,
             failed=failed if failed.any() else None,
             metrics={f"{name}/{key}": v for name, output in columns.items() for key, v in output.metrics.items()},
+            given=joined(output.given for output in columns.values()),
             columns={f"{name}/{key}": v for name, output in columns.items() for key, v in output.columns.items()},
         )

@@ -45,14 +45,11 @@ class UserFunction:
     def name(self) -> str:
         return self.source.rpartition(":")[2].rpartition(".")[2]
 
-    def select(
-        self, available: dict[str, Any], reward: str, named_only: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
+    def select(self, available: dict[str, Any], reward: str, of_run: dict[str, Any] | None = None) -> dict[str, Any]:
         """The keyword arguments of one call. Raises `RewardError` naming the reward and what is missing.
 
-        named_only: further ones, which `**kwargs` alone does not get; columns of the same name come first."""
-        named = {name: value for name, value in (named_only or {}).items() if name in self.accepts}
-        available = {**named, **available, **self.arguments}
+        of_run: what is no column, such as TRL's `log_metric`; columns of the same name come first."""
+        available = {**(of_run or {}), **available, **self.arguments}
         missing = sorted(self.required - available.keys())
         if missing:
             raise RewardError(

@@ -21,7 +21,7 @@ class RuleReward(Reward):
     Of `prompts`, `completions`, `prompt_ids`, `completion_ids` and the dataset's columns it gets those among its
     parameters (all of them if it takes `**kwargs`), each a list with one entry per completion, and it returns one
     number per completion, None where it does not apply. Functions written as TRL reward functions work as they are,
-    async ones too; `trainer_state`, `log_extra` and `log_metric` are theirs if they name them.
+    async ones too; `trainer_state`, `log_extra` and `log_metric` are among the arguments.
 
     Args:
         function: the function, or where it is: "package.module:name" or "path/file.py:name".
@@ -61,7 +61,7 @@ class RuleReward(Reward):
         pieces = [range(start, min(start + size, len(batch))) for start in range(0, len(batch), size)]
         calls = [self._call(batch, indices) for indices in pieces]
         output = self.failures.output(self.calls.run(calls, batch))
-        output.metrics, output.columns = merged(calls, len(batch))
+        output.given, output.columns = merged(calls, len(batch))
         return output
 
     def _call(self, batch: RewardBatch, indices: range) -> Call:

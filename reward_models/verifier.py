@@ -71,7 +71,7 @@ class VerifierReward(Reward):
         output = self.failures.output([o if isinstance(o, Failed) else values[o] for o in outcomes])
         if self.values[None] is not None:
             output.extras["undecided"] = torch.tensor([float(outcome is None) for outcome in outcomes])
-        output.metrics, _ = merged(calls, len(batch))
+        output.given, _ = merged(calls, len(batch))
         return output
 
     def _call(self, batch: RewardBatch, row: int) -> Call:

@@ -50,7 +50,7 @@ class DPOTrainer(PreferenceTrainer):
         peft_config: trains an adapter.
     """
 
-    _tag_names = ["align", "dpo"]
+    _tag_names = ["align", "trl", "dpo"]
     args: DPOConfig
     config_class = DPOConfig
 

@@ -107,4 +107,5 @@ def check_decoupled(args: GRPOConfig) -> None:
 class GRPOTrainer(OnPolicyTrainer):
     """One policy, groups of `num_generations` completions."""
 
+    _tag_names = ["align", "trl", "grpo"]
     config_class = GRPOConfig

@@ -84,7 +84,7 @@ class KTOTrainer(PreferenceTrainer):
         compute_metrics: called after an evaluation with the rewards [N] and the labels [N].
     """
 
-    _tag_names = ["align", "kto"]
+    _tag_names = ["align", "trl", "kto"]
     args: KTOConfig
     config_class = KTOConfig
     columns = ("label",)

@@ -87,7 +87,7 @@ class RewardTrainer(PairTrainer):
         compute_metrics: further metrics, as `PairTrainer` has it.
     """
 
-    _tag_names = ["align", "reward-model"]
+    _tag_names = ["align", "trl", "reward-trainer"]
     reward_name = "score"
     args: RewardConfig
     config_class = RewardConfig
@@ -242,7 +242,7 @@ def pair_data(tokenizer, args: RewardConfig) -> PairData:
         optional=NUMBERS if args.score_margin is None else (*NUMBERS, *SCORE_COLUMNS),
         further=None if args.score_margin is None else partial(with_score_margins, scale=args.score_margin),
         num_proc=args.dataset_num_proc,
-        whole_sequences=True,
+        scored=True,
     )
 
 

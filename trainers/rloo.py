@@ -65,4 +65,5 @@ class RLOOConfig(OnPolicyConfig):
 class RLOOTrainer(OnPolicyTrainer):
     """One policy, `num_generations` completions per prompt."""
 
+    _tag_names = ["align", "trl", "rloo"]
     config_class = RLOOConfig

@@ -1,5 +1,6 @@
 """Supervised fine-tuning: TRL's SFTTrainer on rows that `align.data` has checked and tokenised."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -77,7 +78,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         compute_metrics, preprocess_logits_for_metrics: as transformers' Trainer has them.
     """
 
-    _tag_names = ["align", "sft"]
+    _tag_names = ["align", "trl", "sft"]
     args: SFTConfig
     _total_train_tokens: int  # TRL's
     config_class = SFTConfig
@@ -100,7 +101,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         if isinstance(args, TrainingArguments) and not isinstance(args, SFTConfig):
             args = with_own_defaults(args)
         args = self.options(args, model, train_dataset)
-        self.formatting_func = formatting_func
+        self.args, self.formatting_func = args, formatting_func
         processing_class = tokenizer_of(args, model, processing_class)
         if not isinstance(model, nn.Module):
             # the frozen weights under an adapter stay as they were saved on a GPU; TRL adds the adapter
@@ -112,8 +113,9 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         set_seed(args.seed)  # TRL draws the adapter, and the embeddings of new tokens are drawn
         set_chat_template(args.chat_template_path, model, processing_class, adapter=peft_config is not None)
         choose_trained(model, args, peft_config)
-        train_rows = tokenized_completions(self._formatted(train_dataset), processing_class, args)
-        eval_rows = of_each(eval_dataset, lambda rows: self._to_evaluate(rows, processing_class, args))
+        self._renders = training_tokenizer(processing_class) if args.assistant_only_loss else processing_class
+        train_rows = tokenized_completions(self._formatted(train_dataset), self._renders, args)
+        eval_rows = of_each(eval_dataset, self._to_evaluate)
         # TRL makes the labels from `completion_mask`, and packs where asked
         args.completion_only_loss = True
         # used above: TRL would use them again, or warn that it ignores them
@@ -147,8 +149,9 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
 
-    def _to_evaluate(self, rows, tokenizer, args: SFTConfig):
-        return tokenized_completions(self._formatted(read_whole(rows) if is_stream(rows) else rows), tokenizer, args)
+    def _to_evaluate(self, rows):
+        whole = read_whole(rows) if is_stream(rows) else rows
+        return tokenized_completions(self._formatted(whole), self._renders, self.args)
 
     def _formatted(self, rows):
         """The rows as `text`, by `formatting_func`; as they are without one."""
@@ -185,7 +188,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """As transformers' `evaluate`; `eval_dataset` is tokenised as the training rows are."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):  # a name among several evaluation sets
-            eval_dataset = of_each(eval_dataset, lambda rows: self._to_evaluate(rows, self.processing_class, self.args))
+            eval_dataset = of_each(eval_dataset, self._to_evaluate)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
@@ -225,6 +228,23 @@ def choose_trained(model: Any, args: SFTConfig, peft_config: Any) -> None:
             key="half_finetuning",
         )
     freeze_half(model, f"{args.seed} {args.half_finetuning}")
+
+
+def training_tokenizer(tokenizer: Any) -> Any:
+    """The tokenizer that renders conversations whose assistant turns alone are trained: with TRL's chat template for
+    training, where it has one for a template that marks no such turns. That renders every turn the same whatever
+    follows it, which templates do not that leave out the thoughts of earlier turns."""
+    if tokenizer.chat_template is None:
+        return tokenizer
+    try:
+        template = trl.get_training_chat_template(tokenizer)
+    except ValueError:  # it knows some families; else the turns are found by rendering
+        return tokenizer
+    if template is None:
+        return tokenizer
+    renders = copy.deepcopy(tokenizer)
+    renders.chat_template = template
+    return renders
 
 
 def with_own_defaults(args: TrainingArguments) -> SFTConfig:

@@ -8,6 +8,7 @@ from typing import Any
 
 from align.data.bad_rows import BadRow
 from align.data.formats import DataFormat
+from align.data.messages import check_calls, tools_of
 
 Text = Any  # a string, or a list of messages where `DataFormat.conversational`: the format decides, not the type
 
@@ -36,14 +37,18 @@ def completion_of(row: dict[str, Any], fmt: DataFormat) -> tuple[Text, Text]:
     return prompt, _completion(row["completion"], "completion", prompt, fmt.conversational)
 
 
-def pair_of(row: dict[str, Any], fmt: DataFormat) -> tuple[Text, Text, Text]:
+def pair_of(row: dict[str, Any], fmt: DataFormat, scored: bool = False) -> tuple[Text, Text, Text]:
     """(prompt, chosen, rejected) of a preference row; an implicit prompt is taken out of the two texts.
 
-    Every token of an answer is trained as the policy's, so an answer in which somebody else speaks is a bad row.
+    Where every token of an answer is trained as the policy's, an answer in which somebody else speaks is a bad row.
+    scored: the answers are scored at their ends instead, so anybody may speak before the assistant's last word.
     """
     prompt, *answers = _pair(row, fmt)
     for name, answer in zip(("chosen", "rejected"), answers, strict=True):
-        _check_speaker(answer, name, fmt)
+        if not scored:
+            _check_speaker(answer, name, fmt)
+        elif fmt.conversational and answer[-1]["role"] != "assistant":
+            raise BadRow(f"{name} does not end with an assistant message")
     return prompt, *answers
 
 
@@ -138,15 +143,19 @@ def text_of(row: dict[str, Any], fmt: DataFormat) -> Text:
     return value
 
 
-def template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
-    """TRL's per-row arguments of the chat template. Tools and images cannot be honoured, so they are refused."""
-    for name in ("tools", "images", "image"):
+def template_kwargs(row: dict[str, Any], tools: bool = False) -> dict[str, Any]:
+    """TRL's per-row arguments of the chat template, the functions of the column `tools` among them if `tools`. What
+    cannot be honoured is refused."""
+    for name in ("images", "image") if tools else ("tools", "images", "image"):
         if row.get(name):
+            if name == "tools":
+                raise BadRow("tools are not supported here: they are for demonstrations and answers, not for rollouts")
             raise BadRow(f"{name} are not supported, only text")
     options = row.get("chat_template_kwargs") or {}
     if not isinstance(options, dict):
         raise BadRow(f"chat_template_kwargs is {type(options).__name__} instead of names and values")
-    return {key: value for key, value in options.items() if value is not None}
+    offered = tools_of(row) if tools else []
+    return {**({"tools": offered} if offered else {}), **{k: v for k, v in options.items() if v is not None}}
 
 
 def typed_tokens(messages: Text, tokens: list[str]) -> list[str]:
@@ -177,7 +186,7 @@ def _completion(value: Any, name: str, prompt: Text, conversational: bool) -> Te
         raise BadRow(f"{name} {REPEATED}")
     if completion[0]["role"] != "assistant":
         raise BadRow(f"{name} does not start with an assistant message")
-    if not any(message["content"].strip() for message in completion if message["role"] == "assistant"):
+    if not any(said(message) for message in completion if message["role"] == "assistant"):
         raise BadRow(f"{name} is empty")
     return completion
 
@@ -201,8 +210,10 @@ def _value(value: Any, name: str, conversational: bool) -> Text:
 def _message(message: Any, name: str) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise BadRow(f"{name} has a malformed message ({type(message).__name__} instead of role and content)")
-    if message.get("tool_calls"):
-        raise BadRow(f"{name} has tool calls, which are not supported")
+    calls = message.get("tool_calls")
+    if calls:
+        check_calls(message, name)
+        message = {**message, "content": message.get("content") or ""}  # a call needs no text beside it
     if isinstance(message.get("content"), list):
         kinds = {str(part.get("type")) for part in message["content"] if isinstance(part, dict)}
         if kinds - {"text"}:
@@ -213,7 +224,12 @@ def _message(message: Any, name: str) -> dict[str, Any]:
         if not isinstance(message[key], str):
             raise BadRow(f"{name} has a malformed message ({key} is {type(message[key]).__name__} instead of text)")
     # Arrow fills keys that only other rows have with None; templates would take these for given.
-    return {key: item for key, item in message.items() if item is not None}
+    return {key: item for key, item in message.items() if item is not None and not (key == "tool_calls" and not item)}
+
+
+def said(message: dict[str, Any]) -> bool:
+    """Whether a message holds anything: text, or a call of a tool."""
+    return bool(message["content"].strip() or message.get("tool_calls"))
 
 
 def _is_written_messages(text: str) -> bool:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from align.data.bad_rows import BadRow
 from align.data.ending import Ending, special_ids, up_to_end
+from align.data.messages import for_template, refuse_unknown_tools
 from align.errors import DataError
 
 if TYPE_CHECKING:
@@ -60,8 +61,11 @@ def render(messages: Messages, tokenizer: "PreTrainedTokenizerBase", options: di
     """The chat template's text; with `answer_next` up to where the assistant's answer starts."""
     from jinja2 import TemplateError
 
+    refuse_unknown_tools(messages, options.get("tools"), tokenizer)
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next, **options)
+        return tokenizer.apply_chat_template(
+            for_template(messages), tokenize=False, add_generation_prompt=answer_next, **options
+        )
     except TemplateError as error:
         raise BadRow(f"the chat template refuses the messages ({error})") from error
 
@@ -131,7 +135,9 @@ def render_conversation(
     messages = messages[: last + 1]
     text = render(messages, tokenizer, options)
     if first == 0 and re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
-        out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True, **options)
+        out = tokenizer.apply_chat_template(
+            for_template(messages), return_dict=True, return_assistant_tokens_mask=True, **options
+        )
         return Conversation(text, [], out["input_ids"], out["assistant_masks"])
     return Conversation(text, _answers(messages, text, tokenizer, options, first))
 

@@ -87,7 +87,7 @@ def _format(dataset: "Dataset", kinds: Sequence[str], use: str, source: str) -> 
     needed = {
         "preference": {"chosen", "rejected"},
         "prompt_completion": {"prompt", "completion"},
-        "language_modeling": {"messages"} if "messages" in columns else {"text"},
+        "language_modeling": next(({n} for n in ("messages", "conversations") if n in columns), {"text"}),
         "prompt_only": {"prompt"},
     }
     scored = "preference" in kinds and not needed["preference"] <= columns and {*SCORED} <= columns

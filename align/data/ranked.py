@@ -65,7 +65,7 @@ def tokenize_ranked(
             return (prompt, [prompt + answer for answer in answers]), {"prompt": prompt}
         for answer in answers:
             note_typed("an answer", checks.typed_tokens(answer, list(controls.values())), note)
-        return render_pair(prompt, answers, tokenizer, checks.template_kwargs(row)), {"prompt": prompt}
+        return render_pair(prompt, answers, tokenizer, checks.template_kwargs(row, tools=True)), {"prompt": prompt}
 
     def finish(encoded: Encoded, note: Note) -> Columns:
         check_prompt(encoded.prompt_ids, None, tokenizer)

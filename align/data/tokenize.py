@@ -27,6 +27,7 @@ from align.data.encode import (
 )
 from align.data.ending import Ending, close, end_ids, ending_of
 from align.data.formats import DataFormat, format_for
+from align.data.messages import refuse_calls, with_roles
 from align.data.passes import Columns, Note, Recipe, started, tokenized
 from align.data.tokenized import check_room, cut_pair
 from align.errors import DataError
@@ -74,6 +75,9 @@ def tokenize_prompts(
     def prepare(row: Columns, note: Note) -> tuple[tuple, Columns]:
         prompt, options = checks.prompt_of(row, fmt), {**(template_options or {}), **checks.template_kwargs(row)}
         if fmt.conversational:
+            refuse_calls(
+                "rollouts offer none of the data's tools (docs/environments.md: those of a run)", prompt=prompt
+            )
             note_typed("prompt", checks.typed_tokens(prompt, list(controls.values())), note)
         text = render(prompt, tokenizer, options, answer_next=True) if fmt.conversational else prompt
         return (text, []), {"prompt": prompt}
@@ -120,10 +124,11 @@ def tokenize_completions(
     name = "messages" if whole and fmt.conversational else "text" if whole else "completion"
 
     def prepare_conversation(row: Columns, note: Note) -> tuple[Any, Columns]:
+        row = with_roles(row)
         prompt, completion = ([], checks.text_of(row, fmt)) if whole else checks.completion_of(row, fmt)
         first, messages = len(prompt), prompt + completion
         note_typed(name, checks.typed_tokens(messages[first:], list(controls.values())), note)
-        options = checks.template_kwargs(row)
+        options = checks.template_kwargs(row, tools=True)
         if not whole and {message["role"] for message in completion} == {"assistant"}:
             return render_pair(prompt, [completion], tokenizer, options), {}
         return render_conversation(messages, tokenizer, options, first), {}
@@ -171,6 +176,7 @@ def tokenize_pairs(
     source: str = "",
     report: BadRows | None = None,
     num_proc: int | None = None,
+    scored: bool = False,
 ) -> "Dataset":
     """Preference pairs: columns `prompt_ids`, `chosen_ids`, `rejected_ids`, `row`, and every other column.
 
@@ -179,6 +185,8 @@ def tokenize_pairs(
     pair whose two completions are the same tokens, or whose `margin` or `chosen_prob` is no finite number or no
     probability. An implicit prompt is taken out of `chosen` and `rejected`. Of `completions` with `scores` the best and
     the worst are the pair (`checks.best_and_worst`), with the further columns `chosen_score` and `rejected_score`.
+
+    scored: for models that read an answer and score it at its end: others may speak in it, such as a tool.
 
     Otherwise as `tokenize_prompts`.
     """
@@ -193,12 +201,12 @@ def tokenize_pairs(
 
     def prepare(row: Columns, note: Note) -> tuple[tuple, Columns]:
         made = checks.best_and_worst(row) if fmt.scored else {}
-        prompt, chosen, rejected = checks.pair_of(row, fmt)
+        prompt, chosen, rejected = checks.pair_of(row, fmt, scored)
         checks.check_pair_numbers(row)
         if fmt.conversational:
             for name, answer in (("chosen", chosen), ("rejected", rejected)):
                 note_typed(name, checks.typed_tokens(answer, list(controls.values())), note)
-            texts = render_pair(prompt, [chosen, rejected], tokenizer, checks.template_kwargs(row))
+            texts = render_pair(prompt, [chosen, rejected], tokenizer, checks.template_kwargs(row, tools=True))
         else:
             texts = prompt, [prompt + chosen, prompt + rejected]
         return texts, {**made, "prompt": prompt, "chosen": chosen, "rejected": rejected}
@@ -219,7 +227,7 @@ def tokenize_pairs(
         columns |= dict.fromkeys(("chosen", "rejected"), sample.features["completions"].feature)
         columns |= dict.fromkeys(("chosen_score", "rejected_score"), Value("float64"))
     recipe = Recipe(prepare, partial(_encode, tokenizer, fmt), finish, columns)
-    limits = {"use": "pairs", "max_length": max_length, "max_prompt_length": max_prompt_length}
+    limits = {"use": "pairs", "max_length": max_length, "max_prompt_length": max_prompt_length, "scored": scored}
     return tokenized(dataset, tokenizer, recipe, limits, report, max_bad_share=max_bad_share, num_proc=num_proc)
 
 

@@ -1,5 +1,6 @@
 """Pairs that the user tokenised: the limits and checks of text, on ids that are taken as they are."""
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from align.data import checks
@@ -33,6 +34,13 @@ def limited_pairs(
     report, sample = started(report, source, dataset, streams=True)
     names = next((pair for pair in WHOLE if {*pair} <= {*sample.column_names}), IDS[1:])
     whole = IDS[0] not in sample.column_names
+    if names == WHOLE[1]:
+        warnings.warn(
+            f"{' and '.join(names)} are TRL's older names of {' and '.join(WHOLE[0])}, which are deprecated and will "
+            "not be supported in v1 of TRL: rename the columns",
+            FutureWarning,
+            stacklevel=2,
+        )
 
     def prepare(row: Columns, note: Note) -> tuple[Columns, Columns]:
         checks.check_pair_numbers(row)

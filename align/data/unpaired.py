@@ -84,7 +84,7 @@ def _recipe_of_text(sample: "Dataset", tokenizer, source: str, max_length: int |
         if not fmt.conversational:
             return (prompt, [prompt + completion]), {"label": label}
         note_typed("completion", checks.typed_tokens(completion, list(controls.values())), note)
-        return render_pair(prompt, [completion], tokenizer, checks.template_kwargs(row)), {"label": label}
+        return render_pair(prompt, [completion], tokenizer, checks.template_kwargs(row, tools=True)), {"label": label}
 
     def finish(encoded: Encoded, note: Note) -> Columns:
         check_prompt(encoded.prompt_ids, None, tokenizer)

@@ -10,6 +10,7 @@ import numpy as np
 from align.data.bad_rows import BadRow, BadRows
 from align.data.checks import Text, check_pair_numbers, pair_of, template_kwargs
 from align.data.formats import DataFormat, format_for
+from align.data.messages import refuse_calls
 from align.data.rows import source_of
 from align.errors import ConfigError
 from align.evaluation.rewardbench import is_rewardbench
@@ -83,6 +84,9 @@ def read_pairs(
     for number, row in zip(rows, dataset.select(rows), strict=True):
         try:
             texts = pair_of(row, fmt)
+            if fmt.conversational:
+                calls = dict(zip(TEXT_COLUMNS, texts, strict=True))
+                refuse_calls("a reward has its own chat template, which gets no tools", **calls)
             check_pair_numbers(row)
             if template_kwargs(row):
                 raise BadRow("chat_template_kwargs would be ignored: a reward has its own chat template")

@@ -130,13 +130,15 @@ def test_messages_that_are_no_messages(chat_tokenizer, tmp_path):
         "messages has a malformed message (str instead of role and content)": [2],
         "messages has a malformed message (content is list instead of text)": [3],
         "messages has no assistant message": [4],
-        "messages has tool calls, which are not supported": [5],
+        "the chat template renders no tool_calls: use the tokenizer of a model that was trained with tools": [5],
     }
 
 
 def test_tools_are_refused_where_a_row_has_them(tokenizer):
     rows = [{"prompt": "hi", "tools": None}, {"prompt": "hi", "tools": ["f"]}]
-    assert reasons(tokenize_prompts, rows, tokenizer) == {1: "tools are not supported, only text"}
+    assert reasons(tokenize_prompts, rows, tokenizer) == {
+        1: "tools are not supported here: they are for demonstrations and answers, not for rollouts"
+    }
 
 
 def test_completions_that_would_train_nothing(tokenizer):

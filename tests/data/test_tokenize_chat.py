@@ -163,7 +163,7 @@ def test_a_text_with_bos_gets_no_second_one(tokenizer):
         ({"messages": [USER]}, "messages has a malformed message"),
         ({"messages": USER + YES, "chat_template_kwargs": "thinking"}, "chat_template_kwargs is str instead of names"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "images are not supported"),
-        ({"messages": USER + YES, "tools": ["search"]}, "tools are not supported"),
+        ({"messages": USER + YES, "tools": ["search"]}, "tools is no list of functions"),
     ],
 )
 def test_rows_that_cannot_be_meant(chat_tokenizer, row, reason):

@@ -1,5 +1,7 @@
 """Pairs that are tokenised already get the limits of text."""
 
+import warnings
+
 import pytest
 from datasets import Dataset
 
@@ -46,7 +48,9 @@ def test_whole_sequences_are_split_where_they_part(tokenizer, names):
     rows = Dataset.from_list(
         [{names[0]: [1, 5, 6, 7, 2], names[1]: [1, 5, 8, 2]}, {names[0]: [1, 3], names[1]: [1, 3, 4]}]
     )
-    found = numbered_pairs(rows, tokenizer, max_length=4, max_bad_share=0, whole_sequences=True)
+    with warnings.catch_warnings(record=True) as told:
+        found = numbered_pairs(rows, tokenizer, max_length=4, max_bad_share=0, scored=True)
+    assert [w.category for w in told] == ([FutureWarning] if "chosen_input_ids" in names else [])
     assert found.select_columns(IDS).to_list() == [
         {"prompt_ids": [1, 5], "chosen_ids": [6, 7], "rejected_ids": [8, 2]},
         {"prompt_ids": [1], "chosen_ids": [3], "rejected_ids": [3, 4]},

@@ -170,15 +170,14 @@ def test_trl_arguments():
     class State:
         global_step = 3
 
-    def scheduled(completions, trainer_state, log_metric, log_extra, **columns):
-        assert not columns.keys() & {"trainer_state", "log_metric", "log_extra"}
-        log_metric("step", trainer_state.global_step)
-        log_extra("first", [c[0] for c in completions])
+    def scheduled(completions, trainer_state, **others):  # as TRL's examples take them
+        others["log_metric"]("step", trainer_state.global_step)
+        others["log_extra"]("first", [c[0] for c in completions])
         return [float(trainer_state.global_step)] * len(completions)
 
     batch = RewardBatch(["p"] * 4, BATCH.completions, trainer_state=State())
     output = RuleReward(scheduled, batch_size=3).score(batch)
-    assert output.metrics == {"step": [3.0, 3.0]} and output.columns == {"first": ["a", "b", "c", "d"]}
+    assert output.given == {"step": [3.0, 3.0]} and output.columns == {"first": ["a", "b", "c", "d"]}
     with pytest.raises(RewardError, match="needs trainer_state"):
         RuleReward(scheduled).score(BATCH)
     with pytest.raises(RewardError, match="log_extra\\('x', ...\\): 1 values for 4 completions"):

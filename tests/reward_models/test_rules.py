@@ -16,7 +16,7 @@ def length(completions):
 
 
 def everything(prompts, completions, completion_ids, answer, factor=2.0, **kwargs):
-    assert kwargs == {"prompt_ids": [[1], [2]]}
+    assert kwargs.keys() == {"prompt_ids", "log_metric", "log_extra"} and kwargs["prompt_ids"] == [[1], [2]]
     return [factor * len(ids) + (c == a) for ids, c, a in zip(completion_ids, completions, answer, strict=True)]
 
 

@@ -3,7 +3,7 @@
 import functools
 import json
 import platform
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,13 +99,22 @@ def versions() -> str:
     return ", ".join([*found, f"python {platform.python_version()}"])
 
 
-def write_card(folder: str | Path, previous: str | None, facts: dict[str, object], *, base: str, adapter: bool) -> None:
-    """README.md of a saved model. previous: the text that lay there before; a text of the user's own stays."""
+def write_card(
+    folder: str | Path,
+    previous: str | None,
+    facts: dict[str, object],
+    *,
+    base: str,
+    adapter: bool,
+    tags: Sequence[str] = ("align",),
+) -> None:
+    """README.md of a saved model. tags: for the hub. previous: the text that lay there before; a text of the user's own
+    stays."""
     path = Path(folder) / "README.md"
     if previous is not None and MADE_BY not in previous and "library_name: peft" not in previous:
         path.write_text(previous, encoding="utf-8")
         return
-    head = ["---", f"library_name: {'peft' if adapter else 'transformers'}", "tags: [align]"]
+    head = ["---", f"library_name: {'peft' if adapter else 'transformers'}", f"tags: [{', '.join(tags)}]"]
     if base and not Path(base).exists():  # the hub takes names of its own models only
         head.append(f"base_model: {base}")
     rows = {"base model": base or "none: trained from a model that was not loaded from anywhere", **facts}

@@ -59,6 +59,9 @@ class TrainerMixin(TrainerHooks):
     built on one of TRL's keeps TRL's code."""
 
     args: RunOptions
+    _tag_names: ClassVar[list[str]] = [
+        "align"
+    ]  # TRL's name; those of its methods are TRL's, by which the hub finds them
     config_class: ClassVar[Any]  # the method's configuration, a RunOptions
 
     @classmethod
@@ -99,6 +102,8 @@ class TrainerMixin(TrainerHooks):
         self.add_callback(self._signals)
         if self.is_world_process_zero() and not self.is_deepspeed_enabled:
             saving.check_base(self.model, self.args.output_dir)
+        if isinstance(self.model, PreTrainedModel | PeftModel):
+            self.model.add_model_tags(self._tag_names)  # for the hub
         self._start_digest = None if self.is_deepspeed_enabled else identity.weights_digest(self.model)
         if self.args.data_seed is None:
             # Otherwise accelerate shuffles by torch's current seed, which other code may set, and a resumed run might
@@ -169,7 +174,7 @@ class TrainerMixin(TrainerHooks):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         step, output_dir = self.state.global_step, self.args.output_dir
         if not any(key.startswith("eval_") for key in logs):
-            logs.update(self.summary(self.recorder.take()))
+            logs.update(self.summary(self.recorder.take(logs)))
             if self.args.fp16 and not math.isfinite(logs.get("grad_norm", 0.0)):
                 del logs["grad_norm"]  # the loss scaler skipped this step and lowers its scale, as it should
         guards.check_metrics(logs, step, output_dir)
@@ -251,7 +256,8 @@ class TrainerMixin(TrainerHooks):
             return
         saving.finish_folder(folder, model)
         base = adapter_start(folder) if saving.is_peft(model) else model.config._name_or_path
-        card.write_card(folder, previous, card.facts_of(self), base=base, adapter=saving.is_peft(model))
+        tags = model.model_tags or []
+        card.write_card(folder, previous, card.facts_of(self), base=base, adapter=saving.is_peft(model), tags=tags)
         if self._verify:
             saving.verify_saved(folder, model, model.state_dict() if trained is None else trained)
 

@@ -89,7 +89,6 @@ class OnPolicyTrainer(OnPolicyBase):
             with (docs/environments.md).
     """
 
-    _tag_names = ["align"]
     planner_class = BatchPlanner
     args: OnPolicyConfig
 

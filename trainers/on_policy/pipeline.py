@@ -89,11 +89,12 @@ class RolloutPipeline:
             )
         every = rollout.samples + [sample for group in rollout.extra for sample in group]
         with self.recorder.phase("score"):
-            logged = self.rewards.fill(every)
+            logged, given = self.rewards.fill(every)
         self.truncation.apply(every)
-        for name, values in logged.items():
-            for value in values:
-                self.recorder.record(name, value)
+        for record, metrics in ((self.recorder.record, logged), (self.recorder.record_given, given)):
+            for name, values in metrics.items():
+                for value in values:
+                    record(name, value)
         each = len(rollout.samples) // len(rollout.extra)
         for i, sample in enumerate(rollout.samples):  # a prompt whose baseline has no score, or was cut
             sample.masked |= not sample.left_out and any(other.masked for other in rollout.extra[i // each])

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from align.errors import ConfigError
-from align.reward_models.base import Reward, RewardBatch
+from align.reward_models.base import Reward, RewardBatch, joined
 from align.reward_models.judges import JudgeReward
 from align.trainers.on_policy.environments import FAILURE_COLUMN, REWARD_COLUMN
 from align.trainers.on_policy.samples import Sample
@@ -39,11 +39,12 @@ class RewardColumns:
     def name(self) -> str:
         return "+".join(self.names)
 
-    def fill(self, samples: list[Sample]) -> dict[str, list[float]]:
+    def fill(self, samples: list[Sample]) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
         """Score every sample once with every reward; fills rewards, extras, shown, score and left_out. Returns what the
-        rewards log by name."""
+        rewards log by name, and what the user's functions do under names of their own."""
         metrics: dict[str, list[float]] = {}
-        for name, output in self.scores(samples).items():
+        outputs = self.scores(samples)
+        for name, output in outputs.items():
             for sample, score, missing in zip(samples, output.scores.tolist(), output.missing.tolist(), strict=True):
                 if not missing:
                     sample.rewards[name] = score
@@ -68,7 +69,7 @@ class RewardColumns:
                     {"completion": sample.completion, **{k: v for k, v in sample.prompt.items() if k != "prompt_ids"}},
                 )
             sample.left_out |= not sample.rewards
-        return metrics
+        return metrics, joined(output.given for output in outputs.values())
 
     def scores(self, samples: list[Sample]) -> dict:
         prompts: dict[int, int] = {}  # the samples of a prompt hold one and the same mapping

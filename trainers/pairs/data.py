@@ -26,7 +26,8 @@ class PairData:
     tokenizer, max_length, max_bad_share, num_proc: as `tokenize_pairs` takes them.
     columns: of the dataset, needed beside the tokens. optional: kept where they are there.
     further: tokenised pairs, train or eval -> the same with what the method computes for each of them.
-    whole_sequences: tokenised pairs may be whole sequences, without a prompt of their own.
+    scored: the answers are read whole and scored, as `tokenize_pairs` has it, and tokenised pairs may be whole
+    sequences, without a prompt of their own.
     read: rows and the options of `tokenize_pairs` -> tokenised pairs, for a method whose rows are other ones; no
     streams.
     """
@@ -38,7 +39,7 @@ class PairData:
     optional: tuple[str, ...] = ()
     further: Callable[[Any, str], Any] | None = None
     num_proc: int | None = None
-    whole_sequences: bool = False
+    scored: bool = False
     read: Callable[..., Any] | None = None
 
     def prepare(self, dataset, name: str):
@@ -54,7 +55,7 @@ class PairData:
         if self.read is not None:
             dataset = self.read(dataset, self.tokenizer, **options)
         else:
-            options |= {"whole_sequences": self.whole_sequences, "streams": name == "train"}
+            options |= {"scored": self.scored, "streams": name == "train"}
             dataset = numbered_pairs(dataset, self.tokenizer, **options)
         if is_stream(dataset):
             return dataset
@@ -122,17 +123,18 @@ def numbered_pairs(
     max_length: int | None,
     max_bad_share: float,
     num_proc: int | None = None,
-    whole_sequences: bool = False,
+    scored: bool = False,
     streams: bool = False,
 ):
     """The output of `tokenize_pairs`. A dataset that is tokenised already has its completions cut at `max_length`, no
-    empty ones and usable numbers; its rows are numbered where they have no column `row`. whole_sequences: tokenised
-    pairs may lack the column `prompt_ids`."""
+    empty ones and usable numbers; its rows are numbered where they have no column `row`. scored: as
+    `PairData` has it; tokenised pairs may then lack the column `prompt_ids`."""
     columns = columns_of(dataset, streams=streams)
     options: dict[str, Any] = {"max_length": max_length, "max_bad_share": max_bad_share, "num_proc": num_proc}
     if not set(IDS) <= columns:
-        whole = whole_sequences and any({*pair} <= columns for pair in WHOLE) and not {"chosen", "rejected"} <= columns
-        return (limited_pairs if whole else tokenize_pairs)(dataset, tokenizer, **options)
+        if scored and any({*pair} <= columns for pair in WHOLE) and not {"chosen", "rejected"} <= columns:
+            return limited_pairs(dataset, tokenizer, **options)
+        return tokenize_pairs(dataset, tokenizer, **options, scored=scored)
     if is_stream(dataset):
         return limited_pairs(dataset, tokenizer, **options)
     lengths = {column: flat_column(dataset, column)[0] for column in IDS}

@@ -57,6 +57,8 @@ def test_an_adapter_and_its_export(tmp_path):
     trainer.save_model()
     card = rows_of(tmp_path / "run")
     assert card["method"] == "DPO, loss ipo (Rafailov et al. 2023, arXiv 2305.18290)" and "rewards" not in card
+    assert "tags: [align, trl, dpo]" in (tmp_path / "run" / "README.md").read_text().splitlines()
+    assert trainer.model.model_tags == ["align", "trl", "dpo"]  # with which push_to_hub tags it
     assert main(["export", str(tmp_path / "run"), "--to", str(tmp_path / "out")]) == 0
     exported = (tmp_path / "out" / "README.md").read_text()
     assert "library_name: transformers" in exported and "library_name: peft" not in exported

@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from align.errors import RewardError
 from align.trainers.core.recorder import Recorder
 
 
@@ -32,3 +33,18 @@ def test_a_phase_that_fails_is_counted():
     with pytest.raises(ZeroDivisionError), recorder.phase("outer"):
         1 / 0  # noqa: B018
     assert set(recorder.take()) == {"time/outer"}
+
+
+def test_a_metric_of_the_users_has_its_own_name_and_no_other():
+    recorder = Recorder()
+    recorder.record_given("accuracy", 1.0)
+    recorder.record_given("accuracy", 0.0)
+    recorder.record("kl", 2.0)
+    assert recorder.take({"loss": 0.1}) == {"kl": 2.0, "accuracy": 0.5}
+    assert recorder.take() == {}
+    for name in ("kl", "loss", "epoch"):
+        recorder = Recorder()
+        recorder.record("kl", 2.0)
+        recorder.record_given(name, 1.0)
+        with pytest.raises(RewardError, match=f"log_metric\\('{name}', ...\\)"):
+            recorder.take({"loss": 0.1})

@@ -38,7 +38,7 @@ def test_what_is_left_out_does_not_matter(method, policy, tmp_path):
         seen = []
 
         def flaky(completions, log_metric, trainer_state):
-            log_metric("step", trainer_state.global_step)
+            log_metric("seen_at", trainer_state.global_step)
             seen.extend(completions)
             scores = wanted_words(completions)
             return [float("nan") if len(c.split()) == 6 and i % 3 == 0 else s
@@ -53,7 +53,7 @@ def test_what_is_left_out_does_not_matter(method, policy, tmp_path):
         ]
         trainer = trainer_class(policy, rewards, args, prompts(16))
         trainer.train()
-        assert logged(trainer, "rewards/flaky/step")[0] == 0.0
+        assert logged(trainer, "seen_at")[0] == 0.0
         assert 0 < logged(trainer, "rewards/flaky/failed")[0] < 1 and len(seen) > 0
         return parameters(trainer.model), [logged(trainer, key) for key in ("loss", "kl", "entropy", "grad_norm")]
 

@@ -1,0 +1,125 @@
+"""Messages as other collections and chat templates have them: `from` and `value`, calls of tools, `tools`."""
+
+import json
+from typing import Any
+
+from align.data.bad_rows import BadRow
+
+SPEAKERS = {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+    "observation": "tool", "function_response": "tool",
+}  # fmt: skip
+"""What ShareGPT and its kin call the roles."""
+HOLDERS = ("prompt", "completion", "chosen", "rejected", "messages", "conversations")
+
+
+def with_roles(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose messages with `from` and `value` have `role` and `content` instead, the roles by their usual names;
+    the column `conversations` is `messages`. (TRL's SFT does so too, and keeps the names of the roles.)"""
+    renamed = {name: _with_roles(value) if name in HOLDERS else value for name, value in row.items()}
+    if "conversations" in renamed and "messages" not in renamed:
+        renamed["messages"] = renamed["conversations"]
+    return renamed
+
+
+def _with_roles(messages: Any) -> Any:
+    if not isinstance(messages, list):
+        return messages
+    return [
+        {
+            **{key: item for key, item in message.items() if key not in ("from", "value")},
+            "role": SPEAKERS.get(message["from"], message["from"]),
+            "content": message.get("value"),
+        }
+        if isinstance(message, dict) and message.get("from") is not None and message.get("role") is None
+        else message
+        for message in messages
+    ]
+
+
+# ---- tools -----------------------------------------------------------------------------------------------------------
+
+
+def tools_of(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The functions of the column `tools` (their JSON schemas, or the list's JSON text), as chat templates take them;
+    [] without any. BadRow for anything else."""
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        tools = _parsed(tools, "tools")
+    if not tools:
+        return []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) and _named(tool) for tool in tools):
+        raise BadRow("tools is no list of functions, each a JSON schema with a name")
+    return without_none(tools)
+
+
+def check_calls(message: dict[str, Any], name: str) -> None:
+    """BadRow for `tool_calls` that no template could render. name: of the column."""
+    calls = message["tool_calls"]
+    if message.get("role") != "assistant":
+        raise BadRow(f"{name} has tool calls in a message that is not the assistant's")
+    if not isinstance(calls, list) or not all(isinstance(call, dict) and _named(call) for call in calls):
+        raise BadRow(f"{name} has tool calls without the name of a function")
+
+
+def refuse_calls(reason: str, **texts: Any) -> None:
+    """BadRow where messages call tools, in a place where nothing would render or offer these."""
+    for name, messages in texts.items():
+        if any(message.get("tool_calls") for message in messages):
+            raise BadRow(f"{name} has tool calls, and {reason}")
+
+
+def refuse_unknown_tools(messages: list[dict[str, Any]], tools: Any, tokenizer: Any) -> None:
+    """BadRow for tools and calls that the chat template would leave out without a word."""
+    given = {"tools": bool(tools), "tool_calls": any("tool_calls" in message for message in messages)}
+    if not any(given.values()):
+        return
+    template = tokenizer.get_chat_template(tools=tools)
+    for name, there in given.items():
+        if there and name not in template:
+            raise BadRow(
+                f"the chat template renders no {name}: use the tokenizer of a model that was trained with tools"
+            )
+
+
+def for_template(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as templates take them: calls without the None that Arrow fills in for keys of other rows, and with
+    their arguments as a mapping (of JSON text, which a template would quote once more)."""
+    if not any("tool_calls" in message for message in messages):
+        return messages
+    return [
+        {**message, "tool_calls": [_call(call) for call in message["tool_calls"]]}
+        if "tool_calls" in message
+        else message
+        for message in messages
+    ]
+
+
+def without_none(value: Any) -> Any:
+    """A copy of nested lists and mappings without what is None."""
+    if isinstance(value, dict):
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    return [without_none(item) for item in value] if isinstance(value, list) else value
+
+
+def _call(call: dict[str, Any]) -> dict[str, Any]:
+    call = without_none(call)
+    function = call.get("function", call)
+    if isinstance(function.get("arguments"), str):
+        arguments = _parsed(function["arguments"], "the arguments of a tool call")
+        if not isinstance(arguments, dict):
+            raise BadRow("the arguments of a tool call are no JSON object")
+        function = {**function, "arguments": arguments}
+    return {**call, "function": function} if "function" in call else function
+
+
+def _named(entry: dict[str, Any]) -> bool:
+    function = entry.get("function") or entry
+    return isinstance(function, dict) and isinstance(function.get("name"), str) and bool(function["name"])
+
+
+def _parsed(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise BadRow(f"{what}: no valid JSON") from error

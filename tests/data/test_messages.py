@@ -1,0 +1,106 @@
+"""Tools, their calls, and messages with `from` and `value`, in the templates that TRL ships."""
+
+import json
+from pathlib import Path
+
+import pytest
+import trl
+from datasets import Dataset
+
+from align.data import tokenize_completions, tokenize_pairs, tokenize_prompts
+from align.errors import DataError
+from align.trainers.sft import training_tokenizer
+
+TOOLS = [
+    {"type": "function", "function": {"name": name, "description": name, "parameters": {
+        "type": "object", "properties": {key: {"type": "string", "description": key}}, "required": [key]}}}
+    for name, key in (("weather", "city"), ("clock", "zone"))
+]  # fmt: skip
+ASKED = {"role": "user", "content": "What is the weather in Rome?"}
+ANSWER = {"role": "assistant", "content": "Sunny in Rome."}
+CALL = {"role": "assistant", "content": "", "tool_calls": [
+    {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}]}  # fmt: skip
+RESULT = {"role": "tool", "name": "weather", "content": "sun, 25 degrees"}
+TALK = [ASKED, CALL, RESULT, ANSWER]
+
+
+def template(family):
+    return (Path(trl.__file__).parent / "chat_templates" / f"{family}.jinja").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def tool_tokenizer(make_tokenizer):
+    return make_tokenizer(eos="<|im_end|>", template=template("qwen2_5"))
+
+
+def test_calls_are_trained_and_what_tools_say_is_not(tool_tokenizer):
+    # of one type of row each, as Arrow stores them: with None for the keys of the other tool, or as JSON text
+    written = [{**m, "tool_calls": [{"function": {"name": "weather", "arguments": '{"city": "Rome"}'}}]}
+               if "tool_calls" in m else m for m in TALK]  # fmt: skip
+    for tools, talk in ((TOOLS, TALK), (json.dumps(TOOLS), written)):
+        (row,) = tokenize_completions(
+            Dataset.from_list([{"messages": talk, "tools": tools}]), tool_tokenizer, max_length=None
+        )
+        whole = tool_tokenizer.apply_chat_template(TALK, tools=TOOLS, tokenize=False).rstrip()
+        assert tool_tokenizer.decode(row["input_ids"]) == whole
+        trained = [t for t, m in zip(row["input_ids"], row["completion_mask"], strict=True) if m]
+        call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call><|im_end|>'
+        assert tool_tokenizer.decode(trained) == f"{call}Sunny in Rome.<|im_end|>"
+
+
+def test_a_reward_model_reads_answers_with_tools(tool_tokenizer):
+    row = {"prompt": [ASKED], "chosen": [CALL, RESULT, ANSWER], "rejected": [ANSWER], "tools": TOOLS}
+    (found,) = tokenize_pairs(Dataset.from_list([row]), tool_tokenizer, max_length=None, scored=True)
+    for name in ("chosen", "rejected"):
+        whole = tool_tokenizer.apply_chat_template([ASKED, *row[name]], tools=TOOLS, tokenize=False).rstrip()
+        assert tool_tokenizer.decode(found["prompt_ids"] + found[f"{name}_ids"]) == whole
+    row["rejected"] = [ANSWER, ASKED]
+    with pytest.raises(DataError, match="rejected does not end with an assistant message"):
+        tokenize_pairs(Dataset.from_list([row]), tool_tokenizer, max_length=None, scored=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"tools": "{'a'"}, "tools: no valid JSON"),
+        ({"tools": [{"type": "function"}]}, "tools is no list of functions"),
+        ({"completion": [{**CALL, "role": "user"}, ANSWER]}, "a message that is not the assistant's"),
+        ({"completion": [{**CALL, "tool_calls": [{"id": "1"}]}]}, "tool calls without the name of a function"),
+        ({"completion": [{**CALL, "tool_calls": [{"name": "f", "arguments": "[1]"}]}]}, "are no JSON object"),
+    ],
+)
+def test_what_is_no_tool(tool_tokenizer, change, reason):
+    rows = Dataset.from_list([{"prompt": [ASKED], "completion": [CALL], "tools": TOOLS} | change])
+    with pytest.raises(DataError, match=reason):
+        tokenize_completions(rows, tool_tokenizer, max_length=None)
+
+
+def test_tools_that_a_template_would_leave_out(chat_tokenizer):
+    rows = Dataset.from_list([{"messages": [ASKED, ANSWER], "tools": TOOLS}])
+    with pytest.raises(DataError, match="the chat template renders no tools"):
+        tokenize_completions(rows, chat_tokenizer, max_length=None)
+    with pytest.raises(DataError, match="prompt has tool calls, and rollouts offer none"):
+        tokenize_prompts(Dataset.from_list([{"prompt": TALK[:3]}]), chat_tokenizer, max_prompt_length=None)
+
+
+def test_from_and_value(chat_tokenizer):
+    talk = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]
+    usual = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    (one,), (other,) = (
+        tokenize_completions(Dataset.from_list([row]), chat_tokenizer, max_length=None)
+        for row in ({"conversations": talk}, {"messages": usual})
+    )
+    assert one["input_ids"] == other["input_ids"] and one["completion_mask"] == other["completion_mask"]
+
+
+def test_turns_that_a_template_renders_otherwise_once_others_follow(make_tokenizer):
+    tokenizer = make_tokenizer(
+        eos="<|im_end|>", template=template("qwen3")
+    )  # which drops the thoughts of earlier turns
+    rows = Dataset.from_list([{"prompt": [ASKED], "completion": [ANSWER, ASKED, ANSWER]}])
+    with pytest.raises(DataError, match="does not render the prompt as the beginning"):
+        tokenize_completions(rows, tokenizer, max_length=None)
+    (row,) = tokenize_completions(rows, training_tokenizer(tokenizer), max_length=None)
+    trained = [t for t, m in zip(row["input_ids"], row["completion_mask"], strict=True) if m]
+    assert tokenizer.decode(trained) == "<think>\n\n</think>\n\nSunny in Rome.<|im_end|>" * 2
+    assert tokenizer.chat_template == template("qwen3")  # which is saved with the model
