@@ -124,8 +124,7 @@ def tokenize_completions(
     name = "messages" if whole and fmt.conversational else "text" if whole else "completion"
 
     def prepare_conversation(row: Columns, note: Note) -> tuple[Any, Columns]:
-        row = with_roles(row)
-        prompt, completion = ([], checks.text_of(row, fmt)) if whole else checks.completion_of(row, fmt)
+        prompt, completion = _talk_of(with_roles(row), fmt)
         first, messages = len(prompt), prompt + completion
         note_typed(name, checks.typed_tokens(messages[first:], list(controls.values())), note)
         options = checks.template_kwargs(row, tools=True)
@@ -156,6 +155,11 @@ def tokenize_completions(
     )
     limits = {"use": "completions", "max_length": max_length}
     return tokenized(dataset, tokenizer, recipe, limits, report, max_bad_share=max_bad_share, num_proc=num_proc)
+
+
+def _talk_of(row: Columns, fmt: DataFormat) -> tuple[Any, Any]:
+    """The messages before those that are trained, and these; of a whole conversation all are the latter."""
+    return ([], checks.text_of(row, fmt)) if fmt.kind == "language_modeling" else checks.completion_of(row, fmt)
 
 
 def _prepare_text(fmt: DataFormat, row: Columns, note: Note) -> tuple[tuple, Columns]:
@@ -190,8 +194,6 @@ def tokenize_pairs(
 
     Otherwise as `tokenize_prompts`.
     """
-    from datasets import Value
-
     report, sample = started(report, source, dataset, streams=True)
     fmt = format_for(sample, "pairs", report.source)
     if not fmt.conversational:
@@ -221,14 +223,20 @@ def tokenize_pairs(
                 note_typed(name, tokens_inside(whole[:-1], controls), note)
         return cut_pair(ids, max_length, note)
 
+    recipe = Recipe(prepare, partial(_encode, tokenizer, fmt), finish, _pair_columns(sample, fmt))
+    limits = {"use": "pairs", "max_length": max_length, "max_prompt_length": max_prompt_length, "scored": scored}
+    return tokenized(dataset, tokenizer, recipe, limits, report, max_bad_share=max_bad_share, num_proc=num_proc)
+
+
+def _pair_columns(sample: "Dataset", fmt: DataFormat) -> dict[str, Any]:
+    from datasets import Value
+
     ids = dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), "int32")
     columns = {"prompt": sample.features["chosen" if fmt.implicit_prompt else "prompt"], **ids}
     if fmt.scored:
         columns |= dict.fromkeys(("chosen", "rejected"), sample.features["completions"].feature)
         columns |= dict.fromkeys(("chosen_score", "rejected_score"), Value("float64"))
-    recipe = Recipe(prepare, partial(_encode, tokenizer, fmt), finish, columns)
-    limits = {"use": "pairs", "max_length": max_length, "max_prompt_length": max_prompt_length, "scored": scored}
-    return tokenized(dataset, tokenizer, recipe, limits, report, max_bad_share=max_bad_share, num_proc=num_proc)
+    return columns
 
 
 def _encode(tokenizer, fmt: DataFormat, rows: list) -> list:
