@@ -7,6 +7,8 @@ JOBS ?= 2
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Python compiles what it imports; compiling all that is installed takes minutes.
+export PIP_NO_COMPILE := 1
 
 .PHONY: quickstart test test-lowest test-highest lint docs audit clean
 

@@ -239,7 +239,7 @@ def _check_keys(entries: dict[str, Entry], valid: list[str], method: Method) -> 
             hint = f"nearest valid: {dashes}{nearest[0]}" if nearest else f"see `align {method.name} --help`"
             if key in MOVED and MOVED[key].partition(".")[0] in valid:
                 hint = f"it is {dashes}{MOVED[key]} now"
-            problems.append(f"{entry.where}: unknown key {dashes}{key}; {hint}")
+            problems.append(one_line(f"{entry.where}: unknown key {dashes}{key}; {hint}"))
     if problems:
         raise ConfigError("; ".join(problems))
 

@@ -35,7 +35,7 @@ FULL, QLORA = (), ("--use_peft", "--lora_target_modules", "all-linear", "--load_
 @pytest.mark.parametrize("kind", [FULL, QLORA], ids=["full", "qlora"])
 def test_the_estimate_is_near_the_peak(kind, real_model, tmp_path, capsys):
     rows = tmp_path / "pairs.jsonl"
-    rows.write_text("".join(FILE.read_text().splitlines(keepends=True)[:2]))
+    rows.write_text("".join(FILE.read_text().splitlines(keepends=True)[:1]))
     files = [
         "--model_name_or_path",
         str(real_model),
@@ -44,7 +44,7 @@ def test_the_estimate_is_near_the_peak(kind, real_model, tmp_path, capsys):
         "--output_dir",
         str(tmp_path / "run"),
     ]
-    options = "--max_steps 1 --per_device_train_batch_size 2 --max_length 512 --save_strategy no --verify_saved false"
+    options = "--max_steps 1 --per_device_train_batch_size 1 --max_length 512 --save_strategy no --verify_saved false"
     command = ["dpo", *files, *options.split(), "--report_to", "none", "--use_cpu", *kind]
     assert main([*command, "--dry-run"]) == 0
     found = re.search(r"total +([\d.]+) (GiB|MiB)", capsys.readouterr().out)

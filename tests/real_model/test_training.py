@@ -81,7 +81,7 @@ def test_remax(real_model, short_pairs, tmp_path, precision, real_tokenizer):
         return [-float(len(messages[0]["content"])) for messages in completions]
 
     args = ReMaxConfig(
-        str(tmp_path), max_prompt_length=256, max_completion_length=8, rollout="transformers", beta=0.05,
+        str(tmp_path), max_prompt_length=64, max_completion_length=8, rollout="transformers", beta=0.05,
         learning_rate=1e-6, **QUIET, **precision,
     )  # fmt: skip
     trainer = ReMaxTrainer(real_model, shorter_is_better, args, short_pairs)
