@@ -16,6 +16,7 @@ from align.trainers.on_policy.loss_options import check_loss_options, take_delta
 from align.trainers.on_policy.loss_types import LOSS_TYPES, resolve_loss_type
 from align.trainers.on_policy.sampling_options import SamplingOptions
 from align.trainers.on_policy.stopping import check_stop, prepare_stop
+from align.trainers.on_policy.trl_names import take_rollouts
 from align.trainers.weighting.dynamic import check_dynamic_weights
 from align.trainers.weighting.options import check_constraints
 from align.trainers.weighting.search import check_search
@@ -240,8 +241,7 @@ class OnPolicyConfig(BatchingOptions, SamplingOptions, BaseConfig):
             if getattr(self, name) not in valid:
                 more = "; the gradient of k1 is zero on average" if getattr(self, name) == "k1" else ""
                 raise ConfigError(f"{name} must be one of {', '.join(valid)}, got {getattr(self, name)!r}{more}")
-        if self.num_generations_eval is not None:
-            self.eval_num_generations = self.num_generations_eval
+        take_rollouts(self)
         take_delta(self)
         self.resolve_loss_type()
         if self.kl_target is not None and not self.beta > 0:

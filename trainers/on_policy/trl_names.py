@@ -33,10 +33,25 @@ class TrlOnPolicyOptions(MovingReferenceOptions, ShownCompletionsOptions, LossOp
         default=None, metadata={"help": "Variables of the chat template for all prompts; a row's own come first."}
     )
     num_generations_eval: int | None = field(default=None, metadata={"help": "TRL's name of eval_num_generations."})
-    shuffle_dataset: bool = of_trl(True, "train_sampling_strategy: sequential")
+    shuffle_dataset: bool = field(
+        default=True,
+        metadata={"help": "TRL's: false is train_sampling_strategy: sequential, the prompts as they come."},
+    )
+    steps_per_generation: int | None = field(
+        default=None,
+        metadata={
+            "help": "TRL's: batches of per_device_train_batch_size prompts in a rollout of one process, "
+            "gradient_accumulation_steps x num_mini_batches. Sets num_mini_batches."
+        },
+    )
+    generation_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "TRL's: completions in a rollout of all processes, num_generations for each prompt. Sets "
+            "num_mini_batches."
+        },
+    )
     pad_to_multiple_of: int | None = of_trl(None, "leave it out; batching: shared_prefix pads nothing")
-    generation_batch_size: int | None = of_trl(None, "num_mini_batches, optimiser steps per pass over a rollout")
-    steps_per_generation: int | None = of_trl(None, "num_mini_batches, optimiser steps per pass over a rollout")
     use_vllm: bool = of_trl(False, VLLM)
     vllm_mode: str = of_trl("colocate", VLLM)
     vllm_gpu_memory_utilization: float | None = of_trl(None, "rollout: {backend: vllm, gpu_memory_utilization: ...}")
@@ -46,6 +61,61 @@ class TrlOnPolicyOptions(MovingReferenceOptions, ShownCompletionsOptions, LossOp
     # ---- what does not exist here
     reward_clip_range: Any = of_trl(None, "clip inside the reward function; ReMax has reward_clip")
     multi_objective_aggregation: str = of_trl("sum_then_normalize", "method grpo, dynamic_weights or constraints")
+
+
+def take_rollouts(args: Any) -> None:
+    """TRL's names for the completions of an evaluation, and for order and size of a rollout."""
+    if args.num_generations_eval is not None:
+        args.eval_num_generations = args.num_generations_eval
+    _take_size(args)
+    _take_order(args)
+
+
+def _take_size(args: Any) -> None:
+    """`steps_per_generation` or `generation_batch_size` as `num_mini_batches`. ConfigError for a rollout that is not
+    made of whole optimiser steps, which TRL allows: it takes the rest of a rollout into the next step."""
+    steps, size, accumulated = args.steps_per_generation, args.generation_batch_size, args.gradient_accumulation_steps
+    if steps is None and size is None:
+        return
+    if steps is not None and size is not None:
+        raise ConfigError("steps_per_generation and generation_batch_size say the same: leave one of them out")
+    if steps is not None:
+        name, given, step = "steps_per_generation", steps, accumulated
+        what = f"batches, and an optimiser step has gradient_accumulation_steps = {step}"
+    else:
+        step = args.train_batch_size * args.num_generations * accumulated * args.world_size
+        name, given = "generation_batch_size", size
+        what = (
+            f"completions, and an optimiser step has {step}: per_device_train_batch_size = {args.train_batch_size} "
+            f"prompts (TRL counts completions there) x num_generations = {args.num_generations} x "
+            f"gradient_accumulation_steps = {accumulated} x {args.world_size} processes"
+        )
+    if given % step:
+        raise ConfigError(
+            f"{name}: {given} {what}. A rollout is made of whole steps: write a multiple of {step}, or "
+            "num_mini_batches (docs/on_policy.md)",
+            key=name,
+        )
+    if args.num_mini_batches not in (1, given // step):
+        raise ConfigError(
+            f"{name}: {given} means num_mini_batches = {given // step}, and {args.num_mini_batches} is given: leave "
+            "one of them out",
+            key=name,
+        )
+    args.num_mini_batches = given // step
+
+
+def _take_order(args: Any) -> None:
+    """`shuffle_dataset: false` as `train_sampling_strategy`."""
+    if args.shuffle_dataset:
+        return
+    if args.train_sampling_strategy not in ("random", "sequential"):
+        raise ConfigError(
+            f"shuffle_dataset: false keeps the order, and train_sampling_strategy is {args.train_sampling_strategy}: "
+            "leave one of them out",
+            key="shuffle_dataset",
+        )
+    args.train_sampling_strategy = "sequential"
 
 
 def take_generation_kwargs(args: Any) -> None:

@@ -28,10 +28,8 @@ from tests.trainers.tiny_runs import on_policy_config, prompts, tiny_model, want
 
 BOTH = ((GRPOConfig, trl.GRPOConfig), (RLOOConfig, trl.RLOOConfig))
 ASKING = {
-    "shuffle_dataset": (False, "train_sampling_strategy: sequential"),
     "use_vllm": (True, "rollout: {backend: vllm}"),
     "vllm_importance_sampling_correction": (True, "rollout_correction"),
-    "steps_per_generation": (4, "num_mini_batches"),
 }
 
 
@@ -54,6 +52,27 @@ def test_the_names_are_those_of_trl():
         shared = (a.keys() & b.keys()) - own - {"logging_nan_inf_filter"}  # listed for all methods
         differ |= {name for name in shared if MISSING not in (a[name], b[name]) and a[name] != b[name]}
     assert named(defaults) - {"GRPOConfig"} == differ | {"per_device_train_batch_size"}
+
+
+def test_the_size_of_a_rollout_as_trl_says_it(tmp_path):
+    batch = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "num_generations": 4}
+    for given in ({"steps_per_generation": 6}, {"generation_batch_size": 48}, {"num_mini_batches": 2}):
+        args = on_policy_config(RLOOConfig, tmp_path, shuffle_dataset=False, **batch, **given)
+        assert args.num_mini_batches == 2 and args.prompts_per_rollout * args.num_generations == 48
+        assert args.train_sampling_strategy == "sequential"
+    for given, message in (
+        (
+            {"steps_per_generation": 4},
+            "4 batches, and an optimiser step has gradient_accumulation_steps = 3. A rollout",
+        ),
+        ({"generation_batch_size": 36}, "an optimiser step has 24: .* = 2 prompts .TRL counts completions there."),
+        ({"steps_per_generation": 6, "generation_batch_size": 48}, "say the same"),
+        ({"steps_per_generation": 6, "num_mini_batches": 3}, "means num_mini_batches = 2, and 3 is given"),
+        ({"generation_batch_size": 0}, "generation_batch_size"),
+        ({"shuffle_dataset": False, "train_sampling_strategy": "group_by_length"}, "shuffle_dataset: false keeps"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            on_policy_config(RLOOConfig, tmp_path, **batch, **given)
 
 
 def test_generation_kwargs_are_the_options_that_they_name(tmp_path):
