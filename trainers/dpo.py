@@ -53,6 +53,7 @@ class DPOTrainer(PreferenceTrainer):
     _tag_names = ["align", "trl", "dpo"]
     args: DPOConfig
     config_class = DPOConfig
+    masks_turns = True
 
     @cached_property
     def objective(self) -> PreferenceObjective:

@@ -35,7 +35,8 @@ def _pad(sequences: Sequence[Sequence[int]], pad_id: int, left: bool) -> tuple[T
 class PairCollator:
     """Rows of `tokenize_pairs` to one right-padded batch, the chosen sequences first, then the rejected in their order.
 
-    input_ids, attention_mask, completion_mask: [2B, T]. With these columns in the data: margin and chosen_prob [B]
+    input_ids, attention_mask, completion_mask: [2B, T]; with the columns chosen_mask and rejected_mask the latter has
+    what these have. With these columns in the data: margin and chosen_prob [B]
     float32, row [B].
     """
 
@@ -48,6 +49,10 @@ class PairCollator:
         input_ids, attention_mask = right_pad(whole, self.pad_token_id)
         starts = torch.tensor([len(prompt) for prompt in prompts])[:, None]
         completion_mask = attention_mask * (torch.arange(input_ids.shape[1]) >= starts)
+        if "chosen_mask" in features[0]:
+            own = [row["chosen_mask"] for row in features] + [row["rejected_mask"] for row in features]
+            trained = [[0] * len(prompt) + mask for prompt, mask in zip(prompts, own, strict=True)]
+            completion_mask = completion_mask * right_pad(trained, 0)[0]
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "completion_mask": completion_mask}
         return batch | per_pair(features)
 

@@ -21,8 +21,12 @@ def describe_example(tokenized_row: dict[str, Any], tokenizer: "PreTrainedTokeni
         trained = "the rollouts start here"
     elif kind == "pairs":
         parts = [("prompt", row["prompt_ids"], "context")]
-        parts += [(name, row[f"{name}_ids"], "trained") for name in ("chosen", "rejected")]
-        trained = f"{len(row['chosen_ids'])} and {len(row['rejected_ids'])} trained"
+        for name in ("chosen", "rejected"):
+            ids = row[f"{name}_ids"]
+            runs = groupby(zip(row.get(f"{name}_mask") or [1] * len(ids), ids, strict=True), key=lambda item: item[0])
+            parts += [(name, [token for _, token in run], "trained" if mask else "context") for mask, run in runs]
+        counts = [sum(row.get(f"{name}_mask") or [1] * len(row[f"{name}_ids"])) for name in ("chosen", "rejected")]
+        trained = f"{counts[0]} and {counts[1]} trained"
     elif kind == "ranked":
         from align.data.ranked import answers_of
 

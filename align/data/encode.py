@@ -93,7 +93,7 @@ def encode(tokenizer: "PreTrainedTokenizerBase", rows: list[tuple[str, list[str]
     """
     if not rows:
         return []
-    prompts = _ids(tokenizer, [prompt for prompt, _ in rows])
+    prompts = ids_of(tokenizer, [prompt for prompt, _ in rows])
     contexts = _contexts(tokenizer, [prompt for prompt, _ in rows], prompts)
     texts: list[str] = []
     counts: list[int | None] = []  # tokens of the context; None where the texts do not begin with the prompt
@@ -101,13 +101,13 @@ def encode(tokenizer: "PreTrainedTokenizerBase", rows: list[tuple[str, list[str]
         inside = all(whole.startswith(prompt) for whole in wholes)
         counts.append(length if inside else None)
         texts += [context + whole[len(prompt) :] for whole in wholes] if inside else wholes
-    found = iter(_ids(tokenizer, texts))
+    found = iter(ids_of(tokenizer, texts))
     bos = [tokenizer.bos_token_id] if add_bos and adds_bos(tokenizer) else []
     encoded = []
     for (prompt, wholes), prompt_ids, count in zip(rows, prompts, counts, strict=True):
         ids = [next(found) for _ in wholes]
         if count is None:
-            shared = min(_common(prompt_ids, whole) for whole in ids)
+            shared = min(common(prompt_ids, whole) for whole in ids)
             prompt_ids, completions, note = prompt_ids[:shared], [whole[shared:] for whole in ids], PARTED
         else:
             near, completions, note = prompt_ids[len(prompt_ids) - count :], [], None
@@ -183,7 +183,7 @@ def _answers(messages: Messages, text: str, tokenizer, options: dict, first: int
         before = render(messages[:index], tokenizer, options, answer_next=True)
         through = render(messages[: index + 1], tokenizer, options)
         if not through.startswith(before):  # a generation prompt that ends in <think>
-            before = before[: _common(before, through)]
+            before = before[: common(before, through)]
         if not (before.startswith(asked) and text.startswith(through)):
             raise BadRow(NOT_A_PREFIX)
         spans.append((len(before), len(through)))
@@ -196,7 +196,7 @@ def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
     return bos is not None and tokenizer("")["input_ids"][:1] == [bos]
 
 
-def _ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
+def ids_of(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
     if not texts:
         return []  # tokenizers fail on an empty batch
     # Special tokens are placed by us: some tokenizers would end every prompt with EOS.
@@ -222,13 +222,13 @@ def _contexts(tokenizer: "PreTrainedTokenizerBase", prompts: list[str], ids: lis
     splits = tokenizer.backend_tokenizer.pre_tokenizer is not None
     starts = [prompt.rfind(" ", 0, max(len(prompt) - NEAR, 0)) for prompt in prompts]
     rest = [i for i, context in enumerate(contexts) if context is None and splits and starts[i] > 0]
-    for i, near in zip(rest, _ids(tokenizer, [prompts[i][starts[i] :] for i in rest]), strict=True):
+    for i, near in zip(rest, ids_of(tokenizer, [prompts[i][starts[i] :] for i in rest]), strict=True):
         if ids[i][len(ids[i]) - len(near) :] == near and not prompts[i][starts[i] - 1].isspace():
             contexts[i] = prompts[i][starts[i] :], len(near)
     return [context or fallback for context, fallback in zip(contexts, whole, strict=True)]
 
 
-def _common(a: Sequence, b: Sequence) -> int:
+def common(a: Sequence, b: Sequence) -> int:
     """How many items two sequences begin with in common."""
     return next((index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
@@ -236,9 +236,9 @@ def _common(a: Sequence, b: Sequence) -> int:
 def _ids_apart(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     """Ids of a text that continues another: after an anchor, as some tokenizers put a space before a first word."""
     for anchor in ("\n", "."):
-        start, whole = _ids(tokenizer, [anchor, anchor + text])
+        start, whole = ids_of(tokenizer, [anchor, anchor + text])
         if tokenizer.unk_token_id in start:
             continue  # an unknown word may be the anchor with the text's first word
         if start and whole[: len(start)] == start:
             return whole[len(start) :]
-    return _ids(tokenizer, [text])[0]
+    return ids_of(tokenizer, [text])[0]

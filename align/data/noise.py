@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 FILE_NAME = "flipped_labels.json"
-SWAPPED = (("chosen", "rejected"), ("chosen_ids", "rejected_ids"))
+SWAPPED = (("chosen", "rejected"), ("chosen_ids", "rejected_ids"), ("chosen_mask", "rejected_mask"))
 
 
 def flip_labels(dataset: "Dataset", share: float, seed: int) -> tuple["Dataset", list[int]]:

@@ -1,6 +1,7 @@
 """Batches in which the two completions of a pair share their prompt, and no token is padding."""
 
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import torch
@@ -41,8 +42,14 @@ class SharedPrefixCollator:
             for sources, end, rest in ((chosen, start, rests[0]), (rejected, start + len(rests[0]), rests[1])):
                 own = range(end + prefix, end + prefix + len(rest) - 1)
                 sources.append([*common, *own][: shared + len(rest)])
-        padded_sources, mask = _right_pad(chosen + rejected)
-        completions, _ = _right_pad([row[name] for name in ("chosen_ids", "rejected_ids") for row in features])
+        targets = [row[name] for name in ("chosen_ids", "rejected_ids") for row in features]
+        sources = chosen + rejected
+        if "chosen_mask" in features[0]:  # of a token that is not trained no log-prob is asked for
+            masks = [row[name] for name in ("chosen_mask", "rejected_mask") for row in features]
+            targets = [list(compress(*both)) for both in zip(targets, masks, strict=True)]
+            sources = [list(compress(*both)) for both in zip(sources, masks, strict=True)]
+        padded_sources, mask = _right_pad(sources)
+        completions, _ = _right_pad(targets)
         return {
             "input_ids": torch.tensor([ids]),
             "position_ids": torch.tensor([positions]),

@@ -144,7 +144,7 @@ def tokenize_completions(
                 note_typed(name, tokens_inside(completion[:-1], controls), note)
             mask = [0] * len(encoded.prompt_ids) + [1] * len(completion)
             return _sequence(encoded.prompt_ids + completion, mask, max_length, note)
-        ids, mask = _closed_talk(encoded, ending, tokenizer, note)
+        ids, mask = closed_talk(encoded, ending, tokenizer, note)
         return _sequence(ids, mask, max_length, note)
 
     recipe = Recipe(
@@ -223,12 +223,12 @@ def tokenize_pairs(
                 note_typed(name, tokens_inside(whole[:-1], controls), note)
         return cut_pair(ids, max_length, note)
 
-    recipe = Recipe(prepare, partial(_encode, tokenizer, fmt), finish, _pair_columns(sample, fmt))
+    recipe = Recipe(prepare, partial(_encode, tokenizer, fmt), finish, pair_columns(sample, fmt))
     limits = {"use": "pairs", "max_length": max_length, "max_prompt_length": max_prompt_length, "scored": scored}
     return tokenized(dataset, tokenizer, recipe, limits, report, max_bad_share=max_bad_share, num_proc=num_proc)
 
 
-def _pair_columns(sample: "Dataset", fmt: DataFormat) -> dict[str, Any]:
+def pair_columns(sample: "Dataset", fmt: DataFormat) -> dict[str, Any]:
     from datasets import Value
 
     ids = dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), "int32")
@@ -250,7 +250,7 @@ def _encode_talks(tokenizer, ending, rows: list) -> list:
     return [next(talks) if isinstance(r, Conversation) else next(plain) for r in rows]
 
 
-def _closed_talk(encoded: tuple[list[int], list[int]], ending, tokenizer, note: Note) -> tuple[list[int], list[int]]:
+def closed_talk(encoded: tuple[list[int], list[int]], ending, tokenizer, note: Note) -> tuple[list[int], list[int]]:
     """A conversation's tokens and mask with the end token of its last answer."""
     ids, mask = encoded
     closed = close(ids, ending, tokenizer)

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+MASKS = ("chosen_mask", "rejected_mask")
+"""1 on the tokens of an answer that are trained, of pairs in which others speak too; without them all are."""
 WHOLE = (("chosen_ids", "rejected_ids"), ("chosen_input_ids", "rejected_input_ids"))
 """Columns of whole sequences, as TRL's reward trainer takes them; the second pair of names is its older one."""
 
@@ -34,6 +36,7 @@ def limited_pairs(
     report, sample = started(report, source, dataset, streams=True)
     names = next((pair for pair in WHOLE if {*pair} <= {*sample.column_names}), IDS[1:])
     whole = IDS[0] not in sample.column_names
+    masked = [name for name in MASKS if name in sample.column_names and not whole]
     if names == WHOLE[1]:
         warnings.warn(
             f"{' and '.join(names)} are TRL's older names of {' and '.join(WHOLE[0])}, which are deprecated and will "
@@ -48,18 +51,23 @@ def limited_pairs(
         for name in IDS[1:] if whole else IDS:
             if not ids[name]:
                 raise BadRow(f"{name} is {'missing' if ids[name] is None else 'empty'}")
-        return (_split(ids) if whole else ids), {}
+        masks = {name: row[name] for name in masked}
+        for name, mask in masks.items():
+            if len(mask or ()) != len(ids[f"{name.removesuffix('_mask')}_ids"] or ()):
+                raise BadRow(f"{name} has another length than the tokens")
+        return (_split(ids) if whole else ids | masks), {}
 
     def finish(ids: Columns, note: Note) -> Columns:
         return cut_pair(ids, max_length, note)
 
-    recipe = Recipe(prepare, list, finish, dict.fromkeys(IDS, "int32"))
+    recipe = Recipe(prepare, list, finish, dict.fromkeys(IDS, "int32") | dict.fromkeys(masked, "int8"))
     limits = {"use": "tokenised pairs", "max_length": max_length}
     return tokenized(dataset, tokenizer, recipe, limits, report, max_bad_share=max_bad_share, num_proc=num_proc)
 
 
 def cut_pair(ids: Columns, max_length: int | None, note: Note) -> Columns:
-    """The three lists of a pair within `max_length`; BadRow where nothing is left that tells the answers apart."""
+    """The lists of a pair within `max_length`; BadRow where nothing is left that tells the answers apart, or that is
+    trained."""
     prompt = ids["prompt_ids"]
     check_room(prompt, max_length)
     room, cut = None if max_length is None else max_length - len(prompt), {}
@@ -70,7 +78,14 @@ def cut_pair(ids: Columns, max_length: int | None, note: Note) -> Columns:
     if cut["chosen_ids"] == cut["rejected_ids"]:
         shortened = any(len(cut[name]) < len(ids[name]) for name in cut)
         raise BadRow("chosen and rejected are the same tokens" + (" after the cut at max_length" if shortened else ""))
-    return {"prompt_ids": prompt, **cut}
+    masks = {name: ids[name][:room] for name in MASKS if name in ids}
+    for name, mask in masks.items():
+        if not any(mask):
+            raise BadRow(
+                f"no token of {name.removesuffix('_mask')} is trained"
+                + (" after the cut at max_length" if any(ids[name]) else "")
+            )
+    return {"prompt_ids": prompt, **cut, **masks}
 
 
 def check_room(prompt_ids: list[int], max_length: int | None) -> None:

@@ -101,7 +101,8 @@ def _labels(labels: Sequence[bool]) -> str:
 
 def _tokenised(dataset: "Dataset", tokenizer, use: str, report: BadRows) -> "Dataset":
     if use == "pairs":
-        return tokenize_pairs(dataset, tokenizer, max_length=None, max_bad_share=1.0, report=report)
+        scored = "tools" in dataset.column_names  # in whose answers tools may speak
+        return tokenize_pairs(dataset, tokenizer, max_length=None, max_bad_share=1.0, report=report, scored=scored)
     if use == "completions":
         return tokenize_completions(dataset, tokenizer, max_length=None, max_bad_share=1.0, report=report)
     if use == "prompts":

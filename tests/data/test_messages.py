@@ -1,6 +1,7 @@
 """Tools, their calls, and messages with `from` and `value`, in the templates that TRL ships."""
 
 import json
+from itertools import compress
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from datasets import Dataset
 
 from align.data import tokenize_completions, tokenize_pairs, tokenize_prompts
 from align.errors import DataError
+from align.trainers.pairs.data import IDS, numbered_pairs
 from align.trainers.sft import training_tokenizer
 
 TOOLS = [
@@ -104,3 +106,18 @@ def test_turns_that_a_template_renders_otherwise_once_others_follow(make_tokeniz
     trained = [t for t, m in zip(row["input_ids"], row["completion_mask"], strict=True) if m]
     assert tokenizer.decode(trained) == "<think>\n\n</think>\n\nSunny in Rome.<|im_end|>" * 2
     assert tokenizer.chat_template == template("qwen3")  # which is saved with the model
+
+
+def test_dpo_trains_what_the_policy_wrote_in_an_answer(tool_tokenizer):
+    row = {"prompt": [ASKED], "chosen": [CALL, RESULT, ANSWER], "rejected": [ANSWER], "tools": TOOLS}
+    whole, options = Dataset.from_list([row]), {"max_length": None, "max_bad_share": 0.0}
+    (found,) = numbered_pairs(whole, tool_tokenizer, turns=True, **options)
+    (scored,) = numbered_pairs(whole, tool_tokenizer, scored=True, **options)
+    assert {name: found[name] for name in IDS} == {name: scored[name] for name in IDS}
+    trained = {n: list(compress(found[f"{n}_ids"], found[f"{n}_mask"])) for n in ("chosen", "rejected")}
+    assert tool_tokenizer.decode(trained["chosen"]).endswith("</tool_call><|im_end|>Sunny in Rome.<|im_end|>")
+    assert (
+        "sun, 25 degrees" in tool_tokenizer.decode(found["chosen_ids"]) and trained["rejected"] == found["rejected_ids"]
+    )
+    with pytest.raises(DataError, match="chosen has a message of the role tool, which would be trained"):
+        numbered_pairs(whole, tool_tokenizer, **options)

@@ -9,9 +9,10 @@ import numpy as np
 from align.data.bad_rows import BadRow
 from align.data.checks import check_pair_numbers
 from align.data.formats import columns_of
-from align.data.streams import is_stream, read_whole
+from align.data.streams import is_stream, read_whole, sample_of
 from align.data.tokenize import tokenize_pairs
-from align.data.tokenized import IDS, WHOLE, limited_pairs
+from align.data.tokenized import IDS, MASKS, WHOLE, limited_pairs
+from align.data.turns import calls_tools, tokenize_turns
 from align.errors import DataError
 
 NUMBERS = ("margin", "chosen_prob")
@@ -28,6 +29,7 @@ class PairData:
     further: tokenised pairs, train or eval -> the same with what the method computes for each of them.
     scored: the answers are read whole and scored, as `tokenize_pairs` has it, and tokenised pairs may be whole
     sequences, without a prompt of their own.
+    turns: what tools say in an answer is masked (`align.data.turns`), with the columns `MASKS`.
     read: rows and the options of `tokenize_pairs` -> tokenised pairs, for a method whose rows are other ones; no
     streams.
     """
@@ -40,6 +42,7 @@ class PairData:
     further: Callable[[Any, str], Any] | None = None
     num_proc: int | None = None
     scored: bool = False
+    turns: bool = False
     read: Callable[..., Any] | None = None
 
     def prepare(self, dataset, name: str):
@@ -55,7 +58,7 @@ class PairData:
         if self.read is not None:
             dataset = self.read(dataset, self.tokenizer, **options)
         else:
-            options |= {"scored": self.scored, "streams": name == "train"}
+            options |= {"scored": self.scored, "turns": self.turns, "streams": name == "train"}
             dataset = numbered_pairs(dataset, self.tokenizer, **options)
         if is_stream(dataset):
             return dataset
@@ -65,7 +68,8 @@ class PairData:
 
     def kept(self, names: Collection[str]) -> list[str]:
         """The columns that the loop takes, of a dataset with these."""
-        return [*IDS, "row", *self.columns, *(column for column in self.optional if column in names)]
+        optional = (*self.optional, *(MASKS if self.turns else ()))
+        return [*IDS, "row", *self.columns, *(column for column in optional if column in names)]
 
 
 def with_score_margins(dataset, name: str, *, scale: float):
@@ -124,16 +128,19 @@ def numbered_pairs(
     max_bad_share: float,
     num_proc: int | None = None,
     scored: bool = False,
+    turns: bool = False,
     streams: bool = False,
 ):
     """The output of `tokenize_pairs`. A dataset that is tokenised already has its completions cut at `max_length`, no
-    empty ones and usable numbers; its rows are numbered where they have no column `row`. scored: as
-    `PairData` has it; tokenised pairs may then lack the column `prompt_ids`."""
+    empty ones and usable numbers; its rows are numbered where they have no column `row`. scored, turns: as
+    `PairData` has them; tokenised pairs may then lack the column `prompt_ids`."""
     columns = columns_of(dataset, streams=streams)
     options: dict[str, Any] = {"max_length": max_length, "max_bad_share": max_bad_share, "num_proc": num_proc}
     if not set(IDS) <= columns:
         if scored and any({*pair} <= columns for pair in WHOLE) and not {"chosen", "rejected"} <= columns:
             return limited_pairs(dataset, tokenizer, **options)
+        if turns and calls_tools(sample_of(dataset)):
+            return tokenize_turns(dataset, tokenizer, **options)
         return tokenize_pairs(dataset, tokenizer, **options, scored=scored)
     if is_stream(dataset):
         return limited_pairs(dataset, tokenizer, **options)
@@ -143,10 +150,32 @@ def numbered_pairs(
         if len(empty):
             raise DataError(f"{len(empty)} tokenised pairs have an empty {column}: rows {empty[:10].tolist()}")
     longest = lengths["prompt_ids"] + np.maximum(lengths["chosen_ids"], lengths["rejected_ids"])
+    if {*MASKS} & columns:
+        check_masks(dataset)
     if max_length is not None and longest.max(initial=0) > max_length:
         return limited_pairs(dataset, tokenizer, **options)
     _check_numbers(dataset)
     return dataset if "row" in dataset.column_names else dataset.add_column("row", np.arange(len(dataset)))
+
+
+def check_masks(dataset) -> None:
+    """DataError for masks that are not of their completions, or that leave nothing to train."""
+    for ids, name in zip(IDS[1:], MASKS, strict=True):
+        if name not in dataset.column_names:
+            raise DataError(f"tokenised pairs have one of the columns {' and '.join(MASKS)}, and no {name}")
+        (of_ids, _), (of_mask, values) = flat_column(dataset, ids), flat_column(dataset, name)
+        wrong = np.flatnonzero((of_ids != of_mask) | (trained_lengths(dataset, ids) == 0))
+        if len(wrong) or not np.isin(values, (0, 1)).all():
+            raise DataError(f"{name} must have a 0 or 1 for each of {ids}, and a 1: rows {wrong[:10].tolist()}")
+
+
+def trained_lengths(dataset, ids: str) -> np.ndarray:
+    """The trained tokens of each row's completion; ids: the column of its tokens."""
+    mask = MASKS[IDS.index(ids) - 1]
+    if mask not in dataset.column_names:
+        return flat_column(dataset, ids)[0]
+    lengths, values = flat_column(dataset, mask)
+    return np.bincount(np.repeat(np.arange(len(lengths)), lengths), values, len(lengths)).astype(np.int64)
 
 
 def _check_numbers(dataset) -> None:

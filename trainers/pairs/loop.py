@@ -28,7 +28,7 @@ from align.objectives.pair_losses import RowLosses
 from align.trainers.core.experts import with_router_loss
 from align.trainers.core.micro_batches import MicroBatchLists, in_lists
 from align.trainers.pairs.config import PairConfig
-from align.trainers.pairs.data import IDS, PairData, flat_column
+from align.trainers.pairs.data import IDS, PairData, trained_lengths
 from align.trainers.pairs.evaluation import CHOSEN, REJECTED, PairEvaluator, pairs_table, rewards_figure
 from align.trainers.pairs.metrics import BatchMeans
 from align.trainers.pairs.micro_batches import MicroBatchPlanner, PairRows
@@ -162,7 +162,7 @@ class PairTrainer(MicroBatchLists, Trainer):
         return self.data.prepare(dataset, "eval")
 
     def evaluation_loop(self, dataloader, *args, **kwargs):
-        self._eval_mean_length = float(flat_column(dataloader.dataset, "chosen_ids")[0].mean())
+        self._eval_mean_length = float(trained_lengths(dataloader.dataset, "chosen_ids").mean())
         return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def prediction_step(self, model, inputs: PairRows, prediction_loss_only, ignore_keys=None):

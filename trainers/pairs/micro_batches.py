@@ -134,7 +134,7 @@ def split_to(batches: list[Rows], count: int) -> list[Rows]:
 
 
 def chosen_tokens(rows: Rows) -> int:
-    return sum(len(row["chosen_ids"]) for row in rows)
+    return sum(sum(row["chosen_mask"]) if "chosen_mask" in row else len(row["chosen_ids"]) for row in rows)
 
 
 def right_pad_values(rows: list[list[float]]) -> Tensor:

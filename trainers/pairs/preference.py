@@ -97,6 +97,9 @@ class PreferenceTrainer(PairTrainer):
         policy = pair_tokens(model, batch, chunk_size=self.args.chunk_size)
         return policy, self.reference_tokens(batch) if self.needs_reference else None
 
+    masks_turns = False
+    """Whether all that the method computes keeps to the masks of answers in which tools speak (`align.data.turns`)."""
+
     read_rows: Callable[..., Any] | None = None
     """Of a method whose rows are no pairs: rows -> tokenised pairs (`PairData.read`)."""
 
@@ -138,6 +141,7 @@ class PreferenceTrainer(PairTrainer):
             self.columns,
             further=self.prepare_dataset,
             num_proc=args.dataset_num_proc,
+            turns=self.masks_turns,
             read=self.read_rows,
         )
         super().__init__(policy, args, data, train_dataset, eval_dataset, callbacks, optimizers, compute_metrics)

@@ -11,10 +11,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from align.data.tokenized import IDS, MASKS
 from align.modeling.load import Reference, freeze_copy, load_policy, reference_of
 from align.modeling.logprobs import language_model
 from align.modeling.pairs import PairTokens, completions, pair_tokens
-from align.trainers.pairs.data import IDS
 
 
 def load_reference(
@@ -84,7 +84,8 @@ def logps_of_all(
             batch = batches[min(first + rank, len(batches) - 1)]
             values = logps_of(batch).float().cpu().numpy()
             for row, *both in zip(batch, values[: len(batch)], values[len(batch) :], strict=True):
-                found[row["number"]] = [v[: len(row[ids])].copy() for v, ids in zip(both, IDS[1:], strict=True)]
+                lengths = [sum(row.get(mask) or [1] * len(row[ids])) for ids, mask in zip(IDS[1:], MASKS, strict=True)]
+                found[row["number"]] = [v[:length].copy() for v, length in zip(both, lengths, strict=True)]
         progress.update(len(part))
     by_row = {i: values for part in gather_object([found]) for i, values in part.items()}
     return tuple(np.concatenate([by_row[i][side] for i in range(len(dataset))]) for side in (0, 1))

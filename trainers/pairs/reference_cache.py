@@ -17,11 +17,12 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
+from align.data.tokenized import IDS, MASKS
 from align.distributed.disk import writing
 from align.errors import TrainingError
 from align.modeling.fingerprint import fingerprint
 from align.modeling.logprobs import language_model
-from align.trainers.pairs.data import IDS, flat_column, list_column
+from align.trainers.pairs.data import flat_column, list_column, trained_lengths
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def mark_of(dataset, weights: str, precision: str) -> str:
     """A digest of all that reference log-probs follow from: the token ids of the pairs (and so the tokenizer), the
     reference's weights (their mark), and the precision it runs in."""
     digest = hashlib.blake2b(f"{weights} {precision}".encode(), digest_size=8)
-    for column in IDS:
+    for column in (*IDS, *(name for name in MASKS if name in dataset.column_names)):
         for values in flat_column(dataset, column):
             digest.update(values.data)
     return digest.hexdigest()
@@ -77,7 +78,7 @@ class ReferenceCache:
             if main:
                 _write(path, flat)
         for column, ids, values in zip(COLUMNS, IDS[1:], flat, strict=True):
-            lengths, _ = flat_column(dataset, ids)
+            lengths = trained_lengths(dataset, ids)
             if len(values) != lengths.sum():
                 raise TrainingError(f"{path} holds {len(values)} log-probs for {lengths.sum()} tokens: delete it")
             dataset = dataset.add_column(column, list_column(values, lengths))
