@@ -3,6 +3,7 @@ nothing happened to, bit for bit, and so must the evaluations and what was logge
 
 import hashlib
 import json
+import operator
 import random
 import socket
 import time
@@ -14,7 +15,8 @@ from tests.trainers.accelerate_setups import under
 
 LONGEST = 4
 """Kills of one run, at most."""
-NOT_COMPARED = ("time", "runtime", "per_second", "flos", "memory", "seconds", "tokens/s")
+NOT_COMPARED = ("time", "runtime", "per_second", "flos", "memory", "seconds", "tokens/s", "arrived_share")
+"""Of the process that ran, not of the training; `arrived_share` is of a push, and a process begins with whole weights."""
 
 
 def start(name: str, data: Path, output: Path) -> list[int]:
@@ -79,8 +81,21 @@ def _without_times(entry: dict) -> dict:
 def difference(expected: dict, found: dict) -> str | None:
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
-            return f"{name} differs" if name in expected and name in found else f"{name} is only in one"
+            if name not in expected or name not in found:
+                return f"{name} is only in one"
+            return f"{name} differs{_first(expected[name], found[name])}"
     return None
+
+
+def _first(expected: str | list, found: str | list) -> str:
+    """Where two lists of entries begin to differ, and in what."""
+    if isinstance(expected, str) or isinstance(found, str) or len(expected) != len(found):
+        return ""
+    number, (one, other) = next(pair for pair in enumerate(zip(expected, found, strict=True)) if operator.ne(*pair[1]))
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return f", entry {number}"
+    keys = [key for key in one.keys() | other.keys() if one.get(key) != other.get(key)]
+    return f", entry {number}: " + ", ".join(f"{key} {one.get(key)!r:.60} / {other.get(key)!r:.60}" for key in keys)
 
 
 class Moment:

@@ -12,6 +12,7 @@ from align.data import (
     tokenize_completions,
     tokenize_pairs,
     tokenize_prompts,
+    tokenize_ranked,
     tokenize_unpaired,
     toy,
 )
@@ -26,18 +27,21 @@ LENGTHS = {
     "prompts": {"max_prompt_length": 16},
     "completions": {"max_length": 24},
     "pairs": {"max_length": 24},
+    "ranked": {"max_length": 24},
     "unpaired": {"max_length": 24},
 }
 DOORS = {
     "prompts": tokenize_prompts,
     "completions": tokenize_completions,
     "pairs": tokenize_pairs,
+    "ranked": tokenize_ranked,
     "unpaired": tokenize_unpaired,
 }
 COLUMNS = {
     "prompts": ("prompt",),
     "completions": ("prompt", "completion"),
     "pairs": ("prompt", "chosen", "rejected"),
+    "ranked": ("prompt",),
     "unpaired": ("prompt", "completion"),
 }
 CHAT = (
@@ -83,6 +87,8 @@ def row(rng: random.Random, use: str, chat: bool) -> dict:
         made["rejected"] = made["chosen"]
     if use == "pairs" and rng.random() < 0.1:
         made["margin"] = rng.choice([1, 0.5, "x", None])
+    if use == "ranked":
+        made |= answers(rng, chat)
     if use == "unpaired":
         made["label"] = rng.choice([*([True, False] * 8), 1, 0, 0.0, None, 2, -1, "true", "", [], float("nan")])
     if rng.random() < 0.03:
@@ -90,13 +96,31 @@ def row(rng: random.Random, use: str, chat: bool) -> dict:
     return made
 
 
+def answers(rng: random.Random, chat: bool) -> dict:
+    """What may stand for a list of answers and their scores."""
+    count = rng.choice([0, 1, 2, 2, 3, 3, 4])
+    made: list = [messages(rng, "assistant") if chat else text(rng) for _ in range(count)]
+    if count > 1 and rng.random() < 0.1:
+        made[-1] = made[0]
+    scores: list = [rng.choice([1, 2.5, -3, 0, rng.random()]) for _ in range(count)]
+    if rng.random() < 0.15:
+        scores.append(rng.choice([1.0, None, "x", float("nan"), True, 10**400, []]))
+        scores.pop(rng.randrange(len(scores)))
+    return {
+        "completions": rng.choice([*([made] * 20), None, "rose", {}, 3]),
+        "scores": rng.choice([*([scores] * 20), scores[:1], None, "x", 3]),
+    }
+
+
 def good(use: str, chat: bool) -> dict:
-    words = dict(zip(COLUMNS[use], ("describe the garden", "rose soil", "stupid"), strict=False))
-    label = {"label": True} if use == "unpaired" else {}
+    words: dict = dict(zip(COLUMNS[use], ("describe the garden", "rose soil", "stupid"), strict=False))
+    label = {"label": True} if use == "unpaired" else {"scores": [0.5, 2.0]} if use == "ranked" else {}
+    texts = ["rose soil", "stupid"]
     if not chat:
-        return words | label
+        return words | label | ({"completions": texts} if use == "ranked" else {})
     roles = {name: "user" if name == "prompt" else "assistant" for name in words}
-    return {name: [{"role": roles[name], "content": value}] for name, value in words.items()} | label
+    lists = {"completions": [[{"role": "assistant", "content": value}] for value in texts]} if use == "ranked" else {}
+    return {name: [{"role": roles[name], "content": value}] for name, value in words.items()} | label | lists
 
 
 def problem_with(made: dict, use: str, vocabulary: int) -> str | None:
@@ -113,6 +137,15 @@ def problem_with(made: dict, use: str, vocabulary: int) -> str | None:
             parts = [made["prompt_ids"] + made["completion_ids"]]
             if made["label"] not in (True, False) or not made["completion_ids"]:
                 return "there is nothing to learn from"
+        if use == "ranked":
+            lengths = [length for length in made["lengths"] if length]  # a shorter list ends in zeros
+            if (
+                len(lengths) < 2
+                or lengths[0] != len(made["chosen_ids"])
+                or sum(lengths[1:]) != len(made["rejected_ids"])
+            ):
+                return f"answers of {made['lengths']} tokens"
+            parts = [[*made["prompt_ids"], *range(length)] for length in lengths]
         if use == "pairs":
             parts = [made["prompt_ids"] + made[name] for name in ("chosen_ids", "rejected_ids")]
             if made["chosen_ids"] == made["rejected_ids"] or not made["chosen_ids"] or not made["rejected_ids"]:
