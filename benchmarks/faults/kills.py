@@ -16,7 +16,7 @@ from tests.trainers.accelerate_setups import under
 LONGEST = 4
 """Kills of one run, at most."""
 NOT_COMPARED = ("time", "runtime", "per_second", "flos", "memory", "seconds", "tokens/s", "arrived_share")
-"""Of the process that ran, not of the training; `arrived_share` is of a push, and a process begins with whole weights."""
+"""Of the process that ran, not of the training; `arrived_share` is of a push, and the first one is of all weights."""
 
 
 def start(name: str, data: Path, output: Path) -> list[int]:
