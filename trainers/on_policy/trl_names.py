@@ -52,6 +52,7 @@ class TrlOnPolicyOptions(MovingReferenceOptions, ShownCompletionsOptions, LossOp
         },
     )
     pad_to_multiple_of: int | None = of_trl(None, "leave it out; batching: shared_prefix pads nothing")
+    cast_lm_head_to_fp32: bool = of_trl(False, "leave it out: log-probs are summed in float32 anyway")
     use_vllm: bool = of_trl(False, VLLM)
     vllm_mode: str = of_trl("colocate", VLLM)
     vllm_gpu_memory_utilization: float | None = of_trl(None, "rollout: {backend: vllm, gpu_memory_utilization: ...}")
