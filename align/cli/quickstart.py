@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+from dataclasses import replace
 
 HELP = "the whole way on a toy world: SFT, reward ensemble, best-of-n, ReMax, report (minutes on a CPU)"
 
@@ -11,6 +12,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", default=None, help="default: runs/quickstart-seed<seed>")
     parser.add_argument("--seed", type=int, default=0, help="of the world, the models and the sampling (default 0)")
     parser.add_argument("--small", action="store_true", help="a smaller version that only shows that everything runs")
+    parser.add_argument(
+        "--backend",
+        choices=("auto", "vllm", "transformers"),
+        default="auto",
+        help="of the rollouts; auto (the default) is vLLM where it is installed",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -21,7 +28,8 @@ def run(args: argparse.Namespace) -> int:
     from align.quickstart.settings import FULL, SMALL
 
     name = f"runs/quickstart-seed{args.seed}{'-small' if args.small else ''}"
-    run_quickstart(args.output_dir or name, SMALL if args.small else FULL, args.seed, Console())
+    settings = replace(SMALL if args.small else FULL, backend=args.backend)
+    run_quickstart(args.output_dir or name, settings, args.seed, Console())
     return 0
 
 

@@ -96,6 +96,7 @@ def pairs(space: Workspace, settings: Settings, seed: int, handle: PhaseHandle) 
     engine = align.make_engine(
         model,
         tokenizer,
+        backend=settings.backend,
         max_model_len=settings.max_prompt_length + settings.max_completion_length,
         seed=seed,
     )
@@ -201,6 +202,7 @@ def best_of_n(space: Workspace, settings: Settings, seed: int, handle: PhaseHand
         num_prompts=settings.bon_prompts,
         max_prompt_length=settings.max_prompt_length,
         max_completion_length=settings.max_completion_length,
+        backend=settings.backend,
         seed=seed,
     )
     return {"answers": settings.bon_prompts * settings.bon_n, "table": path.name}
@@ -220,6 +222,7 @@ def remax(name: str, space: Workspace, settings: Settings, seed: int, handle: Ph
         beta=settings.beta,
         max_prompt_length=settings.max_prompt_length,
         max_completion_length=settings.max_completion_length,
+        rollout=settings.backend,
         eval_strategy="steps",
         eval_steps=settings.eval_every,
         eval_num_generations=settings.eval_samples,

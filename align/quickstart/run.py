@@ -42,7 +42,7 @@ def run_quickstart(folder: str | Path, settings: Settings, seed: int, console: C
     log = space.folder / "quickstart.log"  # what trainers and engine print
     expected = {name: phase.expected for name, phase in plan.items()} | {REPORT: 8.0}
     with PhaseProgress(expected, console) as progress:
-        run_phases(plan, space, (settings, seed), progress, log)
+        run_phases(plan, space, (settings, seed), progress, log, settings.backend)
         with progress.phase(REPORT):
             summary = summarise(space, settings, seed)
             report, _ = write_outputs(space.folder, summary, title=TITLE, intro=INTRO)

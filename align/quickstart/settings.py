@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes and learning rates of one quickstart. Lengths in tokens (one word each)."""
+    """Sizes and learning rates of one quickstart, and its rollout engine. Lengths in tokens (one word each)."""
 
     sft_rows_per_prompt: int = 32
     sft_learning_rate: float = 5e-3
@@ -28,6 +28,7 @@ class Settings:
     beta: float = 0.06
     max_prompt_length: int = 12
     max_completion_length: int = 17
+    backend: str = "auto"  # of the rollouts: auto, vllm or transformers
 
     def fingerprint(self, seed: int) -> dict:
         return {"seed": seed, **asdict(self)}

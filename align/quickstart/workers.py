@@ -31,10 +31,18 @@ class Phase(NamedTuple):
     expected: float  # seconds that it adds to the whole, on two cores, for the estimate of the time left only
 
 
-def run_phases(plan: dict[str, Phase], space: Workspace, arguments: tuple, progress: PhaseProgress, log: Path) -> None:
+def run_phases(
+    plan: dict[str, Phase],
+    space: Workspace,
+    arguments: tuple,
+    progress: PhaseProgress,
+    log: Path,
+    backend: str = "auto",
+) -> None:
     """Run the phases of `plan` that are not finished yet, each as soon as it can begin, at most AT_ONCE at a time.
 
-    What they print goes to `log`. An error of one ends the others, and so does the end of this process.
+    What they print goes to `log`; `backend` is that of their rollouts. An error of one ends the others, and so does the
+    end of this process.
     """
     waiting = [name for name in plan if not space.finished(name)]
     for name in plan:
@@ -46,7 +54,7 @@ def run_phases(plan: dict[str, Phase], space: Workspace, arguments: tuple, progr
     updates, (alive, owner) = context.SimpleQueue(), context.Pipe(duplex=False)
     pool = ProcessPoolExecutor(AT_ONCE, context, initializer=_start, initargs=(alive, updates, log))
     running: dict[Future, str] = {}
-    pool.submit(_load_libraries)  # in one process, while the first phase runs in the other
+    pool.submit(_load_libraries, backend)  # in one process, while the first phase runs in the other
     try:
         while waiting or running:
             ready = [name for name in waiting if all(map(space.finished, plan[name].needs))]
@@ -109,12 +117,12 @@ def _end_with_main_process(alive: Connection) -> None:
         os._exit(1)
 
 
-def _load_libraries() -> None:
+def _load_libraries(backend: str) -> None:
     """What takes the first ten seconds of a phase."""
     import align.trainers.remax  # noqa: F401
     from align.rollout.make import choose_backend
 
-    if choose_backend("auto") == "vllm":
+    if choose_backend(backend) == "vllm":
         import vllm  # noqa: F401
 
 

@@ -20,10 +20,11 @@ from align.quickstart.progress import PhaseProgress
 from align.quickstart.workspace import Workspace
 
 ROOT = Path(__file__).parents[2]
+ENGINE = ["--backend", "transformers"]  # vLLM would start six times; `.ci/run` runs the same with vLLM after the tests
 
 
 def start(folder: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "align", "quickstart", "--small", "--output_dir", str(folder)]
+    command = [sys.executable, "-m", "align", "quickstart", "--small", "--output_dir", str(folder), *ENGINE]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -49,7 +49,7 @@ def sleeps(space, seconds, handle):
     return {}
 
 
-def nothing() -> None:
+def nothing(backend: str) -> None:
     """In place of the libraries, which these phases do not use."""
 
 
