@@ -45,6 +45,8 @@ if TYPE_CHECKING:  # the same table for editors and type checkers; tests compare
     from align.rollout.options import RolloutOptions as RolloutOptions
     from align.rollout.options import VLLMOptions as VLLMOptions
     from align.rollout.types import SamplingParams as SamplingParams
+    from align.trainers.d2po import D2POConfig as D2POConfig
+    from align.trainers.d2po import D2POTrainer as D2POTrainer
     from align.trainers.dpo import DPOConfig as DPOConfig
     from align.trainers.dpo import DPOTrainer as DPOTrainer
     from align.trainers.grpo import GRPOConfig as GRPOConfig
@@ -109,6 +111,8 @@ _EXPORTS = {
     "GRPOConfig": "align.trainers.grpo:GRPOConfig",
     "ReinforcePPTrainer": "align.trainers.reinforce_pp:ReinforcePPTrainer",
     "ReinforcePPConfig": "align.trainers.reinforce_pp:ReinforcePPConfig",
+    "D2POTrainer": "align.trainers.d2po:D2POTrainer",
+    "D2POConfig": "align.trainers.d2po:D2POConfig",
     "OnlineDPOTrainer": "align.trainers.online_dpo:OnlineDPOTrainer",
     "OnlineDPOConfig": "align.trainers.online_dpo:OnlineDPOConfig",
     # rewards

@@ -138,6 +138,14 @@ METHODS = {
             help="preference optimisation on pairs that the policy writes and rewards rank (online DPO)",
             rewards=True,
         ),
+        Method(
+            "d2po",
+            trainer="align.trainers.d2po:D2POTrainer",
+            config="align.trainers.d2po:D2POConfig",
+            data="prompts",
+            rewards=True,
+            help="online DPO whose reward model learns from a few gold labels as it goes (D2PO)",
+        ),
     )
 }
 

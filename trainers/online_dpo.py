@@ -7,7 +7,7 @@ them are a pair for the loss. All else is the on-policy loop (`align.trainers.on
 import logging
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from align.trainers.on_policy.config import OnPolicyConfig
 from align.trainers.on_policy.loop import OnPolicyTrainer
 from align.trainers.on_policy.pair_batches import PairPlanner
 from align.trainers.on_policy.pair_selection import make_pairs
+from align.trainers.on_policy.pipeline import ScoredRollout
 from align.trainers.on_policy.samples import Sample
 from align.trainers.on_policy.streams import fill_advantages
 from align.trainers.pairs.loss_options import PairLossOptions
@@ -147,7 +148,7 @@ class OnlineDPOTrainer(OnPolicyTrainer):
     """
 
     _tag_names = ["align", "online_dpo"]
-    config_class = OnlineDPOConfig
+    config_class: ClassVar[Any] = OnlineDPOConfig
     planner_class = PairPlanner
     args: OnlineDPOConfig
 
@@ -173,10 +174,15 @@ class OnlineDPOTrainer(OnPolicyTrainer):
         self.metrics.rollout(rollout.samples, self.pipeline.truncation)
         self.shown.keep(rollout.samples)
         self.updates.learn(rollout.samples, step + 1)
-        pairs = make_pairs(rollout)
+        pairs = self.pairs_of(rollout, indices)
         self.record_lengths(pairs)
         self.fill_logps(self.planner.plan_forward(pairs, 2 * args.train_batch_size))
         return RolloutBuffer.of(pairs, args.num_mini_batches, args.seed, step)
+
+    def pairs_of(self, rollout: ScoredRollout, indices: list[int]) -> list[Sample]:
+        """The chosen and the rejected sample of each prompt (`make_pairs`). indices: of the prompts in the rollout's
+        global batch."""
+        return make_pairs(rollout)
 
     def record_lengths(self, pairs: list[Sample]) -> None:
         for chosen, rejected in zip(pairs[::2], pairs[1::2], strict=True):

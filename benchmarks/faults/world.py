@@ -85,6 +85,11 @@ RUNS = {
     "grpo": Run("grpo", f"{PROMPTS} --num_generations 2", [*REWARDS, *GOLD]),
     "reinforce_pp": Run("reinforce_pp", PROMPTS, REWARDS),
     "online_dpo": Run("online_dpo", f"{PROMPTS} --num_generations 3 {SEVERAL}", [*REWARDS, *GOLD]),
+    "d2po": Run(
+        "d2po",
+        f"{PROMPTS} --num_generations 2 --gold_labels 4 --gold_label_every 1 {SEVERAL}",
+        ["--rewards", '[{"type": "classifier", "path": "{world}/discriminator"}]', *GOLD],
+    ),
     "remax, vLLM": Run("remax", f"{PROMPTS} {VLLM}", [*REWARDS, *GOLD], area="vllm"),
     "ppo, vLLM": Run("ppo", f"{PROMPTS} {VLLM} {SEVERAL}", REWARDS, area="vllm"),
     "grpo, LoRA, vLLM": Run("grpo", f"{PROMPTS} {VLLM} --num_generations 2 {LORA}", REWARDS, area="vllm"),
@@ -122,6 +127,7 @@ def train(argv: list[str]) -> int:
 
 def make(folder: Path, seed: int) -> Path:
     """The policy, the rows, and a saved ensemble of two reward models, in `folder`."""
+    from align.modeling.load import load_sequence_classifier
     from align.quickstart.phases import make_policy
 
     tokenizer = toy.tokenizer()
@@ -129,6 +135,9 @@ def make(folder: Path, seed: int) -> Path:
         made = make_policy(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, seed=number)
         made.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+    classifier = load_sequence_classifier(str(folder / "policy"), head_seed=0, pad_token_id=tokenizer.pad_token_id)
+    classifier.save_pretrained(folder / "discriminator")
+    tokenizer.save_pretrained(folder / "discriminator")
     train_rows, test_rows = toy.split_prompts(seed, 24, 5)
     demonstrations, others = toy.reference_text(train_rows, 1, seed), toy.reference_text(train_rows, 1, seed + 1)
     pairs = [

@@ -8,8 +8,9 @@ import torch
 
 from align.lazy import load
 from align.methods import METHODS, get_method
+from align.modeling.load import load_tokenizer
 from tests.trainers.pairs.preference_runs import toy_pairs
-from tests.trainers.tiny_runs import demonstrations, logged, parameters, prompts, wanted_words
+from tests.trainers.tiny_runs import demonstrations, discriminator, logged, parameters, prompts, wanted_words
 
 # What a test must give; all else is the default of the method and of the machine.
 QUIET = {"report_to": "none", "disable_tqdm": True, "logging_steps": 1, "learning_rate": 1e-3, "max_steps": 2}
@@ -20,6 +21,7 @@ OWN = {
     "modpo": {"objective": "words", "weights": {"words": 0.5, "length": 0.5}},
     "rloo": {"num_generations": 2},
     "grpo": {"num_generations": 2},
+    "d2po": {"gold_labels": 4, "gold_label_every": 1},
 }
 
 
@@ -43,6 +45,9 @@ def trainer_of(method: str, policy: str, folder, **options):
     if kind == "prompts":
         options = {**ON_POLICY, "rollout": rollout(method), **options}
     config, trainer = load(get_method(method).config)(**options), load(get_method(method).trainer)
+    if method == "d2po":
+        ranks = discriminator(load_tokenizer(policy))
+        return trainer(policy, ranks, config, prompts(32), gold_reward=wanted_words)
     if kind == "prompts":
         return trainer(policy, wanted_words, config, prompts(32))
     if method == "modpo":

@@ -9,7 +9,7 @@ from align.errors import ConfigError
 from align.lazy import load
 from align.methods import METHODS
 from align.modeling.load import load_policy, load_tokenizer
-from tests.trainers.tiny_runs import demonstrations, prompts, tiny_model, wanted_words
+from tests.trainers.tiny_runs import demonstrations, discriminator, prompts, tiny_model, wanted_words
 
 PAIRS = [{"prompt": prompt, "chosen": " wave chord", "rejected": " ridge"} for prompt in ("rose", "comet")]
 
@@ -36,6 +36,8 @@ def make(method, model, args=None, **options):
         "prompts": prompts(8),
     }[method.data]
     reward = [wanted_words] if method.rewards else []
+    if method.name == "d2po":
+        reward, options["gold_reward"] = [discriminator(load_tokenizer(model))], wanted_words
     return load(method.trainer)(model, *reward, args, rows, **options)
 
 

@@ -47,6 +47,22 @@ def tiny_model(tokenizer, seed: int = 0, **options):
         return LlamaForCausalLM(LlamaConfig(**{**sizes, **options}))
 
 
+def discriminator(tokenizer):
+    """A reward of a tiny classifier that knows nothing, for D2PO."""
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    from align.reward_models.classifier import ClassifierReward
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=1024, initializer_range=0.1, num_labels=1, pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+        )  # fmt: skip
+        return ClassifierReward(LlamaForSequenceClassification(config), tokenizer=tokenizer, policy_tokenizer=tokenizer)
+
+
 def prompts(count: int, seed: int = 0) -> Dataset:
     return Dataset.from_list(toy.split_prompts(seed, count)[0])
 

@@ -72,6 +72,11 @@ class RewardColumns:
         return metrics, joined(output.given for output in outputs.values())
 
     def scores(self, samples: list[Sample]) -> dict:
+        batch = self.batch(samples)
+        return {reward.name: reward.score(batch, partial=True) for reward in self.rewards}
+
+    def batch(self, samples: list[Sample]) -> RewardBatch:
+        """What the rewards look at."""
         prompts: dict[int, int] = {}  # the samples of a prompt hold one and the same mapping
         episodes = [sample.episode for sample in samples]
         of_environment: dict[str, list] = {}
@@ -80,7 +85,7 @@ class RewardColumns:
                 REWARD_COLUMN: [None if episode is None else episode.reward for episode in episodes],
                 FAILURE_COLUMN: [None if episode is None else episode.failure for episode in episodes],
             }
-        batch = RewardBatch(
+        return RewardBatch(
             prompts=[sample.prompt["prompt"] for sample in samples],
             completions=[sample.completion for sample in samples],
             prompt_ids=[sample.prompt["prompt_ids"] for sample in samples],
@@ -96,7 +101,6 @@ class RewardColumns:
             groups=[prompts.setdefault(id(sample.prompt), len(prompts)) for sample in samples],
             trainer_state=self.trainer_state(),
         )
-        return {reward.name: reward.score(batch, partial=True) for reward in self.rewards}
 
     def totals(self, samples: list[Sample]) -> list[float | None]:
         """The weighted sum only, None where there is no score, leaving the samples as they are (for a gold reward)."""
