@@ -78,6 +78,7 @@ class OnlineDPOConfig(PairLossOptions, OnPolicyConfig):  # type: ignore[misc]  #
     dual_clip: float | None = of_loop(None, PAIRS_ONLY)
     importance_sampling_level: str = of_loop("token", PAIRS_ONLY)
     rollouts_ahead: int = of_loop(0, "num_mini_batches, for fewer and larger rollouts")
+    partial_rollouts: int = of_loop(1, "num_mini_batches, for fewer and larger rollouts")
     rollout_correction: str = of_loop("none", PAIRS_ONLY)
     rollout_correction_high: float = of_loop(3.0, PAIRS_ONLY)
     rollout_correction_low: float | None = of_loop(None, PAIRS_ONLY)

@@ -38,6 +38,7 @@ _TABLE = {
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps lora_r lora_alpha "
         "max_length max_prompt_length max_completion_length num_generations eval_num_generations num_generations_eval "
         "num_mini_batches steps_per_generation generation_batch_size num_completions_to_print max_turns "
+        "partial_rollouts "
         "num_iterations num_eval_prompts normalizer_pairs chunk_size tokens_per_batch forward_tokens_per_batch "
         "precompute_ref_batch_size overlong_buffer max_new_tokens "
         "save_total_limit eval_accumulation_steps dataset_num_proc dataloader_prefetch_factor ddp_bucket_cap_mb "

@@ -103,18 +103,21 @@ class Completion:
     `logprobs[t]` is the natural log of the probability with which token t was drawn (after temperature, min-p,
     top-p and top-k); None for greedy requests. `finish_reason` is "stop" (ended by itself) or "length" (cut at
     max_tokens). `episode`: of a completion of several turns, which no engine makes by itself; the log-probs of the
-    environment's tokens are 0.
+    environment's tokens are 0. `drawn_by`: of one that was drawn in parts, the version of the weights and the number of
+    tokens of each; None: all of them are of its rollout's version.
     """
 
     token_ids: list[int]
     logprobs: list[float] | None
     finish_reason: str
     episode: Episode | None = None
+    drawn_by: list[tuple[int, int]] | None = None
 
 
 @dataclass(slots=True)
 class Rollout:
-    """The completions of one prompt, and the version of the weights that made them."""
+    """The completions of one prompt, and the version of the weights that made them (their first tokens, where they were
+    drawn in parts)."""
 
     prompt_ids: list[int]
     completions: list[Completion]

@@ -215,16 +215,16 @@ def test_a_run_draws_and_learns_what_it_does_with_vllm_in_its_process(served, tm
     assert len(logs[0][0]) == 3 and logs[0] == logs[1]
 
 
-def test_a_run_draws_ahead_and_goes_on_exactly(served, tmp_path, monkeypatch):
-    """The servers draw while the policy trains, from the weights of the rollout before; what they drew is resumed."""
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_run_draws_ahead_and_goes_on_exactly(served, tmp_path, monkeypatch, parts):
+    """The servers draw while the policy trains, from the weights of the rollout before; what they drew is resumed, and
+    so are completions that they have drawn a part of."""
     monkeypatch.setenv("ALIGN_ROLLOUT_KEY", KEY)
     model, runs = never_ending(llama(3, vocab_size=96)), []
     for resume in (None, str(tmp_path / "checkpoint-2")):
         options = {"rollouts_ahead": 1, "rollout_correction": "token_truncate", "max_steps": 4, "learning_rate": 5e-3}
-        section = {"backend": "server", "urls": served.urls}
-        trainer_class, args = on_policy(
-            "rloo", tmp_path, rollout=section, save_strategy="steps", save_steps=2, **options
-        )
+        options |= {"partial_rollouts": parts, "rollout": {"backend": "server", "urls": served.urls}}
+        trainer_class, args = on_policy("rloo", tmp_path, save_strategy="steps", save_steps=2, **options)
         trainer = trainer_class(
             copy.deepcopy(model), wanted_words, args, toy_prompts(64), processing_class=toy.tokenizer()
         )
@@ -238,7 +238,8 @@ def test_a_run_draws_ahead_and_goes_on_exactly(served, tmp_path, monkeypatch):
         trainer.train(resume_from_checkpoint=resume)
         trainer.close()
         assert under_way == [True, True, True, False][-2 if resume else 0 :]
-        assert logged(trainer, "rollout/staleness") == [0, 1, 1, 1]
+        # of the six tokens of every completion, the first part is one rollout older still, once there was one before
+        assert logged(trainer, "rollout/staleness") == ([0, 1, 1, 1] if parts == 1 else [0, 1, 1.5, 1.5])
         runs.append((logged(trainer, "reward"), logged(trainer, "loss"), parameters(trainer.model)))
     assert runs[0][:2] == runs[1][:2]
     assert_same(runs[0][2], runs[1][2])

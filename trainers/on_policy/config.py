@@ -70,6 +70,14 @@ class OnPolicyConfig(BatchingOptions, SamplingOptions, BaseConfig):
             "Needs rollout: {backend: server, ...} and rollout_correction (docs/on_policy.md)."
         },
     )
+    partial_rollouts: int = field(
+        default=1,
+        metadata={
+            "help": "Draw the tokens of a completion in up to so many parts, each by the weights of its time, beside "
+            "those of the rollouts before it, so that no step waits for a whole long completion. Needs "
+            "rollout_correction (docs/on_policy.md)."
+        },
+    )
     # ---- objective
     estimator: str = field(default="", metadata=ESTIMATOR_HELP)
     learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of AdamW."})

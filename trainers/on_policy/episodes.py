@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from align.trainers.on_policy.pipeline import CompletionSource
 
 NOT_AHEAD = (
-    "environments and tools run in the trainer's own process, which trains while completions are drawn ahead: set "
-    "rollouts_ahead: 0"
+    "environments and tools answer whole completions, in the trainer's own process, and %s draws them in parts or "
+    "while it trains: leave it out"
 )
 
 
@@ -239,8 +239,9 @@ def make_episodes(args, tools, factory, tokenizer) -> Episodes | None:
     environments = environments_of(args, tools, factory)
     if environments is None:
         return None
-    if args.rollouts_ahead:
-        raise ConfigError(NOT_AHEAD, key="rollouts_ahead")
+    for name, asked in (("rollouts_ahead", args.rollouts_ahead), ("partial_rollouts", args.partial_rollouts > 1)):
+        if asked:
+            raise ConfigError(NOT_AHEAD % name, key=name)
     return Episodes(
         environments,
         tokenizer,

@@ -6,7 +6,7 @@ parts with stated inputs, each in a file of this folder:
 
     engine      SyncedEngine: a rollout engine with the weights of a step
     pipeline    RolloutPipeline: prompts in, scored samples out
-    ahead       RolloutsAhead: draws the next rollout while this one is trained on, if asked to
+    ahead       RolloutsAhead: draws before it is due, if asked to
     forward     ForwardPasses: log-probs of reference and policy
     estimator   Estimator: from a stream of scores to advantages; the one thing in which methods differ
     weighting   Weighting (trainers/weighting/): which streams there are, and what each counts now
@@ -223,13 +223,7 @@ class OnPolicyTrainer(OnPolicyBase):
             truncation=truncation,
             episodes=self.episodes,
         )
-        self.ahead = RolloutsAhead(
-            args.rollouts_ahead,
-            self.pipeline,
-            self.engine,
-            steps=args.steps_per_rollout,
-            processes=self.ranks.count,
-        )
+        self.ahead = RolloutsAhead(args, self.pipeline, self.engine, processes=self.ranks.count)
         self.refill = DynamicSampling(
             args.dynamic_sampling_rounds,
             args.prompts_per_rollout,
@@ -291,7 +285,8 @@ class OnPolicyTrainer(OnPolicyBase):
                 list(islice(epoch_iterator, (steps - position) * num_batches))
         if position == 0:
             take = partial(take_prompts, epoch_iterator, num_batches, self.args)
-            prompts, indices = self.ahead.prompts(take, more=self.state.global_step + steps < self.state.max_steps)
+            left = (self.state.max_steps - self.state.global_step - 1) // steps
+            prompts, indices = self.ahead.prompts(take, left)
             if not prompts:
                 return [], None
             self.buffer = self.make_rollout(prompts, indices)

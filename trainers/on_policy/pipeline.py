@@ -104,15 +104,19 @@ class RolloutPipeline:
     def draw(self, prompts: list[dict], indices: list[int], step: int) -> list[Rollout]:
         """Completions of every request of every prompt, side by side. It asks the engine, and does nothing else."""
         asked = [prompt for prompt in prompts for _ in self.requests]
-        params = [
-            replace(request, seed=derive_seed(self.seed, "train", step, index, number))
-            for index in indices
-            for number, request in enumerate(self.requests)
-        ]
+        params = self.params(indices, step)
         if self.episodes is None:
             return self.engine.generate([prompt["prompt_ids"] for prompt in asked], params)
         seeds = [derive_seed(self.seed, "environment", step, index) for index in indices for _ in self.requests]
         return self.episodes.complete(self.engine, asked, params, seeds)
+
+    def params(self, indices: list[int], step: int) -> list[SamplingParams]:
+        """Of every request of every prompt, side by side, with their seeds."""
+        return [
+            replace(request, seed=derive_seed(self.seed, "train", step, index, number))
+            for index in indices
+            for number, request in enumerate(self.requests)
+        ]
 
     def samples(self, prompts: list[dict], rollouts: list[Rollout]) -> ScoredRollout:
         """Completions without scores. rollouts: of `draw`."""

@@ -20,7 +20,8 @@ class Sample:
     weighted sum less `penalty`, what a long or cut completion loses (`TruncationRule`). left_out: of the loss and of
     baselines, for want of a score, or, if `masked`, for having been cut. bootstrap: values after the last token of
     a cut completion, [streams], that stand for its score; None where the score counts. shown: what a reward said beside
-    it. episode: of a completion of several turns, whose tokens of the environment are in no loss. ref_logps, old_logps:
+    it. drawn_by: version of the weights and number of tokens of each part, where it was drawn in parts. episode: of a
+    completion of several turns, whose tokens of the environment are in no loss. ref_logps, old_logps:
     under the reference and under the policy before the first update, [L], nats. entropies: of its tokens then, until
     advantages are known. advantages, values, returns: [L, streams].
     """
@@ -39,6 +40,7 @@ class Sample:
     masked: bool = False
     bootstrap: torch.Tensor | None = None
     shown: dict[str, str | float] = field(default_factory=dict)
+    drawn_by: list[tuple[int, int]] | None = None
     episode: Episode | None = None
     ref_logps: torch.Tensor | None = None
     old_logps: torch.Tensor | None = None
@@ -46,6 +48,12 @@ class Sample:
     advantages: torch.Tensor | None = None
     values: torch.Tensor | None = None
     returns: torch.Tensor | None = None
+
+    @property
+    def versions(self) -> list[int]:
+        """Of the weights that drew each token."""
+        parts = self.drawn_by or [(self.weight_version, self.length)]
+        return [version for version, tokens in parts for _ in range(tokens)]
 
     @property
     def length(self) -> int:
@@ -101,6 +109,7 @@ def make_samples(tokenizer, prompt: dict, completions: list[Completion], weight_
             engine_logps=completion.logprobs or [],
             truncated=completion.finish_reason == "length",
             weight_version=weight_version,
+            drawn_by=completion.drawn_by,
             episode=completion.episode,
         )
         for completion in completions

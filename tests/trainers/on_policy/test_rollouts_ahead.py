@@ -112,7 +112,7 @@ def test_a_run_that_was_told_to_end_goes_on_exactly(steps, policy, tmp_path):
     stopped.add_callback(Terminate())
     with pytest.raises(SystemExit):
         stopped.train()
-    assert stopped.ahead.drawn is None  # nothing is left of it but the checkpoint's
+    assert not stopped.ahead.drawn  # nothing is left of it but the checkpoint's
     resumed = make(policy, tmp_path / "run", **options)
     resumed.train(resume_from_checkpoint="auto")
     straight = make(policy, tmp_path / "straight", **options)
@@ -128,7 +128,7 @@ def test_a_checkpoint_of_other_prompts_or_processes(policy, tmp_path, caplog):
     trainer.train()
     state = read_checkpoint(tmp_path / "checkpoint-2", rank=0, processes=1).state["ahead"]
     trainer.ahead.load_state_dict({**state, "processes": 2})
-    assert trainer.ahead.drawn is None and "drawn anew, by the weights of now" in caplog.text
+    assert not trainer.ahead.drawn and "drawn anew, by the weights of now" in caplog.text
     trainer.ahead.load_state_dict(state)
     rows = [trainer.train_dataset[i] for i in range(8)]
     with pytest.raises(TrainingError, match="for other prompts than those of step 3"):
