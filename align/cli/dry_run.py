@@ -165,6 +165,7 @@ def _memory(run: RunConfig, config, rows):
         reference=_holds_reference(run, adapter=peft_config is not None),
         reference_width=_reference_width(run),
         engine_width=_engine_width(run, 2 if mixed else shape.bytes_per_weight) if on_policy else None,
+        engine_ranks=run.training.engine_options.sharing if on_policy else 1,
         rewards=reward_shapes(run) if run.method.rewards else {},
     )
 

@@ -161,14 +161,15 @@ def estimate(
     reference: bool = False,
     reference_width: int | None = None,
     engine_width: int | None = None,
+    engine_ranks: int = 1,
     rewards: dict[str, Shape] | None = None,
 ) -> Estimate:
     """Memory of one training process.
 
     tokens: of one micro-batch, padding counted. mixed: 16-bit autocast. logits: there is a language-model head; it
     runs in chunks. reference: there is a second, frozen copy of the model; reference_width: bytes of each of its
-    weights, None: as the model's. engine_width: the rollout engine has a copy of its own, of so many bytes a weight.
-    rewards: reward models by name.
+    weights, None: as the model's. engine_width: the rollout engine has a copy of its own, of so many bytes a weight,
+    and shares it with engine_ranks - 1 other processes. rewards: reward models by name.
     """
     out = Estimate()
     count, width = shape.parameters, shape.bytes_per_weight
@@ -194,8 +195,9 @@ def estimate(
     if reference:
         out.add("reference model", count * (reference_width or width), "a frozen copy of the weights")
     if engine_width is not None:
-        words = f"its own copy of the weights x {engine_width} bytes; its KV cache comes on top"
-        out.add("rollout engine", count * engine_width, words)
+        part = "its own copy of the weights" if engine_ranks == 1 else f"1/{engine_ranks} of a copy of the weights"
+        words = f"{part} x {engine_width} bytes; its KV cache comes on top"
+        out.add("rollout engine", count * engine_width // engine_ranks, words)
     for name, reward in (rewards or {}).items():
         size, words = reward.weights
         out.add("reward model", size, f"{name}: {words}")

@@ -40,6 +40,8 @@ class RolloutEngine(ABC):
     # Whether completions are made outside this process, and `generate` touches nothing of it: no random state, no
     # device. Then another thread may call it while the policy trains.
     draws_elsewhere: ClassVar[bool] = False
+    # Whether ranks complete each other's requests: then all of them call `generate`, also with none of their own.
+    together = False
 
     def __init__(
         self,
@@ -126,7 +128,7 @@ class RolloutEngine(ABC):
         shows a bar. Raises `RolloutError` for a prompt that cannot be completed, by index.
         """
         requests = self._requests(prompts, params)
-        if not requests:
+        if not requests and not self.together:
             return []
         # to put the random states back would undo the draws that the process makes meanwhile
         with nullcontext() if self.draws_elsewhere else preserved_random_states():

@@ -43,6 +43,11 @@ class RolloutOptions(Section):
         "rounding. Default: what rounding in every layer explains, measured on the model.",
     )
 
+    @property
+    def sharing(self) -> int:
+        """Processes of the run that share an engine."""
+        return 1
+
     def given(self) -> dict[str, Any]:
         return {"backend": self.backend, **super().given()}
 
@@ -80,7 +85,14 @@ class VLLMOptions(VLLMSettings):
 
     label = "backend vllm"
     backend: Literal["vllm"] = Field("vllm", description="vLLM in the trainer's process.")
+    tensor_parallel: int = Field(
+        1, ge=1, description="Processes of the run that share an engine, each with a slice of its weights."
+    )
     sleep: bool = Field(
         False,
         description="Give the engine's GPU memory back while the policy trains (vLLM's sleep mode; CUDA only).",
     )
+
+    @property
+    def sharing(self) -> int:
+        return self.tensor_parallel

@@ -7,6 +7,7 @@ import tempfile
 import weakref
 from contextlib import nullcontext
 from dataclasses import fields
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,7 @@ from align.modeling.logprobs import language_model
 from align.rollout.adapters import A, B, lora_layers, lora_rank, why_merged, with_adapter
 from align.rollout.engine import RolloutEngine
 from align.rollout.identity import Fingerprints
+from align.rollout.server.ranks import in_all
 from align.rollout.types import Completion, Request
 from align.rollout.vllm_cpu import (
     CPU_BLOCK,
@@ -30,6 +32,7 @@ from align.rollout.vllm_cpu import (
     repack_heads,
 )
 from align.rollout.vllm_process import shut_down, starting
+from align.rollout.vllm_ranks import SharingRanks
 from align.rollout.weights import check_supported, checkpoint_shapes, checkpoint_weights
 
 if TYPE_CHECKING:
@@ -59,6 +62,7 @@ class VLLMEngine(RolloutEngine):
         kv_cache_gib=None,
         gpu_memory_utilization=0.3,
         engine_options=None,
+        tensor_parallel=1,
         sleep=False,
         sync_tolerance=None,
         dtype=None,
@@ -77,7 +81,11 @@ class VLLMEngine(RolloutEngine):
         }
         self._sleeps, self._discarded = sleep, False
         self._asleep: set[str] = set()
+        self._sharing = SharingRanks(tensor_parallel) if tensor_parallel > 1 else None
+        self.together = self._sharing is not None
         reason = why_merged(model) if isinstance(model, PeftModel) else None
+        if isinstance(model, PeftModel) and reason is None and self.together:
+            reason = "the processes that share an engine hold slices of it, which could not be proved"
         self._slot: AdapterSlot | None = None
         if isinstance(model, PeftModel) and reason is None:
             self._launch(model, options, lora_rank(model))
@@ -104,7 +112,8 @@ class VLLMEngine(RolloutEngine):
         shapes = checkpoint_shapes(model, merged=rank is None)
         try:
             with starting():
-                self._llm, self._on_cpu = start_llm(core, shapes, dtype=self.dtype, rank=rank, **options)
+                started = start_llm(core, shapes, dtype=self.dtype, rank=rank, sharing=self._sharing, **options)
+                self._llm, self._on_cpu = started
         except AlignError:
             raise
         except (ValueError, RuntimeError, NotImplementedError, AssertionError) as error:  # by assert: too little memory
@@ -196,7 +205,19 @@ class VLLMEngine(RolloutEngine):
         held = self._placement.held(base)
         return held if self._slot is None else held | self._slot.fingerprints(self._shapes)
 
+    def _requests(self, prompts, params) -> list[Request]:
+        checked = partial(super()._requests, prompts, params)
+        return in_all(checked) if self.together else checked()  # the others would wait for one that has failed
+
+    def _prove(self, sent) -> int | None:
+        proved = partial(super()._prove, sent)
+        return in_all(proved) if self.together else proved()
+
     def _complete(self, requests: list[Request], progress: bool) -> list[list[Completion]]:
+        answers = partial(self._answers, progress=progress)
+        return answers(requests) if self._sharing is None else self._sharing.complete(requests, answers)
+
+    def _answers(self, requests: list[Request], progress: bool) -> list[list[Completion]]:
         self._check_awake()
         if self._llm.llm_engine.has_unfinished_requests():
             raise RolloutError("an interrupted call left unfinished requests in the vLLM engine: make a new one")
@@ -229,13 +250,16 @@ def adapter_slot(worker) -> "AdapterSlot":
     return AdapterSlot(worker)
 
 
-def start_llm(core, shapes, **options):
-    """A `vllm.LLM` with the architecture of `core` and random weights, and whether it runs on a CPU."""
+def start_llm(core, shapes, sharing: SharingRanks | None = None, **options):
+    """A `vllm.LLM` with the architecture of `core` and random weights, and whether it runs on a CPU. sharing: with whom
+    it is one engine."""
     import vllm
     from vllm.platforms import current_platform
 
     own = llm_options(core, shapes, **options)
-    if not current_platform.is_cpu() and dist.is_initialized():
+    if sharing is not None:
+        own |= sharing.options(own.get("kv_cache_memory_bytes"))
+    elif not current_platform.is_cpu() and dist.is_initialized():
         own["distributed_executor_backend"] = "external_launcher"  # each rank on its own GPU
     with tempfile.TemporaryDirectory() as folder:
         write_config(core, options["dtype"], folder)

@@ -204,3 +204,5 @@ def test_memory_of_an_on_policy_run_follows_beta_and_the_budget(tiny_model, prom
     assert memory("--tokens_per_batch", 60)["logits"] != plain["logits"]
     servers = memory("--rollout.backend", "server", "--rollout.urls", "http://127.0.0.1:8000")
     assert "rollout engine" in plain and "rollout engine" not in servers  # their copy lies elsewhere
+    half = memory("--rollout.backend", "vllm", "--rollout.tensor_parallel", 2)["rollout engine"]
+    assert "1/2 of a copy of the weights" in half

@@ -238,8 +238,8 @@ def test_a_run_draws_ahead_and_goes_on_exactly(served, tmp_path, monkeypatch, pa
         trainer.train(resume_from_checkpoint=resume)
         trainer.close()
         assert under_way == [True, True, True, False][-2 if resume else 0 :]
-        # of the six tokens of every completion, the first part is one rollout older still, once there was one before
-        assert logged(trainer, "rollout/staleness") == ([0, 1, 1, 1] if parts == 1 else [0, 1, 1.5, 1.5])
+        older = 0.5 * (parts > 1)  # the first half of nearly every completion is of one rollout before that
+        assert logged(trainer, "rollout/staleness") == pytest.approx([0, 1, 1 + older, 1 + older], abs=0.05)
         runs.append((logged(trainer, "reward"), logged(trainer, "loss"), parameters(trainer.model)))
     assert runs[0][:2] == runs[1][:2]
     assert_same(runs[0][2], runs[1][2])

@@ -25,6 +25,7 @@ from align.trainers.on_policy.environments import (
     Session,
     environments_of,
 )
+from align.trainers.on_policy.sampling_options import refuse_shared
 from align.trainers.on_policy.turn_tokens import TurnTokens
 
 if TYPE_CHECKING:
@@ -242,6 +243,7 @@ def make_episodes(args, tools, factory, tokenizer) -> Episodes | None:
     for name, asked in (("rollouts_ahead", args.rollouts_ahead), ("partial_rollouts", args.partial_rollouts > 1)):
         if asked:
             raise ConfigError(NOT_AHEAD % name, key=name)
+    refuse_shared(args, "environments and tools")
     return Episodes(
         environments,
         tokenizer,

@@ -73,12 +73,10 @@ def draw_parts(engine: CompletionSource, parts: list[Part], version: int) -> Non
     """Draw all of them with one engine call. version: of the weights that the engine must have; raises `RolloutError`
     if it has others."""
     asked = [(part, ask) for part in parts for ask in part.asks()]
-    if not asked:
-        return
     requests = [request for _, (_, _, request) in asked]
     answers = engine.generate([ids for ids, _ in requests], [params for _, params in requests])
     found = {rollout.weight_version for rollout in answers}
-    if found != {version}:
+    if not found <= {version}:
         raise RolloutError(
             f"completions were asked of weights of version {version}, and those of version "
             f"{', '.join(map(str, sorted(found)))} made them: push the weights before"

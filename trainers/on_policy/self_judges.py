@@ -5,6 +5,7 @@ from align.reward_models.judges import JudgeReward
 from align.reward_models.self_judge import Generates, SelfJudge
 from align.trainers.on_policy.config import OnPolicyConfig
 from align.trainers.on_policy.rewards import RewardColumns
+from align.trainers.on_policy.sampling_options import refuse_shared
 
 
 def self_judges(rewards: RewardColumns) -> list[SelfJudge]:
@@ -26,6 +27,7 @@ def bind_judges(rewards: RewardColumns, engine: Generates, tokenizer, args: OnPo
                 "older weights and draws the next rollout meanwhile: leave rollouts_ahead out",
                 key="rollouts_ahead",
             )
+        refuse_shared(args, f"reward {judge.name}")
         judge.bind(engine, tokenizer, judge.tokens(tokenizer, **limits_of(args)))
 
 

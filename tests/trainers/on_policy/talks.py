@@ -1,6 +1,7 @@
 """A world in which a policy talks: a word-level tokenizer with a ChatML template, games, and short runs."""
 
 import random
+from collections.abc import Sequence
 
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -18,8 +19,8 @@ CALLS = [f'{{"name":"double","arguments":{{"number":"{word}"}}}}' for word in NU
 WORDS = ["user", "assistant", "tool", "system", "guess", "higher", "lower", "double", "<tool_call>", "</tool_call>"]
 
 
-def talking_tokenizer(template: str = CHATML) -> PreTrainedTokenizerFast:
-    words = [*SPECIAL, *WORDS, *NUMBERS, *CALLS]
+def talking_tokenizer(template: str = CHATML, more: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    words = [*SPECIAL, *WORDS, *NUMBERS, *CALLS, *more]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -31,6 +32,15 @@ def talking_tokenizer(template: str = CHATML) -> PreTrainedTokenizerFast:
         chat_template=template,
         model_input_names=["input_ids", "attention_mask"],
     )
+
+
+def double(number: str) -> str:
+    """Twice a number.
+
+    Args:
+        number: its name.
+    """
+    return {"one": "two"}[number]
 
 
 class GuessingGame:

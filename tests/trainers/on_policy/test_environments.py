@@ -18,7 +18,7 @@ from align.trainers.on_policy.objective import kept_lengths, loss_count, policy_
 from align.trainers.on_policy.samples import Sample
 from align.trainers.on_policy.streams import Stream
 from align.trainers.on_policy.turn_tokens import TurnTokens
-from tests.trainers.on_policy.talks import CALLS, CHATML, NUMBERS, GuessingGame, questions, talking_tokenizer
+from tests.trainers.on_policy.talks import CALLS, CHATML, NUMBERS, GuessingGame, double, questions, talking_tokenizer
 from tests.trainers.tiny_runs import assert_same, logged, on_policy, parameters, tiny_model
 
 METHODS = ["grpo", "rloo", "reinforce_pp", "remax", "ppo"]
@@ -253,15 +253,6 @@ def test_draws_do_not_depend_on_who_else_talks():
 
 
 # ---- tools ----------------------------------------------------------------------------------------------------------
-
-
-def double(number: str) -> str:
-    """Twice a number.
-
-    Args:
-        number: its name.
-    """
-    return {"one": "two"}[number]
 
 
 class Sums:

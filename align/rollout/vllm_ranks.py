@@ -1,0 +1,67 @@
+"""One vLLM engine in several ranks of the trainer, each of which holds a slice of its weights (tensor parallelism).
+
+vLLM calls it `external_launcher`: every rank has an engine of its own with one worker, and as all of them get the same
+requests, they schedule the same and meet in the layers' collectives. So all ranks of a group ask together, for what any
+of them wants, and each takes its own back.
+"""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+from align.errors import ConfigError, RolloutError
+from align.rollout.types import Completion, Request
+
+
+class SharingRanks:
+    """The consecutive ranks that share an engine with this one.
+
+    Args:
+        size: their number. Raises `ConfigError` where the processes of the run cannot be cut into groups of it.
+    """
+
+    def __init__(self, size: int):
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        if world % size:
+            raise ConfigError(
+                f"rollout.tensor_parallel: {size} shares an engine between {size} processes of the run, which has "
+                f"{world}: start it with a multiple of {size} (align launch CONFIG --num-processes {size})",
+                key="rollout.tensor_parallel",
+            )
+        self.size, self.place = size, dist.get_rank() % size
+
+    def gather(self, value: Any) -> list:
+        """The values of the ranks, in order."""
+        from vllm.distributed import get_tp_group
+
+        values: list = [None] * self.size
+        dist.all_gather_object(values, value, group=get_tp_group().cpu_group)
+        return values
+
+    def complete(
+        self, requests: list[Request], answer: Callable[[list[Request]], list[list[Completion]]]
+    ) -> list[list[Completion]]:
+        """The completions of this rank's requests. answer: of the engine, to those of all ranks."""
+        asked = self.gather(requests)
+        made = answer([request for own in asked for request in own])
+        ids = [completion.token_ids for group in made for completion in group]
+        if len(set(self.gather(hashlib.blake2b(repr(ids).encode()).digest()))) > 1:
+            raise RolloutError(
+                "the ranks that share a vLLM engine drew different tokens: their slices no longer compute together. "
+                "Set rollout.tensor_parallel: 1, or use a server"
+            )
+        start = sum(map(len, asked[: self.place]))
+        return made[start : start + len(requests)]
+
+    def options(self, cache: int | None) -> dict[str, Any]:
+        """What vLLM is started with besides. cache: bytes of keys and values that this rank has room for; None where
+        vLLM finds it out. All ranks get the least, since they must schedule alike."""
+        found: dict[str, Any] = {
+            "tensor_parallel_size": self.size,
+            "distributed_executor_backend": "external_launcher",
+        }
+        rooms: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(rooms, cache)
+        return found if cache is None else found | {"kv_cache_memory_bytes": min(rooms)}

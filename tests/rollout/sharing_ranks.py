@@ -1,0 +1,82 @@
+"""Run by `tests.trainers.two_processes.run_on_two`: one vLLM engine in both processes. Arguments: a word; a folder for
+what is found."""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from align.data import toy
+from align.errors import ConfigError, RolloutError
+from align.rollout import SamplingParams, make_engine
+from tests.rollout.rollout_models import llama, never_ending, prompts
+from tests.rollout.two_ranks import check, shard, with_adapter
+from tests.trainers.tiny_runs import logged, on_policy, wanted_words
+from tests.trainers.tiny_runs import prompts as toy_prompts
+
+SHARED = {"backend": "vllm", "tensor_parallel": 2}
+ASKED = list(
+    zip(
+        prompts([4, 140, 30, 7]),
+        [SamplingParams(12, n=3, temperature=0.7, seed=1), SamplingParams(9, temperature=0)]
+        + [SamplingParams(20, n=2, seed=2), SamplingParams(5, seed=3)],
+        strict=True,
+    )
+)
+
+
+def drawn(engine, asked) -> list:
+    made = engine.generate([ids for ids, _ in asked], [params for _, params in asked])
+    return [[(c.token_ids, c.logprobs) for c in rollout.completions] for rollout in made]
+
+
+def trained(folder: Path, processes: int, rollout: dict) -> dict:
+    """Three steps on eight prompts each, and an evaluation of five, which two processes cannot share evenly."""
+    options = {"per_device_train_batch_size": 8 // processes, "per_device_eval_batch_size": 1}
+    options |= {"max_steps": 3, "learning_rate": 5e-3, "eval_strategy": "steps", "eval_steps": 3}
+    options |= {"partial_rollouts": 2, "rollout_correction": "token_truncate"}
+    trainer_class, args = on_policy("remax", folder, seed=6, rollout=rollout, **options)
+    data = toy_prompts(64), toy_prompts(5, seed=1)
+    model = copy.deepcopy(llama(3, vocab_size=96))
+    trainer = trainer_class(model, wanted_words, args, *data, processing_class=toy.tokenizer())
+    trainer.train()
+    trainer.close()
+    keys = ("reward", "remax/greedy_reward", "completions/mean_length", "eval_proxy", "rollout/share_1_rollouts_old")
+    return {key: logged(trainer, key) for key in (*keys, "loss", "rollout/mean_abs_logp_diff")}
+
+
+def check_what_one_process_does_wrong(engine, model, rank: int) -> None:
+    """Is raised in both: the other would wait for it."""
+    with pytest.raises(RolloutError, match="prompt 0 of this call is empty"):
+        engine.generate([[]] if rank else [[5]], SamplingParams(3))
+    lost = []
+    if rank:  # of its slice of the embedding, which the other does not hold
+        engine._llm.apply_model(lambda own: lost.append(own.model.embed_tokens.weight.data[0, 0].add_(1e-3)))
+    with pytest.raises(RolloutError, match="1 differ .model.embed_tokens.weight"):
+        engine.verify(model)
+    engine.push(model, 7)
+
+
+def main(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    rank, model = dist.get_rank(), never_ending(llama())
+    with pytest.raises(ConfigError, match="shares an engine between 3 processes of the run, which has 2"):
+        make_engine(model, backend="vllm", max_model_len=256, tensor_parallel=3)
+    engine = make_engine(model, max_model_len=256, seed=rank, **SHARED)
+    found = {"drawn": drawn(engine, ASKED[:3] if rank == 0 else ASKED[3:]), "none": drawn(engine, ASKED[: 2 * rank])}
+    found["proved"] = engine.push(model, 1).proved_tensors
+    check_what_one_process_does_wrong(engine, model, rank)
+    check(engine, never_ending(llama(4)), never_ending(llama(4)), 8)
+    check(engine, shard(never_ending(llama(1))), never_ending(llama(1)), 9)
+    check(engine, shard(with_adapter(never_ending(llama(2)))), with_adapter(never_ending(llama(2))), 10)
+    engine.close()
+    found["trained"] = trained(folder / "run", 2, SHARED)
+    torch.save(found, folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[2]))
