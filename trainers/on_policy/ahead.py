@@ -95,7 +95,7 @@ class RolloutsAhead:
         for number in range(len(self.drawn), len(rollouts)):
             self.drawn.append(Drawn(first + number * self.steps, version))
         longest = max(request.max_tokens for request in self.pipeline.requests)
-        parts = []
+        parts: list[Part] = []
         for drawn, (prompts, indices) in zip(self.drawn, rollouts, strict=False):
             asked = [prompt["prompt_ids"] for prompt in prompts for _ in self.pipeline.requests]
             requests = list(zip(asked, self.pipeline.params(indices, drawn.step), strict=True))
@@ -136,7 +136,8 @@ class RolloutsAhead:
 
         def work() -> None:
             try:
-                answer.set_result(draw_parts(self.engine, parts, step))
+                draw_parts(self.engine, parts, step)
+                answer.set_result(None)
             except BaseException as error:  # raised where it is waited for
                 answer.set_exception(error)
 
