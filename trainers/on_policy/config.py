@@ -291,8 +291,7 @@ class OnPolicyConfig(BatchingOptions, SamplingOptions, BaseConfig):
         check_penalty(self)
         check_loss_options(self)
         check_ahead(self)
-        if self.dynamic_sampling_rounds:
-            refuse_shared(self, "dynamic_sampling_rounds")
+        refuse_shared(self, "dynamic_sampling_rounds", asked=self.dynamic_sampling_rounds > 0)
         check_constraints(self)
         check_dynamic_weights(self)
         check_search(self)
