@@ -51,6 +51,7 @@ from align.trainers.pairs.reference import (
     prepare_reference,
 )
 from align.trainers.pairs.reference_cache import ReferenceCache, weights_mark
+from align.trainers.pairs.reference_shards import ReferenceShards
 
 
 class PreferenceTrainer(PairTrainer):
@@ -298,7 +299,7 @@ class PreferenceTrainer(PairTrainer):
         args = self.args
         pairs, world = args.precompute_ref_batch_size or batch_size, args.world_size
 
-        def compute() -> tuple[np.ndarray, np.ndarray]:
+        def compute(shards: ReferenceShards) -> tuple[np.ndarray, np.ndarray]:
             with tqdm(
                 total=len(dataset),
                 desc=f"Reference log-probs of the {name} pairs",
@@ -312,6 +313,7 @@ class PreferenceTrainer(PairTrainer):
                     rank=args.process_index,
                     world=world,
                     progress=progress,
+                    shards=shards,
                 )
 
         return cache.add_to(dataset, name, compute)

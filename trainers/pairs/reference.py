@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -15,6 +15,7 @@ from align.data.tokenized import IDS, MASKS
 from align.modeling.load import Reference, freeze_copy, load_policy, reference_of
 from align.modeling.logprobs import language_model
 from align.modeling.pairs import PairTokens, completions, pair_tokens
+from align.trainers.pairs.reference_shards import ReferenceShards
 
 
 def load_reference(
@@ -67,26 +68,35 @@ def logps_of_all(
     rank: int,
     world: int,
     progress: tqdm,
+    shards: ReferenceShards,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Log-probs of all tokens of chosen and of rejected, row after row; the processes share the rows.
 
     Args:
         dataset: tokenised pairs.
         cut: rows -> micro-batches. logps_of: a micro-batch -> [2B, L], chosen rows and then rejected, left-aligned.
-        at_once: rows that are read and cut together. progress: counts rows.
+        at_once: rows that are read and cut together. progress: counts rows. shards: of rows that are computed already,
+            by whomever, and for those of this process.
     """
-    found = {}
-    for start in range(0, len(dataset), at_once):
-        part = dataset.select(range(start, min(start + at_once, len(dataset)))).to_list()
-        batches = cut([{**row, "number": start + i} for i, row in enumerate(part)])
+    found = shards.read() if rank == 0 else {}
+    missing = broadcast_object_list([[i for i in range(len(dataset)) if i not in found] if rank == 0 else None])[0]
+    progress.update(len(dataset) - len(missing))
+    for start in range(0, len(missing), at_once):
+        numbers = missing[start : start + at_once]
+        part = dataset.select(numbers).to_list()
+        batches = cut([{**row, "number": number} for number, row in zip(numbers, part, strict=True)])
         # all processes run the same number of batches: sharded models gather weights in every one
         for first in range(0, len(batches), world):
             batch = batches[min(first + rank, len(batches) - 1)]
-            values = logps_of(batch).float().cpu().numpy()
-            for row, *both in zip(batch, values[: len(batch)], values[len(batch) :], strict=True):
+            logps = logps_of(batch).float().cpu().numpy()
+            for row, *both in zip(batch, logps[: len(batch)], logps[len(batch) :], strict=True):
                 lengths = [sum(row.get(mask) or [1] * len(row[ids])) for ids, mask in zip(IDS[1:], MASKS, strict=True)]
-                found[row["number"]] = [v[:length].copy() for v, length in zip(both, lengths, strict=True)]
+                chosen, rejected = (v[:length].copy() for v, length in zip(both, lengths, strict=True))
+                found[row["number"]] = chosen, rejected
+                if first + rank < len(batches):  # else it is another process's too
+                    shards.append(row["number"], chosen, rejected)
         progress.update(len(part))
+    shards.close()
     by_row = {i: values for part in gather_object([found]) for i, values in part.items()}
     return tuple(np.concatenate([by_row[i][side] for i in range(len(dataset))]) for side in (0, 1))
 

@@ -23,6 +23,7 @@ from align.errors import TrainingError
 from align.modeling.fingerprint import fingerprint
 from align.modeling.logprobs import language_model
 from align.trainers.pairs.data import flat_column, list_column, trained_lengths
+from align.trainers.pairs.reference_shards import ReferenceShards
 
 logger = logging.getLogger(__name__)
 
@@ -62,11 +63,12 @@ class ReferenceCache:
         self.precision = precision
         self.marks: dict[str, str] = {}
 
-    def add_to(self, dataset, name: str, compute: Callable[[], tuple[np.ndarray, np.ndarray]]):
+    def add_to(self, dataset, name: str, compute: Callable[[ReferenceShards], tuple[np.ndarray, np.ndarray]]):
         """The dataset with the columns `COLUMNS`: per row the float32 log-probs of its completions' tokens.
 
         The main process reads them from `folder/<name>-<mark>.npz`. If there is no such file, every process calls
-        `compute` (all tokens of chosen and of rejected, row after row) and the main one writes it.
+        `compute` (all tokens of chosen and of rejected, row after row), which reads and appends to the shards in
+        `folder/<name>-<mark>.shards`, and the main one writes the file and removes the shards.
         """
         mark = self.marks[name] = mark_of(dataset, self.weights, self.precision)
         path, main = self.folder / f"{name}-{mark}.npz", PartialState().is_main_process
@@ -74,9 +76,11 @@ class ReferenceCache:
         if flat is None:
             if main:
                 self._warn_of_others(name)
-            flat = compute()
+            shards = ReferenceShards(path.with_suffix(".shards"), PartialState().process_index)
+            flat = compute(shards)
             if main:
                 _write(path, flat)
+                shards.remove()
         for column, ids, values in zip(COLUMNS, IDS[1:], flat, strict=True):
             lengths = trained_lengths(dataset, ids)
             if len(values) != lengths.sum():

@@ -24,6 +24,7 @@ from align.trainers.pairs.metrics import BatchMeans
 from align.trainers.pairs.micro_batches import MicroBatchPlanner, PaddedPairs, SharedPrefixPairs, split_to
 from align.trainers.pairs.reference import cached_tokens, live_tokens, logps_of_all, make_reference
 from align.trainers.pairs.reference_cache import COLUMNS, ReferenceCache
+from align.trainers.pairs.reference_shards import ReferenceShards
 from tests.trainers.pairs.preference_runs import toy_pairs
 from tests.trainers.tiny_runs import tiny_model
 
@@ -231,20 +232,20 @@ def tokenised():
     return PairData(toy.tokenizer(), 32, 0.0).prepare(toy_pairs(7), "train")
 
 
-def every_logp(model, dataset, pairs_at_once, **options):
+def every_logp(model, dataset, pairs_at_once, shards, **options):
     """Through the same function as a trainer's pass over its data, in padded micro-batches."""
     planner, reference = MicroBatchPlanner(PaddedPairs(0), max_pairs=pairs_at_once), Reference(model, adapter_off=False)
 
     def logps_of(rows):
         return live_tokens(reference, planner.collate(rows), chunk_size=None, autocast=nullcontext).logps
 
-    settings = {"at_once": 4, "rank": 0, "world": 1, "progress": tqdm(disable=True), **options}
+    settings = {"at_once": 4, "rank": 0, "world": 1, "progress": tqdm(disable=True), "shards": shards, **options}
     return logps_of_all(dataset, planner.cut, logps_of, **settings)
 
 
-def test_a_pass_over_a_dataset_has_the_log_probs_of_every_row_in_its_place(tokenised):
+def test_a_pass_over_a_dataset_has_the_log_probs_of_every_row_in_its_place(tokenised, tmp_path):
     model = tiny_model(toy.tokenizer()).eval()
-    chosen, rejected = every_logp(model, tokenised, 3)
+    chosen, rejected = every_logp(model, tokenised, 3, ReferenceShards(tmp_path, 0))
     assert len(chosen) == sum(map(len, tokenised["chosen_ids"])) and len(rejected) != 0
     first = 0
     for row in tokenised:
@@ -258,9 +259,9 @@ def test_a_pass_over_a_dataset_has_the_log_probs_of_every_row_in_its_place(token
 def test_the_cache_computes_once_per_dataset_reference_and_precision(tokenised, tmp_path):
     computed = []
 
-    def compute():
+    def compute(shards):
         computed.append(1)
-        return every_logp(tiny_model(toy.tokenizer()), tokenised, 3)
+        return every_logp(tiny_model(toy.tokenizer()), tokenised, 3, shards)
 
     def added(weights="w", precision="no float32", dataset=tokenised):
         cache = ReferenceCache(tmp_path, weights, precision)
@@ -274,6 +275,39 @@ def test_the_cache_computes_once_per_dataset_reference_and_precision(tokenised, 
     added(weights="other")
     added(precision="bf16 float32")
     assert len(computed) == 3 and len(list(tmp_path.glob("train-*.npz"))) == 3
+
+
+def test_what_a_killed_run_had_computed_is_not_computed_again(tokenised, tmp_path):
+    """By itself or by another run on the folder, whatever is torn or damaged in its shard."""
+    model, whole, passes = tiny_model(toy.tokenizer()), ReferenceShards(tmp_path / "whole", 0), []
+    expected = every_logp(model, tokenised, 3, whole)
+    (file,) = whole.folder.iterdir()
+    data, folder = file.read_bytes(), tmp_path / "train-1.shards"
+    assert sorted(whole.read()) == list(range(7))
+    folder.mkdir()
+
+    class Counted(ReferenceShards):
+        def append(self, row, chosen, rejected):
+            passes.append(row)
+            super().append(row, chosen, rejected)
+
+    size = len(data) // 7
+    for left, damage in ((data[: 4 * size], None), (data, 3 * size), (b"", None), (data[:10], None), (data, None)):
+        for old in folder.iterdir():
+            old.unlink()
+        torn = bytearray(left)
+        if damage is not None:
+            torn[damage] ^= 8
+        (folder / "0-a.shard").write_bytes(torn)
+        kept, shards = set(ReferenceShards(folder, 0).read()), Counted(folder, 0)
+        passes.clear()
+        found = every_logp(model, tokenised, 3, shards)
+        assert set(passes) == set(range(7)) - kept and len(passes) == 7 - len(kept)
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+        assert sorted(shards.read()) == list(range(7))  # for the next one
+        if left is data:
+            assert len(kept) == 7 if damage is None else 0 < len(kept) < 7
 
 
 def test_several_runs_may_write_one_file_of_the_cache_at_a_time(tmp_path):

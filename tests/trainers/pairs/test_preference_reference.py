@@ -145,8 +145,10 @@ def test_three_runs_write_into_one_folder_at_once(tmp_path):
     barrier = context.Barrier(3)
     rows = Dataset.from_list([{"prompt_ids": [1], "chosen_ids": [2, 3], "rejected_ids": [4]}] * 500)
 
-    def compute():
+    def compute(shards):
         barrier.wait(30)  # all three have found no file
+        shards.append(0, np.arange(2, dtype=np.float32), np.arange(1, dtype=np.float32))
+        shards.close()
         return np.arange(1000, dtype=np.float32), np.arange(500, dtype=np.float32)
 
     def one_run():
