@@ -53,7 +53,8 @@ class TurnTokens:
     def _text(self, messages: list[dict], options: dict) -> str:
         """What follows the answer's end token."""
         answer: dict = {"role": "assistant", "content": ANSWER}
-        if messages[0]["role"] == "tool":  # some templates name the tool after the call
+        # some templates name the tool after the call; others know the calls as what the policy wrote alone
+        if messages[0]["role"] == "tool" and "tool_calls" in self.tokenizer.get_chat_template():
             calls = [{"type": "function", "function": {"name": m["name"], "arguments": {}}} for m in messages]
             answer["tool_calls"] = calls
         before = render([ASKED, answer], self.tokenizer, options)
