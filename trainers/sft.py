@@ -1,6 +1,5 @@
 """Supervised fine-tuning: TRL's SFTTrainer on rows that `align.data` has checked and tokenised."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -23,7 +22,7 @@ from align.modeling.adapters import check_stack
 from align.modeling.half import freeze_half
 from align.modeling.load import load_policy, train_in_float32
 from align.trainers.core.eval_completions import show_completions
-from align.trainers.core.loading import loading_options, set_chat_template, tokenizer_of
+from align.trainers.core.loading import loading_options, set_chat_template, tokenizer_of, training_tokenizer
 from align.trainers.core.options import RunOptions
 from align.trainers.core.trainer import TrainerMixin
 from align.trainers.supervised.options import SupervisedOptions
@@ -228,23 +227,6 @@ def choose_trained(model: Any, args: SFTConfig, peft_config: Any) -> None:
             key="half_finetuning",
         )
     freeze_half(model, f"{args.seed} {args.half_finetuning}")
-
-
-def training_tokenizer(tokenizer: Any) -> Any:
-    """The tokenizer that renders conversations whose assistant turns alone are trained: with TRL's chat template for
-    training, where it has one for a template that marks no such turns. That renders every turn the same whatever
-    follows it, which templates do not that leave out the thoughts of earlier turns."""
-    if tokenizer.chat_template is None:
-        return tokenizer
-    try:
-        template = trl.get_training_chat_template(tokenizer)
-    except ValueError:  # it knows some families; else the turns are found by rendering
-        return tokenizer
-    if template is None:
-        return tokenizer
-    renders = copy.deepcopy(tokenizer)
-    renders.chat_template = template
-    return renders
 
 
 def with_own_defaults(args: TrainingArguments) -> SFTConfig:

@@ -61,7 +61,6 @@ def render(messages: Messages, tokenizer: "PreTrainedTokenizerBase", options: di
     """The chat template's text; with `answer_next` up to where the assistant's answer starts."""
     from jinja2 import TemplateError
 
-    refuse_unknown_tools(messages, options.get("tools"), tokenizer)
     try:
         return tokenizer.apply_chat_template(
             for_template(messages), tokenize=False, add_generation_prompt=answer_next, **options
@@ -75,6 +74,7 @@ def render_pair(
 ) -> tuple[str, list[str]]:
     """The prompt's text, and that of prompt + completion for each. Raises BadRow if the latter do not begin with the
     prompt's messages. They begin with the generation prompt too, but for templates that end it in `<think>`."""
+    refuse_unknown_tools([*prompt, *sum(completions, [])], options.get("tools"), tokenizer)
     start = render(prompt, tokenizer, options, answer_next=True)
     wholes = [render(prompt + completion, tokenizer, options) for completion in completions]
     if not all(whole.startswith(start) for whole in wholes):
@@ -133,6 +133,7 @@ def render_conversation(
     """
     last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
     messages = messages[: last + 1]
+    refuse_unknown_tools(messages, options.get("tools"), tokenizer)
     text = render(messages, tokenizer, options)
     if first == 0 and re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
         out = tokenizer.apply_chat_template(

@@ -10,8 +10,8 @@ from datasets import Dataset
 
 from align.data import tokenize_completions, tokenize_pairs, tokenize_prompts
 from align.errors import DataError
+from align.trainers.core.loading import training_tokenizer
 from align.trainers.pairs.data import IDS, numbered_pairs
-from align.trainers.sft import training_tokenizer
 
 TOOLS = [
     {"type": "function", "function": {"name": name, "description": name, "parameters": {

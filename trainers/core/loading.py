@@ -1,5 +1,6 @@
 """How the options of a run load a model that is passed by its name, its tokenizer and its chat template."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +63,20 @@ def set_chat_template(path: str | None, model: Any, tokenizer: Any, *, adapter: 
         trl.clone_chat_template(model, tokenizer, path)
     except ValueError as error:
         raise ConfigError(f"chat_template_path {path!r}: {one_line(error)}", key="chat_template_path") from error
+
+
+def training_tokenizer(tokenizer: Any) -> Any:
+    """The tokenizer that renders conversations of several turns: with TRL's chat template for training, where it has
+    one for the family and the tokenizer's own is none. That renders a turn the same whatever follows it, which
+    templates do not that leave out the thoughts of earlier turns, and marks the assistant's turns."""
+    if tokenizer.chat_template is None:
+        return tokenizer
+    try:
+        template = trl.get_training_chat_template(tokenizer)
+    except ValueError:  # it knows some families; else the turns are found by rendering
+        return tokenizer
+    if template is None:
+        return tokenizer
+    renders = copy.deepcopy(tokenizer)
+    renders.chat_template = template
+    return renders

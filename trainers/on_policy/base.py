@@ -78,7 +78,8 @@ class OnPolicyBase(MicroBatchLists, Trainer):
         self.rewards = RewardColumns(given, args.reward_weights, tokenizer=tokenizer)
         self.gold = gold_columns(gold_reward, tokenizer)
         self.weighting = make_weighting(self.rewards.weights, args)
-        self.tokenize = partial(tokenized_prompts, tokenizer=tokenizer, args=args, tools=schemas)
+        renders = tokenizer if episodes is None else episodes.tokenizer
+        self.tokenize = partial(tokenized_prompts, tokenizer=renders, args=args, tools=schemas)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         of_training = not any(key.startswith("eval_") for key in logs)

@@ -22,7 +22,7 @@ from align.reward_models.base import Reward, RewardBatch, RewardOutput
 from align.reward_models.deadlines import call_within
 from align.reward_models.failures import Failed, Failures
 from align.trainers.core.hooks import TrainingSettings
-from align.trainers.on_policy.tools import Tools
+from align.trainers.on_policy.tools import Tools, awaited
 
 REWARD_COLUMN, FAILURE_COLUMN = "environment_reward", "environment_failure"  # what other rewards may name
 OWN = ("reset", "step", "get_reward", "close")
@@ -89,6 +89,7 @@ class Environments:
     """
 
     def __init__(self, factory: Callable[[], Any] | None, tools: list[Callable], timeout: float):
+        tools = [awaited(tool, timeout) if inspect.iscoroutinefunction(tool) else tool for tool in tools]
         self.factory, self.functions, self.timeout = factory, tools, timeout
         probe = None if factory is None else factory()
         self.name = None if probe is None else type(probe).__name__
@@ -105,7 +106,7 @@ class Environments:
             )
         for call in (*tools, *own, *(getattr(probe, name, None) for name in OWN)):
             if inspect.iscoroutinefunction(call):
-                raise ConfigError(f"{call.__qualname__} is async, and environments and tools are called plainly here")
+                raise ConfigError(f"{call.__qualname__} is async, and environments are called plainly here")
         self.tools = Tools([*tools, *own], timeout)
 
     @property

@@ -18,6 +18,7 @@ from align.data.ending import written_text
 from align.errors import ConfigError, RolloutError
 from align.rollout.seeds import derive_seed
 from align.rollout.types import Completion, Episode, Rollout, SamplingParams
+from align.trainers.core.loading import training_tokenizer
 from align.trainers.on_policy.environments import (
     EnvironmentFailure,
     EnvironmentReward,
@@ -246,7 +247,7 @@ def make_episodes(args, tools, factory, tokenizer) -> Episodes | None:
     refuse_shared(args, "environments and tools")
     return Episodes(
         environments,
-        tokenizer,
+        training_tokenizer(tokenizer),
         max_turns=args.max_turns,
         max_prompt_length=args.max_prompt_length,
         stops=args.environment_on_error == "stop",

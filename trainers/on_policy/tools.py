@@ -3,6 +3,7 @@
 That is how Qwen and Hermes write them, and what their chat templates ask for; other forms are refused at the start.
 """
 
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from transformers.utils.chat_template_utils import DocstringParsingException, Ty
 
 from align.errors import ConfigError
 from align.reward_models.deadlines import DeadlineExceeded, call_within
+from align.reward_models.functions import run_concurrently
 
 CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 
@@ -65,6 +67,17 @@ class Tools:
     def _failure(self, name: str, reason: str) -> dict:
         self.failed += 1
         return {"role": "tool", "name": name, "content": str({"error": reason})}
+
+
+def awaited(function: Callable, timeout: float) -> Callable:
+    """An async function as a plain one. Calls of several conversations are awaited one after another. timeout: as
+    `call_within` keeps it, which comes first."""
+
+    @functools.wraps(function)
+    def call(**arguments: Any) -> Any:
+        return run_concurrently([functools.partial(function, **arguments)], 1, seconds=timeout + 10)[0]
+
+    return call
 
 
 def schema_of(function: Callable) -> dict:

@@ -1,9 +1,12 @@
 """Completions of several turns: whose tokens are trained on, how turns are put together, games and tools."""
 
+import asyncio
 import time
+from pathlib import Path
 
 import pytest
 import torch
+import trl
 
 from align.errors import ConfigError, RolloutError
 from align.rollout import make_engine
@@ -255,6 +258,19 @@ def test_draws_do_not_depend_on_who_else_talks():
 # ---- tools ----------------------------------------------------------------------------------------------------------
 
 
+async def slow(number: str) -> str:
+    """Twice a number.
+
+    Args:
+        number: its name.
+    """
+    await asyncio.sleep(0.001)
+    return double(number)
+
+
+slow.__name__ = "double"
+
+
 class Sums:
     """TRL's kind of environment: its methods are tools, and it scores itself."""
 
@@ -274,7 +290,9 @@ class Sums:
         return float(self.called)
 
 
-@pytest.mark.parametrize("environments", [Environments(None, [double], 5), Environments(Sums, [], 5)])
+@pytest.mark.parametrize(
+    "environments", [Environments(None, [double], 5), Environments(None, [slow], 5), Environments(Sums, [], 5)]
+)
 def test_tools_are_called(environments):
     tokenizer = talking_tokenizer()
     calls = [f"<tool_call> {CALLS[i]} </tool_call>" for i in (0, 2)]
@@ -286,6 +304,15 @@ def test_tools_are_called(environments):
     assert said[1][1] == "two" and "'three'" in said[2][1] and "no JSON" in said[4][1] and said[5][1] == "two"
     assert (one.episode.calls, one.episode.failed_calls, one.episode.finished) == (3, 2, True)
     assert one.episode.reward == (2.0 if environments.scores else None)
+
+
+def test_a_template_that_drops_thoughts_is_exchanged_for_trls(tmp_path):
+    qwen3 = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text(encoding="utf-8")
+    with pytest.raises(ConfigError, match="differently once a turn"):
+        TurnTokens(talking_tokenizer(qwen3), ["tool"])
+    tokenizer = talking_tokenizer(qwen3)
+    assert make_episodes(on_policy("rloo", tmp_path)[1], [double], None, tokenizer).tokenizer.chat_template != qwen3
+    assert tokenizer.chat_template == qwen3  # which is saved with the model
 
 
 def test_what_is_refused(tmp_path):
