@@ -35,7 +35,7 @@ from align.evaluation.bootstrap import percentile_interval, resample_weights
 from align.quickstart.settings import FULL
 
 RESULT = Path(__file__).parent / "results" / "ensemble_bon_toy.json"
-SETTINGS = replace(FULL, bon_prompts=32, bon_n=1024)
+SETTINGS = replace(FULL, label_noise=0.25, own_pairs=False, bon_prompts=32, bon_n=1024)
 RULES = {
     "mean": {"rule": "mean"},
     "worst case": {"rule": "wco"},

@@ -56,19 +56,25 @@ MOOD_SHARES = [0.35, 0.35, 0.3]
 SIDE_REMARKS = 0.3  # share of words that show the mood (or are filler) rather than the habit
 
 
-def prompts() -> list[dict]:
-    """All 384 prompts: {"prompt": text, "topic": name}. They end in a space: prompt + completion is the whole text."""
+def prompts(two_audiences: bool = False) -> list[dict]:
+    """All 384 prompts: {"prompt": text, "topic": name}. They end in a space: prompt + completion is the whole text.
+
+    two_audiences: a prompt names up to two different audiences ("today for a child describe the ocean :"). That makes
+    2,400 prompts of the same words, of at most twelve words each.
+    """
     return [
-        {"prompt": " ".join(f"{audience} {request} the {topic} :".split()) + " ", "topic": topic}
+        {"prompt": " ".join(f"{first} {audience} {request} the {topic} :".split()) + " ", "topic": topic}
         for topic in TOPICS
         for request in REQUESTS
         for audience in AUDIENCES
+        for first in (AUDIENCES if two_audiences and audience else [""])
+        if not first or first != audience
     ]
 
 
-def split_prompts(seed: int, *sizes: int) -> list[list[dict]]:
+def split_prompts(seed: int, *sizes: int, two_audiences: bool = False) -> list[list[dict]]:
     """Disjoint random sets of prompts of the given sizes."""
-    pool = prompts()
+    pool = prompts(two_audiences)
     if sum(sizes) > len(pool):
         raise ValueError(f"the toy world has {len(pool)} prompts, {sum(sizes)} were asked for")
     random.Random(f"prompts {seed}").shuffle(pool)

@@ -57,7 +57,7 @@ def make_policy(vocab_size: int, eos_token_id: int, pad_token_id: int, seed: int
 
 def sft(space: Workspace, settings: Settings, seed: int, handle: PhaseHandle) -> dict:
     """A policy from scratch, by supervised fine-tuning on the reference text."""
-    train, evaluation = toy.split_prompts(seed, settings.train_prompts, settings.eval_prompts)
+    train, evaluation = toy.split_prompts(seed, settings.train_prompts, settings.eval_prompts, two_audiences=True)
     _write_rows(space.path("data", "train_prompts.jsonl"), train)
     _write_rows(space.path("data", "eval_prompts.jsonl"), evaluation)
     text = toy.reference_text(train, settings.sft_rows_per_prompt, seed)
@@ -153,10 +153,13 @@ def reward_model(index: int, space: Workspace, settings: Settings, seed: int, ha
         **_quiet(),
     )
     evaluation = _rows(space.path("data", "eval_pairs.jsonl"))
+    rows = _rows(space.path("data", "train_pairs_noisy.jsonl"))
+    if settings.own_pairs:
+        rows = rows.select(range(index, len(rows), settings.members))
     folder = align.train_reward_ensemble(
         space.path("sft"),
         args,
-        _rows(space.path("data", "train_pairs_noisy.jsonl")),
+        rows,
         evaluation,
         members=settings.members,
         member=index,
@@ -167,7 +170,7 @@ def reward_model(index: int, space: Workspace, settings: Settings, seed: int, ha
         reward.score(align.RewardBatch(prompts=evaluation["prompt"], completions=evaluation[side])).scores
         for side in ("chosen", "rejected")
     )
-    return {"name": f"member {index}", "accuracy": (better > worse).float().mean().item()}
+    return {"name": f"member {index}", "accuracy": (better > worse).float().mean().item(), "pairs": len(rows)}
 
 
 def ensemble_spec(space: Workspace, settings: Settings, aggregation: str, members: int | None = None) -> dict:
@@ -225,6 +228,7 @@ def remax(name: str, space: Workspace, settings: Settings, seed: int, handle: Ph
         rollout=settings.backend,
         eval_strategy="steps",
         eval_steps=settings.eval_every,
+        num_eval_prompts=settings.eval_prompts,
         eval_num_generations=settings.eval_samples,
         seed=seed,
         **_quiet(save_strategy="steps", save_steps=settings.eval_every, save_total_limit=1, save_only_model=False),

@@ -71,12 +71,7 @@ def summarise(space: Workspace, settings: Settings, seed: int) -> dict:
             "phases at once": side_by_side(),
         },
         reward_models=[
-            {
-                **results[f"reward model {i}"],
-                "label_noise": settings.label_noise,
-                "pairs": results["preference pairs"]["pairs"],
-            }
-            for i in range(settings.members)
+            {**results[f"reward model {i}"], "label_noise": settings.label_noise} for i in range(settings.members)
         ],
         seed=seed,
     )

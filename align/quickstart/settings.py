@@ -10,24 +10,25 @@ class Settings:
     sft_rows_per_prompt: int = 32
     sft_learning_rate: float = 5e-3
     train_prompts: int = 256
-    eval_prompts: int = 128
-    pairs: int = 4000
+    eval_prompts: int = 512
+    pairs: int = 6000
     eval_pairs: int = 300
-    label_noise: float = 0.25
+    label_noise: float = 0.15
     members: int = 5
+    own_pairs: bool = True  # every reward model learns from its own share of the pairs, as from annotators of its own
     reward_epochs: int = 2
     reward_learning_rate: float = 2e-3
     uncertainty_weight: float = 0.5
     bon_prompts: int = 32
     bon_n: int = 512
     prompts_per_step: int = 64
-    steps: int = 96
-    eval_every: int = 8
-    eval_samples: int = 2
+    steps: int = 60
+    eval_every: int = 6
+    eval_samples: int = 1
     learning_rate: float = 1e-3
-    beta: float = 0.06
+    beta: float = 0.03
     max_prompt_length: int = 12
-    max_completion_length: int = 17
+    max_completion_length: int = 12
     backend: str = "auto"  # of the rollouts: auto, vllm or transformers
 
     def fingerprint(self, seed: int) -> dict:
@@ -47,5 +48,4 @@ SMALL = Settings(
     steps=6,
     eval_every=2,
     eval_prompts=24,
-    eval_samples=1,
 )

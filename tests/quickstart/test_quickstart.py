@@ -17,6 +17,7 @@ from align.errors import ConfigError
 from align.evaluation.summary import read_summary
 from align.quickstart.phases import RUNS
 from align.quickstart.progress import PhaseProgress
+from align.quickstart.settings import SMALL
 from align.quickstart.workspace import Workspace
 
 ROOT = Path(__file__).parents[2]
@@ -98,7 +99,7 @@ def test_the_label_noise_is_the_stored_one(killed_and_continued):
         for name in ("train_pairs", "train_pairs_noisy")
     }
     flipped = json.loads((folder / "data" / "flipped_labels.json").read_text())
-    assert len(flipped["rows"]) == round(0.25 * len(rows["train_pairs"]))
+    assert len(flipped["rows"]) == round(SMALL.label_noise * len(rows["train_pairs"]))
     for i, (clean, noisy) in enumerate(zip(rows["train_pairs"], rows["train_pairs_noisy"], strict=True)):
         assert (clean["chosen"] == noisy["rejected"]) == (i in set(flipped["rows"]))
 
