@@ -41,6 +41,15 @@ def test_deterministic_and_disjoint():
         toy.split_prompts(0, 400)
 
 
+def test_prompts_with_two_audiences():
+    texts = [row["prompt"] for row in toy.prompts(two_audiences=True)]
+    assert len(texts) == len(set(texts)) == 6 * 8 * (1 + 7 + 7 * 7 - 7)
+    assert {row["prompt"] for row in toy.prompts()} < set(texts) and max(len(text.split()) for text in texts) == 12
+    train, evaluation = toy.split_prompts(3, 256, 512, two_audiences=True)
+    assert len({row["prompt"] for row in train + evaluation}) == 768
+    assert {word for text in texts for word in text.split()} <= set(toy.words())
+
+
 def test_every_word_is_one_token():
     tokenizer = toy.tokenizer()
     rows = toy.reference_text(toy.prompts(), 1, 0)
