@@ -105,6 +105,7 @@ TITLE = "Quickstart: learned rewards optimised, the true reward beside them"
 INTRO = [
     "A small language model is fine-tuned on a toy world, reward models are trained on noisy preferences between its "
     "own answers, each on pairs that no other has seen, and the model is then optimised against them in two ways: by "
-    "picking the best of n answers, and by ReMax. The gold reward, the toy world's true objective, is scored beside but never trained on.",
+    "picking the best of n answers, and by ReMax. The gold reward, the toy world's true objective, is scored beside "
+    "but never trained on.",
     "Watch where gold and proxy part: from there on the model is earning reward, not getting better.",
 ]
