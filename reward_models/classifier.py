@@ -77,6 +77,9 @@ class ClassifierReward(Reward):
             )
         )
         self.model: Model = cast("Model", loaded).to(self.device).eval()
+        config = self.model.config.get_text_config()
+        if config.pad_token_id is None:  # transformers refuses batches then; where scores are read, the lengths say
+            config.pad_token_id = self.tokenizer.pad_token_id
         self.normalizer = self._choose_normalizer(source, normalize, normalizer)
         self.batch_tokens, self.batch_size = scoring_tokens(self.device, batch_tokens), batch_size
         self.encoder = SequenceEncoder(

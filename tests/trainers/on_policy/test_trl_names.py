@@ -202,12 +202,14 @@ class Lengths:
 def test_reward_funcs_are_rewards(tmp_path):
     tokenizer = toy.tokenizer()
     config = tiny_model(tokenizer).config
-    config.num_labels = 1
+    config.num_labels, config.pad_token_id = 1, None  # as models are on the hub that were not made for scoring
     classifier = LlamaForSequenceClassification(config)
     given = rewards_given(None, [Lengths(), wanted_words, classifier], [None, None, tokenizer], tokenizer)
     columns = RewardColumns(given, None, tokenizer=tokenizer)
     assert columns.names == ["Lengths", "wanted_words", "reward"]
     assert columns.rewards[2].model is classifier and columns.rewards[2].tokenizer is tokenizer
+    both, one = (columns.rewards[2].score_ids(ids) for ids in ([[5, 6, 7], [8]], [[8]]))
+    assert both[1].item() == pytest.approx(one.item(), abs=1e-6)
     with pytest.raises(ConfigError, match=r"processing classes \(1\) must match the number of reward functions \(2\)"):
         rewards_given(None, [Lengths(), wanted_words], [None], tokenizer)
     with pytest.raises(ConfigError, match=r"processing classes \(1\) must match the number of reward functions \(2\)"):
