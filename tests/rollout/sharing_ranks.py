@@ -33,7 +33,7 @@ def drawn(engine, asked) -> list:
     return [[(c.token_ids, c.logprobs) for c in rollout.completions] for rollout in made]
 
 
-def trained(folder: Path, processes: int, rollout: dict) -> dict:
+def trained(engine, folder: Path, processes: int, rollout: dict) -> dict:
     """Three steps on eight prompts each, and an evaluation of five, which two processes cannot share evenly."""
     options = {"per_device_train_batch_size": 8 // processes, "per_device_eval_batch_size": 1}
     options |= {"max_steps": 3, "learning_rate": 5e-3, "eval_strategy": "steps", "eval_steps": 3}
@@ -41,9 +41,8 @@ def trained(folder: Path, processes: int, rollout: dict) -> dict:
     trainer_class, args = on_policy("remax", folder, seed=6, rollout=rollout, **options)
     data = toy_prompts(64), toy_prompts(5, seed=1)
     model = copy.deepcopy(llama(3, vocab_size=96))
-    trainer = trainer_class(model, wanted_words, args, *data, processing_class=toy.tokenizer())
+    trainer = trainer_class(model, wanted_words, args, *data, processing_class=toy.tokenizer(), engine=engine)
     trainer.train()
-    trainer.close()
     keys = ("reward", "remax/greedy_reward", "completions/mean_length", "eval_proxy", "rollout/share_1_rollouts_old")
     return {key: logged(trainer, key) for key in (*keys, "loss", "rollout/mean_abs_logp_diff")}
 
@@ -65,15 +64,15 @@ def main(folder: Path) -> None:
     rank, model = dist.get_rank(), never_ending(llama())
     with pytest.raises(ConfigError, match="shares an engine between 3 processes of the run, which has 2"):
         make_engine(model, backend="vllm", max_model_len=256, tensor_parallel=3)
-    engine = make_engine(model, max_model_len=256, seed=rank, **SHARED)
+    engine = make_engine(model, toy.tokenizer(), max_model_len=256, seed=rank, **SHARED)
     found = {"drawn": drawn(engine, ASKED[:3] if rank == 0 else ASKED[3:]), "none": drawn(engine, ASKED[: 2 * rank])}
     found["proved"] = engine.push(model, 1).proved_tensors
     check_what_one_process_does_wrong(engine, model, rank)
     check(engine, never_ending(llama(4)), never_ending(llama(4)), 8)
     check(engine, shard(never_ending(llama(1))), never_ending(llama(1)), 9)
     check(engine, shard(with_adapter(never_ending(llama(2)))), with_adapter(never_ending(llama(2))), 10)
+    found["trained"] = trained(engine, folder / "run", 2, SHARED)
     engine.close()
-    found["trained"] = trained(folder / "run", 2, SHARED)
     torch.save(found, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 

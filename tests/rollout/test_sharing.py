@@ -2,6 +2,7 @@
 
 import pytest
 
+from align.data import toy
 from align.errors import ConfigError
 from align.rollout import make_engine
 from tests.rollout.rollout_models import llama, needs_vllm, never_ending
@@ -15,8 +16,9 @@ from tests.trainers.two_processes import run_on_two
 def test_two_processes_with_one_engine_draw_and_learn_what_one_process_does(tmp_path):
     """Each its own, also where one asks nothing, and what either does wrong is raised in both."""
     first, second = run_on_two("tests.rollout.sharing_ranks", tmp_path / "two", "shared")
-    engine = make_engine(never_ending(llama()), backend="vllm", max_model_len=256)
+    engine = make_engine(never_ending(llama()), toy.tokenizer(), backend="vllm", max_model_len=256)
     expected = drawn(engine, ASKED)
+    one = trained(engine, tmp_path / "one", 1, {"backend": "vllm"})
     engine.close()
     for made, alone in zip(first["drawn"] + second["drawn"], expected, strict=True):
         for (ids, logps), (own_ids, own_logps) in zip(made, alone, strict=True):
@@ -24,7 +26,6 @@ def test_two_processes_with_one_engine_draw_and_learn_what_one_process_does(tmp_
             assert logps == own_logps or logps == pytest.approx(own_logps, abs=1e-4)
     assert first["none"] == [] and [ids for ids, _ in second["none"][0]] == [ids for ids, _ in expected[0]]
     assert first["proved"] == second["proved"] == len(dict(llama().named_parameters()))
-    one = trained(tmp_path / "one", 1, {"backend": "vllm"})
     assert max(first["trained"].pop("rollout/mean_abs_logp_diff")[:1]) < 1e-5
     for key, values in first["trained"].items():
         assert values == pytest.approx(one[key], rel=1e-3, abs=1e-4), key
