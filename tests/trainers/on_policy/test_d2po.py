@@ -12,7 +12,9 @@ from align.reward_models.build import build_reward
 from align.reward_models.classifier import ClassifierReward
 from align.trainers.on_policy.discriminator import GoldPair
 from tests.trainers import tiny_runs
+from tests.trainers.on_policy import d2po_ranks
 from tests.trainers.tiny_runs import assert_same, logged, on_policy, parameters, prompts, wanted_words
+from tests.warm import run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +141,18 @@ def test_a_few_gold_labels_teach_the_discriminator_and_gold_rises(policy, discri
     assert abs(agreement[0]) < 0.2 and agreement[1] > 0.4, agreement
     assert np.mean(found[1]["gold"]) > np.mean(found[0]["gold"]) + 0.1
     assert trainer.discriminator.spent == 12 * 16
+
+
+def test_two_processes_are_one(policy, discriminator, tmp_path):
+    """Both label the same pairs and hold the same discriminator."""
+    module = "tests.trainers.on_policy.d2po_ranks"
+    run_ranks(module, str(policy), discriminator, str(tmp_path / "two"), logs=tmp_path / "logs")
+    one = d2po_ranks.train(policy, discriminator, tmp_path / "one", 1)
+    for rank in range(2):
+        two = json.loads((tmp_path / f"two.{rank}.json").read_text())
+        for key, values in one.items():
+            assert two[key] == pytest.approx(values, rel=1e-4), key
+    assert one["discriminator/gold_labels"] == [3, 6]
 
 
 def test_what_is_refused(policy, discriminator, tmp_path):
