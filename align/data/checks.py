@@ -149,7 +149,7 @@ def template_kwargs(row: dict[str, Any], tools: bool = False) -> dict[str, Any]:
     for name in ("images", "image") if tools else ("tools", "images", "image"):
         if row.get(name):
             if name == "tools":
-                raise BadRow("tools are not supported here: they are for demonstrations and answers, not for rollouts")
+                raise BadRow("tools are not supported here, only in demonstrations and pairs that are trained on")
             raise BadRow(f"{name} are not supported, only text")
     options = row.get("chat_template_kwargs") or {}
     if not isinstance(options, dict):

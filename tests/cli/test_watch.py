@@ -16,7 +16,7 @@ from align.evaluation.report import page_text
 from align.evaluation.thin import POINTS, thin
 from align.evaluation.watch import snapshot
 from tests.browser import ask, needs_chromium, run_in
-from tests.evaluation.synthetic import write_run
+from tests.evaluation.synthetic import without_checksums, write_run
 
 HOSTILE = "</script><img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
 
@@ -27,6 +27,7 @@ def folder(tmp_path):
     run = tmp_path / "run<b>"
     write_run(run, HOSTILE, steps=4)
     path = run / "overoptimization.jsonl"
+    without_checksums(path)
     path.write_text(path.read_text().replace("is deep and wide", json.dumps(HOSTILE)[1:-1]))
     writer = MetricsWriter(run, {"method": "PPO", "max_steps": 40, "versions": HOSTILE}, None)
     for step in range(1, 11):

@@ -137,7 +137,7 @@ def test_messages_that_are_no_messages(chat_tokenizer, tmp_path):
 def test_tools_are_refused_where_a_row_has_them(tokenizer):
     rows = [{"prompt": "hi", "tools": None}, {"prompt": "hi", "tools": ["f"]}]
     assert reasons(tokenize_prompts, rows, tokenizer) == {
-        1: "tools are not supported here: they are for demonstrations and answers, not for rollouts"
+        1: "tools are not supported here, only in demonstrations and pairs that are trained on"
     }
 
 

@@ -65,7 +65,7 @@ def test_bad_rows_are_named():
     with pytest.raises(DataError, match="mine.jsonl: 3 of 5 rows cannot be used .*chosen equals rejected: 1 .row 1."):
         report.check(0.5)
     _, tools = read_pairs(Dataset.from_dict({**PLAIN, "tools": ["search", None, None]}))
-    assert tools.reasons == {"tools are not supported, only text": [0]}
+    assert tools.reasons == {"tools are not supported here, only in demonstrations and pairs that are trained on": [0]}
     kwargs = [{"enable_thinking": False}, {"enable_thinking": None}, None]
     _, ignored = read_pairs(Dataset.from_dict({**PLAIN, "chat_template_kwargs": kwargs}))
     assert list(ignored.reasons.values()) == [[0]] and "would be ignored" in next(iter(ignored.reasons))

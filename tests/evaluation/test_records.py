@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from align.errors import ConfigError, DataError, TrainingError
-from align.evaluation.records import FILE_NAME, FORMAT, UNCHECKED, EvalWriter, read_run
+from align.evaluation.records import FILE_NAME, EvalWriter, read_run
+from tests.evaluation.synthetic import without_checksums
 
 PROMPTS = 6
 
@@ -28,14 +29,6 @@ def write(w, step, *, with_gold=True, **changes):
     values["samples"] = [{"prompt": "sea", "completion": f"wave {step}", "proxy": 1.0, "gold": 0.5}]
     w.write(step, **{**values, **changes})
     return values
-
-
-def without_checksums(lines: list[str]) -> list[str]:
-    """As format 1 has them, where a line is judged by what it says."""
-    values = [json.loads(line) for line in lines]
-    for value in values:
-        del value["crc32"]
-    return [json.dumps(value).replace(FORMAT, UNCHECKED) for value in values]
 
 
 def test_round_trip(tmp_path):
@@ -170,7 +163,7 @@ def test_damage_is_an_error_with_its_line(tmp_path, damage, message):
     w = writer(tmp_path)
     for step in (0, 10):
         write(w, step)
-    lines = without_checksums((tmp_path / FILE_NAME).read_text().splitlines())
+    lines = without_checksums(tmp_path / FILE_NAME)
     damage(lines)
     (tmp_path / FILE_NAME).write_text("\n".join(lines) + "\n")
     with pytest.raises(DataError, match=message):
@@ -197,7 +190,7 @@ def test_lines_without_checksums_are_read_and_get_them(tmp_path):
         write(w, step)
     path = tmp_path / FILE_NAME
     content = path.read_text()
-    path.write_text("\n".join(without_checksums(content.splitlines())) + "\n")
+    without_checksums(path)
     assert read_run(path).step.tolist() == [0, 10]
     writer(tmp_path, resume_step=10)
     assert path.read_text() == content
@@ -221,7 +214,7 @@ def test_a_different_number_of_prompts_in_the_file_is_an_error(tmp_path):
     w = writer(tmp_path)
     for step in (0, 10):
         write(w, step)
-    lines = without_checksums((tmp_path / FILE_NAME).read_text().splitlines())
+    lines = without_checksums(tmp_path / FILE_NAME)
     record = json.loads(lines[2])
     record["per_prompt"] = {key: values[:-1] for key, values in record["per_prompt"].items()}
     (tmp_path / FILE_NAME).write_text("\n".join([*lines[:2], json.dumps(record)]) + "\n")
