@@ -1,6 +1,7 @@
 """D2PO with one global batch of 8, on one process or two. Run as a script: policy, discriminator, folder."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch.distributed as dist
 
 from tests.trainers.tiny_runs import logged, on_policy, prompts, wanted_words
 
+NEW = re.compile(r"discriminator/|time/(discriminator|gold)$")
 KEYS = ("loss", "discriminator/loss", "discriminator/gold_labels", "discriminator/accuracy")
 
 
@@ -22,6 +24,7 @@ def train(policy: str, discriminator: str, folder: Path, world: int) -> dict:
     weights = trainer.discriminator.reward.model.parameters()
     return {
         **{key: logged(trainer, key) for key in KEYS},
+        "logged": sorted({key for log in trainer.state.log_history for key in log if NEW.match(key)}),
         "weights": [weight.double().square().sum().item() for weight in weights],
     }
 

@@ -13,6 +13,7 @@ from align.reward_models.classifier import ClassifierReward
 from align.trainers.on_policy.discriminator import GoldPair
 from tests.trainers import tiny_runs
 from tests.trainers.on_policy import d2po_ranks
+from tests.trainers.on_policy.test_online_docs import D2PO, metrics_of
 from tests.trainers.tiny_runs import assert_same, logged, on_policy, parameters, prompts, wanted_words
 from tests.warm import run_ranks
 
@@ -151,8 +152,9 @@ def test_two_processes_are_one(policy, discriminator, tmp_path):
     for rank in range(2):
         two = json.loads((tmp_path / f"two.{rank}.json").read_text())
         for key, values in one.items():
-            assert two[key] == pytest.approx(values, rel=1e-4), key
+            assert two[key] == (values if key == "logged" else pytest.approx(values, rel=1e-4)), key
     assert one["discriminator/gold_labels"] == [3, 6]
+    assert metrics_of(D2PO) == set(one["logged"]), "docs/online.md names other metrics"
 
 
 def test_what_is_refused(policy, discriminator, tmp_path):
