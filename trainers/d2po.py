@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from align.errors import ConfigError
-from align.trainers.on_policy.discriminator import Discriminator, DiscriminatorOptions
+from align.trainers.on_policy.discriminator import Discriminator
 from align.trainers.on_policy.pair_selection import make_pairs
 from align.trainers.on_policy.pipeline import ScoredRollout
 from align.trainers.on_policy.samples import Sample
@@ -17,13 +17,45 @@ from align.trainers.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
 FOLDER = "discriminator"
 """Of the trained discriminator, in the folder of the final model."""
+CHOICES = ("uncertain", "random")
 
 
 @dataclass
-class D2POConfig(DiscriminatorOptions, OnlineDPOConfig):  # type: ignore[misc]  # the loss_type of pairs
+class D2POConfig(OnlineDPOConfig):
     """Options of online DPO, and of the discriminator. Defaults as in the released code, where it has other ones."""
 
     beta: float = field(default=0.05, metadata={"help": "Strength of the KL constraint to the reference."})
+    gold_labels: int = field(
+        default=16, metadata={"help": "Pairs that the gold reward labels in a rollout of a cycle's beginning."}
+    )
+    gold_label_every: int = field(
+        default=4, metadata={"help": "Rollouts in a cycle: the first has gold labels, and the discriminator learns."}
+    )
+    gold_label_budget: int | None = field(
+        default=None, metadata={"help": "Gold labels of the whole run; then the discriminator stays. Default: no end."}
+    )
+    gold_label_choice: str = field(
+        default="uncertain",
+        metadata={
+            "help": "uncertain: the pairs whose scores differ least are labelled. random: any.",
+            "choices": list(CHOICES),
+        },
+    )
+    discriminator_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the discriminator."})
+    discriminator_epochs: int = field(default=4, metadata={"help": "Passes over the new labels."})
+    discriminator_batch_size: int = field(default=16, metadata={"help": "Pairs of a step of the discriminator."})
+    discriminator_lora_r: int | None = field(
+        default=None,
+        metadata={"help": "Rank of an adapter that is trained, with the head, instead of all of its weights."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.gold_label_choice not in CHOICES:
+            raise ConfigError(
+                f"gold_label_choice must be {' or '.join(CHOICES)}, got {self.gold_label_choice!r}",
+                key="gold_label_choice",
+            )
 
 
 class D2POTrainer(OnlineDPOTrainer):

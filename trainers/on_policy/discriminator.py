@@ -1,8 +1,8 @@
 """A reward model that learns while it ranks: D2PO's discriminator, from a few pairs of each cycle with gold labels."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -17,50 +17,14 @@ from align.modeling.scores import sequence_scores
 from align.objectives.reward_model import bradley_terry_loss
 from align.reward_models.classifier import ClassifierReward
 from align.rollout.seeds import derive_seed
-from align.trainers.core.hooks import TrainingSettings
 from align.trainers.core.recorder import Recorder
 from align.trainers.on_policy.rewards import RewardColumns
 from align.trainers.on_policy.samples import Sample
 
+if TYPE_CHECKING:
+    from align.trainers.d2po import D2POConfig
+
 FILE = "discriminator.pt"
-CHOICES = ("uncertain", "random")
-
-
-@dataclass
-class DiscriminatorOptions(TrainingSettings):
-    """Of a method whose reward model learns from the gold reward's labels."""
-
-    gold_labels: int = field(
-        default=16, metadata={"help": "Pairs that the gold reward labels in a rollout of a cycle's beginning."}
-    )
-    gold_label_every: int = field(
-        default=4, metadata={"help": "Rollouts in a cycle: the first has gold labels, and the discriminator learns."}
-    )
-    gold_label_budget: int | None = field(
-        default=None, metadata={"help": "Gold labels of the whole run; then the discriminator stays. Default: no end."}
-    )
-    gold_label_choice: str = field(
-        default="uncertain",
-        metadata={
-            "help": "uncertain: the pairs whose scores differ least are labelled. random: any.",
-            "choices": list(CHOICES),
-        },
-    )
-    discriminator_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the discriminator."})
-    discriminator_epochs: int = field(default=4, metadata={"help": "Passes over the new labels."})
-    discriminator_batch_size: int = field(default=16, metadata={"help": "Pairs of a step of the discriminator."})
-    discriminator_lora_r: int | None = field(
-        default=None,
-        metadata={"help": "Rank of an adapter that is trained, with the head, instead of all of its weights."},
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.gold_label_choice not in CHOICES:
-            raise ConfigError(
-                f"gold_label_choice must be {' or '.join(CHOICES)}, got {self.gold_label_choice!r}",
-                key="gold_label_choice",
-            )
 
 
 @dataclass
@@ -79,12 +43,17 @@ class Discriminator:
     hold. Its learning rate is constant.
 
     Args:
-        args: a configuration with `DiscriminatorOptions`.
+        args: the run's.
         rewards: of the run. gold: what labels.
     """
 
     def __init__(
-        self, args: Any, rewards: RewardColumns, gold: RewardColumns, accelerator: Accelerator, recorder: Recorder
+        self,
+        args: "D2POConfig",
+        rewards: RewardColumns,
+        gold: RewardColumns,
+        accelerator: Accelerator,
+        recorder: Recorder,
     ):
         (reward,) = rewards.rewards if len(rewards.rewards) == 1 else [None]
         if not isinstance(reward, ClassifierReward):
