@@ -35,7 +35,10 @@ from align.evaluation.bootstrap import percentile_interval, resample_weights
 from align.quickstart.settings import FULL
 
 RESULT = Path(__file__).parent / "results" / "ensemble_bon_toy.json"
-SETTINGS = replace(FULL, label_noise=0.25, own_pairs=False, bon_prompts=32, bon_n=1024)
+SETTINGS = replace(
+    FULL, pairs=2000, label_noise=0.25, own_pairs=False, eval_prompts=128, max_completion_length=17, bon_n=1024
+)
+"""Fewer pairs, with more wrong labels and all of them for every member, and longer answers than the quickstart's."""
 RULES = {
     "mean": {"rule": "mean"},
     "worst case": {"rule": "wco"},

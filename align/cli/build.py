@@ -1,6 +1,6 @@
 """The parts of a run, made from its resolved config: rows, tokenizer, model, adapter, rewards, trainer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -135,12 +135,12 @@ def check_rewards(run: RunConfig) -> None:
         _of_each_reward(run, key, check_reward)
 
 
-def reward_models(run: RunConfig) -> dict[str, bool]:
+def reward_models(run: RunConfig, sections: Sequence[str] = ("rewards", "gold_reward")) -> dict[str, bool]:
     """Folders and hub names of the models that the rewards need; True for those with a score head."""
     from align.reward_models.build import model_paths
 
     found: dict[str, bool] = {}
-    for key in ("rewards", "gold_reward"):
+    for key in sections:
         for paths in _of_each_reward(run, key, model_paths):
             found |= paths
     return found

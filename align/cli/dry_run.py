@@ -167,6 +167,7 @@ def _memory(run: RunConfig, config, rows):
         engine_width=_engine_width(run, 2 if mixed else shape.bytes_per_weight) if on_policy else None,
         engine_ranks=run.training.engine_options.sharing if on_policy else 1,
         rewards=reward_shapes(run) if run.method.rewards else {},
+        learning=learning_rewards(run),
     )
 
 
@@ -229,10 +230,19 @@ def longest(rows, data: str, shared: bool = False) -> int:
     return max(p + c + r if shared else 2 * (p + max(c, r)) for p, c, r in lengths)
 
 
+def learning_rewards(run: RunConfig) -> dict[str, bool]:
+    """Of `build.reward_models` those that are trained: D2PO's discriminator."""
+    return build.reward_models(run, ("rewards",)) if run.method.name == "d2po" else {}
+
+
 def reward_shapes(run: RunConfig) -> dict[str, Shape]:
     """Sizes of the reward models that the specs name, by path, from their configs."""
-    shapes = {}
+    shapes, learning = {}, learning_rewards(run)
     for path, has_score in build.reward_models(run).items():
-        config = build.pretrained_config(path, "reward model")
-        shapes[path] = model_shape(config, dtype="float32", classifier=has_score)
+        config, adapter = build.pretrained_config(path, "reward model"), None
+        if path in learning and run.training.discriminator_lora_r is not None:
+            from peft import LoraConfig
+
+            adapter = LoraConfig(r=run.training.discriminator_lora_r, target_modules="all-linear", task_type="SEQ_CLS")
+        shapes[path] = model_shape(config, dtype="float32", classifier=has_score, peft_config=adapter)
     return shapes

@@ -6,6 +6,7 @@ token for its backward pass: norms 6 h, projections and rotary embedding 10 h, g
 layers with fused attention, which keeps no scores). Under 16-bit autocast the norms stay in 32 bits.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -163,13 +164,15 @@ def estimate(
     engine_width: int | None = None,
     engine_ranks: int = 1,
     rewards: dict[str, Shape] | None = None,
+    learning: Collection[str] = (),
 ) -> Estimate:
     """Memory of one training process.
 
     tokens: of one micro-batch, padding counted. mixed: 16-bit autocast. logits: there is a language-model head; it
     runs in chunks. reference: there is a second, frozen copy of the model; reference_width: bytes of each of its
     weights, None: as the model's. engine_width: the rollout engine has a copy of its own, of so many bytes a weight,
-    and shares it with engine_ranks - 1 other processes. rewards: reward models by name.
+    and shares it with engine_ranks - 1 other processes. rewards: reward models by name. learning: those that AdamW
+    trains beside the policy.
     """
     out = Estimate()
     count, width = shape.parameters, shape.bytes_per_weight
@@ -201,4 +204,7 @@ def estimate(
     for name, reward in (rewards or {}).items():
         size, words = reward.weights
         out.add("reward model", size, f"{name}: {words}")
+        if name in learning:
+            size = sum(3 * number * width for number, width in reward.trained)
+            out.add("its training", size, f"{reward.trainable:,} trained x gradient and AdamW's two states")
     return out

@@ -16,7 +16,6 @@ import logging
 import math
 import os
 import zlib
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -78,7 +77,7 @@ class EvalWriter:
     resume_step: None starts a new file (an old one is kept beside it under another name); a step keeps the records up
     to and including that step and drops later ones, which belong to training that will be repeated. `last_step` is the
     step of the newest record kept, so that a trainer knows whether the evaluation at its checkpoint is already there.
-    evaluated: the steps at which the run has evaluated before it is resumed: a file that has lost one is refused.
+    evaluated: the `last_step` that the run had at its checkpoint: a file that has lost it is refused. None: not known.
     """
 
     def __init__(
@@ -92,7 +91,7 @@ class EvalWriter:
         seed: int,
         config: dict,
         resume_step: int | None = None,
-        evaluated: Collection[int] = (),
+        evaluated: int | None = None,
     ):
         self.path = Path(run_dir) / FILE_NAME
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +123,7 @@ class EvalWriter:
                 os.fsync(file.fileno())
             os.replace(temporary, self.path)
 
-    def _kept_lines(self, resume_step: int, evaluated: Collection[int]) -> list[str]:
+    def _kept_lines(self, resume_step: int, evaluated: int | None) -> list[str]:
         if not self.path.exists():
             logger.warning("resuming at step %d, but %s does not exist: its curve starts here", resume_step, self.path)
             self.header["starts_after"] = resume_step
@@ -138,12 +137,11 @@ class EvalWriter:
                 )
         self.header = header | {"format": FORMAT}
         kept = [record for record in records if record["step"] <= resume_step]
-        first = header.get("starts_after", -1)
-        lost = sorted({step for step in evaluated if first < step <= resume_step} - {record["step"] for record in kept})
-        if lost:
+        newest = kept[-1]["step"] if kept else header.get("starts_after", -1)
+        if evaluated is not None and newest < evaluated:
             raise DataError(
-                f"{self.path} has lost evaluations that the run made before its checkpoint at step {resume_step} "
-                f"(steps {', '.join(map(str, lost))}): put it back, or move it away: the curve starts anew"
+                f"{self.path} has lost evaluations that the run made before its checkpoint at step {resume_step}, the "
+                f"last of them at step {evaluated}: restore the file, or move it away, and the curve starts anew"
             )
         if len(kept) < len(records):
             dropped = [record["step"] for record in records[len(kept) :]]
@@ -267,7 +265,9 @@ def _read_lines(path: Path) -> tuple[dict, list[dict]]:
     if lines[0]["format"] == FORMAT:
         for number, entry in enumerate(lines, start=1):
             if entry.pop("crc32", None) != _crc32(entry):
-                raise DataError(f"{path}: line {number} is not as it was written (its crc32 is another): put it back")
+                raise DataError(
+                    f"{path}: line {number} is not as it was written (its crc32 is another): restore the file"
+                )
     missing = [key for key in HEADER_KEYS if key not in lines[0]]
     if missing:
         raise DataError(f"{path}: the header (line 1) lacks {', '.join(missing)}")

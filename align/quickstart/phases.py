@@ -57,7 +57,8 @@ def make_policy(vocab_size: int, eos_token_id: int, pad_token_id: int, seed: int
 
 def sft(space: Workspace, settings: Settings, seed: int, handle: PhaseHandle) -> dict:
     """A policy from scratch, by supervised fine-tuning on the reference text."""
-    train, evaluation = toy.split_prompts(seed, settings.train_prompts, settings.eval_prompts, two_audiences=True)
+    sizes = (settings.train_prompts, settings.eval_prompts)
+    train, evaluation = toy.split_prompts(seed, *sizes, two_audiences=sum(sizes) > len(toy.prompts()))
     _write_rows(space.path("data", "train_prompts.jsonl"), train)
     _write_rows(space.path("data", "eval_prompts.jsonl"), evaluation)
     text = toy.reference_text(train, settings.sft_rows_per_prompt, seed)

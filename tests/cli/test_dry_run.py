@@ -1,5 +1,6 @@
 """`--dry-run`: what it prints, that it needs no network for local files, and what it refuses."""
 
+import shutil
 import socket
 
 import pytest
@@ -71,6 +72,21 @@ def test_remax_counts_for_several_processes(tiny_model, prompts, rule, capsys):
     )
     assert "the rollouts start here" in shown["first example"]
     assert "reference model" in shown["memory"]
+
+
+@pytest.mark.parametrize("rank", [None, 16])
+def test_a_discriminator_is_trained_and_the_gold_reward_is_not(tiny_model, prompts, rank, tmp_path, capsys):
+    gold = shutil.copytree(tiny_model, tmp_path / "gold")
+    tokens = ["--model_name_or_path", tiny_model, "--dataset_name", prompts, "--max_completion_length", 8]
+    tokens += ["--rewards.0", f"{{type: classifier, path: {tiny_model}}}"]
+    tokens += ["--gold_reward", f"{{type: classifier, path: {gold}}}"]
+    tokens += ["--discriminator_lora_r", rank] if rank else []
+    lines = run(capsys, "d2po", *tokens)["memory"].splitlines()
+    first = next(i for i, line in enumerate(lines) if f" {tiny_model}: " in line)
+    # rank 16 on four 32x32 matrices and three 32x64 ones of two layers, and the head
+    trained = 2 * 16 * (4 * 64 + 3 * 96) + 32 if rank else int(lines[first].split()[-5].replace(",", ""))
+    assert f"{trained:,} trained x gradient and AdamW's two states" in lines[first + 1]
+    assert sum("its training" in line for line in lines) == 1
 
 
 def test_every_reward_model_of_a_spec_is_found(tmp_path):

@@ -202,12 +202,15 @@ def test_a_resumed_run_knows_what_its_file_has_lost(tmp_path):
         write(w, step)
     path = tmp_path / FILE_NAME
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
-    with pytest.raises(DataError, match=r"lost evaluations .* checkpoint at step 20 \(steps 10, 20\)"):
-        writer(tmp_path, resume_step=20, evaluated=[0, 10, 20])
-    writer(tmp_path, resume_step=5, evaluated=[0])
+    with pytest.raises(DataError, match="lost evaluations .* checkpoint at step 25, the last of them at step 20"):
+        writer(tmp_path, resume_step=25, evaluated=20)
+    writer(tmp_path, resume_step=5, evaluated=0)
     path.unlink()  # as the error says
-    write(writer(tmp_path, resume_step=20, evaluated=[0, 10, 20]), 30)
-    assert writer(tmp_path, resume_step=30, evaluated=[0, 10, 20, 30]).last_step == 30
+    writer(tmp_path, resume_step=25, evaluated=20)
+    write(writer(tmp_path, resume_step=25, evaluated=20), 30)  # killed again before its first evaluation
+    assert writer(tmp_path, resume_step=30, evaluated=30).last_step == 30
+    with pytest.raises(DataError, match="lost evaluations"):
+        writer(tmp_path, resume_step=40, evaluated=40)
 
 
 def test_a_different_number_of_prompts_in_the_file_is_an_error(tmp_path):

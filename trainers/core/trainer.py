@@ -59,9 +59,8 @@ class TrainerMixin(TrainerHooks):
     built on one of TRL's keeps TRL's code."""
 
     args: RunOptions
-    _tag_names: ClassVar[list[str]] = [
-        "align"
-    ]  # TRL's name; those of its methods are TRL's, by which the hub finds them
+    # The attribute and the tags of its methods are TRL's, by which the hub finds them.
+    _tag_names: ClassVar[list[str]] = ["align"]
     config_class: ClassVar[Any]  # the method's configuration, a RunOptions
 
     @classmethod

@@ -214,6 +214,7 @@ class OnPolicyBase(MicroBatchLists, Trainer):
             "kl_controller": self.kl.state_dict(),
             "search": None if self.search is None else self.search.state_dict(),
             "stop": None if self.stop is None else self.stop.state_dict(),
+            "evaluated": self.evaluations.last_step,
             "ahead": self.ahead.state_dict(),
             "entropy_bonus": self.entropy.state_dict(),
             "buffer": self.buffer.state_dict(self.ranks.count) if inside and self.buffer is not None else None,

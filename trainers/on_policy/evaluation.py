@@ -1,7 +1,7 @@
 """Evaluation of a policy: what it earns from the proxy and the gold reward, and how far it is from the reference."""
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path
@@ -212,7 +212,12 @@ class EvaluationFile:
         self.args, self.method, self.proxy, self.gold = args, method, proxy, gold
         self.writer: EvalWriter | None = None
 
-    def open(self, resume_step: int | None, evaluated: Collection[int]) -> None:
+    @property
+    def last_step(self) -> int | None:
+        """The step of the newest evaluation in it."""
+        return None if self.writer is None else self.writer.last_step
+
+    def open(self, resume_step: int | None, evaluated: int | None) -> None:
         """Start the file of a run, or continue it after this step. evaluated: as of `EvalWriter`."""
         args = self.args
         self.writer = EvalWriter(
@@ -234,7 +239,7 @@ class EvaluationFile:
     def write(self, step: int, rows: list[dict], measured: list[str]) -> tuple[list[str], list[list]]:
         """Add an evaluation; returns columns and rows of a table that shows its completions. Writes nothing before the
         file is open (a file in this folder is another run's), and no step twice (its draws would be the same)."""
-        if self.writer is None or (self.writer.last_step is not None and step <= self.writer.last_step):
+        if self.writer is None or (self.last_step is not None and step <= self.last_step):
             return [], []
         samples = [row["sample"] for row in rows[: self.args.num_logged_completions]]
         self.writer.write(step, samples=samples, **{name: [row[name] for row in rows] for name in measured})
@@ -251,18 +256,21 @@ class Curve(TrainerCallback):
     """Opens the evaluation file when training begins (so that errors of the file come before the first steps),
     and at the end shows its curve, proxy and gold score against KL, to the trackers.
 
-    resume_step: returns the step that a run resumes from, None for a new run. log_figure: sends a figure.
+    resumed: returns the step that a run resumes from and that of its newest evaluation then, None for a new run.
+    log_figure: sends a figure.
     """
 
     def __init__(
-        self, file: EvaluationFile, resume_step: Callable[[], int | None], log_figure: Callable[[str, "Figure"], None]
+        self,
+        file: EvaluationFile,
+        resumed: Callable[[], tuple[int | None, int | None]],
+        log_figure: Callable[[str, "Figure"], None],
     ):
-        self.file, self.resume_step, self.log_figure = file, resume_step, log_figure
+        self.file, self.resumed, self.log_figure = file, resumed, log_figure
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            written = [log["step"] for log in state.log_history if any(key.endswith("_kl_k3") for key in log)]
-            self.file.open(self.resume_step(), written)
+            self.file.open(*self.resumed())
 
     def on_train_end(self, args, state, control, **kwargs):
         writer = self.file.writer

@@ -244,8 +244,11 @@ class OnPolicyTrainer(OnPolicyBase):
         )
         if self.eval_dataset is not None:
             # Before the trackers' own callbacks: TensorBoard closes its writer there.
-            curve = Curve(self.evaluations, lambda: self.resume_step, self.log_figure)
+            curve = Curve(self.evaluations, self._resumed_evaluations, self.log_figure)
             self.callback_handler.callbacks.insert(0, curve)
+
+    def _resumed_evaluations(self) -> tuple[int | None, int | None]:
+        return self.resume_step, (self.resume_state or {}).get("evaluated")
 
     # ---- transformers' hooks ----------------------------------------------------------------------------------------
 

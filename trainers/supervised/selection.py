@@ -21,7 +21,7 @@ from align.modeling.load import Reference
 from align.modeling.logprobs import language_model
 from align.modeling.types import Model
 from align.objectives.selective import excess_loss, selection_threshold
-from align.trainers.core.reference_checks import EXACT, check_reference, logp_tolerance, reference_probe
+from align.trainers.core.reference_checks import check_reference, logp_tolerance, reference_probe, unlike
 from align.trainers.pairs.reference import load_reference, make_reference
 
 
@@ -121,11 +121,12 @@ class TokenSelection:
 
     def _check_differs(self, excess: Tensor) -> None:
         """In the first step of a run: a reference that is the policy ranks by rounding errors."""
-        if self.trainer.state.global_step == 0 and excess.abs().max() <= EXACT:
+        tolerance = logp_tolerance(self.trainer.accelerator, self.reference.model)
+        if self.trainer.state.global_step == 0 and unlike(excess.abs(), tolerance) is None:
             raise TrainingError(
-                "selective_tokens: before the first step the reference gives every token the log-prob that the policy "
-                "gives it. A reference that is the policy selects by rounding errors: name one that was trained on "
-                "text of the right kind"
+                "selective_tokens: before the first step the reference gives the tokens the log-probs that the policy "
+                f"gives them, up to rounding ({excess.abs().mean():.2g} nats on average). A reference that is the "
+                "policy selects by rounding errors: name one that was trained on text of the right kind"
             )
 
     def state(self) -> dict[str, Tensor]:

@@ -20,7 +20,16 @@ from tests.trainers import reward_runs, sparse_runs
 from tests.trainers.on_policy.talks import GuessingGame, questions, talking_tokenizer
 from tests.trainers.pairs.preference_runs import dpo_config, toy_pairs
 from tests.trainers.test_listwise_dpo import rankings
-from tests.trainers.tiny_runs import QUIET, demonstrations, on_policy, prompts, sft_config, tiny_model, wanted_words
+from tests.trainers.tiny_runs import (
+    QUIET,
+    demonstrations,
+    discriminator,
+    on_policy,
+    prompts,
+    sft_config,
+    tiny_model,
+    wanted_words,
+)
 
 KEYS = (
     *(
@@ -34,6 +43,7 @@ KEYS = (
         "rewards/margins",
         "mask_u/chosen/mean",
         "selective/excess_loss",
+        "discriminator/loss",
     ),
     *("critic/loss", "critic/grad_norm"),
 )
@@ -74,6 +84,11 @@ def makers(policy: str, folder: Path) -> dict:
         trainer_class, args = on_policy(method, folder / method, num_generations=2, **settings(**options))
         return trainer_class(policy, wanted_words, args, prompts(24), prompts(6, seed=1), gold_reward=toy.gold)
 
+    def d2po():
+        options = settings(eval_strategy="no", gold_labels=2, gold_label_every=1)
+        trainer_class, args = on_policy("d2po", folder / "d2po", num_generations=2, **options)
+        return trainer_class(policy, discriminator(toy.tokenizer()), args, prompts(24), None, gold_reward=wanted_words)
+
     def dpo(name, **options):
         return DPOTrainer(policy, dpo_config(folder / name, **settings()), pairs, eval_pairs, **options)
 
@@ -111,6 +126,7 @@ def makers(policy: str, folder: Path) -> dict:
         "game": lambda: game(folder / "game", **settings(eval_strategy="no", entropy_coef=0.1)),
         # whose reference moves with the policy's shards
         "online_dpo": lambda: on_prompts("online_dpo", sync_ref_model=True, ref_model_sync_steps=2),
+        "d2po": d2po,
         "ppo": lambda: on_prompts("ppo", num_mini_batches=2, num_iterations=2, max_steps=8, save_steps=3),
     }
     return {**made, **{f"{name} resumed": made[name] for name in RESUMED}}
