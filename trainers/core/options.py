@@ -4,6 +4,7 @@
 that a trainer built on one of TRL's keeps TRL's defaults.
 """
 
+import os
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -21,6 +22,16 @@ PLACES = ("_dir", "_path", "_token", "run_name", "report_to", "hub_model_id", "d
 
 def machine_has_cuda() -> bool:
     return torch.cuda.is_available()
+
+
+def ranks_on_processors() -> None:
+    """On a machine without an accelerator, ranks that torchrun has started are those of one run.
+
+    accelerate makes them so if it is told that there are only processors (its own launcher's `--cpu`, `use_cpu`); else
+    each rank would be a run by itself, on all of the data.
+    """
+    if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 
 @dataclass
@@ -58,6 +69,7 @@ class RunOptions(TrainingSettings):
     )
 
     def __post_init__(self):
+        ranks_on_processors()
         cuda = machine_has_cuda() and not self.use_cpu
         if self.bf16 is None:
             self.bf16 = cuda and not self.fp16 and torch.cuda.is_bf16_supported()

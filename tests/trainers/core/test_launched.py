@@ -1,0 +1,20 @@
+"""Ranks that torchrun starts on processors alone, `use_cpu` not said: one run of two, not two runs."""
+
+import pytest
+import torch
+
+from tests.warm import run_ranks
+
+SCRIPT = """
+from align.trainers.core.options import BaseConfig
+
+args = BaseConfig(output_dir="run", report_to="none")
+print(args.world_size, args.parallel_mode.name, args.use_cpu)
+"""
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="with an accelerator the ranks need nothing to be said")
+def test_ranks_are_one_run(tmp_path, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    assert run_ranks(str(tmp_path / "script.py"), logs=tmp_path / "logs") == ["2 DISTRIBUTED False\n"] * 2
