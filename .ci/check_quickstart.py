@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from align.evaluation.summary import read_summary
-from align.quickstart.phases import RUNS
+from align.quickstart.parts import RUNS
 
 folder = Path(sys.argv[1])
 summary = read_summary(folder)

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from align.evaluation.summary import read_summary
-from align.quickstart.phases import RUNS
+from align.quickstart.parts import RUNS
 from align.quickstart.settings import FULL
 
 RESULT = Path(__file__).parent / "results" / "quickstart_seeds.json"

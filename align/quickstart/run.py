@@ -1,19 +1,19 @@
 """`align quickstart`, phase by phase."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 
-from align.evaluation.best_of_n import bon_curve
 from align.evaluation.console import print_summary
 from align.evaluation.records import read_run
 from align.evaluation.report import write_outputs
 from align.evaluation.summary import build_summary
 from align.quickstart import phases
+from align.quickstart.parts import RUNS, bon_curves
 from align.quickstart.progress import PhaseProgress
-from align.quickstart.settings import Settings
+from align.quickstart.settings import Settings, Sizes
 from align.quickstart.workers import Phase, run_phases, side_by_side
 from align.quickstart.workspace import Workspace
 
@@ -29,7 +29,7 @@ def make_plan(settings: Settings) -> dict[str, Phase]:
         **{name: Phase(partial(phases.reward_model, i), ("preference pairs",), 6.0) for i, name in enumerate(members)},
         "best-of-n": Phase(phases.best_of_n, tuple(members), 15.0),
     }
-    for name, reward in phases.RUNS.items():
+    for name, reward in RUNS.items():
         needs = members[: reward.get("members", settings.members)]
         plan[f"ReMax: {name}"] = Phase(partial(phases.remax, name), tuple(needs), 35.0)
     return plan
@@ -38,15 +38,31 @@ def make_plan(settings: Settings) -> dict[str, Phase]:
 def run_quickstart(folder: str | Path, settings: Settings, seed: int, console: Console) -> Path:
     """Run or continue the quickstart in `folder`; returns the path of the report."""
     space = Workspace(folder, settings.fingerprint(seed))
-    plan = make_plan(settings)
+    summary = partial(summarise, space, settings, seed)
+    return run_plan(make_plan(settings), space, (settings, seed), summary, console, title=TITLE, intro=INTRO)
+
+
+def run_plan(
+    plan: dict[str, Phase],
+    space: Workspace,
+    arguments: tuple[Sizes, int],
+    summary: Callable[[], dict],
+    console: Console,
+    *,
+    title: str,
+    intro: list[str],
+    threads: int = 1,
+) -> Path:
+    """Run what is not finished of the phases, called with `arguments` (settings, seed), and write the report of
+    `summary()`, which is called after them. threads: of torch in each phase."""
     log = space.folder / "quickstart.log"  # what trainers and engine print
     expected = {name: phase.expected for name, phase in plan.items()} | {REPORT: 8.0}
     with PhaseProgress(expected, console) as progress:
-        run_phases(plan, space, (settings, seed), progress, log, settings.backend)
+        run_phases(plan, space, arguments, progress, log, arguments[0].backend, threads)
         with progress.phase(REPORT):
-            summary = summarise(space, settings, seed)
-            report, _ = write_outputs(space.folder, summary, title=TITLE, intro=INTRO)
-    print_summary(summary, [report, space.folder / "summary.json"])
+            found = summary()
+            report, _ = write_outputs(space.folder, found, title=title, intro=intro)
+    print_summary(found, [report, space.folder / "summary.json"])
     return report
 
 
@@ -54,7 +70,7 @@ def summarise(space: Workspace, settings: Settings, seed: int) -> dict:
     results = {name: phase["result"] for name, phase in space.state["phases"].items()}
     return build_summary(
         best_of_n=bon_curves(space, settings),
-        runs={name: read_run(space.path("remax", name.replace(" ", "_"))) for name in phases.RUNS},
+        runs={name: read_run(space.path("remax", name.replace(" ", "_"))) for name in RUNS},
         phases={name: space.seconds[name] for name in make_plan(settings)},
         setup={
             "seed": seed,
@@ -75,30 +91,6 @@ def summarise(space: Workspace, settings: Settings, seed: int) -> dict:
         ],
         seed=seed,
     )
-
-
-def bon_curves(space: Workspace, settings: Settings) -> dict:
-    """Best-of-n by the first member, by two ensembles, and by the gold reward itself."""
-    import pandas as pd
-    import torch
-
-    from align.objectives.ensemble import aggregate
-
-    table = pd.read_parquet(space.path("best_of_n", "answers.parquet"))
-    members = torch.tensor(table[[f"member_{i}" for i in range(settings.members)]].to_numpy().T)
-    selections = {
-        "single proxy": members[0],
-        "ensemble mean": aggregate(members, "mean").scores,
-        "worst case": aggregate(members, "wco").scores,
-        "uncertainty-weighted": aggregate(members, "uwo", lambda_=settings.uncertainty_weight).scores,
-        "gold itself": torch.tensor(table["gold"].to_numpy()),
-    }
-    groups = [np.asarray(rows) for rows in table.groupby("prompt_id", sort=True).indices.values()]
-    gold = [table["gold"].to_numpy()[rows] for rows in groups]
-    return {
-        name: bon_curve([scores.numpy()[rows] for rows in groups], gold, name=name, proxy_name=name)
-        for name, scores in selections.items()
-    }
 
 
 TITLE = "Quickstart: learned rewards optimised, the true reward beside them"

@@ -4,18 +4,12 @@ from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Sizes and learning rates of one quickstart, and its rollout engine. Lengths in tokens (one word each)."""
+class Sizes:
+    """What every quickstart has: sizes and learning rates, and its rollout engine. Lengths in tokens."""
 
-    sft_rows_per_prompt: int = 32
-    sft_learning_rate: float = 5e-3
     train_prompts: int = 256
     eval_prompts: int = 512
-    pairs: int = 6000
-    eval_pairs: int = 300
-    label_noise: float = 0.15
     members: int = 5
-    own_pairs: bool = True  # every reward model learns from its own share of the pairs, as from annotators of its own
     reward_epochs: int = 2
     reward_learning_rate: float = 2e-3
     uncertainty_weight: float = 0.5
@@ -33,6 +27,18 @@ class Settings:
 
     def fingerprint(self, seed: int) -> dict:
         return {"seed": seed, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Settings(Sizes):
+    """Of the toy world, where a token is a word."""
+
+    sft_rows_per_prompt: int = 32
+    sft_learning_rate: float = 5e-3
+    pairs: int = 6000
+    eval_pairs: int = 300
+    label_noise: float = 0.15
+    own_pairs: bool = True  # every reward model learns from its own share of the pairs, as from annotators of its own
 
 
 FULL = Settings()

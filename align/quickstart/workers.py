@@ -38,11 +38,12 @@ def run_phases(
     progress: PhaseProgress,
     log: Path,
     backend: str = "auto",
+    threads: int = 1,
 ) -> None:
     """Run the phases of `plan` that are not finished yet, each as soon as it can begin, at most AT_ONCE at a time.
 
-    What they print goes to `log`; `backend` is that of their rollouts. An error of one ends the others, and so does the
-    end of this process.
+    What they print goes to `log`; `backend` is that of their rollouts, `threads` those of torch in each. An error of
+    one ends the others, and so does the end of this process.
     """
     waiting = [name for name in plan if not space.finished(name)]
     for name in plan:
@@ -52,7 +53,7 @@ def run_phases(
         return
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
     updates, (alive, owner) = context.SimpleQueue(), context.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(AT_ONCE, context, initializer=_start, initargs=(alive, updates, log))
+    pool = ProcessPoolExecutor(AT_ONCE, context, initializer=_start, initargs=(alive, updates, log, threads))
     running: dict[Future, str] = {}
     pool.submit(_load_libraries, backend)  # in one process, while the first phase runs in the other
     try:
@@ -93,7 +94,7 @@ def side_by_side() -> int:
 _updates: SimpleQueue | None = None  # (phase, fraction done), read by the main process
 
 
-def _start(alive: Connection, updates: SimpleQueue, log: Path) -> None:
+def _start(alive: Connection, updates: SimpleQueue, log: Path, threads: int) -> None:
     from align.cli.quickstart import quieten
 
     global _updates
@@ -107,7 +108,7 @@ def _start(alive: Connection, updates: SimpleQueue, log: Path) -> None:
     quieten()
     import torch
 
-    torch.set_num_threads(1)  # models this small gain nothing from a second thread and lose much on a busy machine
+    torch.set_num_threads(threads)
 
 
 def _end_with_main_process(alive: Connection) -> None:

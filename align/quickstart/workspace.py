@@ -10,6 +10,7 @@ class Workspace:
     """`<folder>/phases.json` holds the results and seconds of the finished phases; their files lie beside it."""
 
     def __init__(self, folder: str | Path, fingerprint: dict):
+        fingerprint = json.loads(json.dumps(fingerprint))  # as it is read back: tuples are lists
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.state_path = self.folder / "phases.json"

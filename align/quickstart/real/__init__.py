@@ -1,0 +1,1 @@
+"""The quickstart on a real chat model and real preference pairs: `align quickstart --real`."""
