@@ -47,20 +47,18 @@ def run(args: argparse.Namespace) -> int:
 
     if args.real and not args.pairs:
         raise ConfigError("--real needs preference pairs: --pairs FILE (or a hub name)")
-    given = [f"--{name}" for name in ("pairs", "model", "gold") if getattr(args, name) and not args.real]
-    if given:
-        raise ConfigError(f"{given[0]} belongs to --real; the toy world would ignore it")
+    unused = [f"--{name}" for name in ("pairs", "model", "gold") if getattr(args, name) and not args.real]
+    if unused:
+        raise ConfigError(f"{unused[0]} belongs to --real; the toy world would ignore it")
     quieten()
     name = f"runs/quickstart-{'real-' * args.real}seed{args.seed}{'-small' * args.small}"
     folder = args.output_dir or name
     if args.real:
         from align.quickstart.real.run import run_real
-        from align.quickstart.real.settings import SMALL as SMALL_REAL
-        from align.quickstart.real.settings import RealSettings
+        from align.quickstart.real.settings import REAL, SMALL_REAL
 
-        sizes = SMALL_REAL if args.small else {}
-        real = RealSettings(pairs=args.pairs, model=args.model, gold=args.gold, backend=args.backend, **sizes)
-        run_real(folder, real, args.seed, Console())
+        given = {"pairs": args.pairs, "model": args.model, "gold": args.gold, "backend": args.backend}
+        run_real(folder, replace(SMALL_REAL if args.small else REAL, **given), args.seed, Console())
     else:
         from align.quickstart.run import run_quickstart
         from align.quickstart.settings import FULL, SMALL

