@@ -51,7 +51,7 @@ def run_real(folder: str | Path, settings: RealSettings, seed: int, console: Con
 
 def summarise(space: Workspace, settings: RealSettings, seed: int) -> dict:
     results = {name: phase["result"] for name, phase in space.state["phases"].items()}
-    rewards = [name for name in results if name == GOLD or name.startswith("reward model ")]
+    rewards = [name for name in make_plan(settings) if name == GOLD or name.startswith("reward model ")]
     return build_summary(
         best_of_n=bon_curves(space, settings),
         runs={name: read_run(space.path("remax", name.replace(" ", "_"))) for name in settings.runs},
