@@ -21,7 +21,7 @@ class RealSettings(Sizes):
     model: str | None = None
     pairs: str = ""
     gold: str | None = None
-    gold_pairs: int = 800
+    gold_pairs: int = 640
     pairs_per_member: int = 100
     held_out: int = 160
     gold_layers: int = 8
@@ -37,6 +37,7 @@ class RealSettings(Sizes):
     members: int = 3
     reward_epochs: int = 2
     reward_learning_rate: float = 1e-4
+    bon_prompts: int = 24
     bon_n: int = 16
     prompts_per_step: int = 8
     steps: int = 12
