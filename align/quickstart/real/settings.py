@@ -21,7 +21,7 @@ class RealSettings(Sizes):
     model: str | None = None
     pairs: str = ""
     gold: str | None = None
-    gold_pairs: int = 640
+    gold_pairs: int = 512
     pairs_per_member: int = 100
     held_out: int = 160
     gold_layers: int = 8
