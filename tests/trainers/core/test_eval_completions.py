@@ -13,6 +13,7 @@ from align.trainers.kto import KTOConfig, KTOTrainer
 from align.trainers.sft import SFTTrainer
 from tests.trainers.pairs.preference_runs import dpo_config, toy_pairs
 from tests.trainers.tiny_runs import QUIET, demonstrations, sft_config
+from tests.warm import run_ranks
 
 SHOWN = {"num_logged_completions": 3, "max_new_tokens": 7}
 RUN = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "learning_rate": 5e-3, "eval_on_start": True}
@@ -67,6 +68,20 @@ def test_answers_are_those_of_the_model_at_that_step(make, policy, tokenizer, tm
     shown = snapshot(tmp_path)["samples"]
     assert list(shown)[0] == prompt and [entry["step"] for entry in shown[prompt]] == [0, 2, 4]
     assert f"---- step 4\n{prompt}\n>>>> {last['samples'][0]['completion']}" in capsys.readouterr().out
+
+
+def test_two_processes_write_what_one_writes(policy, tmp_path):
+    """Three prompts on two processes: one has a prompt twice, and the order is that of the data."""
+    from tests.trainers.core.completion_ranks import METHODS, train
+
+    train(policy, tmp_path / "one", 1)
+    script = "tests.trainers.core.completion_ranks"
+    first, second = run_ranks(script, policy, str(tmp_path / "two"), logs=tmp_path / "logs")
+    for name in METHODS:
+        one, two = (read_completions(tmp_path / folder / name) for folder in ("one", "two"))
+        assert [record["step"] for record in two] == [0, 2, 4] and len(two[0]["samples"]) == 3
+        assert [record["samples"] for record in two] == [record["samples"] for record in one]
+    assert first.count("---- step") == 3 * 3 * len(METHODS) and "---- step" not in second
 
 
 def test_training_is_the_same_with_them(policy, tmp_path):
