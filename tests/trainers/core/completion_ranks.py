@@ -1,4 +1,4 @@
-"""SFT, DPO and KTO with `num_logged_completions` and one global batch of 8 rows, on one process or two. Run as a script:
+"""SFT, DPO and KTO with `num_logged_completions` and one global batch of 8 rows, on one process or two. As a script:
 policy, folder."""
 
 import sys
