@@ -21,11 +21,12 @@ TURN_MARKER = "\n\nAssistant:"
 ROLES = ("system", "developer", "user", "human", "assistant", "gpt", "bot", "tool", "function")
 
 
-def prompt_of(row: dict[str, Any], fmt: DataFormat) -> Text:
-    """The prompt of a row in any format that has one."""
+def prompt_of(row: dict[str, Any], fmt: DataFormat, completed: bool = False) -> Text:
+    """The prompt of a row in any format that has one. completed: an environment adds to the last message, which may be
+    empty."""
     if fmt.implicit_prompt:
         return pair_of(row, fmt)[0]
-    return _prompt(row, fmt.conversational)
+    return _prompt(row, fmt.conversational, completed)
 
 
 def completion_of(row: dict[str, Any], fmt: DataFormat) -> tuple[Text, Text]:
@@ -163,13 +164,13 @@ def typed_tokens(messages: Text, tokens: list[str]) -> list[str]:
     return [token for token in tokens if any(token in message["content"] for message in messages)]
 
 
-def _prompt(row: dict[str, Any], conversational: bool) -> Text:
+def _prompt(row: dict[str, Any], conversational: bool, completed: bool = False) -> Text:
     prompt = _value(row["prompt"], "prompt", conversational)
     if not conversational:
         if not prompt.strip():
             raise BadRow("prompt is empty")
         return prompt
-    if not prompt[-1]["content"].strip():
+    if not completed and not prompt[-1]["content"].strip():
         raise BadRow("prompt ends in an empty message")
     if prompt[-1]["role"] == "assistant":
         raise BadRow("prompt ends with an assistant message, so there is nothing to answer")

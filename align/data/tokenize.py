@@ -48,6 +48,7 @@ def tokenize_prompts(
     num_proc: int | None = None,
     template_options: dict[str, Any] | None = None,
     streams: bool = False,
+    completed: bool = False,
 ) -> "Dataset":
     """Prompts for rollouts: columns `prompt_ids`, `prompt` (text or messages), `row`, and every other column.
 
@@ -57,6 +58,7 @@ def tokenize_prompts(
     whole-number column `row` that the data has already is kept, so that rows selected from a larger set keep theirs.
     template_options: further variables of the chat template, for all rows; a row's own come first.
     streams: a `datasets.IterableDataset` may be given, whose rows are tokenised as they are reached.
+    completed: an environment adds to each prompt's last message, which may be empty.
 
     Raises DataError if more than `max_bad_share` of the rows are bad, or none is left.
     """
@@ -73,7 +75,8 @@ def tokenize_prompts(
     controls = controls_of(tokenizer)
 
     def prepare(row: Columns, note: Note) -> tuple[tuple, Columns]:
-        prompt, options = checks.prompt_of(row, fmt), {**(template_options or {}), **checks.template_kwargs(row)}
+        prompt = checks.prompt_of(row, fmt, completed)
+        options = {**(template_options or {}), **checks.template_kwargs(row)}
         if fmt.conversational:
             refuse_calls(
                 "rollouts offer none of the data's tools (docs/environments.md: those of a run)", prompt=prompt
@@ -92,6 +95,7 @@ def tokenize_prompts(
     recipe = Recipe(prepare, partial(_encode, tokenizer, fmt), finish, columns)
     limits: dict[str, Any] = {"use": "prompts", "max_prompt_length": max_prompt_length}
     limits |= {"template_options": template_options} if template_options else {}
+    limits |= {"completed": True} if completed else {}
     return tokenized(dataset, tokenizer, recipe, limits, report, max_bad_share=max_bad_share, num_proc=num_proc)
 
 

@@ -84,9 +84,11 @@ def adapter_weights(model: PeftModel, dtype: torch.dtype, arrived: ArrivedShare)
         first = parameter_value(layer.lora_A[active].weight)(torch.float32)
         second = parameter_value(layer.lora_B[active].weight)(torch.float32) * layer.scaling[active]
         sent = cast(first, dtype), cast(second, dtype)
-        change = inner(first, second, first, second)
-        whole = dtype == torch.float32  # then nothing is rounded
-        arrived.add(change if whole else inner(sent[0].float(), sent[1].float(), first, second), change)
+        if dtype == torch.float32:  # nothing is rounded: all arrives of any change
+            changes = float(second.any())
+            arrived.add(changes, changes)
+        else:
+            arrived.add(inner(sent[0].float(), sent[1].float(), first, second), inner(first, second, first, second))
         yield name + A, sent[0]
         yield name + B, sent[1]
 

@@ -28,7 +28,7 @@ def fingerprint(tensor: Tensor, sums: bool | None = None) -> Fingerprint:
         sums = tensor.device.type != "cpu"
     if not sums:
         tensor = tensor.cpu()
-        return xxhash.xxh3_128(memory(tensor.reshape(-1).view(torch.uint8))).digest() + repr(head).encode()
+        return xxhash.xxh3_128(memory(tensor)).digest() + repr(head).encode()
     return (head, *bit_sums(tensor))
 
 

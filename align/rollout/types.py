@@ -82,7 +82,7 @@ class Episode:
     policy_mask: 1 on the tokens that the policy wrote, 0 on those of its environment. messages: the turns, from the
     first answer on. prompt: the row with what the environment added to its prompt. turns: the policy's answers. reward:
     the environment's, None where it has none; failure: why there is none. finished: whether the environment, or an
-    answer without a tool call, ended it. calls, failed_calls: of tools.
+    answer without a tool call, ended it. calls, failed_calls: of tools. environment: its class, None with tools alone.
     """
 
     policy_mask: list[int]
@@ -94,6 +94,7 @@ class Episode:
     finished: bool = False
     calls: int = 0
     failed_calls: int = 0
+    environment: str | None = None
 
 
 @dataclass(slots=True)

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -73,13 +74,14 @@ class OnPolicyBase(MicroBatchLists, Trainer):
     def take_rewards(self, args: OnPolicyConfig, tokenizer, reward, gold_reward, reward_funcs, classes) -> None:
         """The rewards, among them the environment's, what becomes of them, and how prompts are tokenised."""
         episodes = self.episodes
-        own, schemas = (None, []) if episodes is None else (episodes.reward, episodes.schemas)
+        own, schemas = ([], []) if episodes is None else (episodes.rewards, episodes.schemas)
         given = rewards_given(reward, reward_funcs, classes, tokenizer, own)
         self.rewards = RewardColumns(given, args.reward_weights, tokenizer=tokenizer)
         self.gold = gold_columns(gold_reward, tokenizer)
         self.weighting = make_weighting(self.rewards.weights, args)
         renders = tokenizer if episodes is None else episodes.tokenizer
-        self.tokenize = partial(tokenized_prompts, tokenizer=renders, args=args, tools=schemas)
+        talks_with = None if episodes is None else episodes.environments
+        self.tokenize = partial(tokenized_prompts, tokenizer=renders, args=args, tools=schemas, environments=talks_with)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         of_training = not any(key.startswith("eval_") for key in logs)
@@ -124,6 +126,26 @@ class OnPolicyBase(MicroBatchLists, Trainer):
     def reward_processing_classes(self) -> list:
         """The tokenizers of the rewards that are classifiers, None of the others (TRL's name)."""
         return [getattr(reward, "tokenizer", None) for reward in self.rewards.rewards]
+
+    @property
+    def reward_funcs(self) -> list:
+        """The rewards, an environment's own last (TRL's name)."""
+        return self.rewards.rewards
+
+    @property
+    def reward_func_names(self) -> list[str]:
+        """TRL's name for the rewards' names."""
+        return self.rewards.names
+
+    @property
+    def reward_weights(self) -> Tensor:
+        """In the order of `reward_funcs` (TRL's name)."""
+        return torch.tensor(list(self.rewards.weights.values()))
+
+    @property
+    def tools(self) -> list[Callable]:
+        """What the policy may call, the methods of each environment among them (TRL's name)."""
+        return [] if self.episodes is None else self.episodes.environments.functions
 
     @property
     def finished(self) -> bool:

@@ -7,15 +7,20 @@ Two kinds of environment, told apart by `step`:
 
 A new one is made for every sample of every rollout. `reset` is given the row's columns and `environment_seed`, which is
 the same for all samples of a prompt in a rollout; its text is appended to the last user message. `close()`, if there is
-one, is called at the end. Text of `step` comes as the next user message, what tools return as tool messages.
+one, is called at the end. Text of `step` comes as the next user message, what tools return as tool messages. Of several
+environments, each with a name, the row's column `environment` picks one.
 """
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from datasets import Dataset
+
+from align.data.formats import columns_of
+from align.data.streams import is_stream
 from align.errors import ConfigError
 from align.lazy import imported
 from align.reward_models.base import Reward, RewardBatch, RewardOutput
@@ -25,17 +30,19 @@ from align.trainers.core.hooks import TrainingSettings
 from align.trainers.on_policy.tools import Tools, awaited
 
 REWARD_COLUMN, FAILURE_COLUMN = "environment_reward", "environment_failure"  # what other rewards may name
+CLASS_COLUMN = "environment_class"
+PICKS = "environment"  # the column of a row that names one of several
 OWN = ("reset", "step", "get_reward", "close")
 ON_ERROR = ("stop", "mask")
 
 
 @dataclass
 class EnvironmentOptions(TrainingSettings):
-    environment: str | None = field(
+    environment: str | dict[str, str] | None = field(
         default=None,
         metadata={
-            "help": "What the policy talks with, a class or function that makes one: path/file.py:Class "
-            "(docs/environments.md)."
+            "help": "What the policy talks with, a class or function that makes one: path/file.py:Class, or several by "
+            "name, of which a row's column `environment` picks one (docs/environments.md)."
         },
     )
     tools: list[str] | str | None = field(
@@ -76,12 +83,16 @@ class Reply:
     done: bool = False
 
 
+EMPTY = [{"role": "user", "content": ""}]  # what an environment adds to that makes up the prompts
+Factory = Callable[[], Any] | Mapping[str, Callable[[], Any]] | None
+
+
 class EnvironmentFailure(Exception):
     """What a user's environment did wrong, for `environment_on_error`."""
 
 
-class Environments:
-    """Makes the sessions of a run.
+class Kind:
+    """Makes the sessions with one kind of environment, or with tools alone.
 
     Args:
         factory: makes an environment, without arguments; None with tools alone. tools: functions, as TRL takes them.
@@ -89,7 +100,6 @@ class Environments:
     """
 
     def __init__(self, factory: Callable[[], Any] | None, tools: list[Callable], timeout: float):
-        tools = [awaited(tool, timeout) if inspect.iscoroutinefunction(tool) else tool for tool in tools]
         self.factory, self.functions, self.timeout = factory, tools, timeout
         probe = None if factory is None else factory()
         self.name = None if probe is None else type(probe).__name__
@@ -99,25 +109,72 @@ class Environments:
         self.methods = [] if probe is None or self.steps else tool_methods(probe)
         self.scores = self.steps or (probe is not None and callable(getattr(probe, "get_reward", None)))
         own = [getattr(probe, name) for name in self.methods]
-        if not (self.steps or tools or own):
-            raise ConfigError(
-                f"environment {self.name} has neither step(answer) nor public methods that are tools: the policy could "
-                "not talk with it"
-            )
-        for call in (*tools, *own, *(getattr(probe, name, None) for name in OWN)):
+        for call in (*own, *(getattr(probe, name, None) for name in OWN)):
             if inspect.iscoroutinefunction(call):
                 raise ConfigError(f"{call.__qualname__} is async, and environments are called plainly here")
         self.tools = Tools([*tools, *own], timeout)
-
-    @property
-    def roles(self) -> list[str]:
-        """Of the messages that the policy gets."""
-        return ["user"] * self.steps + ["tool"] * bool(self.tools.schemas)
 
     def start(self) -> "Session":
         environment = None if self.factory is None else self.factory()
         methods = [getattr(environment, name) for name in self.methods]
         return Session(self, environment, self.tools.bound([*self.functions, *methods]))
+
+
+class Environments:
+    """What the conversations of a run are with.
+
+    Args:
+        factory: makes an environment, without arguments; several by name, of which a row's column `environment` picks
+            one; None with tools alone. tools: functions for all of them. timeout: seconds of a call.
+    """
+
+    def __init__(self, factory: Factory, tools: list[Callable], timeout: float):
+        tools = [awaited(tool, timeout) if inspect.iscoroutinefunction(tool) else tool for tool in tools]
+        self.several = isinstance(factory, Mapping)
+        factories = factory if isinstance(factory, Mapping) else {None: factory}
+        if not factories:
+            raise ConfigError("environment_factory names no environment")
+        self.kinds = {name: Kind(make, tools, timeout) for name, make in factories.items()}
+
+    @property
+    def roles(self) -> list[str]:
+        """Of the messages that the policy gets."""
+        kinds = self.kinds.values()
+        return ["user"] * any(kind.steps for kind in kinds) + ["tool"] * any(kind.tools.schemas for kind in kinds)
+
+    @property
+    def functions(self) -> list[Callable]:
+        """Tools and the methods that are, of all environments."""
+        return list({id(of): of for kind in self.kinds.values() for of in kind.tools.functions.values()}.values())
+
+    @property
+    def scores(self) -> list[str]:
+        """The classes that have a reward of their own, each once."""
+        return list(dict.fromkeys(str(kind.name) for kind in self.kinds.values() if kind.scores))
+
+    def kind_of(self, row: dict) -> Kind:
+        """What the conversation of this row is with."""
+        name = row.get(PICKS) if self.several else None
+        if name not in self.kinds:
+            raise ConfigError(
+                f"row {row.get('row')} has environment={name!r}, which is not among the environments of "
+                f"environment_factory: {', '.join(map(str, self.kinds))}"
+            )
+        return self.kinds[name]
+
+    def check(self, dataset: Any) -> None:
+        """Raises `ConfigError` where a row names none of several; the rows of a stream are checked when they come."""
+        if not self.several:
+            return
+        columns = columns_of(dataset, streams=True)
+        if PICKS not in columns:
+            raise ConfigError(
+                f"several environments need a column {PICKS!r} in the data, which names one of "
+                f"{', '.join(map(str, self.kinds))}; it has {', '.join(sorted(columns))}"
+            )
+        if not is_stream(dataset):
+            for number, name in enumerate(dataset[PICKS]):
+                self.kind_of({PICKS: name, "row": number})
 
 
 def tool_methods(environment: Any) -> list[str]:
@@ -129,7 +186,7 @@ def tool_methods(environment: Any) -> list[str]:
 class Session:
     """One conversation's environment and tools. Errors of the user's code are raised as `EnvironmentFailure`."""
 
-    def __init__(self, of: Environments, environment: Any, tools: Tools):
+    def __init__(self, of: Kind, environment: Any, tools: Tools):
         self.of, self.environment, self.tools = of, environment, tools
         self.reward = 0.0
 
@@ -190,32 +247,58 @@ def number(value: Any, of: str) -> float:
 
 
 class EnvironmentReward(Reward):
-    """The environment's own reward, which comes with each completion. on_error: as `Failures`."""
+    """The own reward of the environments of one class, which comes with each completion; it does not apply to those of
+    others. on_error: as `Failures`."""
 
     def __init__(self, name: str, on_error: str):
         self.name, self.failures = name, Failures(name, on_error)
 
     def _score(self, batch: RewardBatch) -> RewardOutput:
-        rewards, failures = batch.columns[REWARD_COLUMN], batch.columns[FAILURE_COLUMN]
-        found = [r if failure is None else Failed(failure) for r, failure in zip(rewards, failures, strict=True)]
+        columns = (batch.columns[name] for name in (CLASS_COLUMN, REWARD_COLUMN, FAILURE_COLUMN))
+        found = [
+            None if of != self.name else reward if failure is None else Failed(failure)
+            for of, reward, failure in zip(*columns, strict=True)
+        ]
         self.failures.count(found, range(len(found)), batch)
         return self.failures.output(found)
 
 
-def environments_of(args: EnvironmentOptions, tools: Any, factory: Any) -> Environments | None:
+def environments_of(args: EnvironmentOptions, tools: Any, factory: Factory) -> Environments | None:
     """What a run's conversations are with; None where there are none. tools, factory: of the trainer's arguments, which
     come before those of the configuration."""
-    if isinstance(factory, dict):
-        raise ConfigError(
-            "environment_factory is one callable here: for several environments, let it make one whose reset reads the "
-            "row and chooses"
-        )
     given = list(tools or [])
     functions = given or [imported(path, "tool") for path in args.tools or []]
-    if factory is None and args.environment is not None:
+    if factory is None and isinstance(args.environment, dict):
+        factory = {name: imported(path, "environment") for name, path in args.environment.items()}
+    elif factory is None and isinstance(args.environment, str):
         factory = imported(args.environment, "environment")
     if factory is None and not functions:
         if args.max_turns is not None:
             raise ConfigError("max_turns counts turns with an environment or tools: name one", key="max_turns")
         return None
     return Environments(factory, functions, args.environment_timeout)
+
+
+def rows_of(dataset: Any, args: Any, factory: Factory) -> Any:
+    """The rows to train on: those that were given; for an environment whose `reset` makes up the prompts, as many empty
+    ones as a rollout takes, which come again for every rollout. None where there is neither. args: `OnPolicyConfig`."""
+    made = factory or (args and args.environment)
+    if dataset is not None or not made:
+        return dataset
+    if isinstance(made, Mapping):
+        raise ConfigError(
+            f"training with several environments requires a `train_dataset` with a column {PICKS!r}, which picks one"
+        )
+    if args is None or args.max_steps <= 0:
+        raise ConfigError(
+            "without a `train_dataset` the environment's reset makes up the prompts, and only max_steps, the number of "
+            "optimiser steps, says how long to train: set it"
+        )
+    return Dataset.from_list([{"prompt": EMPTY}] * args.prompts_per_rollout)
+
+
+def with_prompts(dataset: Any) -> Any:
+    """Rows that say nothing themselves have an empty message, which `reset` adds to."""
+    if {"prompt", "prompt_ids", "chosen"} & columns_of(dataset, streams=True):
+        return dataset
+    return dataset.map(lambda row: {"prompt": EMPTY})

@@ -20,9 +20,11 @@ from align.rollout.seeds import derive_seed
 from align.rollout.types import Completion, Episode, Rollout, SamplingParams
 from align.trainers.core.loading import training_tokenizer
 from align.trainers.on_policy.environments import (
+    PICKS,
     EnvironmentFailure,
     EnvironmentReward,
     Environments,
+    Kind,
     Session,
     environments_of,
 )
@@ -85,6 +87,7 @@ class Talk:
             self.finished,
             tools.called,
             tools.failed,
+            self.session.of.name,
         )
         logps = None if self.params.greedy else self.logps
         return Completion(self.ids, logps, "length" if self.cut else "stop", episode)
@@ -112,22 +115,21 @@ class Episodes:
         self.environments, self.tokenizer, self.template_options = environments, tokenizer, template_options or {}
         self.max_turns, self.max_prompt_length, self.stops = max_turns, max_prompt_length, stops
         self.turn_tokens = TurnTokens(tokenizer, environments.roles)
-        self.schemas = environments.tools.schemas
-        if self.schemas and "<tool_call>" not in tokenizer.get_chat_template():
+        # of all prompts; with several environments each prompt is written when its conversation starts
+        self.schemas = [] if environments.several else environments.kinds[None].tools.schemas
+        if "tool" in environments.roles and "<tool_call>" not in tokenizer.get_chat_template():
             raise ConfigError(
                 "tool calls are read as <tool_call>{...}</tool_call>, and this chat template does not ask for them: "
                 "use a model whose template does, such as Qwen's or Hermes', or an environment that reads the calls "
                 "itself"
             )
-        if not stops and not environments.scores:
+        if not stops and not all(kind.scores for kind in environments.kinds.values()):
             raise ConfigError("environment_on_error: mask is for environments with a reward of their own")
 
     @property
-    def reward(self) -> EnvironmentReward | None:
-        """The environment's, as one more reward."""
-        if not self.environments.scores:
-            return None
-        return EnvironmentReward(str(self.environments.name), "stop" if self.stops else "mask")
+    def rewards(self) -> list[EnvironmentReward]:
+        """The environments' own, as further rewards."""
+        return [EnvironmentReward(name, "stop" if self.stops else "mask") for name in self.environments.scores]
 
     def complete(
         self, engine: "CompletionSource", prompts: list[dict], params: list[SamplingParams], seeds: list[int]
@@ -154,41 +156,46 @@ class Episodes:
                 "environments and tools take conversations, and the prompts are plain texts: write each as "
                 '[{"role": "user", "content": ...}]'
             )
+        kind = self.environments.kind_of(prompt)
         try:
-            session = self.environments.start()
+            session = kind.start()
         except Exception as error:  # the user's code raises anything
-            name = self.environments.name
             raise RolloutError(
-                f"a new environment {name} could not be made: {type(error).__name__}: {error}"
+                f"a new environment {kind.name} could not be made: {type(error).__name__}: {error}"
             ) from error
         talk = Talk(prompt, params, number, session)
-        row = {key: value for key, value in prompt.items() if key != "prompt_ids"}
+        kept_back = {"prompt_ids", PICKS} if self.environments.several else {"prompt_ids"}
+        row = {key: value for key, value in prompt.items() if key not in kept_back}
         try:
             added = session.reset({**row, "environment_seed": seed})
         except EnvironmentFailure as failure:
             self._failed(talk, failure)
             return talk
-        if added:
-            key = id(prompt), added
+        if added or (self.environments.several and kind.tools.schemas):
+            key = id(prompt), added or ""
             if key not in longer:
-                longer[key] = self._with_text(prompt, added)
+                longer[key] = self._with_text(prompt, added or "", kind)
             talk.prompt = longer[key]
+        if not (talk.prompt["prompt"][-1]["content"].strip() or kind.tools.schemas):
+            raise RolloutError(
+                f"the prompt of row {prompt.get('row')} ends in an empty message, and reset of {kind.name} adds nothing"
+            )
         return talk
 
-    def _options(self, prompt: dict) -> dict:
-        described = {"tools": self.schemas} if self.schemas else {}
+    def _options(self, prompt: dict, kind: Kind) -> dict:
+        described = {"tools": kind.tools.schemas} if kind.tools.schemas else {}
         return {**self.template_options, **described, **template_kwargs(prompt)}
 
-    def _with_text(self, prompt: dict, text: str) -> dict:
-        """The row with a text after its last message."""
+    def _with_text(self, prompt: dict, text: str, kind: Kind) -> dict:
+        """The row with a text after its last message, and with the tools of its environment."""
         last = prompt["prompt"][-1]
         messages = [*prompt["prompt"][:-1], {**last, "content": last["content"] + text}]
-        rendered = render(messages, self.tokenizer, self._options(prompt), answer_next=True)
+        rendered = render(messages, self.tokenizer, self._options(prompt, kind), answer_next=True)
         ids = encode(self.tokenizer, [(rendered, [])], add_bos=False)[0].prompt_ids
         if self.max_prompt_length is not None and len(ids) > self.max_prompt_length:
             raise RolloutError(
-                f"the prompt of row {prompt.get('row')} has {len(ids)} tokens with what reset added to it, more than "
-                f"max_prompt_length={self.max_prompt_length}: raise it, or return less"
+                f"the prompt of row {prompt.get('row')} has {len(ids)} tokens with what its environment adds, more "
+                f"than max_prompt_length={self.max_prompt_length}: raise it, or return less"
             )
         return {**prompt, "prompt": messages, "prompt_ids": ids}
 
@@ -211,7 +218,9 @@ class Episodes:
         talk.finished = reply.done
         if reply.done or talk.turns == self.max_turns:
             return False
-        between = self.turn_tokens.between(reply.messages, answer.token_ids[-1], self._options(talk.prompt))
+        between = self.turn_tokens.between(
+            reply.messages, answer.token_ids[-1], self._options(talk.prompt, talk.session.of)
+        )
         talk.cut = len(between) >= talk.left
         if not talk.cut:
             talk.add(between, None, own=False)
@@ -231,7 +240,7 @@ class Episodes:
         talk.failure = str(failure)
         if self.stops:
             raise RolloutError(
-                f"environment {self.environments.name}, row {talk.prompt.get('row')} of the dataset, after "
+                f"environment {talk.session.of.name}, row {talk.prompt.get('row')} of the dataset, after "
                 f"{talk.turns} answers: {failure}"
             ) from failure
 

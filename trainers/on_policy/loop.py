@@ -50,6 +50,7 @@ from align.trainers.on_policy.config import OnPolicyConfig
 from align.trainers.on_policy.critic import CriticLearner, CriticStep, make_critic
 from align.trainers.on_policy.engine import SyncedEngine, engine_maker
 from align.trainers.on_policy.entropy import EntropyBonus, train_high_entropy_tokens
+from align.trainers.on_policy.environments import Factory, rows_of
 from align.trainers.on_policy.episodes import make_episodes
 from align.trainers.on_policy.estimators import make_estimator
 from align.trainers.on_policy.evaluation import Curve, EvaluationFile, PolicyEvaluator, eval_prompts
@@ -86,7 +87,7 @@ class OnPolicyTrainer(OnPolicyBase):
         engine: a `RolloutEngine` to use, and to leave open; by default one is made from the policy.
         reward_funcs, reward_processing_classes: TRL's names for `reward`, and for the tokenizers of its classifiers.
         tools, environment_factory: functions that the policy may call, and what makes an environment that it talks
-            with (docs/environments.md).
+            with, or several by name (docs/environments.md).
     """
 
     planner_class = BatchPlanner
@@ -109,8 +110,9 @@ class OnPolicyTrainer(OnPolicyBase):
         reward_funcs: Any = None,
         reward_processing_classes: Any = None,
         tools: list[Callable] | None = None,
-        environment_factory: Callable[[], Any] | None = None,
+        environment_factory: Factory = None,
     ):
+        train_dataset = rows_of(train_dataset, args, environment_factory)
         args = self.options(args, model, train_dataset)
         check_stream(args, train_dataset)
         args.remove_unused_columns = False

@@ -1,5 +1,6 @@
 """`reward_funcs` and `reward_processing_classes`: TRL's arguments for the rewards of its GRPO and RLOO trainers."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,24 @@ from align.reward_models.base import Reward
 
 
 def rewards_given(
-    reward: Any, reward_funcs: Any, processing_classes: Any, tokenizer: Any, own: Reward | None = None
+    reward: Any, reward_funcs: Any, processing_classes: Any, tokenizer: Any, own: Sequence[Reward] = ()
 ) -> Any:
     """What `RewardColumns` takes, from `reward` or TRL's `reward_funcs`, of which one must be given.
 
     Args:
         reward_funcs: as `reward`; a loaded classifier with one label is scored as it is.
         processing_classes: the tokenizers of the classifiers, a list with None for functions, or one for a single
-            reward; by default their own. tokenizer: the policy's. own: of an environment, after the others; with it
+            reward; by default their own. tokenizer: the policy's. own: of environments, after the others; with them
             there need be no others.
     """
-    if own is not None and reward is None and reward_funcs is None:
-        return [own]
-    if (reward is None) == (reward_funcs is None):
+    if reward is None and reward_funcs is None:
+        if own:
+            return list(own)
+        raise ConfigError(
+            "No reward source provided: give `reward` (or reward_funcs, its name in TRL), or an environment that has a "
+            "reward of its own (docs/environments.md)"
+        )
+    if reward is not None and reward_funcs is not None:
         raise ConfigError("give the rewards once, as `reward` (or reward_funcs, its name in TRL)")
     given = reward if reward_funcs is None else reward_funcs
     specs = list(given) if isinstance(given, list | tuple) else [given]
@@ -36,7 +42,7 @@ def rewards_given(
             f"({len(specs)})"
         )
     found = [_reward(spec, tokenizer_of, tokenizer) for spec, tokenizer_of in zip(specs, tokenizers, strict=True)]
-    return found if own is None else [*found, own]
+    return [*found, *own]
 
 
 def _reward(spec: Any, own: Any, tokenizer: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 from align.errors import ConfigError
 from align.reward_models.base import Reward, RewardBatch, joined
 from align.reward_models.judges import JudgeReward
-from align.trainers.on_policy.environments import FAILURE_COLUMN, REWARD_COLUMN
+from align.trainers.on_policy.environments import CLASS_COLUMN, FAILURE_COLUMN, REWARD_COLUMN, EnvironmentReward
 from align.trainers.on_policy.samples import Sample
 from align.trainers.weighting.base import weighted_sum
 
@@ -28,7 +28,10 @@ class RewardColumns:
         self.names = [reward.name for reward in self.rewards]
         if len(set(self.names)) != len(self.names):
             raise ConfigError(f"two rewards have the same name in {self.names}: give each its own `name`")
+        # TRL's weights are those of the given rewards, beside which an environment's own counts as it is
+        own = sum(isinstance(reward, EnvironmentReward) for reward in self.rewards)
         weights = [1.0] * len(self.rewards) if weights is None else weights
+        weights = weights + [1.0] * own if len(weights) == len(self.rewards) - own else weights
         if len(weights) != len(self.rewards):
             raise ConfigError(f"{len(weights)} reward_weights for {len(self.rewards)} rewards {self.names}")
         self.weights = dict(zip(self.names, weights, strict=True))
@@ -84,6 +87,7 @@ class RewardColumns:
             of_environment = {
                 REWARD_COLUMN: [None if episode is None else episode.reward for episode in episodes],
                 FAILURE_COLUMN: [None if episode is None else episode.failure for episode in episodes],
+                CLASS_COLUMN: [None if episode is None else episode.environment for episode in episodes],
             }
         return RewardBatch(
             prompts=[sample.prompt["prompt"] for sample in samples],

@@ -10,6 +10,7 @@ from align.data.tokenize import tokenize_prompts
 from align.errors import RolloutError
 from align.objectives.kl import masked_sum
 from align.rollout.types import Completion, Episode
+from align.trainers.on_policy.environments import Environments, with_prompts
 
 
 @dataclass
@@ -66,9 +67,14 @@ class Sample:
         return self.length if self.episode is None else sum(self.episode.policy_mask)
 
 
-def tokenized_prompts(dataset, tokenizer, args, tools: list[dict] | None = None):
+def tokenized_prompts(
+    dataset, tokenizer, args, tools: list[dict] | None = None, environments: Environments | None = None
+):
     """Prompts as the loop takes them; a dataset that is tokenised already is taken as it is. tools: their schemas, for
-    the chat template."""
+    the chat template. environments: that the prompts are for."""
+    if environments is not None:
+        environments.check(dataset)
+        dataset = with_prompts(dataset)
     if "prompt_ids" in columns_of(dataset, streams=True):
         return dataset
     return tokenize_prompts(
@@ -79,6 +85,7 @@ def tokenized_prompts(dataset, tokenizer, args, tools: list[dict] | None = None)
         num_proc=args.dataset_num_proc,
         template_options={**(args.chat_template_kwargs or {}), **({"tools": tools} if tools else {})} or None,
         streams=True,
+        completed=environments is not None,
     )
 
 

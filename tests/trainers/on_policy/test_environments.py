@@ -2,13 +2,16 @@
 
 import asyncio
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import trl
+from datasets import Dataset
 
 from align.errors import ConfigError, RolloutError
+from align.reward_models.base import RewardBatch
 from align.rollout import make_engine
 from align.rollout.types import Completion, Episode, Rollout, SamplingParams
 from align.trainers.core.ranks import Ranks
@@ -306,6 +309,111 @@ def test_tools_are_called(environments):
     assert one.episode.reward == (2.0 if environments.scores else None)
 
 
+# ---- several environments, and environments that bring prompts and rewards -------------------------------------------
+
+
+class Plain:
+    """Another of TRL's kind, without a reward."""
+
+    def reset(self, **row):
+        assert "environment" not in row
+        return " higher"
+
+    def guess(self, number: str) -> str:
+        """A guess.
+
+        Args:
+            number: its name.
+        """
+        return "lower"
+
+
+SEVERAL = {"sums": Sums, "more sums": Sums, "plain": Plain}
+
+
+def test_a_row_picks_its_environment_and_is_shown_its_tools_alone():
+    tokenizer = talking_tokenizer()
+    call = f"<tool_call> {CALLS[0]} </tool_call>"
+    engine = Scripted(tokenizer, call, "two")
+    episodes = Episodes(Environments(SEVERAL, [], 5), tokenizer)
+    asked = [{**row, "environment": name} for row, name in zip(rows(tokenizer, 3), SEVERAL, strict=True)]
+    params = [SamplingParams(max_tokens=60, seed=1)] * 3
+    made = [rollout.completions[0].episode for rollout in episodes.complete(engine, asked, params, [0] * 3)]
+    prompts = [prompt for prompt, _ in engine.asked[0]]
+    assert ["system double" in prompt for prompt in prompts] == [True, True, False]
+    assert [prompt.count("guess") for prompt in prompts] == [1, 1, 2]  # the question, and the name of the tool
+    assert [prompt.endswith("higher <|im_end|> <|im_start|> assistant") for prompt in prompts] == [False, False, True]
+    assert [(e.environment, e.reward, e.failed_calls) for e in made] == [
+        ("Sums", 1.0, 0), ("Sums", 1.0, 0), ("Plain", None, 1)]  # fmt: skip
+    assert "Tool double not found" in made[2].messages[1]["content"]
+    # one reward for each class that has one; it does not apply to the others'
+    (own,) = episodes.rewards
+    columns = {"environment_class": [e.environment for e in made], "environment_reward": [e.reward for e in made]}
+    batch = RewardBatch(["guess"] * 3, ["two"] * 3, columns={**columns, "environment_failure": [None] * 3})
+    output = own.score(batch, partial=True)
+    assert own.name == "Sums" and output.missing.tolist() == [False, False, True]
+    with pytest.raises(ConfigError, match="row 0 has environment='other', which is not among the environments"):
+        episodes.complete(engine, [{**asked[0], "environment": "other"}], params[:1], [0])
+
+
+class Asking(GuessingGame):
+    def reset(self, row):
+        super().reset(row)
+        return "guess"
+
+
+def test_an_environment_that_brings_prompts_and_rewards(tmp_path):
+    """No data and no reward but its own: as many empty prompts as a rollout takes, for as long as max_steps says."""
+    tokenizer = talking_tokenizer()
+    options = {"max_prompt_length": 12, "max_completion_length": 16, "num_generations": 2, "logging_steps": 1}
+    trainer_class, args = on_policy("rloo", tmp_path, max_steps=3, per_device_train_batch_size=4, beta=0.0, **options)
+    model = tiny_model(tokenizer, num_hidden_layers=1)
+    build = partial(trainer_class, model, None, args, processing_class=tokenizer)
+    trainer = build(environment_factory=Asking)
+    assert len(trainer.train_dataset) == 4 and trainer.reward_func_names == ["Asking"]
+    trainer.train()
+    assert len(logged(trainer, "rewards/Asking")) == 3
+    with pytest.raises(RolloutError, match=r"row \d ends in an empty message, and reset of GuessingGame adds nothing"):
+        build(environment_factory=GuessingGame).train()
+    # with other rewards TRL's weights are theirs alone; the names are TRL's
+    _, weighted = on_policy("rloo", tmp_path, max_steps=3, reward_weights=[0.5], **options)
+    both = trainer_class(model, wordy, weighted, None, processing_class=tokenizer, environment_factory=Sums)
+    assert both.reward_func_names == ["wordy", "Sums"] and both.reward_weights.tolist() == [0.5, 1.0]
+    assert len(both.reward_funcs) == 2 and [tool.__name__ for tool in both.tools] == ["double"]
+
+
+def wordy(completions, **columns):
+    return [float(len(messages)) for messages in completions]
+
+
+def test_rows_that_name_only_their_environment(tmp_path):
+    tokenizer = talking_tokenizer()
+    trainer_class, args = on_policy("rloo", tmp_path, max_prompt_length=40, num_generations=2)
+    build = partial(trainer_class, tiny_model(tokenizer, num_hidden_layers=1), wordy, args)
+    data = Dataset.from_dict({"environment": list(SEVERAL) * 8})
+    trainer = build(data, processing_class=tokenizer, environment_factory=SEVERAL)
+    assert trainer.reward_func_names == ["wordy", "Sums"] and len(trainer.tools) == len(SEVERAL)
+    assert trainer.train_dataset["prompt"][0] == [{"role": "user", "content": ""}]
+    for dataset, factory, message in (
+        (questions(4), SEVERAL, "column 'environment'"),
+        (Dataset.from_dict({"environment": ["plain", "play"]}), SEVERAL, "row 1 has environment='play'"),
+        (None, SEVERAL, "requires a `train_dataset`"),
+        (None, GuessingGame, "max_steps"),
+        (None, None, "`train_dataset` is required"),
+    ):
+        args.max_steps = -1
+        with pytest.raises(ConfigError, match=message):
+            build(dataset, processing_class=tokenizer, environment_factory=factory)
+    with pytest.raises(ConfigError, match="No reward source provided"):
+        trainer_class(build.args[0], None, args, data, processing_class=tokenizer, environment_factory={"plain": Plain})
+
+
+def test_several_environments_in_a_configuration(tmp_path):
+    places = {"sums": f"{__file__}:Sums", "plain": f"{__file__}:Plain"}
+    episodes = make_episodes(on_policy("rloo", tmp_path, environment=places)[1], None, None, talking_tokenizer())
+    assert [kind.name for kind in episodes.environments.kinds.values()] == ["Sums", "Plain"]
+
+
 def test_a_template_that_drops_thoughts_is_exchanged_for_trls(tmp_path):
     qwen3 = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text(encoding="utf-8")
     with pytest.raises(ConfigError, match="differently once a turn"):
@@ -319,12 +427,9 @@ def test_what_is_refused(tmp_path):
     def untold(number):
         return number
 
-    class Mute:
-        def reset(self, row): ...
-
     for make, message in (
         (lambda: Environments(None, [untold], 5), "tool .*untold"),
-        (lambda: Environments(Mute, [], 5), "neither step"),
+        (lambda: Environments({}, [], 5), "names no environment"),
         (lambda: Environments(object, [], 5), "no method reset"),
         (lambda: Environments(None, [double, double], 5), "same name"),
         (lambda: on_policy("rloo", tmp_path, environment_on_error="ignore"), "environment_on_error"),

@@ -25,13 +25,13 @@ def test_the_commands_and_the_class_of_the_page():
         assert run.rewards is None or method == "rloo"
     variables: dict = {}
     exec(compile(python, "docs/environments.md", "exec"), variables)
-    session = Environments(variables["GuessingGame"], [], 5).start()
+    session = Environments(variables["GuessingGame"], [], 5).kinds[None].start()
     session.reset({"environment_seed": 6})
     assert [session.reply(answer).done for answer in ("6", "7")] == [False, True] and session.finish() == 1.0
 
 
 def test_the_example():
-    game = Environments(imported(f"{ROOT}/examples/environments.py:GuessingGame", "example"), [], 5).start()
+    game = Environments(imported(f"{ROOT}/examples/environments.py:GuessingGame", "example"), [], 5).kinds[None].start()
     game.reset({"environment_seed": 0})
     low, high = 1, 20
     turns = 0

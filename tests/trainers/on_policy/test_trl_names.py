@@ -214,7 +214,7 @@ def test_reward_funcs_are_rewards(tmp_path):
         rewards_given(None, [Lengths(), wanted_words], [None], tokenizer)
     with pytest.raises(ConfigError, match=r"processing classes \(1\) must match the number of reward functions \(2\)"):
         rewards_given(None, [classifier, wanted_words], tokenizer, tokenizer)
-    for twice in ((None, None), (wanted_words, wanted_words)):
+    for twice in ((wanted_words, wanted_words),):
         with pytest.raises(ConfigError, match="give the rewards once"):
             rewards_given(*twice, None, tokenizer)
 
