@@ -7,6 +7,8 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from align.rollout.types import Completion, Rollout, SamplingParams
+
 NUMBERS = ["one", "two", "three"]
 CHATML = (
     "{% if tools %}<|im_start|> system {% for tool in tools %}{{ tool.function.name }} {% endfor %}"
@@ -60,3 +62,43 @@ class GuessingGame:
 
 def questions(count: int, word: str = "guess") -> Dataset:
     return Dataset.from_list([{"prompt": [{"role": "user", "content": word}]}] * count)
+
+
+class Scripted:
+    """An engine that gives the answers of a list, one for each call, and notes what it is asked."""
+
+    def __init__(self, tokenizer, *answers, finish="stop"):
+        self.tokenizer, self.answers, self.finish = tokenizer, answers, finish
+        self.asked: list[list[tuple[str, SamplingParams]]] = []
+
+    def generate(self, prompts, params):
+        self.asked.append([(self.tokenizer.decode(ids), own) for ids, own in zip(prompts, params, strict=True)])
+        text = self.answers[len(self.asked) - 1]
+        ids = [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
+        return [Rollout(p, [Completion(ids[: own.max_tokens], [-1.0] * len(ids[: own.max_tokens]), self.finish)], 7)
+                for p, own in zip(prompts, params, strict=True)]  # fmt: skip
+
+
+def rows(tokenizer, count=1, **columns):
+    messages = [{"role": "user", "content": "guess"}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return [{"prompt": messages, "prompt_ids": ids, "row": i, **columns} for i in range(count)]
+
+
+class Sums:
+    """TRL's kind of environment: its methods are tools, and it scores itself."""
+
+    def reset(self, **row):
+        self.called, self.asked = 0, row["row"]
+
+    def double(self, number: str) -> str:
+        """Twice a number.
+
+        Args:
+            number: its name.
+        """
+        self.called += 1
+        return double(number)
+
+    def get_reward(self):
+        return float(self.called)

@@ -2,18 +2,15 @@
 
 import asyncio
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import trl
-from datasets import Dataset
 
 from align.errors import ConfigError, RolloutError
-from align.reward_models.base import RewardBatch
 from align.rollout import make_engine
-from align.rollout.types import Completion, Episode, Rollout, SamplingParams
+from align.rollout.types import Episode, SamplingParams
 from align.trainers.core.ranks import Ranks
 from align.trainers.on_policy.batches import collate
 from align.trainers.on_policy.buffer import RolloutBuffer
@@ -24,7 +21,18 @@ from align.trainers.on_policy.objective import kept_lengths, loss_count, policy_
 from align.trainers.on_policy.samples import Sample
 from align.trainers.on_policy.streams import Stream
 from align.trainers.on_policy.turn_tokens import TurnTokens
-from tests.trainers.on_policy.talks import CALLS, CHATML, NUMBERS, GuessingGame, double, questions, talking_tokenizer
+from tests.trainers.on_policy.talks import (
+    CALLS,
+    CHATML,
+    NUMBERS,
+    GuessingGame,
+    Scripted,
+    Sums,
+    double,
+    questions,
+    rows,
+    talking_tokenizer,
+)
 from tests.trainers.tiny_runs import assert_same, logged, on_policy, parameters, tiny_model
 
 METHODS = ["grpo", "rloo", "reinforce_pp", "remax", "ppo"]
@@ -150,27 +158,6 @@ def test_templates_that_cannot_be_used(template, message):
 # ---- rounds of conversations, with an engine that says what it is told ----------------------------------------------
 
 
-class Scripted:
-    """An engine that gives the answers of a list, one for each call, and notes what it is asked."""
-
-    def __init__(self, tokenizer, *answers, finish="stop"):
-        self.tokenizer, self.answers, self.finish = tokenizer, answers, finish
-        self.asked: list[list[tuple[str, SamplingParams]]] = []
-
-    def generate(self, prompts, params):
-        self.asked.append([(self.tokenizer.decode(ids), own) for ids, own in zip(prompts, params, strict=True)])
-        text = self.answers[len(self.asked) - 1]
-        ids = [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
-        return [Rollout(p, [Completion(ids[: own.max_tokens], [-1.0] * len(ids[: own.max_tokens]), self.finish)], 7)
-                for p, own in zip(prompts, params, strict=True)]  # fmt: skip
-
-
-def rows(tokenizer, count=1, **columns):
-    messages = [{"role": "user", "content": "guess"}]
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    return [{"prompt": messages, "prompt_ids": ids, "row": i, **columns} for i in range(count)]
-
-
 def talk(engine, environments, params=None, count=1, seeds=None, **options):
     episodes = Episodes(environments, engine.tokenizer, **options)
     asked = [params or SamplingParams(max_tokens=20, seed=3)] * count
@@ -274,25 +261,6 @@ async def slow(number: str) -> str:
 slow.__name__ = "double"
 
 
-class Sums:
-    """TRL's kind of environment: its methods are tools, and it scores itself."""
-
-    def reset(self, **row):
-        self.called, self.asked = 0, row["row"]
-
-    def double(self, number: str) -> str:
-        """Twice a number.
-
-        Args:
-            number: its name.
-        """
-        self.called += 1
-        return double(number)
-
-    def get_reward(self):
-        return float(self.called)
-
-
 @pytest.mark.parametrize(
     "environments", [Environments(None, [double], 5), Environments(None, [slow], 5), Environments(Sums, [], 5)]
 )
@@ -307,111 +275,6 @@ def test_tools_are_called(environments):
     assert said[1][1] == "two" and "'three'" in said[2][1] and "no JSON" in said[4][1] and said[5][1] == "two"
     assert (one.episode.calls, one.episode.failed_calls, one.episode.finished) == (3, 2, True)
     assert one.episode.reward == (2.0 if environments.scores else None)
-
-
-# ---- several environments, and environments that bring prompts and rewards -------------------------------------------
-
-
-class Plain:
-    """Another of TRL's kind, without a reward."""
-
-    def reset(self, **row):
-        assert "environment" not in row
-        return " higher"
-
-    def guess(self, number: str) -> str:
-        """A guess.
-
-        Args:
-            number: its name.
-        """
-        return "lower"
-
-
-SEVERAL = {"sums": Sums, "more sums": Sums, "plain": Plain}
-
-
-def test_a_row_picks_its_environment_and_is_shown_its_tools_alone():
-    tokenizer = talking_tokenizer()
-    call = f"<tool_call> {CALLS[0]} </tool_call>"
-    engine = Scripted(tokenizer, call, "two")
-    episodes = Episodes(Environments(SEVERAL, [], 5), tokenizer)
-    asked = [{**row, "environment": name} for row, name in zip(rows(tokenizer, 3), SEVERAL, strict=True)]
-    params = [SamplingParams(max_tokens=60, seed=1)] * 3
-    made = [rollout.completions[0].episode for rollout in episodes.complete(engine, asked, params, [0] * 3)]
-    prompts = [prompt for prompt, _ in engine.asked[0]]
-    assert ["system double" in prompt for prompt in prompts] == [True, True, False]
-    assert [prompt.count("guess") for prompt in prompts] == [1, 1, 2]  # the question, and the name of the tool
-    assert [prompt.endswith("higher <|im_end|> <|im_start|> assistant") for prompt in prompts] == [False, False, True]
-    assert [(e.environment, e.reward, e.failed_calls) for e in made] == [
-        ("Sums", 1.0, 0), ("Sums", 1.0, 0), ("Plain", None, 1)]  # fmt: skip
-    assert "Tool double not found" in made[2].messages[1]["content"]
-    # one reward for each class that has one; it does not apply to the others'
-    (own,) = episodes.rewards
-    columns = {"environment_class": [e.environment for e in made], "environment_reward": [e.reward for e in made]}
-    batch = RewardBatch(["guess"] * 3, ["two"] * 3, columns={**columns, "environment_failure": [None] * 3})
-    output = own.score(batch, partial=True)
-    assert own.name == "Sums" and output.missing.tolist() == [False, False, True]
-    with pytest.raises(ConfigError, match="row 0 has environment='other', which is not among the environments"):
-        episodes.complete(engine, [{**asked[0], "environment": "other"}], params[:1], [0])
-
-
-class Asking(GuessingGame):
-    def reset(self, row):
-        super().reset(row)
-        return "guess"
-
-
-def test_an_environment_that_brings_prompts_and_rewards(tmp_path):
-    """No data and no reward but its own: as many empty prompts as a rollout takes, for as long as max_steps says."""
-    tokenizer = talking_tokenizer()
-    options = {"max_prompt_length": 12, "max_completion_length": 16, "num_generations": 2, "logging_steps": 1}
-    trainer_class, args = on_policy("rloo", tmp_path, max_steps=3, per_device_train_batch_size=4, beta=0.0, **options)
-    model = tiny_model(tokenizer, num_hidden_layers=1)
-    build = partial(trainer_class, model, None, args, processing_class=tokenizer)
-    trainer = build(environment_factory=Asking)
-    assert len(trainer.train_dataset) == 4 and trainer.reward_func_names == ["Asking"]
-    trainer.train()
-    assert len(logged(trainer, "rewards/Asking")) == 3
-    with pytest.raises(RolloutError, match=r"row \d ends in an empty message, and reset of GuessingGame adds nothing"):
-        build(environment_factory=GuessingGame).train()
-    # with other rewards TRL's weights are theirs alone; the names are TRL's
-    _, weighted = on_policy("rloo", tmp_path, max_steps=3, reward_weights=[0.5], **options)
-    both = trainer_class(model, wordy, weighted, None, processing_class=tokenizer, environment_factory=Sums)
-    assert both.reward_func_names == ["wordy", "Sums"] and both.reward_weights.tolist() == [0.5, 1.0]
-    assert len(both.reward_funcs) == 2 and [tool.__name__ for tool in both.tools] == ["double"]
-
-
-def wordy(completions, **columns):
-    return [float(len(messages)) for messages in completions]
-
-
-def test_rows_that_name_only_their_environment(tmp_path):
-    tokenizer = talking_tokenizer()
-    trainer_class, args = on_policy("rloo", tmp_path, max_prompt_length=40, num_generations=2)
-    build = partial(trainer_class, tiny_model(tokenizer, num_hidden_layers=1), wordy, args)
-    data = Dataset.from_dict({"environment": list(SEVERAL) * 8})
-    trainer = build(data, processing_class=tokenizer, environment_factory=SEVERAL)
-    assert trainer.reward_func_names == ["wordy", "Sums"] and len(trainer.tools) == len(SEVERAL)
-    assert trainer.train_dataset["prompt"][0] == [{"role": "user", "content": ""}]
-    for dataset, factory, message in (
-        (questions(4), SEVERAL, "column 'environment'"),
-        (Dataset.from_dict({"environment": ["plain", "play"]}), SEVERAL, "row 1 has environment='play'"),
-        (None, SEVERAL, "requires a `train_dataset`"),
-        (None, GuessingGame, "max_steps"),
-        (None, None, "`train_dataset` is required"),
-    ):
-        args.max_steps = -1
-        with pytest.raises(ConfigError, match=message):
-            build(dataset, processing_class=tokenizer, environment_factory=factory)
-    with pytest.raises(ConfigError, match="No reward source provided"):
-        trainer_class(build.args[0], None, args, data, processing_class=tokenizer, environment_factory={"plain": Plain})
-
-
-def test_several_environments_in_a_configuration(tmp_path):
-    places = {"sums": f"{__file__}:Sums", "plain": f"{__file__}:Plain"}
-    episodes = make_episodes(on_policy("rloo", tmp_path, environment=places)[1], None, None, talking_tokenizer())
-    assert [kind.name for kind in episodes.environments.kinds.values()] == ["Sums", "Plain"]
 
 
 def test_a_template_that_drops_thoughts_is_exchanged_for_trls(tmp_path):
