@@ -55,6 +55,8 @@ if TYPE_CHECKING:  # the same table for editors and type checkers; tests compare
     from align.trainers.kto import KTOTrainer as KTOTrainer
     from align.trainers.listwise_dpo import ListwiseDPOConfig as ListwiseDPOConfig
     from align.trainers.listwise_dpo import ListwiseDPOTrainer as ListwiseDPOTrainer
+    from align.trainers.metaapo import MetaAPOConfig as MetaAPOConfig
+    from align.trainers.metaapo import MetaAPOTrainer as MetaAPOTrainer
     from align.trainers.modpo import MODPOConfig as MODPOConfig
     from align.trainers.modpo import MODPOTrainer as MODPOTrainer
     from align.trainers.on_policy.estimators import register_estimator as register_estimator
@@ -113,6 +115,8 @@ _EXPORTS = {
     "ReinforcePPConfig": "align.trainers.reinforce_pp:ReinforcePPConfig",
     "D2POTrainer": "align.trainers.d2po:D2POTrainer",
     "D2POConfig": "align.trainers.d2po:D2POConfig",
+    "MetaAPOTrainer": "align.trainers.metaapo:MetaAPOTrainer",
+    "MetaAPOConfig": "align.trainers.metaapo:MetaAPOConfig",
     "OnlineDPOTrainer": "align.trainers.online_dpo:OnlineDPOTrainer",
     "OnlineDPOConfig": "align.trainers.online_dpo:OnlineDPOConfig",
     # rewards

@@ -16,9 +16,10 @@ class Method:
     trainer, config: `"module:Class"`. data: what rows are made into, `"prompts"`, `"completions"`, `"pairs"`,
     `"ranked"` or `"unpaired"` (the functions `align.data.tokenize_*`). model: `"policy"` (a causal language model) or
     `"classifier"` (one score).
-    rewards: whether the file has `rewards:`; gold: whether it may have `gold_reward:` then. ensemble: what trains
-    several models, for a method that has the key `ensemble`. sweep: what trains one policy per weight vector, for a
-    method that has the key `weights`.
+    rewards: whether the file has `rewards:`; gold: whether it may have `gold_reward:` then. offline_pairs: whether the
+    rows to train on are pairs, whose prompts are completed beside. ensemble: what trains several models, for a method
+    that has the key `ensemble`. sweep: what trains one policy per weight vector, for a method that has the key
+    `weights`.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Method:
     model: str = "policy"
     rewards: bool = False
     gold: bool = True
+    offline_pairs: bool = False
     ensemble: str | None = None
     sweep: str | None = None
 
@@ -145,6 +147,15 @@ METHODS = {
             data="prompts",
             rewards=True,
             help="online DPO whose reward model learns from a few gold labels as it goes (D2PO)",
+        ),
+        Method(
+            "metaapo",
+            trainer="align.trainers.metaapo:MetaAPOTrainer",
+            config="align.trainers.metaapo:MetaAPOConfig",
+            data="prompts",
+            rewards=True,
+            offline_pairs=True,
+            help="DPO on offline pairs and on ones that the policy writes, mixed by a learned weight (MetaAPO)",
         ),
     )
 }

@@ -15,7 +15,7 @@ from torch import Tensor
 from align.errors import ConfigError
 from align.modeling.completions import completion_logps
 from align.objectives.inpo import inpo_reference
-from align.objectives.pair_losses import PairLosses
+from align.objectives.pair_logps import PairLogps
 from align.objectives.preference_objective import PreferenceObjective
 from align.trainers.core.experts import with_router_loss
 from align.trainers.core.trl_options import without_effect
@@ -45,6 +45,7 @@ def of_loop(default: Any, instead: str) -> Any:
 class OnlineDPOConfig(PairLossOptions, OnPolicyConfig):  # type: ignore[misc]  # the loss_type and beta of pairs
     """Options of online DPO: those of the on-policy loop for rollouts, those of `align dpo` for the loss."""
 
+    trained_together: ClassVar[int] = PairPlanner.together
     estimator: str = field(
         default="best_worst",
         metadata={
@@ -108,12 +109,12 @@ class OnlineDPOConfig(PairLossOptions, OnPolicyConfig):  # type: ignore[misc]  #
         check_objective(objective)
         if self.beta is None:  # the loop tells by it whether a reference is needed
             self.beta = next((term.options["beta"] for term in objective.terms if "beta" in term.options), None)
-        pair = 2 * (self.max_prompt_length + self.max_completion_length)
-        if self.tokens_per_batch is not None and self.tokens_per_batch < pair:
+        together = self.trained_together * (self.max_prompt_length + self.max_completion_length)
+        if self.tokens_per_batch is not None and self.tokens_per_batch < together:
             raise ConfigError(
-                f"tokens_per_batch is {self.tokens_per_batch}, and the two completions of a pair, which are in one "
-                f"micro-batch, may have {pair} tokens (2 x (max_prompt_length + max_completion_length)): set "
-                f"tokens_per_batch to at least {pair}",
+                f"tokens_per_batch is {self.tokens_per_batch}, and the {self.trained_together} completions of a "
+                f"prompt's pairs, which are in one micro-batch, may have {together} tokens ({self.trained_together} x "
+                f"(max_prompt_length + max_completion_length)): set tokens_per_batch to at least {together}",
                 key="tokens_per_batch",
             )
 
@@ -150,7 +151,7 @@ class OnlineDPOTrainer(OnPolicyTrainer):
 
     _tag_names = ["align", "online_dpo"]
     config_class: ClassVar[Any] = OnlineDPOConfig
-    planner_class = PairPlanner
+    planner_class: ClassVar[type[PairPlanner]] = PairPlanner
     args: OnlineDPOConfig
 
     def __init__(self, *args, **kwargs):
@@ -168,17 +169,23 @@ class OnlineDPOTrainer(OnPolicyTrainer):
 
     def make_rollout(self, prompts: list[dict], indices: list[int]) -> RolloutBuffer:
         """From prompts to pairs that know their log-probs under the reference."""
-        args, step = self.args, self.state.global_step
+        args = self.args
         rollout = self.sample_rollout(prompts, indices)
-        with self.phase("advantages"):
-            self.metrics.all(fill_advantages(rollout, self.estimator, self.weighting, self.ranks, beta=0.0))
-        self.metrics.rollout(rollout.samples, self.pipeline.truncation)
-        self.shown.keep(rollout.samples)
-        self.updates.learn(rollout.samples, step + 1)
+        self.metrics.all(self.rank(rollout))
         pairs = self.pairs_of(rollout, indices)
         self.record_lengths(pairs)
         self.fill_logps(self.planner.plan_forward(pairs, 2 * args.train_batch_size))
-        return RolloutBuffer.of(pairs, args.num_mini_batches, args.seed, step)
+        return RolloutBuffer.of(pairs, args.num_mini_batches, args.seed, self.state.global_step)
+
+    def rank(self, rollout: ScoredRollout) -> dict[str, list[float]]:
+        """Give every sample the sign by which it is chosen or rejected. Returns the estimator's metrics, and records
+        the other ones of the rollout."""
+        with self.phase("advantages"):
+            found = fill_advantages(rollout, self.estimator, self.weighting, self.ranks, beta=0.0)
+        self.metrics.rollout(rollout.samples, self.pipeline.truncation)
+        self.shown.keep(rollout.samples)
+        self.updates.learn(rollout.samples, self.state.global_step + 1)
+        return found
 
     def pairs_of(self, rollout: ScoredRollout, indices: list[int]) -> list[Sample]:
         """The chosen and the rejected sample of each prompt (`make_pairs`). indices: of the prompts in the rollout's
@@ -199,7 +206,9 @@ class OnlineDPOTrainer(OnPolicyTrainer):
         if self.state.global_step % self.args.steps_per_rollout == 0:
             self.check_logps(logps.detach(), inputs)
         self.metrics.update(logps.detach(), entropy, inputs)
-        found = self.pair_losses(logps, inputs)
+        pairs = self.kept_pairs(logps, inputs)
+        found = self.objective(pairs)
+        found.metrics |= {"logps/chosen": pairs.chosen, "logps/rejected": pairs.rejected}
         values = found.values()
         count = len(values.pop("loss"))
         for name, column in values.items() if count else ():
@@ -207,21 +216,18 @@ class OnlineDPOTrainer(OnPolicyTrainer):
         # the count is of all ranks, and DDP averages over them
         return found.losses.sum() * self.accelerator.num_processes / num_items_in_batch
 
-    def pair_losses(self, logps: Tensor, batch: dict[str, Tensor]) -> PairLosses:
+    def kept_pairs(self, logps: Tensor, batch: dict[str, Tensor]) -> PairLogps:
         """Of the pairs that count. logps: [2B, L] of the policy, chosen rows and then rejected."""
         mask = batch["completion_mask"]
         rows = pairs_kept(mask).repeat(2)
         reference, share = batch["ref_logps"], self.args.old_policy_share
         if share:
             reference = inpo_reference(reference, batch["old_logps"], share)
-        pairs = self.objective.pairs(logps[rows], mask[rows], reference[rows])
-        found = self.objective(pairs)
-        found.metrics |= {"logps/chosen": pairs.chosen, "logps/rejected": pairs.rejected}
-        return found
+        return self.objective.pairs(logps[rows], mask[rows], reference[rows])
 
     def loss_count(self, samples: list[Sample]) -> Tensor:
         """The pairs of these samples that count, over all processes."""
-        count = self.ranks.total(sum(not sample.left_out for sample in samples[::2]))
+        count = self.ranks.total(sum(not sample.left_out for sample in samples[:: self.planner_class.together]))
         if not count and self.ranks.index == 0:
             logger.warning(
                 "step %d: no prompt has a pair: the scores of its completions are all the same, or they are left out "

@@ -78,19 +78,24 @@ def tokenize(run: RunConfig, rows, tokenizer, max_bad_share: float | None = None
     max_bad_share: in the place of the run's."""
     import align.data
 
-    function = getattr(align.data, f"tokenize_{run.method.data}")
-    limit = LENGTH_LIMIT[run.method.data]
-    report = align.data.BadRows()
-    share = run.training.max_bad_share if max_bad_share is None else max_bad_share
-    options = {limit: getattr(run.training, limit), "max_bad_share": share}
-    options["num_proc"] = run.training.dataset_num_proc
+    training, report = run.training, align.data.BadRows()
+    share = training.max_bad_share if max_bad_share is None else max_bad_share
+    function, limit = getattr(align.data, f"tokenize_{_example(run)}"), LENGTH_LIMIT[run.method.data]
+    options = {limit: getattr(training, limit), "max_bad_share": share, "num_proc": training.dataset_num_proc}
+    if run.method.offline_pairs:
+        options["max_length"] = training.max_prompt_length + training.max_completion_length
     return function(rows, tokenizer, report=report, **options), report
 
 
 def _example_text(run: RunConfig, row: dict, tokenizer) -> str:
     from align.data import describe_example
 
-    return describe_example(row, tokenizer, run.method.data)
+    return describe_example(row, tokenizer, _example(run))
+
+
+def _example(run: RunConfig) -> str:
+    """What a row to train on is (`align.data.tokenize_*`)."""
+    return "pairs" if run.method.offline_pairs else run.method.data
 
 
 # ---- arithmetic -----------------------------------------------------------------------------------------------------

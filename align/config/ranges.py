@@ -26,8 +26,8 @@ _TABLE = {
         "entropy_coef_delta sapo_temperature_pos sapo_temperature_neg vespo_lambda_pos vespo_lambda_neg"
     ),
     (0, True, _HUGE, True): (
-        "learning_rate critic_learning_rate discriminator_learning_rate weight_decay max_grad_norm warmup_steps "
-        "eval_delay neftune_noise_alpha "
+        "learning_rate critic_learning_rate discriminator_learning_rate meta_learning_rate weight_decay max_grad_norm "
+        "warmup_steps eval_delay neftune_noise_alpha "
         "rollout_correction_low beta router_aux_loss_coef center_rewards_coefficient score_l2_coefficient "
         "sweep_min_weight dataloader_num_workers num_logged_completions num_logged_pairs critic_warmup_steps "
         "top_k dynamic_sampling_rounds entropy_coef entropy_coef_min entropy_coef_max entropy_target vespo_k_pos "
@@ -43,7 +43,7 @@ _TABLE = {
         "precompute_ref_batch_size overlong_buffer max_new_tokens "
         "save_total_limit eval_accumulation_steps dataset_num_proc dataloader_prefetch_factor ddp_bucket_cap_mb "
         "ddp_timeout torch_empty_cache_steps pad_to_multiple_of gold_labels gold_label_every gold_label_budget "
-        "discriminator_epochs discriminator_batch_size discriminator_lora_r"
+        "discriminator_epochs discriminator_batch_size discriminator_lora_r meta_every"
     ),
     (-1, True, _HUGE, True): "max_steps local_rank",
     # Their ranges depend on the loss, the variant or each other: they are checked where these are known.

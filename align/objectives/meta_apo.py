@@ -23,9 +23,15 @@ def meta_weight(
     return linear(hidden, fc2_weight, fc2_bias).squeeze(-1).sigmoid()
 
 
-def meta_apo(offline: PairLogps, online: PairLogps, weight: Tensor, *, beta: float = 0.1) -> Tensor:
-    """-w ls(beta Delta_off) - (1-w) ls(beta Delta_on), [B].
+def meta_mixture(offline: Tensor, online: Tensor, weight: Tensor) -> Tensor:
+    """w L_off + (1 - w) L_on, [B]. offline, online: the losses of the two pairs of each prompt, [B].
 
-    weight: w of `meta_weight`, [B]. The policy's step detaches it; the meta step detaches the log-probs instead.
+    weight: w of `meta_weight`, [B]. The policy's step detaches it; the meta step has losses without gradient instead,
+    whose gradient to w is L_off - L_on: h learns to give weight to the pair with the smaller loss.
     """
-    return -weight * logsigmoid(beta * offline.delta) - (1 - weight) * logsigmoid(beta * online.delta)
+    return weight * offline + (1 - weight) * online
+
+
+def meta_apo(offline: PairLogps, online: PairLogps, weight: Tensor, *, beta: float = 0.1) -> Tensor:
+    """-w ls(beta Delta_off) - (1-w) ls(beta Delta_on), [B]: `meta_mixture` of DPO's losses."""
+    return meta_mixture(-logsigmoid(beta * offline.delta), -logsigmoid(beta * online.delta), weight)

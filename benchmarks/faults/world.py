@@ -90,6 +90,11 @@ RUNS = {
         f"{PROMPTS} --num_generations 2 --gold_labels 4 --gold_label_every 1 {SEVERAL}",
         ["--rewards", '[{"type": "classifier", "path": "{world}/discriminator"}]', *GOLD],
     ),
+    "metaapo": Run(
+        "metaapo",
+        f"{PROMPTS} --num_generations 2 --meta_every 3 --dataset_name {{world}}/pairs.jsonl {SEVERAL}",
+        [*REWARDS, *GOLD],
+    ),
     "remax, vLLM": Run("remax", f"{PROMPTS} {VLLM}", [*REWARDS, *GOLD], area="vllm"),
     "ppo, vLLM": Run("ppo", f"{PROMPTS} {VLLM} {SEVERAL}", REWARDS, area="vllm"),
     "grpo, LoRA, vLLM": Run("grpo", f"{PROMPTS} {VLLM} --num_generations 2 {LORA}", REWARDS, area="vllm"),

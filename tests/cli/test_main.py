@@ -103,6 +103,7 @@ def test_help_of_a_method_has_its_own_options_first(method, capsys):
         "reinforce_pp": "group_baseline",
         "online_dpo": "num_generations",
         "d2po": "gold_labels",
+        "metaapo": "meta_every",
     }[method.name]
     assert places[1] < shown.index(f"--{own} ") < places[2]
     assert shown.index("--weight_decay ") > places[4]

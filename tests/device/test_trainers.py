@@ -22,6 +22,7 @@ OWN = {
     "rloo": {"num_generations": 2},
     "grpo": {"num_generations": 2},
     "d2po": {"gold_labels": 4, "gold_label_every": 1},
+    "metaapo": {"num_generations": 2, "meta_every": 1},
 }
 
 
@@ -49,7 +50,7 @@ def trainer_of(method: str, policy: str, folder, **options):
         ranks = discriminator(load_tokenizer(policy))
         return trainer(policy, ranks, config, prompts(32), gold_reward=wanted_words)
     if kind == "prompts":
-        return trainer(policy, wanted_words, config, prompts(32))
+        return trainer(policy, wanted_words, config, toy_pairs(32) if get_method(method).offline_pairs else prompts(32))
     if method == "modpo":
         return trainer(policy, [length], config, toy_pairs(32))
     return trainer(policy, config, demonstrations(32) if method == "sft" else toy_pairs(32))

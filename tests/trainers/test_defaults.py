@@ -34,7 +34,7 @@ def make(method, model, args=None, **options):
         "unpaired": pairs,
         "ranked": pairs,
         "prompts": prompts(8),
-    }[method.data]
+    }["pairs" if method.offline_pairs else method.data]
     reward = [wanted_words] if method.rewards else []
     if method.name == "d2po":
         reward, options["gold_reward"] = [discriminator(load_tokenizer(model))], wanted_words

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,10 @@ class OnPolicyBase(MicroBatchLists, Trainer):
     shown: ShownCompletions
     stop: StopRule | None
     tokenize: Callable
+    """Prompts, to be evaluated on."""
+    tokenize_rows: Callable
+    """The rows to train on."""
+    tokenized_rows: ClassVar[Callable] = staticmethod(tokenized_prompts)
 
     def take_rewards(self, args: OnPolicyConfig, tokenizer, reward, gold_reward, reward_funcs, classes) -> None:
         """The rewards, among them the environment's, what becomes of them, and how prompts are tokenised."""
@@ -81,7 +85,8 @@ class OnPolicyBase(MicroBatchLists, Trainer):
         self.weighting = make_weighting(self.rewards.weights, args)
         renders = tokenizer if episodes is None else episodes.tokenizer
         talks_with = None if episodes is None else episodes.environments
-        self.tokenize = partial(tokenized_prompts, tokenizer=renders, args=args, tools=schemas, environments=talks_with)
+        known: dict[str, Any] = {"tokenizer": renders, "args": args, "tools": schemas, "environments": talks_with}
+        self.tokenize, self.tokenize_rows = partial(tokenized_prompts, **known), partial(self.tokenized_rows, **known)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         of_training = not any(key.startswith("eval_") for key in logs)

@@ -22,7 +22,7 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 from datasets import Dataset
 from torch import Tensor, nn
@@ -90,7 +90,7 @@ class OnPolicyTrainer(OnPolicyBase):
             with, or several by name (docs/environments.md).
     """
 
-    planner_class = BatchPlanner
+    planner_class: ClassVar[type[BatchPlanner]] = BatchPlanner
     args: OnPolicyConfig
 
     def __init__(
@@ -136,7 +136,7 @@ class OnPolicyTrainer(OnPolicyBase):
             model=model,
             args=args,
             data_collator=list,
-            train_dataset=self.tokenize(train_dataset),
+            train_dataset=self.tokenize_rows(train_dataset),
             eval_dataset=eval_prompts(eval_dataset, self.tokenize, args.num_eval_prompts),
             processing_class=tokenizer,
             callbacks=callbacks,

@@ -97,7 +97,7 @@ class RewardColumns:
             columns={
                 name: [sample.prompt[name] for sample in samples]
                 for name in samples[0].prompt
-                if name not in ("prompt", "prompt_ids", "row")
+                if name not in ("prompt", "prompt_ids", "row", "chosen_ids", "rejected_ids")
             }
             | of_environment,
             rows=[sample.prompt["row"] for sample in samples] if "row" in samples[0].prompt else None,

@@ -6,7 +6,7 @@ import torch
 
 from align.data.ending import written_text
 from align.data.formats import columns_of
-from align.data.tokenize import tokenize_prompts
+from align.data.tokenize import tokenize_pairs, tokenize_prompts
 from align.errors import RolloutError
 from align.objectives.kl import masked_sum
 from align.rollout.types import Completion, Episode
@@ -86,6 +86,21 @@ def tokenized_prompts(
         template_options={**(args.chat_template_kwargs or {}), **({"tools": tools} if tools else {})} or None,
         streams=True,
         completed=environments is not None,
+    )
+
+
+def tokenized_pairs(dataset, tokenizer, args, tools: list[dict] | None = None, environments=None):
+    """The same with an offline pair for each prompt, `chosen_ids` and `rejected_ids`; an answer is cut where those of
+    the policy end at the latest. tools, environments: none, as the pairs have no turns of theirs."""
+    if "chosen_ids" in columns_of(dataset, streams=True):
+        return dataset
+    return tokenize_pairs(
+        dataset,
+        tokenizer,
+        max_length=args.max_prompt_length + args.max_completion_length,
+        max_prompt_length=args.max_prompt_length,
+        max_bad_share=args.max_bad_share,
+        num_proc=args.dataset_num_proc,
     )
 
 

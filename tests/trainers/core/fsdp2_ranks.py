@@ -44,10 +44,17 @@ KEYS = (
         "mask_u/chosen/mean",
         "selective/excess_loss",
         "discriminator/loss",
+        "meta/loss",
+        "meta/drawn",
     ),
     *("critic/loss", "critic/grad_norm"),
 )
-RESUMED = {"dpo": "checkpoint-2", "remax": "checkpoint-2", "ppo": "checkpoint-3"}  # PPO's is inside a rollout
+RESUMED = {  # the last two inside a rollout
+    "dpo": "checkpoint-2",
+    "remax": "checkpoint-2",
+    "ppo": "checkpoint-3",
+    "metaapo": "checkpoint-3",
+}
 
 
 def settings(**options) -> dict:
@@ -89,6 +96,11 @@ def makers(policy: str, folder: Path) -> dict:
         trainer_class, args = on_policy("d2po", folder / "d2po", num_generations=2, **options)
         return trainer_class(policy, discriminator(toy.tokenizer()), args, prompts(24), None, gold_reward=wanted_words)
 
+    def metaapo():
+        options = settings(num_mini_batches=2, meta_every=3, save_steps=3)  # inside a rollout
+        trainer_class, args = on_policy("metaapo", folder / "metaapo", num_generations=2, **options)
+        return trainer_class(policy, wanted_words, args, pairs, prompts(6, seed=1), gold_reward=toy.gold)
+
     def dpo(name, **options):
         return DPOTrainer(policy, dpo_config(folder / name, **settings()), pairs, eval_pairs, **options)
 
@@ -127,6 +139,7 @@ def makers(policy: str, folder: Path) -> dict:
         # whose reference moves with the policy's shards
         "online_dpo": lambda: on_prompts("online_dpo", sync_ref_model=True, ref_model_sync_steps=2),
         "d2po": d2po,
+        "metaapo": metaapo,
         "ppo": lambda: on_prompts("ppo", num_mini_batches=2, num_iterations=2, max_steps=8, save_steps=3),
     }
     return {**made, **{f"{name} resumed": made[name] for name in RESUMED}}

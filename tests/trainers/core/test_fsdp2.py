@@ -9,7 +9,7 @@ from tests.trainers.two_processes import run_on_two
 
 METHODS = (
     *("sft", "half of it", "selected tokens", "dpo", "dpo, adapter", "listwise_dpo", "sparsepo", "kto", "reward"),
-    *("remax", "game", "online_dpo", "d2po", "ppo"),
+    *("remax", "game", "online_dpo", "d2po", "metaapo", "ppo"),
 )
 
 

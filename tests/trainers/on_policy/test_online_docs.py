@@ -8,7 +8,11 @@ from tests.trainers.tiny_runs import what_programs_name
 DOCS = (Path(__file__).parents[3] / "docs" / "online.md").read_text(encoding="utf-8")
 
 
-D2PO = re.search(r"^## D2PO.*?(?=^## |\Z)", DOCS, re.DOTALL | re.MULTILINE)[0]
+def section(title: str) -> str:
+    return re.search(rf"^## {title}.*?(?=^## |\Z)", DOCS, re.DOTALL | re.MULTILINE)[0]
+
+
+D2PO, METAAPO = section("D2PO"), section("MetaAPO")
 
 
 def metrics_of(page: str) -> set[str]:
@@ -32,7 +36,7 @@ def test_the_program_runs_and_logs_what_the_table_names(tokenizer, tmp_path, mon
     assert {"rewards/shorter/ties", "rewards/shorter/consistent"} <= {
         key for entry in kept[1].log_history for key in entry
     }
-    named = metrics_of(DOCS.replace(D2PO, ""))
+    named = metrics_of(DOCS.replace(D2PO, "").replace(METAAPO, ""))
     own = {key for entry in history for key in entry if key.startswith(("pairs/", "logps/", "rewards/"))}
     reward = {"rewards/short_answers", "rewards/short_answers/mean", "rewards/short_answers/std"}
     assert own - named == {*reward, "rewards/chosen", "rewards/rejected", "logps/mean"}

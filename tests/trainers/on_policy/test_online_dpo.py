@@ -11,7 +11,7 @@ from align.data import toy
 from align.errors import ConfigError
 from align.trainers.core.ranks import Ranks
 from align.trainers.dpo import DPOTrainer
-from align.trainers.on_policy.pair_batches import PairPlanner, in_pairs
+from align.trainers.on_policy.pair_batches import PairPlanner, in_groups
 from align.trainers.on_policy.pair_selection import BestWorst, make_pairs
 from align.trainers.on_policy.pipeline import ScoredRollout
 from align.trainers.on_policy.samples import Sample, completion_masks
@@ -120,7 +120,7 @@ def test_it_is_dpo_on_the_pairs_that_it_made(batching, loss, policy, tokenizer, 
     common = {**loss, "batching": batching, "max_steps": 1, "beta": 0.2}
     online = make(policy, tmp_path / "online", ref_model=other_policy(tokenizer), **common)
     online.train()
-    pairs = in_pairs([sample for sample in online.buffer.samples if not sample.left_out])
+    pairs = in_groups([sample for sample in online.buffer.samples if not sample.left_out], 2)
     rows = [
         {"prompt_ids": w.prompt["prompt_ids"], "chosen_ids": w.completion_ids, "rejected_ids": r.completion_ids}
         for w, r in pairs

@@ -1,0 +1,127 @@
+"""Offline pairs, online pairs and MetaAPO's mixture of them on the toy world: gold beside the proxy, over seeds.
+
+    python benchmarks/offline_and_online_toy.py [--seeds 0 1 2] [--output FILE]     # 90 s a seed on one core
+
+For every seed a policy is trained from scratch on the reference text. Of 1,000 pairs of its own answers, which the gold
+reward labels, a quarter has the wrong label; a reward model learns from these pairs, and is the proxy that ranks what
+is written online. From the one policy start, with the same pairs, prompts, optimiser, beta, batch and number of steps:
+
+    dpo         the pairs alone
+    online_dpo  the prompts alone, four answers each
+    metaapo     both; and with every prompt answered anew (metaapo_all)
+
+Measured on 128 other prompts, four sampled answers each: the mean gold score of the start, at half and at the end, and
+the proxy's; and how many answers were drawn and scored in training.
+"""
+
+import argparse
+import json
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+from datasets import Dataset
+
+import align
+from align.data import toy
+from align.data.noise import flip_labels
+from align.modeling.load import load_tokenizer
+from benchmarks.sparsepo_masks import QUIET, sampled_pairs, start_policy
+
+RESULT = Path(__file__).parent / "results" / "offline_and_online_toy.json"
+STEPS, BATCH, PAIRS, FLIPPED, ANSWERS = 64, 32, 1000, 0.25, 4
+COMMON = {
+    "max_steps": STEPS, "per_device_train_batch_size": BATCH, "learning_rate": 1e-3, "beta": 0.1, "adam_beta1": 0.0,
+    "lr_scheduler_type": "constant", **QUIET,
+}  # fmt: skip
+ONLINE = {
+    "num_generations": ANSWERS, "max_prompt_length": 16, "max_completion_length": 16, "rollout": "transformers",
+    "missing_eos_penalty": 1.0, "eval_strategy": "steps", "eval_steps": STEPS // 2, "num_eval_prompts": 128,
+    "eval_num_generations": 4,
+}  # fmt: skip
+METHODS = {
+    "online_dpo": ("OnlineDPO", {}),
+    "metaapo": ("MetaAPO", {"meta_every": 4, "num_mini_batches": 4}),
+    "metaapo_all": ("MetaAPO", {"meta_every": 4, "num_mini_batches": 4, "adaptive_sampling": False}),
+}
+
+
+def make_proxy(policy: str, pairs: Dataset, seed: int, folder: Path) -> dict:
+    args = align.RewardConfig(
+        output_dir=str(folder), num_train_epochs=2, per_device_train_batch_size=32, learning_rate=2e-3,
+        lr_scheduler_type="linear", max_length=32, seed=seed, score_l2_coefficient=0.001, **QUIET,
+    )  # fmt: skip
+    trainer = align.RewardTrainer(policy, args, pairs)
+    trainer.train()
+    trainer.save_model()
+    return {"type": "classifier", "path": str(folder), "name": "proxy"}
+
+
+def curve(folder: Path) -> list[dict]:
+    """Mean gold and proxy of the evaluations that a run wrote."""
+    found = [json.loads(line) for line in (folder / "overoptimization.jsonl").read_text().splitlines()[1:]]
+    mean = {name: lambda record, name=name: sum(record["per_prompt"][name]) / 128 for name in ("gold", "proxy", "kl")}
+    return [{"step": record["step"], **{name: round(of(record), 3) for name, of in mean.items()}} for record in found]
+
+
+def measured(policy: str, proxy: dict, prompts: Dataset, folder: Path) -> dict:
+    """The same of a policy in a folder, by an online trainer that makes no step."""
+    args = align.OnlineDPOConfig(output_dir=str(folder), **{**COMMON, **ONLINE, "eval_strategy": "no"})
+    trainer = align.OnlineDPOTrainer(policy, proxy, args, prompts, prompts, gold_reward=toy.gold)
+    found = trainer.evaluate()
+    trainer.close()
+    return {name: round(found[f"eval_{name}"], 3) for name in ("gold", "proxy")}
+
+
+def seed_run(seed: int, folder: Path) -> dict:
+    train_prompts, eval_prompts = toy.split_prompts(seed, 256, 128)
+    topics = {row["prompt"]: row["topic"] for row in train_prompts}
+    policy = start_policy(seed, folder / "policy")
+    pairs = sampled_pairs(policy, train_prompts, PAIRS, seed)
+    pairs = flip_labels(pairs, FLIPPED, seed)[0]
+    pairs = pairs.add_column("topic", [topics[prompt] for prompt in pairs["prompt"]])
+    held_out = Dataset.from_list(eval_prompts)
+    proxy = make_proxy(policy, pairs, seed, folder / "proxy")
+    found: dict = {}
+    args = align.DPOConfig(output_dir=str(folder / "dpo"), max_length=32, seed=seed, **COMMON)
+    trainer = align.DPOTrainer(policy, args, pairs, processing_class=load_tokenizer(policy))
+    trainer.train()
+    trainer.save_model()
+    found["dpo"] = {"curve": [measured(str(folder / "dpo"), proxy, held_out, folder / "look")], "drawn": 0}
+    for name, (method, options) in METHODS.items():
+        config, cls = getattr(align, f"{method}Config"), getattr(align, f"{method}Trainer")
+        args = config(output_dir=str(folder / name), seed=seed, **COMMON, **ONLINE, **options)
+        trainer = cls(policy, proxy, args, pairs, held_out, gold_reward=toy.gold)
+        drawn = []
+        draw = trainer.pipeline.draw
+        trainer.pipeline.draw = lambda asked, *rest, drawn=drawn, draw=draw: (
+            drawn.append(len(asked)) or draw(asked, *rest)
+        )
+        trainer.train()
+        trainer.close()
+        found[name] = {"curve": curve(folder / name), "drawn": ANSWERS * sum(drawn)}
+        if method == "MetaAPO":
+            logs = trainer.state.log_history
+            for key in ("meta/drawn", "meta/weight", "offline/accuracies"):
+                values = [log[key] for log in logs if key in log]
+                found[name][key] = [round(values[0], 3), round(values[-1], 3)]
+    return {"seed": seed, **found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output", type=Path, default=RESULT)
+    args = parser.parse_args()
+    runs = []
+    for seed in args.seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            runs.append(seed_run(seed, Path(folder)))
+        print(json.dumps(runs[-1]))
+    content = {"steps": STEPS, "batch": BATCH, "pairs": PAIRS, "flipped": FLIPPED, "answers": ANSWERS, "runs": runs}
+    content["versions"] = {name: version(name) for name in ("torch", "transformers")}
+    args.output.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
