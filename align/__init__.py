@@ -76,6 +76,8 @@ if TYPE_CHECKING:  # the same table for editors and type checkers; tests compare
     from align.trainers.sft import SFTTrainer as SFTTrainer
     from align.trainers.sparsepo import SparsePOConfig as SparsePOConfig
     from align.trainers.sparsepo import SparsePOTrainer as SparsePOTrainer
+    from align.trainers.srpo import SRPOConfig as SRPOConfig
+    from align.trainers.srpo import SRPOTrainer as SRPOTrainer
     from align.trainers.sweeps.ensemble import train_reward_ensemble as train_reward_ensemble
     from align.trainers.sweeps.front import train_front as train_front
     from align.trainers.weighting.base import register_weighting as register_weighting
@@ -115,6 +117,8 @@ _EXPORTS = {
     "ReinforcePPConfig": "align.trainers.reinforce_pp:ReinforcePPConfig",
     "D2POTrainer": "align.trainers.d2po:D2POTrainer",
     "D2POConfig": "align.trainers.d2po:D2POConfig",
+    "SRPOTrainer": "align.trainers.srpo:SRPOTrainer",
+    "SRPOConfig": "align.trainers.srpo:SRPOConfig",
     "MetaAPOTrainer": "align.trainers.metaapo:MetaAPOTrainer",
     "MetaAPOConfig": "align.trainers.metaapo:MetaAPOConfig",
     "OnlineDPOTrainer": "align.trainers.online_dpo:OnlineDPOTrainer",

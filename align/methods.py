@@ -76,6 +76,13 @@ METHODS = {
             help="preference optimisation on ranked lists of answers (DPO under Plackett-Luce)",
         ),
         Method(
+            "srpo",
+            trainer="align.trainers.srpo:SRPOTrainer",
+            config="align.trainers.srpo:SRPOConfig",
+            data="pairs",
+            help="a policy that answers, and improves answers that it is shown, from pairs (SRPO)",
+        ),
+        Method(
             "modpo",
             trainer="align.trainers.modpo:MODPOTrainer",
             config="align.trainers.modpo:MODPOConfig",

@@ -1,17 +1,18 @@
-"""Offline pairs, online pairs and MetaAPO's mixture of them on the toy world: gold beside the proxy, over seeds.
+"""DPO and SRPO on offline pairs, online pairs, and MetaAPO's mixture of both: gold beside the proxy on the toy world.
 
-    python benchmarks/offline_and_online_toy.py [--seeds 0 1 2] [--output FILE]     # 90 s a seed on one core
+    python benchmarks/offline_and_online_toy.py [--seeds 0 1 2] [--output FILE]     # 2 minutes a seed on one core
 
 For every seed a policy is trained from scratch on the reference text. Of 1,000 pairs of its own answers, which the gold
 reward labels, a quarter has the wrong label; a reward model learns from these pairs, and is the proxy that ranks what
 is written online. From the one policy start, with the same pairs, prompts, optimiser, beta, batch and number of steps:
 
     dpo         the pairs alone
+    srpo        the pairs alone; its answers, and these after one, two and three revisions by itself
     online_dpo  the prompts alone, four answers each
     metaapo     both; and with every prompt answered anew (metaapo_all)
 
-Measured on 128 other prompts, four sampled answers each: the mean gold score of the start, at half and at the end, and
-the proxy's; and how many answers were drawn and scored in training.
+Measured on 128 other prompts, four sampled answers each: the mean gold score and the proxy's, every eight steps (of
+dpo and srpo at the end); and how many answers were drawn and scored in training.
 """
 
 import argparse
@@ -25,18 +26,19 @@ from datasets import Dataset
 import align
 from align.data import toy
 from align.data.noise import flip_labels
+from align.evaluation.answers import Drawing, generate_answers
 from align.modeling.load import load_tokenizer
 from benchmarks.sparsepo_masks import QUIET, sampled_pairs, start_policy
 
 RESULT = Path(__file__).parent / "results" / "offline_and_online_toy.json"
 STEPS, BATCH, PAIRS, FLIPPED, ANSWERS = 64, 32, 1000, 0.25, 4
 COMMON = {
-    "max_steps": STEPS, "per_device_train_batch_size": BATCH, "learning_rate": 1e-3, "beta": 0.1, "adam_beta1": 0.0,
+    "max_steps": STEPS, "per_device_train_batch_size": BATCH, "learning_rate": 5e-4, "beta": 0.1, "adam_beta1": 0.0,
     "lr_scheduler_type": "constant", **QUIET,
 }  # fmt: skip
 ONLINE = {
     "num_generations": ANSWERS, "max_prompt_length": 16, "max_completion_length": 16, "rollout": "transformers",
-    "missing_eos_penalty": 1.0, "eval_strategy": "steps", "eval_steps": STEPS // 2, "num_eval_prompts": 128,
+    "missing_eos_penalty": 1.0, "eval_strategy": "steps", "eval_steps": 8, "num_eval_prompts": 128,
     "eval_num_generations": 4,
 }  # fmt: skip
 METHODS = {
@@ -73,6 +75,16 @@ def measured(policy: str, proxy: dict, prompts: Dataset, folder: Path) -> dict:
     return {name: round(found[f"eval_{name}"], 3) for name in ("gold", "proxy")}
 
 
+def revised(policy: str, prompts: Dataset, seed: int, file: Path) -> list[float]:
+    """Mean gold of the answers, and of what becomes of them in three revisions."""
+    drawing = Drawing(n=4, max_completion_length=16, backend="transformers", seed=seed, revisions=3)
+    lines = [json.loads(line) for line in generate_answers(policy, prompts, file, drawing).read_text().splitlines()]
+    found = [
+        [toy.gold_score(line["topic"], answer) for answer in (*line["earlier"], line["completion"])] for line in lines
+    ]
+    return [round(sum(column) / len(column), 3) for column in zip(*found, strict=True)]
+
+
 def seed_run(seed: int, folder: Path) -> dict:
     train_prompts, eval_prompts = toy.split_prompts(seed, 256, 128)
     topics = {row["prompt"]: row["topic"] for row in train_prompts}
@@ -88,6 +100,13 @@ def seed_run(seed: int, folder: Path) -> dict:
     trainer.train()
     trainer.save_model()
     found["dpo"] = {"curve": [measured(str(folder / "dpo"), proxy, held_out, folder / "look")], "drawn": 0}
+    args = align.SRPOConfig(output_dir=str(folder / "srpo"), max_length=32, seed=seed, **COMMON)
+    trainer = align.SRPOTrainer(policy, args, pairs, processing_class=load_tokenizer(policy))
+    trainer.train()
+    trainer.save_model()
+    found["srpo"] = {"curve": [measured(str(folder / "srpo"), proxy, held_out, folder / "look")], "drawn": 0}
+    for name in ("policy", "dpo", "srpo"):
+        found.setdefault(name, {})["revisions"] = revised(str(folder / name), held_out, seed, folder / f"{name}.jsonl")
     for name, (method, options) in METHODS.items():
         config, cls = getattr(align, f"{method}Config"), getattr(align, f"{method}Trainer")
         args = config(output_dir=str(folder / name), seed=seed, **COMMON, **ONLINE, **options)

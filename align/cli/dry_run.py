@@ -209,6 +209,8 @@ def micro_batch_tokens(run: RunConfig, rows) -> int:
     of a prompt share it: what the model allows is not looked at here."""
     training, data = run.training, run.method.data
     shared = vars(training).get("batching") != "padded"
+    if run.method.name == "srpo":
+        return training.per_device_train_batch_size * longest_revised(rows, shared)
     if data in ("pairs", "ranked"):
         return training.per_device_train_batch_size * longest(rows, data, shared)
     if data in ("completions", "unpaired"):
@@ -233,6 +235,14 @@ def longest(rows, data: str, shared: bool = False) -> int:
     parts = zip(rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"], strict=True)
     lengths = ((len(prompt), len(chosen), len(rejected)) for prompt, chosen, rejected in parts)
     return max(p + c + r if shared else 2 * (p + max(c, r)) for p, c, r in lengths)
+
+
+def longest_revised(rows, shared: bool) -> int:
+    """Tokens of the longest pair in SRPO's three contexts: after its prompt, and after one that shows either answer,
+    without what the template adds."""
+    parts = zip(rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"], strict=True)
+    lengths = ((len(prompt), len(chosen), len(rejected)) for prompt, chosen, rejected in parts)
+    return max(3 * p + 4 * (c + r) if shared else 6 * (p + 2 * max(c, r)) for p, c, r in lengths)
 
 
 def learning_rewards(run: RunConfig) -> dict[str, bool]:

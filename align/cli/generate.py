@@ -11,6 +11,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompts", required=True, metavar="DATA", help=".txt (one a line), .jsonl, .parquet ..., or a hub name")
     add("--to", required=True, metavar="FILE", help="the answers, .jsonl; a file that is there is resumed")
     add("--rewards", nargs="+", default=[], metavar="REWARD", help="a folder, file.py:function, '{type: ...}'")
+    add("--revisions", type=int, default=0, metavar="N", help="show the model its answer and ask for a better one [0]")
+    add("--revision_template", metavar="TEXT", help="how that is asked for [as in training: docs/methods/srpo.md]")
     add_drawing(parser)
 
 
@@ -38,12 +40,15 @@ def add_drawing(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from align.errors import ConfigError
     from align.evaluation.answers import score_answers
     from align.evaluation.scoring import build_rewards
     from align.modeling.load import load_tokenizer
     from align.rollout.make import check_backend
 
     check_backend(args.backend)
+    if args.revisions < 0 or (args.revision_template is not None and not args.revisions):
+        raise ConfigError("--revisions counts from 0, and --revision_template needs one or more")
     tokenizer = load_tokenizer(args.model)
     rewards = build_rewards(args.rewards, None, gold_name="", tokenizer=tokenizer)  # mistakes in them come first
     draw(args, args.model, args.to)
@@ -70,7 +75,8 @@ def draw(args: argparse.Namespace, model: str, output) -> None:
     if chat:
         rows = as_chat(rows, system=args.system, source=args.prompts)
     names = ("n", "temperature", "top_p", "top_k", "max_prompt_length", "max_completion_length", "seed", "backend")
-    drawing = Drawing(**{name: getattr(args, name) for name in names})
+    revising = {name: vars(args)[name] for name in ("revisions", "revision_template") if name in vars(args)}
+    drawing = Drawing(**{name: getattr(args, name) for name in names}, **revising)
     generate_answers(
         model, rows, output, drawing, source=args.prompts, dtype=args.dtype, max_bad_share=args.max_bad_share
     )

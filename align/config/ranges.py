@@ -16,6 +16,7 @@ _TABLE = {
     (0, True, 1, True): "rollouts_ahead lam label_smoothing_factor min_p top_entropy_quantile",
     (0, False, 1, True): "gamma top_p selective_tokens",
     (0, True, 1, False): "old_policy_share adam_beta1 adam_beta2 max_bad_share label_noise lora_dropout",
+    (0, False, 1, False): "improver_weight",
     (0, False, 10, True): "repetition_penalty",
     (0.01, True, 2, True): "temperature",  # what `align.rollout.types` takes
     (0, False, _HUGE, True): (
@@ -43,7 +44,7 @@ _TABLE = {
         "precompute_ref_batch_size overlong_buffer max_new_tokens "
         "save_total_limit eval_accumulation_steps dataset_num_proc dataloader_prefetch_factor ddp_bucket_cap_mb "
         "ddp_timeout torch_empty_cache_steps pad_to_multiple_of gold_labels gold_label_every gold_label_budget "
-        "discriminator_epochs discriminator_batch_size discriminator_lora_r meta_every"
+        "discriminator_epochs discriminator_batch_size discriminator_lora_r meta_every max_revision_length"
     ),
     (-1, True, _HUGE, True): "max_steps local_rank",
     # Their ranges depend on the loss, the variant or each other: they are checked where these are known.

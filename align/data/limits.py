@@ -10,7 +10,11 @@ if TYPE_CHECKING:
 
     from align.modeling.types import Model
 
-SEQUENCES = (("prompt_ids", "chosen_ids"), ("prompt_ids", "rejected_ids"), ("prompt_ids",), ("input_ids",))
+SEQUENCES = (
+    *(("prompt_ids", "chosen_ids"), ("prompt_ids", "rejected_ids"), ("prompt_ids",), ("input_ids",)),
+    # an answer after a prompt that shows one (SRPO)
+    *((f"revise_{shown}_ids", f"{name}_ids") for shown in ("chosen", "rejected") for name in ("chosen", "rejected")),
+)
 COUNTED = 10_000  # rows read at once
 
 

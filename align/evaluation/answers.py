@@ -17,13 +17,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SEQUENCES_AT_ONCE, SCORED_AT_ONCE = 256, 256
+SLACK = 16  # an answer that is read back may have a few tokens more than it was drawn with
 OWN = ("row", "sample", "prompt", "completion", "finish_reason", "tokens")
 
 
 @dataclass(frozen=True)
 class Drawing:
     """How answers are drawn. n: of every prompt. seed: with the row's number it decides the row's draws, whatever else
-    is drawn beside it, so that a resumed file holds what it would have held. temperature 0 is greedy, with n 1."""
+    is drawn beside it, so that a resumed file holds what it would have held. temperature 0 is greedy, with n 1.
+    revisions: how often the model is shown each of its answers and asked for a better one (`align.data.revisions`, with
+    revision_template)."""
 
     n: int = 1
     temperature: float = 1.0
@@ -33,6 +36,8 @@ class Drawing:
     max_completion_length: int = 512
     seed: int = 0
     backend: str = "auto"
+    revisions: int = 0
+    revision_template: str | None = None
 
 
 def read_prompts(path: str, split: str = "train") -> "Dataset":
@@ -100,12 +105,13 @@ def generate_answers(
 
     A file that is there is resumed: rows that are complete are kept. It must come from the same weights, prompts and
     settings (`OUTPUT.identity.json`), or `ConfigError` says what differs. Columns: row, sample, prompt (text or
-    messages), completion (text), finish_reason, tokens, and the others of the data. dtype: of the weights; None: as
-    saved on a GPU, float32 on a CPU.
+    messages), completion (text), finish_reason, tokens, and the others of the data; with revisions these are of the
+    last one, and `earlier` has the answers before it. dtype: of the weights; None: as saved on a GPU, float32 on a CPU.
     """
     import torch
 
     from align.data import tokenize_prompts
+    from align.data.limits import longest_input
     from align.modeling.load import load_policy, load_tokenizer
     from align.rollout import SamplingParams, make_engine
 
@@ -129,6 +135,10 @@ def generate_answers(
         return output
     policy = load_policy(model, dtype=dtype).to(device)
     longest = max(map(len, dataset["prompt_ids"])) + drawing.max_completion_length
+    if drawing.revisions:
+        lengths = [len(ids) for ids in dataset["prompt_ids"]]
+        prompt = dataset[lengths.index(max(lengths))]["prompt"]
+        longest = max(longest, revision_room(prompt, tokenizer, drawing, longest_input(policy)))
     engine = make_engine(policy, tokenizer, backend=drawing.backend, max_model_len=longest, seed=drawing.seed)
     del policy
     try:
@@ -161,15 +171,70 @@ def _append(output: Path, dataset: "Dataset", engine, tokenizer, drawing: Drawin
                 )
                 for row in chunk
             ]
+            lines: list[dict[str, Any]] = []
             for row, rollout in zip(chunk, engine.generate([row["prompt_ids"] for row in chunk], params), strict=True):
                 for sample, drawn in enumerate(rollout.completions):
                     text = written_text(tokenizer, drawn.token_ids, drawn.finish_reason == "stop")
                     values = (row["row"], sample, row["prompt"], text, drawn.finish_reason, len(drawn.token_ids))
-                    line = {**dict(zip(OWN, values, strict=True)), **{name: row[name] for name in others}}
-                    file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+                    lines.append({**dict(zip(OWN, values, strict=True)), **{name: row[name] for name in others}})
+            for number in range(drawing.revisions):
+                revise(lines, engine, tokenizer, drawing, number)
+            for line in lines:
+                file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
             file.flush()
             os.fsync(file.fileno())
             bar.update(len(chunk))
+
+
+def revise(lines: list[dict[str, Any]], engine, tokenizer, drawing: Drawing, number: int) -> None:
+    """A better answer in the place of each, which goes to `earlier`. number: of the revision, from 0."""
+    from align.data.ending import written_text
+    from align.data.revisions import revision_prompt
+    from align.rollout import SamplingParams
+    from align.rollout.seeds import derive_seed
+
+    shown = [revision_prompt(line["prompt"], line["completion"], drawing.revision_template) for line in lines]
+    prompts = _tokens_of(shown, tokenizer, engine.max_model_len - drawing.max_completion_length)
+    params = [
+        SamplingParams(
+            drawing.max_completion_length,
+            1,
+            drawing.temperature,
+            drawing.top_p,
+            drawing.top_k,
+            seed=derive_seed("revisions", drawing.seed, line["row"], line["sample"], number),
+        )
+        for line in lines
+    ]
+    for line, rollout in zip(lines, engine.generate(prompts, params), strict=True):
+        (drawn,) = rollout.completions
+        line["earlier"] = [*line.get("earlier", []), line["completion"]]
+        line["completion"] = written_text(tokenizer, drawn.token_ids, drawn.finish_reason == "stop")
+        line |= {"finish_reason": drawn.finish_reason, "tokens": len(drawn.token_ids)}
+
+
+def revision_room(prompt: Any, tokenizer, drawing: Drawing, most: int | None) -> int:
+    """Tokens of the longest sequence with revisions. prompt: the longest one; ConfigError where the template is of
+    another form than it. most: that the model takes, None if any number."""
+    from align.data.revisions import TEXT, check_template, revision_prompt
+
+    conversational, template = not isinstance(prompt, str), drawing.revision_template
+    if template is not None:
+        check_template(template, conversational=conversational)
+    (ids,) = _tokens_of([revision_prompt(prompt, "", template)], tokenizer)
+    answers = 2 if conversational else 1 + (template or TEXT).count("{answer}")
+    room = len(ids) + answers * drawing.max_completion_length + SLACK
+    return room if most is None else min(room, most)
+
+
+def _tokens_of(prompts: list[Any], tokenizer, longest: int | None = None) -> list[list[int]]:
+    from datasets import Dataset
+
+    from align.data import tokenize_prompts
+
+    rows = Dataset.from_list([{"prompt": prompt} for prompt in prompts])
+    source = "prompts that show an answer"
+    return tokenize_prompts(rows, tokenizer, max_prompt_length=longest, source=source)["prompt_ids"][:]
 
 
 # ---- resuming -------------------------------------------------------------------------------------------------------
@@ -178,6 +243,8 @@ def _append(output: Path, dataset: "Dataset", engine, tokenizer, drawing: Drawin
 def _identity(model: str, prompt_ids, drawing: Drawing, dtype: str) -> dict[str, Any]:
     digest = hashlib.blake2b(repr(list(prompt_ids)).encode(), digest_size=16).hexdigest()
     settings = {name: value for name, value in asdict(drawing).items() if name != "max_prompt_length"}
+    if not drawing.revisions:
+        del settings["revisions"], settings["revision_template"]
     return {"model": model, "weights": weights_digest(model), "dtype": dtype, "prompts": digest, **settings}
 
 

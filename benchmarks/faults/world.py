@@ -74,6 +74,7 @@ RUNS = {
         ["--datasets", "[{path: {world}/pairs.jsonl}, {path: {world}/further.jsonl, weight: 0.5}]"],
     ),
     "sparsepo": Run("sparsepo", PAIRS),
+    "srpo": Run("srpo", PAIRS),
     "modpo": Run("modpo", f"{PAIRS} --objective better", [*REWARDS, "--weights", "{better: 0.5, gold: 0.5}"]),
     "modpo, a sweep": Run(
         "modpo", f"{PAIRS} --objective better --weights sweep --sweep_points 2 --max_steps 4 {LORA}", REWARDS

@@ -1,5 +1,6 @@
 """`--dry-run`: what it prints, that it needs no network for local files, and what it refuses."""
 
+import re
 import shutil
 import socket
 
@@ -87,6 +88,17 @@ def test_a_discriminator_is_trained_and_the_gold_reward_is_not(tiny_model, promp
     trained = 2 * 16 * (4 * 64 + 3 * 96) + 32 if rank else int(lines[first].split()[-5].replace(",", ""))
     assert f"{trained:,} trained x gradient and AdamW's two states" in lines[first + 1]
     assert sum("its training" in line for line in lines) == 1
+
+
+def test_rows_of_pairs_for_srpo_and_metaapo(tiny_model, pairs, rule, capsys):
+    tokens = ["--model_name_or_path", tiny_model, "--dataset_name", pairs, "--per_device_train_batch_size", 2]
+    shown = run(capsys, "metaapo", *tokens, "--rewards.0", rule, "--num_generations", 4, "--max_completion_length", 8)
+    assert "2 prompts x 4 samples -> 8 sequences" in shown["one step"]
+    assert "chosen" in shown["first example"] and "rejected" in shown["first example"]
+    found = {method: run(capsys, method, *tokens, "--batching", "padded")["memory"] for method in ("dpo", "srpo")}
+    counted = {m: int(re.search(r"([\d,]+) tokens x", text)[1].replace(",", "")) for m, text in found.items()}
+    # prompts of 19 tokens and answers of up to 11: two sequences of a pair; six, padded to those that show an answer
+    assert counted == {"dpo": 2 * 2 * (19 + 11), "srpo": 2 * 6 * (19 + 11 + 11)}
 
 
 def test_every_reward_model_of_a_spec_is_found(tmp_path):

@@ -103,6 +103,40 @@ def test_a_file_of_another_drawing_is_refused(model, tmp_path, capsys):
     assert "convert them with `align data convert" in capsys.readouterr().err
 
 
+def test_answers_are_revised(model, tmp_path, capsys):
+    """Each is shown to the model, in the data's form, and the next one takes its place; the first ones stay what they
+    would have been."""
+    (tmp_path / "p.txt").write_text("w1 w2\nw3\n")
+    argv = ["generate", model, "--prompts", str(tmp_path / "p.txt"), "--backend", "transformers"]
+    argv += ["--max_completion_length", "5"]
+    asked = ["--revisions", "2", "--revision_template", "w9"]
+    plain, revised, greedy_file = (tmp_path / f"{name}.jsonl" for name in ("plain", "revised", "greedy"))
+    assert main([*argv, "--n", "2", "--to", str(plain)]) == 0
+    assert main([*argv, "--n", "2", "--to", str(revised), *asked]) == 0
+    for first, last in zip(lines(plain), lines(revised), strict=True):
+        assert last["earlier"][0] == first["completion"] and len(last["earlier"]) == 2
+        assert last["prompt"] == first["prompt"] and "earlier" not in first
+    assert main([*argv, "--temperature", "0", "--to", str(greedy_file), *asked]) == 0
+    for row in lines(greedy_file):
+        answers = [*row["earlier"], row["completion"]]
+        for shown, better in zip(answers, answers[1:], strict=False):
+            turns = [{"role": "assistant", "content": shown}, {"role": "user", "content": "w9"}]
+            assert better.split() == greedy(model, [*row["prompt"], *turns]).split()
+    before = revised.read_bytes()
+    assert main([*argv, "--n", "2", "--to", str(revised), *asked]) == 0
+    assert revised.read_bytes() == before
+    capsys.readouterr()
+    for options, message in (
+        (["--revisions", "1", "--revision_template", "w9"], "revisions 2, now 1"),
+        (["--revision_template", "w9"], "--revision_template needs one or more"),
+        (["--revisions", "2", "--revision_template", "{answer}"], "w9"),
+    ):
+        assert main([*argv, "--n", "2", "--to", str(revised), *options]) == 2
+        assert message in capsys.readouterr().err
+    assert main([*argv, "--to", str(tmp_path / "x.jsonl"), "--revisions", "1", "--revision_template", "{answer}"]) == 2
+    assert "would be written as it is" in capsys.readouterr().err
+
+
 # ---- chat -----------------------------------------------------------------------------------------------------------
 
 

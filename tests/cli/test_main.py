@@ -94,6 +94,7 @@ def test_help_of_a_method_has_its_own_options_first(method, capsys):
         "dpo": "loss_type",
         "kto": "desirable_weight",
         "listwise_dpo": "precompute_ref_log_probs",
+        "srpo": "improver_weight",
         "modpo": "objective",
         "sparsepo": "mask_layers",
         "remax": "kl_mode",

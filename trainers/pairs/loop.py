@@ -41,6 +41,8 @@ class PairTrainer(MicroBatchLists, Trainer):
 
     reward_name = "reward"
     """What the number of a completion is called in tables and figures."""
+    token_columns: tuple[str, ...] = ()
+    """Columns of token ids that the layout takes beside those of the pair."""
     planner: MicroBatchPlanner
 
     args: PairConfig
@@ -153,7 +155,7 @@ class PairTrainer(MicroBatchLists, Trainer):
 
     def predict(self, test_dataset, *args, **kwargs):
         """As transformers' `predict`; rows that are not prepared yet are."""
-        if not {*IDS, "row"} <= columns_of(test_dataset, streams=True) or is_stream(test_dataset):
+        if not {*IDS, "row", *self.token_columns} <= columns_of(test_dataset, streams=True) or is_stream(test_dataset):
             test_dataset = self.prepare_other(test_dataset)
         return super().predict(test_dataset, *args, **kwargs)
 

@@ -139,7 +139,7 @@ class PreferenceTrainer(PairTrainer):
             processing_class,
             args.max_length,
             args.max_bad_share,
-            self.columns,
+            (*self.columns, *self.token_columns),
             further=self.prepare_dataset,
             num_proc=args.dataset_num_proc,
             turns=self.masks_turns,

@@ -16,6 +16,7 @@ from align.trainers.kto import KTOConfig, KTOTrainer
 from align.trainers.listwise_dpo import ListwiseDPOConfig, ListwiseDPOTrainer
 from align.trainers.reward import RewardTrainer
 from align.trainers.sft import SFTTrainer
+from align.trainers.srpo import SRPOConfig, SRPOTrainer
 from tests.trainers import reward_runs, sparse_runs
 from tests.trainers.on_policy.talks import GuessingGame, questions, talking_tokenizer
 from tests.trainers.pairs.preference_runs import dpo_config, toy_pairs
@@ -44,6 +45,7 @@ KEYS = (
         "mask_u/chosen/mean",
         "selective/excess_loss",
         "discriminator/loss",
+        "improver/loss",
         "meta/loss",
         "meta/drawn",
     ),
@@ -130,6 +132,12 @@ def makers(policy: str, folder: Path) -> dict:
         ),
         "listwise_dpo": lambda: ListwiseDPOTrainer(
             policy, listwise_config(folder / "listwise_dpo", **settings(eval_strategy="no")), rankings(24, most=3)
+        ),
+        "srpo": lambda: SRPOTrainer(
+            policy,
+            SRPOConfig(**{**QUIET, "output_dir": str(folder / "srpo"), "max_length": 24, **settings()}),
+            pairs,
+            eval_pairs,
         ),
         "kto": lambda: KTOTrainer(policy, kto_config(folder / "kto", **settings()), pairs, eval_pairs),
         "reward": reward,

@@ -8,7 +8,18 @@ from tests.trainers.core.fsdp2_ranks import KEYS, RESUMED, train
 from tests.trainers.two_processes import run_on_two
 
 METHODS = (
-    *("sft", "half of it", "selected tokens", "dpo", "dpo, adapter", "listwise_dpo", "sparsepo", "kto", "reward"),
+    *(
+        "sft",
+        "half of it",
+        "selected tokens",
+        "dpo",
+        "dpo, adapter",
+        "listwise_dpo",
+        "srpo",
+        "sparsepo",
+        "kto",
+        "reward",
+    ),
     *("remax", "game", "online_dpo", "d2po", "metaapo", "ppo"),
 )
 
