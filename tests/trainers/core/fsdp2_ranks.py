@@ -77,6 +77,16 @@ def listwise_config(folder: Path, **options) -> ListwiseDPOConfig:
     return ListwiseDPOConfig(**{**QUIET, "output_dir": str(folder), "max_length": 40, **options})
 
 
+def srpo_config(folder: Path, **options) -> SRPOConfig:
+    return SRPOConfig(**{**QUIET, "output_dir": str(folder), "max_length": 24, **options})
+
+
+def metaapo(policy: str, folder: Path):
+    options = settings(num_mini_batches=2, meta_every=3, save_steps=3)  # saved inside a rollout
+    trainer_class, args = on_policy("metaapo", folder, num_generations=2, **options)
+    return trainer_class(policy, wanted_words, args, toy_pairs(24), prompts(6, seed=1), gold_reward=toy.gold)
+
+
 def game(folder: Path, **options):
     tokenizer = talking_tokenizer()
     trainer_class, args = on_policy("grpo", folder, num_generations=4, max_completion_length=24, **options)
@@ -97,11 +107,6 @@ def makers(policy: str, folder: Path) -> dict:
         options = settings(eval_strategy="no", gold_labels=2, gold_label_every=1)
         trainer_class, args = on_policy("d2po", folder / "d2po", num_generations=2, **options)
         return trainer_class(policy, discriminator(toy.tokenizer()), args, prompts(24), None, gold_reward=wanted_words)
-
-    def metaapo():
-        options = settings(num_mini_batches=2, meta_every=3, save_steps=3)  # inside a rollout
-        trainer_class, args = on_policy("metaapo", folder / "metaapo", num_generations=2, **options)
-        return trainer_class(policy, wanted_words, args, pairs, prompts(6, seed=1), gold_reward=toy.gold)
 
     def dpo(name, **options):
         return DPOTrainer(policy, dpo_config(folder / name, **settings()), pairs, eval_pairs, **options)
@@ -133,12 +138,7 @@ def makers(policy: str, folder: Path) -> dict:
         "listwise_dpo": lambda: ListwiseDPOTrainer(
             policy, listwise_config(folder / "listwise_dpo", **settings(eval_strategy="no")), rankings(24, most=3)
         ),
-        "srpo": lambda: SRPOTrainer(
-            policy,
-            SRPOConfig(**{**QUIET, "output_dir": str(folder / "srpo"), "max_length": 24, **settings()}),
-            pairs,
-            eval_pairs,
-        ),
+        "srpo": lambda: SRPOTrainer(policy, srpo_config(folder / "srpo", **settings()), pairs, eval_pairs),
         "kto": lambda: KTOTrainer(policy, kto_config(folder / "kto", **settings()), pairs, eval_pairs),
         "reward": reward,
         "remax": lambda: on_prompts("remax"),
@@ -147,7 +147,7 @@ def makers(policy: str, folder: Path) -> dict:
         # whose reference moves with the policy's shards
         "online_dpo": lambda: on_prompts("online_dpo", sync_ref_model=True, ref_model_sync_steps=2),
         "d2po": d2po,
-        "metaapo": metaapo,
+        "metaapo": lambda: metaapo(policy, folder / "metaapo"),
         "ppo": lambda: on_prompts("ppo", num_mini_batches=2, num_iterations=2, max_steps=8, save_steps=3),
     }
     return {**made, **{f"{name} resumed": made[name] for name in RESUMED}}
