@@ -261,7 +261,8 @@ def start_llm(core, shapes, sharing: SharingRanks | None = None, **options):
         own |= sharing.options(own.get("kv_cache_memory_bytes"))
     elif not current_platform.is_cpu() and dist.is_initialized():
         own["distributed_executor_backend"] = "external_launcher"  # each rank on its own GPU
-    with tempfile.TemporaryDirectory() as folder:
+    meeting = sharing.meeting() if sharing is not None and current_platform.is_cpu() else nullcontext()
+    with tempfile.TemporaryDirectory() as folder, meeting:
         write_config(core, options["dtype"], folder)
         return vllm.LLM(folder, **own), current_platform.is_cpu()
 

@@ -6,13 +6,18 @@ of them wants, and each takes its own back.
 """
 
 import hashlib
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from align.errors import ConfigError, RolloutError
 from align.rollout.types import Completion, Request
+
+SHARED_MEMORY = Path("/dev/shm")
 
 
 class SharingRanks:
@@ -54,6 +59,30 @@ class SharingRanks:
             )
         start = sum(map(len, asked[: self.place]))
         return made[start : start + len(requests)]
+
+    @contextmanager
+    def meeting(self) -> Iterator[None]:
+        """While vLLM starts. On CPUs its ranks meet in shared memory, whose name would be the same in every run on this
+        machine, and its files stay when a rank is killed: the next run could not start. So the name is this run's own,
+        and the files go as soon as all ranks have them open."""
+        from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+        run: list[Any] = [uuid.uuid4().hex]
+        dist.broadcast_object_list(run)
+        named, given = _CPUSHMDistributed.make_group_name, set()
+
+        def own(communicator) -> str:
+            given.add(f"{named(communicator)}-{run[0]}")
+            return f"{named(communicator)}-{run[0]}"
+
+        _CPUSHMDistributed.make_group_name = staticmethod(own)
+        try:
+            yield
+        finally:
+            _CPUSHMDistributed.make_group_name = staticmethod(named)
+            for name in given:
+                for rank in range(self.size):
+                    (SHARED_MEMORY / f"{name.lstrip('/')}_{rank}").unlink(missing_ok=True)
 
     def options(self, cache: int | None) -> dict[str, Any]:
         """What vLLM is started with besides. cache: bytes of keys and values that this rank has room for; None where

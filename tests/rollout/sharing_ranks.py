@@ -1,5 +1,5 @@
-"""Run by `tests.trainers.two_processes.run_on_two`: one vLLM engine in both processes. Arguments: a word; a folder for
-what is found."""
+"""Run by `tests.warm.run_ranks` on two processes, which have one vLLM engine, or on four, which have two. Arguments: a
+folder for what is found."""
 
 import copy
 import sys
@@ -18,6 +18,7 @@ from tests.trainers.tiny_runs import logged, on_policy, wanted_words
 from tests.trainers.tiny_runs import prompts as toy_prompts
 
 SHARED = {"backend": "vllm", "tensor_parallel": 2}
+CUTS = {2: (0, 3, 4), 4: (0, 1, 1, 3, 4)}  # of `ASKED` between the processes; one of four asks nothing
 ASKED = list(
     zip(
         prompts([4, 140, 30, 7]),
@@ -34,7 +35,7 @@ def drawn(engine, asked) -> list:
 
 
 def trained(engine, folder: Path, processes: int, rollout: dict) -> dict:
-    """Three steps on eight prompts each, and an evaluation of five, which two processes cannot share evenly."""
+    """Three steps on eight prompts each, and an evaluation of five, which the processes cannot share evenly."""
     options = {"per_device_train_batch_size": 8 // processes, "per_device_eval_batch_size": 1}
     options |= {"max_steps": 3, "learning_rate": 5e-3, "eval_strategy": "steps", "eval_steps": 3}
     options |= {"partial_rollouts": 2, "rollout_correction": "token_truncate"}
@@ -47,12 +48,12 @@ def trained(engine, folder: Path, processes: int, rollout: dict) -> dict:
     return {key: logged(trainer, key) for key in (*keys, "loss", "rollout/mean_abs_logp_diff")}
 
 
-def check_what_one_process_does_wrong(engine, model, rank: int) -> None:
-    """Is raised in both: the other would wait for it."""
+def check_what_one_process_does_wrong(engine, model, last: bool) -> None:
+    """Is raised in all: the others would wait for it."""
     with pytest.raises(RolloutError, match="prompt 0 of this call is empty"):
-        engine.generate([[]] if rank else [[5]], SamplingParams(3))
+        engine.generate([[]] if last else [[5]], SamplingParams(3))
     lost = []
-    if rank:  # of its slice of the embedding, which the other does not hold
+    if last:  # of its slice of the embedding, which the other does not hold
         engine._llm.apply_model(lambda own: lost.append(own.model.embed_tokens.weight.data[0, 0].add_(1e-3)))
     with pytest.raises(RolloutError, match="1 differ .model.embed_tokens.weight"):
         engine.verify(model)
@@ -61,21 +62,22 @@ def check_what_one_process_does_wrong(engine, model, rank: int) -> None:
 
 def main(folder: Path) -> None:
     dist.init_process_group("gloo")
-    rank, model = dist.get_rank(), never_ending(llama())
-    with pytest.raises(ConfigError, match="shares an engine between 3 processes of the run, which has 2"):
+    rank, world, model = dist.get_rank(), dist.get_world_size(), never_ending(llama())
+    with pytest.raises(ConfigError, match=f"shares an engine between 3 processes of the run, which has {world}"):
         make_engine(model, backend="vllm", max_model_len=256, tensor_parallel=3)
     engine = make_engine(model, toy.tokenizer(), max_model_len=256, seed=rank, **SHARED)
-    found = {"drawn": drawn(engine, ASKED[:3] if rank == 0 else ASKED[3:]), "none": drawn(engine, ASKED[: 2 * rank])}
+    start, end = CUTS[world][rank : rank + 2]
+    found = {"drawn": drawn(engine, ASKED[start:end]), "none": drawn(engine, ASKED[: 2 * (rank % 2)])}
     found["proved"] = engine.push(model, 1).proved_tensors
-    check_what_one_process_does_wrong(engine, model, rank)
+    check_what_one_process_does_wrong(engine, model, rank == world - 1)
     check(engine, never_ending(llama(4)), never_ending(llama(4)), 8)
     check(engine, shard(never_ending(llama(1))), never_ending(llama(1)), 9)
     check(engine, shard(with_adapter(never_ending(llama(2)))), with_adapter(never_ending(llama(2))), 10)
-    found["trained"] = trained(engine, folder / "run", 2, SHARED)
+    found["trained"] = trained(engine, folder / "run", world, SHARED)
     engine.close()
     torch.save(found, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[2]))
+    main(Path(sys.argv[1]))

@@ -1,31 +1,47 @@
 """One vLLM engine in two processes of a run, each with a slice of its weights (`rollout.tensor_parallel: 2`)."""
 
+import os
+
 import pytest
+import torch
 
 from align.data import toy
 from align.errors import ConfigError
 from align.rollout import make_engine
+from align.rollout.vllm_ranks import SHARED_MEMORY
 from tests.rollout.rollout_models import llama, needs_vllm, never_ending
 from tests.rollout.sharing_ranks import ASKED, SHARED, drawn, trained
 from tests.trainers.tiny_runs import on_policy
-from tests.trainers.two_processes import run_on_two
+from tests.warm import run_ranks
+
+FOUR = pytest.mark.skipif(
+    "ALIGN_FOUR_PROCESSES" not in os.environ, reason="set ALIGN_FOUR_PROCESSES=1: 8 GiB, a minute"
+)
 
 
 @needs_vllm
 @pytest.mark.vllm
-def test_two_processes_with_one_engine_draw_and_learn_what_one_process_does(tmp_path):
-    """Each its own, also where one asks nothing, and what either does wrong is raised in both."""
-    first, second = run_on_two("tests.rollout.sharing_ranks", tmp_path / "two", "shared")
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=FOUR)])
+def test_processes_that_share_engines_draw_and_learn_what_one_process_does(count, tmp_path):
+    """Each its own, also where one asks nothing, and what one does wrong is raised in all. Four have two engines."""
+    memory = {file.name for file in SHARED_MEMORY.iterdir()}
+    run_ranks("tests.rollout.sharing_ranks", str(tmp_path / "ranks"), logs=tmp_path / "ranks", count=count)
+    found = [torch.load(tmp_path / "ranks" / f"rank{rank}.pt") for rank in range(count)]
+    left = {file.name for file in SHARED_MEMORY.iterdir()} - memory
+    assert not [name for name in left if "cpushm" in name]  # which would keep the next run from starting
     engine = make_engine(never_ending(llama()), toy.tokenizer(), backend="vllm", max_model_len=256)
     expected = drawn(engine, ASKED)
     one = trained(engine, tmp_path / "one", 1, {"backend": "vllm"})
     engine.close()
-    for made, alone in zip(first["drawn"] + second["drawn"], expected, strict=True):
+    for made, alone in zip([one for own in found for one in own["drawn"]], expected, strict=True):
         for (ids, logps), (own_ids, own_logps) in zip(made, alone, strict=True):
             assert ids == own_ids
             assert logps == own_logps or logps == pytest.approx(own_logps, abs=1e-4)
-    assert first["none"] == [] and [ids for ids, _ in second["none"][0]] == [ids for ids, _ in expected[0]]
-    assert first["proved"] == second["proved"] == len(dict(llama().named_parameters()))
+    for rank, own in enumerate(found):
+        asked = expected[: 2 * (rank % 2)]
+        assert [[ids for ids, _ in made] for made in own["none"]] == [[ids for ids, _ in alone] for alone in asked]
+        assert own["proved"] == len(dict(llama().named_parameters()))
+    first = found[0]
     assert max(first["trained"].pop("rollout/mean_abs_logp_diff")[:1]) < 1e-5
     for key, values in first["trained"].items():
         assert values == pytest.approx(one[key], rel=1e-3, abs=1e-4), key

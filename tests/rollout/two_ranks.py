@@ -17,7 +17,7 @@ def shard(model):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     for layer in core.model.layers:
         fully_shard(layer, mesh=mesh)
