@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 # Messages on what one process alone has seen: they are shown from every process.
 OF_ONE_PROCESS = ("align.reward_models.failures", "align.trainers.core.signals")
+# Its one warning, on processors with bfloat16 instructions, is that compiled code of a hub was not loaded: nothing misses it.
+OF_NO_USE = ("bitsandbytes.backends.cpu.ops",)
 LIBRARIES = ("transformers", "trl", "peft", "accelerate", "datasets", "huggingface_hub")
 
 
@@ -54,6 +56,8 @@ def set_up_logging() -> None:
     logger.handlers[:] = [handler]
     for name in () if main_process() else OF_ONE_PROCESS:
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in OF_NO_USE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     if not (main_process() and sys.stderr.isatty()):
         os.environ.setdefault("TQDM_DISABLE", "1")  # in a log file a bar is a line per redraw
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
