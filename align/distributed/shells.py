@@ -8,6 +8,7 @@ computed with, is copied for nothing, and cannot be written to.
 
 import copy
 import functools
+import os
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
@@ -25,6 +26,26 @@ class ShellsForZeros(TorchFunctionMode):
         if func is torch.zeros_like and isinstance(args[0], nn.Parameter) and kwargs == {"device": "cpu"}:
             return shell(args[0])
         return func(*args, **(kwargs or {}))
+
+
+def shells_for_weights(model: nn.Module) -> None:
+    """The same for a model whose weights were read on every process, or are on the meta device (transformers 5.23)."""
+    made: dict[int, nn.Parameter] = {}  # tied weights are one parameter here and there
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False, remove_duplicate=False):
+            if not is_shell(weight):
+                new = nn.Parameter(shell(weight), requires_grad=weight.requires_grad)
+                setattr(module, name, made.setdefault(id(weight), new))
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            if buffer.is_meta:
+                setattr(module, name, torch.zeros_like(buffer, device="cpu"))
+
+
+def are_sent_weights() -> bool:
+    """Whether FSDP sends this process the weights that the main process of its node has read."""
+    from transformers.integrations import is_fsdp_enabled
+
+    return is_fsdp_enabled() and os.environ.get("LOCAL_RANK") != "0"
 
 
 def shell(like: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from align.data.hub import not_found, offline_if_unreachable
-from align.distributed.shells import ShellsForZeros, fill
+from align.distributed.shells import ShellsForZeros, are_sent_weights, fill, shells_for_weights
 from align.errors import ConfigError
 from align.modeling.adapters import is_adapter
 from align.modeling.score_head import draw_head, head_name
@@ -39,7 +39,11 @@ def from_pretrained(auto_class, source: str, what: str, *, sharded: bool = False
             offline_if_unreachable(source) as problem,
             ShellsForZeros() if sharded else weights_on_every_process(),
         ):
-            return auto_class.from_pretrained(source, **kwargs)
+            loaded = auto_class.from_pretrained(source, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if sharded and are_sent_weights() and getattr(model, "hf_quantizer", None) is None:
+            shells_for_weights(model)
+        return loaded
     except Exception as error:  # missing and damaged files make transformers, tokenizers and safetensors raise anything
         if problem and not Path(source).exists():
             raise ConfigError(f"cannot load the {what} {source!r}: {not_found(source, problem)}") from error

@@ -17,7 +17,7 @@ class RoomyLayer(DynamicLayer):
     def __init__(self, layer: DynamicLayer):
         super().__init__()
         self.keys, self.values, self.held = layer.keys, layer.values, (layer.keys, layer.values)
-        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+        self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         start = self.get_seq_length()
