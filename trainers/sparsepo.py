@@ -159,9 +159,9 @@ class SparsePOTrainer(PreferenceTrainer):
         folder = Path(output_dir or self.args.output_dir)
         state = self.accelerator.unwrap_model(self.model).state_dict() if state_dict is None else state_dict
         super()._save(str(folder), policy_weights(state))
-        write_masks(
-            folder, self.args, self.masks, state, language_model(self.held_reference.model).config._name_or_path
-        )
+        if self.args.should_save:
+            base = language_model(self.held_reference.model).config._name_or_path
+            write_masks(folder, self.args, self.masks, state, base)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

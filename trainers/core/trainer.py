@@ -240,6 +240,9 @@ class TrainerMixin(TrainerHooks):
         super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:  # transformers 5.23 asks every process, of which some have to help to gather
+            super()._save(output_dir, state_dict)
+            return
         with writing(output_dir or self.args.output_dir):
             self._save_checked(output_dir, state_dict)
 
