@@ -170,7 +170,7 @@ def _of_an_adapter(path: Path) -> bool:
 
 
 def _cache(path: Path) -> bool:
-    return path.suffix == ".npz" or "margins" in path.parts
+    return "ref_log_probs" in path.parts or "margins" in path.parts
 
 
 def _made(ended: processes.Ended) -> None:

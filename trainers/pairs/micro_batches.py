@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from align.data.batching import length_batches, packed_batches
 from align.data.collate import PairCollator
 from align.data.shared_prefix import SharedPrefixCollator
-from align.trainers.pairs.reference_cache import COLUMNS as REF_COLUMNS
+from align.trainers.pairs.reference_file import COLUMNS as REF_COLUMNS
 
 Rows = list[dict]
 

@@ -10,7 +10,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
@@ -44,9 +43,9 @@ from align.trainers.pairs.loop import PairTrainer, UserMetrics
 from align.trainers.pairs.micro_batches import MicroBatchPlanner, PaddedPairs, SharedPrefixPairs
 from align.trainers.pairs.reference import (
     cached_tokens,
+    compute_logps,
     live_tokens,
     load_reference,
-    logps_of_all,
     make_reference,
     prepare_reference,
 )
@@ -299,13 +298,13 @@ class PreferenceTrainer(PairTrainer):
         args = self.args
         pairs, world = args.precompute_ref_batch_size or batch_size, args.world_size
 
-        def compute(shards: ReferenceShards) -> tuple[np.ndarray, np.ndarray]:
+        def compute(shards: ReferenceShards) -> None:
             with tqdm(
                 total=len(dataset),
                 desc=f"Reference log-probs of the {name} pairs",
                 disable=args.disable_tqdm or not self.is_world_process_zero(),
             ) as progress:
-                return logps_of_all(
+                compute_logps(
                     dataset,
                     lambda rows: self.planner.cut(rows, pairs),
                     lambda rows: self._live_tokens(self._prepare_inputs(self.planner.collate(rows))).logps,

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -59,7 +59,7 @@ def cached_tokens(batch: dict[str, Tensor]) -> PairTokens:
     return PairTokens(batch["ref_logps"], completions(batch).mask)
 
 
-def logps_of_all(
+def compute_logps(
     dataset,
     cut: Callable[[list[dict]], list[list[dict]]],
     logps_of: Callable[[list[dict]], Tensor],
@@ -69,8 +69,8 @@ def logps_of_all(
     world: int,
     progress: tqdm,
     shards: ReferenceShards,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probs of all tokens of chosen and of rejected, row after row; the processes share the rows.
+) -> None:
+    """Log-probs of all tokens of chosen and of rejected, into the shards; the processes share the rows.
 
     Args:
         dataset: tokenised pairs.
@@ -78,27 +78,23 @@ def logps_of_all(
         at_once: rows that are read and cut together. progress: counts rows. shards: of rows that are computed already,
             by whomever, and for those of this process.
     """
-    found = shards.read() if rank == 0 else {}
-    missing = broadcast_object_list([[i for i in range(len(dataset)) if i not in found] if rank == 0 else None])[0]
+    missing = broadcast_object_list([np.flatnonzero(~shards.find()) if rank == 0 else None])[0]
     progress.update(len(dataset) - len(missing))
     for start in range(0, len(missing), at_once):
-        numbers = missing[start : start + at_once]
+        numbers = missing[start : start + at_once].tolist()
         part = dataset.select(numbers).to_list()
         batches = cut([{**row, "number": number} for number, row in zip(numbers, part, strict=True)])
         # all processes run the same number of batches: sharded models gather weights in every one
         for first in range(0, len(batches), world):
             batch = batches[min(first + rank, len(batches) - 1)]
             logps = logps_of(batch).float().cpu().numpy()
+            if first + rank >= len(batches):  # it is another process's too
+                continue
             for row, *both in zip(batch, logps[: len(batch)], logps[len(batch) :], strict=True):
                 lengths = [sum(row.get(mask) or [1] * len(row[ids])) for ids, mask in zip(IDS[1:], MASKS, strict=True)]
-                chosen, rejected = (v[:length].copy() for v, length in zip(both, lengths, strict=True))
-                found[row["number"]] = chosen, rejected
-                if first + rank < len(batches):  # else it is another process's too
-                    shards.append(row["number"], chosen, rejected)
+                shards.append(row["number"], *(v[:length] for v, length in zip(both, lengths, strict=True)))
         progress.update(len(part))
     shards.close()
-    by_row = {i: values for part in gather_object([found]) for i, values in part.items()}
-    return tuple(np.concatenate([by_row[i][side] for i in range(len(dataset))]) for side in (0, 1))
 
 
 def prepare_reference(reference: Reference, policy: nn.Module, accelerator: Accelerator) -> None:

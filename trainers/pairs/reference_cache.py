@@ -5,29 +5,24 @@ They are kept per token, so every loss that works with a live reference works wi
 
 import hashlib
 import logging
-import os
-import tempfile
-import zipfile
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Dataset, concatenate_datasets
 from torch import nn
 
 from align.data.tokenized import IDS, MASKS
-from align.distributed.disk import writing
-from align.errors import TrainingError
 from align.modeling.fingerprint import fingerprint
 from align.modeling.logprobs import language_model
-from align.trainers.pairs.data import flat_column, list_column, trained_lengths
-from align.trainers.pairs.reference_shards import ReferenceShards
+from align.trainers.pairs.data import flat_column, trained_lengths
+from align.trainers.pairs.reference_file import check, share, write
+from align.trainers.pairs.reference_shards import Logps, ReferenceShards
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+ROWS_AT_ONCE = 2048
 
 
 def weights_mark(model: nn.Module, *, frozen_only: bool) -> str:
@@ -63,33 +58,36 @@ class ReferenceCache:
         self.precision = precision
         self.marks: dict[str, str] = {}
 
-    def add_to(self, dataset, name: str, compute: Callable[[ReferenceShards], tuple[np.ndarray, np.ndarray]]):
-        """The dataset with the columns `COLUMNS`: per row the float32 log-probs of its completions' tokens.
+    def add_to(self, dataset, name: str, compute: Callable[[ReferenceShards], None]):
+        """The dataset with the columns `COLUMNS`: per row the float32 log-probs of its completions' tokens, which all
+        processes map from `folder/<name>-<mark>.arrow`.
 
-        The main process reads them from `folder/<name>-<mark>.npz`. If there is no such file, every process calls
-        `compute` (all tokens of chosen and of rejected, row after row), which reads and appends to the shards in
-        `folder/<name>-<mark>.shards`, and the main one writes the file and removes the shards.
+        If there is no such file, every process calls `compute`, which appends what is missing to the shards in
+        `folder/<name>-<mark>.shards`, and the main one writes the file of them and removes them.
         """
         mark = self.marks[name] = mark_of(dataset, self.weights, self.precision)
-        path, main = self.folder / f"{name}-{mark}.npz", PartialState().is_main_process
-        flat = broadcast_object_list([_read(path) if main else None])[0]
-        if flat is None:
+        path, main = self.folder / f"{name}-{mark}.arrow", PartialState().is_main_process
+        if broadcast_object_list([path.exists() if main else None])[0]:
+            if main:
+                logger.info("reference log-probs are read from %s", path)
+                check(path, [trained_lengths(dataset, ids) for ids in IDS[1:]])
+        else:
             if main:
                 self._warn_of_others(name)
-            shards = ReferenceShards(path.with_suffix(".shards"), PartialState().process_index)
-            flat = compute(shards)
+            shards = ReferenceShards(path.with_suffix(".shards"), PartialState().process_index, len(dataset))
+            compute(shards)
+            batches = _of_all(shards, len(dataset))
             if main:
-                _write(path, flat)
-                shards.remove()
-        for column, ids, values in zip(COLUMNS, IDS[1:], flat, strict=True):
-            lengths = trained_lengths(dataset, ids)
-            if len(values) != lengths.sum():
-                raise TrainingError(f"{path} holds {len(values)} log-probs for {lengths.sum()} tokens: delete it")
-            dataset = dataset.add_column(column, list_column(values, lengths))
-        return dataset
+                write(path, batches)
+            else:
+                for _ in batches:  # it sends the main process what this one has
+                    pass
+            shards.remove()
+        share(path)
+        return concatenate_datasets([dataset, Dataset.from_file(str(path))], axis=1)
 
     def _warn_of_others(self, name: str) -> None:
-        others = sorted(other.name for other in self.folder.glob(f"{name}-*.npz"))
+        others = sorted(other.name for other in self.folder.glob(f"{name}-*.arrow"))
         if others:
             logger.warning(
                 "%s has reference log-probs of other data or of another reference (%s): these are computed anew",
@@ -98,37 +96,10 @@ class ReferenceCache:
             )
 
 
-def _read(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    if not path.exists():
-        return None
-    logger.info("reference log-probs are read from %s", path)
-    try:
-        with np.load(path) as stored:
-            return stored["chosen"], stored["rejected"]
-    # what numpy and zipfile let out of damaged files: RuntimeError of a flipped bit that says it is encrypted, say
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise TrainingError(f"{path} is damaged ({error}): delete it, and the log-probs are computed again") from error
-
-
-def _write(path: Path, flat: tuple[np.ndarray, np.ndarray]) -> None:
-    """Under a name of its own until it is whole: other runs may write the same file at the same time."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(path, flat)
-
-
-def _write_whole(path: Path, flat: tuple[np.ndarray, np.ndarray]) -> None:
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".unfinished-", suffix=".npz", delete=False) as file:
-        try:
-            np.savez(file, chosen=flat[0], rejected=flat[1])
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    os.chmod(file.name, 0o666 & ~_umask())
-    os.replace(file.name, path)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _of_all(shards: ReferenceShards, rows: int) -> Iterator[list[Logps]]:
+    """The log-probs of the rows in their order, some at a time, from the shards of all processes, which all must go
+    through it."""
+    for first in range(0, rows, ROWS_AT_ONCE):
+        end = min(first + ROWS_AT_ONCE, rows)
+        found = {row: logps for part in gather_object([shards.read(first, end)]) for row, logps in part.items()}
+        yield [found[row] for row in range(first, end)]

@@ -5,8 +5,9 @@ import os
 import shutil
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 
@@ -21,20 +22,29 @@ class ReferenceShards:
     log-probs of the chosen and of the rejected answer, `CHECK`. A record that is not whole ends its shard: the process
     was killed there, and the rows from there on are computed again.
 
-    rank: of this process, in the name of its shard.
+    In memory there is where each row stands. The files are mapped, and stay readable when another run removes them.
+
+    rank: of this process, in the name of its shard. rows: of the dataset.
     """
 
-    def __init__(self, folder: Path, rank: int):
+    def __init__(self, folder: Path, rank: int, rows: int):
         self.folder, self.rank = folder, rank
-        self._file: BinaryIO | None = None
+        self._shards: list[np.ndarray] = []
+        self._shard, self._start = np.full(rows, -1, np.int32), np.zeros(rows, np.int64)
+        self._file: IO[bytes] | None = None
 
-    def read(self) -> dict[int, Logps]:
-        """What there is by row; the files are mapped into memory."""
-        found: dict[int, Logps] = {}
+    def find(self) -> np.ndarray:
+        """Look at all shards that there are. [rows], bool: which rows are in one."""
         for path in sorted(self.folder.glob("*.shard")):
-            if path.stat().st_size:
-                _read_shard(np.memmap(path, np.uint8, mode="r"), found)
-        return found
+            try:
+                data = np.memmap(path, np.uint8, mode="r")
+            except (FileNotFoundError, ValueError):  # another run has removed it, or it is empty
+                continue
+            for row, start in _records(data):
+                if row < len(self._shard) and self._shard[row] < 0:
+                    self._shard[row], self._start[row] = len(self._shards), start
+            self._shards.append(data)
+        return self._shard >= 0
 
     def append(self, row: int, chosen: np.ndarray, rejected: np.ndarray) -> None:
         record = HEAD.pack(row, len(chosen), len(rejected)) + chosen.tobytes() + rejected.tobytes()
@@ -42,29 +52,42 @@ class ReferenceShards:
             if self._file is None:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 # a name of its own, and no buffer: what is written outlives the process
-                self._file = (self.folder / f"{self.rank}-{os.urandom(6).hex()}.shard").open("xb", buffering=0)
+                self._file = (self.folder / f"{self.rank}-{os.urandom(6).hex()}.shard").open("x+b", buffering=0)
+            self._shard[row], self._start[row] = len(self._shards), self._file.tell()
             self._file.write(record + CHECK.pack(zlib.crc32(record)))
 
     def close(self) -> None:
+        """The rows that were appended can be read now."""
         if self._file is not None:
+            self._shards.append(np.memmap(self._file, np.uint8, mode="r"))
             self._file.close()
             self._file = None
+
+    def read(self, first: int, end: int) -> dict[int, Logps]:
+        """Those of the rows from `first` to before `end` that this process found or appended."""
+        found: dict[int, Logps] = {}
+        for row in first + np.flatnonzero(self._shard[first:end] >= 0):
+            data, start = self._shards[self._shard[row]], int(self._start[row])
+            _, chosen, rejected = HEAD.unpack(data[start : start + HEAD.size].tobytes())
+            start += HEAD.size  # a record begins at no multiple of four
+            values = np.frombuffer(data[start : start + 4 * (chosen + rejected)].tobytes(), np.float32)
+            found[int(row)] = values[:chosen], values[chosen:]
+        return found
 
     def remove(self) -> None:
         """Of all runs, once the rows are in one file; others that are still computing go on for themselves."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _read_shard(data: np.ndarray, found: dict[int, Logps]) -> None:
+def _records(data: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Row and first byte of the whole records of a shard, up to one that is not."""
     start = 0
     while start + HEAD.size + CHECK.size <= len(data):
         row, chosen, rejected = HEAD.unpack(data[start : start + HEAD.size].tobytes())
         end = start + HEAD.size + 4 * (chosen + rejected)
         if end + CHECK.size > len(data):
             return
-        record = data[start : end + CHECK.size].tobytes()  # a record begins at no multiple of four
-        if CHECK.pack(zlib.crc32(record[: -CHECK.size])) != record[-CHECK.size :]:
+        if CHECK.pack(zlib.crc32(data[start:end].data)) != data[end : end + CHECK.size].tobytes():
             return
-        values = np.frombuffer(record[HEAD.size : -CHECK.size], np.float32)
-        found.setdefault(row, (values[:chosen], values[chosen:]))
+        yield row, start
         start = end + CHECK.size

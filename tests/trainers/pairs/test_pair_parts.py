@@ -16,14 +16,15 @@ from align.modeling.load import Reference
 from align.modeling.pairs import pair_tokens
 from align.objectives.pair_losses import PairLosses
 from align.trainers.core.micro_batches import MicroBatchLists, in_lists
-from align.trainers.pairs import reference_cache
+from align.trainers.pairs import reference_file
 from align.trainers.pairs.data import PairData, flat_column, list_column
 from align.trainers.pairs.evaluation import PairEvaluator, pairs_table, rewards_figure
 from align.trainers.pairs.loop import check_finite
 from align.trainers.pairs.metrics import BatchMeans
 from align.trainers.pairs.micro_batches import MicroBatchPlanner, PaddedPairs, SharedPrefixPairs, split_to
-from align.trainers.pairs.reference import cached_tokens, live_tokens, logps_of_all, make_reference
-from align.trainers.pairs.reference_cache import COLUMNS, ReferenceCache
+from align.trainers.pairs.reference import cached_tokens, compute_logps, live_tokens, make_reference
+from align.trainers.pairs.reference_cache import ReferenceCache
+from align.trainers.pairs.reference_file import COLUMNS
 from align.trainers.pairs.reference_shards import ReferenceShards
 from tests.trainers.pairs.preference_runs import toy_pairs
 from tests.trainers.tiny_runs import tiny_model
@@ -240,12 +241,15 @@ def every_logp(model, dataset, pairs_at_once, shards, **options):
         return live_tokens(reference, planner.collate(rows), chunk_size=None, autocast=nullcontext).logps
 
     settings = {"at_once": 4, "rank": 0, "world": 1, "progress": tqdm(disable=True), "shards": shards, **options}
-    return logps_of_all(dataset, planner.cut, logps_of, **settings)
+    compute_logps(dataset, planner.cut, logps_of, **settings)
+    found = shards.read(0, len(dataset))
+    assert list(found) == list(range(len(dataset)))
+    return tuple(np.concatenate(side) for side in zip(*found.values(), strict=True))
 
 
 def test_a_pass_over_a_dataset_has_the_log_probs_of_every_row_in_its_place(tokenised, tmp_path):
     model = tiny_model(toy.tokenizer()).eval()
-    chosen, rejected = every_logp(model, tokenised, 3, ReferenceShards(tmp_path, 0))
+    chosen, rejected = every_logp(model, tokenised, 3, ReferenceShards(tmp_path, 0, 7))
     assert len(chosen) == sum(map(len, tokenised["chosen_ids"])) and len(rejected) != 0
     first = 0
     for row in tokenised:
@@ -274,16 +278,16 @@ def test_the_cache_computes_once_per_dataset_reference_and_precision(tokenised, 
     assert [len(row) for row in first[COLUMNS[0]]] == [len(row) for row in tokenised["chosen_ids"]]
     added(weights="other")
     added(precision="bf16 float32")
-    assert len(computed) == 3 and len(list(tmp_path.glob("train-*.npz"))) == 3
+    assert len(computed) == 3 and len(list(tmp_path.glob("train-*.arrow"))) == 3
 
 
 def test_what_a_killed_run_had_computed_is_not_computed_again(tokenised, tmp_path):
     """By itself or by another run on the folder, whatever is torn or damaged in its shard."""
-    model, whole, passes = tiny_model(toy.tokenizer()), ReferenceShards(tmp_path / "whole", 0), []
+    model, whole, passes = tiny_model(toy.tokenizer()), ReferenceShards(tmp_path / "whole", 0, 7), []
     expected = every_logp(model, tokenised, 3, whole)
     (file,) = whole.folder.iterdir()
     data, folder = file.read_bytes(), tmp_path / "train-1.shards"
-    assert sorted(whole.read()) == list(range(7))
+    assert whole.find().all()
     folder.mkdir()
 
     class Counted(ReferenceShards):
@@ -299,24 +303,60 @@ def test_what_a_killed_run_had_computed_is_not_computed_again(tokenised, tmp_pat
         if damage is not None:
             torn[damage] ^= 8
         (folder / "0-a.shard").write_bytes(torn)
-        kept, shards = set(ReferenceShards(folder, 0).read()), Counted(folder, 0)
+        kept, shards = set(np.flatnonzero(ReferenceShards(folder, 0, 7).find())), Counted(folder, 0, 7)
         passes.clear()
         found = every_logp(model, tokenised, 3, shards)
         assert set(passes) == set(range(7)) - kept and len(passes) == 7 - len(kept)
         for one, other in zip(found, expected, strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
-        assert sorted(shards.read()) == list(range(7))  # for the next one
+        assert ReferenceShards(folder, 0, 7).find().all()  # for the next one
         if left is data:
             assert len(kept) == 7 if damage is None else 0 < len(kept) < 7
 
 
+def logps_like(lengths) -> list:
+    """Of each row two arrays, the second one longer by one."""
+    return [
+        tuple(np.arange(n, dtype=np.float32) + 1000 * i for n in (length, length + 1))
+        for i, length in enumerate(lengths)
+    ]
+
+
 def test_several_runs_may_write_one_file_of_the_cache_at_a_time(tmp_path):
-    path, values = tmp_path / "shared" / "train-1.npz", np.arange(300_000, dtype=np.float32)
+    path, rows = tmp_path / "shared" / "train-1.arrow", logps_like(range(1, 400))
     with ThreadPoolExecutor(6) as pool:
-        list(pool.map(lambda _: reference_cache._write(path, (values, values)), range(12)))
-    assert [file.name for file in path.parent.iterdir()] == ["train-1.npz"]
-    with np.load(path) as stored:
-        assert np.array_equal(stored["chosen"], values)
+        list(pool.map(lambda _: reference_file.write(path, [rows[:100], rows[100:]]), range(12)))
+    assert [file.name for file in path.parent.iterdir()] == ["train-1.arrow"]
+    stored = Dataset.from_file(str(path))
+    assert [(row[COLUMNS[0]], row[COLUMNS[1]]) for row in stored] == [(a.tolist(), b.tolist()) for a, b in rows]
+
+
+def test_a_flipped_bit_and_a_cut_file_are_seen(tmp_path):
+    path, lengths = tmp_path / "train-1.arrow", np.arange(1, 60)
+    rows = logps_like(lengths)
+    reference_file.write(path, [rows[:20], rows[20:]])
+    reference_file.check(path, [lengths, lengths + 1])
+    for other in ([lengths, lengths], [lengths[:-1], lengths[:-1] + 1], [lengths[::-1], lengths[::-1] + 1]):
+        with pytest.raises(TrainingError, match="delete it"):
+            reference_file.check(path, other)
+    whole = path.read_bytes()
+    draw = np.random.default_rng(0)
+    harmless = 0
+    for _ in range(300):
+        harmed = bytearray(whole)
+        if draw.random() < 0.3:
+            harmed = harmed[: draw.integers(len(whole) - 16)]
+        else:
+            harmed[draw.integers(len(whole))] ^= 1 << int(draw.integers(8))
+        path.write_bytes(harmed)
+        try:
+            reference_file.check(path, [lengths, lengths + 1])
+        except TrainingError:
+            continue
+        harmless += 1  # padding, or a flag that nothing looks at: what is read is what was written
+        stored = Dataset.from_file(str(path))
+        assert [(row[COLUMNS[0]], row[COLUMNS[1]]) for row in stored] == [(a.tolist(), b.tolist()) for a, b in rows]
+    assert harmless < 60, harmless
 
 
 def test_which_model_is_the_reference():

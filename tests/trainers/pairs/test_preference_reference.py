@@ -13,6 +13,7 @@ from align.modeling.load import freeze_copy, load_policy, load_tokenizer
 from align.trainers.dpo import DPOTrainer
 from align.trainers.pairs.data import flat_column, list_column
 from align.trainers.pairs.reference_cache import ReferenceCache
+from align.trainers.pairs.reference_file import COLUMNS, write
 from tests.trainers.pairs.preference_runs import assert_close, dpo_config, history, toy_pairs
 from tests.trainers.tiny_runs import logged, parameters
 
@@ -59,7 +60,7 @@ def test_the_cache_is_read_again_and_notices_changes(policy, pairs, tmp_path, ca
 
     first = files()
     assert len(first) == 1 and "are read from" not in caplog.text and "computed anew" not in caplog.text
-    stored = np.load(tmp_path / "shared" / next(iter(first)))
+    stored = Dataset.from_file(str(tmp_path / "shared" / next(iter(first))))
     assert files(seed=7, learning_rate=1.0, per_device_train_batch_size=2) == first and "are read from" in caplog.text
     other_data = files(data=pairs.select(range(20)))
     assert len(other_data) == 2 and "of other data or of another reference" in caplog.text
@@ -68,19 +69,20 @@ def test_the_cache_is_read_again_and_notices_changes(policy, pairs, tmp_path, ca
     moved = load_policy(policy)
     moved.lm_head.weight.data[0, 0] += 1e-3
     assert len(files(model=moved)) == 4
-    assert (stored["chosen"] < 0).all() and len(stored["chosen"]) != len(stored["rejected"])
+    for column in COLUMNS:
+        assert all(logp < 0 for row in stored[column] for logp in row)
 
 
 def test_a_damaged_cache_is_an_error(policy, pairs, tmp_path):
     args = dpo_config(tmp_path, precompute_ref_log_probs=True)
     DPOTrainer(policy, args, pairs)
     (path,) = (tmp_path / "ref_log_probs").iterdir()
-    with np.load(path) as stored:
-        both = stored["chosen"][:-1], stored["rejected"]
-    np.savez(path, chosen=both[0], rejected=both[1])
+    rows = [[np.array(row[column], np.float32) for column in COLUMNS] for row in Dataset.from_file(str(path))]
+    write(path, [rows[:-1]])
     with pytest.raises(TrainingError, match="delete it"):
         DPOTrainer(policy, args, pairs)
-    np.savez(path, chosen=np.append(both[0], -50.0), rejected=both[1])  # the right size, a wrong number
+    rows[-1][0][-1] = -50.0  # a wrong number that somebody wrote
+    write(path, [rows])
     with pytest.raises(TrainingError, match="the policy and its reference differ by"):
         run(policy, dpo_config(tmp_path, precompute_ref_log_probs=True, per_device_train_batch_size=24), pairs)
 
@@ -147,9 +149,10 @@ def test_three_runs_write_into_one_folder_at_once(tmp_path):
 
     def compute(shards):
         barrier.wait(30)  # all three have found no file
-        shards.append(0, np.arange(2, dtype=np.float32), np.arange(1, dtype=np.float32))
+        for row in range(500):
+            values = np.arange(2 * row, 2 * row + 2, dtype=np.float32)
+            shards.append(row, values, np.array([row], dtype=np.float32))
         shards.close()
-        return np.arange(1000, dtype=np.float32), np.arange(500, dtype=np.float32)
 
     def one_run():
         found = ReferenceCache(tmp_path / "shared", "weights", "float32").add_to(rows, "train", compute)
