@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Python compiles what it imports; compiling all that is installed takes minutes.
 export PIP_NO_COMPILE := 1
 
-.PHONY: quickstart test test-lowest test-highest lint docs audit clean
+.PHONY: quickstart test test-lowest test-highest test-newest lint docs audit clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/align quickstart $(ARGS)
@@ -24,6 +24,15 @@ test: $(VENV)/.installed
 # `make test-highest ARGS="tests/modeling -k gemma2"` runs a part.
 test-lowest test-highest: test-%: .venv-%/.installed
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# The short form, for every change: what leans on transformers, with its newest release laid over the environment.
+test-newest: $(VENV)/.installed build/newest/.installed
+	PYTHONPATH=build/newest OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not vllm" $(ARGS) \
+		tests/modeling tests/rollout/test_generation.py tests/trainers/core/test_fsdp2.py tests/trainers/test_remax.py
+
+build/newest/.installed: requirements/highest.txt
+	$(BIN)/pip install -q --upgrade --target $(@D) -c $< transformers
+	touch $@
 
 .venv-%/.installed: requirements/%.txt pyproject.toml
 	$(PYTHON) -m venv .venv-$*
