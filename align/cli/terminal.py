@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 # Messages on what one process alone has seen: they are shown from every process.
 OF_ONE_PROCESS = ("align.reward_models.failures", "align.trainers.core.signals")
-# Its one warning, on processors with bfloat16 instructions, is that compiled code of a hub was not loaded: nothing misses it.
+# Its one warning, on processors with bfloat16 instructions: compiled code of a hub was not loaded. Nothing misses it.
 OF_NO_USE = ("bitsandbytes.backends.cpu.ops",)
 LIBRARIES = ("transformers", "trl", "peft", "accelerate", "datasets", "huggingface_hub")
 

@@ -1,13 +1,15 @@
 """The options of every method as plain records, read from a file: for help and mistakes that need no torch.
 
 `options.json` beside this file is written by `python -m align.config.options` from the classes of the methods. It is
-used where the installed transformers and trl, and the fields of our own classes, are those that it was written with;
-with others the records are made from the classes, which takes the seconds that importing them takes.
+used where the installed transformers and trl, and the fields of our own classes, are those that it was written with.
+With others the records are made from the classes, which takes the seconds that importing them takes, and kept in the
+user's cache for the next time.
 """
 
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import textwrap
 from enum import Enum
@@ -42,9 +44,31 @@ def options_of(method_name: str) -> dict[str, dict[str, Any]]:
     """
     content = json.loads(FILE.read_text(encoding="utf-8"))
     if content["made with"] != installed():
-        content = make()
+        content = kept()
     groups = content["methods"][method_name]
     return {name: content["options"][index] for name, index in groups.items()}
+
+
+def kept() -> dict[str, Any]:
+    """The records of the installed versions: from the user's cache, or made, and put there where that is possible."""
+    made_with = installed()
+    name = f"options-{hashlib.sha256(json.dumps(made_with).encode()).hexdigest()[:16]}.json"
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "align" / name
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["made with"] == made_with and content["methods"].keys() == METHODS.keys():
+            return content
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        pass  # not there yet, or damaged
+    content = make()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        own = path.with_suffix(f".{os.getpid()}")
+        own.write_text(json.dumps(content), encoding="utf-8")
+        os.replace(own, path)
+    except OSError:
+        pass  # a home that cannot be written to: made again the next time
+    return content
 
 
 def installed() -> dict[str, str]:

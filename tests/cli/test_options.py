@@ -3,16 +3,35 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import version
+from pathlib import Path
 
 import jsonschema
 import pytest
 
 from align.cli.main import main
-from align.config.options import FILE, json_schema, make, options_of
+from align.config import options
+from align.config.options import FILE, MADE_WITH, json_schema, make, options_of
 from align.config.source import read_file, ready_configs
 from align.methods import METHODS
 
+CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 
+TESTED = all(f"{name}=={version(name)}\n" in CONSTRAINTS.read_text() for name in MADE_WITH)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache_of_their_own(tmp_path_factory):
+    """Where the versions are not the tested ones, help is quick from the second time on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        options_of.cache_clear()
+        options_of("dpo")
+        yield
+    options_of.cache_clear()
+
+
+@pytest.mark.skipif(not TESTED, reason="the file is of the versions in constraints.txt")
 def test_the_file_is_current():
     """After a change of options: python -m align.config.options"""
     assert json.loads(FILE.read_text(encoding="utf-8")) == json.loads(json.dumps(make()))
@@ -40,6 +59,38 @@ def test_help_and_mistakes_import_no_torch(tokens, status):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def forgotten():
+    yield
+    options_of.cache_clear()
+
+
+def test_other_versions_are_looked_at_once(tmp_path, monkeypatch, forgotten):
+    made = []
+
+    def counted():
+        made.append(1)
+        return {"made with": {"transformers": "6.0"}, "methods": {name: {} for name in METHODS}, "options": []}
+
+    def ask(home) -> int:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+        options_of.cache_clear()
+        assert options_of("dpo") == {}
+        return len(made)
+
+    monkeypatch.setattr(options, "make", counted)
+    monkeypatch.setattr(options, "installed", lambda: {"transformers": "6.0"})
+    assert [ask(tmp_path), ask(tmp_path)] == [1, 1]
+    (file,) = (tmp_path / "align").iterdir()
+    for damage in ("{", "[]", "{}", '{"made with": {"transformers": "5.0"}}'):
+        before = len(made)
+        file.write_text(damage)
+        assert [ask(tmp_path), ask(tmp_path)] == [before + 1, before + 1]
+    (tmp_path / "a_file").write_text("")
+    before = len(made)
+    assert [ask(tmp_path / "a_file"), ask(tmp_path / "a_file")] == [before + 1, before + 2]  # nowhere to keep it
 
 
 def test_short_help_has_the_own_options_and_says_how_to_see_all(capsys):

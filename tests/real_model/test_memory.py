@@ -11,9 +11,10 @@ import pytest
 from align.cli.main import main
 from tests.real_model.conftest import FILE
 
-# What runs take, and no more: pages of the weights' file, mapped while it is read, are the system's to take back, so only the
-# process's own memory counts (of which the kernel keeps no high-water mark); and blocks of 64 KiB and more are given back when
-# they are freed, where glibc's moving threshold keeps, by chance, up to 250 MiB of what packing the weights has used.
+# What runs take, and no more: pages of the weights' file, mapped while it is read, are the system's to take back, so
+# only the process's own memory counts (of which the kernel keeps no high-water mark); and blocks of 64 KiB and more are
+# given back when they are freed, where glibc's moving threshold keeps, by chance, up to 250 MiB of what packing the
+# weights has used.
 GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 MEASURED = """
 import gc, json, sys, threading

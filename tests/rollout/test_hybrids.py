@@ -2,7 +2,7 @@
 
 import pytest
 
-from align.errors import ConfigError
+from align.errors import ConfigError, RolloutError
 from align.rollout import SamplingParams
 from align.rollout.make import make_engine
 from tests.modeling.test_prefix_support import hybrid
@@ -23,5 +23,7 @@ def test_rows_of_a_hybrid_are_those_of_the_model(name):
 
 @pytest.mark.parametrize("name", ["Rwkv", "Mamba2", "RecurrentGemma"])
 def test_a_model_without_a_cache_that_rows_can_be_picked_from_is_refused(name):
-    with pytest.raises(ConfigError, match=f"{name}ForCausalLM keeps what it has read .*use rollout.backend: vllm"):
+    # of Mamba2 transformers 5.24 gives the usual cache, whose padded rows the probe then refuses
+    refused = f"{name}ForCausalLM keeps what it has read .*use rollout.backend: vllm|does not compute what the trainer"
+    with pytest.raises((ConfigError, RolloutError), match=refused):
         make_engine(hybrid(name).eval(), backend="transformers", max_model_len=40)

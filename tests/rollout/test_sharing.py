@@ -53,6 +53,7 @@ def test_what_asks_unevenly_is_refused(tmp_path):
         on_policy("rloo", tmp_path, rollout=SHARED, dynamic_sampling_rounds=1)
 
 
+@needs_vllm
 def test_one_process_shares_with_none(tmp_path):
     with pytest.raises(ConfigError, match="shares an engine between 2 processes of the run, which has 1"):
         make_engine(llama(), max_model_len=256, **SHARED)

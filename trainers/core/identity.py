@@ -30,8 +30,9 @@ SAMPLES = 64
 CHANGEABLE_PREFIXES = (
     "eval_", "logging_", "save_", "hub_", "push_to_hub", "dataloader_", "num_logged_", "precompute_ref_",
     "include_", "log_", "fsdp", "deepspeed", "ddp_", "torch_compile", "torch_empty_cache", "trackio", "batch_eval_",
-    "disable_tqdm", "report_to", "verify_saved", "gradient_checkpointing", "auto_find_batch_size", "metric_for",
-    "greater_is_better", "load_best", "resume_", "restore_callback", "skip_memory", "project", "past_index",
+    "disable_tqdm", "report_to", "verify_saved", "gradient_checkpointing", "activation_checkpointing",
+    "auto_find_batch_size", "metric_for", "greater_is_better", "load_best", "resume_", "restore_callback",
+    "skip_memory", "project", "past_index",
 )  # fmt: skip
 CHANGEABLE = {
     "output_dir", "run_name", "num_train_epochs", "max_steps", "do_train", "do_eval", "do_predict", "use_cpu",

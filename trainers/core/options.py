@@ -73,8 +73,12 @@ class RunOptions(TrainingSettings):
         cuda = machine_has_cuda() and not self.use_cpu
         if self.bf16 is None:
             self.bf16 = cuda and not self.fp16 and torch.cuda.is_bf16_supported()
-        if self.gradient_checkpointing is None:
+        if self.gradient_checkpointing is None and getattr(self, "activation_checkpointing", None) is None:
             self.gradient_checkpointing = cuda
+        for name in ("activation_checkpointing", "activation_checkpointing_kwargs"):
+            old = name.replace("activation", "gradient")
+            if hasattr(self, name) and getattr(self, name) is None:  # transformers 5.23, which warns of the old name
+                setattr(self, name, getattr(self, old))
         if not cuda:
             self.dataloader_pin_memory = False
         check_ranges(self)

@@ -63,4 +63,5 @@ def test_fsdp2_in_bfloat16_trains(policy, tmp_path):
         assert run["engine"] == run["computes"] == "torch.bfloat16"
         steps = [entry for entry in run["logs"] if "loss" in entry]
         assert len(steps) == 2 and steps[0]["kl"] == 0
-        assert all(0 < entry["rollout/mean_abs_logp_diff"] < 0.05 for entry in steps)
+        # 0 on processors with bfloat16 instructions
+        assert all(0 <= entry["rollout/mean_abs_logp_diff"] < 0.05 for entry in steps)

@@ -50,7 +50,7 @@ def test_how_a_step_is_batched_does_not_matter(options, policy, pairs, tmp_path)
     cut = trained(policy, dpo_config(tmp_path / "b", **settings, **options), pairs)
     assert isinstance(whole.planner.layout, SharedPrefixPairs)
     assert isinstance(cut.planner.layout, PaddedPairs if "batching" in options else SharedPrefixPairs)
-    assert_close(history(cut), history(whole), rtol=2e-5, atol=2e-6)
+    assert_close(history(cut), history(whole), rtol=2e-5, atol=5e-6)
     for name, weight in parameters(whole.model).items():
         torch.testing.assert_close(cut.model.get_parameter(name), weight, rtol=0, atol=1e-4, msg=name)
 
