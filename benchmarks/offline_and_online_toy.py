@@ -1,18 +1,19 @@
 """DPO and SRPO on offline pairs, online pairs, and MetaAPO's mixture of both: gold beside the proxy on the toy world.
 
-    python benchmarks/offline_and_online_toy.py [--seeds 0 1 2] [--output FILE]     # 2 minutes a seed on one core
+    python benchmarks/offline_and_online_toy.py [--seeds 0 1 2] [--methods ...] [--folder FOLDER] [--output FILE]
 
 For every seed a policy is trained from scratch on the reference text. Of 1,000 pairs of its own answers, which the gold
 reward labels, a quarter has the wrong label; a reward model learns from these pairs, and is the proxy that ranks what
 is written online. From the one policy start, with the same pairs, prompts, optimiser, beta, batch and number of steps:
 
     dpo         the pairs alone
-    srpo        the pairs alone; its answers, and these after one, two and three revisions by itself
+    srpo        the pairs alone
     online_dpo  the prompts alone, four answers each
-    metaapo     both; and with every prompt answered anew (metaapo_all)
+    metaapo     both, in rollouts of four steps
 
 Measured on 128 other prompts, four sampled answers each: the mean gold score and the proxy's, every eight steps (of
-dpo and srpo at the end); and how many answers were drawn and scored in training.
+dpo and srpo at the end); how many answers were drawn and scored in training; and of the start, dpo and srpo the gold
+score after one, two and three revisions. A seed takes a minute or two of one core.
 """
 
 import argparse
@@ -41,14 +42,16 @@ ONLINE = {
     "missing_eos_penalty": 1.0, "eval_strategy": "steps", "eval_steps": 8, "num_eval_prompts": 128,
     "eval_num_generations": 4,
 }  # fmt: skip
-METHODS = {
+METHODS: dict[str, tuple[str, dict]] = {
+    "start": ("", {}),
+    "dpo": ("DPO", {}),
+    "srpo": ("SRPO", {}),
     "online_dpo": ("OnlineDPO", {}),
     "metaapo": ("MetaAPO", {"meta_every": 4, "num_mini_batches": 4}),
-    "metaapo_all": ("MetaAPO", {"meta_every": 4, "num_mini_batches": 4, "adaptive_sampling": False}),
 }
 
 
-def make_proxy(policy: str, pairs: Dataset, seed: int, folder: Path) -> dict:
+def make_proxy(policy: str, pairs: Dataset, seed: int, folder: Path) -> None:
     args = align.RewardConfig(
         output_dir=str(folder), num_train_epochs=2, per_device_train_batch_size=32, learning_rate=2e-3,
         lr_scheduler_type="linear", max_length=32, seed=seed, score_l2_coefficient=0.001, **QUIET,
@@ -56,7 +59,6 @@ def make_proxy(policy: str, pairs: Dataset, seed: int, folder: Path) -> dict:
     trainer = align.RewardTrainer(policy, args, pairs)
     trainer.train()
     trainer.save_model()
-    return {"type": "classifier", "path": str(folder), "name": "proxy"}
 
 
 def curve(folder: Path) -> list[dict]:
@@ -85,58 +87,71 @@ def revised(policy: str, prompts: Dataset, seed: int, file: Path) -> list[float]
     return [round(sum(column) / len(column), 3) for column in zip(*found, strict=True)]
 
 
-def seed_run(seed: int, folder: Path) -> dict:
+def make_world(seed: int, folder: Path) -> None:
+    """The policy, the pairs and the proxy, once."""
+    if (folder / "proxy").exists():
+        return
     train_prompts, eval_prompts = toy.split_prompts(seed, 256, 128)
     topics = {row["prompt"]: row["topic"] for row in train_prompts}
     policy = start_policy(seed, folder / "policy")
-    pairs = sampled_pairs(policy, train_prompts, PAIRS, seed)
-    pairs = flip_labels(pairs, FLIPPED, seed)[0]
+    pairs = flip_labels(sampled_pairs(policy, train_prompts, PAIRS, seed), FLIPPED, seed)[0]
     pairs = pairs.add_column("topic", [topics[prompt] for prompt in pairs["prompt"]])
-    held_out = Dataset.from_list(eval_prompts)
-    proxy = make_proxy(policy, pairs, seed, folder / "proxy")
-    found: dict = {}
-    args = align.DPOConfig(output_dir=str(folder / "dpo"), max_length=32, seed=seed, **COMMON)
-    trainer = align.DPOTrainer(policy, args, pairs, processing_class=load_tokenizer(policy))
-    trainer.train()
-    trainer.save_model()
-    found["dpo"] = {"curve": [measured(str(folder / "dpo"), proxy, held_out, folder / "look")], "drawn": 0}
-    args = align.SRPOConfig(output_dir=str(folder / "srpo"), max_length=32, seed=seed, **COMMON)
-    trainer = align.SRPOTrainer(policy, args, pairs, processing_class=load_tokenizer(policy))
-    trainer.train()
-    trainer.save_model()
-    found["srpo"] = {"curve": [measured(str(folder / "srpo"), proxy, held_out, folder / "look")], "drawn": 0}
-    for name in ("policy", "dpo", "srpo"):
-        found.setdefault(name, {})["revisions"] = revised(str(folder / name), held_out, seed, folder / f"{name}.jsonl")
-    for name, (method, options) in METHODS.items():
-        config, cls = getattr(align, f"{method}Config"), getattr(align, f"{method}Trainer")
-        args = config(output_dir=str(folder / name), seed=seed, **COMMON, **ONLINE, **options)
-        trainer = cls(policy, proxy, args, pairs, held_out, gold_reward=toy.gold)
-        drawn = []
-        draw = trainer.pipeline.draw
-        trainer.pipeline.draw = lambda asked, *rest, drawn=drawn, draw=draw: (
-            drawn.append(len(asked)) or draw(asked, *rest)
-        )
+    pairs.to_json(folder / "pairs.jsonl")
+    Dataset.from_list(eval_prompts).to_json(folder / "eval_prompts.jsonl")
+    make_proxy(policy, pairs, seed, folder / "proxy")
+
+
+def train(name: str, seed: int, folder: Path) -> dict:
+    """One run, and what is measured of it."""
+    policy, pairs = str(folder / "policy"), align.load_rows(folder / "pairs.jsonl")
+    held_out = align.load_rows(folder / "eval_prompts.jsonl")
+    proxy = {"type": "classifier", "path": str(folder / "proxy"), "name": "proxy"}
+    if name == "start":
+        return {"revisions": revised(policy, held_out, seed, folder / "start.jsonl")}
+    method, options = METHODS[name]
+    config, cls = getattr(align, f"{method}Config"), getattr(align, f"{method}Trainer")
+    output = folder / name
+    if name in ("dpo", "srpo"):
+        args = config(output_dir=str(output), max_length=32, seed=seed, **COMMON, **options)
+        trainer = cls(policy, args, pairs, processing_class=load_tokenizer(policy))
         trainer.train()
-        trainer.close()
-        found[name] = {"curve": curve(folder / name), "drawn": ANSWERS * sum(drawn)}
-        if method == "MetaAPO":
-            logs = trainer.state.log_history
-            for key in ("meta/drawn", "meta/weight", "offline/accuracies"):
-                values = [log[key] for log in logs if key in log]
-                found[name][key] = [round(values[0], 3), round(values[-1], 3)]
-    return {"seed": seed, **found}
+        trainer.save_model()
+        found = {"curve": [measured(str(output), proxy, held_out, folder / "look")], "drawn": 0}
+        return {**found, "revisions": revised(str(output), held_out, seed, folder / f"{name}.jsonl")}
+    args = config(output_dir=str(output), seed=seed, **COMMON, **ONLINE, **options)
+    trainer = cls(policy, proxy, args, pairs, held_out, gold_reward=toy.gold)
+    drawn, draw = [], trainer.pipeline.draw
+    trainer.pipeline.draw = lambda asked, *rest: drawn.append(len(asked)) or draw(asked, *rest)
+    trainer.train()
+    trainer.close()
+    found = {"curve": curve(output), "drawn": ANSWERS * sum(drawn)}
+    for key in ("meta/drawn", "meta/weight", "offline/accuracies"):
+        values = [log[key] for log in trainer.state.log_history if key in log]
+        if values:
+            found[key] = [round(values[0], 3), round(values[-1], 3)]
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--folder", type=Path, help="keep what is made here, and go on from it [a temporary one]")
     parser.add_argument("--output", type=Path, default=RESULT)
     args = parser.parse_args()
-    runs = []
-    for seed in args.seeds:
-        with tempfile.TemporaryDirectory() as folder:
-            runs.append(seed_run(seed, Path(folder)))
-        print(json.dumps(runs[-1]))
+    with tempfile.TemporaryDirectory() as temporary:
+        root = args.folder or Path(temporary)
+        for seed in args.seeds:
+            make_world(seed, root / str(seed))
+            for name in args.methods:
+                found = root / str(seed) / f"{name}.json"
+                if not found.exists():
+                    found.write_text(json.dumps(train(name, seed, root / str(seed))))
+                print(seed, name, found.read_text(), flush=True)
+        runs = [
+            {"seed": seed, **{f.stem: json.loads(f.read_text()) for f in sorted((root / str(seed)).glob("*.json"))}}
+            for seed in args.seeds
+        ]
     content = {"steps": STEPS, "batch": BATCH, "pairs": PAIRS, "flipped": FLIPPED, "answers": ANSWERS, "runs": runs}
     content["versions"] = {name: version(name) for name in ("torch", "transformers")}
     args.output.write_text(json.dumps(content, indent=1) + "\n")
