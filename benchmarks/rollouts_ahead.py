@@ -8,6 +8,8 @@ of a run's steps after the first one (whose completions nobody could draw ahead)
 round. All else is the same: prompts, draws' lengths, `rollout_correction: token_truncate`, no reference (`beta: 0`).
 `generate` and `train` are the parts of a step with 0 and say how equally long they are: with parts g and t, and o for
 what waits for both (the push with its proof, scores), no schedule gets below (max(g, t) + o) / (g + t + o): `least`.
+`server` and `trainer` are seconds of processor time per step, which other work on the machine stretches less than the
+clock's: drawing ahead must not cost more of them.
 """
 
 import argparse
@@ -105,15 +107,21 @@ def make_trainer(folder: Path, url: str, ahead: int, options):
     return RLOOTrainer(str(folder), unique_words, args, rows)
 
 
-def measured(trainer) -> dict[str, float]:
-    """Seconds of a step by the clock, and of its parts, means over a run's steps after the first."""
+def processor_time(process: subprocess.Popen) -> float:
+    """Seconds, of a process and those that it started."""
+    import psutil
+
+    parent = psutil.Process(process.pid)
+    return sum(sum(one.cpu_times()[:2]) for one in [parent, *parent.children(recursive=True)])
+
+
+def measured(trainer, server: subprocess.Popen) -> dict[str, float]:
+    """Seconds of a step by the clock, of its parts, and of the processor, means over a run's steps after the first."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
-        ends: list[float] = []
-
         def on_step_end(self, args, state, control, **kwargs):
-            self.ends.append(time.perf_counter())
+            self.ends.append((time.perf_counter(), processor_time(server), time.process_time()))
 
     clock = Clock()
     clock.ends = []
@@ -122,7 +130,8 @@ def measured(trainer) -> dict[str, float]:
     trainer.remove_callback(clock)
     logs = [entry for entry in trainer.state.log_history if "time/train" in entry][-trainer.args.max_steps + 1 :]
     parts = {name: statistics.mean(entry[f"time/{name}"] for entry in logs) for name in ("generate", "train", "sync")}
-    return {"step": (clock.ends[-1] - clock.ends[0]) / (len(clock.ends) - 1), **parts}
+    spent = [(end - start) / (len(clock.ends) - 1) for start, end in zip(clock.ends[0], clock.ends[-1], strict=True)]
+    return dict(zip(("step", "server", "trainer"), spent, strict=True)) | parts
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -140,6 +149,7 @@ def main() -> None:
     os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", ALIGN_ROLLOUT_KEY=KEY)  # before torch is imported
     os.sched_setaffinity(0, cores[:1])
     rounds: list[dict] = []
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         url = write_world(folder, options.tokens)
@@ -148,7 +158,7 @@ def main() -> None:
             trainers = [make_trainer(folder, url, ahead, options) for ahead in (0, 1)]
             for number in range(options.rounds + 1):  # the first one warms up
                 order = (0, 1) if number % 2 else (1, 0)
-                found = {ahead: measured(trainers[ahead]) for ahead in order}
+                found = {ahead: measured(trainers[ahead], server) for ahead in order}
                 if number:
                     rounds.append(found)
                     print(json.dumps(found), flush=True)
@@ -167,6 +177,7 @@ def main() -> None:
         "versions": {package: version(package) for package in ("torch", "transformers")},
         "processor": platform.processor() or platform.machine(),
         "cores": len(cores),
+        "load_average": [load, os.getloadavg()[0]],  # before and after
     }
     options.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({key: result[key] for key in ("ratio", "least")}))

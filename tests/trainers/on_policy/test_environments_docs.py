@@ -30,6 +30,20 @@ def test_the_commands_and_the_class_of_the_page():
     assert [session.reply(answer).done for answer in ("6", "7")] == [False, True] and session.finish() == 1.0
 
 
+def test_several_environments_in_a_file(tmp_path):
+    (block,) = re.findall(r"```yaml\n(.*?)```", DOCS, re.DOTALL)
+    text = (configs_dir() / "environment.yaml").read_text()
+    text = re.sub(r"^environment: .*$", "", text, flags=re.MULTILINE)
+    text = text.replace("extends: base/prompts", f"extends: {configs_dir() / 'base' / 'prompts.yaml'}")
+    (tmp_path / "several.yaml").write_text(text + block)
+    run = resolve("grpo", str(tmp_path / "several.yaml"), [])
+    assert run.training.environment == {
+        "game": "examples/environments.py:GuessingGame",
+        "other": "my_env.py:OtherGame",
+    }
+    assert run.rewards is None  # theirs alone
+
+
 def test_the_example():
     game = Environments(imported(f"{ROOT}/examples/environments.py:GuessingGame", "example"), [], 5).kinds[None].start()
     game.reset({"environment_seed": 0})
