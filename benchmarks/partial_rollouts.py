@@ -1,6 +1,6 @@
 """Processor time of a step with `partial_rollouts` against without, where one completion in 16 is 8 times as long.
 
-    python benchmarks/partial_rollouts.py [--parts 8] [--rounds 4] [--measured 8] [--prompts 16] [--short 32]
+    python benchmarks/partial_rollouts.py [--parts 8] [--rounds 3] [--measured 8] [--prompts 16] [--short 32]
         [--output FILE]
 
 REINFORCE++ with vLLM in the trainer's process, one completion per prompt, one thread. The policy has random weights,
@@ -173,7 +173,7 @@ def rereading(engine: LongTailed, parts: int, longest: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("parts", 8), ("rounds", 4), ("measured", 8), ("prompts", 16), ("short", 32)):
+    for name, default in (("parts", 8), ("rounds", 3), ("measured", 8), ("prompts", 16), ("short", 32)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
