@@ -8,6 +8,7 @@ of a run's steps after the first one (whose completions nobody could draw ahead)
 round. All else is the same: prompts, draws' lengths, `rollout_correction: token_truncate`, no reference (`beta: 0`).
 `generate` and `train` are the parts of a step with 0 and say how equally long they are: with parts g and t, and o for
 what waits for both (the push with its proof, scores), no schedule gets below (max(g, t) + o) / (g + t + o): `least`.
+`undisturbed` is the ratio of the fastest fifth of steps of each side, for machines that do other work too.
 `server` and `trainer` are seconds of processor time per step, which other work on the machine stretches less than the
 clock's: drawing ahead must not cost more of them.
 """
@@ -115,8 +116,9 @@ def processor_time(process: subprocess.Popen) -> float:
     return sum(sum(one.cpu_times()[:2]) for one in [parent, *parent.children(recursive=True)])
 
 
-def measured(trainer, server: subprocess.Popen) -> dict[str, float]:
-    """Seconds of a step by the clock, of its parts, and of the processor, means over a run's steps after the first."""
+def measured(trainer, server: subprocess.Popen) -> dict:
+    """Seconds of a step by the clock, of its parts, and of the processor, means over a run's steps after the first; and
+    of each of those steps."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
@@ -131,7 +133,8 @@ def measured(trainer, server: subprocess.Popen) -> dict[str, float]:
     logs = [entry for entry in trainer.state.log_history if "time/train" in entry][-trainer.args.max_steps + 1 :]
     parts = {name: statistics.mean(entry[f"time/{name}"] for entry in logs) for name in ("generate", "train", "sync")}
     spent = [(end - start) / (len(clock.ends) - 1) for start, end in zip(clock.ends[0], clock.ends[-1], strict=True)]
-    return dict(zip(("step", "server", "trainer"), spent, strict=True)) | parts
+    each = [end[0] - start[0] for start, end in zip(clock.ends, clock.ends[1:], strict=False)]
+    return dict(zip(("step", "server", "trainer"), spent, strict=True)) | parts | {"steps": each}
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -171,7 +174,11 @@ def main() -> None:
     result = {
         "ratio": spread([r[1]["step"] / r[0]["step"] for r in rounds]),
         "least": spread(least),
-        "seconds": {str(a): {part: spread([r[a][part] for r in rounds]) for part in rounds[0][a]} for a in (0, 1)},
+        "undisturbed": fastest(rounds, 1) / fastest(rounds, 0),
+        "seconds": {
+            str(a): {part: spread([r[a][part] for r in rounds]) for part in rounds[0][a] if part != "steps"}
+            for a in (0, 1)
+        },
         "rounds": rounds,
         "options": {k: v for k, v in vars(options).items() if k != "output"},
         "versions": {package: version(package) for package in ("torch", "transformers")},
@@ -180,7 +187,13 @@ def main() -> None:
         "load_average": [load, os.getloadavg()[0]],  # before and after
     }
     options.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({key: result[key] for key in ("ratio", "least")}))
+    print(json.dumps({key: result[key] for key in ("ratio", "undisturbed", "least")}))
+
+
+def fastest(rounds: list[dict], ahead: int) -> float:
+    """Seconds of a step that nothing disturbed: the median of the fastest fifth of all rounds' steps."""
+    steps = sorted(seconds for found in rounds for seconds in found[ahead]["steps"])
+    return statistics.median(steps[: max(1, len(steps) // 5)])
 
 
 def over(part: dict[str, float]) -> float:
