@@ -10,7 +10,7 @@ round. All else is the same: prompts, draws' lengths, `rollout_correction: token
 what waits for both (the push with its proof, scores), no schedule gets below (max(g, t) + o) / (g + t + o): `least`.
 `undisturbed` is the ratio of the fastest fifth of steps of each side, for machines that do other work too.
 `server` and `trainer` are seconds of processor time per step, which other work on the machine stretches less than the
-clock's: drawing ahead must not cost more of them.
+clock's, `server_waited` and `trainer_waited` those in which each was ready and other work had its core.
 """
 
 import argparse
@@ -108,12 +108,15 @@ def make_trainer(folder: Path, url: str, ahead: int, options):
     return RLOOTrainer(str(folder), unique_words, args, rows)
 
 
-def processor_time(process: subprocess.Popen) -> float:
-    """Seconds, of a process and those that it started."""
+def on_core(pid: int) -> tuple[float, float]:
+    """Seconds that a process and those that it started had a processor core, and that their main threads were ready to
+    and waited for one, which others had."""
     import psutil
 
-    parent = psutil.Process(process.pid)
-    return sum(sum(one.cpu_times()[:2]) for one in [parent, *parent.children(recursive=True)])
+    parent = psutil.Process(pid)
+    every = [parent, *parent.children(recursive=True)] if pid != os.getpid() else [parent]
+    waits = [int(Path(f"/proc/{one.pid}/schedstat").read_text().split()[1]) / 1e9 for one in every]
+    return sum(sum(one.cpu_times()[:2]) for one in every), sum(waits)
 
 
 def measured(trainer, server: subprocess.Popen) -> dict:
@@ -123,7 +126,7 @@ def measured(trainer, server: subprocess.Popen) -> dict:
 
     class Clock(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            self.ends.append((time.perf_counter(), processor_time(server), time.process_time()))
+            self.ends.append((time.perf_counter(), *on_core(server.pid), *on_core(os.getpid())))
 
     clock = Clock()
     clock.ends = []
@@ -134,7 +137,8 @@ def measured(trainer, server: subprocess.Popen) -> dict:
     parts = {name: statistics.mean(entry[f"time/{name}"] for entry in logs) for name in ("generate", "train", "sync")}
     spent = [(end - start) / (len(clock.ends) - 1) for start, end in zip(clock.ends[0], clock.ends[-1], strict=True)]
     each = [end[0] - start[0] for start, end in zip(clock.ends, clock.ends[1:], strict=False)]
-    return dict(zip(("step", "server", "trainer"), spent, strict=True)) | parts | {"steps": each}
+    names = ("step", "server", "server_waited", "trainer", "trainer_waited")
+    return dict(zip(names, spent, strict=True)) | parts | {"steps": each}
 
 
 def spread(values: list[float]) -> dict[str, float]:
