@@ -9,6 +9,7 @@ from torch import nn
 
 from align.errors import ConfigError, RolloutError
 from align.rollout import SamplingParams, make_engine
+from align.rollout.adapters import ArrivedShare, adapter_weights
 from align.rollout.probe import Probe, check_probe
 from tests.rollout.rollout_models import EOS, is_greedy, llama, needs_vllm, never_ending, prompts
 
@@ -220,6 +221,16 @@ def test_adapters_are_merged_without_touching_the_model(holding, options):
     assert held.keys() == model.state_dict().keys()
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, held[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_the_share_of_an_adapter_that_arrives(dtype):
+    """All of it without rounding, nearly all in bfloat16, and none is told before it has changed anything."""
+    model = get_peft_model(llama(), LoraConfig(r=4, target_modules="all-linear"))  # its B is 0 at first
+    before, after = ArrivedShare(), ArrivedShare()
+    assert len(dict(adapter_weights(model, dtype, before))) == 2 * 14 and before.share is None
+    dict(adapter_weights(lora(llama()), dtype, after))
+    assert after.share == 1 if dtype == torch.float32 else after.share == pytest.approx(1, abs=1e-3)
 
 
 def test_an_engine_starts_from_an_adapter_model_with_a_tied_base(make):
