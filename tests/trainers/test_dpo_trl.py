@@ -161,4 +161,5 @@ def test_a_run_is_the_same(cached, policy, pairs, tmp_path):
     assert logged(ours, "loss") == pytest.approx(logged(theirs, "loss"), rel=1e-5)
     assert logged(ours, "grad_norm") == pytest.approx(logged(theirs, "grad_norm"), rel=1e-4)
     for name, weight in parameters(theirs.model).items():
-        torch.testing.assert_close(ours.model.get_parameter(name), weight, rtol=0, atol=1e-5, msg=name)
+        # a hundredth of how far Adam has moved them, by gradients whose last bit processors differ in
+        torch.testing.assert_close(ours.model.get_parameter(name), weight, rtol=0, atol=1e-4, msg=name)

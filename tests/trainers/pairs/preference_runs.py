@@ -43,3 +43,11 @@ def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tens
     for name, values in expected.items():
         assert len(values)
         torch.testing.assert_close(actual[name], values, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def assert_same_run(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """The first step but for rounding, what follows but for what Adam makes of it: an update of a gradient that is
+    nearly zero is as large as any other, and which way it goes is up to the last bit, in which processors differ."""
+    first = {name: values[:1] for name, values in expected.items() if not name.startswith("eval")}
+    assert_close({name: actual[name][:1] for name in first}, first, rtol=2e-5, atol=5e-6)
+    assert_close(actual, expected, rtol=1e-3, atol=1e-4)

@@ -9,7 +9,7 @@ from align.trainers.pairs.reference_cache import mark_of
 from align.trainers.pairs.reference_shards import ReferenceShards
 from tests.trainers.pairs.cache_ranks import logps, rows
 from tests.trainers.pairs.pair_ranks import CASES, train
-from tests.trainers.pairs.preference_runs import assert_close
+from tests.trainers.pairs.preference_runs import assert_same_run
 from tests.trainers.tiny_runs import assert_same
 from tests.trainers.two_processes import run_on_two
 from tests.warm import run_ranks
@@ -26,10 +26,10 @@ def runs(policy, tmp_path_factory):
 def test_two_processes_are_one(runs, case):
     one, first, second = (run[case] for run in runs)
     assert len(one["logs"]["loss"]) == 4
-    assert_close(first["logs"], one["logs"], rtol=2e-5, atol=2e-6)
+    assert_same_run(first["logs"], one["logs"])
     assert_same(first["weights"], second["weights"])
     for name, weight in one["weights"].items():
-        torch.testing.assert_close(first["weights"][name], weight, rtol=0, atol=2e-4, msg=name)
+        torch.testing.assert_close(first["weights"][name], weight, rtol=0, atol=5e-4, msg=name)
 
 
 @pytest.mark.parametrize("disks", ["one", "two"])
