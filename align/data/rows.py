@@ -26,8 +26,14 @@ SPLIT_WORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 
+
+def text_or_missing(cell: str) -> str | None:
+    """What a cell holds; pandas 2 leaves an empty one an empty text where pandas 3 takes it for missing."""
+    return cell or None
+
+
 # pandas would read the answer "42" as a number and the answer "None" as missing.
-CSV_OPTIONS = {"converters": dict.fromkeys(TEXT_COLUMNS, str), "keep_default_na": False, "na_values": [""]}
+CSV_OPTIONS = {"converters": dict.fromkeys(TEXT_COLUMNS, text_or_missing), "keep_default_na": False, "na_values": [""]}
 
 
 def load_rows(
