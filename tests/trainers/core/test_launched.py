@@ -10,6 +10,8 @@ from align.trainers.core.options import BaseConfig
 
 args = BaseConfig(output_dir="run", report_to="none")
 print(args.world_size, args.parallel_mode.name, args.use_cpu)
+if args.world_size > 1:
+    args.distributed_state.wait_for_everyone()  # the first holds the store that the second still connects by
 """
 
 
