@@ -68,29 +68,35 @@ class SRPOConfig(TrlDPOOptions, PreferenceConfig):
             self.max_revision_length = 2 * self.max_length
 
 
-class InThreeContexts:
-    """Mixed into a layout of pairs: B rows become 3B pairs, those of the prompts and of `REVISIONS` in this order."""
+def in_three_contexts(rows: Rows) -> Rows:
+    """B pairs -> 3B: after their prompts, then after those of `REVISIONS`."""
+    return [{**row, IDS[0]: row[context]} for context in CONTEXTS for row in rows]
+
+
+def of_rows(batch: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    """A batch of `in_three_contexts` whose column `row` numbers each of the `count` pairs once."""
+    return {**batch, "row": batch["row"][:count]}
+
+
+class PaddedContexts(PaddedPairs):
+    """All rows padded to the longest."""
 
     def __call__(self, rows: Rows) -> dict[str, Tensor]:
-        batch = super().__call__([{**row, IDS[0]: row[context]} for context in CONTEXTS for row in rows])  # type: ignore[misc]
-        batch["row"] = batch["row"][: len(rows)]
-        return batch
-
-    def tokens_of(self, row: dict) -> int:
-        one = super().tokens_of  # type: ignore[misc]
-        return sum(one({**row, IDS[0]: row[context]}) for context in CONTEXTS)
-
-
-class PaddedContexts(InThreeContexts, PaddedPairs):
-    """All rows padded to the longest."""
+        return of_rows(super().__call__(in_three_contexts(rows)), len(rows))
 
     def tokens_of(self, row: dict) -> int:
         longest = max((row[context] for context in CONTEXTS), key=len)
-        return len(CONTEXTS) * PaddedPairs.tokens_of(self, {**row, IDS[0]: longest})
+        return len(CONTEXTS) * super().tokens_of({**row, IDS[0]: longest})
 
 
-class SharedContexts(InThreeContexts, SharedPrefixPairs):
+class SharedContexts(SharedPrefixPairs):
     """The two answers share each of their contexts."""
+
+    def __call__(self, rows: Rows) -> dict[str, Tensor]:
+        return of_rows(super().__call__(in_three_contexts(rows)), len(rows))
+
+    def tokens_of(self, row: dict) -> int:
+        return sum(map(super().tokens_of, in_three_contexts([row])))
 
 
 class SRPOTrainer(PreferenceTrainer):
@@ -145,7 +151,7 @@ class SRPOTrainer(PreferenceTrainer):
 
 
 def revision_ratios(log_ratios: Tensor) -> RevisionRatios:
-    """log_ratios: [6B], of a batch of `InThreeContexts`: the chosen answers in the three contexts, then the rejected
+    """log_ratios: [6B], of a batch of `in_three_contexts`: the chosen answers in the three contexts, then the rejected
     ones."""
     (chosen, again, after_rejected), (rejected, after_chosen, rejected_again) = log_ratios.view(2, len(CONTEXTS), -1)
     return RevisionRatios(

@@ -67,10 +67,11 @@ class ReferenceCache:
         """
         mark = self.marks[name] = mark_of(dataset, self.weights, self.precision)
         path, main = self.folder / f"{name}-{mark}.arrow", PartialState().is_main_process
+        if PartialState().is_local_main_process and path.exists():  # nodes may have disks of their own
+            check(path, [trained_lengths(dataset, ids) for ids in IDS[1:]])
         if broadcast_object_list([path.exists() if main else None])[0]:
             if main:
                 logger.info("reference log-probs are read from %s", path)
-                check(path, [trained_lengths(dataset, ids) for ids in IDS[1:]])
         else:
             if main:
                 self._warn_of_others(name)

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -102,18 +102,8 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that takes its name when it is whole, and leaves nothing behind if that fails."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        options: dict[str, Any] = {"dir": path.parent, "prefix": ".unfinished-", "suffix": path.suffix, "delete": False}
-        with tempfile.NamedTemporaryFile(**options) as file:
-            try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".unfinished-") as folder:
+            whole = Path(folder) / path.name
+            with whole.open("wb") as file:
                 yield file
-            except BaseException:
-                os.unlink(file.name)
-                raise
-        os.chmod(file.name, 0o666 & ~_umask())
-        os.replace(file.name, path)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+            os.replace(whole, path)
