@@ -31,7 +31,7 @@ def cache_of_their_own(tmp_path_factory):
     options_of.cache_clear()
 
 
-@pytest.mark.skipif(not TESTED, reason="the file is of the versions in constraints.txt")
+@pytest.mark.skipif(not TESTED, reason="needs transformers and trl as pinned in constraints.txt, of which the file is")
 def test_the_file_is_current():
     """After a change of options: python -m align.config.options"""
     assert json.loads(FILE.read_text(encoding="utf-8")) == json.loads(json.dumps(make()))

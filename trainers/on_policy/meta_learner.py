@@ -4,6 +4,8 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -11,7 +13,7 @@ from align.errors import TrainingError
 from align.objectives.meta_apo import meta_mixture, meta_weight
 from align.trainers.core.recorder import Recorder
 
-FILE = "meta_learner.pt"
+FILE = "meta_learner.safetensors"
 HIDDEN = 100
 WEIGHT_DECAY = 1e-4  # of the weights, not of the biases: the authors' groups
 
@@ -82,13 +84,22 @@ class MetaLearner:
 
     def save(self, folder: Path) -> None:
         """h alone, for a run that goes on from the model in this folder (`load`)."""
-        torch.save({name: p.detach() for name, p in self.parameters.items()}, folder / FILE)
+        save_file({name: p.detach() for name, p in self.parameters.items()}, folder / FILE)
 
     def load(self, folder: str | Path) -> None:
+        """Begin with the h of a finished run. `TrainingError` where there is none, or none that is whole."""
         path = Path(folder) / FILE
         if not path.exists():
             raise TrainingError(f"meta_learner: {folder} has no {FILE}: name the output_dir of a finished MetaAPO run")
-        self._set(torch.load(path, weights_only=True))
+        try:
+            weights = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(
+                f"meta_learner: {path} is damaged ({error}): leave it out, and h begins anew"
+            ) from error
+        if {n: w.shape for n, w in weights.items()} != {n: p.shape for n, p in self.parameters.items()}:
+            raise TrainingError(f"meta_learner: {path} holds other weights than those of h")
+        self._set(weights)
 
     def _set(self, weights: dict[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():

@@ -15,7 +15,7 @@ if args.world_size > 1:
 """
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="with an accelerator the ranks need nothing to be said")
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without an accelerator")
 def test_ranks_are_one_run(tmp_path, monkeypatch):
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     (tmp_path / "script.py").write_text(SCRIPT)

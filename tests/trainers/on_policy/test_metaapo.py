@@ -7,12 +7,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from safetensors.torch import save_file
 from torch import nn
 
 from align.errors import ConfigError, DataError, TrainingError
 from align.objectives.meta_apo import meta_apo, meta_weight
 from align.objectives.pair_logps import pair_logps
-from align.trainers.on_policy.meta_learner import MetaLearner
+from align.trainers.on_policy.meta_learner import FILE, MetaLearner
 from align.trainers.on_policy.mixed_pairs import MixedPlanner, mixed_groups, online_rows
 from align.trainers.on_policy.pair_batches import in_groups
 from align.trainers.on_policy.samples import Sample
@@ -272,8 +273,21 @@ def test_a_run_goes_on_from_another_ones_h(policy, tmp_path):
     assert not torch.equal(
         second.meta.parameters["fc2_bias"], MetaLearner(learning_rate=0, every=1).parameters["fc2_bias"]
     )
-    with pytest.raises(TrainingError, match=r"has no meta_learner.pt"):
+    with pytest.raises(TrainingError, match=r"has no meta_learner.safetensors"):
         make(policy, tmp_path / "third", meta_learner=policy)
+
+
+def test_an_h_that_is_not_whole_is_refused(tmp_path):
+    learner = MetaLearner(learning_rate=0, every=1)
+    learner.save(tmp_path)
+    content = (tmp_path / FILE).read_bytes()
+    for damaged in (b"", content[: len(content) // 2], b"\xff" * len(content)):
+        (tmp_path / FILE).write_bytes(damaged)
+        with pytest.raises(TrainingError, match="is damaged"):
+            learner.load(tmp_path)
+    save_file({"fc1_weight": torch.zeros(1)}, tmp_path / FILE)
+    with pytest.raises(TrainingError, match="holds other weights"):
+        learner.load(tmp_path)
 
 
 def test_the_reference_may_follow(policy, tmp_path):
