@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from align.data import toy
 from align.doctor import invariants, machine, short_runs
 from align.doctor.lines import attempt
 from align.errors import TrainingError
+from align.methods import METHODS
 from tests.trainers.pairs.preference_runs import toy_pairs
 from tests.trainers.tiny_runs import tiny_model
 
@@ -192,6 +194,20 @@ def test_policy_and_reference_are_compared_where_they_are_one(config, capsys, mo
     monkeypatch.chdir(config.parent)
     status, found = report(capsys, "check", str(config), "--set", "beta=0.1", *options)
     assert status == 0 and [one["state"] for one in found["lines"]] == ["passed", state], found
+
+
+@pytest.mark.parametrize("method", ["dpo", "metaapo"])
+def test_a_second_step_is_compared_where_it_is_of_the_same_tokens(method, tmp_path):
+    """After a rounding in the first one a policy that writes its own may have written something else."""
+
+    def made(name, batching):
+        second = 1.0 if batching == "padded" else 1.2
+        logs = [{"loss": 0.7, "grad_norm": 1.0}, {"loss": 0.7, "grad_norm": second}]
+        return short_runs.Result(logs, tmp_path, "bfloat16")
+
+    checker = SimpleNamespace(method=method, run=SimpleNamespace(method=METHODS[method]), made=made)
+    line = attempt("layouts", lambda: invariants._layouts(checker), "")
+    assert line.state == ("failed" if method == "dpo" else "passed")
 
 
 @pytest.mark.parametrize(
