@@ -19,6 +19,7 @@ of a run is left out. The losses of both sides must agree step by step to 1e-4 (
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -173,11 +174,22 @@ def compare(model: str, pairs: Dataset, args: argparse.Namespace, cached: bool, 
         return run(make, model, rows, options(folder, args, micro, steps, cached))
 
     clock = "wall" if torch.cuda.is_available() else "cpu"
-    seconds = {name: sum(one(side, 0, args.trial_steps)[clock]) for name, side in trials.items()}
+    seconds, too_large = {}, []
+    for name, side in trials.items():
+        try:
+            seconds[name] = sum(one(side, 0, args.trial_steps)[clock])
+        except torch.cuda.OutOfMemoryError:
+            too_large.append(name)
+            gc.collect()
+            torch.cuda.empty_cache()
+    if not seconds:
+        raise SystemExit(f"TRL's trainer ran out of memory in every setting: {', '.join(too_large)}")
     best = min(seconds, key=seconds.get)
     sides = {"trl plain": trials["whole step"]} if args.plain and "whole step" in trials else {}
     sides |= {"ours": (of_ours, args.ours_micro or args.pairs, False), "trl best": trials[best]}
     tried = {"clock": clock, "steps": args.trial_steps - 1, "seconds": {n: round(s, 2) for n, s in seconds.items()}}
+    if too_large:
+        tried["out_of_memory"] = too_large
     found = {name: [] for name in sides}
     for number in range(1, args.repetitions + 1):
         for name in list(sides) if number % 2 else list(sides)[::-1]:

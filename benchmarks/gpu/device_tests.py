@@ -1,5 +1,7 @@
 """Stage `device_tests` of gpu/check.py: the library's own tests of what the device computes (`pytest -m device`)."""
 
+import importlib.util
+import os
 import subprocess
 import sys
 import tempfile
@@ -21,6 +23,8 @@ def run() -> dict:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-m", "device", "tests/device", "-q", f"--junitxml={report}"]
+        if importlib.util.find_spec("xdist") and (os.cpu_count() or 1) >= 8:
+            command += ["-n", "4", "--dist", "worksteal"]  # most of the time is starts of vLLM, on one core each
         output = subprocess.run(
             [*command, "-p", "no:cacheprovider"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )

@@ -85,7 +85,7 @@ class Pairs:
         args = argparse.Namespace(**vars(self.args))
         first = name == next(iter(self.setting.shapes))
         if not first and cached in self.fastest:
-            args.trl_micro = [self.fastest[cached]]  # tried on the smaller model
+            args.trl_micro = [self.fastest[cached] // 2, self.fastest[cached]]  # tried on the smaller model
         model, pairs = self.folder_of(name), self.pairs(args.pairs * args.steps * (args.repetitions + 1))
         self.warm(model, pairs, cached)
         *_, found = compare(model, pairs, args, cached, self.folder / "run")
