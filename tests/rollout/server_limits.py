@@ -5,6 +5,7 @@ import re
 import resource
 import socket
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ import torch
 from align.errors import RolloutError
 from align.rollout import SamplingParams
 from align.rollout.server.client import Server, ServerLost
+from align.rollout.server.fitting import check_fit
+from align.rollout.weights import checkpoint_shapes
 from tests.rollout.rollout_models import is_greedy, prompts
 from tests.rollout.served import connected
 
@@ -46,7 +49,8 @@ def test_what_servers_must_have_in_common(both, model, monkeypatch):
     """The dtype of the arithmetic, in which a few tensors may be wider; the kind of device, and so of the proof."""
 
     def fit():
-        both._background.run(both._with_session(lambda http: both._fit(http, model)))
+        names = checkpoint_shapes(model).keys()
+        both._background.run(both._with_session(partial(check_fit, both.servers, names, both.dtype, 256)))
 
     both.push(model, 1)
     parts = {**both.servers[0].parts}

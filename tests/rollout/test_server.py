@@ -25,7 +25,7 @@ from align.rollout.engine import end_tokens
 from align.rollout.seeds import derive_seed
 from align.rollout.server import delivery
 from align.rollout.server.client import Server
-from tests.rollout import server_limits, test_generation, test_push, test_reproducibility
+from tests.rollout import server_limits, server_transfers, test_generation, test_push, test_reproducibility
 from tests.rollout.rollout_models import is_greedy, llama, needs_vllm, never_ending, own_logps, prompts
 from tests.rollout.served import KEY, Served, connected
 from tests.trainers.on_policy.talks import CALLS, GuessingGame, double, questions, talking_tokenizer
@@ -97,6 +97,11 @@ test_in_common = server_limits.test_what_servers_must_have_in_common
 test_proof = server_limits.test_the_proof_is_made_as_the_servers_make_theirs
 test_lost_in_the_proof = server_limits.test_a_server_that_is_lost_during_the_proof_is_waited_for
 test_not_there_yet = server_limits.test_a_server_that_is_not_there_yet_is_waited_for_but_not_for_ever
+# Weights without files.
+test_broadcast = server_transfers.test_weights_are_broadcast_to_all_workers
+test_broadcast_with_adapter = server_transfers.test_an_adapter_goes_as_one_beside_a_broadcast
+test_broadcast_to_a_frozen_server = server_transfers.test_a_server_that_takes_no_part_is_named_in_time
+test_transfers_that_cannot_be = server_transfers.test_what_cannot_be_here_is_refused
 test_part_of_a_push = test_push.test_a_push_that_arrives_in_part_is_found
 
 
@@ -361,8 +366,8 @@ def test_a_server_that_comes_back_gets_the_weights_again(served):
         with connected(served, llama(2), urls=served.urls[1:]):
             pass  # pushes other weights
         own = {"Authorization": f"Bearer {KEY}"}
-        body = {"new_version": "default"}
-        requests.post(f"{served.urls[1]}/update_weight_version", json=body, headers=own, timeout=30).raise_for_status()
+        body = {"method": "align_label", "args": [""]}
+        requests.post(f"{served.urls[1]}/collective_rpc", json=body, headers=own, timeout=30).raise_for_status()
         members = served.members(1)
         for member in members:
             member.suspend()

@@ -63,7 +63,7 @@ def session() -> aiohttp.ClientSession:
 @dataclass
 class Server:
     """One server. parts: of each tensor, what its workers keep, in the order of the workers; dtype, device: of its
-    arithmetic (`align_describe`)."""
+    arithmetic; gpus: of its workers (`align_describe`)."""
 
     url: str
     key: str = field(repr=False)
@@ -73,6 +73,11 @@ class Server:
     max_num_seqs: int = 1
     dtype: str = ""
     device: str = ""
+    gpus: list[str | None] = field(default_factory=list, repr=False)
+
+    @property
+    def workers(self) -> int:
+        return len(self.gpus)
 
     async def call(
         self,
@@ -145,6 +150,7 @@ class Server:
             }
             self.max_num_seqs = min(worker["max_num_seqs"] for worker in workers)
             self.adapters, self.dtype, self.device = (workers[0][key] for key in ("adapters", "dtype", "device"))
+            self.gpus = [worker["gpu"] for worker in workers]
 
     async def longest(self, http: aiohttp.ClientSession) -> int:
         """Tokens of a prompt and its completion together."""
@@ -153,10 +159,19 @@ class Server:
             return models["data"][0]["max_model_len"]
 
     async def label(self, http: aiohttp.ClientSession, seconds: float | None = None) -> str:
-        """Of the weights that the server says it has. Its engine answers, so this also shows that it is alive."""
-        weights = await self.call(http, "GET", "/weight_info", seconds=seconds)
-        with self.understood("/weight_info"):
-            return weights["weight_version"]
+        """Of the weights that the server's workers have. Its engine answers, so this also shows that it is alive."""
+        return await self._labelled(http, [], seconds)
+
+    async def name_weights(self, http: aiohttp.ClientSession, label: str) -> None:
+        await self._labelled(http, [label], None)
+
+    async def _labelled(self, http: aiohttp.ClientSession, arguments: list[str], seconds: float | None) -> str:
+        answer = await self.call(
+            http, "POST", "/collective_rpc", {"method": "align_label", "args": arguments}, seconds=seconds
+        )
+        with self.understood("/collective_rpc align_label"):
+            labels = set(answer["results"])
+            return labels.pop() if len(labels) == 1 else ""  # of workers that differ: nobody's
 
     async def fingerprints(
         self, http: aiohttp.ClientSession, names: list[str], adapter: dict[str, list[int]]

@@ -1,12 +1,13 @@
-"""A push to servers: files with the weights, and the calls that make a server take them."""
+"""A push to servers: the calls that make a server take weights, and files with weights."""
 
 import asyncio
 import fcntl
 import json
 import shutil
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import aiohttp
@@ -20,7 +21,12 @@ from align.rollout.server.client import Server
 CHUNK = 1 << 30  # bytes of weights in one file
 MIB = 1 << 20
 SPARE = 4 * MIB  # of the folder, beside a file
+Told = Callable[[Server], dict]  # what each server is told of a transfer
 ARRIVING = " (arriving)"  # behind the label of weights that are not all there
+
+
+def told_all(info: dict, server: Server) -> dict:
+    return info
 
 
 def chunks(weights: Iterable[tuple[str, Tensor]], folder: Path) -> Iterator[Path]:
@@ -71,14 +77,18 @@ async def begin(server: Server, http: aiohttp.ClientSession, parcel: Parcel) -> 
         except RolloutError as error:
             if "without a matching" not in str(error):
                 raise
-    await server.call(http, "POST", "/update_weight_version", {"new_version": parcel.label + ARRIVING})
+    await server.name_weights(http, parcel.label + ARRIVING)
     await server.call(http, "POST", "/pause?mode=abort")
     if parcel.whole:
         await server.call(http, "POST", "/start_weight_update")
 
 
-async def send(server: Server, http: aiohttp.ClientSession, file: Path) -> None:
-    await server.call(http, "POST", "/update_weights", {"update_info": {"file": str(file)}})
+async def meet(server: Server, http: aiohttp.ClientSession, told: Told) -> None:
+    await server.call(http, "POST", "/init_weight_transfer_engine", {"init_info": told(server)})
+
+
+async def send(server: Server, http: aiohttp.ClientSession, told: Told) -> None:
+    await server.call(http, "POST", "/update_weights", {"update_info": told(server)})
 
 
 async def finish(server: Server, http: aiohttp.ClientSession, parcel: Parcel) -> None:
@@ -90,7 +100,7 @@ async def finish(server: Server, http: aiohttp.ClientSession, parcel: Parcel) ->
             await server.call(http, "POST", "/v1/unload_lora_adapter", {"lora_name": name})
         new = {"lora_name": parcel.label, "lora_path": str(parcel.adapter)}
         await server.call(http, "POST", "/v1/load_lora_adapter", new)
-    await server.call(http, "POST", "/update_weight_version", {"new_version": parcel.label})
+    await server.name_weights(http, parcel.label)
     await server.call(http, "POST", "/resume")
 
 
@@ -98,7 +108,7 @@ async def deliver(server: Server, http: aiohttp.ClientSession, files: list[Path]
     """A whole push of files that were kept."""
     await begin(server, http, parcel)
     for file in files:
-        await send(server, http, file)
+        await send(server, http, partial(told_all, {"file": str(file)}))
     await finish(server, http, parcel)
 
 

@@ -28,14 +28,17 @@ from align.rollout.identity import Fingerprints, check_identity, texts
 from align.rollout.server import delivery
 from align.rollout.server.client import Background, Server, ServerLost, session
 from align.rollout.server.completions import Call, balanced, completed, pieces, sockets
+from align.rollout.server.fitting import check_fit
 from align.rollout.server.options import MEMORY
 from align.rollout.server.ranks import in_all, is_first, raise_shared, shared
+from align.rollout.server.transfer import Transfer, make_transfer
 from align.rollout.types import Completion, Request
 from align.rollout.views import View
 from align.rollout.weights import check_supported, checkpoint_shapes, checkpoint_weights
 
 logger = logging.getLogger(__name__)
 
+SOONER = 0.8  # of the time that a server has for an answer: a group gives up before, and the server says why
 MERGED = (
     "the adapter is merged into the weights at each push, in float32, then cast to %s (%s). rollout/arrived_share says "
     "how much of it that leaves"
@@ -70,6 +73,7 @@ class ServerEngine(RolloutEngine):
         generation_limit=7200.0,
         on_engine_failure="stop",
         wait_limit=600.0,
+        transfer="auto",
         transfer_folder=MEMORY,
     ):
         super().__init__(
@@ -83,29 +87,39 @@ class ServerEngine(RolloutEngine):
         self.generation_limit, self.waits, self.wait_limit = generation_limit, on_engine_failure == "wait", wait_limit
         self._asked = self.servers  # for completions; one alone while it is probed
         self._behind: list[Server] = []  # lost during the push that is under way
+        self._transfer: Transfer | None = None  # of the leader
         self._run, self._pushes = shared(secrets.token_hex(4)), 0
         self._sent: Fingerprints = {}
         self._shapes: dict[str, list[int]] = {}  # of the adapter's matrices
         self._background = Background()
         self._finalizer = weakref.finalize(self, clean_up, self._background, self._folder, self._leader)
         try:
-            in_all(lambda: self._reach(model))
+            in_all(lambda: self._reach(model, transfer))
             self._sums = self.servers[0].device != "cpu"
             self._start(model)
         except BaseException:
             self.close()
             raise
-        logger.info("completions come from %d rollout server(s): %s", len(self.servers), ", ".join(urls))
 
     @property
     def _label(self) -> str:
         return f"{self._run}:{self._pushes}"
 
-    def _reach(self, model) -> None:
+    def _reach(self, model, transfer: str) -> None:
         """Raises `RolloutError` for servers that do not answer, or were not started for this run."""
         self._background.run(self._with_session(lambda http: self._each(http, partial(self._described, http=http))))
         self._adapts = self._takes_adapter(model)
-        self._background.run(self._with_session(lambda http: self._fit(http, model)))
+        names = checkpoint_shapes(model, merged=not self._adapts).keys()
+        fit = partial(check_fit, self.servers, names, self.dtype, self.max_model_len)
+        self._background.run(self._with_session(fit))
+        if self._leader:
+            seconds = SOONER * self.servers[0].timeout
+            device = next(model.parameters()).device
+            self._transfer = make_transfer(transfer, self.servers, self._folder, self.waits, seconds, device)
+            urls = ", ".join(server.url for server in self.servers)
+            logger.info(
+                "completions come from rollout servers at %s; weights go there by %s", urls, self._transfer.name
+            )
 
     async def _described(self, server: Server, http: aiohttp.ClientSession) -> None:
         """With `wait`, a server that does not answer yet may still be starting."""
@@ -135,31 +149,6 @@ class ServerEngine(RolloutEngine):
             logger.warning(MERGED, self.dtype, reason)
         return reason is None
 
-    async def _fit(self, http: aiohttp.ClientSession, model) -> None:
-        """Raises `RolloutError` for servers that were not started for this run."""
-        names = checkpoint_shapes(model, merged=not self._adapts).keys()
-        for server in self.servers:
-            if server.parts.keys() != names or server.parts != self.servers[0].parts:
-                raise RolloutError(
-                    f"the rollout server {server.url} was started for another model than this run trains, or "
-                    "otherwise than the first server: start it with `align serve` and the config of this run"
-                )
-            if server.dtype != str(self.dtype).removeprefix("torch."):
-                raise RolloutError(
-                    f"the rollout server {server.url} computes in {server.dtype}, and this run in {self.dtype}: start "
-                    "it with the config of this run"
-                )
-            if server.device != self.servers[0].device:
-                raise RolloutError(
-                    f"the rollout server {server.url} runs on {server.device}, and {self.servers[0].url} on "
-                    f"{self.servers[0].device}: the servers of a run have devices of one kind"
-                )
-            if (longest := await server.longest(http)) < self.max_model_len:
-                raise RolloutError(
-                    f"the rollout server {server.url} takes {longest} tokens of prompt and completion, this run "
-                    f"needs {self.max_model_len}: start it with the config of this run"
-                )
-
     # ---- weights ----------------------------------------------------------------------------------------------------
 
     def _weights(self, model, everything):
@@ -187,27 +176,33 @@ class ServerEngine(RolloutEngine):
 
         stream = base()
         failure: RolloutError | None = None
-        if self._leader:
+        if self._transfer is not None:
             try:
-                self._deliver(stream, adapter)
+                self._deliver(self._transfer, stream, adapter)
             except RolloutError as error:
                 failure = error
             except (OSError, SafetensorError) as error:
                 failure = RolloutError(f"the weights cannot be written to {self._folder}: {error}")
+            except torch.OutOfMemoryError as error:
+                failure = RolloutError(
+                    f"no room on the GPU to send weights from ({error}): set rollout.transfer: files"
+                )
+            finally:
+                self._transfer.finished()
         for _ in stream:
             pass  # shards are gathered by all processes, also where the first has failed
         self._shapes = {name: list(tensor.shape) for name, tensor in adapter.items()}
         raise_shared(failure)
 
-    def _deliver(self, weights, adapter: dict[str, Tensor]) -> None:
+    def _deliver(self, transfer: Transfer, weights, adapter: dict[str, Tensor]) -> None:
         parcel, self._behind = self._parcel, []
         for old in self._folder.glob("*.safetensors") if parcel.whole else ():
             old.unlink()
+        if parcel.whole:
+            transfer.meet(self.servers, self._form)
         self._step(partial(delivery.begin, parcel=parcel))
-        for file in delivery.chunks(weights, self._folder) if parcel.whole else ():
-            self._step(partial(delivery.send, file=file))
-            if not self.waits:
-                file.unlink()
+        for piece in transfer.pieces(weights) if parcel.whole else ():
+            self._step(partial(delivery.send, told=piece.info), piece.beside)
         for _ in weights:
             pass  # compared, not sent again; behind them comes the adapter
         if parcel.adapter is not None:
@@ -219,16 +214,24 @@ class ServerEngine(RolloutEngine):
             if old != parcel.adapter:
                 shutil.rmtree(old)
 
-    def _step(self, action: Callable[[Server, aiohttp.ClientSession], Awaitable]) -> None:
-        """One call to all servers that have followed so far, at the same time."""
+    def _form(self, info: delivery.Told, beside: Callable[[], None]) -> None:
+        self._step(partial(delivery.meet, told=info), beside)
+
+    def _step(
+        self,
+        action: Callable[[Server, aiohttp.ClientSession], Awaitable],
+        beside: Callable[[], None] | None = None,
+    ) -> None:
+        """One call to all servers that have followed so far, at the same time, and meanwhile `beside` here."""
 
         async def step(http: aiohttp.ClientSession) -> None:
             here = [server for server in self.servers if server not in self._behind]
-            outcomes = await asyncio.gather(*(action(server, http) for server in here), return_exceptions=True)
-            for server, outcome in zip(here, outcomes, strict=True):
+            own = [asyncio.to_thread(beside)] if beside is not None else []
+            outcomes = await asyncio.gather(*(action(server, http) for server in here), *own, return_exceptions=True)
+            for number, outcome in enumerate(outcomes):
                 if isinstance(outcome, ServerLost) and self.waits:
                     logger.warning("%s; the push goes on without it", outcome)
-                    self._behind.append(server)
+                    self._behind.append(here[number])
                 elif isinstance(outcome, BaseException):
                     raise outcome
 
@@ -363,6 +366,8 @@ class ServerEngine(RolloutEngine):
             return await action(http)
 
     def _free(self) -> None:
+        if self._transfer is not None:
+            self._transfer.close()
         self._finalizer()
 
 

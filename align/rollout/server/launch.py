@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import requests
 
@@ -68,8 +69,6 @@ def serve(
     server answers. options: of `llm_options`. `prepare` comes first. Raises `RolloutError` for one that cannot start.
     """
     from peft import PeftModel
-    from vllm.entrypoints.launchers.api_server.entry import run_server
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from align.modeling.logprobs import language_model
@@ -89,11 +88,23 @@ def serve(
         file.write_text(json.dumps(own["model_loader_extra_config"]["shapes"]))
         own["model_loader_extra_config"] = {"shapes": str(file)}
         own |= {"model": folder, "host": host, "port": port, "tensor_parallel_size": tensor_parallel_size}
-        args = make_arg_parser(FlexibleArgumentParser()).parse_args([*FIXED, *as_arguments(own)])
-        validate_parsed_serve_args(args)
+        run_server, cli_args = vllm_server()
+        args = cli_args.make_arg_parser(FlexibleArgumentParser()).parse_args([*FIXED, *as_arguments(own)])
+        cli_args.validate_parsed_serve_args(args)
         watch = threading.Thread(target=announce, args=(address(host, port), key, ready, start_seconds), daemon=True)
         watch.start()
         run_until_stopped(run_server(args))
+
+
+def vllm_server() -> tuple[Any, Any]:
+    """vLLM's function that serves, and the module of its arguments; it has moved both."""
+    try:
+        from vllm.entrypoints.launchers import cli_args
+        from vllm.entrypoints.launchers.api_server.entry import run_server
+    except ImportError:
+        from vllm.entrypoints.openai import cli_args
+        from vllm.entrypoints.openai.api_server import run_server
+    return run_server, cli_args
 
 
 FIXED = [

@@ -44,8 +44,14 @@ class ServerOptions(VLLMSettings):
         "stop", description="With a server that does not answer: stop the run, or wait for it to come back."
     )
     wait_limit: float = Field(600, gt=0, allow_inf_nan=False, description="Seconds to wait for a lost server.")
+    transfer: Literal["auto", "files", "ipc", "nccl", "gloo"] = Field(
+        "auto",
+        description="How weights get to the servers: files, ipc (all on one GPU), nccl (between GPUs) or gloo (between "
+        "machines, over the CPUs). auto: ipc where it can be, else files.",
+    )
     transfer_folder: str = Field(
-        MEMORY, description="Folder that trainer and servers share; weights go through it. Default: memory."
+        MEMORY,
+        description="Folder that trainer and servers share, for files and adapters. Default: memory.",
     )
     gpu_memory_utilization: float = Field(
         0.9, gt=0, le=1, description="A server's share of its GPU's memory, weights included; CUDA only."
@@ -69,9 +75,22 @@ class ServerOptions(VLLMSettings):
 
     @model_validator(mode="after")
     def _reachable(self) -> "ServerOptions":
+        direct = self.transfer in ("ipc", "nccl", "gloo")
+        if direct and self.on_engine_failure == "wait":
+            raise ValueError(
+                f"with transfer: {self.transfer} no server can be given its weights again: on_engine_failure: wait "
+                "needs transfer: files"
+            )
         away = [url for url in self.urls if urlsplit(url).hostname not in LOOPBACK]
-        if away and self.transfer_folder == MEMORY:
-            raise ValueError(f"{away[0]} is on another machine: name a transfer_folder that both can reach")
+        if away and self.transfer == "ipc":
+            raise ValueError(
+                f"{away[0]} is on another machine, and transfer: ipc needs one GPU: use nccl, gloo or files"
+            )
+        if away and self.transfer_folder == MEMORY and not direct:
+            raise ValueError(
+                f"{away[0]} is on another machine: name a transfer_folder that both can reach, or set transfer to nccl "
+                "or gloo"
+            )
         return self
 
     def engine_arguments(self) -> dict[str, Any]:

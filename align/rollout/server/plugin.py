@@ -2,7 +2,7 @@
 
 from contextlib import suppress
 
-TRANSFER = "align_files"
+TRANSFER = "align"
 
 
 def register() -> None:
@@ -10,4 +10,4 @@ def register() -> None:
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
     with suppress(ValueError):  # known already
-        WeightTransferEngineFactory.register_engine(TRANSFER, "align.rollout.server.worker", "FileTransferEngine")
+        WeightTransferEngineFactory.register_engine(TRANSFER, "align.rollout.server.worker", "Receiver")

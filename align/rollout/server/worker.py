@@ -1,10 +1,13 @@
-"""What runs inside a server's workers: weights taken from files, and fingerprints of what the kernels read."""
+"""What runs inside a server's workers: weights received, and fingerprints of what the kernels read."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch.distributed import TCPStore
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -13,7 +16,10 @@ from vllm.distributed.weight_transfer.base import (
 
 from align.errors import RolloutError
 from align.rollout.identity import Fingerprints, texts
+from align.rollout.server.group import Group, own_address
+from align.rollout.server.packing import Block, Outline, unpack
 from align.rollout.server.plugin import register
+from align.rollout.server.same_gpu import gpu_of, imported
 from align.rollout.vllm_cpu import draw_by_row
 from align.rollout.vllm_engine import placement_of
 from align.rollout.vllm_lora import AdapterSlot
@@ -24,20 +30,34 @@ register()  # where the package was installed without its entry points
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """Nothing has to be agreed on."""
+    """The group of a trainer and all workers of its servers. host, port: where it meets. first_rank: of this server's
+    workers; size: of the group. backend, seconds: of `Group`."""
+
+    host: str
+    port: int
+    first_rank: int
+    size: int
+    backend: str
+    seconds: float
 
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """file: a safetensors file that this worker can read, with some of the tensors of a push."""
+    """Some of the tensors of a push, in a safetensors `file` that this worker can read, or in a block: in memory of the
+    trainer (`handle`, of `exported`), or else broadcast to the group. outline: of the block; size: its bytes."""
 
-    file: str
+    file: str | None = None
+    handle: list | None = None
+    outline: Outline = field(default_factory=list)
+    size: int = 0
 
 
-class FileTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
-    """Takes weights from files, on a RAM disk or another folder that trainer and server share, to where they lie."""
+class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """Takes the weights of a push, however they come, to where they lie."""
 
     init_info_cls, update_info_cls = InitInfo, UpdateInfo
+    _handle: list | None
+    _memory: torch.Tensor | None
     supports_draft_weight_update = False
 
     def __init__(self, config, vllm_config, device, model):
@@ -45,27 +65,67 @@ class FileTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         if "align_placement" not in vars(model):
             raise RolloutError("weights can be pushed to servers that were started by `align serve` only")
         self.placement: Placement = placement_of(model)
+        self.group: Group | None = None
+        self._forget()
+        self.label = ""  # of the weights, for the trainer; vLLM below 0.31 keeps none
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        pass
+        self.leave()
+        parallel = self.parallel_config
+        rank = init_info.first_rank + parallel.data_parallel_index * parallel.world_size + parallel.rank
+        limit = timedelta(seconds=init_info.seconds)
+        store = TCPStore(init_info.host, init_info.port, is_master=False, timeout=limit)
+        address = own_address(init_info.host)
+        self.group = Group(init_info.backend, store, rank, init_info.size, init_info.seconds, address)
+        self.block = Block("cpu" if init_info.backend == "gloo" else self.device)
 
     def start_weight_update(self) -> None:
         self.placement.begin()
+        self._forget()
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        self.placement.place(load_file(update_info.file, device=str(self.device)).items())
+        self.placement.place(self._tensors(update_info))
+
+    def _tensors(self, info: UpdateInfo) -> Iterable[tuple[str, torch.Tensor]]:
+        if info.file is not None:
+            return load_file(info.file, device=str(self.device)).items()
+        if info.handle is not None:
+            if info.handle != self._handle or self._memory is None:
+                self._forget()  # the old one first
+                self._handle, self._memory = info.handle, imported(info.handle, self.device)
+            return unpack(self._memory, info.outline)
+        if self.group is None:
+            raise RolloutError("no group was formed through which weights could be broadcast")
+        block = self.block.take(info.size)
+        self.group.broadcast(block)
+        return unpack(block.to(self.device, copy=True), info.outline)  # layers on CPUs keep views until they are whole
 
     def finish_weight_update(self) -> None:
         self.placement.end()
+        self._forget()
+
+    def _forget(self) -> None:
+        """The trainer's memory, which it frees after a push."""
+        self._handle = self._memory = None
+
+    def leave(self) -> None:
+        if self.group is not None:
+            self.group.close()
+            self.group = None
 
     def shutdown(self) -> None:
-        pass
+        self.leave()
+
+    @staticmethod
+    def trainer_send_weights(iterator, trainer_args) -> None:
+        """vLLM below 0.27 asks every transfer for one; ours sends from `align.rollout.server.transfer`."""
+        raise NotImplementedError
 
 
 class WorkerExtension:
     """Further methods of vLLM's worker, called through `/collective_rpc`: they return what JSON can hold."""
 
-    weight_transfer_engine: FileTransferEngine
+    weight_transfer_engine: Receiver
     model_runner: Any
     parallel_config: Any
 
@@ -89,7 +149,14 @@ class WorkerExtension:
             "max_num_seqs": self.model_runner.max_num_reqs,
             "dtype": str(self.model_runner.model_config.dtype).removeprefix("torch."),
             "device": self.model_runner.device.type,
+            "gpu": gpu_of(self.model_runner.device),
         }
+
+    def align_label(self, new: str | None = None) -> str:
+        """Of the weights, as the trainer calls them; `new`: from now on. Empty until a trainer has named them."""
+        if new is not None:
+            self.weight_transfer_engine.label = new
+        return self.weight_transfer_engine.label
 
     def align_fingerprints(self, names: list[str], adapter: dict[str, list[int]]) -> Fingerprints:
         """Of these tensors, as the kernels read them. adapter: shapes of the matrices of the adapter, by name."""
