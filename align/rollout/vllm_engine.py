@@ -322,7 +322,7 @@ def llm_options(
 
 
 def check_further(further: dict, options: dict) -> None:
-    """Refuse `rollout.engine_options` that vLLM does not know, or that have a value here already (on CPUs)."""
+    """Refuse `rollout.engine_options` that vLLM does not know, or that have another value here (on CPUs)."""
     from vllm.engine.arg_utils import EngineArgs
 
     known = [field.name for field in fields(EngineArgs)]
@@ -331,7 +331,7 @@ def check_further(further: dict, options: dict) -> None:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; nearest valid: {near[0]}" if near else ""
             raise ConfigError(f"rollout.engine_options: vLLM has no argument {name}{hint}")
-        if name in options:
+        if options.get(name, further[name]) != further[name]:
             raise ConfigError(f"rollout.engine_options: {name} must be {options[name]!r} here: leave it out")
 
 

@@ -88,6 +88,11 @@ class Setting:
             return LlamaForCausalLM(config)
 
 
+def seconds_left() -> float:
+    """Until the stage is stopped."""
+    return float(os.environ.get("ALIGN_STAGE_ENDS", "inf")) - time.time()
+
+
 def run_parts(setting: Setting, parts: Iterable[Part]) -> Iterator[dict]:
     """The card, then {name: result} as each part ends. A part that raises has the end of its traceback there, and the
     next is run: what one session on a GPU can show is not to be lost to the first fault."""

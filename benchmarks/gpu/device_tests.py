@@ -1,17 +1,21 @@
 """Stage `device_tests` of gpu/check.py: the library's own tests of what the device computes (`pytest -m device`)."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 import tempfile
+import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from xml.etree import ElementTree
 
-from benchmarks.gpu.common import Part, Setting
+from benchmarks.gpu.common import Part, Setting, seconds_left
+from benchmarks.gpu.pytest_lines import FILE
 
 ROOT = Path(__file__).parents[2]
+TO_REPORT = 6  # seconds before the stage's limit at which the tests are stopped
 
 
 def parts(setting: Setting) -> Iterator[Part]:
@@ -19,27 +23,32 @@ def parts(setting: Setting) -> Iterator[Part]:
 
 
 def run() -> dict:
-    """Counts, seconds, and of each failure its name and message."""
+    """Counts, seconds, and of each failure its name and message; also of a run that was stopped."""
+    command = [sys.executable, "-m", "pytest", "-m", "device", "tests/device", "-q", "-p", "no:cacheprovider"]
+    command += ["-p", "benchmarks.gpu.pytest_lines"]
+    if importlib.util.find_spec("xdist") and (os.cpu_count() or 1) >= 8:
+        command += ["-n", "4", "--dist", "worksteal"]  # most of the time is starts of vLLM, on one core each
+    start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "device", "tests/device", "-q", f"--junitxml={report}"]
-        if importlib.util.find_spec("xdist") and (os.cpu_count() or 1) >= 8:
-            command += ["-n", "4", "--dist", "worksteal"]  # most of the time is starts of vLLM, on one core each
-        output = subprocess.run(
-            [*command, "-p", "no:cacheprovider"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        if not report.exists():
-            raise SystemExit(f"pytest ended with {output.returncode}: {output.stdout[-1000:]}")
-        suite = ElementTree.parse(report).getroot().find("testsuite")
-    counts = {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")}
-    broken = {
-        case.get("name"): (child.get("message") or "")[:400]
-        for case in suite.iter("testcase")
-        for child in case
-        if child.tag in ("failure", "error")
-    }
-    slowest = sorted(((float(case.get("time")), case.get("name")) for case in suite.iter("testcase")), reverse=True)[:5]
-    found = {**counts, "seconds": float(suite.get("time")), "slowest": {name: time for time, name in slowest}}
-    if broken or output.returncode != 0:
-        found["failed"] = broken or output.stdout[-1000:]
+        file = Path(folder) / "lines.jsonl"
+        environment = {**os.environ, FILE: str(file)}
+        try:
+            limit = max(1.0, seconds_left() - TO_REPORT)
+            output = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit)
+            stopped = None
+        except subprocess.TimeoutExpired:
+            stopped = f"stopped after {limit:.0f} seconds; the tests that are not counted had not ended"
+        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    if not lines:
+        raise SystemExit(stopped or f"pytest ended with {output.returncode}: {output.stdout[-1000:]}")
+    slowest = sorted(lines, key=lambda line: -line["seconds"])[:5]
+    found = {"tests": len(lines), **Counter(line["outcome"] for line in lines)}
+    found |= {"seconds": round(time.perf_counter() - start, 1)}
+    found |= {"slowest": {line["test"]: line["seconds"] for line in slowest}}
+    broken = {line["test"]: line["message"] for line in lines if line["outcome"] == "failed"}
+    if stopped:
+        found["stopped"] = stopped
+        found["ended"] = [line["test"] for line in lines]
+    if broken or stopped or output.returncode != 0:
+        found["failed"] = broken or stopped or output.stdout[-1000:]
     return found

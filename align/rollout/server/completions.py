@@ -12,6 +12,7 @@ from align.rollout.server.client import Server, ServerLost
 from align.rollout.types import Completion, Request
 
 MOST_SOCKETS = 4096  # of one process, whatever its limit of open files
+FINAL_ONLY = 2  # of vLLM's RequestOutputKind: without it, vLLM 0.26 returns some of several samples only
 BEATS = 4  # in `timeout` seconds, a server that makes completions is asked so often whether it lives
 
 
@@ -44,8 +45,8 @@ async def check_label(server: Server, http: aiohttp.ClientSession, label: str, s
     if found == label:
         return
     run = label.partition(":")[0]
-    if found == "default" or found.startswith(run):
-        why = "it was started anew" if found == "default" else "a push did not reach it whole"
+    if not found or found.startswith(run):
+        why = "a push did not reach it whole" if found else "it was started anew"
         raise ServerLost(f"the rollout server {server.url} has not got the weights of this run: {why}")
     raise RolloutError(
         f"the rollout server {server.url} has the weights of another run ({found.partition(':')[0]}): "
@@ -93,6 +94,8 @@ async def completed(
         body = {**body_of(request, call.salt), **name}
         async with gate:
             answer = await server.call(http, "POST", "/inference/v1/generate", body, call.limit)
+        if (found := len(answer["choices"])) != request.params.n:
+            raise RolloutError(f"the rollout server {server.url} gave {found} of {request.params.n} samples")
         done(index, [completion(choice, request, server.url) for choice in answer["choices"]])
 
     async def watch() -> None:
@@ -136,6 +139,7 @@ def body_of(request: Request, salt: str) -> dict:
             "ignore_eos": True,  # of the configuration, which the request may not name
             "logprobs": None if params.greedy else 0,  # 0: of the drawn token only
             "detokenize": False,
+            "output_kind": FINAL_ONLY,
         },
     }
 

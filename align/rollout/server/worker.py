@@ -67,7 +67,7 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         self.placement: Placement = placement_of(model)
         self.group: Group | None = None
         self._forget()
-        self.label = ""  # of the weights, for the trainer; vLLM below 0.31 keeps none
+        self.label = ""  # of the weights, for the trainer; vLLM 0.26 keeps none
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         self.leave()
@@ -118,7 +118,7 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     @staticmethod
     def trainer_send_weights(iterator, trainer_args) -> None:
-        """vLLM below 0.27 asks every transfer for one; ours sends from `align.rollout.server.transfer`."""
+        """vLLM 0.26 asks every transfer for one; ours sends from `align.rollout.server.transfer`."""
         raise NotImplementedError
 
 
