@@ -153,6 +153,16 @@ class VLLMEngine(RolloutEngine):
             self._llm.wake_up(tags=[tag])
             self._asleep.discard(tag)
 
+    def _wake_to_be_freed(self) -> None:
+        """vLLM unmaps memory that it frees, on CUDA also what its sleep has unmapped; after the error that this is, no
+        further engine with `sleep` starts in the process."""
+        if self._asleep:
+            torch.cuda.empty_cache()
+            try:
+                self._wake("weights", "kv_cache")
+            except RuntimeError as error:
+                logger.warning("no further vLLM engine with rollout.sleep will start in this process: %s", error)
+
     def _check_awake(self) -> None:
         """Before anything but a push."""
         if self._discarded:
@@ -232,6 +242,7 @@ class VLLMEngine(RolloutEngine):
         return [[completion(o, r) for o in out.outputs] for r, out in zip(requests, outputs, strict=True)]
 
     def _free(self) -> None:
+        self._wake_to_be_freed()
         self._llm = self._placement = self._slot = None
         self._finalizer()
 

@@ -41,6 +41,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("gpu_check.jsonl"), help="one line per stage")
     parser.add_argument("--summary", type=Path, help="write a table of the lines to this file (Markdown)")
     parser.add_argument("--logs", type=Path, help="keep what the processes of the stages write in this folder")
+    parser.add_argument("--parts", nargs="+", help="these parts of the stages alone, with those that they build on")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)  # in the process of that stage
     args = parser.parse_args()
     if args.stage:
@@ -74,9 +75,10 @@ def run_stage(name: str, args: argparse.Namespace, limit: float, environment: di
     with tempfile.TemporaryDirectory() as folder:
         found, errors = Path(folder) / "parts.jsonl", (args.logs or Path(folder)) / f"{name}.txt"
         command = [sys.executable, __file__, "--stage", name, "--device", args.device, "--output", str(found)]
+        command += ["--small"] * args.small + (["--parts", *args.parts] if args.parts else [])
         with errors.open("wb") as stream:
             process = subprocess.Popen(
-                command + ["--small"] * args.small, env={**environment, "ALIGN_STAGE_ENDS": str(time.time() + limit)},
+                command, env={**environment, "ALIGN_STAGE_ENDS": str(time.time() + limit)},
                 stdout=stream, stderr=stream, cwd=ROOT, start_new_session=True,
             )  # fmt: skip
             try:
@@ -112,7 +114,10 @@ def run_parts_of(args: argparse.Namespace) -> int:
     setting = Setting(args.device, args.small)
     stage = importlib.import_module(f"benchmarks.gpu.{args.stage}")
     with args.output.open("a") as output:
-        for part in run_parts(setting, stage.parts(setting)):
+        parts = stage.parts(setting)
+        if args.parts:
+            parts = (part for part in parts if part[0] in args.parts)
+        for part in run_parts(setting, parts):
             print(json.dumps(part), file=output, flush=True)
     return 0
 

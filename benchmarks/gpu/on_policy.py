@@ -2,7 +2,7 @@
 
 Prompts and completions have the lengths of hh-rlhf: a completion of the random model ends after a geometric number of
 words (`worlds.on_policy`). Rollouts come from vLLM where it is installed (TRL's from its colocated engine, which needs
-a GPU), on both sides with the same share of the memory. Each trainer is a process of its own, for two engines in one
+a GPU), on both sides with about as much memory. Each trainer is a process of its own, for two engines in one
 process would share vLLM's globals; all of a comparison are alive at once and take turns, step by step, each round in
 another order, while the others wait. A ratio is that of two steps of one round.
 """
@@ -17,7 +17,8 @@ from multiprocessing.connection import Connection
 from benchmarks.gpu.common import SHAPES, SMALL, Part, Setting, hh_lengths, spread
 
 START_SECONDS = 200  # to a trainer's first step, below the stage's own limit: the message then names the side
-MEMORY_SHARE = 0.12  # of the GPU, for each engine
+MEMORY_SHARE = 0.12  # of the GPU, for TRL's engine; an H100's is 9.6 GiB, 1 of them for the weights
+KV_CACHE_GIB = 8  # of our engines, which then start without measuring the memory that others use beside them
 
 
 def parts(setting: Setting) -> Iterator[Part]:
@@ -66,7 +67,7 @@ def make(side: str, setting: Setting, folder: str):
         return theirs(1, lengths, args, folder, **options)
     backend, engine = "transformers", {}
     if with_vllm:
-        backend, engine = "vllm", {"gpu_memory_utilization": MEMORY_SHARE}
+        backend, engine = "vllm", {"kv_cache_gib": KV_CACHE_GIB}
     if side == "RLOO, ours":
         return ours(backend, lengths, args, folder, **engine)
     from align import PPOConfig, PPOTrainer, ReMaxConfig, ReMaxTrainer

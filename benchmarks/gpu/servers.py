@@ -82,12 +82,11 @@ class Servers:
         self.log = (self.folder / "server.log").open("w+")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "align", "serve", str(self.folder / "run.yaml"), "--port", str(port)],
-            stdout=subprocess.PIPE, stderr=self.log, text=True,
+            stdout=subprocess.PIPE, stderr=self.log, text=True, env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
         )  # fmt: skip
-        said = self.process.stdout.readline()
-        if self.url not in said:
+        if not any(self.url in line for line in self.process.stdout):  # until it is ready, or has ended
             self.log.seek(0)
-            return {"failed": f"the server said {said!r}: {self.log.read()[-1500:]}"}
+            return {"failed": f"the server ended: {self.log.read()[-1500:]}"}
         return {"seconds": round(self.setting.clock() - begin, 1)}
 
     def engine(self, model, **options):

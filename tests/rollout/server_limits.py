@@ -99,6 +99,20 @@ def test_a_server_that_is_lost_during_the_proof_is_waited_for(both, model, monke
     assert both.push(model, 2).proved_tensors == len(dict(model.named_parameters())) and lost
 
 
+def test_a_server_that_was_started_anew_is_known_by_its_empty_label(both, model):
+    both.push(model, 1)
+    server = both.servers[1]
+    both._background.run(both._with_session(lambda http: server.name_weights(http, "")))
+    with pytest.raises(
+        ServerLost, match=f"{served_url(both, 1)} has not got the weights of this run: it was started anew"
+    ):
+        both.generate(prompts([4, 5]), SamplingParams(2))
+    both._background.run(both._with_session(lambda http: server.name_weights(http, "0123abcd:4")))
+    with pytest.raises(RolloutError, match="has the weights of another run .0123abcd."):
+        both.generate(prompts([4, 5]), SamplingParams(2))
+    both.push(model, 1)
+
+
 def test_a_server_that_is_not_there_yet_is_waited_for_but_not_for_ever(served, model):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

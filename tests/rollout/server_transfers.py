@@ -38,7 +38,7 @@ def test_weights_are_broadcast_to_all_workers(served):
             assert engine._transfer.group is group  # formed once
 
 
-def test_an_adapter_goes_as_one_beside_a_broadcast(served):
+def test_an_adapter_goes_as_one_beside_a_broadcast(served, monkeypatch, caplog):
     torch.manual_seed(0)
     model = get_peft_model(never_ending(llama(2)), LoraConfig(r=8, target_modules="all-linear"))
     with connected(served, model, transfer="gloo", timeout=30) as engine:
@@ -48,6 +48,10 @@ def test_an_adapter_goes_as_one_beside_a_broadcast(served):
                     parameter.normal_(std=0.1)
         assert engine.push(model, 1).proved_tensors == 2 * 14 + 1
         assert_drawn_from(engine, model)
+        assert engine._takes_adapter(model)
+        monkeypatch.setattr(engine.servers[1], "url", "http://there:8000")
+        assert not engine._takes_adapter(model)
+        assert "adapters go through files, and http://there:8000 shares no transfer_folder" in caplog.text
 
 
 def test_a_server_that_takes_no_part_is_named_in_time(served):

@@ -92,6 +92,11 @@ def test_a_registered_back_end_is_made_like_the_others(monkeypatch):
         ({"backend": "server"}, "backend server needs 'urls'"),
         ({"backend": "server", "urls": ["127.0.0.1:8000"]}, "rollout.urls: '127.0.0.1:8000' is not an address"),
         ({"backend": "server", "urls": ["http://a", "http://b"]}, "http://a is on another machine: .*transfer_folder"),
+        ({"backend": "server", "urls": ["http://a"], "transfer": "ipc"}, "http://a is on another machine.*one GPU"),
+        (
+            {"backend": "server", "urls": ["http://[::1]:1"], "transfer": "gloo", "on_engine_failure": "wait"},
+            "gloo no server can be given its weights again: .* transfer: files",
+        ),
         ({"backend": "server", "urls": ["http://[::1]:1"], "timeout": 0}, "rollout.timeout: .*greater than 0"),
         ({"backend": "server", "urls": ["http://[::1]:1"], "on_engine_failure": "go"}, "'stop' or 'wait', not 'go'"),
         (None, "rollout: expected a mapping"),

@@ -120,3 +120,12 @@ def test_the_trainer_lets_it_sleep_after_rollouts_and_evaluations(tmp_path):
     trainer.close()
     assert nap.calls.count("sleep 2") >= 4 and nap.calls[:3] == ["sleep 2", "weights", "kv_cache"]
     assert [call for call in nap.calls if call != "sleep 2"] == ["weights", "kv_cache"] * (len(nap.calls) // 3)
+
+
+def test_an_engine_that_sleeps_wakes_to_be_freed(made):
+    """vLLM on GPUs frees memory that sleep has unmapped with an error that stays."""
+    engine = made(never_ending(llama()))
+    nap = Nap(engine)
+    engine.sleep()
+    engine.close()
+    assert nap.calls[0].startswith("sleep") and set(nap.calls[1:]) == {"weights", "kv_cache"}

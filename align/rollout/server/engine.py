@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
+from align.config.addresses import LOOPBACK
 from align.config.server_key import KEY_VARIABLE, read_key
 from align.errors import ConfigError, RolloutError
 from align.rollout.adapters import A, B, lora_layers, why_merged, with_adapter
@@ -29,6 +30,7 @@ from align.rollout.server import delivery
 from align.rollout.server.client import Background, Server, ServerLost, session
 from align.rollout.server.completions import Call, balanced, completed, pieces, sockets
 from align.rollout.server.fitting import check_fit
+from align.rollout.server.group import host_of
 from align.rollout.server.options import MEMORY
 from align.rollout.server.ranks import in_all, is_first, raise_shared, shared
 from align.rollout.server.transfer import Transfer, make_transfer
@@ -145,6 +147,8 @@ class ServerEngine(RolloutEngine):
         for server in self.servers:
             if missing := [name for name in layers if name not in server.adapters]:
                 reason = f"the rollout server {server.url} was started without room for adapters on {missing[0]}"
+            if layers and self._folder.parent == Path(MEMORY) and host_of(server.url) not in LOOPBACK:
+                reason = f"adapters go through files, and {server.url} shares no transfer_folder with this machine"
         if reason is not None:
             logger.warning(MERGED, self.dtype, reason)
         return reason is None
