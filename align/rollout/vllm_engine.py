@@ -99,8 +99,7 @@ class VLLMEngine(RolloutEngine):
                 logger.warning(
                     "vLLM cannot hold this adapter beside the weights (%s): it is merged into them at each push, in "
                     "float32, then cast to %s. rollout/arrived_share says how much of it that leaves",
-                    reason,
-                    self.dtype,
+                    *(reason, self.dtype),
                 )
             self._launch(model, options, None)
         self._pushes = 0
@@ -154,14 +153,12 @@ class VLLMEngine(RolloutEngine):
             self._asleep.discard(tag)
 
     def _wake_to_be_freed(self) -> None:
-        """vLLM unmaps memory that it frees, on CUDA also what its sleep has unmapped; after the error that this is, no
-        further engine with `sleep` starts in the process."""
-        if self._asleep:
-            torch.cuda.empty_cache()
-            try:
-                self._wake("weights", "kv_cache")
-            except RuntimeError as error:
-                logger.warning("no further vLLM engine with rollout.sleep will start in this process: %s", error)
+        """vLLM frees what its sleep has unmapped with an error, after which no engine with `sleep` starts in the process.
+        Nor may torch empty its cache before: it would free blocks of vLLM's pool that are not there."""
+        try:
+            self._wake("weights", "kv_cache")
+        except RuntimeError as error:
+            logger.warning("no further vLLM engine with rollout.sleep will start in this process: %s", error)
 
     def _check_awake(self) -> None:
         """Before anything but a push."""

@@ -138,12 +138,16 @@ class Rollouts:
         self.start(quick=True, sleep=True)
         seeds = range(self.count)
         awake = self.complete(seeds=seeds)
+        again = different(awake, self.complete(seeds=seeds))
         before, begin = self.used_gib(), self.setting.clock()
         discarded = self.engine.sleep()
         slept = self.setting.clock()
         asleep = self.used_gib()
         report = self.engine.push(self.model, 1)
         changed = different(awake, self.complete(seeds=seeds))
+        self.engine.verify(
+            self.model
+        )  # every tensor, also what an adapter lies on and came back from the host's memory
         self.close()
         found = {
             "gib_given_back": round(before - asleep, 2),
@@ -151,8 +155,9 @@ class Rollouts:
             "seconds_to_sleep": round(slept - begin, 3),
             "seconds_of_waking_push": round(report.seconds, 3),
             "changed_completions": changed,
+            "changed_without_sleep": again,
         }
-        if changed:
+        if changed and not again:  # kernels of adapters add up in no fixed order
             found["failed"] = "the engine draws other tokens after its sleep, from the same weights"
         return found
 

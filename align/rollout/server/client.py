@@ -170,8 +170,8 @@ class Server:
             http, "POST", "/collective_rpc", {"method": "align_label", "args": arguments}, seconds=seconds
         )
         with self.understood("/collective_rpc align_label"):
-            labels = set(answer["results"])
-            return labels.pop() if len(labels) == 1 else ""  # of workers that differ: nobody's
+            first, *others = answer["results"]
+            return first if all(label == first for label in others) else ""  # of workers that differ: nobody's
 
     async def fingerprints(
         self, http: aiohttp.ClientSession, names: list[str], adapter: dict[str, list[int]]
