@@ -153,7 +153,7 @@ class VLLMEngine(RolloutEngine):
             self._asleep.discard(tag)
 
     def _wake_to_be_freed(self) -> None:
-        """vLLM frees what its sleep has unmapped with an error, after which no engine with `sleep` starts in the process.
+        """vLLM frees what its sleep has unmapped with an error, after which no engine with `sleep` starts in a process.
         Nor may torch empty its cache before: it would free blocks of vLLM's pool that are not there."""
         try:
             self._wake("weights", "kv_cache")

@@ -171,6 +171,8 @@ class Server:
         )
         with self.understood("/collective_rpc align_label"):
             first, *others = answer["results"]
+            if not isinstance(first, str):
+                raise TypeError(first)
             return first if all(label == first for label in others) else ""  # of workers that differ: nobody's
 
     async def fingerprints(
