@@ -16,6 +16,7 @@ from align.data import toy
 from align.errors import ConfigError, RolloutError
 from align.rollout import make_engine
 from align.rollout.server import delivery
+from align.rollout.server.group import Group
 from tests.rollout.rollout_models import llama, never_ending
 from tests.rollout.two_ranks import check, shard, with_adapter
 from tests.trainers.tiny_runs import logged, on_policy, wanted_words
@@ -36,6 +37,16 @@ def check_failures_of_one_process(engine, rank: int, urls: list[str]) -> None:
         make_engine(model, backend="server", urls=urls, max_model_len=256, **variable)
 
 
+def check_broadcasts(rollout: dict, rank: int) -> None:
+    """Shards are gathered by both and sent by the first; where it fails, both hear of it."""
+    engine = make_engine(never_ending(llama()), max_model_len=256, transfer="gloo", timeout=10, **rollout)
+    check(engine, shard(never_ending(llama(1))), never_ending(llama(1)), 1)
+    with patch.object(Group, "broadcast", side_effect=RolloutError("weights could not be broadcast: a cable")):
+        with pytest.raises(RolloutError, match="a cable|could not be broadcast over gloo"):
+            engine.push(never_ending(llama(4)), 2)
+    engine.close()
+
+
 def main(urls: list[str], folder: Path) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -46,6 +57,7 @@ def main(urls: list[str], folder: Path) -> None:
     check(engine, shard(with_adapter(never_ending(llama(2)))), with_adapter(never_ending(llama(2))), 3)
     check_failures_of_one_process(engine, rank, urls)
     engine.close()
+    check_broadcasts(rollout, rank)
     trainer_class, args = on_policy(
         "rloo", folder / "run", max_steps=3, learning_rate=5e-3, per_device_train_batch_size=4, rollout=rollout
     )
