@@ -14,9 +14,10 @@ import tempfile
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 
-from benchmarks.gpu.common import SHAPES, SMALL, Part, Setting, hh_lengths, spread
+from benchmarks.gpu.common import SHAPES, SMALL, Part, Setting, hh_lengths, seconds_left, spread
 
-START_SECONDS = 200  # to a trainer's first step, below the stage's own limit: the message then names the side
+START_SECONDS = 200  # to a trainer's first step
+TO_REPORT = 5  # seconds before the stage's limit at which a trainer is given up: the message then names it
 MEMORY_SHARE = 0.12  # of the GPU, for TRL's engine; an H100's is 9.6 GiB, 1 of them for the weights
 KV_CACHE_GIB = 8  # of our engines, which then start without measuring the memory that others use beside them
 
@@ -155,9 +156,10 @@ def compared(setting: Setting, ours: str, others: list[str]) -> dict:
 
 
 def answer(pipe: Connection, side: str):
-    """What the trainer sends next. SystemExit if it ended, or says nothing for minutes."""
-    if not pipe.poll(START_SECONDS):
-        raise SystemExit(f"{side}: no step in {START_SECONDS} seconds")
+    """What the trainer sends next. SystemExit if it ended, or says nothing for too long."""
+    limit = max(0.0, min(START_SECONDS, seconds_left() - TO_REPORT))
+    if not pipe.poll(limit):
+        raise SystemExit(f"{side}: no step in {limit:.0f} seconds")
     try:
         return pipe.recv()
     except EOFError:
