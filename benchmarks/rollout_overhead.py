@@ -23,7 +23,8 @@ from tqdm import trange
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from align.rollout import SamplingParams
-from align.rollout.vllm_engine import VLLMEngine, vllm_params
+from align.rollout.vllm_engine import VLLMEngine
+from align.rollout.vllm_requests import vllm_params
 
 RESULT = Path(__file__).parent / "results" / "rollout_overhead.json"
 SHAPE = {

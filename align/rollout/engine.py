@@ -188,6 +188,10 @@ class RolloutEngine(ABC):
         check_probe(probe, self.name, self.weight_version, self.sync_tolerance)
         return probe
 
+    def anyone(self, wants: bool) -> bool:
+        """Whether a further call of `generate` is wanted here, or by a rank with which it must be made (`together`)."""
+        return wants
+
     def interrupt(self) -> bool:
         """Give up the call of `generate` that another thread waits for (`draws_elsewhere`), which raises there. True:
         so it is; False for a back-end that cannot, where it runs to its end."""

@@ -33,6 +33,7 @@ from align.rollout.vllm_cpu import (
 )
 from align.rollout.vllm_process import shut_down, starting
 from align.rollout.vllm_ranks import SharingRanks
+from align.rollout.vllm_requests import completion, vllm_params
 from align.rollout.weights import check_supported, checkpoint_shapes, checkpoint_weights
 
 if TYPE_CHECKING:
@@ -220,6 +221,9 @@ class VLLMEngine(RolloutEngine):
         proved = partial(super()._prove, sent)
         return in_all(proved) if self.together else proved()
 
+    def anyone(self, wants: bool) -> bool:
+        return wants if self._sharing is None else any(self._sharing.gather(wants))
+
     def _complete(self, requests: list[Request], progress: bool) -> list[list[Completion]]:
         answers = partial(self._answers, progress=progress)
         return answers(requests) if self._sharing is None else self._sharing.complete(requests, answers)
@@ -341,36 +345,6 @@ def check_further(further: dict, options: dict) -> None:
             raise ConfigError(f"rollout.engine_options: vLLM has no argument {name}{hint}")
         if options.get(name, further[name]) != further[name]:
             raise ConfigError(f"rollout.engine_options: {name} must be {options[name]!r} here: leave it out")
-
-
-def vllm_params(request: Request):
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    params = request.params
-    return SamplingParams(
-        n=params.n,
-        temperature=params.temperature,
-        top_p=params.top_p,
-        top_k=params.top_k,
-        min_p=params.min_p,
-        repetition_penalty=params.repetition_penalty,
-        seed=request.seed,
-        max_tokens=params.max_tokens,
-        min_tokens=params.min_tokens,
-        stop_token_ids=list(request.stop_ids),
-        ignore_eos=True,  # of the configuration, which the request may not name
-        logprobs=None if params.greedy else 0,  # 0: of the drawn token only
-        flat_logprobs=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-        skip_clone=True,  # each request has its own object
-    )
-
-
-def completion(output, request: Request) -> Completion:
-    logprobs = None if request.params.greedy else output.logprobs.logprobs
-    return Completion(list(output.token_ids), logprobs, output.finish_reason)
 
 
 def write_config(core, dtype: torch.dtype, folder: str) -> None:

@@ -14,6 +14,7 @@ from align.errors import ConfigError, RolloutError
 from align.rollout import SamplingParams, make_engine
 from tests.rollout.rollout_models import llama, never_ending, prompts
 from tests.rollout.two_ranks import check, shard, with_adapter
+from tests.trainers.on_policy.talks import talking_run
 from tests.trainers.tiny_runs import logged, on_policy, wanted_words
 from tests.trainers.tiny_runs import prompts as toy_prompts
 
@@ -48,6 +49,14 @@ def trained(engine, folder: Path, processes: int, rollout: dict) -> dict:
     return {key: logged(trainer, key) for key in (*keys, "loss", "rollout/mean_abs_logp_diff")}
 
 
+def talked(engine, folder: Path, processes: int, rollout: dict) -> list:
+    """Conversations, which on one process take more turns than on another."""
+    engine.eos_token_ids, kept = (2, *range(3, 96, 4)), engine.eos_token_ids
+    found = talking_run(folder, engine, rollout=rollout, per_device_train_batch_size=8 // processes)
+    engine.eos_token_ids = kept
+    return found
+
+
 def check_what_one_process_does_wrong(engine, model, last: bool) -> None:
     """Is raised in all: the others would wait for it."""
     with pytest.raises(RolloutError, match="prompt 0 of this call is empty"):
@@ -74,6 +83,7 @@ def main(folder: Path) -> None:
     check(engine, shard(never_ending(llama(1))), never_ending(llama(1)), 9)
     check(engine, shard(with_adapter(never_ending(llama(2)))), with_adapter(never_ending(llama(2))), 10)
     found["trained"] = trained(engine, folder / "run", world, SHARED)
+    found["talked"] = talked(engine, folder / "talks", world, SHARED)
     engine.close()
     torch.save(found, folder / f"rank{rank}.pt")
     dist.destroy_process_group()

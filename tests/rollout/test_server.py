@@ -28,7 +28,7 @@ from align.rollout.server.client import Server
 from tests.rollout import server_limits, server_transfers, test_generation, test_push, test_reproducibility
 from tests.rollout.rollout_models import is_greedy, llama, needs_vllm, never_ending, own_logps, prompts
 from tests.rollout.served import KEY, Served, connected
-from tests.trainers.on_policy.talks import CALLS, GuessingGame, double, questions, talking_tokenizer
+from tests.trainers.on_policy.talks import babbling_tokenizer, talking_run
 from tests.trainers.tiny_runs import assert_same, logged, on_policy, parameters, wanted_words
 from tests.trainers.tiny_runs import prompts as toy_prompts
 from tests.trainers.two_processes import run_on_two
@@ -225,21 +225,11 @@ def test_a_run_draws_and_learns_what_it_does_with_vllm_in_its_process(served, tm
 def test_conversations_are_those_of_vllm_in_this_process(served, tmp_path):
     """An environment and a tool, several turns in flight: the log-probs of every turn are the trainer's on the whole
     conversation, the run is the same wherever vLLM is, and nothing of it is left under way."""
-    calls = [f"<tool_call>{call}</tool_call>" for call in CALLS]  # one word, so that a random policy makes some
-    words = [f"{calls[i % 3] if i % 2 else 'word'}{i}" for i in range(96 - len(talking_tokenizer()))]
-    text, model, logs = talking_tokenizer(more=words), llama(3, vocab_size=96), []
-    model.generation_config.eos_token_id = list(range(3, 96, 4))  # answers of about four tokens
-    for engine in ("vllm", "server"):
-        servers = connected(served, model, tokenizer=text, seed=6) if engine == "server" else nullcontext()
-        with servers as given:
-            options = {"max_steps": 3, "learning_rate": 5e-3, "seed": 6, "rollout": "vllm", "max_completion_length": 60}
-            trainer_class, args = on_policy("remax", tmp_path, **options)
-            world = {"environment_factory": GuessingGame, "tools": [double], "processing_class": text}
-            trainer = trainer_class(copy.deepcopy(model), None, args, questions(64), engine=given, **world)
-            trainer.train()
-            trainer.close()
-            keys = ("environment/turns", "tools/call_frequency", "environment/finished_ratio", "loss", "reward")
-            logs.append([logged(trainer, key) for key in (*keys, "rollout/mean_abs_logp_diff")])
+    model = llama(3, vocab_size=96)
+    model.generation_config.eos_token_id = list(range(3, 96, 4))  # as in `talking_run`
+    logs = [talking_run(tmp_path, rollout="vllm")]
+    with connected(served, model, tokenizer=babbling_tokenizer(), seed=6) as given:
+        logs.append(talking_run(tmp_path, given, rollout="vllm"))
     turns, calls, finished, *_, gaps = logs[0]
     assert min(turns) > 2 and min(calls) > 0.3 and max(finished) > 0 and max(gaps) < 1e-5
     assert logs[0] == logs[1]

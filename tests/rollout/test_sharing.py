@@ -10,7 +10,7 @@ from align.errors import ConfigError
 from align.rollout import make_engine
 from align.rollout.vllm_ranks import SHARED_MEMORY
 from tests.rollout.rollout_models import llama, needs_vllm, never_ending
-from tests.rollout.sharing_ranks import ASKED, SHARED, drawn, trained
+from tests.rollout.sharing_ranks import ASKED, SHARED, drawn, talked, trained
 from tests.trainers.tiny_runs import on_policy
 from tests.warm import run_ranks
 
@@ -32,6 +32,7 @@ def test_processes_that_share_engines_draw_and_learn_what_one_process_does(count
     engine = make_engine(never_ending(llama()), toy.tokenizer(), backend="vllm", max_model_len=256)
     expected = drawn(engine, ASKED)
     one = trained(engine, tmp_path / "one", 1, {"backend": "vllm"})
+    talks = talked(engine, tmp_path / "talks", 1, {"backend": "vllm"})
     engine.close()
     for made, alone in zip([one for own in found for one in own["drawn"]], expected, strict=True):
         for (ids, logps), (own_ids, own_logps) in zip(made, alone, strict=True):
@@ -45,6 +46,11 @@ def test_processes_that_share_engines_draw_and_learn_what_one_process_does(count
     assert max(first["trained"].pop("rollout/mean_abs_logp_diff")[:1]) < 1e-5
     for key, values in first["trained"].items():
         assert values == pytest.approx(one[key], rel=1e-3, abs=1e-4), key
+    turns, calls, finished, *_, gaps = talks
+    assert min(turns) > 2 and min(calls) > 0.3 and max(finished) > 0 and max(gaps) < 1e-5
+    for own in found:
+        for values, alone in zip(own["talked"][:-1], talks, strict=False):
+            assert values == pytest.approx(alone, rel=1e-3, abs=1e-4)
     assert len(one["reward"]) == 3 and len(one["eval_proxy"]) == 2
 
 

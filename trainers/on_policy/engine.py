@@ -74,6 +74,9 @@ class SyncedEngine:
     def generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Rollout]:
         return self.current.generate(prompts, params)
 
+    def anyone(self, wants: bool) -> bool:
+        return self.current.anyone(wants)
+
     def close(self) -> None:
         """Free the engine, unless it was given. The next `sync` makes a new one."""
         if self.engine is not None and self.owned:

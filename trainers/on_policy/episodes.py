@@ -28,7 +28,6 @@ from align.trainers.on_policy.environments import (
     Session,
     environments_of,
 )
-from align.trainers.on_policy.sampling_options import refuse_shared
 from align.trainers.on_policy.turn_tokens import TurnTokens
 
 if TYPE_CHECKING:
@@ -140,7 +139,7 @@ class Episodes:
         longer: dict[tuple[int, str], dict] = {}  # samples whose environments say the same share one prompt
         groups = [[self._start(prompt, own, seed, i, longer) for i in range(own.n)] for prompt, own, seed in asked]
         live = [talk for group in groups for talk in group]
-        while live:
+        while engine.anyone(bool(live)):
             rollouts = engine.generate(
                 [talk.prompt["prompt_ids"] + talk.ids for talk in live], [talk.request() for talk in live]
             )
@@ -253,7 +252,6 @@ def make_episodes(args, tools, factory, tokenizer) -> Episodes | None:
     for name, asked in (("rollouts_ahead", args.rollouts_ahead), ("partial_rollouts", args.partial_rollouts > 1)):
         if asked:
             raise ConfigError(NOT_AHEAD % name, key=name)
-    refuse_shared(args, "environments and tools")
     return Episodes(
         environments,
         training_tokenizer(tokenizer),

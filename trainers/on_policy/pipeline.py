@@ -20,6 +20,8 @@ class CompletionSource(Protocol):
 
     def generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Rollout]: ...
 
+    def anyone(self, wants: bool) -> bool: ...
+
 
 @dataclass
 class ScoredRollout:

@@ -8,6 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from align.rollout.types import Completion, Rollout, SamplingParams
+from tests.rollout.rollout_models import llama
+from tests.trainers.tiny_runs import logged, on_policy
 
 NUMBERS = ["one", "two", "three"]
 CHATML = (
@@ -64,12 +66,45 @@ def questions(count: int, word: str = "guess") -> Dataset:
     return Dataset.from_list([{"prompt": [{"role": "user", "content": word}]}] * count)
 
 
+def length_of_answers(completions, **columns) -> list[float]:
+    """Of all turns: differs between samples, so that no gradient is of rounding alone, which Adam would make a step."""
+    return [sum(len(m["content"]) for m in talk if m["role"] == "assistant") / 100 for talk in completions]
+
+
+def talking_run(folder, engine=None, *, tokenizer=None, **options) -> list[list]:
+    """Three steps of ReMax on a random policy that plays `GuessingGame` and calls `double`, several turns in flight.
+    What was logged: turns, the shares of answers that call and of games that end, losses, rewards, and gaps between the
+    log-probs of engine and trainer. tokenizer: of `babbling_tokenizer`. options: of the configuration."""
+    text = tokenizer or babbling_tokenizer()
+    model = llama(3, vocab_size=96)
+    model.generation_config.eos_token_id = list(range(3, 96, 4))  # answers of about four tokens
+    options = {"max_steps": 3, "learning_rate": 5e-3, "seed": 6, "max_completion_length": 60, **options}
+    trainer_class, args = on_policy("remax", folder, **options)
+    world = {"environment_factory": GuessingGame, "tools": [double], "processing_class": text}
+    trainer = trainer_class(model, length_of_answers, args, questions(64), engine=engine, **world)
+    trainer.train()
+    trainer.close()
+    keys = ("environment/turns", "tools/call_frequency", "environment/finished_ratio", "loss", "reward")
+    return [logged(trainer, key) for key in (*keys, "rollout/mean_abs_logp_diff")]
+
+
+def babbling_tokenizer() -> PreTrainedTokenizerFast:
+    """Of 96 words, half of which are whole tool calls, so that a random policy makes some."""
+    calls = [f"<tool_call>{call}</tool_call>" for call in CALLS]
+    return talking_tokenizer(
+        more=[f"{calls[i % 3] if i % 2 else 'word'}{i}" for i in range(96 - len(talking_tokenizer()))]
+    )
+
+
 class Scripted:
     """An engine that gives the answers of a list, one for each call, and notes what it is asked."""
 
     def __init__(self, tokenizer, *answers, finish="stop"):
         self.tokenizer, self.answers, self.finish = tokenizer, answers, finish
         self.asked: list[list[tuple[str, SamplingParams]]] = []
+
+    def anyone(self, wants):
+        return wants
 
     def generate(self, prompts, params):
         self.asked.append([(self.tokenizer.decode(ids), own) for ids, own in zip(prompts, params, strict=True)])
