@@ -148,14 +148,17 @@ class VLLMEngine(RolloutEngine):
         return self._discarded
 
     def _wake(self, *tags: str) -> None:
-        """Take memory back. tags: vLLM's names of what lay in it."""
-        for tag in self._asleep & set(tags):
-            self._llm.wake_up(tags=[tag])
-            self._asleep.discard(tag)
+        """Take memory back. tags: vLLM's names of what lay in it, weights first: with whatever is woken first, vLLM writes
+        the buffers that it kept into their memory."""
+        for tag in tags:
+            if tag in self._asleep:
+                self._llm.wake_up(tags=[tag])
+                self._asleep.discard(tag)
 
     def _wake_to_be_freed(self) -> None:
-        """vLLM frees what its sleep has unmapped with an error, after which no engine with `sleep` starts in a process.
-        Nor may torch empty its cache before: it would free blocks of vLLM's pool that are not there."""
+        """vLLM frees what its sleep has unmapped with an error, after which no engine with `sleep` starts in a process."""
+        if self._asleep:
+            torch.cuda.empty_cache()  # of the trainer, which may have filled the room
         try:
             self._wake("weights", "kv_cache")
         except RuntimeError as error:
