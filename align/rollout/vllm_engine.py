@@ -148,15 +148,15 @@ class VLLMEngine(RolloutEngine):
         return self._discarded
 
     def _wake(self, *tags: str) -> None:
-        """Take memory back. tags: vLLM's names of what lay in it, weights first: with whatever is woken first, vLLM writes
-        the buffers that it kept into their memory."""
+        """Take memory back. tags: vLLM's names of what lay in it, weights first: whatever is woken first, vLLM then
+        writes the buffers that it kept into their memory."""
         for tag in tags:
             if tag in self._asleep:
                 self._llm.wake_up(tags=[tag])
                 self._asleep.discard(tag)
 
     def _wake_to_be_freed(self) -> None:
-        """vLLM frees what its sleep has unmapped with an error, after which no engine with `sleep` starts in a process."""
+        """vLLM frees what its sleep has unmapped with an error, after which no engine with `sleep` starts."""
         if self._asleep:
             torch.cuda.empty_cache()  # of the trainer, which may have filled the room
         try:
