@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 
+from align.config.addresses import LOOPBACK
 from align.errors import RolloutError
 from align.rollout.server import delivery
 from align.rollout.server.client import Server
@@ -110,7 +111,8 @@ class Broadcast(Transfer):
     def meet(self, servers, call) -> None:
         if self.group is not None:
             return
-        address = own_address(host_of(servers[0].url))
+        hosts = [host_of(server.url) for server in servers]
+        address = own_address(next((host for host in hosts if host not in LOOPBACK), hosts[0]))  # that all can reach
         store = meeting_point(address, self.seconds)
         size, first = 1, {}
         for server in servers:
