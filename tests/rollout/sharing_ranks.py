@@ -49,6 +49,23 @@ def trained(engine, folder: Path, processes: int, rollout: dict) -> dict:
     return {key: logged(trainer, key) for key in (*keys, "loss", "rollout/mean_abs_logp_diff")}
 
 
+def odd(completions, **columns) -> list[float]:
+    """Two samples of a prompt are often equal, and other prompts are drawn in their place."""
+    return [float(len(text) % 2) for text in completions]
+
+
+def refilled(engine, folder: Path, processes: int, rollout: dict) -> dict:
+    """Groups without signal are replaced, more often on one process than on another."""
+    options = {"per_device_train_batch_size": 8 // processes, "num_generations": 2, "dynamic_sampling_rounds": 3}
+    trainer_class, args = on_policy("rloo", folder, seed=6, rollout=rollout, max_steps=3, learning_rate=5e-3, **options)
+    trainer = trainer_class(
+        llama(3, vocab_size=96), odd, args, toy_prompts(64), processing_class=toy.tokenizer(), engine=engine
+    )
+    trainer.train()
+    keys = ("reward", "loss", "dynamic_sampling/rounds", "dynamic_sampling/without_signal", "dynamic_sampling/left")
+    return {key: logged(trainer, key) for key in keys}
+
+
 def talked(engine, folder: Path, processes: int, rollout: dict) -> list:
     """Conversations, which on one process take more turns than on another."""
     engine.eos_token_ids, kept = (2, *range(3, 96, 4)), engine.eos_token_ids
@@ -83,6 +100,7 @@ def main(folder: Path) -> None:
     check(engine, shard(never_ending(llama(1))), never_ending(llama(1)), 9)
     check(engine, shard(with_adapter(never_ending(llama(2)))), with_adapter(never_ending(llama(2))), 10)
     found["trained"] = trained(engine, folder / "run", world, SHARED)
+    found["refilled"] = refilled(engine, folder / "refilled", world, SHARED)
     found["talked"] = talked(engine, folder / "talks", world, SHARED)
     engine.close()
     torch.save(found, folder / f"rank{rank}.pt")

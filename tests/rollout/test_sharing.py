@@ -1,16 +1,20 @@
 """One vLLM engine in two processes of a run, each with a slice of its weights (`rollout.tensor_parallel: 2`)."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from align.data import toy
 from align.errors import ConfigError
+from align.reward_models.judges import JudgeReward
+from align.reward_models.self_judge import SelfJudge
 from align.rollout import make_engine
 from align.rollout.vllm_ranks import SHARED_MEMORY
+from align.trainers.on_policy.self_judges import bind_judges
 from tests.rollout.rollout_models import llama, needs_vllm, never_ending
-from tests.rollout.sharing_ranks import ASKED, SHARED, drawn, talked, trained
+from tests.rollout.sharing_ranks import ASKED, SHARED, drawn, refilled, talked, trained
 from tests.trainers.tiny_runs import on_policy
 from tests.warm import run_ranks
 
@@ -32,6 +36,7 @@ def test_processes_that_share_engines_draw_and_learn_what_one_process_does(count
     engine = make_engine(never_ending(llama()), toy.tokenizer(), backend="vllm", max_model_len=256)
     expected = drawn(engine, ASKED)
     one = trained(engine, tmp_path / "one", 1, {"backend": "vllm"})
+    refills = refilled(engine, tmp_path / "refilled", 1, {"backend": "vllm"})
     talks = talked(engine, tmp_path / "talks", 1, {"backend": "vllm"})
     engine.close()
     for made, alone in zip([one for own in found for one in own["drawn"]], expected, strict=True):
@@ -46,6 +51,9 @@ def test_processes_that_share_engines_draw_and_learn_what_one_process_does(count
     assert max(first["trained"].pop("rollout/mean_abs_logp_diff")[:1]) < 1e-5
     for key, values in first["trained"].items():
         assert values == pytest.approx(one[key], rel=1e-3, abs=1e-4), key
+    assert max(refills["dynamic_sampling/rounds"]) > 1 and max(refills["dynamic_sampling/without_signal"]) > 0.3
+    for key, values in first["refilled"].items():
+        assert values == pytest.approx(refills[key], rel=1e-3, abs=1e-4), key
     turns, calls, finished, *_, gaps = talks
     assert min(turns) > 2 and min(calls) > 0.3 and max(finished) > 0 and max(gaps) < 1e-5
     for own in found:
@@ -54,9 +62,11 @@ def test_processes_that_share_engines_draw_and_learn_what_one_process_does(count
     assert len(one["reward"]) == 3 and len(one["eval_proxy"]) == 2
 
 
-def test_what_asks_unevenly_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="dynamic_sampling_rounds: processes ask.*set rollout.tensor_parallel: 1"):
-        on_policy("rloo", tmp_path, rollout=SHARED, dynamic_sampling_rounds=1)
+def test_a_policy_that_judges_itself_is_refused(tmp_path):
+    _, args = on_policy("rloo", tmp_path, rollout=SHARED)
+    rewards = SimpleNamespace(rewards=[JudgeReward(SelfJudge("self", max_tokens=16), name="self")])
+    with pytest.raises(ConfigError, match="reward 'self': each process asks.*set rollout.tensor_parallel: 1"):
+        bind_judges(rewards, None, toy.tokenizer(), args)
 
 
 @needs_vllm

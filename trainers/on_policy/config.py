@@ -14,7 +14,7 @@ from align.trainers.on_policy.ahead import check_ahead
 from align.trainers.on_policy.estimators import make_estimator
 from align.trainers.on_policy.loss_options import check_loss_options, take_delta
 from align.trainers.on_policy.loss_types import LOSS_TYPES, resolve_loss_type
-from align.trainers.on_policy.sampling_options import SamplingOptions, refuse_shared
+from align.trainers.on_policy.sampling_options import SamplingOptions
 from align.trainers.on_policy.stopping import check_stop, prepare_stop
 from align.trainers.on_policy.trl_names import take_rollouts
 from align.trainers.weighting.dynamic import check_dynamic_weights
@@ -291,7 +291,6 @@ class OnPolicyConfig(BatchingOptions, SamplingOptions, BaseConfig):
         check_penalty(self)
         check_loss_options(self)
         check_ahead(self)
-        refuse_shared(self, "dynamic_sampling_rounds", asked=self.dynamic_sampling_rounds > 0)
         check_constraints(self)
         check_dynamic_weights(self)
         check_search(self)

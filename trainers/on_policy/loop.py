@@ -366,9 +366,9 @@ class OnPolicyTrainer(OnPolicyBase):
         drawn = self.ahead.draw(prompts, indices, step, self.sync_engine)
         rollout = self.pipeline.run(prompts, indices, step, drawn.version, drawn.rollouts)
         if args.dynamic_sampling_rounds:
-            self.refill.fill(
-                rollout, indices, step, self.weighting, partial(self.pipeline.run, step=step, weight_version=step)
-            )
+            draw = partial(self.pipeline.run, step=step, weight_version=step)
+            join = partial(self.pipeline.draw, [], [], step)
+            self.refill.fill(rollout, indices, step, self.weighting, draw, join)
         self.engine.rest()
         return rollout
 

@@ -42,9 +42,11 @@ class DynamicSampling:
         step: int,
         weighting: Weighting,
         draw: Callable[[list[dict], list[int]], ScoredRollout],
+        join: Callable[[], object],
     ) -> None:
         """Replace groups in place. indices: of the rollout's prompts in the global batch. draw: completes prompts and
-        scores them; its indices, for the seeds, go on beyond the batch. All processes must call it."""
+        scores them; its indices, for the seeds, go on beyond the batch. join: takes part in a call of the engine that
+        others need, where processes share one. All processes must call it."""
         each = len(rollout.samples) // len(indices)
         groups = [slice(i * each, (i + 1) * each) for i in range(len(indices))]
 
@@ -64,6 +66,8 @@ class DynamicSampling:
                     rollout.samples[groups[i]] = made.samples[number * each : (number + 1) * each]
                     rollout.extra[i] = made.extra[number]
                 missing = empty()
+            else:
+                join()
         self.recorder.record("dynamic_sampling/rounds", used)
         self._record("left", missing, indices)
 

@@ -109,14 +109,3 @@ def check_truncated(args: SamplingOptions) -> None:
             f"overlong_penalty ({args.overlong_penalty}) must be above 0, and needs overlong_buffer, over which the "
             "score falls"
         )
-
-
-def refuse_shared(args: Any, name: str, *, asked: bool = True) -> None:
-    """Raises `ConfigError` for what asks the engine more often on one process than on another, if they share one. name:
-    of what does, if it is asked for."""
-    if asked and args.engine_options.sharing > 1:
-        raise ConfigError(
-            f"{name}: processes ask the engine as often as they need to, and those that share one "
-            "(rollout.tensor_parallel) must all ask together: set rollout.tensor_parallel: 1, or use a server",
-            key="rollout.tensor_parallel",
-        )

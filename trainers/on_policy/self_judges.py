@@ -5,7 +5,6 @@ from align.reward_models.judges import JudgeReward
 from align.reward_models.self_judge import Generates, SelfJudge
 from align.trainers.on_policy.config import OnPolicyConfig
 from align.trainers.on_policy.rewards import RewardColumns
-from align.trainers.on_policy.sampling_options import refuse_shared
 
 
 def self_judges(rewards: RewardColumns) -> list[SelfJudge]:
@@ -27,7 +26,13 @@ def bind_judges(rewards: RewardColumns, engine: Generates, tokenizer, args: OnPo
                 "older weights and draws the next rollout meanwhile: leave rollouts_ahead out",
                 key="rollouts_ahead",
             )
-        refuse_shared(args, f"reward {judge.name}")
+        if args.engine_options.sharing > 1:
+            raise ConfigError(
+                f"reward {judge.name!r}: each process asks the policy as often as its answers need, and those that "
+                "share an engine (rollout.tensor_parallel) must all ask together: set rollout.tensor_parallel: 1, or "
+                "use a server",
+                key="rollout.tensor_parallel",
+            )
         judge.bind(engine, tokenizer, judge.tokens(tokenizer, **limits_of(args)))
 
 

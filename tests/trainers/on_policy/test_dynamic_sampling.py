@@ -31,7 +31,7 @@ def filled(groups, indices, rounds, *, extra=None, signal_from=2):
 
     recorder = Recorder()
     rollout = ScoredRollout(sum(groups, []), extra or [[] for _ in groups], 0)
-    DynamicSampling(rounds, 10, ROWS, 0, Ranks(), recorder).fill(rollout, indices, 7, PLAIN, draw)
+    DynamicSampling(rounds, 10, ROWS, 0, Ranks(), recorder).fill(rollout, indices, 7, PLAIN, draw, lambda: None)
     return rollout, asked, recorder.take()
 
 
