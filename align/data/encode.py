@@ -201,7 +201,22 @@ def ids_of(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[
     if not texts:
         return []  # tokenizers fail on an empty batch
     # Special tokens are placed by us: some tokenizers would end every prompt with EOS.
+    if (backend := plain_backend(tokenizer)) is not None:
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def plain_backend(tokenizer: "PreTrainedTokenizerBase") -> Any:
+    """What a fast tokenizer calls, if it does nothing else with a text: without places in the text, which nobody asks
+    for here, it takes a quarter less time. None where it may do more, or cut or pad."""
+    from transformers import PreTrainedTokenizerFast
+
+    methods = ("__call__", "_encode_plus")
+    if any(getattr(type(tokenizer), name, None) is not getattr(PreTrainedTokenizerFast, name) for name in methods):
+        return None
+    backend = tokenizer.backend_tokenizer
+    plain = backend.truncation is None and backend.padding is None
+    return backend if plain and backend.encode_special_tokens == tokenizer.split_special_tokens else None
 
 
 def _contexts(tokenizer: "PreTrainedTokenizerBase", prompts: list[str], ids: list[list[int]]) -> list[tuple[str, int]]:

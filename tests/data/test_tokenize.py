@@ -8,6 +8,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from align.data import BadRows, tokenize_completions, tokenize_pairs, tokenize_prompts
+from align.data.encode import ids_of, plain_backend
 from align.errors import DataError
 
 PAIR = {"prompt": "Human: hi\n\nAssistant:", "chosen": " yes", "rejected": " no"}
@@ -240,3 +241,21 @@ def test_the_result_does_not_depend_on_the_neighbours(tokenizer):
     for number in (0, 7, 1100):
         (alone,) = tokenize_pairs(Dataset.from_list([rows[number]]), tokenizer, max_length=500)
         assert alone["chosen_ids"] == done[number]["chosen_ids"]
+
+
+def test_the_short_way_to_ids_is_taken_where_it_is_the_same(tokenizer):
+    """Not where a tokenizer cuts, pads, splits its special tokens, or is of a class that does more with a text."""
+
+    class Shouting(PreTrainedTokenizerFast):
+        def _encode_plus(self, text, **options):
+            return super()._encode_plus([one.upper() for one in text], **options)
+
+    texts = ["The sky is blue, yes", "", "<bos>Human: hi<eos>\n\n 漢字 🙂", " yes"]
+    usual = lambda given: given(texts, add_special_tokens=False)["input_ids"]  # noqa: E731
+    assert plain_backend(tokenizer) is not None and ids_of(tokenizer, texts) == usual(tokenizer)
+    tokenizer(texts, truncation=True, max_length=2)
+    assert plain_backend(tokenizer) is None and ids_of(tokenizer, texts) == usual(tokenizer)
+    tokenizer.split_special_tokens = True
+    assert plain_backend(tokenizer) is None and ids_of(tokenizer, texts) == usual(tokenizer)
+    shouting = Shouting(tokenizer_object=tokenizer.backend_tokenizer)
+    assert plain_backend(shouting) is None and ids_of(shouting, texts) == usual(shouting) != usual(tokenizer)
