@@ -57,12 +57,13 @@ def test_an_adapter_goes_as_one_beside_a_broadcast(served, monkeypatch, caplog):
 def test_a_server_that_takes_no_part_is_named_in_time(served):
     model = never_ending(llama(0))
     with connected(served, model, transfer="gloo", timeout=6) as engine:
+        engine._transfer.hint = "; a hint"
         members = served.members(1)
         for member in members:
             member.suspend()
         try:
             start = time.monotonic()
-            with pytest.raises(RolloutError, match=f"{served.urls[1]} did not answer .* within 6 sec"):
+            with pytest.raises(RolloutError, match=f"{served.urls[1]} did not answer .* within 6 sec.*; a hint"):
                 engine.push(model, 1)
             assert time.monotonic() - start < 15
         finally:

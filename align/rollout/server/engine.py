@@ -184,7 +184,7 @@ class ServerEngine(RolloutEngine):
             try:
                 self._deliver(self._transfer, stream, adapter)
             except RolloutError as error:
-                failure = error
+                failure = type(error)(f"{error}{self._transfer.hint}")
             except (OSError, SafetensorError) as error:
                 failure = RolloutError(f"the weights cannot be written to {self._folder}: {error}")
             except torch.OutOfMemoryError as error:

@@ -33,6 +33,7 @@ class Transfer(ABC):
     """The sending side, in the process that pushes. The receiving one is `align.rollout.server.worker.Receiver`."""
 
     name: ClassVar[str]
+    hint: ClassVar[str] = ""  # behind the error of a push
 
     def meet(self, servers: list[Server], call: Call) -> None:  # noqa: B027
         """Before a push. call(info, beside): `/init_weight_transfer_engine` of all servers, with `beside` here."""
@@ -67,6 +68,9 @@ class SameGPU(Transfer):
     """From the trainer's memory on the GPU that all servers are on too: copied there, and nowhere else."""
 
     name = "ipc"
+    hint = (
+        ". If processes cannot share the GPU's memory here, as in containers of their own, set rollout.transfer: files"
+    )
 
     def __init__(self, servers: list[Server]):
         self.block = Block(torch.device("cuda", torch.cuda.current_device()))
