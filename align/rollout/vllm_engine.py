@@ -20,7 +20,7 @@ from align.modeling.logprobs import language_model
 from align.rollout.adapters import A, B, lora_layers, lora_rank, why_merged, with_adapter
 from align.rollout.engine import RolloutEngine
 from align.rollout.identity import Fingerprints
-from align.rollout.server.ranks import in_all
+from align.rollout.server.ranks import anywhere, in_all
 from align.rollout.types import Completion, Request
 from align.rollout.vllm_cpu import (
     CPU_BLOCK,
@@ -225,7 +225,7 @@ class VLLMEngine(RolloutEngine):
         return in_all(proved) if self.together else proved()
 
     def anyone(self, wants: bool) -> bool:
-        return wants if self._sharing is None else any(self._sharing.gather(wants))
+        return anywhere(wants) if self.together else wants  # of all engines: each call checks its requests in all ranks
 
     def _complete(self, requests: list[Request], progress: bool) -> list[list[Completion]]:
         answers = partial(self._answers, progress=progress)

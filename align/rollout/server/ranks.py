@@ -46,3 +46,12 @@ def in_all(action: Callable[[], T]) -> T:
         raise
     raise_shared(None)
     return found
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether it is so in any process."""
+    if not dist.is_initialized():
+        return flag
+    flags: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(flags, flag)
+    return any(flags)
