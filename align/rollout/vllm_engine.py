@@ -225,7 +225,7 @@ class VLLMEngine(RolloutEngine):
         return in_all(proved) if self.together else proved()
 
     def anyone(self, wants: bool) -> bool:
-        return anywhere(wants) if self.together else wants  # of all engines: each call checks its requests in all ranks
+        return anywhere(wants) if self.together else wants  # all engines: a call checks its requests in all ranks
 
     def _complete(self, requests: list[Request], progress: bool) -> list[list[Completion]]:
         answers = partial(self._answers, progress=progress)
