@@ -189,7 +189,7 @@ class RolloutEngine(ABC):
         return probe
 
     def anyone(self, wants: bool) -> bool:
-        """Whether a further call of `generate` is wanted here, or by another rank where all must make it (`together`)."""
+        """Whether a further call of `generate` is wanted here, or by another rank if all must make it (`together`)."""
         return wants
 
     def interrupt(self) -> bool:
