@@ -157,7 +157,7 @@ class Rollouts:
             "changed_completions": changed,
             "changed_without_sleep": again,
         }
-        if changed and not again:  # kernels of adapters add up in no fixed order
+        if changed and not again:
             found["failed"] = "the engine draws other tokens after its sleep, from the same weights"
         return found
 

@@ -9,6 +9,7 @@ from torch.distributed import TCPStore
 from align.errors import RolloutError
 from align.rollout.server.group import Group, meeting_point, own_address
 from align.rollout.server.packing import ALIGNED, Block, packs, room, unpack
+from tests.rollout.rollout_models import needs_vllm
 
 TENSORS = [
     ("a", torch.arange(6, dtype=torch.float32).view(2, 3)),
@@ -71,3 +72,11 @@ def test_a_group_broadcasts_and_gives_up_in_time():
 def test_a_group_that_nobody_joins_is_given_up():
     with pytest.raises(RolloutError, match="could not form a group over gloo"):
         Group("gloo", meeting_point("127.0.0.1", 1), 0, 2, 1.0, "127.0.0.1")
+
+
+@needs_vllm
+def test_only_our_trainers_send_to_our_servers():
+    from align.rollout.server.worker import Receiver
+
+    with pytest.raises(RolloutError, match="only a run of align"):
+        Receiver.trainer_send_weights(iter(()), {})

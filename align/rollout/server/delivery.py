@@ -17,6 +17,7 @@ from torch import Tensor
 from align.errors import RolloutError
 from align.rollout.adapters import A, B
 from align.rollout.server.client import Server
+from align.rollout.server.packing import packs
 
 CHUNK = 1 << 30  # bytes of weights in one file
 MIB = 1 << 20
@@ -31,15 +32,8 @@ def told_all(info: dict, server: Server) -> dict:
 
 def chunks(weights: Iterable[tuple[str, Tensor]], folder: Path) -> Iterator[Path]:
     """Write `weights` to files of at most `CHUNK` bytes, unless one tensor is larger; give each when it is written."""
-    held: dict[str, Tensor] = {}
-    size = number = 0
-    for name, tensor in weights:
-        if held and size + tensor.nbytes > CHUNK:
-            yield written(held, folder, number)
-            held, size, number = {}, 0, number + 1
-        held[name], size = tensor, size + tensor.nbytes
-    if held:
-        yield written(held, folder, number)
+    for number, held in enumerate(packs(weights, CHUNK)):
+        yield written(dict(held), folder, number)
 
 
 def written(tensors: dict[str, Tensor], folder: Path, number: int) -> Path:

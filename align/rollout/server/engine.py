@@ -193,6 +193,8 @@ class ServerEngine(RolloutEngine):
                 )
             finally:
                 self._transfer.finished()
+            if failure is not None:
+                self._transfer.close()
         for _ in stream:
             pass  # shards are gathered by all processes, also where the first has failed
         self._shapes = {name: list(tensor.shape) for name, tensor in adapter.items()}

@@ -12,11 +12,12 @@ from torch import Tensor
 from align.errors import RolloutError
 
 Store = dist.TCPStore
+DISCARD = 9  # a port: connecting a datagram socket to it sends nothing
 
 
-def own_address(other: str, port: int = 9) -> str:
+def own_address(other: str) -> str:
     """The address of this machine from which `other` (a host) is reached. Nothing is sent."""
-    family, kind, _, _, place = socket.getaddrinfo(other, port, type=socket.SOCK_DGRAM)[0]
+    family, kind, _, _, place = socket.getaddrinfo(other, DISCARD, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:
         probe.connect(place)
         return probe.getsockname()[0]

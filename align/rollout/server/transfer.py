@@ -32,7 +32,7 @@ class Piece:
 class Transfer(ABC):
     """The sending side, in the process that pushes. The receiving one is `align.rollout.server.worker.Receiver`."""
 
-    name: ClassVar[str]
+    name: str
     hint: ClassVar[str] = ""  # behind the error of a push
 
     def meet(self, servers: list[Server], call: Call) -> None:  # noqa: B027
@@ -46,7 +46,7 @@ class Transfer(ABC):
         """After a push, whether it arrived or not."""
 
     def close(self) -> None:  # noqa: B027
-        """At the end."""
+        """At the end, and after a push that failed: the next one begins anew."""
 
 
 class Files(Transfer):
@@ -104,13 +104,10 @@ class Broadcast(Transfer):
     of this machine's CPUs; nccl, from this process's GPU to others."""
 
     def __init__(self, backend: str, seconds: float):
-        self.backend, self.seconds = backend, seconds
+        self.name = backend
+        self.seconds = seconds
         self.group: Group | None = None
         self.block = Block("cpu" if backend == "gloo" else torch.device("cuda", torch.cuda.current_device()))
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return self.backend
 
     def meet(self, servers, call) -> None:
         if self.group is not None:
@@ -121,10 +118,10 @@ class Broadcast(Transfer):
         size, first = 1, {}
         for server in servers:
             first[server.url], size = size, size + server.workers
-        known = {"host": address, "port": store.port, "size": size, "backend": self.backend, "seconds": self.seconds}
+        known = {"host": address, "port": store.port, "size": size, "backend": self.name, "seconds": self.seconds}
 
         def join() -> None:
-            self.group = Group(self.backend, store, 0, size, self.seconds, address)
+            self.group = Group(self.name, store, 0, size, self.seconds, address)
 
         call(lambda server: {**known, "first_rank": first[server.url]}, join)
 

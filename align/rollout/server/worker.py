@@ -118,8 +118,8 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     @staticmethod
     def trainer_send_weights(iterator, trainer_args) -> None:
-        """vLLM 0.26 asks every transfer for one; ours sends from `align.rollout.server.transfer`."""
-        raise NotImplementedError
+        """For trainers of vLLM 0.26, which this transfer has none of: `align.rollout.server.transfer` sends."""
+        raise RolloutError("only a run of align (rollout.backend: server) sends weights to `align serve`")
 
 
 class WorkerExtension:
