@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory):
-    """`on_policy`, `rollouts` and `servers` start vLLM, and `device_tests` is part of this suite: not here."""
+    """`on_policy`, `rollouts` and `servers` start vLLM and run in .ci/run; `device_tests` is part of this suite."""
     folder = tmp_path_factory.mktemp("check")
     command = [sys.executable, "benchmarks/gpu/check.py", "--device", "cpu", "--small", "--stages", "pairs", "memory"]
     command += ["--output", str(folder / "check.jsonl"), "--summary", str(folder / "check.md")]
