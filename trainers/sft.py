@@ -11,6 +11,8 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
+from align.data.bad_rows import BadRow
+from align.data.checks import SCORE, check_score
 from align.data.collate import IGNORED
 from align.data.formats import TEXT_COLUMNS, columns_of, format_for
 from align.data.sets import of_each
@@ -25,6 +27,7 @@ from align.trainers.core.eval_completions import show_completions
 from align.trainers.core.loading import loading_options, set_chat_template, tokenizer_of, training_tokenizer
 from align.trainers.core.options import RunOptions
 from align.trainers.core.trainer import TrainerMixin
+from align.trainers.supervised.implicit import OF_STEP, check_options, for_model, implicit_rewards
 from align.trainers.supervised.options import SupervisedOptions
 from align.trainers.supervised.selection import token_selection
 
@@ -49,6 +52,7 @@ class SFTConfig(SupervisedOptions, RunOptions, trl.SFTConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_options(self)
         changed = [name for name, default in OWNED.items() if not self._neutral(name, default)]
         if changed:
             raise ConfigError(
@@ -72,7 +76,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         train_dataset, eval_dataset: demonstrations in TRL's formats (docs/data.md), or the output of
             `tokenize_completions`.
         peft_config: trains an adapter.
-        ref_model: with `selective_tokens`, the reference: a model, a folder or a hub name.
+        ref_model: with `selective_tokens` or `implicit_reward_beta`, the reference: a model, a folder or a hub name.
         formatting_func: a row -> its text; the rows are then trained as `text`, every token of them.
         compute_metrics, preprocess_logits_for_metrics: as transformers' Trainer has them.
     """
@@ -137,6 +141,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         args.model_init_kwargs, args.chat_template_path, args.assistant_only_loss = used.values()
         show_completions(self, eval_rows)
         self.selection = token_selection(self, ref_model)
+        self.implicit = implicit_rewards(self, ref_model, scored=SCORE in columns_of(train_dataset, streams=True))
         if is_stream(train_dataset):
             self.make_endless(train_dataset)
         if not self.is_deepspeed_enabled:
@@ -162,22 +167,33 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         text = partial(_text_of, self.formatting_func)
         if is_stream(rows):
             return mapped(rows, lambda row, number: text(row))
-        return rows.map(text, remove_columns=sorted(columns), load_from_cache_file=False, desc="Formatting")
+        return rows.map(text, remove_columns=sorted(columns - {SCORE}), load_from_cache_file=False, desc="Formatting")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        compute_loss = super().compute_loss
         with outputs_as_computed(model):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            if self.implicit is not None and OF_STEP in inputs:
+                return self.implicit.loss(compute_loss, model, inputs, num_items_in_batch)
+            return compute_loss(model, for_model(inputs), return_outputs, num_items_in_batch)
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if self.args.implicit_reward_beta is not None and SCORE not in self._signature_columns:
+            self._signature_columns.append(SCORE)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.selection is not None and batches:
             self.selection.narrow(self.model_wrapped, batches)
             count = self._get_num_items_in_batch(batches, device)
+        if self.implicit is not None and batches:
+            count = self.implicit.prepare(self.model_wrapped, batches, device)
         return batches, count
 
     def extra_state(self) -> dict:
-        of_selection = {} if self.selection is None else self.selection.state()
-        return {**super().extra_state(), "tokens": int(self._total_train_tokens), **of_selection}
+        method = self.selection or self.implicit
+        of_reference = {} if method is None else method.reference.state()
+        return {**super().extra_state(), "tokens": int(self._total_train_tokens), **of_reference}
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self.resumed is not None and not self._total_train_tokens:  # which TRL counts and does not keep
@@ -256,7 +272,10 @@ def tokenized_completions(dataset, tokenizer, args: SFTConfig):
             max_length=args.max_length,
             max_bad_share=args.max_bad_share,
             num_proc=args.dataset_num_proc,
+            scored=args.implicit_reward_beta is not None,
         )
+    if args.implicit_reward_beta is not None and SCORE in columns:
+        dataset = _with_checked_scores(dataset)
     limit = None if args.packing else args.max_length  # TRL cuts there, and then leaves out what trains nothing
     if is_stream(dataset):
         return mapped(dataset, partial(_trained, limit))
@@ -273,7 +292,24 @@ def _text_of(function: Callable[[dict], str], row: dict) -> dict[str, str]:
     text = function(row)
     if not isinstance(text, str):
         raise DataError(f"formatting_func gave {type(text).__name__} instead of the text of one row: {text!r:.100}")
-    return {"text": text}
+    return {"text": text, **({SCORE: row[SCORE]} if SCORE in row else {})}
+
+
+def _with_checked_scores(dataset):
+    """Tokenised rows; DataError where a `score` is none."""
+    if is_stream(dataset):
+        return mapped(dataset, _scored)
+    for number, score in enumerate(dataset[SCORE]):
+        _scored({SCORE: score}, number)
+    return dataset
+
+
+def _scored(row: dict, number: int) -> dict:
+    try:
+        check_score(row)
+    except BadRow as problem:
+        raise DataError(f"row {number} of the tokenised rows: {problem}, got {row[SCORE]!r}") from None
+    return row
 
 
 def _trains(row: dict, limit: int | None) -> bool:

@@ -84,6 +84,8 @@ def tokenize(run: RunConfig, rows, tokenizer, max_bad_share: float | None = None
     options = {limit: getattr(training, limit), "max_bad_share": share, "num_proc": training.dataset_num_proc}
     if run.method.offline_pairs:
         options["max_length"] = training.max_prompt_length + training.max_completion_length
+    if vars(training).get("implicit_reward_beta") is not None:  # of SFT
+        options["scored"] = True
     return function(rows, tokenizer, report=report, **options), report
 
 

@@ -23,7 +23,7 @@ _TABLE = {
         "adam_epsilon epsilon epsilon_high dual_clip kl_target kl_horizon kl_gain rollout_correction_high "
         "num_train_epochs logging_steps save_steps eval_steps reward_clip value_clip "
         "environment_timeout missing_eos_penalty overlong_penalty desirable_weight undesirable_weight delta "
-        "off_policy_mask_threshold score_margin "
+        "off_policy_mask_threshold score_margin implicit_reward_beta "
         "entropy_coef_delta sapo_temperature_pos sapo_temperature_neg vespo_lambda_pos vespo_lambda_neg"
     ),
     (0, True, _HUGE, True): (

@@ -18,6 +18,9 @@ SHORT = 20  # characters: two answers may well begin with a prompt that is short
 # Raw dialogues of the hh-rlhf kind: the answer starts after the last of these.
 TURN_MARKER = "\n\nAssistant:"
 
+SCORE = "score"
+"""Column of the given reward of a demonstration."""
+
 ROLES = ("system", "developer", "user", "human", "assistant", "gpt", "bot", "tool", "function")
 
 
@@ -131,6 +134,13 @@ def check_pair_numbers(row: dict[str, Any]) -> None:
             raise BadRow(f"{name} is not a finite number")
     if not 0 <= row.get("chosen_prob", 1) <= 1:
         raise BadRow("chosen_prob is not a probability in [0, 1]")
+
+
+def check_score(row: dict[str, Any]) -> None:
+    """Raise BadRow for a `score` outside [0, 1]. One that is missing is a demonstration's, 1."""
+    score = row.get(SCORE)
+    if score is not None and not (isinstance(score, int | float) and 0 <= score <= 1):  # NaN is in no range
+        raise BadRow(f"{SCORE} is not a number in [0, 1]")
 
 
 def text_of(row: dict[str, Any], fmt: DataFormat) -> Text:

@@ -108,6 +108,7 @@ def tokenize_completions(
     source: str = "",
     report: BadRows | None = None,
     num_proc: int | None = None,
+    scored: bool = False,
 ) -> "Dataset":
     """Demonstrations for SFT: columns `input_ids`, `completion_mask` (1 on trained tokens), `row`, and every other.
 
@@ -151,13 +152,20 @@ def tokenize_completions(
         ids, mask = closed_talk(encoded, ending, tokenizer, note)
         return _sequence(ids, mask, max_length, note)
 
+    prepare = prepare_conversation if fmt.conversational else partial(_prepare_text, fmt)
+
+    def prepare_scored(row: Columns, note: Note) -> tuple[Any, Columns]:
+        checks.check_score(row)
+        return prepare(row, note)
+
     recipe = Recipe(
-        prepare_conversation if fmt.conversational else partial(_prepare_text, fmt),
+        prepare_scored if scored else prepare,
         partial(_encode_talks, tokenizer, ending) if fmt.conversational else partial(_encode, tokenizer, fmt),
         finish,
         {"input_ids": "int32", "completion_mask": "int8"},
     )
-    limits = {"use": "completions", "max_length": max_length}
+    limits: dict[str, Any] = {"use": "completions", "max_length": max_length}
+    limits |= {"scored": True} if scored else {}
     return tokenized(dataset, tokenizer, recipe, limits, report, max_bad_share=max_bad_share, num_proc=num_proc)
 
 

@@ -57,6 +57,9 @@ RUNS = {
         "--max_length 32 --dataset_name {world}/completions.jsonl --selective_tokens 0.5 "
         "--ref_model_name_or_path {world}/reference",
     ),
+    "sft, implicit rewards, LoRA": Run(
+        "sft", f"--max_length 32 --dataset_name {{world}}/completions.jsonl --implicit_reward_beta 0.1 {LORA}"
+    ),
     "reward": Run("reward", PAIRS),
     "reward, three members": Run("reward", f"{PAIRS} --ensemble 3 --max_steps 4"),
     "reward, three adapters": Run("reward", f"{PAIRS} --ensemble 3 --ensemble_kind lora --use_peft --lora_r 4"),

@@ -60,6 +60,23 @@ def test_sft_starts_from_the_loss_of_the_pretrained_model(real_model, short_pair
     assert log["loss"] == pytest.approx(mean_nll, rel=2e-2 if precision["bf16"] else 1e-4)
 
 
+def test_implicit_rewards_start_at_0(real_model, short_pairs, tmp_path, precision, mean_nll):
+    """And rise: with one row to learn from, its answer is likelier after a step."""
+    beta, options = 0.01, {**QUIET, "max_steps": 2}
+    args = SFTConfig(
+        str(tmp_path), max_length=512, learning_rate=1e-4, implicit_reward_beta=beta, **options, **precision
+    )
+    trainer = SFTTrainer(real_model, args, short_pairs, peft_config=LORA)
+    log, after = finished(trainer), trainer.state.log_history[1]
+    assert trainer.implicit.reference.held.adapter_off
+    assert log["implicit/token_loss"] == pytest.approx(mean_nll, rel=2e-2 if precision["bf16"] else 1e-4)
+    assert log["implicit/rewards"] == pytest.approx(0, abs=1e-2 if precision["bf16"] else 1e-5)
+    assert log["loss"] == pytest.approx(0.25, abs=1e-2 if precision["bf16"] else 1e-5)
+    moved = beta * (after["implicit/logps"] - log["implicit/logps"])
+    assert after["implicit/rewards"] - log["implicit/rewards"] == pytest.approx(moved, abs=1e-5)
+    assert after["implicit/rewards"] > 0 and after["loss"] < log["loss"]
+
+
 @pytest.mark.parametrize("peft", [None, LORA], ids=["full", "lora"])
 def test_dpo_starts_at_ln_2(real_model, short_pairs, tmp_path, precision, peft):
     args = DPOConfig(str(tmp_path), max_length=512, learning_rate=1e-5, **QUIET, **precision)

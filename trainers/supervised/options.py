@@ -1,4 +1,4 @@
-"""Options of supervised fine-tuning that say which weights and which tokens are trained."""
+"""Options of supervised fine-tuning that say which weights and which tokens are trained, and by which loss."""
 
 from dataclasses import dataclass, field
 
@@ -23,9 +23,19 @@ class SupervisedOptions(EvalCompletionsOptions):
             "the reference (ref_model_name_or_path). Paper: 0.6 or 0.7. Default: all are trained."
         },
     )
+    implicit_reward_beta: float | None = field(
+        default=None,
+        metadata={
+            "help": "UFT: train (sigmoid(implicit_reward_beta log(policy / reference)) - score)^2 of each sequence, score "
+            "1 where the rows have no column of that name. Paper: 0.01. Default: the likelihood of each token."
+        },
+    )
     ref_model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "With selective_tokens: the reference, a model trained on little text of the right kind."},
+        metadata={
+            "help": "The reference: with selective_tokens, a model trained on little text of the right kind; with "
+            "implicit_reward_beta by default the policy as it starts (LoRA: the adapter off)."
+        },
     )
     ref_dtype: str | None = field(
         default=None, metadata={"help": "bfloat16, float16 or float32: of the reference. Default: as the policy's."}
@@ -36,13 +46,21 @@ class SupervisedOptions(EvalCompletionsOptions):
         if self.ref_dtype not in (None, *DTYPES):
             raise ConfigError(f"ref_dtype must be one of {', '.join(DTYPES)}, got {self.ref_dtype!r}", key="ref_dtype")
         given = [name for name in ("ref_model_name_or_path", "ref_dtype") if getattr(self, name) is not None]
-        if given and self.selective_tokens is None:
+        if given and self.selective_tokens is None and self.implicit_reward_beta is None:
             raise ConfigError(
-                f"{given[0]}: supervised fine-tuning has a reference only with selective_tokens: set that too, or "
-                "leave it out",
+                f"{given[0]}: supervised fine-tuning has a reference only with selective_tokens or "
+                "implicit_reward_beta: set one of these too, or leave it out",
                 key=given[0],
+            )
+        if self.selective_tokens is not None and self.implicit_reward_beta is not None:
+            raise ConfigError(
+                "selective_tokens trains some tokens of a sequence, and implicit_reward_beta is of the log-prob of the "
+                "whole: leave one of the two out",
+                key="implicit_reward_beta",
             )
 
     def holds_reference(self, adapter: bool) -> bool:
         """Whether a second model is held while the policy, or an adapter on it, is trained."""
-        return self.selective_tokens is not None
+        if self.implicit_reward_beta is None:
+            return self.selective_tokens is not None
+        return not adapter or self.ref_model_name_or_path is not None or self.ref_dtype is not None

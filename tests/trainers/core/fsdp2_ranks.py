@@ -44,6 +44,7 @@ KEYS = (
         "rewards/margins",
         "mask_u/chosen/mean",
         "selective/excess_loss",
+        "implicit/rewards",
         "discriminator/loss",
         "improver/loss",
         "meta/loss",
@@ -111,6 +112,10 @@ def makers(policy: str, folder: Path) -> dict:
     def dpo(name, **options):
         return DPOTrainer(policy, dpo_config(folder / name, **settings()), pairs, eval_pairs, **options)
 
+    def implicit(name, **options):
+        args = sft_config(folder / name, implicit_reward_beta=0.3, **settings(eval_strategy="no"))
+        return SFTTrainer(policy, args, demonstrations(24), **options)
+
     def reward():
         args = reward_runs.config(folder / "reward", **settings())
         return RewardTrainer(policy, args, pairs, eval_pairs, processing_class=toy.tokenizer())
@@ -135,6 +140,8 @@ def makers(policy: str, folder: Path) -> dict:
             demonstrations(24),
             ref_model=tiny_model(toy.tokenizer(), seed=1),
         ),
+        "implicit rewards": lambda: implicit("implicit rewards"),
+        "implicit rewards, adapter": lambda: implicit("implicit rewards, adapter", peft_config=lora),
         "listwise_dpo": lambda: ListwiseDPOTrainer(
             policy, listwise_config(folder / "listwise_dpo", **settings(eval_strategy="no")), rankings(24, most=3)
         ),

@@ -12,6 +12,8 @@ METHODS = (
         "sft",
         "half of it",
         "selected tokens",
+        "implicit rewards",
+        "implicit rewards, adapter",
         "dpo",
         "dpo, adapter",
         "listwise_dpo",
