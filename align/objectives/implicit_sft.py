@@ -1,5 +1,5 @@
-"""UFT's loss of supervised fine-tuning (Wang et al. 2024, arXiv 2410.21438): a demonstration is an answer whose reward is
-known, and the policy's implicit reward is regressed to it."""
+"""UFT's loss of supervised fine-tuning (Wang et al. 2024, arXiv 2410.21438): a demonstration is an answer whose reward
+is known, and the policy's implicit reward is regressed to it."""
 
 from torch import Tensor
 
@@ -13,10 +13,10 @@ def implicit_reward_loss(
     loss(r, r_theta) = (sigmoid(r_theta(x, y)) - r)^2         (eq. 6 with the squared error; eq. 7 is r = 1)
 
     d loss / d log pi_theta(y|x) = 2 beta (sigma - r) sigma (1 - sigma), sigma = sigmoid(r_theta). It starts at
-    (0.5 - r) beta / 2, for a demonstration minus 0.25 beta, and vanishes as sigma nears the score: that is what keeps the
-    policy near its reference. The optimum of a score inside (0, 1) is r_theta = logit(r); a score of 1 has none, and beta
-    says how far the policy goes before little gradient is left. With beta near 0 sigma stays at 0.5, and this is plain
-    fine-tuning on the summed log-probs, scaled by 0.25 beta.
+    (0.5 - r) beta / 2, for a demonstration minus 0.25 beta, and vanishes as sigma nears the score: that is what keeps
+    the policy near its reference. The optimum of a score inside (0, 1) is r_theta = logit(r); a score of 1 has none:
+    beta says how far the policy goes before little gradient is left. With beta near 0 sigma stays at 0.5, and this is
+    plain fine-tuning on the summed log-probs, scaled by 0.25 beta.
 
     Args:
         logps, ref_logps: [N], in nats: log-probs of whole sequences, summed over their trained tokens, under the policy

@@ -64,7 +64,7 @@ def test_implicit_rewards_start_at_0(real_model, short_pairs, tmp_path, precisio
     """And rise: with one row to learn from, its answer is likelier after a step."""
     beta, options = 0.01, {**QUIET, "max_steps": 2}
     args = SFTConfig(
-        str(tmp_path), max_length=512, learning_rate=1e-4, implicit_reward_beta=beta, **options, **precision
+        str(tmp_path), max_length=512, learning_rate=1e-3, implicit_reward_beta=beta, **options, **precision
     )
     trainer = SFTTrainer(real_model, args, short_pairs, peft_config=LORA)
     log, after = finished(trainer), trainer.state.log_history[1]

@@ -1,5 +1,5 @@
-"""UFT: the loss of implicit rewards, and a trainer whose steps have its mean over sequences, however they are cut. Run as
-a script on two processes: policy, folder."""
+"""UFT: the loss of implicit rewards, and a trainer whose steps have its mean over sequences, however they are cut. Run
+as a script on two processes: policy, folder."""
 
 import math
 import sys
@@ -52,7 +52,7 @@ def steps(made) -> torch.Tensor:
     return torch.tensor([logged(made, name) for name in NAMES])
 
 
-# ---- the function -----------------------------------------------------------------------------------------------------
+# ---- the function ----------------------------------------------------------------------------------------------------
 
 
 def test_the_loss_is_the_papers():
@@ -83,7 +83,9 @@ def test_the_optimum_of_a_score_is_its_logit():
     logits = torch.zeros(5, dtype=torch.float64, requires_grad=True)
     ref_logps = torch.tensor([0.1, 0.15, 0.2, 0.25, 0.3], dtype=torch.float64).log()
     scores = torch.tensor([0.8, 0.6, 0.5], dtype=torch.float64)
-    optimizer = torch.optim.LBFGS([logits], max_iter=200, tolerance_grad=1e-14, tolerance_change=0, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [logits], max_iter=200, tolerance_grad=1e-14, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
 
     def loss():
         optimizer.zero_grad()
@@ -96,7 +98,7 @@ def test_the_optimum_of_a_score_is_its_logit():
     torch.testing.assert_close(rewards, scores.logit(), atol=1e-6, rtol=0)
 
 
-# ---- a step -----------------------------------------------------------------------------------------------------------
+# ---- a step ----------------------------------------------------------------------------------------------------------
 
 
 def log_probs(model, rows) -> torch.Tensor:
@@ -228,7 +230,7 @@ def test_a_resumed_run_is_the_same_and_knows_its_reference(lora, policy, tmp_pat
         run(str(tmp_path / "checkpoint-2"), seed=2)
 
 
-# ---- data -------------------------------------------------------------------------------------------------------------
+# ---- data ------------------------------------------------------------------------------------------------------------
 
 
 def test_scores_come_with_every_kind_of_rows(tmp_path):
@@ -265,7 +267,7 @@ def test_scores_that_are_none_are_refused_by_row(tmp_path):
         trainer(tmp_path, demonstrations(8).add_column("score", ["good"] * 8))
 
 
-# ---- errors -----------------------------------------------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_refused(policy, tmp_path):

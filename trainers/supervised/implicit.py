@@ -1,8 +1,8 @@
-"""Implicit-reward fine-tuning (UFT, `implicit_reward_beta`): the loss of a sequence is of its whole log-prob against that
-of a reference (`align.objectives.implicit_sft`).
+"""Implicit-reward fine-tuning (UFT, `implicit_reward_beta`): the loss of a sequence is of its whole log-prob against
+that of a reference (`align.objectives.implicit_sft`).
 
-The mean is over the sequences of the whole optimiser step, over all micro-batches and processes. TRL's trainer divides a
-sum of token losses by a number of tokens of the step; it is given the sequences' losses, and their number.
+The mean is over the sequences of the whole optimiser step, all micro-batches and processes. TRL's trainer divides a
+sum of token losses by the number of tokens of the step; it is given the sequences' losses, and their number.
 """
 
 from collections.abc import Callable
@@ -158,8 +158,8 @@ def for_model(batch: Batch) -> Batch:
 
 
 def by_sequence(values: Tensor, batch: Batch) -> Tensor:
-    """Values of each token but the first of every row, [B, T-1], as one row per sequence: a batch without padding is one
-    row in which sequences follow each other, the first tokens of which have no label."""
+    """Values of each token but the first of every row, [B, T-1], as one row per sequence, [N, L]. A batch without
+    padding is one row in which sequences follow each other, and the first token of each has no label."""
     if "cu_seq_lens_q" not in batch:
         return values
     parts = pad(values, (0, 1))[0].split(batch["cu_seq_lens_q"].diff().tolist())

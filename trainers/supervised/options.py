@@ -26,8 +26,8 @@ class SupervisedOptions(EvalCompletionsOptions):
     implicit_reward_beta: float | None = field(
         default=None,
         metadata={
-            "help": "UFT: train (sigmoid(implicit_reward_beta log(policy / reference)) - score)^2 of each sequence, score "
-            "1 where the rows have no column of that name. Paper: 0.01. Default: the likelihood of each token."
+            "help": "UFT: train (sigmoid(implicit_reward_beta log(policy / reference)) - score)^2 of sequences, the "
+            "score from the rows, or 1. Paper: 0.01. Default: the likelihood of each token."
         },
     )
     ref_model_name_or_path: str | None = field(
