@@ -9,6 +9,7 @@ with exactly one end token (`align.data.ending`), unless the length limit cut it
 never from token ids, so a tokenizer whose pad token is its EOS still trains the EOS.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -114,8 +115,7 @@ def tokenize_completions(
 
     Trained are: the completion of prompt-completion rows; the chosen completion of preference rows; every token of
     `text`; the assistant's messages of `messages`. Longer sequences are cut at `max_length` tokens and counted; a row
-    that would keep no trained token is bad.
-
+    that would keep no trained token is bad. scored: so is one with a `score` outside [0, 1]; it may be missing.
     Otherwise as `tokenize_prompts`.
     """
     report, sample = started(report, source, dataset, streams=True)
@@ -152,21 +152,20 @@ def tokenize_completions(
         ids, mask = closed_talk(encoded, ending, tokenizer, note)
         return _sequence(ids, mask, max_length, note)
 
-    prepare = prepare_conversation if fmt.conversational else partial(_prepare_text, fmt)
-
-    def prepare_scored(row: Columns, note: Note) -> tuple[Any, Columns]:
-        checks.check_score(row)
-        return prepare(row, note)
-
     recipe = Recipe(
-        prepare_scored if scored else prepare,
+        partial(_prepare, scored, prepare_conversation if fmt.conversational else partial(_prepare_text, fmt)),
         partial(_encode_talks, tokenizer, ending) if fmt.conversational else partial(_encode, tokenizer, fmt),
         finish,
         {"input_ids": "int32", "completion_mask": "int8"},
     )
-    limits: dict[str, Any] = {"use": "completions", "max_length": max_length}
-    limits |= {"scored": True} if scored else {}
+    limits = {"use": "completions", "max_length": max_length, **({"scored": True} if scored else {})}
     return tokenized(dataset, tokenizer, recipe, limits, report, max_bad_share=max_bad_share, num_proc=num_proc)
+
+
+def _prepare(scored: bool, prepare: Callable, row: Columns, note: Note) -> tuple[Any, Columns]:
+    if scored:
+        checks.check_score(row)
+    return prepare(row, note)
 
 
 def _talk_of(row: Columns, fmt: DataFormat) -> tuple[Any, Any]:

@@ -96,6 +96,11 @@ def game(folder: Path, **options):
     )
 
 
+def implicit(policy: str, folder: Path, **options):
+    args = sft_config(folder, implicit_reward_beta=0.3, **settings(eval_strategy="no"))
+    return SFTTrainer(policy, args, demonstrations(24), **options)
+
+
 def makers(policy: str, folder: Path) -> dict:
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     pairs, eval_pairs = toy_pairs(24), toy_pairs(8, seed=1)
@@ -111,10 +116,6 @@ def makers(policy: str, folder: Path) -> dict:
 
     def dpo(name, **options):
         return DPOTrainer(policy, dpo_config(folder / name, **settings()), pairs, eval_pairs, **options)
-
-    def implicit(name, **options):
-        args = sft_config(folder / name, implicit_reward_beta=0.3, **settings(eval_strategy="no"))
-        return SFTTrainer(policy, args, demonstrations(24), **options)
 
     def reward():
         args = reward_runs.config(folder / "reward", **settings())
@@ -140,8 +141,8 @@ def makers(policy: str, folder: Path) -> dict:
             demonstrations(24),
             ref_model=tiny_model(toy.tokenizer(), seed=1),
         ),
-        "implicit rewards": lambda: implicit("implicit rewards"),
-        "implicit rewards, adapter": lambda: implicit("implicit rewards, adapter", peft_config=lora),
+        "implicit rewards": lambda: implicit(policy, folder / "implicit rewards"),
+        "implicit rewards, adapter": lambda: implicit(policy, folder / "implicit rewards, adapter", peft_config=lora),
         "listwise_dpo": lambda: ListwiseDPOTrainer(
             policy, listwise_config(folder / "listwise_dpo", **settings(eval_strategy="no")), rankings(24, most=3)
         ),
