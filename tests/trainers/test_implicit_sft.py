@@ -186,6 +186,17 @@ def test_it_starts_at_its_reference_and_leaves_it(kind, policy, tmp_path):
         assert torch.equal(log_probs(reference, made.train_dataset), before)
 
 
+def test_the_reference_has_no_dropout(tmp_path):
+    """And the policy has: its rewards are not 0 in the first step, before which the two are compared without."""
+    made = trainer(tmp_path, demonstrations(8), model=tiny_model(toy.tokenizer(), attention_dropout=0.5), max_steps=1)
+    batch = made.data_collator([made.train_dataset[number] for number in range(8)])
+    made.model.train()
+    made.implicit.prepare(made.model, batches := [dict(batch)], made.args.device)
+    expected = log_probs(tiny_model(toy.tokenizer()).eval(), made.train_dataset).detach()
+    torch.testing.assert_close(batches[0]["implicit"].logps, expected, rtol=1e-5, atol=1e-5)
+    assert made.model.training and steps(made)[NAMES.index("implicit/rewards")].abs().item() > 1e-3
+
+
 def test_a_score_is_reached_and_not_passed(tmp_path):
     rows = demonstrations(1).add_column("score", [0.7])
     made = trainer(tmp_path, rows, max_steps=40, per_device_train_batch_size=1, learning_rate=5e-3)
