@@ -10,9 +10,13 @@ objectives pull in different directions:
     brevity      a penalty on every word after the eighth; wants short answers
 
 `gold` is their sum. It is linear in no word count: the first courtesy helps, the second does nothing and every further
-one hurts; a topic word helps once; length is free up to eight words, which the reference text never exceeds. A reward
-model that learns from few noisy comparisons of such answers, in which more courtesies, more topic words and more words
-were mostly better, extrapolates: that is how it is over-optimised.
+one hurts; a topic word helps once; length is free up to eight words, which the reference text never exceeds unless
+longer answers are asked for. A reward model that learns from few noisy comparisons of such answers, in which more
+courtesies, more topic words and more words were mostly better, extrapolates: that is one way of being over-optimised.
+
+The other are annotators. Each judges by gold and is fond of one filler word, which is worth nothing in gold. A reward
+model of one annotator's comparisons learns the fondness as well, and a policy that is optimised against it ends by
+repeating the word; reward models of other annotators do not agree.
 
 Everything is deterministic under its seed, and nothing here needs torch.
 """
@@ -82,14 +86,14 @@ def split_prompts(seed: int, *sizes: int, two_audiences: bool = False) -> list[l
     return [pool[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
 
 
-def reference_answer(topic: str, rng: random.Random) -> str:
-    """One answer of the reference text: 2 to 8 words of one writer."""
+def reference_answer(topic: str, rng: random.Random, longest: int = 8) -> str:
+    """One answer of the reference text: 2 to `longest` words of one writer."""
     others = [word for word, of in TOPIC_OF.items() if of != topic]
     pools = {"topic": TOPICS[topic], "other": others, "polite": POLITE, "rude": RUDE, "filler": FILLER}
     (habit,) = rng.choices(list(HABITS.values()), weights=HABIT_SHARES)
     (mood,) = rng.choices(list(MOODS.values()), weights=MOOD_SHARES)
     words = []
-    for _ in range(rng.randint(2, 8)):
+    for _ in range(rng.randint(2, longest)):
         shares = mood if rng.random() < SIDE_REMARKS else habit
         kinds = [*shares, "filler"]
         (kind,) = rng.choices(kinds, weights=[*shares.values(), 1 - sum(shares.values())])
@@ -97,10 +101,12 @@ def reference_answer(topic: str, rng: random.Random) -> str:
     return " ".join(words)
 
 
-def reference_text(rows: list[dict], per_prompt: int, seed: int) -> list[dict]:
+def reference_text(rows: list[dict], per_prompt: int, seed: int, longest: int = 8) -> list[dict]:
     """Prompt-completion rows for supervised fine-tuning."""
     rng = random.Random(f"reference {seed}")
-    return [{**row, "completion": reference_answer(row["topic"], rng)} for row in rows for _ in range(per_prompt)]
+    return [
+        {**row, "completion": reference_answer(row["topic"], rng, longest)} for row in rows for _ in range(per_prompt)
+    ]
 
 
 # ---- the three gold objectives ---------------------------------------------------------------------------------------
@@ -132,6 +138,16 @@ OBJECTIVES = {"helpfulness": helpfulness, "courtesy": courtesy, "brevity": brevi
 def gold_score(topic: str, completion: str) -> float:
     """The sum of the three objectives."""
     return sum(objective(topic, completion) for objective in OBJECTIVES.values())
+
+
+def annotators_words(annotators: int, seed: int) -> list[str]:
+    """The filler word that each of so many annotators is fond of, all different."""
+    return random.Random(f"annotators {seed}").sample(FILLER, annotators)
+
+
+def annotator_score(topic: str, completion: str, word: str, fondness: float) -> float:
+    """What an annotator judges an answer by: gold, and `fondness` for every time that it has the annotator's word."""
+    return gold_score(topic, completion) + fondness * completion.split().count(word)
 
 
 def gold(prompts, completions, topic, **_) -> list[float]:

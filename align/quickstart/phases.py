@@ -2,6 +2,7 @@
 shows."""
 
 import random
+from collections.abc import Callable
 from functools import partial
 
 import align
@@ -42,7 +43,7 @@ def sft(space: Workspace, settings: Settings, seed: int, handle: PhaseHandle) ->
     train, evaluation = toy.split_prompts(seed, *sizes, two_audiences=sum(sizes) > len(toy.prompts()))
     write_rows(space.path("data", "train_prompts.jsonl"), train)
     write_rows(space.path("data", "eval_prompts.jsonl"), evaluation)
-    text = toy.reference_text(train, settings.sft_rows_per_prompt, seed)
+    text = toy.reference_text(train, settings.sft_rows_per_prompt, seed, settings.longest_text)
     write_rows(space.path("data", "reference_text.jsonl"), text)
     tokenizer = toy.tokenizer()
     args = align.SFTConfig(
@@ -69,7 +70,8 @@ def sft(space: Workspace, settings: Settings, seed: int, handle: PhaseHandle) ->
 
 
 def pairs(space: Workspace, settings: Settings, seed: int, handle: PhaseHandle) -> dict:
-    """Preference pairs: two answers of the policy, labelled by the gold reward, a fixed share of the labels flipped."""
+    """Preference pairs: two answers of the policy each. Those to train on are judged by annotators in turn, and a fixed
+    share of their labels is flipped; those to evaluate on are judged by gold."""
     from align.data import tokenize_prompts
     from align.data.noise import flip_labels, save_flips
     from align.modeling.load import load_policy, load_tokenizer
@@ -82,6 +84,11 @@ def pairs(space: Workspace, settings: Settings, seed: int, handle: PhaseHandle) 
         max_model_len=settings.max_prompt_length + settings.max_completion_length,
         seed=seed,
     )
+    words = toy.annotators_words(settings.members, seed)
+    judges: dict[str, list[Callable[[str, str], float]]] = {
+        "train": [partial(toy.annotator_score, word=word, fondness=settings.fondness) for word in words],
+        "eval": [toy.gold_score],
+    }
     counts = {}
     try:
         for part, wanted in (("train", settings.pairs), ("eval", settings.eval_pairs)):
@@ -96,18 +103,12 @@ def pairs(space: Workspace, settings: Settings, seed: int, handle: PhaseHandle) 
                 [row["prompt_ids"] for row in chosen_rows],
                 align.SamplingParams(max_tokens=settings.max_completion_length, n=2),
             )
-            rows = []
-            for row, rollout in zip(chosen_rows, rollouts, strict=True):
-                answers = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in rollout.completions]
-                answers.sort(key=partial(toy.gold_score, row["topic"]))
-                scores = [toy.gold_score(row["topic"], answer) for answer in answers]
-                if answers[0] and answers[1] and scores[0] < scores[1]:  # a tie has no better answer
-                    rows.append(
-                        {"prompt": row["prompt"], "topic": row["topic"], "chosen": answers[1], "rejected": answers[0]}
-                    )
-            rows = rows[:wanted]
-            path = space.path("data", f"{part}_pairs.jsonl")
-            write_rows(path, rows)
+            answers = [
+                [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in rollout.completions]
+                for rollout in rollouts
+            ]
+            rows = judged(chosen_rows, answers, judges[part])[:wanted]
+            write_rows(space.path("data", f"{part}_pairs.jsonl"), rows)
             counts[part] = len(rows)
             handle.update(0.5 if part == "train" else 0.9)
     finally:
@@ -116,7 +117,19 @@ def pairs(space: Workspace, settings: Settings, seed: int, handle: PhaseHandle) 
     noisy, flipped = flip_labels(clean, settings.label_noise, seed)
     noisy.to_json(space.path("data", "train_pairs_noisy.jsonl"))
     save_flips(space.path("data", "flipped_labels.json"), flipped, share=settings.label_noise, seed=seed)
-    return {"pairs": counts["train"], "eval_pairs": counts["eval"], "flipped": len(flipped)}
+    return {"pairs": counts["train"], "eval_pairs": counts["eval"], "flipped": len(flipped), "words": words}
+
+
+def judged(prompts: list[dict], answers: list[list[str]], judges: list[Callable[[str, str], float]]) -> list[dict]:
+    """Pairs of the two answers to each prompt; row i is by judge i mod their number, a function of topic and answer.
+    Empty answers and ties, which have no better answer, are left out."""
+    rows: list[dict] = []
+    for prompt, (one, other) in zip(prompts, answers, strict=True):
+        judge, topic = judges[len(rows) % len(judges)], prompt["topic"]
+        worse, better = sorted((one, other), key=partial(judge, topic))
+        if worse and better and judge(topic, worse) < judge(topic, better):
+            rows.append({"prompt": prompt["prompt"], "topic": topic, "chosen": better, "rejected": worse})
+    return rows
 
 
 def reward_model(index: int, space: Workspace, settings: Settings, seed: int, handle: PhaseHandle) -> dict:

@@ -56,7 +56,7 @@ def run_plan(
     """Run what is not finished of the phases, called with `arguments` (settings, seed), and write the report of
     `summary()`, which is called after them. threads: of torch in each phase."""
     log = space.folder / "quickstart.log"  # what trainers and engine print
-    expected = {name: phase.expected for name, phase in plan.items()} | {REPORT: 8.0}
+    expected = {name: phase.expected for name, phase in plan.items()} | {REPORT: 5.0}
     with PhaseProgress(expected, console) as progress:
         run_phases(plan, space, arguments, progress, log, arguments[0].backend, threads)
         with progress.phase(REPORT):
@@ -77,6 +77,8 @@ def summarise(space: Workspace, settings: Settings, seed: int) -> dict:
             "policy": "Llama, 2 layers, width 64, from scratch",
             "SFT rows": results["supervised fine-tuning"]["rows"],
             "preference pairs": results["preference pairs"]["pairs"],
+            "annotators": f"{settings.members}, each adds {settings.fondness:g} to gold for every use of a word: "
+            + ", ".join(results["preference pairs"]["words"]),
             "flipped labels": results["preference pairs"]["flipped"],
             "reward models": settings.members,
             "uncertainty weight": settings.uncertainty_weight,
@@ -96,8 +98,9 @@ def summarise(space: Workspace, settings: Settings, seed: int) -> dict:
 TITLE = "Quickstart: learned rewards optimised, the true reward beside them"
 INTRO = [
     "A small language model is fine-tuned on a toy world, reward models are trained on noisy preferences between its "
-    "own answers, each on pairs that no other has seen, and the model is then optimised against them in two ways: by "
-    "picking the best of n answers, and by ReMax. The gold reward, the toy world's true objective, is scored beside "
-    "but never trained on.",
+    "own answers, and the model is then optimised against them in two ways: by picking the best of n answers, and by "
+    "ReMax. The preferences are those of annotators who judge by the true reward and are fond of a filler word each, a "
+    "reward model learns from one of them, and the single proxy is the first reward model. The gold reward, the toy "
+    "world's true objective, is scored beside but never trained on.",
     "Watch where gold and proxy part: from there on the model is earning reward, not getting better.",
 ]

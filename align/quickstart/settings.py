@@ -8,16 +8,16 @@ class Sizes:
     """What every quickstart has: sizes and learning rates, and its rollout engine. Lengths in tokens."""
 
     train_prompts: int = 256
-    eval_prompts: int = 512
+    eval_prompts: int = 1024
     members: int = 5
-    reward_epochs: int = 2
+    reward_epochs: int = 5
     reward_learning_rate: float = 2e-3
     uncertainty_weight: float = 0.5
     bon_prompts: int = 32
     bon_n: int = 512
     prompts_per_step: int = 64
-    steps: int = 60
-    eval_every: int = 6
+    steps: int = 100
+    eval_every: int = 10
     eval_samples: int = 1
     learning_rate: float = 1e-3
     beta: float = 0.03
@@ -31,14 +31,22 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Settings(Sizes):
-    """Of the toy world, where a token is a word."""
+    """Of the toy world, where a token is a word.
 
-    sft_rows_per_prompt: int = 32
-    sft_learning_rate: float = 5e-3
+    longest_text: words of the longest answers that the policy learns to speak from. fondness: of each annotator for a
+    filler word, in points of gold for every time it occurs (`toy.annotator_score`); there are as many annotators as
+    reward models, and pair i is judged by annotator i mod that number. label_noise: share of the labels that are
+    flipped after that. own_pairs: every reward model learns from the pairs of one annotator; otherwise from all.
+    """
+
+    sft_rows_per_prompt: int = 64
+    sft_learning_rate: float = 2e-3
+    longest_text: int = 11
     pairs: int = 6000
     eval_pairs: int = 300
+    fondness: float = 2.0
     label_noise: float = 0.15
-    own_pairs: bool = True  # every reward model learns from its own share of the pairs, as from annotators of its own
+    own_pairs: bool = True
 
 
 FULL = Settings()

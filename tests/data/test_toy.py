@@ -61,6 +61,20 @@ def test_every_word_is_one_token():
         assert 2 <= len(row["completion"].split()) <= 8
 
 
+def test_longer_reference_text():
+    rows = toy.reference_text(toy.prompts(), 4, 0, longest=11)
+    lengths = {len(row["completion"].split()) for row in rows}
+    assert lengths == set(range(2, 12))
+
+
+def test_annotators_are_fond_of_a_word_each():
+    words = toy.annotators_words(5, 3)
+    assert len(set(words)) == 5 and set(words) < set(toy.FILLER) and words == toy.annotators_words(5, 3)
+    answer = "rose so so thanks"
+    assert toy.annotator_score("garden", answer, "so", 1.5) == toy.gold_score("garden", answer) + 3.0
+    assert toy.annotator_score("garden", answer, "well", 1.5) == toy.gold_score("garden", answer)
+
+
 def best_answers(count: int = 300) -> dict[str, list[str]]:
     """For each objective, the best tenth of random answers of 1 to 16 words."""
     rng = random.Random(0)

@@ -7,15 +7,18 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 from rich.console import Console
 
+from align.data import toy
 from align.errors import ConfigError
 from align.evaluation.summary import read_summary
 from align.quickstart.parts import RUNS
+from align.quickstart.phases import judged
 from align.quickstart.progress import PhaseProgress
 from align.quickstart.settings import SMALL
 from align.quickstart.workspace import Workspace
@@ -102,6 +105,29 @@ def test_the_label_noise_is_the_stored_one(killed_and_continued):
     assert len(flipped["rows"]) == round(SMALL.label_noise * len(rows["train_pairs"]))
     for i, (clean, noisy) in enumerate(zip(rows["train_pairs"], rows["train_pairs_noisy"], strict=True)):
         assert (clean["chosen"] == noisy["rejected"]) == (i in set(flipped["rows"]))
+
+
+def test_pairs_are_judged_by_annotators_in_turn():
+    first, second = (partial(toy.annotator_score, word=word, fondness=1.5) for word in ("so", "well"))
+    prompt, answers = {"prompt": "describe the garden : ", "topic": "garden"}, ["rose so", "rose well"]
+    rows = judged([prompt] * 5, [answers, answers, ["rose", "rose"], ["rose", ""], answers], [first, second])
+    assert [row["chosen"] for row in rows] == ["rose so", "rose well", "rose so"]  # of five one ties, one is empty
+    assert [row["rejected"] for row in rows] == ["rose well", "rose so", "rose well"]
+    assert judged([prompt], [answers], [toy.gold_score]) == []  # worth the same in gold
+
+
+def test_every_reward_model_learns_from_one_annotator(killed_and_continued):
+    """Before labels are flipped, every pair is as the annotator of its member judges it."""
+    folder, _, _ = killed_and_continued
+    rows = [json.loads(line) for line in (folder / "data" / "train_pairs.jsonl").read_text().splitlines()]
+    words = json.loads((folder / "phases.json").read_text())["phases"]["preference pairs"]["result"]["words"]
+    assert words == toy.annotators_words(SMALL.members, 0)
+    by_gold_alone = 0
+    for i, row in enumerate(rows):
+        judge = partial(toy.annotator_score, row["topic"], word=words[i % SMALL.members], fondness=SMALL.fondness)
+        assert judge(row["chosen"]) > judge(row["rejected"])
+        by_gold_alone += toy.gold_score(row["topic"], row["chosen"]) > toy.gold_score(row["topic"], row["rejected"])
+    assert by_gold_alone < len(rows)
 
 
 def test_other_settings_in_the_same_folder_are_refused(tmp_path):
