@@ -72,6 +72,15 @@ def text_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast
     return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>")
 
 
+def drawn_model(folder: Path, args: argparse.Namespace):
+    """A randomly drawn Llama for the texts of `args.data`, and its tokenizer, which is returned."""
+    columns = Dataset.from_parquet(str(args.data), keep_in_memory=True)
+    texts = [row[name] for row in columns for name in ("prompt", "chosen", "rejected")]
+    tokenizer = text_tokenizer(texts, args.vocabulary)
+    make_model(folder, tokenizer, args.hidden, args.layers)
+    return tokenizer
+
+
 def make_model(folder: Path, tokenizer, hidden: int, layers: int) -> None:
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=int(hidden * 8 / 3) // 64 * 64,
@@ -245,15 +254,20 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--trl_micro", type=int, nargs="+", help="try TRL's trainer with these micro-batches only")
     parser.add_argument("--ours_micro", type=int, help="pairs per micro-batch of ours; default: the whole step")
-    parser.add_argument("--hidden", type=int, default=384)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--vocabulary", type=int, default=32000, help="at most")
     parser.add_argument("--max_length", type=int, default=1024, help="pairs with longer sequences are left out")
     parser.add_argument("--reference", choices=["live", "cached"], nargs="+", default=["live", "cached"])
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.set_defaults(
         device_options={"use_cpu": True, "bf16": False, "gradient_checkpointing": False}, tolerance=1e-4, plain=True
     )
+    return with_drawn_model(parser)
+
+
+def with_drawn_model(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Adds the options of `drawn_model` but the data."""
+    parser.add_argument("--hidden", type=int, default=384)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--vocabulary", type=int, default=32000, help="at most")
     return parser
 
 
@@ -263,11 +277,7 @@ def main(args: argparse.Namespace) -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        columns = Dataset.from_parquet(str(args.data), keep_in_memory=True)
-        tokenizer = text_tokenizer(
-            [row[name] for row in columns for name in ("prompt", "chosen", "rejected")], args.vocabulary
-        )
-        make_model(folder / "model", tokenizer, args.hidden, args.layers)
+        tokenizer = drawn_model(folder / "model", args)
         pairs = usable_pairs(args.data, tokenizer, args.max_length)
         result = {
             "machine": machine(),

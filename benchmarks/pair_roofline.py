@@ -1,11 +1,12 @@
 """Where the time of a DPO step goes, and what bounds the distance to TRL's: the arithmetic of both sides, counted.
 
     OMP_NUM_THREADS=2 python benchmarks/pair_roofline.py MODEL [--pairs 8] [--steps 4] [--full] [--data FILE]
+    OMP_NUM_THREADS=2 python benchmarks/pair_roofline.py --full --output benchmarks/results/pair_roofline_full.json
 
-MODEL is a folder in transformers' form; both sides train a LoRA adapter on it (`--full`: all weights) in float32, on
-the same pairs, with the same losses, a live reference, and no gradient checkpointing. TRL's trainer takes the pairs of
-a step one by one, its fastest setting on a processor (dpo_vs_trl.py): nothing is padded there, so no arithmetic is
-wasted on padding. Per side, over the steps but the first:
+MODEL is a folder in transformers' form, left out the randomly drawn Llama of dpo_vs_trl.py; both sides train a LoRA
+adapter on it (`--full`: all weights) in float32, on the same pairs, with the same losses, a live reference, and no
+gradient checkpointing. TRL's trainer takes the pairs of a step one by one, its fastest setting on a processor
+(dpo_vs_trl.py): nothing is padded there, so no arithmetic is wasted on padding. Per side, over the steps but the first:
 
 - `gflop_per_pair`: the operations of all matrix products, attention's included, as PyTorch's counter sees them
   (attention as plain products, so that it can). Exact, and the same whatever else the machine does.
@@ -31,9 +32,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 try:
-    from benchmarks.dpo_vs_trl import DATA, StepTimes, machine, options, usable_pairs
+    from benchmarks.dpo_vs_trl import DATA, StepTimes, drawn_model, machine, options, usable_pairs, with_drawn_model
 except ImportError:  # run as a script
-    from dpo_vs_trl import DATA, StepTimes, machine, options, usable_pairs
+    from dpo_vs_trl import DATA, StepTimes, drawn_model, machine, options, usable_pairs, with_drawn_model
 
 RESULT = Path(__file__).parent / "results" / "pair_roofline.json"
 PRODUCTS = (
@@ -168,7 +169,7 @@ def measure(args: argparse.Namespace) -> dict:
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Where the time of a DPO step goes")
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="?", help="a folder; default: the Llama of dpo_vs_trl.py")
     parser.add_argument("--full", action="store_true", help="train all weights, not an adapter")
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--pairs", type=int, default=8, help="per optimiser step")
@@ -179,14 +180,19 @@ def arguments() -> argparse.ArgumentParser:
     parser.set_defaults(
         device_options={"use_cpu": True, "bf16": False, "gradient_checkpointing": False}, tolerance=1e-4
     )
-    return parser
+    return with_drawn_model(parser)
 
 
 def main(args: argparse.Namespace) -> None:
-    setting = {name: value for name, value in vars(args).items() if name not in ("data", "output", "model")}
+    left_out = {"data", "output", "model"} | ({"hidden", "layers", "vocabulary"} if args.model else set())
+    setting = {name: value for name, value in vars(args).items() if name not in left_out}
     versions = {name: version(name) for name in ("torch", "transformers", "trl", "peft")}
-    result = {"machine": machine(), "versions": versions, "model": Path(args.model).name, "setting": setting}
-    result |= measure(args)
+    name = Path(args.model).name if args.model else "of dpo_vs_trl.py"
+    with tempfile.TemporaryDirectory() as folder:
+        if args.model is None:
+            args.model = str(Path(folder) / "model")
+            drawn_model(Path(args.model), args)
+        result = {"machine": machine(), "versions": versions, "model": name, "setting": setting, **measure(args)}
     args.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
