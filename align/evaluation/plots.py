@@ -186,7 +186,7 @@ def panels(count: int, *, sharey=False, above: float, width: float | None = None
     columns = 2 if count == 4 else min(count, 3)  # three would leave the fourth alone
     rows = -(-count // columns)
     width = width or {1: 6.5, 2: 10.5, 3: 12.6}[columns]
-    left, right, below, between = 0.68, 0.2, 0.55, 0.18 if sharey else 0.62
+    left, right, below, between = 0.8, 0.2, 0.55, 0.18 if sharey else 0.62
     figure = Figure(figsize=(width, rows * (height + below + above)))
     axes = figure.subplots(rows, columns, squeeze=False, sharey=sharey)
     panel = (width - left - right - (columns - 1) * between) / columns
