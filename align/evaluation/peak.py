@@ -18,10 +18,10 @@ RULE = (
     "helped: the gold score falls so and had not risen by more than chance before. collapsed: it falls so, and the "
     "proxy falls too. not optimised: the gold score does not fall, but the proxy did not rise by more than chance "
     "either. not over-optimised: gold and proxy rose by more than chance, and the gold score fell less than that or "
-    "not at all. unclear: everything else, a fall or a gain that chance could make. The intervals take the peak from "
-    "other prompts than those on which they measure: luck at the highest point is no fall. Trusted up to: of an "
-    "over-optimised proxy the earliest gold peak of 95 % of the resamples of the prompts; of one that is not, the last "
-    "evaluation."
+    "not at all. unclear: everything else, a fall or a gain that chance could make. The verdict and the intervals of "
+    "gold take the peak from other prompts than those on which they measure: luck at the highest point is no fall. "
+    "Trusted up to: of an over-optimised proxy the earliest gold peak of 95 % of the resamples of the prompts; of one "
+    "that is not, the last evaluation."
 )
 
 
@@ -31,7 +31,8 @@ class Peak:
 
     gain = gold at the peak - at the start; drop = gold at the peak - at the end; drop_share = drop / gain (None without
     a gain). proxy_change = proxy at the end - at the peak. Intervals are 95 %, over prompts; None where nothing follows
-    the peak, or with fewer than 2 prompts. trusted: up to which evaluation the proxy can be trusted (`RULE`); None
+    the peak, or with fewer than 2 prompts. Those of gold are of a peak that other prompts have found (`RULE`), that of
+    proxy_change is of the peak shown. trusted: up to which evaluation the proxy can be trusted (`RULE`); None
     where the verdict does not say.
     """
 
@@ -78,9 +79,10 @@ def analyse_peak(proxy, gold, *, seed: int = 0) -> Peak:
             with np.errstate(divide="ignore", invalid="ignore"):
                 shares = np.where(gains > 0, drops / gains, np.where(drops == 0, 0.0, np.copysign(np.inf, drops)))
             result.drop_share_interval = _pair(shares)
-        result.proxy_change_interval = _pair(weights @ (proxy[end] - proxy[held_out, columns]))
+        result.proxy_change_interval = _pair(weights @ (proxy[end] - proxy[peak]))
     proxy_rose = _pair(weights @ (proxy[end] - proxy[0]))[0] > 0
-    result.verdict = _verdict(result, falls, proxy_rose, seed)
+    proxy_fell = _pair(weights @ (proxy[end] - proxy[held_out, columns]))[1] < 0
+    result.verdict = _verdict(result, falls, proxy_rose, proxy_fell, seed)
     if result.verdict == "over-optimised":
         result.trusted = int(np.percentile((weights @ gold.T).argmax(1), 2.5, method="lower"))
     else:
@@ -88,8 +90,9 @@ def analyse_peak(proxy, gold, *, seed: int = 0) -> Peak:
     return result
 
 
-def _verdict(found: Peak, falls: np.ndarray, proxy_rose: bool, seed: int) -> str:
-    """By `RULE`. falls [P]: of the gold score of each prompt, from the peak of the others to the end."""
+def _verdict(found: Peak, falls: np.ndarray, proxy_rose: bool, proxy_fell: bool, seed: int) -> str:
+    """By `RULE`. falls [P]: of the gold score of each prompt, from the peak of the others to the end. proxy_fell: from
+    there too, by more than chance."""
     if len(falls) < MIN_PROMPTS:
         return "too few prompts"
     gained = found.gain_interval is not None and found.gain_interval[0] > 0
@@ -100,7 +103,7 @@ def _verdict(found: Peak, falls: np.ndarray, proxy_rose: bool, seed: int) -> str
     without = _pair(resample_weights(len(rest), seed=seed) @ rest)
     if found.drop_interval is None or min(found.drop_interval[0], without[0]) <= 0:
         return "unclear"
-    if found.proxy_change_interval is not None and found.proxy_change_interval[1] < 0:
+    if proxy_fell:
         return "collapsed"
     return "over-optimised" if gained else "never helped"
 

@@ -34,6 +34,16 @@ def test_by_the_points(proxy, gold, verdict, trusted):
     assert (peak.verdict, peak.trusted) == (verdict, trusted)
 
 
+def test_the_interval_of_the_proxys_change_is_of_the_peak_shown():
+    """On a plateau of gold other prompts find other peaks, from which the proxy rises by more."""
+    noise = 0.3 * np.random.default_rng(0).normal(size=(5, 200))
+    proxy = np.array([0.0, 1.0, 2.0, 3.0, 3.1])[:, None] + 0.01 * noise
+    peak = analyse_peak(proxy, np.array([0.0, 2.0, 2.0, 2.0, 0.5])[:, None] + noise)
+    assert peak.verdict == "over-optimised"
+    low, high = peak.proxy_change_interval
+    assert low < peak.proxy_change < high
+
+
 def test_few_prompts_are_a_verdict_of_their_own():
     few = MIN_PROMPTS - 1
     peak = analyse_peak(RISING[:, :few], points(0, 1, 2, 1, 0, prompts=few))
