@@ -54,6 +54,7 @@ class OnPolicyBase(MicroBatchLists, Trainer):
     reference: Reference | None
     check_start: bool
     buffer: RolloutBuffer | None
+    restored: bool  # whether the state of the checkpoint that is resumed has been loaded
     critic: CriticLearner | None
     engine: SyncedEngine
     entropy: EntropyBonus
@@ -246,6 +247,14 @@ class OnPolicyBase(MicroBatchLists, Trainer):
             "entropy_bonus": self.entropy.state_dict(),
             "buffer": self.buffer.state_dict(self.ranks.count) if inside and self.buffer is not None else None,
         }
+
+    def restore(self) -> bool:
+        """The state of the checkpoint that a run is resumed from, once; whether it was now."""
+        if self.resumed is None or self.restored:
+            return False
+        self.restored = True
+        self.load_state(self.resumed.state, self.resumed.folder)
+        return True
 
     def load_state(self, state: dict, folder: Path) -> None:
         """Restore what a checkpoint holds beyond model and optimiser: `extra_state`, and the files in its folder."""

@@ -259,7 +259,7 @@ class OnPolicyTrainer(OnPolicyBase):
             check_arithmetic(self.args, len(self.train_dataset))
         self.engine.forget()  # its weights may be another run's
         self.evaluations.close()
-        self.buffer = None
+        self.buffer, self.restored = None, False
         if self.stop is not None:
             self.stop.clear()
         self.ahead.forget()
@@ -267,6 +267,7 @@ class OnPolicyTrainer(OnPolicyBase):
             output = super().train(*args, **kwargs)
         finally:
             self.ahead.stop()
+        self.restore()  # of a run that ended before its last save: what is saved now is what it had trained
         self.engine.forget()  # the best checkpoint may have been loaded
         return output
 
@@ -281,8 +282,7 @@ class OnPolicyTrainer(OnPolicyBase):
             return [], None
         steps = self.args.steps_per_rollout
         position = self.state.global_step % steps
-        if self.resumed is not None and self.state.global_step == self.resumed.step:
-            self.load_state(self.resumed.state, self.resumed.folder)
+        if self.restore():
             if self.finished:  # `stop_at` had ended it
                 self.control.should_training_stop = True
                 return [], None

@@ -117,6 +117,8 @@ def test_resuming_is_exact_and_the_discriminator_is_saved(rank, policy, discrimi
     learned = [parameters(trainer.discriminator.reward.model) for trainer in (whole, resumed)]
     assert_same(*learned)
     assert whole.discriminator.spent == resumed.discriminator.spent == 12
+    ended = run(str(tmp_path / "checkpoint-6"))  # of a run that was killed before it saved the discriminator
+    assert_same(parameters(ended.discriminator.reward.model), learned[0])
     whole.save_model()
     saved = build_reward({"type": "classifier", "path": str(tmp_path / "discriminator")})
     assert isinstance(saved, ClassifierReward)

@@ -259,6 +259,8 @@ def test_resuming_is_exact(adapter, policy, tmp_path):
     assert_same(whole.meta.parameters, resumed.meta.parameters)
     assert torch.equal(whole.meta.pairs, resumed.meta.pairs) and len(whole.meta.pairs)
     assert logged(whole, "loss") == logged(resumed, "loss") and len(logged(whole, "meta/loss")) == 3
+    ended = run(str(tmp_path / "checkpoint-7"))  # of a run that was killed before it saved h
+    assert_same(whole.meta.parameters, ended.meta.parameters)
 
 
 def test_a_run_goes_on_from_another_ones_h(policy, tmp_path):
