@@ -140,7 +140,7 @@ def gold_score(topic: str, completion: str) -> float:
     return sum(objective(topic, completion) for objective in OBJECTIVES.values())
 
 
-def annotators_words(annotators: int, seed: int) -> list[str]:
+def favourite_words(annotators: int, seed: int) -> list[str]:
     """The filler word that each of so many annotators is fond of, all different."""
     return random.Random(f"annotators {seed}").sample(FILLER, annotators)
 

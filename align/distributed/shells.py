@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from align.errors import ConfigError
 from align.modeling.types import Model
 
 
@@ -46,6 +47,19 @@ def are_sent_weights() -> bool:
     from transformers.integrations import is_fsdp_enabled
 
     return is_fsdp_enabled() and os.environ.get("LOCAL_RANK") != "0"
+
+
+def check_sharded(accelerator: Any) -> None:
+    """ConfigError where FSDP is asked for and accelerate leaves it out, as it does without accelerators: the shells
+    would never get their weights, and nothing would be sharded."""
+    from accelerate.utils import DistributedType
+
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if asked and accelerator.num_processes > 1 and accelerator.distributed_type != DistributedType.FSDP:
+        raise ConfigError(
+            "FSDP needs accelerators (GPUs), and accelerate trains on CPUs here, where it leaves FSDP out: start these "
+            "processes with `align launch CONFIG --cpu --num-processes N`, or leave use_cpu out where there are GPUs"
+        )
 
 
 def shell(like: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ def pairs(space: Workspace, settings: Settings, seed: int, handle: PhaseHandle) 
         max_model_len=settings.max_prompt_length + settings.max_completion_length,
         seed=seed,
     )
-    words = toy.annotators_words(settings.members, seed)
+    words = toy.favourite_words(settings.members, seed)
     judges: dict[str, list[Callable[[str, str], float]]] = {
         "train": [partial(toy.annotator_score, word=word, fondness=settings.fondness) for word in words],
         "eval": [toy.gold_score],

@@ -68,8 +68,8 @@ def test_longer_reference_text():
 
 
 def test_annotators_are_fond_of_a_word_each():
-    words = toy.annotators_words(5, 3)
-    assert len(set(words)) == 5 and set(words) < set(toy.FILLER) and words == toy.annotators_words(5, 3)
+    words = toy.favourite_words(5, 3)
+    assert len(set(words)) == 5 and set(words) < set(toy.FILLER) and words == toy.favourite_words(5, 3)
     answer = "rose so so thanks"
     assert toy.annotator_score("garden", answer, "so", 1.5) == toy.gold_score("garden", answer) + 3.0
     assert toy.annotator_score("garden", answer, "well", 1.5) == toy.gold_score("garden", answer)

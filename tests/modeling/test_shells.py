@@ -1,10 +1,14 @@
 """A process that FSDP2 sends its shards holds no whole model: no policy, reference, critic or reward model."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from align.distributed.shells import copied, fill, is_shell
+from align.distributed.shells import check_sharded, copied, fill, is_shell
+from align.errors import ConfigError
 from align.modeling.load import freeze_copy, load_policy
 from tests.warm import run_ranks
 
@@ -52,3 +56,16 @@ def test_a_copy_of_a_model_that_trl_has_patched_computes_with_its_own_weights(sa
     with torch.no_grad():
         model.lm_head.weight.mul_(2.0)
     assert torch.equal(twin(ids).logits, before) and not torch.equal(model(ids).logits, before)
+
+
+def test_sharding_that_accelerate_leaves_out_is_an_error(monkeypatch):
+    """As it does on processors: the processes but the first would go on with zeros."""
+    fsdp, processors = (
+        SimpleNamespace(num_processes=2, distributed_type=kind)
+        for kind in (DistributedType.FSDP, DistributedType.MULTI_CPU)
+    )
+    check_sharded(processors)  # nobody asked for it
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    check_sharded(fsdp)
+    with pytest.raises(ConfigError, match="accelerate trains on CPUs here, where it leaves FSDP out"):
+        check_sharded(processors)

@@ -121,7 +121,7 @@ def test_every_reward_model_learns_from_one_annotator(killed_and_continued):
     folder, _, _ = killed_and_continued
     rows = [json.loads(line) for line in (folder / "data" / "train_pairs.jsonl").read_text().splitlines()]
     words = json.loads((folder / "phases.json").read_text())["phases"]["preference pairs"]["result"]["words"]
-    assert words == toy.annotators_words(SMALL.members, 0)
+    assert words == toy.favourite_words(SMALL.members, 0)
     by_gold_alone = 0
     for i, row in enumerate(rows):
         judge = partial(toy.annotator_score, row["topic"], word=words[i % SMALL.members], fondness=SMALL.fondness)

@@ -22,6 +22,7 @@ from align.data.limits import check_fits, row_check
 from align.data.streams import is_stream
 from align.distributed.checkpoints import checksums, write_manifest
 from align.distributed.disk import writing
+from align.distributed.shells import check_sharded
 from align.errors import ConfigError, DataError, TrainingError
 from align.modeling.adapters import adapter_start, notes, split
 from align.trainers.core import card, guards, identity, saving, trackers
@@ -86,6 +87,7 @@ class TrainerMixin(TrainerHooks):
         self.resumed: Resumed | None = None
         self._verify = False
         super().__init__(*args, **kwargs)
+        check_sharded(self.accelerator)
         if isinstance(self.args, BaseConfig):  # TRL's, of SFT, adds the loss of a mixture of experts
             self.router_coefficient = router_coefficient(self.model, self.args.router_aux_loss_coef)
             self.aux_loss_enabled = self.router_coefficient > 0  # TRL's name

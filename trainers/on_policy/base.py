@@ -249,7 +249,7 @@ class OnPolicyBase(MicroBatchLists, Trainer):
         }
 
     def restore(self) -> bool:
-        """The state of the checkpoint that a run is resumed from, once; whether it was now."""
+        """Load the state of the checkpoint that this run is resumed from, unless that is done; True if it was not."""
         if self.resumed is None or self.restored:
             return False
         self.restored = True

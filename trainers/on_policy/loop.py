@@ -267,7 +267,7 @@ class OnPolicyTrainer(OnPolicyBase):
             output = super().train(*args, **kwargs)
         finally:
             self.ahead.stop()
-        self.restore()  # of a run that ended before its last save: what is saved now is what it had trained
+        self.restore()  # where no step was left: what is saved now is what had been trained
         self.engine.forget()  # the best checkpoint may have been loaded
         return output
 

@@ -113,6 +113,7 @@ class ImplicitRewards:
                 batch[OF_STEP] = OfReference(logps, 1.0 if scores is None else scores.to(logps.device)[kept])
                 count += len(logps)
             reshard(model)  # whose adapter may have been off, or which was checked
+        # counted over the processes as transformers counts tokens: the first place of a row is not one
         one_each = pad(torch.zeros(count, dtype=torch.long), (1, 0), value=IGNORED)
         return self.trainer._get_num_items_in_batch([{"labels": one_each}], device)
 
