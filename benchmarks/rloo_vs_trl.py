@@ -24,6 +24,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait slow both sides down
 
+import torch
 from worlds.on_policy import (
     DATA,
     SHAPE,
@@ -94,7 +95,8 @@ def theirs(parts: int, world, args, folder: str, **options):
 def make(world, args):
     tokenizer = make_tokenizer(args.vocabulary)
     data = make_prompts(256, world.prompt_lengths, args.vocabulary)
-    model = make_model(tokenizer, world.end, **args.shape)
+    with torch.device("cpu" if args.device_options["use_cpu"] else "cuda"):  # a GPU draws a large one in a moment
+        model = make_model(tokenizer, world.end, **args.shape)
     return tokenizer, data, model
 
 

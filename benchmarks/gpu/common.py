@@ -94,10 +94,11 @@ def seconds_left() -> float:
 
 
 def run_parts(setting: Setting, parts: Iterable[Part]) -> Iterator[dict]:
-    """The card, then {name: result} as each part ends. A part that raises has the end of its traceback there, and the
-    next is run: what one session on a GPU can show is not to be lost to the first fault."""
+    """The card, then {"running": name} as a part begins and {name: result} as it ends. A part that raises has the end
+    of its traceback there, and the next is run: what a GPU can show is not to be lost to the first fault."""
     yield {"card": setting.card()}
     for name, part in parts:
+        yield {"running": name}
         start = setting.clock()
         try:
             result = part()
@@ -107,6 +108,7 @@ def run_parts(setting: Setting, parts: Iterable[Part]) -> Iterator[dict]:
         if isinstance(result, dict):
             result["part_seconds"] = round(setting.clock() - start, 2)
         yield {name: result}
+    yield {"running": None}
 
 
 def hh_lengths() -> list[list[int]]:

@@ -3,11 +3,13 @@
 Prompts and completions have the lengths of hh-rlhf: a completion of the random model ends after a geometric number of
 words (`worlds.on_policy`). Rollouts come from vLLM where it is installed (TRL's from its colocated engine, which needs
 a GPU), on both sides with about as much memory. Each trainer is a process of its own, for two engines in one
-process would share vLLM's globals; all of a comparison are alive at once and take turns, step by step, each round in
-another order, while the others wait. A ratio is that of two steps of one round.
+process would share vLLM's globals. All import their libraries at once, which is much of a start; then the two of a
+comparison start their engines, one after the other, and take turns, step by step, each round in another order, while
+the other waits. A ratio is that of two steps of one round.
 """
 
 import argparse
+import importlib
 import importlib.util
 import multiprocessing
 import tempfile
@@ -23,8 +25,14 @@ KV_CACHE_GIB = 8  # of our engines, which then start without measuring the memor
 
 
 def parts(setting: Setting) -> Iterator[Part]:
-    yield "rloo", lambda: compared(setting, "RLOO, ours", ["RLOO, TRL"])
-    yield "remax", lambda: compared(setting, "ReMax, ours", ["PPO, ours"])
+    sides = {name: Side(name, setting) for name in ("RLOO, ours", "RLOO, TRL", "ReMax, ours", "PPO, ours")}
+    try:
+        # TRL's engine first: it measures the memory that others use, so that none may start beside it
+        yield "rloo", lambda: compared(setting, sides["RLOO, TRL"], sides["RLOO, ours"])
+        yield "remax", lambda: compared(setting, sides["PPO, ours"], sides["ReMax, ours"])
+    finally:
+        for side in sides.values():
+            side.end()
 
 
 def sizes(setting: Setting) -> argparse.Namespace:
@@ -83,8 +91,12 @@ def make(side: str, setting: Setting, folder: str):
 
 
 def take_turns(side: str, setting: Setting, pipe: Connection) -> None:
-    """Train step by step, as the other end of the pipe asks for it: "go" or "stop"."""
+    """Train step by step, as the other end of the pipe asks for it: "go" or "stop". The first "go" makes a trainer."""
     from transformers import TrainerCallback
+
+    method, whose = side.lower().split(", ")
+    importlib.import_module("trl.trainer.rloo_trainer" if whose == "trl" else f"align.trainers.{method}")
+    pipe.recv()
 
     class Turns(TrainerCallback):
         start = setting.clock()
@@ -118,49 +130,49 @@ def mean_of(logs: list[dict], name: str) -> float:
 # ---- in the process of the stage -------------------------------------------------------------------------------------
 
 
-def compared(setting: Setting, ours: str, others: list[str]) -> dict:
-    """Seconds per step of each side, and the others' over ours."""
-    context, rounds = multiprocessing.get_context("spawn"), 2 if setting.small else 6
-    sides = [ours, *others]
-    pipes, processes, first = {}, [], {}
+class Side:
+    """A trainer's process, and what it answers."""
+
+    def __init__(self, name: str, setting: Setting):
+        context = multiprocessing.get_context("spawn")
+        self.name, (self.pipe, end) = name, context.Pipe()
+        self.process = context.Process(target=take_turns, args=(name, setting, end), daemon=True)
+        self.process.start()
+        end.close()
+
+    def ask(self, what: str):
+        """What the trainer sends next. SystemExit if it ended, or says nothing for too long."""
+        self.pipe.send(what)
+        limit = max(0.0, min(START_SECONDS, seconds_left() - TO_REPORT))
+        if not self.pipe.poll(limit):
+            raise SystemExit(f"{self.name}: no step in {limit:.0f} seconds")
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            raise SystemExit(f"{self.name}: its process ended (its error is in the stage's output_tail)") from None
+
+    def end(self) -> None:
+        self.process.terminate()
+        self.process.join()
+
+
+def compared(setting: Setting, other: Side, ours: Side) -> dict:
+    """Seconds per step of each side, and the other's over ours."""
+    rounds, sides = 2 if setting.small else 6, [other, ours]
     try:
-        for side in sides:  # one after the other: vLLM measures the free memory as it starts
-            pipes[side], end = context.Pipe()
-            processes.append(context.Process(target=take_turns, args=(side, setting, end), daemon=True))
-            processes[-1].start()
-            end.close()
-            first[side] = answer(pipes[side], side)
-        seconds = {side: [] for side in sides}
+        first = {side.name: side.ask("go") for side in sides}
+        seconds: dict[str, list[float]] = {side.name: [] for side in sides}
         for number in range(rounds):
-            turn = number % len(sides)
-            for side in sides[turn:] + sides[:turn]:
-                pipes[side].send("go")
-                seconds[side].append(answer(pipes[side], side))
-        means = {}
-        for side in sides:
-            pipes[side].send("stop")
-            means[side] = answer(pipes[side], side)
+            for side in sides[:: 1 if number % 2 else -1]:
+                seconds[side.name].append(side.ask("go"))
+        means = {side.name: side.ask("stop") for side in sides}
     finally:
-        for process in processes:
-            process.terminate()
-            process.join()
+        for side in sides:
+            side.end()
+    ratios = [b / a for a, b in zip(seconds[ours.name], seconds[other.name], strict=True)]
     return {
-        "times_faster": {
-            f"than {other}": spread([b / a for a, b in zip(seconds[ours], seconds[other], strict=True)])
-            for other in others
-        },
-        "seconds_per_step": {side: spread(values) for side, values in seconds.items()},
-        "seconds_to_first_step": {side: round(value, 1) for side, value in first.items()},
+        "times_faster": {f"than {other.name}": spread(ratios)},
+        "seconds_per_step": {name: spread(values) for name, values in seconds.items()},
+        "seconds_to_first_step": {name: round(value, 1) for name, value in first.items()},
         "means_of_steps": means,
     }
-
-
-def answer(pipe: Connection, side: str):
-    """What the trainer sends next. SystemExit if it ended, or says nothing for too long."""
-    limit = max(0.0, min(START_SECONDS, seconds_left() - TO_REPORT))
-    if not pipe.poll(limit):
-        raise SystemExit(f"{side}: no step in {limit:.0f} seconds")
-    try:
-        return pipe.recv()
-    except EOFError:
-        raise SystemExit(f"{side}: its process ended (its error is in the stage's output_tail)") from None

@@ -26,12 +26,15 @@ from benchmarks.gpu.common import Part, Setting, hh_lengths, matmul_flops, sprea
 def parts(setting: Setting) -> Iterator[Part]:
     with tempfile.TemporaryDirectory() as folder:
         world = Pairs(setting, Path(folder))
-        for name in setting.shapes:
+        first, *larger = setting.shapes
+        yield f"dpo_{first}_live", lambda: world.against_trl(first, cached=False)
+        yield f"dpo_{first}_cached", lambda: world.against_trl(first, cached=True)
+        for name in larger:
             yield f"dpo_{name}_live", lambda name=name: world.against_trl(name, cached=False)
+        yield "reward", world.reward
+        yield "sparsepo", world.sparsepo
+        for name in larger:
             yield f"dpo_{name}_cached", lambda name=name: world.against_trl(name, cached=True)
-            if name == next(iter(setting.shapes)):
-                yield "sparsepo", world.sparsepo
-                yield "reward", world.reward
 
 
 class Pairs:
@@ -41,7 +44,7 @@ class Pairs:
         self.setting, self.folder = setting, folder
         self.args = argparse.Namespace(
             pairs=4 if setting.small else 32,
-            steps=3 if setting.small else 6,
+            steps=3 if setting.small else 5,
             trial_steps=2 if setting.small else 3,
             repetitions=1 if setting.small else 2,
             trl_micro=[2, 4] if setting.small else [16, 32],  # smaller ones were half as fast on an H200
@@ -53,7 +56,7 @@ class Pairs:
         self.tokenizer = make_tokenizer(setting.first_shape["vocab_size"])
         self.peak = matmul_flops(setting)
         self.made: dict[str, dict] = {}
-        self.fastest: dict[bool, int] = {}
+        self.fastest: dict[str, int] = {}  # pairs per micro-batch of TRL with a live reference, by shape
 
     def folder_of(self, name: str) -> str:
         """The model as both sides load it: float32 weights, which they train under bfloat16 autocast on a GPU."""
@@ -83,14 +86,16 @@ class Pairs:
 
     def against_trl(self, name: str, cached: bool) -> dict:
         args = argparse.Namespace(**vars(self.args))
-        first = name == next(iter(self.setting.shapes))
-        if not first and cached in self.fastest:
-            args.trl_micro = [self.fastest[cached] // 2, self.fastest[cached]]  # tried on the smaller model
+        if cached and name in self.fastest:
+            args.trl_micro = [self.fastest[name]]  # tried with a live reference
+        elif self.fastest:
+            best = min(self.fastest.values())
+            args.trl_micro = [best // 2, best]  # tried on the smaller model
         model, pairs = self.folder_of(name), self.pairs(args.pairs * args.steps * (args.repetitions + 1))
         self.warm(model, pairs, cached)
         *_, found = compare(model, pairs, args, cached, self.folder / "run")
         best = found["trl_best_setting"]
-        self.fastest[cached] = args.pairs if best == "whole step" else int(best.split()[0])
+        self.fastest.setdefault(name, args.pairs if best == "whole step" else int(best.split()[0]))
         clock = "wall" if self.setting.device == "cuda" else "cpu"
         work = self.work(name, pairs, live=not cached)
         sides = {}

@@ -17,19 +17,21 @@ from benchmarks.gpu.common import Part, Setting
 
 
 def parts(setting: Setting) -> Iterator[Part]:
+    """Two engines, both able to sleep, asleep when nothing else is left to ask of them. vLLM's defaults, without sleep,
+    are in the device tests."""
     full, adapter = Rollouts(setting), Rollouts(setting, lora=True)
-    yield "start", lambda: full.start(quick=True)  # ReMax, in the device tests, has vLLM's default
+    yield "start", full.start
     yield "rollouts", full.rollouts
     yield "push", full.push
     yield "identity", full.identity
     yield "seeds", full.seeds
+    yield "sleep", full.sleep
     yield "close", full.close
-    yield "adapter_start", lambda: adapter.start(quick=True)
+    yield "adapter_start", adapter.start
     yield "adapter_rollouts", adapter.rollouts
     yield "adapter_push", adapter.push
+    yield "adapter_sleep", adapter.sleep
     yield "adapter_close", adapter.close
-    yield "sleep", Rollouts(setting).sleep  # last: its engine has another allocator
-    yield "adapter_sleep", Rollouts(setting, lora=True).sleep
 
 
 class Rollouts:
@@ -40,11 +42,14 @@ class Rollouts:
         self.backend = choose_backend("auto")
         self.prompt_tokens, self.tokens = (8, 8) if setting.small else (128, 128)
         self.count = 4 if setting.small else 128
+        self.version = 0
+        self.can_sleep = setting.device == "cuda" and self.backend == "vllm"
 
-    def start(self, quick: bool = False, **options) -> dict:
-        """quick: without compilation and graphs. options: of the section `rollout`."""
-        if self.setting.device == "cuda" and self.backend == "vllm":
-            options |= {"kv_cache_gib": 8, "engine_options": {"enforce_eager": quick}}
+    def start(self) -> dict:
+        """On a GPU without compilation and graphs, which cost more than what is asked here."""
+        options: dict = {}
+        if self.can_sleep:
+            options = {"kv_cache_gib": 8, "engine_options": {"enforce_eager": True}, "sleep": True}
         model = self.setting.model().to(self.setting.dtype)
         if self.lora:
             model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False))
@@ -59,7 +64,7 @@ class Rollouts:
         seconds = self.setting.clock() - begin
         return {
             "engine": self.backend,
-            "enforce_eager": quick and "engine_options" in options,
+            "options": options,
             "seconds": round(seconds, 2),
             "probe": self.differences(),
         }
@@ -90,17 +95,21 @@ class Rollouts:
     def push(self) -> dict:
         """Every trained weight changed, three pushes; the last one's report."""
         before = self.complete(seeds=range(self.count))
-        for version in (1, 2, 3):
+        for _ in range(3):
             with torch.no_grad():
                 for parameter in self.model.parameters():
                     if parameter.requires_grad:
                         parameter.mul_(1.05)
-            report = self.engine.push(self.model, version)
+            report = self.next_push()
         after = self.complete(seeds=range(self.count))
         found = {**dataclasses.asdict(report), "changed_completions": different(before, after)}
         if found["changed_completions"] == 0:
             found["failed"] = "no completion changed: the engine goes on with its old weights"
         return {**found, "probe": self.differences()}
+
+    def next_push(self):
+        self.version += 1
+        return self.engine.push(self.model, self.version)
 
     def identity(self) -> dict:
         """One number of one tensor changed without a push."""
@@ -131,11 +140,8 @@ class Rollouts:
 
     def sleep(self) -> dict | str:
         """`rollout.sleep`: GiB given back, and whether what comes after waking is what was before."""
-        if self.setting.device != "cuda":
-            return "skipped: needs a GPU"
-        if self.backend != "vllm":
-            return "skipped: needs vLLM"
-        self.start(quick=True, sleep=True)
+        if not self.can_sleep:
+            return "skipped: needs a GPU and vLLM"
         seeds = range(self.count)
         awake = self.complete(seeds=seeds)
         again = different(awake, self.complete(seeds=seeds))
@@ -143,12 +149,9 @@ class Rollouts:
         discarded = self.engine.sleep()
         slept = self.setting.clock()
         asleep = self.used_gib()
-        report = self.engine.push(self.model, 1)
+        report = self.next_push()
         changed = different(awake, self.complete(seeds=seeds))
-        self.engine.verify(
-            self.model
-        )  # every tensor, also what an adapter lies on and came back from the host's memory
-        self.close()
+        self.engine.verify(self.model)  # every tensor; those under an adapter came back from the host's memory
         found = {
             "gib_given_back": round(before - asleep, 2),
             "weights_discarded": discarded,

@@ -109,7 +109,8 @@ def end_after_some_words(model: LlamaForCausalLM, share: float) -> None:
     last_words = slice(2, 2 + round(share * len(embedding)))
     embedding[:, 0] = -1.0
     embedding[last_words, 0] = 1.0
-    words = torch.randint(2, len(embedding), (64, 32), generator=torch.Generator().manual_seed(0))
+    words = torch.randint(2, len(embedding), (64, 32), generator=torch.Generator().manual_seed(0), device="cpu")
+    words = words.to(embedding.device)
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0.0
     head[:, 0] = 0.0

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -30,14 +31,16 @@ def lines(tmp_path_factory):
 
 def test_pairs_against_trl(lines):
     line = lines["pairs"]
-    assert (line["status"], line["small"], line["card"][:4]) == ("ok", True, "CPU:")
+    assert (line["status"], line["small"], line["card"][:4]) == ("ok", True, "CPU:") and "running" not in line["result"]
     for name in ("dpo_small_live", "dpo_small_cached"):
         found = line["result"][name]
         assert found["largest_relative_difference_of_losses"] < 1e-4
         ours, theirs = (found[side]["tokens_per_second"] for side in ("ours", "trl best"))
         (ratio,) = found["times_faster_than_trl"]["each"]
         assert ratio == pytest.approx(ours / theirs, rel=0.01)
-        assert set(found["trl_settings_tried"]["seconds"]) == {"2 per micro-batch, sorted", "whole step"}
+        tried = set(found["trl_settings_tried"]["seconds"])
+        # what was TRL's fastest with a live reference is taken with a cached one
+        assert tried == {"2 per micro-batch, sorted", "whole step"} if "live" in name else len(tried) == 1
     for name in ("sparsepo", "reward"):
         assert line["result"][name]["tokens_per_second"] > 0
 
@@ -58,12 +61,28 @@ def test_a_stage_that_hangs_is_stopped(monkeypatch):
     assert "| machine | timed out |" in table([line, broken])
 
 
+def test_stages_of_a_turn_run_beside_each_other_and_say_where_they_were_stopped(monkeypatch):
+    """`machine` needs seconds for its imports; stages of 0.3 s each are over before one after the other would be."""
+    args = argparse.Namespace(device="cpu", small=True, logs=None, parts=None)
+    monkeypatch.setattr(check, "STAGES", dict.fromkeys(check.STAGES, 1.0))
+    start = time.perf_counter()
+    lines = list(check.run_turn(["machine", "memory", "pairs"], args, 0.3, dict(os.environ)))
+    assert time.perf_counter() - start < 0.9
+    assert {line["stage"]: line["beside"] for line in lines} == {
+        "machine": ["memory", "pairs"], "memory": ["machine", "pairs"], "pairs": ["machine", "memory"]
+    }  # fmt: skip
+    assert all(line["status"] == "timed out" and line["stopped_in"] is None for line in lines)
+    assert list(check.run_turn([], args, 1.0, {})) == []
+
+
 def test_a_part_that_fails_costs_no_other():
     def bad():
         raise RuntimeError("the allocator gave up")
 
     parts = [("first", bad), ("second", lambda: {"number": 1}), ("third", lambda: "skipped: needs a GPU")]
-    found = {name: value for part in run_parts(Setting("cpu", True), parts) for name, value in part.items()}
+    written = list(run_parts(Setting("cpu", True), parts))
+    assert [part["running"] for part in written if "running" in part] == ["first", "second", "third", None]
+    found = {name: value for part in written for name, value in part.items() if name != "running"}
     assert "the allocator gave up" in found["first"]["failed"] and found["second"]["number"] == 1
     assert check.status(0, found) == "failed"
     assert check.status(0, {"card": "x", "third": found["third"]}) == "skipped"
@@ -75,4 +94,5 @@ def test_the_limits_are_what_the_page_says():
     page = (ROOT / "docs/hardware.md").read_text()
     for name, limit in check.STAGES.items():
         assert f"| `{name}` | {limit} |" in page
-    assert sum(check.STAGES.values()) < 18 * 60 and "at most 18 minutes" in page
+    whole = sum(max(turn.values()) for turn in check.TURNS)
+    assert f"{whole // 60}:{whole % 60:02}" in page and "at most 10 minutes" in page
