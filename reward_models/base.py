@@ -2,15 +2,15 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 
 from align.errors import RewardError
 
-IMMUTABLE = (str, int, float, bool, bytes, type(None))
+IMMUTABLE = frozenset({str, int, float, bool, bytes, type(None)})
 
 
 @dataclass
@@ -56,35 +56,22 @@ class RewardBatch:
 
     def copied(self) -> "RewardBatch":
         """A copy with its own lists and messages, which a reward may change."""
-        parts = (
-            self.prompts,
-            self.completions,
-            self.prompt_ids,
-            self.completion_ids,
-            self.columns,
-            self.rows,
-            self.ended,
-            self.groups,
-        )
-        return replace(RewardBatch(*map(_copied, parts)), trainer_state=self.trainer_state)
+        return self._each(_copied)
 
     def select(self, indices: Sequence[int]) -> "RewardBatch":
         """The completions at `indices`, in that order."""
 
         def take(values: Any) -> Any:
+            if isinstance(values, dict):
+                return {name: take(column) for name, column in values.items()}
             return None if values is None else [values[index] for index in indices]
 
-        return RewardBatch(
-            prompts=take(self.prompts),
-            completions=take(self.completions),
-            prompt_ids=take(self.prompt_ids),
-            completion_ids=take(self.completion_ids),
-            columns={name: take(values) for name, values in self.columns.items()},
-            rows=take(self.rows),
-            ended=take(self.ended),
-            groups=take(self.groups),
-            trainer_state=self.trainer_state,
-        )
+        return self._each(take)
+
+    def _each(self, function: Callable[[Any], Any]) -> "RewardBatch":
+        """The batch with `function` of all that there is per completion; `columns` is a mapping of such lists."""
+        per_completion = [f.name for f in fields(self) if f.name != "trainer_state"]
+        return replace(self, **{name: function(getattr(self, name)) for name in per_completion})
 
 
 def joined(parts: Iterable[dict[str, list[float]]]) -> dict[str, list[float]]:
@@ -99,11 +86,11 @@ def joined(parts: Iterable[dict[str, list[float]]]) -> dict[str, list[float]]:
 def _copied(value):
     """A copy down to numbers and text; lists of token ids, which are long, at once."""
     if isinstance(value, list):
-        nested = any(not isinstance(item, IMMUTABLE) for item in value)
-        return [_copied(item) for item in value] if nested else list(value)
+        flat = IMMUTABLE.issuperset(map(type, value))
+        return list(value) if flat else [_copied(item) for item in value]
     if isinstance(value, dict):
         return {key: _copied(item) for key, item in value.items()}
-    return value if isinstance(value, IMMUTABLE) else copy.deepcopy(value)
+    return value if type(value) in IMMUTABLE else copy.deepcopy(value)
 
 
 @dataclass

@@ -63,6 +63,7 @@ class D2POTrainer(OnlineDPOTrainer):
     trained; `gold_reward` labels pairs for it, and is scored in evaluations."""
 
     _tag_names = ["align", "d2po"]
+    paper = "Singhal et al. 2024, arXiv 2405.01511"
     config_class = D2POConfig
     args: D2POConfig
 

@@ -51,6 +51,7 @@ class DPOTrainer(PreferenceTrainer):
     """
 
     _tag_names = ["align", "trl", "dpo"]
+    paper = "Rafailov et al. 2023, arXiv 2305.18290"
     args: DPOConfig
     config_class = DPOConfig
     masks_turns = True

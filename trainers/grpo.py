@@ -108,4 +108,5 @@ class GRPOTrainer(OnPolicyTrainer):
     """One policy, groups of `num_generations` completions."""
 
     _tag_names = ["align", "trl", "grpo"]
+    paper = "Shao et al. 2024, arXiv 2402.03300"
     config_class = GRPOConfig

@@ -85,6 +85,7 @@ class KTOTrainer(PreferenceTrainer):
     """
 
     _tag_names = ["align", "trl", "kto"]
+    paper = "Ethayarajh et al. 2024, arXiv 2402.01306"
     args: KTOConfig
     config_class = KTOConfig
     columns = ("label",)

@@ -50,6 +50,7 @@ class ListwiseDPOTrainer(PreferenceTrainer):
     """
 
     _tag_names = ["align", "listwise_dpo"]
+    paper = "Rafailov et al. 2023, arXiv 2305.18290, appendix A.3"
     args: ListwiseDPOConfig
     config_class = ListwiseDPOConfig
     columns = ("lengths",)

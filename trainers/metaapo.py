@@ -60,6 +60,7 @@ class MetaAPOTrainer(OnlineDPOTrainer):
     prompts."""
 
     _tag_names = ["align", "metaapo"]
+    paper = "Yang et al. 2025, arXiv 2509.23371"
     config_class = MetaAPOConfig
     planner_class: ClassVar[type[PairPlanner]] = MixedPlanner
     tokenized_rows = staticmethod(tokenized_pairs)

@@ -119,6 +119,7 @@ class MODPOTrainer(PreferenceTrainer):
     """
 
     _tag_names = ["align", "modpo"]
+    paper = "Zhou et al. 2023, arXiv 2310.03708"
     args: MODPOConfig
     config_class = MODPOConfig
     columns = COLUMNS
@@ -142,6 +143,9 @@ class MODPOTrainer(PreferenceTrainer):
         check_weight(self.weight, f"the trained objective {args.objective!r}")
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, **kwargs)
         self.margins.free()
+
+    def further_facts(self) -> dict[str, str]:
+        return {"margin rewards": ", ".join(self.margins.names)}
 
     def prepare_dataset(self, dataset, name: str):
         return self.margins.add_to(dataset)

@@ -150,6 +150,7 @@ class OnlineDPOTrainer(OnPolicyTrainer):
     """
 
     _tag_names = ["align", "online_dpo"]
+    paper = "Guo et al. 2024, arXiv 2402.04792"
     config_class: ClassVar[Any] = OnlineDPOConfig
     planner_class: ClassVar[type[PairPlanner]] = PairPlanner
     args: OnlineDPOConfig

@@ -76,4 +76,5 @@ class PPOConfig(CriticOptions, OnPolicyConfig):
 class PPOTrainer(OnPolicyTrainer):
     """A policy and a critic: a second network with its own optimiser, and a squared error on the returns."""
 
+    paper = "Schulman et al. 2017, arXiv 1707.06347"
     config_class = PPOConfig

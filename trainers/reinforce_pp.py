@@ -61,4 +61,5 @@ class ReinforcePPConfig(OnPolicyConfig):
 class ReinforcePPTrainer(OnPolicyTrainer):
     """One policy; one completion per prompt is enough."""
 
+    paper = "REINFORCE++; Hu 2025, arXiv 2501.03262"
     config_class = ReinforcePPConfig

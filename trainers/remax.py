@@ -81,4 +81,5 @@ class ReMaxConfig(OnPolicyConfig):
 class ReMaxTrainer(OnPolicyTrainer):
     """One policy, and one more, greedy, completion per prompt."""
 
+    paper = "Li et al. 2023, arXiv 2310.10505"
     config_class = ReMaxConfig

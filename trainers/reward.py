@@ -88,6 +88,7 @@ class RewardTrainer(PairTrainer):
     """
 
     _tag_names = ["align", "trl", "reward-trainer"]
+    paper = "Bradley-Terry on pairs; Stiennon et al. 2020, arXiv 2009.01325"
     reward_name = "score"
     args: RewardConfig
     config_class = RewardConfig

@@ -66,4 +66,5 @@ class RLOOTrainer(OnPolicyTrainer):
     """One policy, `num_generations` completions per prompt."""
 
     _tag_names = ["align", "trl", "rloo"]
+    paper = "Ahmadian et al. 2024, arXiv 2402.14740"
     config_class = RLOOConfig

@@ -38,6 +38,7 @@ class SparsePOTrainer(PreferenceTrainer):
     """
 
     _tag_names = ["align", "sparsepo"]
+    paper = "Christopoulou et al. 2024, arXiv 2410.05102"
     args: SparsePOConfig
     config_class = SparsePOConfig
     needs_reference_model = True

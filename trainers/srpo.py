@@ -111,6 +111,7 @@ class SRPOTrainer(PreferenceTrainer):
     """
 
     _tag_names = ["align", "srpo"]
+    paper = "Choi et al. 2024, arXiv 2406.01660"
     args: SRPOConfig
     config_class = SRPOConfig
     token_columns = REVISIONS

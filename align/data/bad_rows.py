@@ -48,9 +48,6 @@ class BadRows:
     def share(self) -> float:
         return self.bad / self.total if self.total else 0.0
 
-    def first_rows(self, reason: str) -> list[int]:
-        return self.reasons[reason][:SHOWN]
-
     def summary(self) -> str:
         """One line per reason and per note, with counts and the first row numbers."""
         head = f"{self.source}: {self.total - self.bad} of {self.total} rows can be used"

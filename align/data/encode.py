@@ -4,6 +4,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from align.data.bad_rows import BadRow
 from align.data.ending import Ending, special_ids, up_to_end
 from align.data.messages import for_template, refuse_unknown_tools
@@ -163,8 +165,9 @@ def encode_conversations(
             encoded.append((row.ids, row.mask))
             continue
         mask = [0] * len(ids)
+        starts, ends = np.array(offsets).reshape(-1, 2).T
         for start, end in row.spans:
-            inside = [index for index, (a, b) in enumerate(offsets) if b > start and a < end]
+            inside = np.flatnonzero((ends > start) & (starts < end)).tolist()
             answer = [ids[index] for index in inside]
             for index in inside[: len(up_to_end(answer, ending, tokenizer))]:
                 mask[index] = 1

@@ -49,11 +49,6 @@ def reliability(margins, bins: int = BINS, labels=None) -> Reliability:
     return Reliability(edges, count, mean_confidence, mean_accuracy, ece)
 
 
-def expected_calibration_error(margins, bins: int = BINS, labels=None) -> float:
-    """`reliability(margins, bins, labels).ece`."""
-    return reliability(margins, bins, labels).ece
-
-
 def pair_confidence(margins: np.ndarray, labels: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(confidence, correct), float [N] each: sigmoid(|m|), and how often the label agrees: 1, 0 or, for a tie, 0.5;
     with labels p, p where m > 0 and 1 - p where m < 0."""

@@ -126,8 +126,3 @@ def at_completions(values: Tensor, positions: Completions) -> Tensor:
     """
     taken = values.flatten(0, 1)[positions.sources]
     return taken.masked_fill(~positions.mask.view(*positions.mask.shape, *[1] * (taken.dim() - 2)), 0)
-
-
-def pair_count(batch: dict[str, Tensor]) -> int:
-    """Pairs in a batch, whatever its layout."""
-    return len(batch["completion_mask"]) // 2

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, logsigmoid
 
-from align.objectives.pair_logps import PairLogps
-
 
 def meta_weight(
     offline_delta: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor
@@ -24,14 +22,9 @@ def meta_weight(
 
 
 def meta_mixture(offline: Tensor, online: Tensor, weight: Tensor) -> Tensor:
-    """w L_off + (1 - w) L_on, [B]. offline, online: the losses of the two pairs of each prompt, [B].
+    """w L_off + (1 - w) L_on, [B]. offline, online: the losses (DPO) of the two pairs of each prompt, [B].
 
     weight: w of `meta_weight`, [B]. The policy's step detaches it; the meta step has losses without gradient instead,
     whose gradient to w is L_off - L_on: h learns to give weight to the pair with the smaller loss.
     """
     return weight * offline + (1 - weight) * online
-
-
-def meta_apo(offline: PairLogps, online: PairLogps, weight: Tensor, *, beta: float = 0.1) -> Tensor:
-    """-w ls(beta Delta_off) - (1-w) ls(beta Delta_on), [B]: `meta_mixture` of DPO's losses."""
-    return meta_mixture(-logsigmoid(beta * offline.delta), -logsigmoid(beta * online.delta), weight)

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from align.errors import ConfigError
 from align.objectives.kl import masked_mean, masked_sum
-from align.objectives.policy_loss import RatioLevel
+from align.objectives.policy_loss import MAX_LOG_RATIO, RatioLevel
 
 LEVELS = get_args(RatioLevel)
 Outside = Literal["truncate", "mask"]
-MAX_LOG_RATIO = 20.0
 
 
 def log_ratios(old_logps: Tensor, rollout_logps: Tensor, mask: Tensor) -> Tensor:

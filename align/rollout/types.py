@@ -1,7 +1,7 @@
 """What goes into a rollout engine and what comes out, the same for every back-end."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields, is_dataclass
+from typing import TYPE_CHECKING, Any
 
 from align.errors import ConfigError
 
@@ -152,3 +152,15 @@ class PushReport:
     proved_tensors: int | None
     arrived_share: float | None
     probe: "Probe | None" = None
+
+
+def plain(value: Any) -> Any:
+    """A record, or a list of records, as mappings of their fields, to be saved at once: nothing else is copied.
+
+    `dataclasses.asdict` copies number by number: half a minute for a thousand completions of 16,000 tokens.
+    """
+    if is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, list) and value and is_dataclass(value[0]):
+        return [plain(item) for item in value]
+    return value

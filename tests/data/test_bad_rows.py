@@ -207,7 +207,6 @@ def test_many_rows_are_counted_and_the_first_named():
     report.note(1, "chosen is cut at max_length=8")
     assert report.counts == {"prompt is empty": 10, "chosen is empty": 1}
     assert report.bad == 11 and report.share == 0.11
-    assert report.first_rows("prompt is empty") == [50, 51, 52, 53, 54]
     assert report.summary().splitlines() == [
         "pairs.jsonl: 89 of 100 rows can be used (rows count from 0)",
         "  dropped: prompt is empty: 10 (rows 50, 51, 52, 53, 54, ...)",

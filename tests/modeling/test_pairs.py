@@ -5,7 +5,7 @@ from peft import LoraConfig, get_peft_model
 
 from align.data import PairCollator
 from align.modeling.load import disable_dropout
-from align.modeling.pairs import at_completions, completions, pair_count, pair_tokens
+from align.modeling.pairs import at_completions, completions, pair_tokens
 from tests.modeling import tiny
 
 
@@ -22,7 +22,7 @@ def test_padded_log_probs_row_by_row():
     model, pairs = tiny.causal(), features()
     batch = PairCollator(tiny.PAD)(pairs)
     tokens = pair_tokens(model, batch, chunk_size=3)
-    assert pair_count(batch) == 3 and tokens.logps.shape == tokens.mask.shape == (6, 6) and tokens.kl is None
+    assert tokens.logps.shape == tokens.mask.shape == (6, 6) and tokens.kl is None
     for i, (name, pair) in enumerate((n, p) for n in ("chosen_ids", "rejected_ids") for p in pairs):
         ids, start = torch.tensor([pair["prompt_ids"] + pair[name]]), len(pair["prompt_ids"])
         logps = model(input_ids=ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[start - 1 :, 0]

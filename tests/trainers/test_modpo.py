@@ -152,6 +152,7 @@ def test_a_saved_policy_is_the_trained_one(policy, tokenizer, tmp_path):
     trainer = MODPOTrainer(policy, letters, args, exact_pairs(), peft_config=lora)
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))
+    assert "| margin rewards | letters |" in (tmp_path / "saved" / "README.md").read_text()
     loaded = load_policy(tmp_path / "saved")
     for prompt in PROMPTS:
         torch.testing.assert_close(

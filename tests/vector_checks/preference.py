@@ -13,7 +13,7 @@ from align.objectives.beta_dpo import (
     log_sampling_weights,
 )
 from align.objectives.dpo import sigmoid
-from align.objectives.meta_apo import meta_apo, meta_weight
+from align.objectives.meta_apo import meta_mixture, meta_weight
 from align.objectives.pair_logps import PairLogps, pair_logps, wpo_weights
 from align.objectives.preference import LOSSES
 from align.objectives.preference_objective import preference_objective
@@ -180,7 +180,8 @@ def meta_apo_loss(inputs, params, outputs, grads):
     network = {name: leaf(value.double().mul(10).round().div(10).tolist()) for name, value in network.items()}
     weight = meta_weight(offline.delta.detach(), **network)
     exact(weight, outputs["meta_weight"])
-    loss = meta_apo(offline, online, weight if params["train_meta"] else weight.detach(), beta=params["beta"]).mean()
+    losses = [sigmoid(pairs, beta=params["beta"]) for pairs in (offline, online)]
+    loss = meta_mixture(*losses, weight if params["train_meta"] else weight.detach()).mean()
     exact(loss, outputs["mean_loss"])
     rewards = [params["beta"] * r for pairs in (offline, online) for r in (pairs.chosen_ratio, pairs.rejected_ratio)]
     exact(torch.stack(rewards), outputs["rewards"])

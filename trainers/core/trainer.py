@@ -62,6 +62,7 @@ class TrainerMixin(TrainerHooks):
     args: RunOptions
     # The attribute and the tags of its methods are TRL's, by which the hub finds them.
     _tag_names: ClassVar[list[str]] = ["align"]
+    paper: ClassVar[str | None] = None  # of the method, for the model card
     config_class: ClassVar[Any]  # the method's configuration, a RunOptions
 
     @classmethod
@@ -279,6 +280,10 @@ class TrainerMixin(TrainerHooks):
             return False
         set_peft_model_state_dict(self.accelerator.unwrap_model(self.model), split(folder)[1])
         return True
+
+    def further_facts(self) -> dict[str, str]:
+        """What the model card says of a method beside what it says of all, such as its rewards."""
+        return {}
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """`_save` has written one."""

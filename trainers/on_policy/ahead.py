@@ -5,12 +5,11 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from align.errors import ConfigError, TrainingError
 from align.rollout.server.ranks import in_all
-from align.rollout.types import Completion, Rollout
+from align.rollout.types import Completion, Rollout, plain
 from align.trainers.on_policy.engine import SyncedEngine
 from align.trainers.on_policy.parts import Drawn, Part, draw_parts
 from align.trainers.on_policy.pipeline import RolloutPipeline
@@ -172,7 +171,7 @@ class RolloutsAhead:
     def state_dict(self) -> dict | None:
         """What is drawn for the rollouts that come, plain values; None if nothing is. All processes must call it."""
         self.wait()
-        drawn = [asdict(one) for one in self.drawn]
+        drawn = plain(self.drawn)
         return {"processes": self.processes, "drawn": drawn} if drawn else None
 
     def load_state_dict(self, state: dict | None) -> None:
@@ -192,7 +191,7 @@ class RolloutsAhead:
 
 
 def restored(rollout: dict) -> Rollout:
-    """A rollout of `asdict`."""
+    """A rollout of `plain`."""
     made = [Completion(**completion) for completion in rollout["completions"]]
     return Rollout(rollout["prompt_ids"], made, rollout["weight_version"])
 

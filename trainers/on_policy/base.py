@@ -234,6 +234,11 @@ class OnPolicyBase(MicroBatchLists, Trainer):
         columns = {"rewards": self.rewards} | ({} if self.gold is None else {"gold_reward": self.gold})
         return {key: {reward.name: mark_of(reward) for reward in value.rewards} for key, value in columns.items()}
 
+    def further_facts(self) -> dict[str, str]:
+        weights = self.rewards.weights.items()
+        facts = {"rewards": ", ".join(f"{reward} (weight {weight:g})" for reward, weight in weights)}
+        return facts if self.gold is None else facts | {"gold reward": f"{self.gold.name}, which judges only"}
+
     def extra_state(self) -> dict:
         inside = self.state.global_step % self.args.steps_per_rollout != 0
         return {

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch.utils.data import Sampler
 from align.data.streams import is_stream
 from align.errors import ConfigError, TrainingError
 from align.rollout.seeds import derive_seed
-from align.rollout.types import Episode
+from align.rollout.types import Episode, plain
 from align.trainers.on_policy.config import OnPolicyConfig
 from align.trainers.on_policy.samples import Sample
 
@@ -144,7 +143,7 @@ class RolloutBuffer:
         return {
             "processes": processes,
             "number": self.number,
-            "mini_batches": [[asdict(sample) for sample in batch] for batch in self.mini_batches],
+            "mini_batches": [plain(batch) for batch in self.mini_batches],
         }
 
     @classmethod
@@ -161,7 +160,7 @@ class RolloutBuffer:
 
 
 def restored(sample: dict) -> Sample:
-    """A sample of `asdict`."""
+    """A sample of `plain`."""
     episode = sample.get("episode")
     return Sample(**{**sample, "episode": None if episode is None else Episode(**episode)})
 

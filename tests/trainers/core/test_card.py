@@ -10,6 +10,8 @@ from align.cli.main import main
 from align.data import load_rows, toy
 from align.evaluation.peak import analyse_peak
 from align.evaluation.records import read_run
+from align.lazy import load
+from align.methods import METHODS
 from align.trainers.dpo import DPOTrainer
 from align.trainers.remax import ReMaxTrainer
 from tests.trainers.core.test_saved import lora
@@ -26,6 +28,12 @@ def saved_policy(folder) -> str:
 def rows_of(folder) -> dict[str, str]:
     lines = [line for line in (folder / "README.md").read_text().splitlines() if line.startswith("| ")][1:]
     return {name: value for name, value in (line.strip("| ").split(" | ", 1) for line in lines if " | " in line)}
+
+
+def test_every_method_names_its_own_paper():
+    papers = {name: load(method.trainer).paper for name, method in METHODS.items()}
+    assert papers.pop("sft") is None
+    assert all(papers.values()) and len({*papers.values()}) == len(papers)
 
 
 def test_an_on_policy_run(tmp_path):

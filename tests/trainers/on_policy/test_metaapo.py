@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from align.errors import ConfigError, DataError, TrainingError
-from align.objectives.meta_apo import meta_apo, meta_weight
+from align.objectives.dpo import sigmoid
+from align.objectives.meta_apo import meta_mixture, meta_weight
 from align.objectives.pair_logps import pair_logps
 from align.trainers.on_policy.meta_learner import FILE, MetaLearner
 from align.trainers.on_policy.mixed_pairs import MixedPlanner, mixed_groups, online_rows
@@ -39,7 +40,7 @@ def other(tokenizer):
 
 @pytest.mark.parametrize("batching", ["shared_prefix", "padded"])
 def test_the_loss_is_that_of_the_paper_on_the_pairs_that_it_made(batching, policy, tokenizer, tmp_path):
-    """Loss and gradient against `meta_apo` on sequences that are run one by one."""
+    """Loss and gradient against `meta_mixture` of DPO's losses, on sequences that are run one by one."""
     options = {"max_steps": 1, "batching": batching, "beta": 0.3, "ref_model": other(tokenizer)}
     trainer = make(policy, tmp_path, **options)
     start = {name: p.requires_grad_() for name, p in parameters(trainer.model).items()}
@@ -71,7 +72,7 @@ def test_the_loss_is_that_of_the_paper_on_the_pairs_that_it_made(batching, polic
             mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
             pairs.append(pair_logps(policy_rows, mask, ref_rows.detach()))
         w = meta_weight(pairs[0].delta.detach(), *MetaLearner(learning_rate=0, every=1).parameters.values()).detach()
-        losses.append(meta_apo(*pairs, w, beta=0.3))
+        losses.append(meta_mixture(*(sigmoid(two, beta=0.3) for two in pairs), w))
     loss = torch.cat(losses).mean()
     assert logged(trainer, "loss")[0] == pytest.approx(loss.item(), rel=1e-5)
     gradients = torch.autograd.grad(loss, list(start.values()))
