@@ -14,8 +14,10 @@ from align.reward_models.math_check import checker
 from align.reward_models.sandbox import output_of, passes_asserts
 
 PYTHON = ("python", "python3", "py")
-# at the beginning of a line, or after other words if it names a language
-FENCE = re.compile(r"\s*```+\s*([\w+#.-]*)[^`]*$|[^`]+```+\s*(\w[\w+#.-]*)\s*$")
+# At the beginning of a line, or after other words if it names a language. What is possessive (`*+`) would else be gone
+# back over for every character of a long line.
+FENCE = re.compile(r"\s*```+\s*([\w+#.-]*+)[^`]*+$|[^`]+```+\s*(\w[\w+#.-]*)\s*$")
+POWER_OF_TEN = re.compile(r"(?<![\w.])(\d++(?:\.\d*+)?)[eE]([+-]?\d++)(?![\w.]*\w)")
 THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d*)?")  # "3,4" is a pair
 
 
@@ -26,10 +28,7 @@ def exact_answer(completion, answer) -> bool:
     text; of both sides, so that a column with a worked solution serves too. Numbers are compared as numbers (1,000.0 is
     1000), anything else as text without case, outer punctuation and repeated white space.
     """
-    expected = _final(str(answer))
-    if not expected:
-        raise ValueError("the column answer is empty")
-    return _comparable(_final(last_text(completion))) == _comparable(expected)
+    return _comparable(_final(last_text(completion))) == _comparable(_expected(answer))
 
 
 def regex(completion, pattern: str) -> bool:
@@ -41,11 +40,11 @@ def math_answer(completion, answer, seconds: float = 5.0) -> bool | None:
     """Whether the completion's answer equals the column `answer` as mathematics (package math-verify): 1/2 is 0.5,
     (x+1)^2 is x^2+2x+1. What is equal by `exact_answer` is not computed. What cannot be computed
     in `seconds` of processor time is not the answer. None: the column's answer cannot be read."""
-    text = last_text(completion)
+    text, expected = last_text(completion), _expected(answer)
     if exact_answer(text, answer):
         return True
     final = text.rpartition("####")[2] if "####" in text else text
-    return checker(os.getpid()).equal(final, _final(str(answer)), seconds)
+    return checker(os.getpid()).equal(_written_out(final), _written_out(expected), seconds)
 
 
 def format_match(completion, pattern: str, anywhere: bool = False) -> bool:
@@ -119,8 +118,30 @@ def length_scores(completions, completion_ids=None, minimum=0, maximum=None, mar
 
 
 def last_text(completion: str | list[dict]) -> str:
-    """The text of a completion: of messages that of the last one."""
-    return completion if isinstance(completion, str) else completion[-1]["content"]
+    """The text of a completion: of messages that of the assistant's last one, "" where it only calls tools."""
+    if isinstance(completion, str):
+        return completion
+    said = [message.get("content") for message in completion if message.get("role", "assistant") == "assistant"]
+    content = said[-1] if said else None
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content or [])
+
+
+def _expected(answer) -> str:
+    expected = "" if answer is None else _final(str(answer))
+    if not expected:
+        raise ValueError("the column answer is empty")
+    return expected
+
+
+def _written_out(text: str) -> str:
+    """Powers of ten as digits, which math-verify reads; it takes 5e9 for 5."""
+
+    def digits(found: re.Match) -> str:
+        mantissa, power = Decimal(found[1]), int(found[2][:9])
+        # beyond: no answer that anyone writes
+        return f"{mantissa.scaleb(power):f}" if abs(power) < 50 and len(found[1]) <= 28 else "?"
+
+    return POWER_OF_TEN.sub(digits, text)
 
 
 def _final(text: str) -> str:

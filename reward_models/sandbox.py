@@ -3,12 +3,15 @@
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MARK = "ALIGN_PROGRAM"  # by whose value what a program has started is found
@@ -56,25 +59,28 @@ def passes_asserts(code: str, tests: str, seconds: int, megabytes: int) -> bool:
     source, has not passed. Tests and program share a process: a program that sets out to deceive them can.
     """
     word, mark = os.urandom(16).hex(), os.urandom(16).hex()
-    with tempfile.TemporaryDirectory() as folder, _started(ASSERTS, folder, seconds, megabytes, mark) as process:
+    with _empty_folder() as folder, _started(ASSERTS, folder, seconds, megabytes, mark) as process:
+        late = threading.Timer(seconds, _end, (process, mark))  # for a program that does not read what it is sent
+        late.start()
         try:
             end = time.monotonic() + seconds
             if not _send(process, code) or _read(process, 6, end) != b"ready\n" or not _send(process, [tests, word]):
                 return False
             return _read(process, len(word), end) == word.encode()
         finally:
+            late.cancel()
             _end(process, mark)
 
 
 def output_of(code: str, text: str, seconds: int, megabytes: int) -> str | None:
     """What the program prints when `text` is its input; None if it fails, or takes too much."""
     mark = os.urandom(16).hex()
-    with tempfile.TemporaryDirectory() as folder:
+    with _empty_folder() as folder:
         Path(folder, "program.py").write_text(code, encoding="utf-8", errors="replace")
         Path(folder, "input").write_text(text, encoding="utf-8")
         with (
             open(Path(folder, "input"), "rb") as given,
-            open(Path(folder, "output"), "wb") as output,
+            open(Path(folder, "output"), "w+b") as output,
             _started(PROGRAM, folder, seconds, megabytes, mark, stdin=given, stdout=output) as process,
         ):
             try:
@@ -83,7 +89,23 @@ def output_of(code: str, text: str, seconds: int, megabytes: int) -> str | None:
                 status = None
             finally:
                 _end(process, mark)
-        return Path(folder, "output").read_text(encoding="utf-8", errors="replace") if status == 0 else None
+            # not by its name, under which the program may have put anything else
+            printed = os.pread(output.fileno(), OUTPUT_BYTES, 0).decode("utf-8", errors="replace")
+        return printed if status == 0 else None
+
+
+@contextmanager
+def _empty_folder() -> Iterator[str]:
+    """A temporary one, deleted at the end whatever a program has made in it."""
+    folder = tempfile.mkdtemp()
+    try:
+        yield folder
+    finally:
+        try:
+            shutil.rmtree(folder)
+        except (OSError, RecursionError):  # it may not be entered, or a thousand folders lie in each other
+            for command in (["chmod", "-R", "u+rwx", folder], ["rm", "-rf", folder]):
+                subprocess.run(command, stderr=subprocess.DEVNULL, check=False)
 
 
 def _started(runner: str, folder: str, seconds: int, megabytes: int, mark: str, **streams) -> subprocess.Popen:

@@ -1,12 +1,14 @@
 """Verifiable rewards by name, on completions of every kind."""
 
+import time
+
 import pytest
 
 from align.errors import ConfigError, RewardError
 from align.reward_models import math_check
 from align.reward_models.base import RewardBatch
 from align.reward_models.build import build_reward, check_reward
-from align.reward_models.checkers import exact_answer
+from align.reward_models.checkers import code_of, exact_answer, last_text
 
 
 def score(spec, completions, **columns):
@@ -46,6 +48,40 @@ def test_math():
     assert build_reward(spec).score(RewardBatch(["p"], ["$5$ apples"], columns={"solution": ["5"]})).scores == 1.0
     with pytest.raises(RewardError, match="the dataset has no column solution \\(it has answer\\)"):
         build_reward(spec).score(RewardBatch(["p"], ["5"], columns={"answer": ["5"]}))
+
+
+@pytest.mark.parametrize(
+    "completion, answer, equal",
+    [
+        ("5e9", "5", 0.0),  # which math-verify takes for 5
+        ("#### 5e9", r"\frac{10}{2}", 0.0),
+        ("#### 5e-1", r"\frac{1}{2}", 1.0),
+        ("so $x=1.2e+3$ it is", "1200", 1.0),
+        (r"\boxed{3000/2}", "1.5e3", 1.0),
+        (r"\boxed{5e-99999999999999999}", "5", 0.0),
+        (r"\boxed{2e}", "2e", 1.0),
+    ],
+)
+def test_math_reads_powers_of_ten(completion, answer, equal):
+    reward = build_reward({"type": "math", "seconds": 5})
+    assert reward.score(RewardBatch(["p"], [completion], columns={"answer": [answer]})).scores == equal
+
+
+@pytest.mark.parametrize("kind", ["math", "verifier"])
+def test_a_row_without_an_answer_is_no_answer_none(kind):
+    spec = {"type": kind} if kind == "math" else {"type": kind, "function": "align.reward_models.checkers:exact_answer"}
+    with pytest.raises(RewardError, match="row 0 .*the column answer is empty"):
+        build_reward(spec).score(RewardBatch(["p"], ["None"], columns={"answer": [None]}))
+
+
+def test_messages_of_every_kind():
+    """The assistant's last words count, not those of a tool, and there may be none."""
+    said, told = {"role": "assistant", "content": "4"}, {"role": "tool", "content": "5"}
+    calls = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    parts = {"role": "assistant", "content": [{"type": "text", "text": "4"}, {"type": "image"}]}
+    talks = [[said, told], [said, calls, told], [parts], [told], [], [{"role": "assistant"}]]
+    assert [last_text(talk) for talk in talks] == ["4", "", "4", "", "", ""]
+    assert exact_answer([said, told], "4") and not exact_answer([said, told], "5")
 
 
 def test_math_without_its_package(monkeypatch):
@@ -91,6 +127,39 @@ def test_unit_tests():
     assert build_reward(spec).score(batch).scores.tolist() == [0.0] * 10
     with pytest.raises(RewardError, match="row 0 .*neither asserts nor a list"):
         build_reward(spec).score(RewardBatch(["p"], ["1"], columns={"tests": [[{"in": 1}]]}))
+
+
+HAVOC = [  # with the file that its output goes to
+    "import os; os.unlink('output')",
+    "import os; os.unlink('output'); os.mkdir('output')",
+    "import os; os.unlink('output'); os.mkfifo('output')",  # which nobody writes to
+    "import os; os.unlink('output'); os.symlink('/dev/zero', 'output')",
+    "import os, shutil; shutil.rmtree(os.getcwd(), ignore_errors=True)",
+    "import os; os.mkdir('d'); open('d/f', 'w'); os.chmod('d', 0)",
+]
+
+
+def test_a_program_is_judged_by_what_it_printed_whatever_it_does_to_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    spec = {"type": "unit_tests", "seconds": 20}
+    codes = [f"{code}\nprint({number})" for code in HAVOC for number in (5, 6)]
+    batch = RewardBatch(["p"] * len(codes), codes, columns={"tests": [IO[:1]] * len(codes)})
+    assert build_reward(spec).score(batch).scores.tolist() == [1.0, 0.0] * len(HAVOC)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_program_that_does_not_read_its_tests_is_ended():
+    code = "import os, time\nos.write(3, b'ready\\n')\ntime.sleep(60)"
+    batch = RewardBatch(["p"], [code], columns={"tests": ["assert True\n" * 20_000]})
+    start = time.monotonic()
+    assert build_reward({"type": "unit_tests", "seconds": 1}).score(batch).scores == 0.0
+    assert time.monotonic() - start < 30
+
+
+def test_a_long_line_is_read_in_time():
+    line = "```" + "a" * 200_000 + "`"  # minutes, for a regular expression that goes back over it
+    start = time.monotonic()
+    assert code_of(line) == line and time.monotonic() - start < 10
 
 
 def test_a_program_cannot_print_the_word_that_says_passed():

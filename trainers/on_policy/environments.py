@@ -27,7 +27,7 @@ from align.reward_models.base import Reward, RewardBatch, RewardOutput
 from align.reward_models.deadlines import call_within
 from align.reward_models.failures import Failed, Failures
 from align.trainers.core.hooks import TrainingSettings
-from align.trainers.on_policy.tools import Tools, awaited
+from align.trainers.on_policy.tools import Tools, awaited, readable
 
 REWARD_COLUMN, FAILURE_COLUMN = "environment_reward", "environment_failure"  # what other rewards may name
 CLASS_COLUMN = "environment_class"
@@ -198,7 +198,7 @@ class Session:
         text = self._call("reset", (lambda: reset(row)) if self.of.steps else (lambda: reset(**row)))
         if not (text is None or isinstance(text, str)):
             raise EnvironmentFailure(f"reset returned {type(text).__name__} instead of a text or None")
-        return text
+        return text and readable(text)
 
     def reply(self, answer: str) -> Reply:
         calls = self.tools.calls(answer)
@@ -213,7 +213,7 @@ class Session:
         self.reward += number(reward, "step")
         if not done and not isinstance(text, str):
             raise EnvironmentFailure(f"step is not done, and its text is {text!r:.100}")
-        return Reply([] if done else [{"role": "user", "content": text}], reward, bool(done))
+        return Reply([] if done else [{"role": "user", "content": readable(text)}], reward, bool(done))
 
     def finish(self) -> float | None:
         """The reward of the whole conversation; None where the environment has none."""
@@ -230,7 +230,7 @@ class Session:
     def _call(self, name: str, call: Callable[[], Any]) -> Any:
         try:
             return call_within(self.of.timeout, call)
-        except Exception as error:  # the user's code raises anything, and so does what it asks
+        except (Exception, SystemExit) as error:  # the user's code raises anything, and so does what it asks
             late = f"did not return within environment_timeout ({self.of.timeout:g} s)"
             said = late if type(error).__name__ == "DeadlineExceeded" else f"raised {type(error).__name__}: {error}"
             raise EnvironmentFailure(f"{name} {said}") from error
@@ -239,7 +239,7 @@ class Session:
 def number(value: Any, of: str) -> float:
     try:
         found = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         found = math.nan
     if not math.isfinite(found):
         raise EnvironmentFailure(f"the reward of {of} is {value!r:.100}, no finite number")
