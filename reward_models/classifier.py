@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from align.data.batching import length_batches
 from align.data.collate import right_pad
-from align.data.limits import longest_input
+from align.data.limits import known_tokens, longest_input
 from align.errors import ConfigError, RewardError
 from align.modeling.load import load_sequence_classifier, load_tokenizer
 from align.modeling.scores import sequence_scores
@@ -86,7 +86,7 @@ class ClassifierReward(Reward):
             self.name,
             self.tokenizer,
             policy_tokenizer=policy_tokenizer,
-            vocabulary=self.model.get_input_embeddings().num_embeddings,
+            vocabulary=known_tokens(self.model),
             longest=longest_input(self.model),
             max_length=max_length,
             whole_turn=not reads_end_token(self.model),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from align.data.batching import length_batches
 from align.data.collate import right_pad
-from align.data.limits import longest_input
+from align.data.limits import known_tokens, longest_input
 from align.errors import ConfigError, RewardError
 from align.modeling.adapters import adapter_start, is_adapter
 from align.modeling.load import load_adapted, load_policy, load_tokenizer, reference_of
@@ -85,7 +85,7 @@ class ImplicitReward(Reward):
             self.name,
             self.tokenizer,
             policy_tokenizer=policy_tokenizer,
-            vocabulary=self.model.get_input_embeddings().num_embeddings,
+            vocabulary=known_tokens(self.model),
             longest=longest_input(self.model),
             max_length=max_length,
         )

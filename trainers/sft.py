@@ -234,6 +234,7 @@ def choose_trained(model: Any, args: SFTConfig, peft_config: Any) -> None:
     """Checks the adapter that is trained on a loaded model, or freezes what `half_finetuning` asks for."""
     if peft_config is not None:
         check_stack(model, peft_config)
+        check_head(model, peft_config)
     if args.half_finetuning is None:
         return
     if peft_config is not None:
@@ -243,6 +244,16 @@ def choose_trained(model: Any, args: SFTConfig, peft_config: Any) -> None:
             key="half_finetuning",
         )
     freeze_half(model, f"{args.seed} {args.half_finetuning}")
+
+
+def check_head(model: Any, peft_config: Any) -> None:
+    """ConfigError for an adapter on the head, whose weight TRL's loss takes as it lies there."""
+    tied = model.config.get_text_config().tie_word_embeddings
+    if tied and getattr(peft_config, "trainable_token_indices", None):  # only LoRA has it
+        raise ConfigError(
+            "trainable_token_indices: the model's head is its input embeddings, and the loss takes the head's weight "
+            "without the rows that an adapter trains: leave it out, or train the model in full"
+        )
 
 
 def with_own_defaults(args: TrainingArguments) -> SFTConfig:

@@ -17,9 +17,13 @@ SHORT = 20  # characters: two answers may well begin with a prompt that is short
 
 # Raw dialogues of the hh-rlhf kind: the answer starts after the last of these.
 TURN_MARKER = "\n\nAssistant:"
+HUMAN_TURN = "\n\nHuman:"
 
 SCORE = "score"
 """Column of the given reward of a demonstration."""
+
+CUT = re.compile(r"""\s*\[?\s*\{\s*["']role["']\s*:\s*["'](system|user|assistant)["']\s*,\s*["']content["']\s*:""")
+"""How messages begin whose end is cut off."""
 
 ROLES = ("system", "developer", "user", "human", "assistant", "gpt", "bot", "tool", "function")
 
@@ -38,7 +42,9 @@ def completion_of(row: dict[str, Any], fmt: DataFormat) -> tuple[Text, Text]:
         prompt, chosen, _ = _pair(row, fmt)
         return prompt, chosen
     prompt = _prompt(row, fmt.conversational)
-    return prompt, _completion(row["completion"], "completion", prompt, fmt.conversational)
+    completion = _completion(row["completion"], "completion", prompt, fmt.conversational)
+    _check_dialogue(prompt, completion, "completion")
+    return prompt, completion
 
 
 def pair_of(row: dict[str, Any], fmt: DataFormat, scored: bool = False) -> tuple[Text, Text, Text]:
@@ -51,6 +57,7 @@ def pair_of(row: dict[str, Any], fmt: DataFormat, scored: bool = False) -> tuple
     for name, answer in zip(("chosen", "rejected"), answers, strict=True):
         if not scored:
             _check_speaker(answer, name, fmt)
+            _check_dialogue(prompt, answer, name)
         elif fmt.conversational and answer[-1]["role"] != "assistant":
             raise BadRow(f"{name} does not end with an assistant message")
     return prompt, *answers
@@ -71,6 +78,15 @@ def _check_speaker(answer: Text, name: str, fmt: DataFormat) -> None:
         raise BadRow(
             f"{name} has a message of the role {others[0]}, which would be trained as the policy's (put the turns "
             "before the last answer into prompt)"
+        )
+
+
+def _check_dialogue(prompt: Text, answer: Text, name: str) -> None:
+    """BadRow for an answer of a dialogue written as text in which the human speaks again."""
+    if isinstance(answer, str) and HUMAN_TURN in answer and prompt.rstrip().endswith(TURN_MARKER.strip()):
+        raise BadRow(
+            f"{name} has a further turn of Human:, which would be trained as the policy's (put the turns before the "
+            "last answer into prompt)"
         )
 
 
@@ -245,18 +261,34 @@ def said(message: dict[str, Any]) -> bool:
 
 def _is_written_messages(text: str) -> bool:
     """Whether a text is messages, or one of them, as JSON, Python or NumPy write them (a CSV file has them so)."""
-    if not (re.match(r"\s*[\[{]", text) and re.search(r"""["'](role|from)["']\s*:""", text)):
+    if not (re.match(r"""\s*[\[{"]""", text) and re.search(r"""["'](role|from)\\*["']\s*:""", text)):
         return False
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        try:
-            value = ast.literal_eval(re.sub(r"\}\s*\{", "}, {", text.strip()))
-        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            return False
+    value = _written(text)
+    if value is None:
+        return CUT.match(text) is not None
+    if isinstance(value, str):  # written twice
+        return value != text and _is_written_messages(value)
     if isinstance(value, dict):
         value = value.get("messages", value.get("conversations", [value]))
     return isinstance(value, list) and bool(value) and all(map(_is_message, value))
+
+
+def _written(text: str) -> Any:
+    """The value of a text that is JSON, JSON lines, or a literal of Python or NumPy; None for any other text."""
+    parted = re.sub(r"\}\s*\{", "}, {", text.strip())
+    for read, written in (
+        (json.loads, text),
+        (ast.literal_eval, parted),
+        (json.loads, f"[{parted}]"),
+        (ast.literal_eval, f"[{parted}]"),
+    ):
+        try:
+            value = read(written)
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            continue
+        if isinstance(value, str | list | dict):
+            return value
+    return None
 
 
 def _is_message(value: Any) -> bool:

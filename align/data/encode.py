@@ -80,7 +80,7 @@ def render_pair(
     start = render(prompt, tokenizer, options, answer_next=True)
     wholes = [render(prompt + completion, tokenizer, options) for completion in completions]
     if not all(whole.startswith(start) for whole in wholes):
-        asked = render(prompt, tokenizer, options)
+        asked = _open(render(prompt, tokenizer, options), tokenizer)
         if not start.startswith(asked) or not all(whole.startswith(asked) for whole in wholes):
             raise BadRow(NOT_A_PREFIX)
     return start, wholes
@@ -95,6 +95,8 @@ def encode(tokenizer: "PreTrainedTokenizerBase", rows: list[tuple[str, list[str]
     """
     if not rows:
         return []
+    if add_bos:
+        rows = [_from_bos(prompt, wholes, tokenizer.bos_token) for prompt, wholes in rows]
     prompts = ids_of(tokenizer, [prompt for prompt, _ in rows])
     contexts = _contexts(tokenizer, [prompt for prompt, _ in rows], prompts)
     texts: list[str] = []
@@ -123,6 +125,14 @@ def encode(tokenizer: "PreTrainedTokenizerBase", rows: list[tuple[str, list[str]
             completions = [ids[1:] if ids[:1] == bos else ids for ids in completions]
         encoded.append(Encoded((bos if prompt_ids[:1] != bos else []) + prompt_ids, completions, note))
     return encoded
+
+
+def _from_bos(prompt: str, wholes: list[str], bos: str | None) -> tuple[str, list[str]]:
+    """The texts without white space in front of a BOS that somebody wrote, who would otherwise get a second one."""
+    start = (prompt or "".join(wholes[:1])).lstrip()
+    if not bos or not start.startswith(bos):
+        return prompt, wholes
+    return prompt.lstrip(), [whole.lstrip() for whole in wholes]
 
 
 def render_conversation(
@@ -188,10 +198,19 @@ def _answers(messages: Messages, text: str, tokenizer, options: dict, first: int
         through = render(messages[: index + 1], tokenizer, options)
         if not through.startswith(before):  # a generation prompt that ends in <think>
             before = before[: common(before, through)]
+        if not before.startswith(asked):
+            asked = _open(asked, tokenizer)
+        if not text.startswith(through):
+            through = _open(through, tokenizer)
         if not (before.startswith(asked) and text.startswith(through)):
             raise BadRow(NOT_A_PREFIX)
         spans.append((len(before), len(through)))
     return spans
+
+
+def _open(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """A rendered conversation without the EOS that some templates (Phi-3's) write after its last turn only."""
+    return text.removesuffix(tokenizer.eos_token or "")
 
 
 def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:

@@ -85,8 +85,11 @@ def row_check(model: "Model", tokenizer: Any = None) -> Callable[[dict[str, Any]
 def known_tokens(model: "Model") -> int:
     """Tokens that a model has embeddings for."""
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
-    embeddings = model.get_input_embeddings()
+    embeddings: Any = model.get_input_embeddings()
+    if isinstance(embeddings, AuxiliaryTrainingWrapper):  # trained in full, or some of their rows
+        embeddings = embeddings.original_module
     if isinstance(embeddings, BaseTunerLayer):  # an adapter on them
         embeddings = embeddings.get_base_layer()
     return embeddings.num_embeddings

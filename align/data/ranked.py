@@ -21,7 +21,7 @@ from align.data.encode import Encoded, check_tokenizer, encode, render_pair
 from align.data.ending import ending_of
 from align.data.formats import SCORED, DataFormat, columns_of, format_for
 from align.data.passes import Columns, Note, Recipe, started, tokenized
-from align.data.tokenize import check_prompt, closed, controls_of, note_typed, tokenize_pairs, tokens_inside
+from align.data.tokenize import check_inside, check_prompt, closed, controls_of, note_typed, tokenize_pairs
 from align.data.tokenized import check_room
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def tokenize_ranked(
         for index in range(len(encoded.completions)):
             whole = closed(encoded, index, "an answer", tokenizer, ending, note)
             if not fmt.conversational:
-                note_typed("an answer", tokens_inside(whole[:-1], controls), note)
+                check_inside("an answer", whole[:-1], controls, note, tokenizer)
             answers.append(whole[: None if max_length is None else max_length - len(encoded.prompt_ids)])
             if len(answers[-1]) < len(whole):
                 note(f"an answer is cut at max_length={max_length}")

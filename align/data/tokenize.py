@@ -26,7 +26,7 @@ from align.data.encode import (
     render_conversation,
     render_pair,
 )
-from align.data.ending import Ending, close, end_ids, ending_of
+from align.data.ending import Ending, close, end_ids, ending_of, special_ids
 from align.data.formats import DataFormat, format_for
 from align.data.messages import refuse_calls, with_roles
 from align.data.passes import Columns, Note, Recipe, started, tokenized
@@ -133,7 +133,7 @@ def tokenize_completions(
         first, messages = len(prompt), prompt + completion
         note_typed(name, checks.typed_tokens(messages[first:], list(controls.values())), note)
         options = checks.template_kwargs(row, tools=True)
-        if not whole and {message["role"] for message in completion} == {"assistant"}:
+        if not whole and len(completion) == 1:
             return render_pair(prompt, [completion], tokenizer, options), {}
         return render_conversation(messages, tokenizer, options, first), {}
 
@@ -146,7 +146,7 @@ def tokenize_completions(
                 raise BadRow("text starts with BOS twice")
             completion = closed(encoded, 0, name, tokenizer, ending, note)
             if not fmt.conversational:
-                note_typed(name, tokens_inside(completion[:-1], controls), note)
+                check_inside(name, completion[:-1], controls, note, None if whole else tokenizer)
             mask = [0] * len(encoded.prompt_ids) + [1] * len(completion)
             return _sequence(encoded.prompt_ids + completion, mask, max_length, note)
         ids, mask = closed_talk(encoded, ending, tokenizer, note)
@@ -231,7 +231,7 @@ def tokenize_pairs(
         for index, name in enumerate(("chosen", "rejected")):
             ids[f"{name}_ids"] = whole = closed(encoded, index, name, tokenizer, ending, note)
             if not fmt.conversational:
-                note_typed(name, tokens_inside(whole[:-1], controls), note)
+                check_inside(name, whole[:-1], controls, note, None if scored else tokenizer)
         return cut_pair(ids, max_length, note)
 
     recipe = Recipe(prepare, partial(_encode, tokenizer, fmt), finish, pair_columns(sample, fmt))
@@ -318,6 +318,23 @@ def tokens_inside(ids: list[int], controls: dict[int, str]) -> list[str]:
 def note_typed(name: str, tokens: list[str], note: Note) -> None:
     if tokens:
         note(f"{name} has {' and '.join(sorted(tokens))} inside its text")
+
+
+def check_inside(
+    name: str, ids: list[int], controls: dict[int, str], note: Note, tokenizer: "PreTrainedTokenizerBase | None"
+) -> None:
+    """Of an answer given as text: control tokens inside are noted. BadRow where they are those of further turns that
+    somebody has rendered, which would be trained as the policy's; tokenizer: None where they may be there."""
+    inside = tokens_inside(ids, controls)
+    if inside and tokenizer is not None:
+        ends = {*end_ids(tokenizer)}
+        first = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+        if {*ids[first:]} & (special_ids(tokenizer) - ends - {tokenizer.pad_token_id}):
+            raise BadRow(
+                f"{name} goes on with a further turn after {controls[ids[first]]}, which would be trained as the "
+                "policy's (give messages, or put the turns before the last answer into prompt)"
+            )
+    note_typed(name, inside, note)
 
 
 def _check_columns(dataset: "Dataset", taken: tuple[str, ...], source: str) -> None:

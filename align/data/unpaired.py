@@ -14,7 +14,7 @@ from align.data.ending import ending_of
 from align.data.formats import SCORED, columns_of, format_for
 from align.data.passes import Columns, Note, Recipe, started, tokenized
 from align.data.rows import source_of
-from align.data.tokenize import check_prompt, closed, controls_of, note_typed, tokenize_pairs, tokens_inside
+from align.data.tokenize import check_inside, check_prompt, closed, controls_of, note_typed, tokenize_pairs
 from align.data.tokenized import check_room
 from align.errors import DataError
 
@@ -90,7 +90,7 @@ def _recipe_of_text(sample: "Dataset", tokenizer, source: str, max_length: int |
         check_prompt(encoded.prompt_ids, None, tokenizer)
         completion = closed(encoded, 0, "completion", tokenizer, ending, note)
         if not fmt.conversational:
-            note_typed("completion", tokens_inside(completion[:-1], controls), note)
+            check_inside("completion", completion[:-1], controls, note, tokenizer)
         return _cut(encoded.prompt_ids, completion, max_length, note)
 
     columns = {"prompt_ids": "int32", "completion_ids": "int32", "label": Value("bool")}

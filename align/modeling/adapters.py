@@ -27,6 +27,8 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 NOTES_FILE, START_FILE = "align_adapter.json", "align_start_modules.safetensors"
 PREFIX = "base_model.model."
 A, B = (".lora_A.", ".lora_embedding_A"), (".lora_B.", ".lora_embedding_B")
+FROZEN = ".base_layer."
+"""In the name of a weight under an adapter, which PEFT saves beside it where it is that of the embeddings."""
 
 
 @dataclass
@@ -114,6 +116,7 @@ def read_start(folder: str | Path, base: str) -> Start:
     problem = not_plain(config, tensors)
     if problem is None:
         tensors = {n: v * _scaling(config, n, tensors) if _is(n, B) else v for n, v in tensors.items()}
+        tensors = {n: v for n, v in tensors.items() if FROZEN not in n}
     return Start(str(Path(folder).absolute()), base, tensors, problem)
 
 
@@ -121,7 +124,7 @@ def not_plain(config, tensors: dict[str, Tensor] | None = None) -> str | None:
     """Why an adapter is more than a low-rank sum over the base's weights; None if it is just that."""
     if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA":
         return f"it is of type {config.peft_type}"
-    if config.init_lora_weights not in (True, False, "gaussian", "orthogonal", "eva"):
+    if changes_base(config):
         return f"init_lora_weights: {config.init_lora_weights} changes the base too"
     flags = ("use_dora", "lora_bias", "trainable_token_indices", "target_parameters", "alora_invocation_tokens")
     given = [flag for flag in flags if vars(config).get(flag)] + (["bias"] if config.bias != "none" else [])
@@ -129,6 +132,11 @@ def not_plain(config, tensors: dict[str, Tensor] | None = None) -> str | None:
         return f"it uses {', '.join(given)}"
     others = [name for name in tensors or () if ".lora_" in name and not _is(name, A + B)]
     return f"it holds {others[0]}" if others else None
+
+
+def changes_base(config) -> bool:
+    """Whether an adapter takes a part of the base's weights for its start (PiSSA, OLoRA ...)."""
+    return vars(config).get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "eva")
 
 
 def check_stack(model: Model, config) -> None:
@@ -161,7 +169,8 @@ def finish_adapter(folder: str | Path, model: Model) -> None:
     config["base_model_name_or_path"] = base
     found: dict[str, Any] = {"base_digest": folder_digest(base) if base else None}
     if start is not None:
-        trained = load_file(folder / WEIGHTS_FILE)
+        # the embeddings that a second adapter lies on hold the first one, which is saved with it
+        trained = {n: v for n, v in load_file(folder / WEIGHTS_FILE).items() if FROZEN not in n}
         modules = {name for name, _ in core.named_modules()}
         kept = {n: v for n, v in start.tensors.items() if _module(n) in modules}
         both, changes, rank = combine(kept, trained, model.peft_config["default"])

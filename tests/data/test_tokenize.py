@@ -9,6 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from align.data import BadRows, tokenize_completions, tokenize_pairs, tokenize_prompts
 from align.data.encode import ids_of, plain_backend
+from align.data.ranked import tokenize_ranked
+from align.data.unpaired import tokenize_unpaired
 from align.errors import DataError
 
 PAIR = {"prompt": "Human: hi\n\nAssistant:", "chosen": " yes", "rejected": " no"}
@@ -45,6 +47,7 @@ def test_bos_once_in_front_and_eos_once_at_the_end(make_tokenizer, bos):
 
 
 def test_bos_in_the_text_is_not_doubled(tokenizer):
+    assert prompt_ids(tokenizer, " \n<bos>hi") == prompt_ids(tokenizer, "<bos>hi")
     ids = prompt_ids(tokenizer, "<bos>hi")
     assert ids == prompt_ids(tokenizer, "hi")
     assert ids.count(tokenizer.bos_token_id) == 1
@@ -66,6 +69,33 @@ def test_special_tokens_inside_a_text_are_noted(tokenizer):
     assert noted == ["chosen has <eos> inside its text"]
     noted = notes_of(tokenize_prompts, {"prompt": "a<bos>b"}, tokenizer, max_prompt_length=99)
     assert noted == ["prompt has <bos> inside its text"]
+
+
+def test_further_turns_in_an_answer_given_as_text_are_refused(make_tokenizer, chat_tokenizer):
+    turns = "yes<|im_end|>\n<|im_start|>user\nmore<|im_end|>\n<|im_start|>assistant\nno<|im_end|>\n"
+    rendered = {"prompt": "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "chosen": turns, "rejected": "no"}
+    dialogue = {
+        "chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
+        "rejected": "\n\nHuman: a\n\nAssistant: e",
+    }
+    for pair, reason in ((rendered, "goes on with a further turn after"), (dialogue, "has a further turn of Human:")):
+        rows = Dataset.from_list([pair])
+        with pytest.raises(DataError, match=f"chosen {reason}.*which would be trained as the policy's"):
+            tokenize_pairs(rows, chat_tokenizer, max_length=200)
+        tokenize_pairs(rows, chat_tokenizer, max_length=200, scored=True)  # a reward model may read them
+    for dataset, tokenize in (
+        (Dataset.from_list([{"prompt": rendered["prompt"], "completion": turns}]), tokenize_completions),
+        (Dataset.from_list([{"prompt": rendered["prompt"], "completion": turns, "label": True}]), tokenize_unpaired),
+        (Dataset.from_list([{"prompt": "hi", "completions": [turns, "no"], "scores": [1.0, 0.0]}]), tokenize_ranked),
+        (
+            Dataset.from_list([{"prompt": "Human: a\n\nAssistant:", "completion": " b\n\nHuman: c"}]),
+            tokenize_completions,
+        ),
+    ):
+        with pytest.raises(DataError, match="further turn .*which would be trained as the policy's"):
+            tokenize(dataset, chat_tokenizer, max_length=200)
+    (whole,) = tokenize_completions(Dataset.from_list([{"text": turns}]), chat_tokenizer, max_length=200)
+    assert all(whole["completion_mask"])  # every token of `text` is trained, by its definition
 
 
 def test_eos_is_trained_when_it_is_also_the_pad_token(make_tokenizer):

@@ -1,5 +1,7 @@
 """Conversations: what a chat template adds, whose turns are trained, and rows that cannot be meant."""
 
+import json
+
 import pytest
 from datasets import Dataset
 
@@ -54,6 +56,20 @@ def test_an_answer_ends_where_its_template_ends_it(make_tokenizer, chat_tokenize
     # plain text ends with EOS, but for text that somebody rendered
     for text, end in ((" yes", "<eos>"), (" yes<|im_end|>", ""), (" yes<|im_end|>\n", "")):
         assert tokenizer.decode(pair_ids(tokenizer, chosen=text)["chosen_ids"]) == text.strip("\n") + end
+
+
+def test_a_template_that_writes_eos_after_the_last_turn_only(make_tokenizer, chat_tokenizer):
+    """Phi-3 and Phi-4-mini."""
+    end = "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}{{ eos_token }}{% endif %}"
+    template = chat_tokenizer.chat_template.partition("{% if add_generation_prompt %}")[0] + end
+    tokenizer = make_tokenizer(eos="<eos>", template=template)
+    talk = {"messages": USER + YES + USER + NO}
+    (row,) = tokenize_completions(Dataset.from_list([talk]), tokenizer, max_length=99)
+    (plain,) = tokenize_completions(Dataset.from_list([talk]), chat_tokenizer, max_length=99)
+    assert row == plain and trained_text(row, tokenizer) == ["yes<|im_end|>", "no<|im_end|>"]
+    parted = {"prompt": USER + YES + USER, "completion": NO}
+    (row,) = tokenize_completions(Dataset.from_list([parted]), tokenizer, max_length=99)
+    assert row["input_ids"] == plain["input_ids"] and trained_text(row, tokenizer) == ["no<|im_end|>"]
 
 
 def test_a_template_that_does_not_end_answers(make_tokenizer):
@@ -130,6 +146,11 @@ def test_nobody_else_is_trained_as_the_assistant(chat_tokenizer):
         Dataset.from_list([{"prompt": USER, "completion": two}]), chat_tokenizer, max_length=99
     )
     assert trained_text(row, chat_tokenizer) == ["yes<|im_end|>", "no<|im_end|>"]
+    # what the template writes between two answers is not the policy's either
+    (row,) = tokenize_completions(
+        Dataset.from_list([{"prompt": USER, "completion": YES + NO}]), chat_tokenizer, max_length=99
+    )
+    assert trained_text(row, chat_tokenizer) == ["yes<|im_end|>", "no<|im_end|>"]
     # an earlier answer of the prompt is context
     rows = Dataset.from_list([{"prompt": USER + YES + USER, "completion": two}])
     (row,) = tokenize_completions(rows, chat_tokenizer, max_length=99)
@@ -154,6 +175,10 @@ def test_a_text_with_bos_gets_no_second_one(tokenizer):
         ({"messages": '[{"role": "user", "content": "hi"}]'}, "messages is text that should be messages"),
         ({"prompt": "hi", "completion": '[{"role": "assistant", "content": "yes"}]'}, "completion is text that should"),
         ({"prompt": str(USER), "completion": "yes"}, "prompt is text that should"),
+        ({"text": json.dumps(json.dumps(USER + YES))}, "text is text that should"),
+        ({"text": "\n".join(json.dumps(message) for message in USER + YES)}, "text is text that should"),
+        ({"text": "\n".join(map(str, USER + YES))}, "text is text that should"),
+        ({"text": json.dumps(USER + YES)[:-3]}, "text is text that should"),
         (
             {"text": "[{'role': 'user', 'content': \"it's\"}\n {'role': 'assistant', 'content': 'x'}]"},
             "text is text that",
@@ -179,6 +204,8 @@ def test_answers_may_be_json(chat_tokenizer):
         "{'from': 'x'}",
         "[] is empty",
         "[from: 'x']",
+        '{"role": "user"}\n{"role": "admin"}',
+        '"role": "user"',
     )
     rows = Dataset.from_list([{"prompt": "json?", "completion": answer} for answer in answers])
     assert len(tokenize_completions(rows, chat_tokenizer, max_length=99)) == len(answers)

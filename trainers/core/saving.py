@@ -13,6 +13,8 @@ from align.modeling.adapters import (
     PREFIX,
     START_FILE,
     WEIGHTS_FILE,
+    changes_base,
+    check_stack,
     finish_adapter,
     folder_digest,
     notes,
@@ -36,8 +38,15 @@ def check_base(model: Model, output_dir: str | None) -> None:
     Call it on the main process, before the weights are sharded."""
     if not is_peft(model):
         return
-    core = model.get_base_model()
-    base = model.peft_config["default"].base_model_name_or_path or core.config._name_or_path
+    core, config = model.get_base_model(), model.peft_config["default"]
+    if changes_base(config):
+        raise ConfigError(
+            f"init_lora_weights: {config.init_lora_weights} changes the frozen weights too, so that the model with its "
+            "adapter off is not the one that training starts from, and the adapter's folder not the one that was "
+            "trained: use true, gaussian, orthogonal or eva"
+        )
+    check_stack(core, config)  # with the targets that PEFT has chosen (experts' parameters for all-linear)
+    base = config.base_model_name_or_path or core.config._name_or_path
     if not base:
         raise ConfigError(
             "the model was not loaded from anywhere, so its adapter would name no base and could not be loaded: save "

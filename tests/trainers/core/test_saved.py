@@ -87,7 +87,9 @@ def assert_saved(method: str, trainer, folder) -> None:
         loaded = [load_policy(folder)]
         if adapter:
             loaded.append(AutoPeftModelForCausalLM.from_pretrained(folder))
-        if not adapter or not loaded[-1].peft_config["default"].modules_to_save:  # which transformers leaves out
+        config = loaded[-1].peft_config["default"] if adapter else None
+        # transformers leaves out modules trained in full, and of tied embeddings the head's rows
+        if config is None or not (config.modules_to_save or config.trainable_token_indices):
             loaded.append(AutoModelForCausalLM.from_pretrained(folder))
     for model in loaded:
         torch.testing.assert_close(logits(model), live, atol=2e-5, rtol=2e-5)
@@ -123,13 +125,45 @@ def test_the_folder_is_the_trained_model(method, form, policy, start, tmp_path):
         ({"modules_to_save": ["lm_head"], "target_modules": ["q_proj", "up_proj"]}, {"target_modules": ["v_proj"]}),
         ({"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj": 3}, "use_rslora": True}, {"r": 3}),
         ({"target_modules": ["embed_tokens", "q_proj"]}, {"alpha_pattern": {"q_proj": 5}}),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, {"target_modules": ["embed_tokens", "v_proj"]}),
     ],
-    ids=["head trained second", "head trained first", "patterns", "embeddings"],
+    ids=["head trained second", "head trained first", "patterns", "embeddings", "embeddings twice"],
 )
 def test_unlike_adapters_are_added(first, second, policy, tmp_path):
     trained("sft", policy, tmp_path / "one", lora(**first), learning_rate=1e-2)
     trainer = trained("dpo", str(tmp_path / "one"), tmp_path / "two", lora(**second))
     assert_saved("dpo", trainer, tmp_path / "two")
+
+
+def test_rows_of_the_embeddings_are_trained(policy, tmp_path):
+    """With `trainable_token_indices`, as for tokens that were added."""
+    rows = lora(target_modules=["q_proj"], trainable_token_indices=[5, 9])
+    trainer = trained("dpo", policy, tmp_path, rows)
+    assert_saved("dpo", trainer, tmp_path)
+    moved = trainer.model.get_input_embeddings().token_adapter.trainable_tokens_delta["default"]
+    assert not torch.equal(moved, load_policy(policy).get_input_embeddings().weight[[5, 9]])
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "reward", "remax"])
+def test_an_adapter_that_changes_its_base_is_refused(method, policy, tmp_path):
+    """PiSSA: with the adapter off the model is not the one that training starts from."""
+    with pytest.raises(ConfigError, match="init_lora_weights: pissa changes the frozen weights too.* use true"):
+        make(method, policy, tmp_path, lora(init_lora_weights="pissa"))
+
+
+def test_a_second_adapter_on_experts_is_refused_before_training(tmp_path):
+    """`all-linear` means the experts' parameters too, which PEFT says once it has added the adapter."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    tokenizer, policy = toy.tokenizer(), tmp_path / "policy"
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    MixtralForCausalLM(
+        MixtralConfig(vocab_size=len(tokenizer), num_local_experts=2, num_key_value_heads=2, **sizes)
+    ).save_pretrained(policy)
+    tokenizer.save_pretrained(policy)
+    trained("sft", str(policy), tmp_path / "one", lora(target_modules=["q_proj"]), max_steps=1)
+    with pytest.raises(ConfigError, match="cannot be trained on with a second one: it uses target_parameters. Merge"):
+        make("dpo", str(tmp_path / "one"), tmp_path / "two", lora())
 
 
 def test_three_stages_and_the_implicit_reward_of_the_last(policy, start, tmp_path):
