@@ -11,6 +11,7 @@ from align.data.collate import right_pad
 from align.data.limits import known_tokens, longest_input
 from align.errors import ConfigError, RewardError
 from align.modeling.load import load_sequence_classifier, load_tokenizer
+from align.modeling.score_head import reads_end_token
 from align.modeling.scores import sequence_scores
 from align.modeling.types import Model
 from align.reward_models.base import Reward, RewardBatch, RewardOutput
@@ -19,14 +20,6 @@ from align.reward_models.sequences import SequenceEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-READ_AT = "score_read_at"  # in the config of a model: "end_token" where `RewardTrainer` trained it
-
-
-def reads_end_token(model: Model) -> bool:
-    """Whether a model's score was trained at the end token, rather than at the end of the whole chat template."""
-    return model.config.to_dict().get(READ_AT) == "end_token"
 
 
 class ClassifierReward(Reward):

@@ -1,6 +1,7 @@
 """Members of an ensemble that share one model: a trunk with upper layers per member, or LoRA adapters."""
 
 import copy
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,11 +9,12 @@ import torch
 from torch import Tensor
 
 from align.errors import ConfigError, RewardError
-from align.modeling.adapters import adapter_base
+from align.modeling.adapters import NOTES_FILE, adapter_base, folder_digest
 from align.modeling.load import load_sequence_classifier, load_tokenizer
 from align.modeling.member_lora import MemberLora, add_member_adapters, load_adapter, save_adapter
 from align.modeling.members import copy_upper, member_state
 from align.modeling.pretrained import weights_on_every_process
+from align.modeling.score_head import read_at_end_token
 from align.modeling.types import Model
 from align.reward_models.base import RewardBatch
 from align.reward_models.classifier import ClassifierReward, scoring_device
@@ -103,6 +105,8 @@ def save_adapters(model: Model, folders: Sequence[Path], peft_config, tokenizer)
     for index, folder in enumerate(folders):
         folder.mkdir(parents=True, exist_ok=True)
         save_adapter(model, index, peft_config, folder)
+        digest = folder_digest(model.config._name_or_path)
+        (folder / NOTES_FILE).write_text(json.dumps({"base_digest": digest}, indent=2) + "\n")
         tokenizer.save_pretrained(folder)
 
 
@@ -119,6 +123,7 @@ def load_adapters(folders: Sequence[Path], dtype) -> Model:
         if config.to_dict() != configs[0].to_dict():
             raise ConfigError(f"{folder} and {folders[0]} are adapters with different options")
     model = load_sequence_classifier(base, dtype=dtype)
+    read_at_end_token(model)  # as the members were trained; the base's config does not say it
     add_member_adapters(model, configs[0], list(range(len(folders))))
     for index, folder in enumerate(folders):
         load_adapter(model, index, folder)

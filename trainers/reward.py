@@ -18,11 +18,11 @@ from align.evaluation.calibration import Reliability, reliability
 from align.modeling.load import disable_dropout, load_sequence_classifier
 from align.modeling.padding import padding_as_saved, with_own_padding
 from align.modeling.prefix_support import SCORES, enable_shared_scores
+from align.modeling.score_head import read_at_end_token
 from align.modeling.scores import pair_scores
 from align.modeling.types import Model
 from align.objectives.pair_losses import PairLosses
 from align.objectives.reward_model import bradley_terry_loss, centering, score_l2
-from align.reward_models.classifier import READ_AT
 from align.reward_models.normalizer import FILE_NAME as NORMALIZER_FILE
 from align.reward_models.normalizer import Normalizer
 from align.trainers.core.batching import CheckSharedRows, autocast_dtype, resolve_layout
@@ -121,7 +121,7 @@ class RewardTrainer(PairTrainer):
         set_chat_template(args.chat_template_path, classifier, processing_class, adapter=peft_config is not None)
         # transformers refuses batches without one; where the last token is, the attention mask says
         classifier.config.get_text_config().pad_token_id = processing_class.pad_token_id
-        setattr(classifier.config, READ_AT, "end_token")
+        read_at_end_token(classifier)
         if args.disable_dropout:
             disable_dropout(classifier)
         self.normalizer: Normalizer | None = None

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from align.distributed.shells import fill
 from align.errors import ConfigError
-from align.modeling.adapters import CONFIG_FILE, adapter_base, is_adapter, read_object, read_start
+from align.modeling.adapters import CONFIG_FILE, adapter_base, is_adapter, notes, read_object, read_start
 from align.modeling.pretrained import load_whole, one_line, only_errors_from_transformers
-from align.modeling.score_head import draw_head, head_name
+from align.modeling.score_head import draw_head, head_name, read_at_end_token
 from align.modeling.types import Model
 
 logger = logging.getLogger(__name__)
@@ -45,10 +45,13 @@ def load_unmerged(auto_class, folder: str, options: dict, **head) -> tuple[Model
         model = load(auto_class, base, options, **({"head_seed": 0} if head else {}))
         fill(model)  # the adapter is added to it
         try:
-            return PeftModel.from_pretrained(model, folder), base
+            adapted = PeftModel.from_pretrained(model, folder)
         except Exception as error:  # damaged files make PEFT and safetensors raise anything
             reason = one_line(error)
             raise ConfigError(f"cannot load the adapter {folder!r} on its base {base!r}: {reason}") from error
+    if head and notes(folder):  # an adapter has no config of its own that could say it; ours are `RewardTrainer`'s
+        read_at_end_token(model)
+    return adapted, base
 
 
 def merge(adapted: Any) -> Model:

@@ -7,6 +7,18 @@ from align.distributed.shards import gathered
 from align.errors import ConfigError
 from align.modeling.types import Model
 
+READ_AT = "score_read_at"  # in the config of a model: "end_token" where `RewardTrainer` trained it
+
+
+def read_at_end_token(model: Model) -> None:
+    """Mark a reward model as one whose score is trained, and so read, at the end token of an answer."""
+    setattr(model.config, READ_AT, "end_token")
+
+
+def reads_end_token(model: Model) -> bool:
+    """Whether a model's score was trained at the end token, rather than at the end of the whole chat template."""
+    return model.config.to_dict().get(READ_AT) == "end_token"
+
 
 def head_name(model: Model) -> str:
     """Name of the linear layer that makes the one score."""
