@@ -22,7 +22,7 @@ from align.modeling.types import Model
 from align.objectives.kto import UnpairedLosses, kto_losses, reference_point, weight_advice
 from align.trainers.core.trl_options import TrlDPOOptions
 from align.trainers.pairs.config import PreferenceConfig
-from align.trainers.pairs.data import IDS, flat_column, list_column, numbered_pairs
+from align.trainers.pairs.data import IDS, beginnings, flat_column, list_column, numbered_pairs
 from align.trainers.pairs.evaluation import labelled_figure, labelled_table
 from align.trainers.pairs.micro_batches import PaddedPairs
 from align.trainers.pairs.preference import PreferenceTrainer
@@ -110,17 +110,15 @@ class KTOTrainer(PreferenceTrainer):
             advice = weight_advice(*counts, args.desirable_weight, args.undesirable_weight)
             if advice:
                 logger.warning("%s", advice)
-        prompts = dataset["prompt_ids"]
-        partners = mismatched(prompts) if args.loss_type == "kto" else np.arange(len(dataset))
+        prompts = flat_column(dataset, "prompt_ids")
+        partners = mismatched(*prompts) if args.loss_type == "kto" else np.arange(len(dataset))
         lengths, ids = flat_column(dataset, "chosen_ids")
         kept = lengths[partners]
         if args.max_length is not None:
-            kept = np.minimum(kept, args.max_length - flat_column(dataset, "prompt_ids")[0])
+            kept = np.minimum(kept, args.max_length - prompts[0])
         if args.loss_type != "kto":  # nothing looks at them
             kept = np.minimum(kept, 1)
-        starts = (np.cumsum(lengths) - lengths)[partners]
-        places = np.repeat(starts - (np.cumsum(kept) - kept), kept) + np.arange(kept.sum())
-        return dataset.add_column("rejected_ids", list_column(ids[places], kept))
+        return dataset.add_column("rejected_ids", list_column(beginnings(lengths, ids, partners, kept), kept))
 
     def _check_stream(self) -> None:
         raise ConfigError(

@@ -149,15 +149,18 @@ def unpair(pairs: "Dataset", source: str = "") -> "Dataset":
     return concatenate_datasets(sides)
 
 
-def mismatched(prompts: list[list[int]]) -> np.ndarray:
-    """For each row the number of another one whose prompt differs, [rows].
+def mismatched(lengths: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """For each row the number of another one whose prompt differs, [rows]. lengths: of the prompts, [rows]; ids: of
+    their tokens, row after row.
 
     The rows are put in a fixed random order, and each gets the next one there with another prompt: so nearly every
     answer is given away once, and which row gets which follows from the rows alone, not from how they are cut into
     batches. DataError where all prompts are the same.
     """
-    known: dict[tuple[int, ...], int] = {}
-    groups = np.array([known.setdefault(tuple(prompt), len(known)) for prompt in prompts])
+    known: dict[bytes, int] = {}
+    ends = np.cumsum(lengths)
+    prompts = (ids[start:end].tobytes() for start, end in zip(ends - lengths, ends, strict=True))
+    groups = np.array([known.setdefault(prompt, len(known)) for prompt in prompts])
     if len(known) < 2:
         raise DataError(
             "all rows have the same prompt, and KTO's reference point needs answers to other prompts: add rows with "
@@ -165,8 +168,8 @@ def mismatched(prompts: list[list[int]]) -> np.ndarray:
         )
     order = np.random.default_rng(SEED).permutation(len(groups))
     twice = np.concatenate([order, order])
-    ends = groups[twice[:-1]] != groups[twice[1:]]  # the next one in the circle has another prompt
-    places = np.where(ends, np.arange(len(ends)), len(twice))
+    differs = groups[twice[:-1]] != groups[twice[1:]]  # the next one in the circle has another prompt
+    places = np.where(differs, np.arange(len(differs)), len(twice))
     following = np.minimum.accumulate(places[::-1])[::-1][: len(order)] + 1
     partners = np.empty(len(order), dtype=np.int64)
     partners[order] = twice[following]

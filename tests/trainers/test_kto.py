@@ -13,6 +13,7 @@ from align.data.unpaired import mismatched, tokenize_unpaired
 from align.errors import ConfigError, DataError
 from align.objectives.kto import kto_losses, weight_advice
 from align.trainers.kto import KTOConfig, KTOTrainer, side
+from align.trainers.pairs.data import flat_column
 from tests.trainers.pairs.preference_runs import history, toy_pairs
 from tests.trainers.tiny_runs import QUIET, assert_same, parameters, tiny_model
 
@@ -157,14 +158,17 @@ def test_pairs_are_two_answers_each(tmp_path, caplog):
 
 
 def test_every_answer_is_given_to_another_prompt():
-    prompts = [[7], [8], [7], [9], [7], [8], [9], [9]] * 9
-    partners = mismatched(prompts)
+    def partners_of(prompts):
+        return mismatched(np.array([len(prompt) for prompt in prompts]), np.concatenate(prompts))
+
+    prompts = [[7], [8], [7], [7, 8], [7], [8], [7, 8], [7, 8]] * 9
+    partners = partners_of(prompts)
     assert all(prompts[i] != prompts[j] for i, j in enumerate(partners))
-    assert np.array_equal(partners, mismatched(prompts)) and len(set(partners.tolist())) > 0.5 * len(prompts)
-    distinct = mismatched([[i] for i in range(50)])
+    assert np.array_equal(partners, partners_of(prompts)) and len(set(partners.tolist())) > 0.5 * len(prompts)
+    distinct = partners_of([[i] for i in range(50)])
     assert sorted(distinct.tolist()) == list(range(50))
     with pytest.raises(DataError, match="all rows have the same prompt"):
-        mismatched([[7]] * 4)
+        partners_of([[7]] * 4)
 
 
 def test_answers_to_other_prompts_are_cut_to_what_fits(tmp_path):
@@ -172,7 +176,7 @@ def test_answers_to_other_prompts_are_cut_to_what_fits(tmp_path):
     data = trainer.train_dataset
     lengths = [len(row["prompt_ids"]) + len(row["rejected_ids"]) for row in data]
     assert max(lengths) == 14 and min(len(row["rejected_ids"]) for row in data) > 0
-    partners = mismatched(data["prompt_ids"])
+    partners = mismatched(*flat_column(data, "prompt_ids"))
     for row, partner in zip(data, partners, strict=True):
         assert row["rejected_ids"] == data[int(partner)]["chosen_ids"][: len(row["rejected_ids"])]
 

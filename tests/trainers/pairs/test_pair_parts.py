@@ -17,7 +17,7 @@ from align.modeling.pairs import pair_tokens
 from align.objectives.pair_losses import PairLosses
 from align.trainers.core.micro_batches import MicroBatchLists, in_lists
 from align.trainers.pairs import reference_file
-from align.trainers.pairs.data import PairData, flat_column, list_column
+from align.trainers.pairs.data import PairData, beginnings, flat_column, list_column
 from align.trainers.pairs.evaluation import PairEvaluator, pairs_table, rewards_figure
 from align.trainers.pairs.loop import check_finite
 from align.trainers.pairs.metrics import BatchMeans
@@ -170,6 +170,18 @@ def test_long_columns_are_read_chunk_by_chunk():
     large = Dataset.from_dict({"row": [0, 1]}).add_column("ids", list_column(np.arange(3.0), np.array([1, 2])))
     lengths, values = flat_column(large, "ids")
     assert lengths.tolist() == [1, 2] and values.tolist() == [0, 1, 2]
+
+
+def test_beginnings_of_rows_are_those_of_a_loop(monkeypatch):
+    monkeypatch.setattr("align.trainers.pairs.data.AT_ONCE", 3)
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(1, 5, 8)
+    values, rows = np.arange(lengths.sum()), generator.permutation(8)
+    kept = np.minimum(lengths[rows], generator.integers(1, 4, 8))
+    lists = np.split(values, np.cumsum(lengths)[:-1])
+    wanted = [lists[row][:count] for row, count in zip(rows, kept, strict=True)]
+    assert np.array_equal(beginnings(lengths, values, rows, kept), np.concatenate(wanted))
+    assert len(beginnings(lengths, values, rows[:0], kept[:0])) == 0
 
 
 def test_tokenised_rows_are_checked():
