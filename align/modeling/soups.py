@@ -120,5 +120,7 @@ def _model_soup(folders: list[Path], weights: Sequence[float], output_dir: Path)
             raise ConfigError(f"{folder} and {folders[0]} are models of different shapes: a soup is of one base")
         for name, values in state.items():
             total[name] += weight * values.float()
-    model.load_state_dict({name: values.to(model.state_dict()[name].dtype) for name, values in total.items()})
+    with torch.no_grad():
+        for name, values in model.state_dict().items():
+            values.copy_(total.pop(name))
     model.save_pretrained(output_dir)

@@ -1,5 +1,7 @@
 """PPO's losses: invariants of the first update, gradients, aggregation over micro-batches, rollout correction."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -103,6 +105,20 @@ def test_group_advantages():
         group_relative(scores, scale="std")
     with pytest.raises(TrainingError, match="num_generations"):
         leave_one_out(scores[:, :1])
+
+
+def test_samples_that_do_not_count_are_as_if_they_were_not_there():
+    scores = draw(4, 5)
+    kept = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 1, 1, 0], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0]]).bool()
+    for function in (leave_one_out, partial(group_relative, scale="none"), group_relative):
+        found = function(scores, kept=kept)
+        for row in (0, 1):
+            assert torch.allclose(found[row, kept[row]], function(scores[row : row + 1, kept[row]])[0])
+        assert not found[~kept].any() and not found[2:].any()  # an only one has nothing to be compared with
+    centred = group_relative(scores, scale="none", kept=kept)
+    assert torch.allclose(group_relative(scores, scale="batch", kept=kept), centred / (scores[kept].std() + 1e-4))
+    level = torch.tensor([[0.1, 0.3, 0.1, 0.1, -9.0]])
+    assert not group_relative(level, kept=torch.tensor([[1, 0, 1, 1, 0]]).bool()).any()
 
 
 def test_correction_of_an_engine_that_agrees_changes_nothing():
