@@ -1,0 +1,50 @@
+"""Tables of the README and of pages are those of the records in benchmarks/results."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.quickstart_seeds import table
+
+ROOT = Path(__file__).parents[2]
+
+
+def record(name: str) -> dict:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def test_the_readme_has_the_quickstarts_seeds():
+    assert table(record("quickstart_seeds")["seeds"]) in (ROOT / "README.md").read_text()
+
+
+def test_the_ensembles_of_the_toy_world():
+    page, found = (ROOT / "docs" / "ensembles.md").read_text(), record("ensemble_bon_toy")
+    n = found["seeds"]["0"]["n"]
+    rules = {
+        "mean": "mean",
+        "`wco`": "worst case",
+        "`uwo`, lambda 0.5": "uncertainty-weighted, lambda 0.5",
+        "`lcb`, lambda 1": "lower confidence bound, lambda 1",
+    }
+    for shown, name in rules.items():
+        of = found["at_largest_n"][name]
+        wanted = [of["gold_by_n"][n.index(16)]]
+        for i in (n.index(128), n.index(1024)):
+            wanted += [of["gold_by_n"][i], *of["over_seeds_by_n"][i]]
+        wanted += [of["difference"], *of["difference_over_seeds"]]
+        (row,) = (line for line in page.splitlines() if line.startswith(f"| {shown} |") and "[" in line)
+        numbers = [float(x) for x in re.findall(r"[+-]?\d\.\d\d", row)]
+        assert numbers == pytest.approx(wanted, abs=0.0051), shown  # the record's four digits, rounded once more
+
+
+@pytest.mark.parametrize(("name", "reference"), [("dpo_vs_trl", "live"), ("dpo_vs_trl_cached", "cached")])
+def test_the_speed_of_dpo(name, reference):
+    found = record(name)[reference]
+    cells = []
+    for side in ("best", "plain"):
+        times = found[f"times_faster_than_trl_{side}_wall"]
+        cells.append(f"{times['median']:.1f} ({min(times['each']):.1f}-{max(times['each']):.1f})")
+    row = f"| 8 pairs per step, {reference} reference | {' | '.join(cells)} |"
+    assert row in (ROOT / "docs" / "preference.md").read_text()
