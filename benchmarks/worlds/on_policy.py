@@ -119,8 +119,9 @@ def end_after_some_words(model: LlamaForCausalLM, share: float) -> None:
 
 
 def even_words(completions, **columns) -> list[float]:
-    """The share of words with an even number."""
-    return [sum(int(w[1:]) % 2 == 0 for w in text.split()) / max(len(text.split()), 1) for text in completions]
+    """The share of words with an even number; a special token that was sampled is a word without one."""
+    even = lambda word: word[1:].isdecimal() and int(word[1:]) % 2 == 0  # noqa: E731
+    return [sum(map(even, text.split())) / max(len(text.split()), 1) for text in completions]
 
 
 class StepClock(TrainerCallback):
