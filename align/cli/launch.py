@@ -57,6 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, extra: list[str]) -> int:
+    from align.config.resolve import read_entries
+
     method = method_of(args)
     _check(args)
     num_processes = args.num_processes or _count_gpus() - (args.rollout_gpus or 0)
@@ -64,6 +66,8 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
         raise ConfigError(f"--rollout-gpus {args.rollout_gpus} leaves none of the {_count_gpus()} GPUs to train on")
     if num_processes % args.nodes:
         raise ConfigError(f"--num-processes is the total, and {num_processes} do not divide over {args.nodes} nodes")
+    servers = ["--rollout.backend", "server", "--rollout.urls", "http://127.0.0.1"] if args.rollout_gpus else []
+    read_entries(get_method(method), args.config, [*extra, *servers])  # now, not when a cluster starts the job
     training = ["align", method, "--config", args.config, *extra, *(["--use_cpu", "true"] if args.cpu else [])]
     if args.slurm:
         if masked_tokens(training) != training:

@@ -157,18 +157,7 @@ class RunConfig:
 def resolve(method_name: str, config_file: str | None, tokens: list[str]) -> RunConfig:
     """Command line over file over default. Raises ConfigError, one line, on anything that does not describe a run."""
     method = get_method(method_name)
-    entries = read_file(config_file) if config_file else {}
-    apply_overrides(entries, read_overrides(tokens))
-    stated = entries.pop("method", None)
-    if stated is not None and stated.value != method.name:
-        wanted = one_line(str(stated.value))
-        raise ConfigError(f"{stated.where}: a file for `align {wanted}`, the command is `align {method.name}`")
-
-    _check_keys(entries, list(options_of(method.name)), method)
-    for key, entry in entries.items():
-        if MASK in str(entry.value):
-            raise ConfigError(f"{entry.where}: {key} was masked when this was written: give it again, as ${{NAME}}")
-    sections = _read_nested(entries, config_file)  # before what imports torch: a mistake is told at once
+    entries, sections = read_entries(method, config_file, tokens)
     classes = option_classes(method)
     arguments: dict[str, dict[str, Any]] = {part: {} for part in classes}
     given = {}
@@ -184,6 +173,25 @@ def resolve(method_name: str, config_file: str | None, tokens: list[str]) -> Run
     run = RunConfig(method=method, **built, **nested, entries=entries, given=given)
     _check_required(run, config_file)
     return run
+
+
+def read_entries(
+    method: Method, config_file: str | None, tokens: list[str]
+) -> tuple[dict[str, Entry], dict[str, Any]]:
+    """(what was set and where, the nested sections), before anything that imports torch: a mistake in a key or in a
+    section is told at once, and on a machine that the run could not run on."""
+    entries = read_file(config_file) if config_file else {}
+    apply_overrides(entries, read_overrides(tokens))
+    stated = entries.pop("method", None)
+    if stated is not None and stated.value != method.name:
+        wanted = one_line(str(stated.value))
+        raise ConfigError(f"{stated.where}: a file for `align {wanted}`, the command is `align {method.name}`")
+
+    _check_keys(entries, list(options_of(method.name)), method)
+    for key, entry in entries.items():
+        if MASK in str(entry.value):
+            raise ConfigError(f"{entry.where}: {key} was masked when this was written: give it again, as ${{NAME}}")
+    return entries, _read_nested(entries, config_file)
 
 
 def _read_nested(entries: dict[str, Entry], config_file: str | None) -> dict[str, Any]:

@@ -51,10 +51,10 @@ def test_processors_instead_of_gpus(config, capsys):
 
 def test_a_run_that_fails_has_the_last_word_but_one(config):
     """No traceback of the launcher behind the run's own sentence, and the run's own exit status."""
-    command = [sys.executable, "-m", "align", "launch", config, "--cpu", "--num-processes", "2", "--learning_rat", "1"]
+    command = [sys.executable, "-m", "align", "launch", config, "--cpu", "--num-processes", "2", "--learning_rate=-1"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 2
-    assert "unknown key --learning_rat; nearest valid: --learning_rate" in ended.stderr
+    assert "learning_rate must be " in ended.stderr
     assert ended.stderr.splitlines()[-1].startswith("align launch: process ") and "status 2" in ended.stderr
     assert "Traceback" not in ended.stderr and "ChildFailedError" not in ended.stderr
 
@@ -116,6 +116,7 @@ def test_slurm_file_follows_the_given_resume_and_processors(config, capsys):
         (["--num-processes", 2, "--slurm", "x", "--cpus-per-process", 0], "--cpus-per-process counts from 1, not 0"),
         (["--num-processes", 2, "--slurm", "x", "--main-port", 1234], "--main-port is found by the batch file"),
         (["--num-processes", 2, "--main-port", 70000], "--main-port 70000: ports go from 1 to 65535"),
+        (["--num-processes", 2, "--slurm", "x", "--learning_rat", 1], "unknown key --learning_rat; nearest valid: --"),
         (["--num-processes", 2, "--method", "remax"], "line 1: the file is for 'sft', --method says 'remax'"),
     ],
 )
