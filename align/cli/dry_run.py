@@ -42,7 +42,7 @@ def dry_run(run: RunConfig, processes: int | None = None) -> int:
     else:
         print(steps_text(run, len(rows), processes))
     _title("memory (an estimate from the model's config, no weights are loaded)")
-    print("\n".join(_memory(run, config, rows).lines()))
+    print("\n".join(_memory(run, config, rows).lines(processes)))
     return 0
 
 

@@ -17,11 +17,12 @@ LOGITS_CHUNK_BYTES = 4 * (1 << 26)  # align.modeling.logprobs bounds a chunk of 
 
 @dataclass
 class Part:
-    """One line of the estimate: what, how many bytes, and how they were counted."""
+    """One line of the estimate: what, how many bytes, and how they were counted. split: FSDP2 and ZeRO-3 split it."""
 
     name: str
     bytes: int
     formula: str
+    split: bool = False
 
 
 @dataclass
@@ -65,16 +66,26 @@ class Estimate:
 
     parts: list[Part] = field(default_factory=list)
 
-    def add(self, name: str, size: float, formula: str) -> None:
-        self.parts.append(Part(name, round(size), formula))
+    def add(self, name: str, size: float, formula: str, *, split: bool = False) -> None:
+        self.parts.append(Part(name, round(size), formula, split))
 
     @property
     def total(self) -> int:
         return sum(part.bytes for part in self.parts)
 
-    def lines(self) -> list[str]:
-        rows = [f"  {part.name:<20} {_size(part.bytes):>10}   {part.formula}" for part in self.parts]
-        return [*rows, f"  {'total':<20} {_size(self.total):>10}   per process, before FSDP or ZeRO split anything"]
+    def split(self, processes: int) -> int:
+        """Bytes of one of so many processes whose model FSDP2 or ZeRO-3 splits; one layer at a time is whole, which is
+        not counted."""
+        return sum(part.bytes // processes if part.split else part.bytes for part in self.parts)
+
+    def lines(self, processes: int = 1) -> list[str]:
+        rows = [(part.name, part.bytes, part.formula) for part in self.parts]
+        rows.append(("total", self.total, "per process, before FSDP or ZeRO split anything"))
+        if processes > 1:
+            parts = ", ".join(part.name for part in self.parts if part.split)
+            words = f"per process with fsdp2 or zero3: 1/{processes} of {parts}"
+            rows.append((f"split over {processes}", self.split(processes), words))
+        return [f"  {name:<20} {_size(size):>10}   {words}" for name, size, words in rows]
 
 
 def _size(count: int) -> str:
@@ -176,15 +187,16 @@ def estimate(
     """
     out = Estimate()
     count, width = shape.parameters, shape.bytes_per_weight
-    out.add("weights", *shape.weights)
+    out.add("weights", *shape.weights, split=True)
     gradients = sum(number * size for number, size in shape.trained)
     words = ", ".join(f"{number:,} trained x {size} bytes" for number, size in shape.trained)
-    out.add("gradients", gradients, words)
+    out.add("gradients", gradients, words, split=True)
     states = [(number, *optimizer_bytes(optim, size)) for number, size in shape.trained]
     words = ", ".join(dict.fromkeys(words for _, _, words in states))
-    out.add("optimiser states", sum(number * size for number, size, _ in states), f"{optim}: {words}")
+    out.add("optimiser states", sum(number * size for number, size, _ in states), f"{optim}: {words}", split=True)
     if mixed and width == 4:
-        out.add("16-bit copies", shape.cast * 2, "autocast keeps the cast weights during a forward and backward pass")
+        words = "autocast keeps the cast weights during a forward and backward pass"
+        out.add("16-bit copies", shape.cast * 2, words, split=True)
     number = 2 if mixed or width == 2 else 4
     layer = number * (10 * shape.hidden + 4 * shape.inner) + (4 if mixed else number) * 6 * shape.hidden
     if checkpointing:
@@ -196,7 +208,7 @@ def estimate(
         chunk = min(4 * tokens * shape.vocab, LOGITS_CHUNK_BYTES)
         out.add("logits", 3 * chunk, "at most one chunk in float32, its softmax and its gradient")
     if reference:
-        out.add("reference model", count * (reference_width or width), "a frozen copy of the weights")
+        out.add("reference model", count * (reference_width or width), "a frozen copy of the weights", split=True)
     if engine_width is not None:
         part = "its own copy of the weights" if engine_ranks == 1 else f"1/{engine_ranks} of a copy of the weights"
         words = f"{part} x {engine_width} bytes; its KV cache comes on top"

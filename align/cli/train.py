@@ -38,7 +38,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
         raise ConfigError("--processes N (from 1) goes with --dry-run; `align launch` starts several processes")
     from align.config.resolve import resolve
 
-    config = resolve(args.command, args.config, extra)
+    config = resolve(args.command, args.config, extra, elsewhere=args.dry_run)
     if args.dry_run:
         from align.cli.dry_run import dry_run
 

@@ -154,11 +154,14 @@ class RunConfig:
         return self.entries[head].place(key)
 
 
-def resolve(method_name: str, config_file: str | None, tokens: list[str]) -> RunConfig:
-    """Command line over file over default. Raises ConfigError, one line, on anything that does not describe a run."""
+def resolve(method_name: str, config_file: str | None, tokens: list[str], *, elsewhere: bool = False) -> RunConfig:
+    """Command line over file over default. Raises ConfigError, one line, on anything that does not describe a run.
+    elsewhere: the run is looked at here and may train on other machines, so that `bf16` needs no GPU of this one."""
     method = get_method(method_name)
     entries, sections = read_entries(method, config_file, tokens)
     classes = option_classes(method)
+    import torch
+
     arguments: dict[str, dict[str, Any]] = {part: {} for part in classes}
     given = {}
     for key, entry in entries.items():
@@ -168,6 +171,8 @@ def resolve(method_name: str, config_file: str | None, tokens: list[str]) -> Run
                 arguments[part][key] = value = _typed(key, entry, cls)
                 as_written = dataclasses.is_dataclass(value) or type(entry.value) is int and entry.value == value
                 given[key] = entry.value if as_written else _plain(value)
+    if elsewhere and not torch.accelerator.is_available():
+        arguments["training"].setdefault("use_cpu", True)  # transformers refuses bf16 without it
     nested: dict[str, Any] = {key: sections.get(key) for key in REWARD_SECTIONS}
     built = {part: _build(cls, arguments[part], entries, config_file) for part, cls in classes.items()}
     run = RunConfig(method=method, **built, **nested, entries=entries, given=given)
@@ -175,9 +180,7 @@ def resolve(method_name: str, config_file: str | None, tokens: list[str]) -> Run
     return run
 
 
-def read_entries(
-    method: Method, config_file: str | None, tokens: list[str]
-) -> tuple[dict[str, Entry], dict[str, Any]]:
+def read_entries(method: Method, config_file: str | None, tokens: list[str]) -> tuple[dict[str, Entry], dict[str, Any]]:
     """(what was set and where, the nested sections), before anything that imports torch: a mistake in a key or in a
     section is told at once, and on a machine that the run could not run on."""
     entries = read_file(config_file) if config_file else {}

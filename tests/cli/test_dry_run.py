@@ -73,6 +73,15 @@ def test_remax_counts_for_several_processes(tiny_model, prompts, rule, capsys):
     )
     assert "the rollouts start here" in shown["first example"]
     assert "reference model" in shown["memory"]
+    assert "split over 5" in shown["memory"].splitlines()[-1]
+
+
+def test_a_run_on_gpus_is_planned_without_one(tiny_model, demonstrations, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    tokens = ["--model_name_or_path", tiny_model, "--dataset_name", demonstrations, "--bf16", "true"]
+    shown = run(capsys, "sft", *tokens, "--per_device_train_batch_size", 1)
+    assert "16-bit copies" in shown["memory"] and "split over" not in shown["memory"]
+    assert "use_cpu" not in shown[next(iter(shown))]
 
 
 @pytest.mark.parametrize("rank", [None, 16])

@@ -164,6 +164,17 @@ def test_what_else_a_run_holds_is_counted():
     assert sum(part.bytes for part in full.parts) == full.total < GIB
 
 
+def test_what_fsdp2_splits_over_processes():
+    shape = model_shape(config(), dtype="float32")
+    full = estimated(shape, reference=True, engine_width=4, mixed=True, rewards={"runs/reward": shape})
+    count = shape.parameters
+    whole = part(full, "activations") + part(full, "logits") + 2 * 4 * count  # engine and reward model too
+    assert full.split(8) == pytest.approx(whole + (4 + 4 + 8 + 2 + 4) * count / 8, abs=8)
+    words = full.lines(8)[-1].split()
+    assert words[:3] == ["split", "over", "8"] and "1/8 of weights, gradients, optimiser states" in full.lines(8)[-1]
+    assert float(words[3]) == pytest.approx(full.split(8) / 2**20, abs=0.006) and words[4] == "MiB"
+
+
 @pytest.mark.parametrize(
     ("optim", "width", "expected"),
     [("adamw_torch_fused", 4, 8), ("adamw_torch", 2, 4), ("adamw_8bit", 4, 2), ("sgd", 4, 0)],
