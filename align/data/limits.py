@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from align.errors import DataError
+from align.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -18,38 +18,54 @@ SEQUENCES = (
 COUNTED = 10_000  # rows read at once
 
 
-def check_fits(model: "Model", dataset: "Dataset", what: str, tokenizer: Any = None) -> None:
+def check_fits(model: "Model", dataset: "Dataset", what: str, tokenizer: Any = None, name: str = "model") -> None:
     """Raise DataError for tokenised rows with more tokens than the model has positions, or with unknown token ids.
 
-    what: the dataset's name in the message. Of prompts for rollouts only the prompt is counted.
+    what, name: the dataset's and the model's in the message. Of prompts for rollouts only the prompt is counted.
     """
     limit, known = longest_input(model), known_tokens(model)
     columns = [group for group in SEQUENCES if set(group) <= set(dataset.column_names)]
-    for name in {name for group in columns for name in group}:
-        _check_tokens(dataset, name, known, what, tokenizer)
+    for column in {column for group in columns for column in group}:
+        _check_tokens(dataset, column, known, what, tokenizer, name)
     if limit is not None:
         for group in columns:
-            _check_lengths(dataset, group, limit, what)
+            _check_lengths(dataset, group, limit, what, name)
 
 
-def _check_tokens(dataset: "Dataset", name: str, known: int, what: str, tokenizer: Any) -> None:
-    for start, values in _arrow(dataset, name):
+def check_reads(model: "Model", name: str, *, tokens: int, length: int) -> None:
+    """ConfigError for a model beside the policy that cannot read its completions: ids below `tokens`, `length` of them
+    with the prompt."""
+    limit, known = longest_input(model), known_tokens(model)
+    if known < tokens:
+        raise ConfigError(
+            f"the {name} has embeddings for {known} tokens, and the policy's tokenizer has {tokens}: it is of another "
+            "vocabulary, or tokens were added to the policy's alone"
+        )
+    if limit is not None and limit < length:
+        raise ConfigError(
+            f"the {name} takes {limit} tokens, and a prompt with its completion may have {length}: lower "
+            "max_prompt_length or max_completion_length"
+        )
+
+
+def _check_tokens(dataset: "Dataset", column: str, known: int, what: str, tokenizer: Any, name: str) -> None:
+    for start, values in _arrow(dataset, column):
         ids = values.flatten().to_numpy()
         if len(ids) and ids.max() >= known:
             row = next(row for row, own in enumerate(values.to_pylist()) if own and max(own) >= known)
             token = int(max(values[row].as_py()))
-            raise DataError(_unknown(f"row {start + row} of the {what} data", token, known, tokenizer))
+            raise DataError(_unknown(f"row {start + row} of the {what} data", token, known, tokenizer, name))
 
 
-def _unknown(row: str, token: int, known: int, tokenizer: Any) -> str:
+def _unknown(row: str, token: int, known: int, tokenizer: Any, name: str = "model") -> str:
     written = "" if tokenizer is None else f" ({tokenizer.convert_ids_to_tokens(token)})"
     return (
-        f"{row} has token {token}{written}, and the model has embeddings for {known} tokens: the tokenizer is not this "
-        "model's, or tokens were added to it without model.resize_token_embeddings(len(tokenizer))"
+        f"{row} has token {token}{written}, and the {name} has embeddings for {known} tokens: the tokenizer is not "
+        "this model's, or tokens were added to it without model.resize_token_embeddings(len(tokenizer))"
     )
 
 
-def _check_lengths(dataset: "Dataset", group: tuple[str, ...], limit: int, what: str) -> None:
+def _check_lengths(dataset: "Dataset", group: tuple[str, ...], limit: int, what: str, name: str) -> None:
     import pyarrow.compute as pc
 
     longest, count = 0, 0
@@ -58,7 +74,7 @@ def _check_lengths(dataset: "Dataset", group: tuple[str, ...], limit: int, what:
         longest, count = max(longest, int(lengths.max(initial=0))), count + int((lengths > limit).sum())
     if count:
         raise DataError(
-            f"{count} rows of the {what} data are longer than the {limit} tokens that the model takes (up to "
+            f"{count} rows of the {what} data are longer than the {limit} tokens that the {name} takes (up to "
             f"{longest}): set max_length: {limit}, or max_prompt_length for rollouts"
         )
 

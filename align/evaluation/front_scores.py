@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from align.data.collate import right_pad
+from align.data.ending import written_text
 from align.errors import ConfigError, DataError
 from align.evaluation.bootstrap import percentile_interval, resample_weights
 from align.evaluation.front import Front, Point
@@ -96,15 +97,15 @@ def score_policy(policy, reference, engine, prompts, rewards: dict, tokenizer, s
     rows = [prompts[i] for i in range(len(prompts))]
     rollouts = engine.generate([row["prompt_ids"] for row in rows], params)
     drawn = [
-        (row, c.token_ids, tokenizer.decode(c.token_ids, skip_special_tokens=True))
+        (row, c, written_text(tokenizer, c.token_ids, c.finish_reason == "stop"))
         for row, rollout in zip(rows, rollouts, strict=True)
         for c in rollout.completions
     ]
     batch = drawn_batch(drawn)
     scores = np.stack([reward.score(batch).scores.double().numpy() for reward in rewards.values()], axis=-1)
-    pairs = [(row["prompt_ids"], ids) for row, ids, _ in drawn]
+    pairs = [(row["prompt_ids"], c.token_ids) for row, c, _ in drawn]
     kl = kl_of_draws(policy, reference, pairs, tokenizer.pad_token_id, sampling.temperature)
-    length = np.array([len(ids) for _, ids, _ in drawn], dtype=np.float64)
+    length = np.array([len(c.token_ids) for _, c, _ in drawn], dtype=np.float64)
     by_prompt = (len(rows), sampling.n)
     first = range(0, len(drawn), sampling.n)
     samples = [

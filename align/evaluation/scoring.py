@@ -9,6 +9,7 @@ from align.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from align.reward_models.base import RewardBatch
+    from align.rollout.types import Completion
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,10 @@ def named_rewards(specs: list, *, reserved: str | None = None, tokenizer=None) -
 
 
 def score_table(path: str | Path, rewards: dict, output: str | Path, *, prompt: str, completion: str) -> Path:
-    """Score the completions of a table; write it with one more column per reward to `output` (parquet)."""
+    """Score the completions of a table; write it with one more column per reward to `output` (parquet).
+
+    A column `finish_reason` says which completions were cut (`length`): these have no end token to be read at.
+    """
     from align.evaluation.score_table import load_table
     from align.reward_models.base import RewardBatch
 
@@ -67,7 +71,8 @@ def score_table(path: str | Path, rewards: dict, output: str | Path, *, prompt: 
         for start in range(0, len(frame), ROWS_AT_ONCE):
             rows = {name: frame[name].iloc[start : start + ROWS_AT_ONCE].tolist() for name in frame}
             columns = {name: rows[name] for name in others}
-            yield rows, RewardBatch(prompts=rows[prompt], completions=rows[completion], columns=columns)
+            ended = [reason != "length" for reason in rows["finish_reason"]] if "finish_reason" in rows else None
+            yield rows, RewardBatch(rows[prompt], rows[completion], columns=columns, ended=ended)
 
     return _write(batches(), rewards, output, total=len(frame))
 
@@ -95,6 +100,7 @@ def sample_table(
     completion_id, prompt, completion, finish_reason, and one per reward.
     """
     from align.data import load_rows, tokenize_prompts
+    from align.data.ending import written_text
     from align.modeling.load import load_policy, load_tokenizer
     from align.rollout import SamplingParams, make_engine
 
@@ -114,8 +120,8 @@ def sample_table(
             chunk = [dataset[i] for i in range(start, min(start + PROMPTS_AT_ONCE, len(dataset)))]
             rollouts = engine.generate([row["prompt_ids"] for row in chunk], params)
             pairs = [(row, c, i) for row, r in zip(chunk, rollouts, strict=True) for i, c in enumerate(r.completions)]
-            texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for _, c, _ in pairs]
-            batch = drawn_batch([(row, c.token_ids, text) for (row, c, _), text in zip(pairs, texts, strict=True)])
+            texts = [written_text(tokenizer, c.token_ids, c.finish_reason == "stop") for _, c, _ in pairs]
+            batch = drawn_batch([(row, c, text) for (row, c, _), text in zip(pairs, texts, strict=True)])
             columns = {
                 "prompt_id": [row["row"] for row, _, _ in pairs],
                 "completion_id": [i for _, _, i in pairs],
@@ -131,8 +137,8 @@ def sample_table(
         engine.close()
 
 
-def drawn_batch(drawn: list[tuple[dict, list[int], str]]) -> "RewardBatch":
-    """What rewards get of drawn completions: of each the row (`tokenize_prompts`), the token ids and the text."""
+def drawn_batch(drawn: "list[tuple[dict, Completion, str]]") -> "RewardBatch":
+    """What rewards get of drawn completions: of each the row (`tokenize_prompts`), what was drawn and its text."""
     from align.reward_models.base import RewardBatch
 
     chat = isinstance(drawn[0][0]["prompt"], list)
@@ -141,9 +147,10 @@ def drawn_batch(drawn: list[tuple[dict, list[int], str]]) -> "RewardBatch":
         prompts=[row["prompt"] for row, _, _ in drawn],
         completions=[[{"role": "assistant", "content": text}] if chat else text for _, _, text in drawn],
         prompt_ids=[row["prompt_ids"] for row, _, _ in drawn],
-        completion_ids=[ids for _, ids, _ in drawn],
+        completion_ids=[made.token_ids for _, made, _ in drawn],
         columns={name: [row[name] for row, _, _ in drawn] for name in others},
         rows=[row["row"] for row, _, _ in drawn],
+        ended=[made.finish_reason == "stop" for _, made, _ in drawn],
     )
 
 

@@ -218,6 +218,24 @@ def combine(start: dict[str, Tensor], trained: dict[str, Tensor], config) -> tup
     return both, changes, first
 
 
+def fit_embeddings(model: Model, folder: str | Path) -> None:
+    """Give a base as many embeddings as an adapter's folder holds, where the adapter was trained with more: tokens were
+    added to the base, and PEFT has saved its embeddings with the adapter."""
+    from safetensors import safe_open
+
+    path, rows = Path(folder) / WEIGHTS_FILE, model.get_input_embeddings().weight.shape[0]
+    if not path.exists():
+        return
+    ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+    names = [PREFIX + name for name, module in model.named_modules() if module in ends]
+    with safe_open(path, framework="pt") as file:
+        held = {name for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+        own = [f"{name}{kind}" for name in names for kind in (".weight", ".base_layer.weight")]
+        found = {file.get_slice(name).get_shape()[0] for name in own if name in held}
+    if len(found) == 1 and found != {rows}:
+        model.resize_token_embeddings(found.pop(), mean_resizing=False)
+
+
 def split(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(what was there before training, what was trained) of a folder that `finish_adapter` wrote: tensors by PEFT's
     names, unscaled. The first is empty for an adapter on a plain base."""

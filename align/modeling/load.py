@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from align.distributed.shards import is_zero3, zero3_twin
 from align.distributed.shells import copied
 from align.errors import ConfigError
-from align.modeling.adapters import adapter_base, attached, check_stack, is_adapter, split
+from align.modeling.adapters import adapter_base, attached, check_stack, fit_embeddings, is_adapter, split
 from align.modeling.logprobs import language_model, token_logps
 from align.modeling.merged import load_merged
 from align.modeling.pretrained import (
@@ -93,6 +93,7 @@ def load_adapted(folder: str | Path, *, dtype: str | torch.dtype | None = None) 
     from peft import PeftConfig, PeftModel
 
     base = load_policy(adapter_base(folder), dtype=dtype)
+    fit_embeddings(base, folder)
     start, trained = split(folder)
     if not start:
         return PeftModel.from_pretrained(base, str(folder))

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from align.distributed.shells import fill
 from align.errors import ConfigError
-from align.modeling.adapters import CONFIG_FILE, adapter_base, is_adapter, notes, read_object, read_start
+from align.modeling.adapters import (
+    CONFIG_FILE,
+    adapter_base,
+    fit_embeddings,
+    is_adapter,
+    notes,
+    read_object,
+    read_start,
+)
 from align.modeling.pretrained import load_whole, one_line, only_errors_from_transformers
 from align.modeling.score_head import draw_head, head_name, read_at_end_token
 from align.modeling.types import Model
@@ -44,6 +52,7 @@ def load_unmerged(auto_class, folder: str, options: dict, **head) -> tuple[Model
     with only_errors_from_transformers():  # a head that the base lacks is the adapter's
         model = load(auto_class, base, options, **({"head_seed": 0} if head else {}))
         fill(model)  # the adapter is added to it
+        fit_embeddings(model, folder)
         try:
             adapted = PeftModel.from_pretrained(model, folder)
         except Exception as error:  # damaged files make PEFT and safetensors raise anything

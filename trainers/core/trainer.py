@@ -114,10 +114,14 @@ class TrainerMixin(TrainerHooks):
 
     def _check_rows(self) -> None:
         """Rows that the model cannot take would end in an index error, or train positions that it does not have."""
+        self.check_rows_of(self.model, "model")
+
+    def check_rows_of(self, model: nn.Module, name: str) -> None:
+        """The same for another model that reads the rows, by its name in the error."""
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"evaluation": self.eval_dataset}
         for what, dataset in {"training": self.train_dataset, **evaluated}.items():
             if isinstance(dataset, Dataset):
-                check_fits(self.model, dataset, what, self.processing_class)
+                check_fits(model, dataset, what, self.processing_class, name)
 
     def _check_best_metric(self) -> None:
         """It is looked up after every evaluation. transformers' default for what needs one (load_best_model_at_end,

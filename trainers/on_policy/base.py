@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from align.data.limits import check_reads, known_tokens
 from align.errors import ConfigError
 from align.modeling.load import Reference
 from align.trainers.core.identity import mark_of
@@ -127,6 +128,15 @@ class OnPolicyBase(MicroBatchLists, Trainer):
     def ref_model(self) -> nn.Module | None:
         """The reference's model, None where it is the policy with its adapter off or there is none (TRL's name)."""
         return None if self.reference is None or self.reference.adapter_off else self.reference.model
+
+    def check_reads(self, model: nn.Module | None, name: str) -> None:
+        """ConfigError for a model that is named beside the policy and could not read what the policy writes."""
+        if model is None:
+            return
+        # rows of the embeddings beyond the tokenizer are padding, of which models have unlike numbers
+        tokens = min(known_tokens(self.model), len(self.processing_class))
+        longest = self.args.max_prompt_length + self.args.max_completion_length
+        check_reads(model, name, tokens=tokens, length=longest)
 
     @property
     def reward_processing_classes(self) -> list:

@@ -172,16 +172,16 @@ class OnPolicyTrainer(OnPolicyBase):
     def _make_passes(self) -> None:
         """What computes log-probs and values: reference, critic and forward passes, in one layout of the batches."""
         args, longest = self.args, self.args.max_prompt_length + self.args.max_completion_length
-        models = [self.model]
-        if self.reference is not None and not self.reference.adapter_off:
-            models.append(self.reference.model)
-        obstacles = (enable_shared_prefix(model, longest, autocast_dtype(args)) for model in models)
+        models = [self.model, self.ref_model]
+        obstacles = (enable_shared_prefix(m, longest, autocast_dtype(args)) for m in models if m is not None)
         shared = resolve_layout(args.batching, obstacles)
         if self.reference is not None:
+            self.check_reads(None if self.check_start else self.ref_model, "reference")
             self.reference.prepare(self.accelerator)
         self.critic: CriticLearner | None = None
         if self.estimator.needs_values:
             critic = make_critic(self.model, args, heads=len(self.weighting.streams))
+            self.check_reads(critic.backbone if args.critic_model_name_or_path else None, "critic")
             if shared:
                 shared = resolve_layout(args.batching, [enable_trunk(critic.backbone, self.model, longest)])
             self.critic = CriticLearner(critic, self.accelerator, args, self.recorder)

@@ -147,6 +147,8 @@ class PreferenceTrainer(PairTrainer):
         super().__init__(policy, args, data, train_dataset, eval_dataset, callbacks, optimizers, compute_metrics)
         ref_dtype = self._reference_dtype(ref_model)
         ref_model = load_reference(ref_model, self.model, ref_dtype)
+        if ref_model is not None:
+            self.check_rows_of(language_model(ref_model), "reference")
         models = [self.model] if ref_model is None else [self.model, ref_model]
         self.planner = MicroBatchPlanner(
             self.layout(models),  # before a reference is copied from the policy

@@ -56,7 +56,7 @@ class SupervisedReference:
         self.is_start = ref_model is None
         core = language_model(self.held.model)
         if not self.is_start and not is_stream(trainer.train_dataset):
-            check_fits(core, trainer.train_dataset, "training", trainer.processing_class)
+            check_fits(core, trainer.train_dataset, "training", trainer.processing_class, "reference")
         if not self.held.adapter_off:
             add_fused_lm_head(core)  # before it is sharded, as TRL adds it to the policy
             self.held.prepare(trainer.accelerator)

@@ -5,7 +5,8 @@ from datasets import Dataset
 from transformers import LlamaForSequenceClassification
 
 from align import DPOConfig, DPOTrainer, ReMaxConfig, ReMaxTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
-from align.errors import DataError
+from align.errors import ConfigError, DataError
+from align.trainers.ppo import PPOConfig, PPOTrainer
 from tests.trainers.tiny_runs import QUIET, tiny_model, wanted_words
 
 PAIR = {"prompt": "describe the garden : ", "chosen": "rose soil", "rejected": "wave"}
@@ -44,3 +45,35 @@ def test_rows_beyond_the_models_positions(method, tokenizer, tmp_path):
     args = {"output_dir": str(tmp_path), "max_steps": 1, **QUIET}
     with pytest.raises(DataError, match="1 rows of the training data are longer than the 64 tokens .* max_length: 64"):
         make(method, args, rows, tokenizer)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_a_reference_that_cannot_read_the_rows(method, tokenizer, tmp_path):
+    rows, args = Dataset.from_list([PAIR]), {"output_dir": str(tmp_path), "max_steps": 1, **QUIET}
+    known = tokenizer.convert_tokens_to_ids("garden")
+    for sizes, reason in (({"vocab_size": known - 1}, "row 0 .* and the reference has embeddings for"),
+                          ({"max_position_embeddings": 6}, "than the 6 tokens that the reference takes")):  # fmt: skip
+        reference = tiny_model(tokenizer, **sizes)
+        with pytest.raises(DataError, match=reason):
+            if method == "dpo":
+                DPOTrainer(tiny_model(tokenizer), DPOConfig(**args), rows, None, tokenizer, ref_model=reference)
+            else:
+                config = SFTConfig(**args, implicit_reward_beta=0.1)
+                SFTTrainer(tiny_model(tokenizer), config, rows, processing_class=tokenizer, ref_model=reference)
+
+
+@pytest.mark.parametrize("name", ["reference", "critic"])
+def test_a_model_beside_the_policy_that_cannot_read_its_completions(name, tokenizer, tmp_path):
+    rows, args = Dataset.from_list([PAIR]), {"output_dir": str(tmp_path / "run"), "max_steps": 1, **QUIET}
+    args |= {"rollout": "transformers", "max_prompt_length": 16, "max_completion_length": 4}
+    for sizes, reason in (({"vocab_size": len(tokenizer) - 1}, "has embeddings for .* and the policy's tokenizer has"),
+                          ({"max_position_embeddings": 19}, "takes 19 tokens, and .* may have 20: lower")):  # fmt: skip
+        other, folder = tiny_model(tokenizer, **sizes), None
+        if name == "critic":
+            other.save_pretrained(folder := str(tmp_path / "critic"))
+        config = PPOConfig(**args, critic_model_name_or_path=folder)
+        with pytest.raises(ConfigError, match=f"the {name} {reason}"):
+            PPOTrainer(
+                tiny_model(tokenizer), wanted_words, config, rows, processing_class=tokenizer,
+                ref_model=None if folder else other,
+            )  # fmt: skip

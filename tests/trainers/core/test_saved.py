@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from align.data import toy
 from align.errors import ConfigError, TrainingError
 from align.modeling.export import export_model
-from align.modeling.load import load_policy, load_sequence_classifier
+from align.modeling.load import load_adapted, load_policy, load_sequence_classifier
 from align.reward_models.build import build_reward
 from align.trainers.dpo import DPOTrainer
 from align.trainers.kto import KTOConfig, KTOTrainer
@@ -142,6 +142,27 @@ def test_rows_of_the_embeddings_are_trained(policy, tmp_path):
     assert_saved("dpo", trainer, tmp_path)
     moved = trainer.model.get_input_embeddings().token_adapter.trainable_tokens_delta["default"]
     assert not torch.equal(moved, load_policy(policy).get_input_embeddings().weight[[5, 9]])
+
+
+@pytest.mark.parametrize("adapter", [{"target_modules": ["q_proj"]}, {"modules_to_save": ["embed_tokens", "lm_head"]}])
+def test_tokens_that_were_added_are_saved_with_the_adapter(adapter, policy, tmp_path):
+    """PEFT saves the embeddings where there are more than the base's; a second adapter lies on them too."""
+    model = load_policy(policy)
+    rows = model.get_input_embeddings().weight.shape[0]
+    model.resize_token_embeddings(rows + 2)
+    args = dpo_config(tmp_path / "one", max_steps=2, learning_rate=3e-3)
+    tokenizer = toy.tokenizer()
+    tokenizer.add_tokens(["<answer>", "</answer>"])
+    one = DPOTrainer(model, args, toy_pairs(16), processing_class=tokenizer, peft_config=lora(**adapter))
+    one.train()
+    one.save_model()
+    two = trained("dpo", str(tmp_path / "one"), tmp_path / "two", lora(r=2, target_modules=["v_proj"]))
+    for trainer in (one, two):
+        folder = trainer.args.output_dir
+        loaded = load_policy(folder)
+        assert loaded.get_input_embeddings().weight.shape[0] == rows + 2
+        for model in (loaded, load_adapted(folder), AutoPeftModelForCausalLM.from_pretrained(folder)):
+            torch.testing.assert_close(logits(model), logits(trainer.model), atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "reward", "remax"])

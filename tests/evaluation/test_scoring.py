@@ -1,0 +1,48 @@
+"""Completions that are drawn for best-of-n are shown to rewards as in training."""
+
+import json
+
+import pandas as pd
+import torch
+
+from align.data import toy
+from align.evaluation.scoring import sample_table, score_table
+from align.reward_models.base import Reward, RewardBatch, RewardOutput
+from tests.trainers.tiny_runs import tiny_model
+
+
+class Watch(Reward):
+    name = "watch"
+
+    def __init__(self):
+        self.seen: list[RewardBatch] = []
+
+    def _score(self, batch):
+        self.seen.append(batch)
+        return RewardOutput(torch.zeros(len(batch)))
+
+
+def test_rewards_see_tags_and_which_answers_were_cut(tmp_path):
+    tokenizer = toy.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>"]})
+    model = tiny_model(tokenizer)
+    torch.nn.init.zeros_(model.lm_head.weight)  # every token is equally likely
+    model.save_pretrained(tmp_path / "policy")
+    tokenizer.save_pretrained(tmp_path / "policy")
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(toy.split_prompts(0, 4)[0][0]))
+    drawn, read = Watch(), Watch()
+    table = sample_table(
+        str(tmp_path / "policy"), str(tmp_path / "prompts.jsonl"), lambda tokenizer: {"watch": drawn},
+        tmp_path / "drawn.parquet", n=64, num_prompts=1, max_completion_length=24, backend="transformers",
+    )  # fmt: skip
+    (batch,), tag = drawn.seen, tokenizer.convert_tokens_to_ids("<answer>")
+    tagged = [tag in ids for ids in batch.completion_ids]
+    assert tagged == ["<answer>" in text for text in batch.completions] and any(tagged)
+    ends = [ids[-1] == tokenizer.eos_token_id for ids in batch.completion_ids]
+    assert batch.ended == ends and 0 < sum(ends) < len(ends)
+    assert not any(tokenizer.eos_token in text for text in batch.completions)
+    # scored again from the table, what was cut is still known to be cut
+    pd.read_parquet(table).drop(columns="watch").to_parquet(tmp_path / "again.parquet")
+    columns = {"prompt": "prompt", "completion": "completion"}
+    score_table(tmp_path / "again.parquet", {"watch": read}, tmp_path / "scored.parquet", **columns)
+    assert read.seen[0].ended == ends and read.seen[0].completions == batch.completions
