@@ -18,6 +18,13 @@ def test_weighted_means_start_anew_at_each_log():
     assert recorder.take() == {"kl": 7.0}
 
 
+def test_the_spread_is_the_deviation_of_all_values():
+    recorder = Recorder()
+    for value in (1.0, 1.0, 4.0):
+        recorder.record_spread("rewards/polite", value)
+    assert recorder.take() == {"rewards/polite/mean": 2.0, "rewards/polite/std": pytest.approx(2**0.5)}
+
+
 def test_a_phase_within_another_is_counted_there_only():
     recorder = Recorder()
     with recorder.phase("outer"):

@@ -362,3 +362,17 @@ def test_streams_of_a_rollout_and_their_mixture(engine, tokenizer):
         ], dim=-1)  # fmt: skip
         torch.testing.assert_close(sample.advantages, wanted, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(mix(sample.advantages, weighting), 0.5 * wanted.sum(-1), rtol=1e-4, atol=1e-5)
+
+
+def test_the_kl_coefficient_follows_the_mean_over_the_sequences_that_count(engine, tokenizer):
+    samples = pipeline(engine, tokenizer).run(rows(tokenizer), [0, 1, 2, 3], 0, 0).samples
+    for i, sample in enumerate(samples):
+        sample.ref_logps = torch.tensor(sample.engine_logps) - 0.1 * (i + 1)  # a KL of 0.1 (i + 1) a token
+    samples[0].left_out = True
+    mean = sum(0.1 * (i + 1) * sample.length for i, sample in enumerate(samples) if i) / 7
+    coefficient = KLCoefficient(0.5, mean / 1.1, gain=0.1)  # a tenth above the target
+    coefficient.follow(samples, ALONE)
+    assert coefficient.value == pytest.approx(0.5 * (1 + 0.1 * 0.1), rel=1e-5)
+    by_episodes = KLCoefficient(0.5, mean / 1.1, horizon=70)
+    by_episodes.follow(samples, ALONE)
+    assert by_episodes.value == pytest.approx(0.5 * (1 + 0.1 * 7 / 70), rel=1e-5)
