@@ -239,55 +239,20 @@ class OnPolicyConfig(BatchingOptions, SamplingOptions, BaseConfig):
     def __post_init__(self):
         prepare_stop(self)
         super().__post_init__()
-        for name, valid in {
-            "loss_aggregation": AGGREGATIONS,
-            "kl_in": ("reward", "loss"),
-            "kl_estimator": ("k2", "k3"),
-            "importance_sampling_level": RATIO_LEVELS,
-            "rollout_correction": CORRECTIONS,
-        }.items():
-            if getattr(self, name) not in valid:
-                more = "; the gradient of k1 is zero on average" if getattr(self, name) == "k1" else ""
-                raise ConfigError(f"{name} must be one of {', '.join(valid)}, got {getattr(self, name)!r}{more}")
+        check_choices(self)
         take_rollouts(self)
         take_delta(self)
         self.resolve_loss_type()
-        if self.kl_target is not None and not self.beta > 0:
-            raise ConfigError("kl_target needs a target and a beta (its starting point) above 0")
         if self.tokens_per_batch is not None and self.forward_tokens_per_batch is None:
             self.forward_tokens_per_batch = 4 * self.tokens_per_batch
-        longest = self.max_prompt_length + self.max_completion_length
-        for name in ("tokens_per_batch", "forward_tokens_per_batch"):
-            if getattr(self, name) is not None and getattr(self, name) < longest:
-                raise ConfigError(
-                    f"{name} is {getattr(self, name)}, and one completion with its prompt may have {longest} tokens "
-                    f"(max_prompt_length + max_completion_length): set {name} to at least {longest}"
-                )
-        if self.kl_gain is not None and (self.kl_target is None or not self.kl_gain > 0):
-            raise ConfigError(f"kl_gain needs kl_target and a value above 0, got {self.kl_gain}")
-        if self.kl_gain is not None and self.kl_horizon != 10_000:
-            raise ConfigError("kl_gain takes the place of kl_horizon: set one of them")
-        if self.importance_sampling_level == "sequence_sum" and self.loss_aggregation != "sequence_mean":
-            raise ConfigError(
-                "importance_sampling_level: sequence_sum gives every token the whole sequence's ratio, so its "
-                "loss is the mean over tokens: set loss_aggregation: sequence_mean"
-            )
         given = {name: getattr(self, name) for name in SECTIONS}
         self.sections = {name: SECTIONS[name](value, name) for name, value in given.items() if value is not None}
         for name, section in self.sections.items():
             setattr(self, name, plain(section))
         self.rollout = rollout_options(self.rollout)
-        estimator = make_estimator(self)  # which checks its own options
-        alone = self.num_generations < 2 and len(estimator.requests(SamplingParams(**self.drawing))) < 2
-        if self.dynamic_sampling_rounds and alone:
-            raise ConfigError(
-                "dynamic_sampling_rounds compares a prompt's completions, and there is one: set num_generations to 2 "
-                "or more"
-            )
-        if not estimator.needs_values and self.truncated == "bootstrap":
-            raise ConfigError(
-                "truncated: bootstrap takes the value of a critic, which only PPO has: use keep, mask or penalise"
-            )
+        check_budgets(self)
+        check_kl(self)
+        check_estimator(self)
         check_penalty(self)
         check_loss_options(self)
         check_ahead(self)
@@ -300,6 +265,67 @@ class OnPolicyConfig(BatchingOptions, SamplingOptions, BaseConfig):
         """What `loss_type` says of the other options."""
         default_aggregation: Any = next(f.default for f in fields(self) if f.name == "loss_aggregation")
         self.loss_aggregation = resolve_loss_type(self, default_aggregation)
+
+
+def check_choices(args: OnPolicyConfig) -> None:
+    """Raises `ConfigError` for a word that is none of an option's."""
+    for name, valid in {
+        "loss_aggregation": AGGREGATIONS,
+        "kl_in": ("reward", "loss"),
+        "kl_estimator": ("k2", "k3"),
+        "importance_sampling_level": RATIO_LEVELS,
+        "rollout_correction": CORRECTIONS,
+    }.items():
+        value = getattr(args, name)
+        if value not in valid:
+            more = "; the gradient of k1 is zero on average" if value == "k1" else ""
+            raise ConfigError(f"{name} must be one of {', '.join(valid)}, got {value!r}{more}", key=name)
+
+
+def check_budgets(args: OnPolicyConfig) -> None:
+    """Raises `ConfigError` for a budget of tokens that one completion may exceed."""
+    longest = args.max_prompt_length + args.max_completion_length
+    for name in ("tokens_per_batch", "forward_tokens_per_batch"):
+        budget = getattr(args, name)
+        if budget is not None and budget < longest:
+            raise ConfigError(
+                f"{name} is {budget}, and one completion with its prompt may have {longest} tokens (max_prompt_length "
+                f"+ max_completion_length): set {name} to at least {longest}",
+                key=name,
+            )
+
+
+def check_kl(args: OnPolicyConfig) -> None:
+    """Raises `ConfigError` where beta could not follow the KL as asked."""
+    if args.kl_target is not None and not args.beta > 0:
+        raise ConfigError("kl_target needs a target and a beta (its starting point) above 0", key="kl_target")
+    if args.kl_gain is not None and (args.kl_target is None or not args.kl_gain > 0):
+        raise ConfigError(f"kl_gain needs kl_target and a value above 0, got {args.kl_gain}", key="kl_gain")
+    if args.kl_gain is not None and args.kl_horizon != 10_000:
+        raise ConfigError("kl_gain takes the place of kl_horizon: set one of them", key="kl_gain")
+
+
+def check_estimator(args: OnPolicyConfig) -> None:
+    """Raises `ConfigError` for options that the estimator, which checks its own, has no use for."""
+    estimator = make_estimator(args)
+    alone = args.num_generations < 2 and len(estimator.requests(SamplingParams(**args.drawing))) < 2
+    if args.dynamic_sampling_rounds and alone:
+        raise ConfigError(
+            "dynamic_sampling_rounds compares a prompt's completions, and there is one: set num_generations to 2 or "
+            "more",
+            key="dynamic_sampling_rounds",
+        )
+    if not estimator.needs_values and args.truncated == "bootstrap":
+        raise ConfigError(
+            "truncated: bootstrap takes the value of a critic, which only PPO has: use keep, mask or penalise",
+            key="truncated",
+        )
+    if args.importance_sampling_level == "sequence_sum" and args.loss_aggregation != "sequence_mean":
+        raise ConfigError(
+            "importance_sampling_level: sequence_sum gives every token the whole sequence's ratio, so its loss is the "
+            "mean over tokens: set loss_aggregation: sequence_mean",
+            key="importance_sampling_level",
+        )
 
 
 def check_penalty(args: OnPolicyConfig) -> None:
