@@ -5,8 +5,14 @@ import json
 import pandas as pd
 import pytest
 
+from align.data import toy
+from align.data.ending import written_text
 from align.errors import DataError
 from align.evaluation.score_table import read_score_table
+from align.evaluation.scoring import drawn_batch
+from align.rollout.types import Completion
+from align.trainers.on_policy.rewards import RewardColumns
+from align.trainers.on_policy.samples import make_samples
 
 
 def frame(**changes):
@@ -109,3 +115,18 @@ def test_columns_and_files_that_are_not_there(tmp_path):
     (tmp_path / "torn.jsonl").write_text(json.dumps({"prompt": "a"}) + '\n{"prompt": ')
     with pytest.raises(DataError, match="cannot be read as .jsonl"):
         read(tmp_path / "torn.jsonl")
+
+
+def test_rewards_see_what_is_drawn_as_they_see_it_in_training():
+    """One rule for texts and their ends: a control token that a policy writes is no less there in best-of-n."""
+    tokenizer = toy.tokenizer()
+    words = tokenizer("also also", add_special_tokens=False)["input_ids"]
+    ids = [words[0], tokenizer.unk_token_id, words[1], tokenizer.eos_token_id]
+    drawn = [Completion(ids, [0.0] * 4, "stop"), Completion(ids[:3], [0.0] * 3, "length")]
+    row = {"prompt": "say", "prompt_ids": [5, 6], "row": 3, "topic": "sea"}
+    samples = make_samples(tokenizer, row, drawn, 0)
+    batch = drawn_batch([(row, c, written_text(tokenizer, c.token_ids, c.finish_reason == "stop")) for c in drawn])
+    trained = RewardColumns(lambda completions: [0.0] * len(completions), None).batch(samples)
+    for name in ("prompts", "completions", "prompt_ids", "completion_ids", "columns", "rows", "ended"):
+        assert getattr(batch, name) == getattr(trained, name), name
+    assert batch.ended == [True, False] and tokenizer.unk_token in batch.completions[0]
