@@ -8,7 +8,16 @@ import pytest
 
 from align.cli import proxy_points
 from align.errors import DataError
-from align.evaluation.proxy_points import border, cross_validate, features, find_proxy_point, fit_surface
+from align.evaluation.proxy_points import (
+    RIDGES,
+    border,
+    cross_validate,
+    density,
+    features,
+    find_proxy_point,
+    fit_surface,
+    solve,
+)
 from align.evaluation.records import EvalWriter, read_run
 
 TOP = {"helpful": 1.2, "polite": 0.6}
@@ -117,6 +126,28 @@ def test_a_surface_is_fitted_exactly_without_noise():
     assert explained < 0.2  # noise is not explained out of fold
 
 
+def test_the_penalty_is_the_largest_within_one_standard_error():
+    rng = np.random.default_rng(0)
+    points = rng.uniform(size=(40, 2))
+    gold = np.sin(4 * points[:, 0]) + 0.5 * rng.normal(size=40)
+    folds = np.arange(40) % 8
+    chosen, explained = cross_validate(points, gold, folds, 4)
+    low, high = points.min(0), points.max(0)
+    design = features(2 * (points - low) / (high - low) - 1, 4)
+    errors = []
+    for ridge in RIDGES:
+        held_out = np.array(
+            [design[i] @ solve(design[folds != folds[i]], gold[folds != folds[i]], ridge) for i in range(40)]
+        )
+        errors.append((held_out - gold) ** 2)
+    means = [error.mean() for error in errors]
+    best = int(np.argmin(means))
+    bound = means[best] + errors[best].std(ddof=1) / 40**0.5
+    wanted = max(i for i, mean in enumerate(means) if mean <= bound)
+    assert wanted > best and chosen == RIDGES[wanted]
+    assert explained == pytest.approx(1 - means[wanted] / gold.var())
+
+
 def test_border():
     allowed = np.zeros((4, 4), bool)
     allowed[1:, :3] = True
@@ -141,3 +172,20 @@ def test_what_cannot_be_fitted_is_said(tmp_path, folders):
         find_proxy_point([read_run(still)])
     with pytest.raises(DataError, match="different numbers of prompts"):
         find_proxy_point([read_run(folders[0]), read_run(run_of(tmp_path / "p", "p", paths()["b"], prompts=8))])
+
+
+@pytest.mark.parametrize("dimensions", [1, 2])
+def test_the_density_has_scotts_bandwidth_in_every_dimension(dimensions):
+    points = np.random.default_rng(0).normal(size=(30, dimensions)) * [1.0, 5.0][:dimensions]
+    at = points[:4] + 0.3
+    bandwidth = [points[:, i].std(ddof=1) * 30 ** (-1 / (dimensions + 4)) for i in range(dimensions)]
+    wanted = [
+        np.mean(
+            [
+                np.exp(-sum(((x - p) / h) ** 2 for x, p, h in zip(a, point, bandwidth, strict=True)) / 2)
+                for point in points
+            ]
+        )
+        for a in at
+    ]
+    assert density(at, points) == pytest.approx(wanted)

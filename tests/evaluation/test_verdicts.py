@@ -55,6 +55,11 @@ def test_one_prompt_that_carries_the_fall_is_not_a_fall():
     gold = points(0, 1, 2, 2, 2)
     gold[4, 7] -= 60  # falls by 60 on one prompt of 40, by nothing on the others
     assert analyse_peak(RISING, gold).drop_share > 0.5 and analyse_peak(RISING, gold).verdict == "unclear"
+    gold = points(0, 0.05, 0.1, 0.1, 0.054)  # all fall, by no more than chance
+    assert analyse_peak(RISING, gold).verdict == "unclear"
+    gold[4, 7] -= 1  # with this one the whole falls by more than chance, and not without it
+    found = analyse_peak(RISING, gold)
+    assert found.drop_interval[0] > 0 and found.verdict == "unclear"
 
 
 def test_a_late_peak_that_resamples_move_is_trusted_only_to_the_earliest():

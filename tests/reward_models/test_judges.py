@@ -56,6 +56,13 @@ def test_scores_ties_and_those_that_stand_alone():
     )
     assert sure.score(batch_of(["a", "b"])).scores.tolist() == [0.5, 0.5]
 
+    def three_to_one(prompts, first, second):
+        return [0.75 if x < y else 0.25 for x, y in zip(first, second, strict=True)]
+
+    for margin, scores in ((0.25, [0.5, 0.5]), (0.24, [0.75, 0.25])):
+        judged = JudgeReward(three_to_one, name="j", tie_margin=margin).score(batch_of(["a", "b"]))
+        assert judged.scores.tolist() == scores
+
 
 def test_both_orders_take_the_preference_for_a_position_out():
     def lazy(prompts, first, second):

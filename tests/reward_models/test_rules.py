@@ -56,6 +56,9 @@ def test_a_broken_module_of_the_user_shows_its_own_error(tmp_path, monkeypatch):
         (1.0, "returned float for 2 completions"),
         ([1.0, None], "has no score for rows \\[1\\] .*does not apply there"),
         ([1.0, 10**400], "returned 1000.* for rows \\[1\\]"),
+        ([1.0, -(10**400)], "returned -1000.* for rows \\[1\\]"),
+        ([1.0, float("-inf")], "returned -inf for rows \\[1\\]"),
+        ([1e39, 1.0], "returned 1e\\+39 for rows \\[0\\]"),  # float32 would make it inf
         ([float("nan"), 1.0], "returned nan for rows \\[0\\]"),
         (["1", 2.0], "returned '1' for rows \\[0\\]"),
     ],
