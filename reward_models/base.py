@@ -133,6 +133,15 @@ class Reward(ABC):
     @abstractmethod
     def _score(self, batch: RewardBatch) -> RewardOutput: ...
 
+    def parts(self) -> "Sequence[Reward]":
+        """The rewards that it is made of."""
+        return ()
+
+    def offload(self) -> None:
+        """From now on its models are on the device only while they score (`align.reward_models.offload`)."""
+        for part in self.parts():
+            part.offload()
+
     def score(self, batch: RewardBatch, *, partial: bool = False) -> RewardOutput:
         """Score a batch. Raises `RewardError` naming the reward and the rows on a wrong count or non-finite score, and,
         unless `partial`, on completions without a score (`RewardOutput.missing`)."""

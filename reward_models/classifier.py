@@ -16,13 +16,14 @@ from align.modeling.scores import sequence_scores
 from align.modeling.types import Model
 from align.reward_models.base import Reward, RewardBatch, RewardOutput
 from align.reward_models.normalizer import Normalizer
+from align.reward_models.offload import HOST, OnDevice
 from align.reward_models.sequences import SequenceEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class ClassifierReward(Reward):
+class ClassifierReward(OnDevice, Reward):
     """`AutoModelForSequenceClassification` with one label, causal or encoder, read at the last real token.
 
     The score of a completion depends on nothing else in the batch: not on the padding side, on the order, or on a
@@ -41,6 +42,7 @@ class ClassifierReward(Reward):
         batch_tokens: padded tokens per forward pass, of sequences of similar length. batch_size: at most so many
             sequences.
         device, dtype: by default the GPU and the saved dtype where there is a GPU, else the CPU and float32.
+        offload: whether the model is on the GPU only while it scores.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class ClassifierReward(Reward):
         batch_size: int | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        offload: bool = False,
     ):
         source = None if isinstance(model, nn.Module) else str(model)
         self.name = name or (Path(source).name if source else "reward")
@@ -69,7 +72,8 @@ class ClassifierReward(Reward):
                 source, dtype=dtype, pad_token_id=self.tokenizer.pad_token_id, fresh_head=False
             )
         )
-        self.model: Model = cast("Model", loaded).to(self.device).eval()
+        self.offloaded = offload
+        self.model: Model = cast("Model", loaded).to(HOST if offload else self.device).eval()
         config = self.model.config.get_text_config()
         if config.pad_token_id is None:  # transformers refuses batches then; where scores are read, the lengths say
             config.pad_token_id = self.tokenizer.pad_token_id
@@ -84,6 +88,9 @@ class ClassifierReward(Reward):
             max_length=max_length,
             whole_turn=not reads_end_token(self.model),
         )
+
+    def models(self) -> list[nn.Module]:
+        return [self.model]
 
     @property
     def normalized(self) -> bool:
@@ -102,10 +109,11 @@ class ClassifierReward(Reward):
         training = self.model.training
         self.model.eval()
         try:
-            parts = [self._forward([sequences[row] for row in rows]) for rows in batches]
+            with self.working():
+                parts = [self._forward([sequences[row] for row in rows]) for rows in batches]
+                scores = torch.cat(parts).double().cpu()  # once: a GPU works on one while the next is put together
         finally:
             self.model.train(training)
-        scores = torch.cat(parts).double().cpu()  # once: a GPU works on one batch while the next is put together
         in_order = torch.empty_like(scores)
         in_order[[row for rows in batches for row in rows]] = scores
         return in_order

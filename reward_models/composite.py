@@ -40,6 +40,9 @@ class CompositeReward(Reward):
             if not isinstance(weight, (int, float)) or not math.isfinite(weight):
                 raise ConfigError(f"reward {name!r}: the weight of {key} must be a finite number, got {weight!r}")
 
+    def parts(self) -> Sequence[Reward]:
+        return self.rewards
+
     def _score(self, batch: RewardBatch) -> RewardOutput:
         columns = {reward.name: reward.score(batch, partial=True) for reward in self.rewards}
         total = reduce(add, (self.weights[name] * output.scores.nan_to_num(0.0) for name, output in columns.items()))

@@ -63,6 +63,9 @@ class RewardEnsemble(Reward):
                 "they share a scale."
             )
 
+    def parts(self) -> Sequence[Reward]:
+        return [self.members.classifier] if isinstance(self.members, JointMembers) else self.members
+
     def _score(self, batch: RewardBatch) -> RewardOutput:
         if isinstance(self.members, JointMembers):
             scores = self.members.scores(batch)

@@ -18,6 +18,7 @@ from align.modeling.logprobs import token_logps
 from align.modeling.types import Model
 from align.reward_models.base import Reward, RewardBatch, RewardOutput
 from align.reward_models.classifier import scoring_device, scoring_tokens
+from align.reward_models.offload import HOST, OnDevice
 from align.reward_models.sequences import Pair, SequenceEncoder
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class ImplicitReward(Reward):
+class ImplicitReward(OnDevice, Reward):
     """beta * (log pi(y|x) - log pi_ref(y|x)), summed over the completion's tokens, its EOS included.
 
     The reward that a DPO policy fits, up to a term of the prompt alone (Rafailov et al. 2023, eq. 5), so scores of
@@ -43,6 +44,7 @@ class ImplicitReward(Reward):
         max_length: longer sequences lose the start of their prompt. Default: they are an error.
         batch_tokens: padded tokens per forward pass, of sequences of similar length.
         device, dtype: by default the GPU and the saved dtype where there is a GPU, else the CPU and float32.
+        offload: whether the models are on the GPU only while they score.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class ImplicitReward(Reward):
         batch_tokens: int | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        offload: bool = False,
     ):
         source = None if isinstance(model, nn.Module) else str(model)
         self.name = name or (Path(source).name if source else "implicit")
@@ -66,7 +69,9 @@ class ImplicitReward(Reward):
         self.beta = beta
         self.device, dtype = scoring_device(device, dtype)
         self.tokenizer = tokenizer or load_tokenizer(model)
-        self.model = _load(model, dtype, keep_adapter=reference is None).to(self.device).eval()
+        self.offloaded = offload
+        place = HOST if offload else self.device
+        self.model = _load(model, dtype, keep_adapter=reference is None).to(place).eval()
         if reference is None and not _has_adapter(self.model):
             raise ConfigError(
                 f"reward {self.name!r}: {source or type(self.model).__name__} has no adapter to switch off, so name "
@@ -78,7 +83,7 @@ class ImplicitReward(Reward):
         self.model_folders = (source, None if isinstance(base, nn.Module) else str(base))
         if reference is not None:
             _check_same_vocabulary(self.name, self.tokenizer, reference)
-            reference = _load(reference, dtype, keep_adapter=False).to(self.device)
+            reference = _load(reference, dtype, keep_adapter=False).to(place)
         self.reference = reference_of(self.model, reference)
         self.batch_tokens = scoring_tokens(self.device, batch_tokens)
         self.encoder = SequenceEncoder(
@@ -90,14 +95,18 @@ class ImplicitReward(Reward):
             max_length=max_length,
         )
 
+    def models(self) -> list[nn.Module]:
+        return [self.model] if self.reference.adapter_off else [self.model, self.reference.model]
+
     def score_ids(self, pairs: list[Pair]) -> Tensor:
         """Scores [B], float32 on the CPU, of (prompt_ids, completion_ids) of this model's tokenizer."""
         scores = torch.empty(len(pairs), dtype=torch.float64)
         training = self.model.training
         self.model.eval()
         try:
-            for rows in length_batches([len(p) + len(c) for p, c in pairs], self.batch_tokens):
-                scores[rows] = self._log_ratios([pairs[row] for row in rows])
+            with self.working():
+                for rows in length_batches([len(p) + len(c) for p, c in pairs], self.batch_tokens):
+                    scores[rows] = self._log_ratios([pairs[row] for row in rows])
         finally:
             self.model.train(training)
         return (self.beta * scores).float()

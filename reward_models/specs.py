@@ -91,6 +91,7 @@ class OfModel(RewardSpec):
     batch_tokens: Count | None = Field(None, description="Padded tokens per forward pass.")
     device: int | TorchName | None = Field(None, description="Default: a GPU if there is one.")
     dtype: TorchName | None = Field(None, description="Default: as saved on a GPU, float32 on a CPU.")
+    offload: bool = Field(False, description="On the GPU only while it scores; else in the host's memory.")
 
     @property
     def stated_name(self) -> str:
@@ -181,6 +182,9 @@ class CompositeSpec(RewardSpec):
         return CompositeReward(built, **self.options("rewards"))
 
 
+OF_PATH = ("max_length", "batch_tokens", "offload")  # options of an ensemble's models, not of members given one by one
+
+
 @register_reward("ensemble")
 class EnsembleSpec(RewardSpec):
     """Several rewards for the same thing, combined against over-optimisation."""
@@ -196,12 +200,13 @@ class EnsembleSpec(RewardSpec):
     normalize: bool = Field(True, description="false: combine raw scores, for members on one scale.")
     max_length: Count | None = Field(None, description="Of the models of path.")
     batch_tokens: Count | None = Field(None, description="Of the models of path.")
+    offload: bool = Field(False, description="Of the models of path: on the GPU only while they score.")
 
     @model_validator(mode="after")
     def _one_source(self):
         if (self.members is None) == (self.path is None):
             raise ValueError("give either members (a list of rewards) or path (a saved ensemble)")
-        of_path = [name for name in ("max_length", "batch_tokens") if getattr(self, name) is not None]
+        of_path = [name for name in OF_PATH if getattr(self, name)]
         if of_path and self.path is None:
             raise ValueError(f"{', '.join(of_path)} of an ensemble belong to path: set them for each of the members")
         return self
@@ -214,7 +219,7 @@ class EnsembleSpec(RewardSpec):
         rule |= {name: value for name, value in self.options().items() if name in ("ddof", "quantile")}
         try:
             if self.path is not None:
-                models = {name: v for name, v in self.options().items() if name in ("max_length", "batch_tokens")}
+                models = {name: value for name, value in self.options().items() if name in OF_PATH}
                 models |= {"policy_tokenizer": tokenizer, "device": device}
                 return load_ensemble(self.path, **rule, **models, name=self.name)
             members = list(self.members or ())

@@ -62,6 +62,11 @@ class Discriminator:
                 f"{rewards.names}. What labels its pairs is gold_reward",
                 key="rewards",
             )
+        if reward.offloaded:
+            raise ConfigError(
+                f"reward {reward.name!r}: a discriminator is trained, so it stays on the device: leave offload out",
+                key="rewards",
+            )
         self.args, self.rewards, self.gold = args, rewards, gold
         self.accelerator, self.recorder, self.spent = accelerator, recorder, 0
         self.reward = reward

@@ -117,11 +117,14 @@ class RewardColumns:
 
 
 def gold_columns(spec: Any, tokenizer) -> RewardColumns | None:
-    """The rewards that evaluations score beside the others; None of None. ConfigError for a judge: evaluations draw
+    """The rewards that evaluations score beside the others, whose models are on a GPU in evaluations only; None of
+    None. ConfigError for a judge: evaluations draw
     single completions, which it has nothing to compare with."""
     if spec is None:
         return None
     columns = RewardColumns(spec, None, tokenizer=tokenizer)
+    for reward in columns.rewards:
+        reward.offload()
     judges = [reward.name for reward in columns.rewards if isinstance(reward, JudgeReward)]
     if judges:
         raise ConfigError(
