@@ -137,6 +137,12 @@ class Reward(ABC):
         """The rewards that it is made of."""
         return ()
 
+    def check_room(self, prompt: int, completion: int, *, conversational: bool) -> None:
+        """Raises `ConfigError` where its models take less than a prompt of so many tokens of the policy's with a
+        completion of so many."""
+        for part in self.parts():
+            part.check_room(prompt, completion, conversational=conversational)
+
     def offload(self) -> None:
         """From now on its models are on the device only while they score (`align.reward_models.offload`)."""
         for part in self.parts():

@@ -89,6 +89,9 @@ class ClassifierReward(OnDevice, Reward):
             whole_turn=not reads_end_token(self.model),
         )
 
+    def check_room(self, prompt: int, completion: int, *, conversational: bool) -> None:
+        self.encoder.check_room(prompt, completion, conversational=conversational)
+
     def models(self) -> list[nn.Module]:
         return [self.model]
 

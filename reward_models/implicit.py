@@ -95,6 +95,9 @@ class ImplicitReward(OnDevice, Reward):
             max_length=max_length,
         )
 
+    def check_room(self, prompt: int, completion: int, *, conversational: bool) -> None:
+        self.encoder.check_room(prompt, completion, conversational=conversational)
+
     def models(self) -> list[nn.Module]:
         return [self.model] if self.reference.adapter_off else [self.model, self.reference.model]
 

@@ -1,15 +1,18 @@
 """From completions to the token ids that a reward model reads."""
 
+import logging
 from typing import TYPE_CHECKING
 
 from align.data.bad_rows import BadRow
 from align.data.encode import check_tokenizer, encode, render_pair
 from align.data.ending import Ending, close, end_ids, ending_of
-from align.errors import DataError, RewardError
+from align.errors import ConfigError, DataError, RewardError
 from align.reward_models.base import RewardBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 Pair = tuple[list[int], list[int]]
 
@@ -64,6 +67,25 @@ class SequenceEncoder:
             except BadRow as reason:
                 raise RewardError(f"reward {self.name!r}, {batch.row_name(row)}: {reason}") from reason
         return fitted
+
+    def check_room(self, prompt: int, completion: int, *, conversational: bool) -> None:
+        """Raises `ConfigError` where what `__call__` refuses is to be expected; only warns where the tokens are counted
+        by another tokenizer than this one. prompt: tokens of the longest. completion: of what may be drawn."""
+        limit = self.max_length or self.longest
+        after = len(ending_of(self.tokenizer, conversational).tail) if self.whole_turn else 0
+        needed = completion + after + (0 if self.max_length else prompt)
+        if limit is None or needed <= limit:
+            return
+        if self.max_length:
+            what = f"max_length is {limit}, and a completion alone may have {needed} tokens: lower "
+            what += "max_completion_length, or raise it"
+        else:
+            what = f"the longest prompt ({prompt} tokens) and a completion may have {needed} tokens together, and the "
+            what += f"model takes {limit}: lower max_completion_length, or set max_length: {limit} to cut the start of "
+            what += "long prompts"
+        if self.shares_ids:
+            raise ConfigError(f"reward {self.name!r}: {what}", key="rewards")
+        logger.warning("reward %r: by the policy's tokenizer, which is not this reward's, %s", self.name, what)
 
     def _encode(self, batch: RewardBatch, conversational: bool, ending: Ending) -> list[Pair]:
         try:

@@ -79,6 +79,13 @@ def _check_lengths(dataset: "Dataset", group: tuple[str, ...], limit: int, what:
         )
 
 
+def longest_of(dataset: "Dataset", name: str) -> int:
+    """Tokens of the longest row of a column of token ids."""
+    import pyarrow.compute as pc
+
+    return max((pc.max(pc.list_value_length(values)).as_py() or 0 for _, values in _arrow(dataset, name)), default=0)
+
+
 def row_check(model: "Model", tokenizer: Any = None) -> Callable[[dict[str, Any]], None]:
     """A function that raises what `check_fits` does, for one row of a stream."""
     limit, known = longest_input(model), known_tokens(model)

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import Trainer
 
-from align.data.limits import check_reads, known_tokens
+from align.data.limits import check_reads, known_tokens, longest_of
 from align.errors import ConfigError
 from align.modeling.load import Reference
+from align.reward_models.base import Reward
 from align.trainers.core.identity import mark_of
 from align.trainers.core.micro_batches import MicroBatchLists
 from align.trainers.core.moving_reference import MovingReference
@@ -89,6 +91,21 @@ class OnPolicyBase(MicroBatchLists, Trainer):
         talks_with = None if episodes is None else episodes.environments
         known: dict[str, Any] = {"tokenizer": renders, "args": args, "tools": schemas, "environments": talks_with}
         self.tokenize, self.tokenize_rows = partial(tokenized_prompts, **known), partial(self.tokenized_rows, **known)
+
+    def _check_rows(self) -> None:
+        super()._check_rows()
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        judging = [*self.rewards.rewards, *(self.gold.rewards if self.gold is not None else ())]
+        self._check_room(self.rewards.rewards, [self.train_dataset])
+        self._check_room(judging, list(evaluated.values()))
+
+    def _check_room(self, rewards: list[Reward], datasets: list) -> None:
+        """A reward model that takes less than what will be drawn would end the run when a long prompt comes."""
+        known = [dataset for dataset in datasets if isinstance(dataset, Dataset) and len(dataset)]
+        for dataset in known:
+            prompt, talks = longest_of(dataset, "prompt_ids"), isinstance(dataset[0]["prompt"], list)
+            for reward in rewards:
+                reward.check_room(prompt, self.args.max_completion_length, conversational=talks)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         of_training = not any(key.startswith("eval_") for key in logs)
