@@ -148,8 +148,8 @@ def check_whole(what: str, **given: tuple[int, int]) -> None:
 
 
 class RemoteReward(JsonServer, Reward):
-    """A server that is sent `{"prompts": [...], "completions": [...], "columns": {...}}` as JSON by POST and answers
-    `{"scores": [...]}`, one finite number per completion.
+    """A server that is sent `{"prompts": [...], "completions": [...], "columns": {...}}` as JSON by POST, in training
+    with `"ended": [...]`, and answers `{"scores": [...]}`, one finite number per completion.
 
     How it is asked: `JsonServer`. Whatever is wrong in the end is an error that names the rows; nothing is made up.
     Nothing is sent before the first completions are scored.
@@ -205,6 +205,7 @@ class RemoteReward(JsonServer, Reward):
             "prompts": rows.prompts,
             "completions": rows.completions,
             "columns": {name: rows.columns[name] for name in self.columns},
+            **({} if rows.ended is None else {"ended": rows.ended}),
         }
         where = f"reward {self.name!r} at {self.shown}, {batch.row_names(indices)}"
         return self._checked(self.ask(content, where), batch, indices, where)

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 import align.reward_models.judge_specs  # noqa: F401  (registers its kinds)
 from align.config.sections import parse, parse_list, plain
+from align.config.server_key import KEY_VARIABLE, read_key
 from align.errors import ConfigError, RewardError
 from align.reward_models.function_specs import RuleSpec
 from align.reward_models.kinds import REWARDS as REWARDS
@@ -150,6 +151,9 @@ class RemoteSpec(RewardSpec):
     name: str = Field("remote", description="In metrics.")
     columns: list[str] = Field([], description="Columns of the dataset to send along.")
     headers: dict[str, str | int | float] = Field({}, description="Of every request, with ${NAME} as in url.")
+    api_key_file: PathText | None = Field(
+        None, description=f"File with the key of `align serve --reward`, unless ${KEY_VARIABLE} has it."
+    )
     batch_size: int = Field(64, ge=1, description="Completions per request.")
     concurrency: int = Field(4, ge=1, description="Requests in flight at most.")
     timeout: float = Field(60.0, gt=0, description="Seconds for a connection, and then for the answer.")
@@ -159,7 +163,11 @@ class RemoteSpec(RewardSpec):
     def build(self, tokenizer=None, device=None):
         from align.reward_models.remote import RemoteReward
 
-        return RemoteReward(**self.options())
+        options = self.options("api_key_file")
+        if self.api_key_file is not None:
+            key = {"Authorization": f"Bearer {read_key(KEY_VARIABLE, self.api_key_file)}"}
+            options["headers"] = {**self.headers, **key}
+        return RemoteReward(**options)
 
     def check(self) -> None:
         self.build()

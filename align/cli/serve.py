@@ -1,4 +1,4 @@
-"""`align serve`: a vLLM server that makes the completions of a run, on other GPUs or another machine."""
+"""`align serve`: a vLLM server that makes the completions of a run, or a reward, on other GPUs or another machine."""
 
 import argparse
 from pathlib import Path
@@ -13,16 +13,20 @@ if TYPE_CHECKING:
 FROM_FILE = "the file's, else"  # where an option that is left out comes from
 GPU_MEMORY = 0.9
 
-HELP = "start a vLLM server that makes the completions of a run"
+HELP = "start a vLLM server that makes the completions of a run, or a server of a reward"
 DESCRIPTION = (
     "Start a vLLM server for the completions of an on-policy run, with model, lengths and dtype of its config file. "
-    "The weights come from the run, when it starts. Further options follow the file, as in `align <method>`."
+    "The weights come from the run, when it starts. Further options follow the file, as in `align <method>`. With "
+    "--reward, start a server of a reward instead, which runs ask by {type: remote}."
 )
+START_SECONDS = 600.0
+OF_VLLM = ("method", "tensor_parallel", "gpu_memory", "kv_cache_gib", "start_timeout")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("config", metavar="CONFIG", help="the run's YAML file")
+    add("config", metavar="CONFIG", nargs="?", help="the run's YAML file")
+    add("--reward", metavar="REWARD", help="serve this: a folder, file.py:function, '{type: ...}' ...")
     add("--method", help="the method, for a file that does not name it")
     add("--host", default="127.0.0.1", help="address to listen on [127.0.0.1: this machine alone]")
     add("--port", type=int, default=8000, help="port to listen on [8000]")
@@ -32,10 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help=f"else the file with the key, made if it is absent [{FROM_FILE} {KEY_FILE}]",
     )
-    add("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs that share the model [1]")
+    add("--tensor-parallel", type=int, metavar="N", help="GPUs that share the model [1]")
     add("--gpu-memory", type=float, metavar="SHARE", help=f"of the GPU's memory for vLLM [{FROM_FILE} {GPU_MEMORY}]")
     add("--kv-cache-gib", type=float, metavar="GIB", help=f"size of the key-value cache [{FROM_FILE} computed]")
-    add("--start-timeout", type=float, default=600, metavar="SECONDS", help="after which the start has failed [600]")
+    add("--start-timeout", type=float, metavar="SECONDS", help="after which the start has failed [600]")
 
 
 def run(args: argparse.Namespace, extra: list[str]) -> int:
@@ -45,6 +49,10 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
     from align.rollout.make import check_backend
     from align.rollout.server.launch import address, check_free, prepare, serve
 
+    if args.reward is not None:
+        return run_reward(args, extra)
+    if args.config is None:
+        raise ConfigError("name the run's YAML file, or a reward by --reward")
     check_backend("vllm")
     check_free(args.host, args.port)
     prepare()  # before torch is loaded
@@ -61,12 +69,35 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
         port=args.port,
         dtype=dtype(run),
         ready=f"serving at {address(args.host, args.port)}; the key is in ${variable} or {place}",
-        start_seconds=args.start_timeout,
-        tensor_parallel_size=args.tensor_parallel,
+        start_seconds=args.start_timeout or START_SECONDS,
+        tensor_parallel_size=args.tensor_parallel or 1,
         max_model_len=run.training.max_prompt_length + run.training.max_completion_length,
         max_num_seqs=run.training.rollout.max_num_seqs,
         **options,
     )
+    return 0
+
+
+def run_reward(args: argparse.Namespace, extra: list[str]) -> int:
+    from align.errors import ConfigError
+    from align.evaluation.scoring import reward_specs
+    from align.reward_models.build import build_reward
+    from align.reward_models.server import serve
+    from align.rollout.server.launch import address, check_free
+
+    others = [f"--{name.replace('_', '-')}" for name in OF_VLLM if getattr(args, name) is not None]
+    others += extra if args.config is None else [args.config, *extra]
+    if others:
+        raise ConfigError(f"{others[0]} is for servers of completions, and --reward serves a reward: leave it out")
+    specs = reward_specs(args.reward)
+    if len(specs) != 1:
+        raise ConfigError(f"{args.reward} has {len(specs)} rewards, and a server has one: write it as '{{type: ...}}'")
+    check_free(args.host, args.port)
+    variable, file = args.api_key_env or KEY_VARIABLE, args.api_key_file
+    key, place = own_key(variable, file), Path(file or KEY_FILE).expanduser()
+    reward = build_reward(specs[0])
+    where = f"reward {reward.name!r} at {address(args.host, args.port)}"
+    serve(reward, key, args.host, args.port, f"serving {where}; the key is in ${variable} or {place}")
     return 0
 
 

@@ -6,8 +6,8 @@ import torch
 from align.errors import ConfigError
 from align.reward_models.base import RewardBatch
 from align.reward_models.build import build_reward
-from align.reward_models.specs import parse_reward
 from align.reward_models.offload import OnDevice
+from align.reward_models.specs import parse_reward
 from align.trainers.on_policy.rewards import gold_columns
 from tests.reward_models import worlds
 

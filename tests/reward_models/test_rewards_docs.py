@@ -1,6 +1,7 @@
 """What docs/rewards.md shows works as it stands: specs are built and score, Python runs."""
 
 import re
+import shlex
 import textwrap
 import threading
 from http.server import ThreadingHTTPServer
@@ -11,9 +12,11 @@ import torch
 import yaml
 from peft import LoraConfig
 
+from align.cli.main import build_parser
 from align.config.resolve import resolve
 from align.config.source import parse_value
 from align.errors import ConfigError
+from align.evaluation.scoring import reward_specs
 from align.modeling.load import load_sequence_classifier
 from align.reward_models.base import RewardBatch
 from align.reward_models.build import build_reward, check_reward
@@ -54,6 +57,7 @@ def world(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("JUDGE_TOKEN", "x")
+    monkeypatch.setenv("ALIGN_ROLLOUT_KEY", "x")
     members = ["reward_ensemble/member_0", "reward_ensemble/member_1"]
     for name in ("reward", "reward_a", "reward_b", "other_model", *members):
         Path("runs", name).mkdir(parents=True)
@@ -95,6 +99,16 @@ def test_every_spec_is_built_and_scores(world):
             kinds.add(spec["type"])
     assert kinds == {*REWARDS.kinds, "my_kinds.py:NearSpec"}
     assert build_reward("my_rewards.py:contains_answer").score(BATCH).scores.tolist() == [1.0]
+
+
+def test_what_is_served_is_a_reward(world):
+    """The server itself: test_served_reward."""
+    commands = [line for body in blocks("bash") for line in body.splitlines() if line.startswith("align serve")]
+    for command in commands:
+        args, extra = build_parser().parse_known_args(shlex.split(command)[1:])
+        (spec,) = reward_specs(args.reward)
+        assert not extra and args.config is None and build_reward(spec).score(BATCH).scores.shape == (1,)
+    assert len(commands) == 2
 
 
 def test_the_run_on_verifiable_rewards_is_one(tmp_path, monkeypatch):
