@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from align.evaluation.best_of_n import bon_curve, n_grid
+    from align.evaluation.best_of_n import bon_curve, joined_notes, n_grid
     from align.evaluation.console import print_summary
     from align.evaluation.report import write_outputs
     from align.evaluation.score_table import read_score_table
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
         )
         for name, scores in selections.items()
     }
-    for note in dict.fromkeys(note for curve in curves.values() for note in curve.notes):
+    for note in joined_notes(curves):
         logger.warning("%s: %s", path, note)
     summary = build_summary(best_of_n=curves, setup=_setup(args, table, proxies), seed=args.seed)
     phases["curves and fits"] = time.perf_counter() - started

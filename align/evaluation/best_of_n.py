@@ -69,7 +69,7 @@ def bon_curve(
         scores = np.stack([selection[p] for p in rows])
         per_prompt["proxy"][:, rows] = bon_expected(scores, scores, grid).T
         per_prompt["gold"][:, rows] = bon_expected(scores, np.stack([gold[p] for p in rows]), grid).T
-    tied = sum(len(scores) - len(np.unique(scores)) for scores in selection)
+    tied = sum(int((times := np.unique(scores, return_counts=True)[1])[times > 1].sum()) for scores in selection)
     if tied:
         share = tied / counts.sum()
         notes.append(
@@ -89,6 +89,15 @@ def bon_curve(
         answers=(int(counts.min()), int(counts.max())),
         notes=notes,
     )
+
+
+def joined_notes(curves: dict[str, BonCurve]) -> list[str]:
+    """The notes of several curves, each once, with the names of those that it is about unless it is about all."""
+    names: dict[str, list[str]] = {}
+    for name, curve in curves.items():
+        for note in curve.notes:
+            names.setdefault(note, []).append(name)
+    return [note if len(of) == len(curves) else f"{', '.join(of)}: {note}" for note, of in names.items()]
 
 
 def _choose(

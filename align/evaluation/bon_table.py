@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from align.evaluation.best_of_n import bon_curve
+from align.evaluation.best_of_n import bon_curve, joined_notes
 from align.evaluation.pair_report import rank_correlation
 from align.evaluation.score_table import read_score_table
 from align.evaluation.scoring import score_table
@@ -43,7 +43,6 @@ class BonTable:
         result["best_of_n"] = build_summary(best_of_n=curves, seed=seed)["best_of_n"]
         for name in self.names:
             result["best_of_n"][name]["rank_correlation"] = rank_correlation(table.by_prompt(name), gold, seed)
-        notes = dict.fromkeys(note for curve in curves.values() for note in curve.notes)
-        result["notes"] += [f"{self.source}: {note}" for note in notes]
+        result["notes"] += [f"{self.source}: {note}" for note in joined_notes(curves)]
         found = {"completions": str(self.source), "prompts of completions": len(table.rows), "gold": self.gold}
         result["setup"].update(found)

@@ -67,7 +67,10 @@ def read_score_table(
     }
     wanted.pop(None, None)
     if prompt is None:
-        raise DataError(f"{path} has neither a prompt_id nor a prompt column (columns: {', '.join(frame)})")
+        columns = ", ".join(frame)
+        raise DataError(
+            f"{path} has neither a prompt_id nor a prompt column (columns: {columns}): --prompt_column names another"
+        )
     for name, role in wanted.items():
         if name not in frame:
             raise DataError(f"{path} has no column {name!r} for the {role} (columns: {', '.join(frame)})")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from align.errors import DataError
-from align.evaluation.best_of_n import bon_curve, n_grid
+from align.evaluation.best_of_n import bon_curve, joined_notes, n_grid
 from align.evaluation.bootstrap import mean_interval, percentile_interval, resample_weights
 from align.evaluation.peak import analyse_peak
 from tests.evaluation.synthetic import scored_answers
@@ -66,7 +66,14 @@ def test_ties_are_said_and_do_not_depend_on_order():
     selection, gold = np.array([0.0, 1.0, 1.0, 1.0]), np.array([0.0, 3.0, 1.0, 2.0])
     one, other = (bon_curve([selection[order]], [gold[order]]) for order in ([0, 1, 2, 3], [3, 2, 0, 1]))
     np.testing.assert_allclose(one.gold, other.gold)
-    assert one.gold[-1] == pytest.approx(2.0) and any("tie" in note for note in one.notes)
+    assert one.gold[-1] == pytest.approx(2.0) and any("75 % of the answers tie" in note for note in one.notes)
+
+
+def test_a_note_names_the_curves_that_it_is_about():
+    gold, short = [np.arange(4.0), np.arange(5.0)], "prompts have 4 to 5 answers: n stops at 4"
+    selections = {"a": [np.array([0.0, 1.0, 1.0, 2.0]), np.arange(5.0)], "b": gold, "c": gold}
+    first, second = joined_notes({name: bon_curve(scores, gold) for name, scores in selections.items()})
+    assert first.startswith(short) and second.startswith("a: 22 % of the answers tie")
 
 
 def test_bootstrap_of_a_mean_covers_it():
