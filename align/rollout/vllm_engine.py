@@ -34,6 +34,7 @@ from align.rollout.vllm_cpu import (
 from align.rollout.vllm_process import shut_down, starting
 from align.rollout.vllm_ranks import SharingRanks
 from align.rollout.vllm_requests import completion, vllm_params
+from align.rollout.vllm_versions import known_names
 from align.rollout.weights import check_supported, checkpoint_shapes, checkpoint_weights
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ class VLLMEngine(RolloutEngine):
         core = language_model(model)
         shapes = checkpoint_shapes(model, merged=rank is None)
         try:
-            with starting():
+            with known_names(), starting():
                 started = start_llm(core, shapes, dtype=self.dtype, rank=rank, sharing=self._sharing, **options)
                 self._llm, self._on_cpu = started
         except AlignError:

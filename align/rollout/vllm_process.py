@@ -71,15 +71,20 @@ def starting() -> Iterator[None]:
 
 def shut_down(llm) -> None:
     """Shut a `vllm.LLM` down and free what it held."""
+    from vllm.distributed import parallel_state
     from vllm.v1.engine import core
 
-    functions, cleanup = _get_functions(), core.cleanup_dist_env_and_memory
-    core.cleanup_dist_env_and_memory = lambda: None  # it would destroy the groups of the trainer and of other engines
+    # Both would destroy the groups of the trainer and of other engines; the second is called since vLLM 0.33.
+    ending = ((core, "cleanup_dist_env_and_memory"), (parallel_state, "destroy_model_parallel"))
+    functions, kept = _get_functions(), [getattr(module, name) for module, name in ending]
+    for module, name in ending:
+        setattr(module, name, lambda: None)
     _set_functions(_Shared.functions)
     try:
         llm.llm_engine.engine_core.shutdown()
     finally:
-        core.cleanup_dist_env_and_memory = cleanup
+        for (module, name), function in zip(ending, kept, strict=True):
+            setattr(module, name, function)
         _set_functions(functions)
     _Shared.engines -= 1
     if _Shared.engines == 0:

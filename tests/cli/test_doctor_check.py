@@ -1,6 +1,8 @@
 """`align doctor` and `align check`: what passes, and that a fault is found and named with its remedy."""
 
+import importlib.metadata
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +15,9 @@ from align.cli.main import main
 from align.data import toy
 from align.doctor import invariants, machine, short_runs
 from align.doctor.lines import attempt
-from align.errors import TrainingError
+from align.errors import RolloutError, TrainingError
 from align.methods import METHODS
+from align.rollout import vllm_versions
 from tests.trainers.pairs.preference_runs import toy_pairs
 from tests.trainers.tiny_runs import tiny_model
 
@@ -54,16 +57,33 @@ def test_versions_outside_their_range_fail_with_the_command_that_mends_them():
         assert line.state == "failed" and line.remedy == "pip install 'trl==1.16.0'"
 
 
+def vllm_range() -> str:
+    wanted = map(Requirement, importlib.metadata.requires(vllm_versions.DISTRIBUTION))
+    return str(next(one.specifier for one in wanted if one.name == "vllm"))
+
+
 def test_vllm_outside_the_range_of_its_extra_fails(monkeypatch):
     """The range is the package's own; as for every other package, the remedy is the command."""
     found = {"vllm": "0.24.0"}
-    monkeypatch.setattr(machine, "_installed", found.get)
+    monkeypatch.setattr(vllm_versions, "installed", found.get)
     line = machine._engine_version({"vllm": "0.32.0"})
-    assert (line.what, line.state) == ("vllm", "failed") and "vllm 0.24.0, <=0.32,>=0.26 is needed" in line.found
+    assert (line.what, line.state) == ("vllm", "failed") and f"vllm 0.24.0, {vllm_range()} is needed" in line.found
     found["vllm"] = "0.32.0"
     assert machine._engine_version({"vllm": "0.32.0"}).found == "vllm 0.32.0 (as tested)"
     del found["vllm"]
     assert machine._engine_version({}).state == "note"
+
+
+def test_a_name_that_another_vllm_has_not_is_an_error_with_the_range(monkeypatch):
+    """Inside the range it is a bug of ours, whose traceback is wanted."""
+    versions = {"vllm": "0.99.0"}
+    monkeypatch.setattr(vllm_versions, "installed", versions.get)
+    needed = f"vllm 0.99.0 is installed, {vllm_range()} is needed (no such name): pip install 'vllm{vllm_range()}'"
+    with pytest.raises(RolloutError, match=re.escape(needed)), vllm_versions.known_names():
+        raise ImportError("no such name")
+    versions["vllm"] = "0.32.0"
+    with pytest.raises(ImportError, match="no such name"), vllm_versions.known_names():
+        raise ImportError("no such name")
 
 
 def test_a_stage_that_breaks_is_a_line_and_the_exit_status_says_so(capsys, monkeypatch):

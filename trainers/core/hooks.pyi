@@ -19,6 +19,10 @@ from transformers.trainer_callback import CallbackHandler
 
 from align.modeling.types import Model
 
+OVERRIDDEN: tuple[str, ...]
+
+def check_overridden(base: type) -> None: ...
+
 class TrainingSettings:
     """Of transformers' `TrainingArguments`, once it has filled in its defaults."""
 

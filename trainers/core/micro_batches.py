@@ -28,7 +28,7 @@ class MicroBatchLists(TrainerMixin):
 
     def training_step(self, model: nn.Module, inputs: list, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Some micro-batches of a step. The last ones return the loss of the whole step, the others 0."""
-        ends_step = self.accelerator.gradient_state.sync_gradients
+        ends_step = self.accelerator.sync_gradients
         with self.phase("train"):
             for number, batch in enumerate(inputs, start=1):
                 with nullcontext() if ends_step and number == len(inputs) else self._before_last(model):
@@ -49,15 +49,13 @@ class MicroBatchLists(TrainerMixin):
         """Around a micro-batch that is not the last of its step: gradients are summed over processes, and DeepSpeed
         takes its step, after the last one. With accelerate's `sync_each_batch` gradients are summed after each, so that
         FSDP2 keeps its share of them and not the whole."""
-        state = self.accelerator.gradient_state
-        before = state.sync_gradients
-        state._set_sync_gradients(False)
+        before, self.accelerator.sync_gradients = self.accelerator.sync_gradients, False
         try:
-            each = state.plugin_kwargs.get("sync_each_batch", False)
+            each = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
             with nullcontext() if each else self.accelerator.no_sync(model):
                 yield
         finally:
-            state._set_sync_gradients(before)
+            self.accelerator.sync_gradients = before
 
     def floating_point_ops(self, inputs: list) -> int:
         return sum(super(MicroBatchLists, self).floating_point_ops(batch) for batch in inputs)

@@ -46,7 +46,7 @@ def check_base(model: Model, output_dir: str | None) -> None:
             "trained: use true, gaussian, orthogonal or eva"
         )
     check_stack(core, config)  # with the targets that PEFT has chosen (experts' parameters for all-linear)
-    base = config.base_model_name_or_path or core.config._name_or_path
+    base = config.base_model_name_or_path or core.config.name_or_path
     if not base:
         raise ConfigError(
             "the model was not loaded from anywhere, so its adapter would name no base and could not be loaded: save "

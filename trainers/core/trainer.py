@@ -14,7 +14,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from align.data.endless import EndlessRows
@@ -29,7 +29,7 @@ from align.trainers.core import card, guards, identity, saving, trackers
 from align.trainers.core.checkpoints import Resumed, choose_checkpoint, read_checkpoint, write_extra_state
 from align.trainers.core.console import LogFile, replace_printing
 from align.trainers.core.experts import check_checkpointing, router_coefficient
-from align.trainers.core.hooks import TrainerHooks
+from align.trainers.core.hooks import TrainerHooks, check_overridden
 from align.trainers.core.lock import holding
 from align.trainers.core.options import BaseConfig, RunOptions
 from align.trainers.core.recorder import Recorder
@@ -84,6 +84,7 @@ class TrainerMixin(TrainerHooks):
         return cls.config_class(output_dir="-".join(part for part in parts if part))
 
     def __init__(self, *args: Any, **kwargs: Any):
+        check_overridden(Trainer)
         self.recorder = Recorder()
         self.resumed: Resumed | None = None
         self._verify = False
@@ -264,7 +265,7 @@ class TrainerMixin(TrainerHooks):
         if not isinstance(model, PreTrainedModel | PeftModel):
             return
         saving.finish_folder(folder, model)
-        base = adapter_start(folder) if saving.is_peft(model) else model.config._name_or_path
+        base = adapter_start(folder) if saving.is_peft(model) else model.config.name_or_path
         tags = model.model_tags or []
         card.write_card(folder, previous, card.facts_of(self), base=base, adapter=saving.is_peft(model), tags=tags)
         if self._verify:

@@ -49,7 +49,7 @@ def _reward(spec: Any, own: Any, tokenizer: Any) -> Any:
     from align.reward_models.classifier import ClassifierReward
 
     if isinstance(spec, PreTrainedModel):
-        name = Path(spec.config._name_or_path).name or None
+        name = Path(spec.config.name_or_path).name or None
         return ClassifierReward(spec, name=name, tokenizer=own, policy_tokenizer=tokenizer)
     if own is not None and isinstance(spec, str | Path) and ":" not in str(spec):
         return ClassifierReward(spec, tokenizer=own, policy_tokenizer=tokenizer)

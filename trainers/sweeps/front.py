@@ -167,7 +167,7 @@ def train_point(make_trainer: Callable[[Any], Any], args: Any, settings: dict, r
     trainer = make_trainer(args)
     trainer.train(resume_from_checkpoint=resume and folder.exists() and newest_whole(folder) is not None)
     trainer.save_model(str(folder))
-    reference = language_model(trainer.model).config._name_or_path
+    reference = language_model(trainer.model).config.name_or_path
     done = {"settings": settings, "reference": reference, "seconds": time.perf_counter() - started}
     if args.process_index == 0:
         temporary = folder / f"{POINT_FILE}.tmp"

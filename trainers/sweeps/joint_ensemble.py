@@ -63,7 +63,8 @@ class JointRewardTrainer(RewardTrainer):
         norms = [torch.nn.utils.get_total_norm(group) for group in groups]
         for group, norm in zip(groups, norms, strict=True):
             scale = (self.args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(group, scale)
+            for gradient in group:
+                gradient.mul_(scale)
         return torch.stack(norms).norm()
 
     def fit_normalizer(self) -> None:

@@ -94,8 +94,8 @@ async def finish(server: Server, http: aiohttp.ClientSession, parcel: Parcel) ->
             await server.call(http, "POST", "/v1/unload_lora_adapter", {"lora_name": name})
         new = {"lora_name": parcel.label, "lora_path": str(parcel.adapter)}
         await server.call(http, "POST", "/v1/load_lora_adapter", new)
+    await server.call(http, "POST", "/resume")  # first: vLLM 0.33 refuses requests until then, and a name invites them
     await server.name_weights(http, parcel.label)
-    await server.call(http, "POST", "/resume")
 
 
 async def deliver(server: Server, http: aiohttp.ClientSession, files: list[Path], parcel: Parcel) -> None:

@@ -59,8 +59,11 @@ class Group:
                 options = nccl.Options()
                 options._timeout = 10 * limit  # torch's own watchdog would end the process: `broadcast` is before it
                 self._members = nccl(store, rank, size, options)
-        except RuntimeError as error:
-            raise RolloutError(f"trainer and servers could not form a group over {backend}: {error}") from error
+        except (RuntimeError, AttributeError) as error:  # the second of a torch whose private options have other names
+            raise RolloutError(
+                f"trainer and servers could not form a group over {backend}: {error}. Other ways for the weights: "
+                "rollout.transfer: files, and on one GPU ipc"
+            ) from error
 
     def broadcast(self, block: Tensor) -> None:
         """The trainer's block, to all. On the device that the backend moves."""

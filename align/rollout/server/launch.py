@@ -16,6 +16,7 @@ import requests
 from align.errors import RolloutError
 from align.rollout.server.guard import KEY_VARIABLE
 from align.rollout.server.plugin import TRANSFER
+from align.rollout.vllm_versions import known_names
 
 # Routes for weights and workers, which our key guards; no usage statistics.
 ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
@@ -51,6 +52,7 @@ def prepare() -> None:
         os.environ["TORCH_COMPILE_DISABLE"] = "1"  # two small helpers take 6 to 30 s to compile on CPUs, for nothing
 
 
+@known_names()
 def serve(
     model,
     key: str,
@@ -97,13 +99,18 @@ def serve(
 
 
 def vllm_server() -> tuple[Any, Any]:
-    """vLLM's function that serves, and the module of its arguments; it has moved both."""
+    """vLLM's function that serves, and the module of its arguments; it has moved both twice."""
     try:
-        from vllm.entrypoints.launchers import cli_args
         from vllm.entrypoints.launchers.api_server.entry import run_server
-    except ImportError:
+    except ImportError:  # below 0.31
         from vllm.entrypoints.openai import cli_args
         from vllm.entrypoints.openai.api_server import run_server
+
+        return run_server, cli_args
+    try:
+        from vllm.entrypoints.common import cli_args
+    except ImportError:  # below 0.33
+        from vllm.entrypoints.launchers import cli_args
     return run_server, cli_args
 
 

@@ -18,6 +18,11 @@ def gpu_of(device: torch.device) -> str | None:
 def exported(block: Tensor) -> list:
     """What `imported` needs, as JSON can hold it: for one process, once. The block has to outlive what that makes."""
     parts = list(block.untyped_storage()._share_cuda_())
+    if [i for i, part in enumerate(parts) if isinstance(part, bytes)] != list(BYTES):
+        raise RolloutError(
+            f"torch {torch.__version__} describes shared GPU memory in a form of its own, which is not known here: "
+            "set rollout.transfer: files"
+        )
     return [base64.b64encode(part).decode() if i in BYTES else part for i, part in enumerate(parts)]
 
 
