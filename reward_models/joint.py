@@ -105,7 +105,7 @@ def save_adapters(model: Model, folders: Sequence[Path], peft_config, tokenizer)
     for index, folder in enumerate(folders):
         folder.mkdir(parents=True, exist_ok=True)
         save_adapter(model, index, peft_config, folder)
-        digest = folder_digest(model.config._name_or_path)
+        digest = folder_digest(model.config.name_or_path)
         (folder / NOTES_FILE).write_text(json.dumps({"base_digest": digest}, indent=2) + "\n")
         tokenizer.save_pretrained(folder)
 
