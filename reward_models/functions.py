@@ -63,7 +63,10 @@ def _name_of(function: Callable) -> str:
     """Its name, also of a partial, and of an object with `__call__`."""
     if isinstance(function, functools.partial):
         return _name_of(function.func)
-    return function.__qualname__ if inspect.isroutine(function) else type(function).__qualname__
+    if not inspect.isroutine(function):
+        return type(function).__qualname__
+    renamed = function.__name__ != function.__qualname__.rpartition(".")[2]  # as TRL's users name what a factory made
+    return function.__name__ if renamed else function.__qualname__
 
 
 def run_concurrently(calls: Sequence[Callable[[], Awaitable]], limit: int, seconds: float) -> list:

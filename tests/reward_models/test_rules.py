@@ -154,3 +154,20 @@ def test_rows_of_the_dataset_are_named():
         RuleReward(lambda completions: [1.0, "2"], name="x").score(batch)
     part = batch.select([1])
     assert (part.prompts, part.completions, part.rows, part.prompt_ids) == (["q"], ["b"], [41], None)
+
+
+def test_functions_of_a_factory_are_called_by_the_name_that_they_were_given():
+    """TRL's way: `function.__name__ = "..."`."""
+
+    def factory(name):
+        def function(completions):
+            return [0.0] * len(completions)
+
+        function.__name__ = name
+        return function
+
+    assert [RuleReward(factory(name)).name for name in ("short", "polite", "function")] == [
+        "short",
+        "polite",
+        "function",
+    ]

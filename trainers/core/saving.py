@@ -1,7 +1,9 @@
 """Checks and completes a saved folder: the base of an adapter, the weights on disk."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from align.modeling.adapters import (
 from align.modeling.types import Model
 
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, NOTES_FILE, START_FILE, "adapter_model.bin")
+TEMPLATE_FILE = "chat_template.jinja"
 MODEL_FILES = ("config.json", "model*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
 PROBED_LAYERS = 8
 
@@ -83,9 +86,9 @@ def _first_difference(core: nn.Module, base: Path) -> str | None:
     return None
 
 
-def finish_folder(folder: str | Path, model: Model) -> None:
-    """After transformers or PEFT has written the model: complete an adapter's folder, and delete what an earlier run
-    has left there that would be loaded instead."""
+def finish_folder(folder: str | Path, model: Model, tokenizer: Any = None) -> None:
+    """After transformers or PEFT has written the model, and its tokenizer: complete an adapter's folder, and delete
+    what an earlier run has left there that would be loaded instead."""
     folder = Path(folder)
     if is_peft(model):
         finish_adapter(folder, model)
@@ -95,9 +98,24 @@ def finish_folder(folder: str | Path, model: Model) -> None:
         stale = [path for pattern in MODEL_FILES for path in folder.glob(pattern)]
         stale = [path for path in stale if path.name not in ADAPTER_FILES]
     else:
-        stale = [folder / name for name in ADAPTER_FILES]
+        stale = [*(folder / name for name in ADAPTER_FILES), *_older_weights(folder)]
+    if tokenizer is not None and tokenizer.chat_template is None:
+        stale.append(folder / TEMPLATE_FILE)
     for path in stale:
         path.unlink(missing_ok=True)
+
+
+def _older_weights(folder: Path) -> list[Path]:
+    """Weights of an earlier save beside those of the last one, which are whole or in parts with an index: loaders do
+    not agree on which of the two they read."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    older = list(folder.glob("pytorch_model*.bin*"))
+    if not (whole.exists() and index.exists()):
+        return older
+    if whole.stat().st_mtime_ns < index.stat().st_mtime_ns:
+        return [*older, whole]
+    parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return [*older, index, *(folder / part for part in parts)]
 
 
 # ---- verification ----------------------------------------------------------------------------------------------------

@@ -264,7 +264,7 @@ class TrainerMixin(TrainerHooks):
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if not isinstance(model, PreTrainedModel | PeftModel):
             return
-        saving.finish_folder(folder, model)
+        saving.finish_folder(folder, model, self.processing_class)
         base = adapter_start(folder) if saving.is_peft(model) else model.config.name_or_path
         tags = model.model_tags or []
         card.write_card(folder, previous, card.facts_of(self), base=base, adapter=saving.is_peft(model), tags=tags)

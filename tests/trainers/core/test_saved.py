@@ -10,13 +10,14 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align.data import toy
 from align.errors import ConfigError, TrainingError
 from align.modeling.export import export_model
 from align.modeling.load import load_adapted, load_policy, load_sequence_classifier
 from align.reward_models.build import build_reward
+from align.trainers.core.saving import finish_folder
 from align.trainers.dpo import DPOTrainer
 from align.trainers.kto import KTOConfig, KTOTrainer
 from align.trainers.modpo import MODPOConfig, MODPOTrainer
@@ -220,6 +221,26 @@ def test_a_folder_is_what_was_written_last(policy, tmp_path):
     assert_saved("sft", trained("sft", policy, tmp_path, learning_rate=1e-2), tmp_path)
     assert_saved("sft", trained("sft", policy, tmp_path, lora(), learning_rate=1e-2), tmp_path)
     assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_no_weights_and_no_template_of_an_earlier_save_are_left(policy, tmp_path):
+    """Loaders do not agree on whether they read whole weights or those in parts."""
+    model, whole, index = load_policy(policy), tmp_path / "model.safetensors", tmp_path / "model.safetensors.index.json"
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"old")
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    assert index.exists()
+    trainer = trained("sft", policy, tmp_path)
+    assert_saved("sft", trainer, tmp_path)
+    weights = {path.name for kind in ("*.safetensors", "*.bin", "*.index.json") for path in tmp_path.glob(kind)}
+    assert weights == {"model.safetensors", "training_args.bin"}
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template is None
+    trainer.model.save_pretrained(tmp_path, max_shard_size="20KB")
+    whole.write_bytes(b"old")
+    os.utime(whole, (1, 1))
+    finish_folder(tmp_path, trainer.model)
+    assert index.exists() and not whole.exists()
+    assert_saved("sft", trainer, tmp_path)
 
 
 def test_every_model_argument_takes_an_adapter(policy, start, tmp_path):
