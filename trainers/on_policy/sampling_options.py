@@ -6,7 +6,7 @@ from typing import Any
 from align.errors import ConfigError
 from align.rollout.types import SamplingParams
 from align.trainers.on_policy.environments import EnvironmentOptions
-from align.trainers.on_policy.trl_names import DRAWN, TrlOnPolicyOptions, take_generation_kwargs
+from align.trainers.on_policy.trl_names import DRAWN, TrlOnPolicyOptions, take_generation_kwargs, take_turns
 
 TRUNCATED = ("keep", "mask", "penalise", "bootstrap")
 
@@ -70,6 +70,7 @@ class SamplingOptions(EnvironmentOptions, TrlOnPolicyOptions):
 
     def __post_init__(self):
         take_generation_kwargs(self)
+        take_turns(self)
         super().__post_init__()
         self.min_p = self.min_p or 0.0  # TRL's None is off
         SamplingParams(**self.drawing)  # which checks them

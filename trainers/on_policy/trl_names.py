@@ -11,6 +11,9 @@ from align.trainers.on_policy.shown import ShownCompletionsOptions
 
 DRAWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 VLLM = "the section rollout, as rollout: {backend: vllm} (docs/rollouts.md)"
+SERVER = "rollout: {backend: server, urls: [...]} (docs/rollouts.md)"
+CORRECTION = "rollout_correction, with rollout_correction_low and rollout_correction_high"
+ENGINE = "rollout: {backend: vllm}, or transformers, whose batches are made here (docs/rollouts.md)"
 
 
 @dataclass
@@ -31,6 +34,9 @@ class TrlOnPolicyOptions(MovingReferenceOptions, ShownCompletionsOptions, LossOp
     )
     chat_template_kwargs: dict[str, Any] | None = field(
         default=None, metadata={"help": "Variables of the chat template for all prompts; a row's own come first."}
+    )
+    max_tool_calling_iterations: int | None = field(
+        default=None, metadata={"help": "TRL's: rounds of tool calls; max_turns is one more."}
     )
     num_generations_eval: int | None = field(default=None, metadata={"help": "TRL's name of eval_num_generations."})
     shuffle_dataset: bool = field(
@@ -56,10 +62,33 @@ class TrlOnPolicyOptions(MovingReferenceOptions, ShownCompletionsOptions, LossOp
     use_vllm: bool = of_trl(False, VLLM)
     vllm_mode: str = of_trl("colocate", VLLM)
     vllm_gpu_memory_utilization: float | None = of_trl(None, "rollout: {backend: vllm, gpu_memory_utilization: ...}")
-    vllm_server_base_url: str | None = of_trl(None, "rollout: {backend: server, urls: [...]} (docs/serving.md)")
+    vllm_model_impl: str = of_trl("vllm", "leave it out: vLLM runs its own implementations (docs/rollouts.md)")
+    vllm_max_model_length: int | None = of_trl(None, "max_prompt_length and max_completion_length, whose sum it is")
+    vllm_tensor_parallel_size: int = of_trl(1, "rollout: {backend: vllm, tensor_parallel: N} (docs/rollouts.md)")
+    vllm_enable_sleep_mode: bool = of_trl(False, "rollout: {backend: vllm, sleep: true}")
+    vllm_server_base_url: str | None = of_trl(None, SERVER)
+    vllm_server_host: str = of_trl("0.0.0.0", SERVER)  # noqa: S104 (TRL's default; nothing listens)
+    vllm_server_port: int = of_trl(8000, SERVER)
+    vllm_server_timeout: float = of_trl(240.0, "rollout: {backend: server, on_engine_failure: wait, wait_limit: ...}")
+    vllm_group_port: int = of_trl(51216, "leave it out: rollout.transfer: nccl and gloo find a free port")
     vllm_importance_sampling_correction: bool = of_trl(False, "rollout_correction: token_truncate or sequence_mask")
+    vllm_importance_sampling_mode: str = of_trl("sequence_mask", CORRECTION)
+    vllm_importance_sampling_clip_max: float | None = of_trl(3.0, CORRECTION)
+    vllm_importance_sampling_clip_min: float | None = of_trl(None, CORRECTION)
+    vllm_importance_sampling_cap: float | None = of_trl(None, CORRECTION)
+    use_transformers_continuous_batching: bool = of_trl(False, ENGINE)
+    transformers_continuous_batching_config: dict[str, Any] | None = of_trl(None, ENGINE)
+    use_transformers_paged: bool = of_trl(False, ENGINE)
+    cache_implementation: str | None = of_trl(None, ENGINE)
+    ds3_gather_for_generation: bool = of_trl(True, "leave it out: weights are gathered one by one")
     normalize_advantages: bool = of_trl(False, "the method reinforce_pp, which whitens over the rollout")
     # ---- what does not exist here
+    vllm_structured_outputs_regex: str | None = of_trl(
+        None, "a reward of type format: the loss would not know the probabilities of constrained draws"
+    )
+    log_multimodal: bool = of_trl(True, "leave it out: images are refused")
+    log_unique_prompts: bool = of_trl(False, "num_completions_to_print and log_completions")
+    log_completions_hub_repo: str | None = of_trl(None, "log_completions, and a tracker (report_to)")
     reward_clip_range: Any = of_trl(None, "clip inside the reward function; ReMax has reward_clip")
     multi_objective_aggregation: str = of_trl("sum_then_normalize", "method grpo, dynamic_weights or constraints")
 
@@ -117,6 +146,22 @@ def _take_order(args: Any) -> None:
             key="shuffle_dataset",
         )
     args.train_sampling_strategy = "sequential"
+
+
+def take_turns(args: Any) -> None:
+    """`max_tool_calling_iterations` as `max_turns`: the answer after the last round of calls is a turn too."""
+    rounds = args.max_tool_calling_iterations
+    if rounds is None:
+        return
+    if not isinstance(rounds, int) or rounds < 0:
+        raise ConfigError(f"max_tool_calling_iterations must be a whole number from 0, got {rounds!r}")
+    if args.max_turns not in (None, rounds + 1):
+        raise ConfigError(
+            f"max_tool_calling_iterations: {rounds} means max_turns = {rounds + 1}, and {args.max_turns} is given: "
+            "leave one of them out",
+            key="max_tool_calling_iterations",
+        )
+    args.max_turns = rounds + 1
 
 
 def take_generation_kwargs(args: Any) -> None:

@@ -30,6 +30,8 @@ BOTH = ((GRPOConfig, trl.GRPOConfig), (RLOOConfig, trl.RLOOConfig))
 ASKING = {
     "use_vllm": (True, "rollout: {backend: vllm}"),
     "vllm_importance_sampling_correction": (True, "rollout_correction"),
+    "vllm_server_port": (8001, "rollout: {backend: server, urls"),
+    "vllm_structured_outputs_regex": ("a", "a reward of type format"),
 }
 
 
@@ -43,6 +45,8 @@ def test_what_asks_for_something_says_what_to_write(name, tmp_path):
 def test_the_names_are_those_of_trl():
     own = {f.name for f in fields(TrlOnPolicyOptions) if INSTEAD in f.metadata}
     assert own <= {f.name for _, theirs in BOTH for f in fields(theirs)}
+    for ours, theirs in BOTH:  # every option can be named
+        assert not {f.name for f in fields(theirs)} - {f.name for f in fields(ours)}
     section = PAGE.split("\n## GRPO and RLOO\n")[1]
     defaults, refused = section.split("Options that only take their default")
     assert named(refused) == own
@@ -52,6 +56,14 @@ def test_the_names_are_those_of_trl():
         shared = (a.keys() & b.keys()) - own - {"logging_nan_inf_filter"}  # listed for all methods
         differ |= {name for name in shared if MISSING not in (a[name], b[name]) and a[name] != b[name]}
     assert named(defaults) - {"GRPOConfig"} == differ | {"per_device_train_batch_size"}
+
+
+def test_the_rounds_of_tool_calls_as_trl_says_them(tmp_path):
+    assert on_policy_config(RLOOConfig, tmp_path, max_tool_calling_iterations=2).max_turns == 3
+    with pytest.raises(ConfigError, match="2 means max_turns = 3, and 2 is given"):
+        on_policy_config(RLOOConfig, tmp_path, max_tool_calling_iterations=2, max_turns=2)
+    with pytest.raises(ConfigError, match="a whole number from 0, got -1"):
+        on_policy_config(RLOOConfig, tmp_path, max_tool_calling_iterations=-1)
 
 
 def test_the_size_of_a_rollout_as_trl_says_it(tmp_path):
