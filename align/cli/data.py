@@ -25,11 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--examples", type=int, default=2, metavar="N", help="rows shown [2]")
     add("--html", metavar="PAGE", help="write the report as a page too")
 
-    text = "text of dialogues to messages"
+    text = "text to messages, and columns to the names that trainers read"
     add = actions.add_parser("convert", help=text, description=text, allow_abbrev=False).add_argument
     add("data", metavar="DATA", help="a .parquet, .jsonl, .json or .csv file, a folder, or a hub name")
     add("--to", required=True, metavar="FILE", help="a new .jsonl or .parquet file")
     add("--split", default="train", help="of the data [train]")
+    add("--plain", action="store_true", help="a prompt is a user's message, an answer the assistant's, as they are")
+    add("--rename", nargs="+", metavar="OLD=NEW", default=[], help="columns with other names: question=prompt")
     add("--system", metavar="TEXT", help="a system message put before every conversation")
     add("--max_bad_share", type=float, default=0.0, metavar="X", help="share of rows that may be left out [0]")
 
@@ -74,7 +76,9 @@ def convert(args: argparse.Namespace) -> int:
     if target.suffix not in (".jsonl", ".parquet"):
         raise ConfigError(f"--to {target}: the file's name must end in .jsonl or .parquet")
     rows = load_rows(args.data, args.split)
-    converted, _ = convert_dialogues(rows, system=args.system, max_bad_share=args.max_bad_share, source=args.data)
+    rows = rows.rename_columns(_new_names(args.rename, rows.column_names))
+    options = {"plain": args.plain, "system": args.system, "max_bad_share": args.max_bad_share}
+    converted, _ = convert_dialogues(rows, **options, source=args.data)
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.suffix == ".jsonl":
         converted.to_json(target, force_ascii=False)
@@ -82,3 +86,15 @@ def convert(args: argparse.Namespace) -> int:
         converted.to_parquet(target)
     print(f"wrote {len(converted)} of {len(rows)} rows to {target}")
     return 0
+
+
+def _new_names(words: list[str], columns: list[str]) -> dict[str, str]:
+    from align.errors import ConfigError
+
+    names = dict(word.split("=", 1) if "=" in word else (word, "") for word in words)
+    for old, new in names.items():
+        if old not in columns or not new:
+            raise ConfigError(f"--rename {old}={new}: write OLD=NEW; the columns are {', '.join(columns)}")
+        if new in columns and new not in names or list(names.values()).count(new) > 1:
+            raise ConfigError(f"--rename {old}={new}: there would be two columns {new}")
+    return names

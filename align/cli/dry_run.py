@@ -12,6 +12,7 @@ import yaml
 from align.cli import build
 from align.cli.estimate import Packed, Shape, estimate, model_shape
 from align.config.resolve import RunConfig, settings
+from align.data.dialogue import unused_template
 from align.data.streams import LOOKED_AT, sample_of
 from align.errors import ConfigError
 
@@ -34,6 +35,8 @@ def dry_run(run: RunConfig, processes: int | None = None) -> int:
         print(given.info.description)
     rows, report = tokenize(run, sample_of(given), tokenizer)
     print(report.summary())
+    if (note := unused_template(sample_of(given), tokenizer)) is not None:
+        print(f"  note:    {note}")
     _title("first example")
     print(_example_text(run, rows[0], tokenizer))
     _title("steps")

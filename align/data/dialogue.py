@@ -67,26 +67,45 @@ def warn_of_dialogues(dataset: "Dataset", tokenizer, source: str) -> None:
         )
 
 
+def unused_template(dataset: "Dataset", tokenizer) -> str | None:
+    """What a look at plain text says where the model has a chat template; None where all is as it should be."""
+    texts = [name for name in ("prompt", "text", "chosen") if name in dataset.column_names]
+    if not tokenizer.chat_template or not texts or not isinstance(dataset[0][texts[0]], str):
+        return None
+    return (
+        "plain text: the model's chat template is not used, though it is what the model will be asked with; "
+        "`align data convert` makes messages"
+    )
+
+
 def convert_dialogues(
-    dataset: "Dataset", *, system: str | None = None, max_bad_share: float = 0.0, source: str = ""
+    dataset: "Dataset",
+    *,
+    plain: bool = False,
+    system: str | None = None,
+    max_bad_share: float = 0.0,
+    source: str = "",
 ) -> "tuple[Dataset, BadRows]":
     """The rows with messages in place of text, and the rows that were left out. Other columns stay.
 
     Takes prompts, prompts with completions, `text`, and preference pairs, whose prompt is a column or the beginning
-    that both share. system: a message put before every conversation. `text` becomes `messages`. Raises DataError if
-    more than `max_bad_share` of the rows are no such dialogues.
+    that both share. plain: the texts are no dialogues: a prompt is what a user says, whole, and an answer what the
+    assistant says, each in a column of its own. system: a message put before every conversation. `text` becomes
+    `messages`. Raises DataError if more than `max_bad_share` of the rows cannot be read so.
     """
     from datasets import Dataset
 
     fmt = format_for(dataset, _use(dataset), source)
     if fmt.conversational:
         raise DataError(f"{source or 'the data'} holds messages already: nothing is to be converted")
+    if plain and (fmt.implicit_prompt or fmt.kind == "language_modeling"):
+        raise DataError(f"{source or 'the data'} has no column 'prompt', and only that says what is asked")
     report = BadRows(source=source or "dataset", total=len(dataset))
     first: Messages = [{"role": "system", "content": system}] if system else []
     rows = []
     for number, row in enumerate(dataset.with_format(None)):
         try:
-            rows.append(_converted(row, fmt.kind, fmt.implicit_prompt, first))
+            rows.append(_said(row, first) if plain else _converted(row, fmt.kind, fmt.implicit_prompt, first))
         except BadRow as reason:
             report.add(number, str(reason))
     report.check(max_bad_share)
@@ -98,6 +117,17 @@ def _use(dataset: "Dataset") -> str:
     if {"chosen", "rejected"} <= columns:
         return "pairs"
     return "prompts" if "prompt" in columns and "completion" not in columns else "completions"
+
+
+def _said(row: dict[str, Any], first: Messages) -> dict[str, Any]:
+    """Prompt and answers of a row as one message each."""
+    roles = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
+    said: dict[str, Messages] = {}
+    for name in row.keys() & roles.keys():
+        if not isinstance(row[name], str) or not row[name].strip():
+            raise BadRow(f"{name} is empty")
+        said[name] = [{"role": roles[name], "content": row[name].strip()}]
+    return {**row, **said, "prompt": first + said["prompt"]}
 
 
 def _converted(row: dict[str, Any], kind: str, implicit: bool, first: Messages) -> dict[str, Any]:
@@ -122,7 +152,7 @@ def _converted(row: dict[str, Any], kind: str, implicit: bool, first: Messages) 
 def _talk(text: Any, name: str) -> Messages:
     talk = messages_of(text) if isinstance(text, str) else None
     if talk is None:
-        raise BadRow(f"{name} does not begin with a turn of Human: or User:")
+        raise BadRow(f"{name} does not begin with a turn of Human: or User: (`--plain` takes texts as they are)")
     if any(not message["content"] for message in talk[:-1]):
         raise BadRow(f"{name} has an empty turn")
     if any(a["role"] == b["role"] for a, b in zip(talk, talk[1:], strict=False)):

@@ -9,6 +9,7 @@ import numpy as np
 
 from align.data.bad_rows import BadRows
 from align.data.describe import describe_example
+from align.data.dialogue import unused_template
 from align.data.formats import detect_format, format_for
 from align.data.rows import source_of
 from align.data.tokenize import tokenize_completions, tokenize_pairs, tokenize_prompts
@@ -79,6 +80,7 @@ def data_report(
         "histogram": [(int(low), int(high), int(n)) for low, high, n in zip(edges, edges[1:], counts, strict=False)],
         "limits": {limit: _at(limit, tokens, needed) for limit in limits},
         "repeats": _repeats(rows),
+        "template": unused_template(dataset, tokenizer),
         "examples": [describe_example(tokenised[i], tokenizer, use) for i in range(min(examples, len(rows)))],
     }
     if against is not None:
@@ -173,9 +175,11 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"{found['source']}: {found['rows']} rows, {found['usable']} usable as {found['use']} ({found['format']})",
         f"columns: {', '.join(found['columns'])}",
     ]
+    if found["template"]:
+        say.append(f"note: {found['template']}")
     for name in ("dropped", "noted"):
         for text, (count, at) in found[name].items():
-            say.append(f"{name}: {text}: {count} (rows {', '.join(map(str, at))})")
+            say.append(f"{name}: {text}: {count} (row{'s' * (count > 1)} {', '.join(map(str, at))})")
     quantiles = ", ".join(f"{_name(share)} {value}" for share, value in found["quantiles"].items())
     say += ["", f"tokens of the longest sequence of a row: {quantiles}; {found['tokens']} in all"]
     most = max(count for *_, count in found["histogram"])

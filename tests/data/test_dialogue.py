@@ -66,7 +66,7 @@ def test_what_is_no_dialogue_is_left_out_by_number():
         convert_dialogues(Dataset.from_list(rows))
     for reason in (
         "further turns after the answer: 1 (row 1)",
-        "turn of Human: or User:: 1 (row 2)",
+        "turn of Human: or User: (`--plain` takes texts as they are): 1 (row 2)",
         "turn: 1 (row 3)",
     ):
         assert reason in str(error.value)
@@ -107,9 +107,51 @@ def test_the_command_of_the_page(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Dataset.from_list([{"prompt": TALK, "chosen": " w6", "rejected": " w7"}]).to_parquet("hh_pairs.parquet")
     page = (Path(__file__).parents[2] / "docs/data.md").read_text()
-    (command,) = re.findall(r"```bash\n(align data convert .*)\n", page)
-    assert main(shlex.split(command)[1:]) == 0
+    export = {"question": "w1?", "answer_good": "w6", "answer_bad": "w7"}
+    Dataset.from_list([export]).to_csv("export.csv")
+    Dataset.from_list([{"question": "w1", "answer": "w2", "thumb": thumb} for thumb in ("up", "down")]).to_json(
+        "thumbs.jsonl"
+    )
+    dialogues, columns = re.findall(r"```bash\n(align data convert .*)\n", page)
+    assert main(shlex.split(dialogues)[1:]) == 0
     assert load_rows("pairs.jsonl")[0]["prompt"][0]["content"] == "You are a helpful assistant."
+    Path("pairs.jsonl").unlink()
+    assert main(shlex.split(columns)[1:]) == 0
+    assert load_rows("pairs.jsonl")[0]["chosen"] == said("w6")
+    (thumbs,) = re.findall(r'```python\n(rows = load_rows\("thumbs.*?)```', page, re.DOTALL)
+    exec(thumbs, {"load_rows": load_rows})
+    assert load_rows("labelled.jsonl")["label"] == [True, False]
+    assert {"prompt", "completion"} <= set(load_rows("labelled.jsonl").column_names)
+
+
+def test_columns_of_other_names_and_plain_answers(tmp_path, capsys):
+    """A table exported from elsewhere, which holds no messages."""
+    source, target = tmp_path / "export.csv", tmp_path / "pairs.jsonl"
+    source.write_text('question,good,bad,rating\n"w1, w2?",w6,w7,0.5\nw3," ",w7,1\n')
+    command = ["data", "convert", str(source), "--to", str(target), "--plain", "--max_bad_share", "0.5", "--rename"]
+    names = ["question=prompt", "good=chosen", "bad=rejected"]
+    assert main([*command, *names]) == 0
+    (row,) = load_rows(target)
+    asked = [{"role": "user", "content": "w1, w2?"}]
+    assert row == {"prompt": asked, "chosen": said("w6"), "rejected": said("w7"), "rating": 0.5}
+    target.unlink()
+    for words, message in (
+        (["qestion=prompt"], "--rename qestion=prompt: write OLD=NEW; the columns are question, good, bad, rating"),
+        (["question"], "--rename question=: write OLD=NEW"),
+        (["question=rating"], "--rename question=rating: there would be two columns rating"),
+        (["good=chosen", "bad=rejected"], "has no column 'prompt', and only that says what is asked"),
+    ):
+        assert main([*command, *words]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_plain_text_for_a_chat_model_is_said(tmp_path, capsys):
+    source = tmp_path / "pairs.jsonl"
+    source.write_text(json.dumps({"prompt": "w1 ", "chosen": "w6", "rejected": "w7"}) + "\n")
+    for template, told in ((worlds.TEMPLATE, 1), (None, 0)):
+        worlds.tokenizer(template=template).save_pretrained(tmp_path / str(told))
+        assert main(["data", "show", str(source), "--tokenizer", str(tmp_path / str(told))]) == 0
+        assert capsys.readouterr().out.count("note: plain text: the model's chat template is not used") == told
 
 
 def test_published_pairs(real_pairs):

@@ -68,7 +68,7 @@ def test_faults_repeats_and_leakage(tmp_path):
     assert found["dropped"] == {"chosen is empty": (1, [12])} and found["usable"] == 12
     assert found["repeats"] == {"rows": 1, "prompts": 2}
     assert found["leakage"] == {"of": 5, "rows": 1, "prompts": 2}
-    assert "dropped: chosen is empty: 1 (rows 12)" in lines(found)
+    assert "dropped: chosen is empty: 1 (row 12)" in lines(found)
 
 
 def test_labelled_answers():
