@@ -91,7 +91,7 @@ def convert(args: argparse.Namespace) -> int:
 def _new_names(words: list[str], columns: list[str]) -> dict[str, str]:
     from align.errors import ConfigError
 
-    names = dict(word.split("=", 1) if "=" in word else (word, "") for word in words)
+    names = {old: new for old, _, new in (word.partition("=") for word in words)}
     for old, new in names.items():
         if old not in columns or not new:
             raise ConfigError(f"--rename {old}={new}: write OLD=NEW; the columns are {', '.join(columns)}")
