@@ -76,5 +76,6 @@ class PPOConfig(CriticOptions, OnPolicyConfig):
 class PPOTrainer(OnPolicyTrainer):
     """A policy and a critic: a second network with its own optimiser, and a squared error on the returns."""
 
+    _tag_names = ["align", "trl", "ppo"]
     paper = "Schulman et al. 2017, arXiv 1707.06347"
     config_class = PPOConfig

@@ -61,5 +61,6 @@ class ReinforcePPConfig(OnPolicyConfig):
 class ReinforcePPTrainer(OnPolicyTrainer):
     """One policy; one completion per prompt is enough."""
 
+    _tag_names = ["align", "reinforce_pp"]
     paper = "REINFORCE++; Hu 2025, arXiv 2501.03262"
     config_class = ReinforcePPConfig

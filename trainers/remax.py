@@ -81,5 +81,6 @@ class ReMaxConfig(OnPolicyConfig):
 class ReMaxTrainer(OnPolicyTrainer):
     """One policy, and one more, greedy, completion per prompt."""
 
+    _tag_names = ["align", "remax"]
     paper = "Li et al. 2023, arXiv 2310.10505"
     config_class = ReMaxConfig

@@ -30,8 +30,11 @@ def rows_of(folder) -> dict[str, str]:
     return {name: value for name, value in (line.strip("| ").split(" | ", 1) for line in lines if " | " in line)}
 
 
-def test_every_method_names_its_own_paper():
-    papers = {name: load(method.trainer).paper for name, method in METHODS.items()}
+def test_every_method_has_its_own_paper_and_tag():
+    trainers = {name: load(method.trainer) for name, method in METHODS.items()}
+    tags = {name: trainer._tag_names[-1] for name, trainer in trainers.items()}
+    assert tags == {name: name for name in METHODS} | {"reward": "reward-trainer"}  # TRL's
+    papers = {name: trainer.paper for name, trainer in trainers.items()}
     assert papers.pop("sft") is None
     assert all(papers.values()) and len({*papers.values()}) == len(papers)
 
