@@ -9,9 +9,7 @@ from align.trainers.on_policy.config import ESTIMATOR_HELP, OnPolicyConfig
 from align.trainers.on_policy.estimators import Estimate, Estimator, register_estimator
 from align.trainers.on_policy.groups import needs_groups, penalised
 from align.trainers.on_policy.loop import OnPolicyTrainer
-from align.trainers.on_policy.streams import Stream
-
-EPSILON = 1e-4  # TRL's, added to the deviation
+from align.trainers.on_policy.streams import EPSILON, Stream
 
 
 @register_estimator("rloo")

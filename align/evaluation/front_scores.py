@@ -14,7 +14,7 @@ from align.evaluation.bootstrap import percentile_interval, resample_weights
 from align.evaluation.front import Front, Point
 from align.evaluation.pareto import dominated_share, non_dominated
 from align.evaluation.scoring import drawn_batch
-from align.modeling.adapters import adapter_start
+from align.modeling.adapters import adapter_start, is_adapter
 from align.objectives.reward_weighting import hypervolume
 from align.rollout.seeds import derive_seed
 from align.rollout.types import SamplingParams
@@ -215,7 +215,7 @@ def as_front(path: str | Path) -> Front:
 
     folder = Path(path)
     if folder.is_dir() and not (folder / FILE_NAME).exists():
-        if (folder / "adapter_config.json").exists():
+        if is_adapter(folder):
             reference = adapter_start(folder)
             return Front("policy", reference, [], [Point(folder.name, str(folder), {})])
         if (folder / "config.json").exists():

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from align.errors import ConfigError
+from align.modeling.adapters import PREFIX, WEIGHTS_FILE
 from align.modeling.members import Members, draw_heads, layer_list, modules_after
 from align.modeling.types import Model
 
-PREFIX = "base_model.model."  # PEFT's, of every name
-WEIGHTS = "adapter_model.safetensors"
 # What a LoraConfig may set here: which layers, and sizes. The rest changes the arithmetic or trains other weights.
 SUPPORTED = {
     *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"),
@@ -156,14 +155,14 @@ def save_adapter(model: Model, index: int, peft_config, folder: str | Path) -> N
     config.base_model_name_or_path = model.config.name_or_path
     config.save_pretrained(str(folder))
     state = {name: value.detach().cpu().contiguous() for name, value in adapter_state(model, index).items()}
-    save_file(state, Path(folder) / WEIGHTS)
+    save_file(state, Path(folder) / WEIGHTS_FILE)
 
 
 def load_adapter(model: Model, index: int, folder: str | Path) -> None:
     """Read what `save_adapter` (or PEFT) wrote into member `index`. Raises `ConfigError` unless the names match."""
     from safetensors.torch import load_file
 
-    saved, own = load_file(Path(folder) / WEIGHTS), adapter_state(model, index)
+    saved, own = load_file(Path(folder) / WEIGHTS_FILE), adapter_state(model, index)
     different = sorted(saved.keys() ^ own.keys()) or [name for name in saved if saved[name].shape != own[name].shape]
     if different:
         raise ConfigError(f"{folder} is not an adapter of the same shape as the first member: {different[0]} differs")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from align.errors import ConfigError
+from align.modeling.adapters import WEIGHTS_FILE, is_adapter
 from align.modeling.load import load_policy, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ def make_soup(folders: Sequence[str | Path], weights: Sequence[float], output_di
         raise ConfigError(
             f"a soup needs one weight per policy, got {len(policies)} policies and {len(weights)} weights"
         )
-    are_adapters = {(folder / "adapter_config.json").exists() for folder in policies}
+    are_adapters = {is_adapter(folder) for folder in policies}
     if len(are_adapters) > 1:
         raise ConfigError(f"a soup is of adapters or of whole models, not of both: {', '.join(map(str, policies))}")
     if are_adapters.pop():
@@ -73,7 +74,7 @@ def _adapter_soup(folders: list[Path], weights: Sequence[float], output_dir: Pat
     joined.r = joined.lora_alpha = sum(other.r for other in configs)  # scale 1: the scales are in B
     joined.use_rslora, joined.lora_dropout, joined.inference_mode = False, 0.0, True
     output_dir.mkdir(parents=True, exist_ok=True)
-    save_file({name: values.contiguous() for name, values in soup.items()}, output_dir / "adapter_model.safetensors")
+    save_file({name: values.contiguous() for name, values in soup.items()}, output_dir / WEIGHTS_FILE)
     joined.save_pretrained(str(output_dir))
 
 

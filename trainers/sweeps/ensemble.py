@@ -8,6 +8,7 @@ from align.data.formats import columns_of
 from align.data.sets import of_each
 from align.distributed.checkpoints import newest_whole
 from align.errors import ConfigError
+from align.modeling.adapters import is_adapter
 from align.modeling.load import load_sequence_classifier
 from align.modeling.member_lora import add_member_adapters
 from align.modeling.members import share_trunk
@@ -100,7 +101,7 @@ def _check(model, members: int, kind: str, upper_layers: int | None, train_trunk
         raise ConfigError("an ensemble of kind lora needs a peft_config (use_peft: true, lora_r ...)")
     if kind == "shared_trunk" and peft_config is not None:
         raise ConfigError("a shared trunk has no adapters: leave peft_config (use_peft) out, or take the kind lora")
-    if kind == "lora" and (Path(model) / "adapter_config.json").exists():
+    if kind == "lora" and is_adapter(model):
         raise ConfigError(f"{model} holds an adapter, and members' adapters need a whole model: merge it first")
 
 

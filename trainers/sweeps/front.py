@@ -21,6 +21,7 @@ from torch import nn
 from align.data.sets import of_each
 from align.errors import ConfigError
 from align.evaluation.front import Front, Point, write_front
+from align.modeling.adapters import is_adapter
 from align.modeling.load import load_policy, load_tokenizer
 from align.modeling.logprobs import language_model
 from align.modeling.soups import make_soup
@@ -276,7 +277,7 @@ def margin_policy(rewards: list[Reward], start: str | None, args: MODPOConfig, p
     policy, reference = reward.model_folders
     if policy is None or reference is None or start is None or not Path(policy).is_dir():
         return None
-    adapter = (Path(policy) / "adapter_config.json").exists()
+    adapter = is_adapter(policy)
     same_start = reference == start or Path(reference).resolve() == Path(start).resolve()
     return Path(policy).absolute() if same_start and adapter == (peft_config is not None) else None
 

@@ -25,6 +25,7 @@ from align.trainers.pairs.config import PreferenceConfig
 from align.trainers.pairs.data import numbered_pairs
 from align.trainers.pairs.preference import PreferenceTrainer
 from align.trainers.sweeps.front import (
+    POINT_FILE,
     Model,
     check_model,
     check_sweep,
@@ -154,7 +155,7 @@ def soup_front(
         points.append(Point(name, name, dict(weights), kind="soup"))
     seconds = {}
     for objective, folder in policies.items():
-        done = Path(folder) / "point.json"
+        done = Path(folder) / POINT_FILE
         if done.exists():
             seconds[objective] = json.loads(done.read_text())["seconds"]
     write_front(Front("dpo_soups", str(reference), list(policies), points, seconds), root)

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from align.errors import RolloutError
+from align.modeling.adapters import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from align.rollout.adapters import A, B
 from align.rollout.server.client import Server
 from align.rollout.server.packing import packs
@@ -109,12 +110,12 @@ async def deliver(server: Server, http: aiohttp.ClientSession, files: list[Path]
 def write_adapter(tensors: dict[str, Tensor], folder: Path) -> None:
     """The matrices of `adapter_weights`, which are scaled already, as PEFT saves an adapter."""
     folder.mkdir()
-    named = {f"base_model.model.{name}.weight": apart(tensor) for name, tensor in tensors.items()}
-    save_file(named, folder / "adapter_model.safetensors")
+    named = {f"{PREFIX}{name}.weight": apart(tensor) for name, tensor in tensors.items()}
+    save_file(named, folder / WEIGHTS_FILE)
     rank = max(tensor.shape[0] for name, tensor in tensors.items() if name.endswith(A))
     layers = sorted({name.removesuffix(A).removesuffix(B).rpartition(".")[2] for name in tensors})
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": layers, "bias": "none"}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / CONFIG_FILE).write_text(json.dumps(config))
 
 
 @asynccontextmanager
