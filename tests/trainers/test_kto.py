@@ -115,6 +115,12 @@ def test_an_evaluation_does_not_depend_on_its_batches(tmp_path):
         found.append({k: v for k, v in trainer.evaluate().items() if "per_second" not in k and "runtime" not in k})
     assert found[0] == pytest.approx(found[1], rel=1e-5)
     assert found[0]["eval_kl"] > 0.1
+    values = {name: torch.from_numpy(column).double() for name, column in trainer.evaluator.values.items()}
+    point = values["others"].mean()
+    args = trainer.args
+    weights = {name: getattr(args, name) for name in ("desirable_weight", "undesirable_weight")}
+    losses = kto_losses(values["reward"] / args.beta, values["label"], point, beta=args.beta, **weights)
+    assert (found[0]["eval_kl"], found[0]["eval_loss"]) == pytest.approx((point.item(), losses.mean().item()), rel=1e-5)
     trained = trainer.predict(answers(24)).metrics
     assert trained["test_loss"] != pytest.approx(found[0]["eval_loss"], rel=1e-3)
 

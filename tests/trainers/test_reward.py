@@ -2,6 +2,7 @@ import json
 import os
 import sys
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -11,6 +12,7 @@ from align.data.collate import PairCollator
 from align.data.noise import flip_labels, save_flips
 from align.data.shared_prefix import SharedPrefixCollator
 from align.errors import ConfigError, DataError
+from align.modeling.score_head import head_name
 from align.reward_models.base import RewardBatch
 from align.reward_models.classifier import ClassifierReward
 from align.reward_models.normalizer import Normalizer
@@ -94,6 +96,16 @@ def first_step(trunk, folder, batch, accumulation, data, **options):
     trainer = RewardTrainer(trunk, args, data, data)
     trainer.train()
     return [torch.tensor(logged(trainer, key)[:2]) for key in ("loss", "grad_norm", "rewards/margins")]
+
+
+def test_the_loss_is_bradley_terrys_with_both_penalties_added(trunk, tmp_path):
+    args = config(tmp_path, center_rewards_coefficient=0.3, score_l2_coefficient=0.7)
+    trainer = RewardTrainer(trunk, args, pairs(8), pairs(8))
+    trainer.model.get_submodule(head_name(trainer.model)).weight.data.mul_(5)  # scores of some size
+    loss = trainer.evaluate()["eval_loss"]
+    chosen, rejected = (trainer.evaluator.values[f"rewards/{side}"].astype(float) for side in ("chosen", "rejected"))
+    ranking, centre, size = np.log1p(np.exp(rejected - chosen)), (chosen + rejected) ** 2, (chosen**2 + rejected**2) / 2
+    assert centre.mean() > 0.1 and loss == pytest.approx((ranking + 0.3 * centre + 0.7 * size).mean(), rel=1e-5)
 
 
 def test_batch_times_accumulation_does_not_matter(trunk, tmp_path):

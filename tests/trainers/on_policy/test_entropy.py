@@ -8,6 +8,7 @@ import torch
 from align.data import toy
 from align.modeling.completions import completion_logps
 from align.trainers.core.ranks import Ranks
+from align.trainers.core.recorder import Recorder
 from align.trainers.grpo import GRPOConfig, GRPOTrainer
 from align.trainers.on_policy.entropy import EntropyBonus, train_high_entropy_tokens
 from align.trainers.on_policy.samples import Sample
@@ -47,6 +48,18 @@ def test_the_loss_is_less_by_the_mean_entropy(kind, tmp_path):
         log = next(entry for entry in trainer.state.log_history if "policy_loss" in entry)
         assert log["policy_loss"] - log["loss"] == pytest.approx(0.5 * log["entropy"], rel=1e-4)
         assert log["entropy"] > 1 and log["entropy_coef"] == trainer.entropy_coef == 0.5
+
+
+def test_the_loss_without_the_bonus_is_that_of_the_whole_step():
+    """Of micro-batches of 3 and 5 sequences, whose losses are divided by the step's 8."""
+    recorder, args = Recorder(), SimpleNamespace(has_entropy_bonus=True, use_adaptive_entropy=False, entropy_coef=0.5)
+    bonus = EntropyBonus(args, Ranks(), recorder.record)
+    bonus.count = 4.0  # tokens of the step
+    mask = torch.tensor([[1.0, 1.0, 0.0]])
+    entropy = torch.tensor([[1.0, 3.0, 7.0]])
+    losses = [bonus.added_to(torch.tensor(part / 8), entropy, mask, n, 8) for part, n in ((6.0, 3), (-2.0, 5))]
+    assert [loss.item() for loss in losses] == pytest.approx([0.75 - 0.5 * 4 / 4, -0.25 - 0.5 * 4 / 4])
+    assert recorder.take() == {"policy_loss": pytest.approx(0.5)}
 
 
 def test_the_bonus_raises_the_entropy_of_what_was_drawn(tmp_path):
