@@ -80,5 +80,8 @@ def test_whitened_values_have_mean_0_and_deviation_1():
     assert white.mean().item() == pytest.approx(0, abs=1e-7) and white.std().item() == pytest.approx(1, rel=1e-6)
     kept = whiten(values, MASK, shift_mean=False)[MASK.bool()]
     assert kept.mean().item() == pytest.approx(values[MASK.bool()].mean().item())
+    equal = torch.full((2, 4), 0.3)  # whose mean in float32 is another number
+    assert not whiten(equal, MASK).any()
+    assert whiten(equal, MASK, shift_mean=False)[MASK.bool()].tolist() == pytest.approx([0.3] * 6)
     with pytest.raises(TrainingError, match="1 tokens cannot be whitened"):
         whiten(values, torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0]]))

@@ -13,6 +13,7 @@ from align.errors import ConfigError, TrainingError
 from align.modeling.load import load_policy
 from align.modeling.pairs import completions
 from align.modeling.token_masks import FILE_NAME, load_masks, read_masks, watch_states
+from align.trainers.masks.metrics import mask_metrics
 from align.trainers.sparsepo import SparsePOConfig
 from tests.trainers.pairs.preference_runs import toy_pairs
 from tests.trainers.sparse_runs import SparsePOTrainer, config, trainer
@@ -49,6 +50,20 @@ def moved_policy(policy):
 
 
 # ---- the objective ---------------------------------------------------------------------------------------------------
+
+
+def test_metrics_of_weights_by_hand():
+    weights = torch.tensor([[0.5, 0.0, 9.0], [0.2, 0.4, 0.0]])
+    found = mask_metrics("mask_u", weights, torch.tensor([[1, 1, 0], [1, 1, 1]]))  # a chosen and a rejected completion
+    wanted = {"mean": (0.25, 0.2), "sparsity": (0.5, 1 / 3), "l1": (0.5, 0.6)}
+    assert {name: values.item() for name, values in found.items()} == pytest.approx(
+        {
+            f"mask_u_{name}/{side}": pair[i]
+            for name, pair in wanted.items()
+            for i, side in enumerate(("chosen", "rejected"))
+        }
+    )
+    assert mask_metrics("mask_d", None, torch.ones(2, 3)) == {}
 
 
 def test_weights_of_one_are_exactly_tdpo1(policy, tmp_path):
