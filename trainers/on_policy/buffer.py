@@ -23,17 +23,20 @@ class BlockSampler(Sampler[int]):
 
     Trainer counts its steps and epochs by what the sampler yields. A rollout takes its prompts from the block's first
     repetition; the rest is drawn and ignored. Prompts that do not fill a block wait for another epoch, in another
-    order.
+    order. seed: of the orders; None: as the prompts come.
     """
 
-    def __init__(self, rows: int, block: int, repetitions: int, seed: int, epoch: Callable[[], int]):
+    def __init__(self, rows: int, block: int, repetitions: int, seed: int | None, epoch: Callable[[], int]):
         self.rows, self.block, self.repetitions, self.seed, self.epoch = rows, block, repetitions, seed, epoch
 
     def __len__(self) -> int:
         return self.rows // self.block * self.block * self.repetitions
 
     def __iter__(self) -> Iterator[int]:
-        order = np.random.default_rng([self.seed, self.epoch()]).permutation(self.rows)
+        if self.seed is None:
+            order = np.arange(self.rows)
+        else:
+            order = np.random.default_rng([self.seed, self.epoch()]).permutation(self.rows)
         for start in range(0, self.rows // self.block * self.block, self.block):
             for _ in range(self.repetitions):
                 yield from order[start : start + self.block].tolist()
@@ -41,10 +44,18 @@ class BlockSampler(Sampler[int]):
 
 def block_sampler(args: OnPolicyConfig, rows: int, step: Callable[[], int]) -> BlockSampler:
     """Of a run whose rollouts are made several steps from. step: called for the optimiser step that an epoch begins
-    with."""
+    with. Raises `ConfigError` for an order that blocks cannot have."""
+    if args.train_sampling_strategy not in ("random", "sequential"):
+        raise ConfigError(
+            f"train_sampling_strategy is {args.train_sampling_strategy}, and prompts come at random or in their order "
+            "(sequential): completions are put together by their lengths anyway",
+            key="train_sampling_strategy",
+        )
+    shuffled = args.seed if args.data_seed is None else args.data_seed
+    seed = None if args.train_sampling_strategy == "sequential" else shuffled
     block = args.prompts_per_rollout
     steps_per_epoch = rows // block * args.steps_per_rollout
-    return BlockSampler(rows, block, args.num_iterations, args.seed, lambda: step() // steps_per_epoch)
+    return BlockSampler(rows, block, args.num_iterations, seed, lambda: step() // steps_per_epoch)
 
 
 def take_prompts(

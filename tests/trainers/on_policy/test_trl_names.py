@@ -14,6 +14,7 @@ from align.errors import ConfigError, DataError
 from align.trainers.core.ranks import Ranks
 from align.trainers.core.trl_options import INSTEAD
 from align.trainers.grpo import GRPOConfig
+from align.trainers.on_policy.buffer import block_sampler
 from align.trainers.on_policy.estimators import make_estimator
 from align.trainers.on_policy.pipeline import ScoredRollout
 from align.trainers.on_policy.reward_funcs import rewards_given
@@ -56,6 +57,22 @@ def test_the_names_are_those_of_trl():
         shared = (a.keys() & b.keys()) - own - {"logging_nan_inf_filter"}  # listed for all methods
         differ |= {name for name in shared if MISSING not in (a[name], b[name]) and a[name] != b[name]}
     assert named(defaults) - {"GRPOConfig"} == differ | {"per_device_train_batch_size"}
+
+
+def test_the_order_of_prompts(tmp_path):
+    """Where a rollout is several steps: whole blocks, at random by data_seed or as the data stand."""
+
+    def order(epoch=0, **options):
+        batch = {"per_device_train_batch_size": 2, "num_mini_batches": 2, "num_iterations": 2, "num_generations": 2}
+        args = on_policy_config(RLOOConfig, tmp_path, **batch, **options)
+        return list(block_sampler(args, 9, lambda: 8 * epoch))
+
+    as_they_come = [*range(4), *range(4), *range(4, 8), *range(4, 8)]
+    assert order(shuffle_dataset=False) == order(1, train_sampling_strategy="sequential") == as_they_come
+    assert order() == order(data_seed=42) != order(data_seed=1) and order(data_seed=1) != order(1, data_seed=1)
+    assert order()[:4] == order()[4:8] and len(set(order())) == 8
+    with pytest.raises(ConfigError, match="train_sampling_strategy is group_by_length"):
+        order(train_sampling_strategy="group_by_length")
 
 
 def test_the_rounds_of_tool_calls_as_trl_says_them(tmp_path):
