@@ -10,7 +10,7 @@ import os
 import re
 from decimal import Decimal, InvalidOperation
 
-from align.reward_models.math_check import checker
+from align.reward_models.math_check import checkers
 from align.reward_models.sandbox import output_of, passes_asserts
 
 PYTHON = ("python", "python3", "py")
@@ -44,7 +44,7 @@ def math_answer(completion, answer, seconds: float = 5.0) -> bool | None:
     if exact_answer(text, answer):
         return True
     final = text.rpartition("####")[2] if "####" in text else text
-    return checker(os.getpid()).equal(_written_out(final), _written_out(expected), seconds)
+    return checkers(os.getpid()).equal(_written_out(final), _written_out(expected), seconds)
 
 
 def format_match(completion, pattern: str, anywhere: bool = False) -> bool:

@@ -94,13 +94,15 @@ class MathSpec(Check):
     name: str = Field("math", description="In metrics.")
     column: str = Field("answer", description="Of the dataset, with the right answer.")
     seconds: float = Field(5.0, gt=0, description="Of processor time: what is not computed by then is not the answer.")
+    concurrency: Count = Field(1, description="Child processes that compute at a time.")
 
     def build(self, tokenizer=None, device=None):
         from align.reward_models.checkers import math_answer
         from align.reward_models.math_check import check_installed
 
         check_installed()
-        options = {"columns": {"answer": self.column}, "arguments": {"seconds": self.seconds}}
+        options: dict[str, Any] = {"columns": {"answer": self.column}, "arguments": {"seconds": self.seconds}}
+        options["concurrency"] = self.concurrency if self.concurrency > 1 else None  # then in the main thread
         return self.verifier(math_answer, "column", "seconds", **options)
 
 

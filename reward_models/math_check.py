@@ -13,7 +13,6 @@ import select
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 from align.errors import ConfigError, RewardError
@@ -31,23 +30,21 @@ class MathChecker:
 
     def __init__(self):
         self.process: subprocess.Popen | None = None
-        self.lock = threading.Lock()
 
     def equal(self, completion: str, answer: str, seconds: float) -> bool | None:
         """Whether the completion's answer is `answer`; False when that cannot be told within so many seconds of
         processor time, which do not depend on what else runs; None when `answer` itself cannot be read."""
-        with self.lock:
-            process = self.process
-            if process is None or process.poll() is not None:
-                process = self._start()
-            assert process.stdin is not None
-            try:
-                process.stdin.write(json.dumps([completion, answer, seconds]).encode() + b"\n")
-                process.stdin.flush()
-                return self._answer(20 * seconds + 60)
-            except BaseException:  # interrupted: the next question must not get this one's answer
-                self._end()
-                raise
+        process = self.process
+        if process is None or process.poll() is not None:
+            process = self._start()
+        assert process.stdin is not None
+        try:
+            process.stdin.write(json.dumps([completion, answer, seconds]).encode() + b"\n")
+            process.stdin.flush()
+            return self._answer(20 * seconds + 60)
+        except BaseException:  # interrupted: the next question must not get this one's answer
+            self._end()
+            raise
 
     def _start(self) -> subprocess.Popen:
         self.process = subprocess.Popen(
@@ -83,10 +80,28 @@ class MathChecker:
             self.process = None
 
 
+class MathCheckers:
+    """As many children as questions that are asked at a time; they stay for the next ones."""
+
+    def __init__(self):
+        self.free: list[MathChecker] = []
+
+    def equal(self, completion: str, answer: str, seconds: float) -> bool | None:
+        """As `MathChecker.equal`."""
+        try:
+            child = self.free.pop()
+        except IndexError:
+            child = MathChecker()
+        try:
+            return child.equal(completion, answer, seconds)
+        finally:
+            self.free.append(child)
+
+
 @functools.cache
-def checker(process: int) -> MathChecker:
-    """Of this process: a fork must not share its parent's child."""
-    return MathChecker()
+def checkers(process: int) -> MathCheckers:
+    """Of this process: a fork must not share its parent's children."""
+    return MathCheckers()
 
 
 def serve() -> None:

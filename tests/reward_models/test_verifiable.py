@@ -1,5 +1,6 @@
 """Verifiable rewards by name, on completions of every kind."""
 
+import os
 import time
 
 import pytest
@@ -72,6 +73,16 @@ def test_a_row_without_an_answer_is_no_answer_none(kind):
     spec = {"type": kind} if kind == "math" else {"type": kind, "function": "align.reward_models.checkers:exact_answer"}
     with pytest.raises(RewardError, match="row 0 .*the column answer is empty"):
         build_reward(spec).score(RewardBatch(["p"], ["None"], columns={"answer": [None]}))
+
+
+def test_math_in_several_processes():
+    """Each question gets its own answer, also beside one that is computed for ever."""
+    before = len(math_check.checkers(os.getpid()).free)
+    texts = [HOSTILE[2], r"\boxed{\frac{1}{2}}", r"\boxed{\frac{1}{3}}", HOSTILE[2], r"\boxed{\frac{2}{4}}"]
+    batch = RewardBatch(["p"] * 5, texts, columns={"answer": ["0.5"] * 5})
+    reward = build_reward({"type": "math", "seconds": 0.5, "concurrency": 3})
+    assert reward.score(batch).scores.tolist() == [0.0, 1.0, 0.0, 0.0, 1.0]
+    assert max(2, before) <= len(math_check.checkers(os.getpid()).free) <= max(3, before)
 
 
 def test_messages_of_every_kind():

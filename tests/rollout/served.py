@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 
 import psutil
@@ -47,6 +48,8 @@ class Served:
     def ready(self, number: int) -> str:
         line = self.processes[number].stdout.readline()
         assert f"serving at {self.urls[number]}" in line and KEY not in line
+        # a server that fails often, as here, writes more than a pipe holds, and would wait for who reads it
+        threading.Thread(target=self.processes[number].stdout.read, daemon=True).start()
         return line
 
     def members(self, number: int) -> list[psutil.Process]:
