@@ -131,6 +131,15 @@ def test_correction_of_an_engine_that_agrees_changes_nothing():
     assert numbers["kl"] == 0 and numbers["effective_sample_size"] == pytest.approx(1)
 
 
+def test_how_far_the_engine_is_by_hand():
+    ratios = torch.tensor([[1.0, 2.0, 50.0], [0.5, 1.0, 0.5]], dtype=torch.float64)
+    found = mismatch(ratios.log(), torch.tensor([[1, 1, 0], [1, 1, 1]]))  # the 50 does not count
+    assert (found["ratio_mean"], found["ratio_max"]) == pytest.approx((1.0, 2.0))
+    assert found["chi2_token"] == pytest.approx((1 + 4 + 0.25 + 1 + 0.25) / 5 - 1)
+    assert found["chi2_sequence"] == pytest.approx((2.0**2 + 0.25**2) / 2 - 1)
+    assert found["effective_sample_size"] == pytest.approx(1.0**2 / 1.3)  # mean squared over the mean of squares
+
+
 def test_importance_weights_make_the_engines_mean_the_trainers():
     """Over a vocabulary of 5: sum_y engine(y) * w(y) * f(y) = sum_y trainer(y) * f(y), with bounds that do not bite."""
     trainer, engine, f = draw(5).log_softmax(-1), draw(5, seed=1).log_softmax(-1), draw(5, seed=2)
