@@ -198,3 +198,12 @@ def test_the_search_refuses_what_it_cannot_use():
         nelder_mead.tell({"b": 0.0}, 1.0)
     with pytest.raises(ConfigError, match="two different values"):
         random_simplex({"a": 0.0}, {"a": 0.0}, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(("norm", "moved"), [(0.5, (-0.03, -0.04)), (None, (-0.075, -0.1)), (2.0, (-0.075, -0.1))])
+def test_the_gradient_of_all_multipliers_is_clipped_together(norm, moved):
+    """Slacks of 3 and 4 at the sigmoid's slope of 1/4: a gradient of (0.75, 1), whose norm is 1.25."""
+    held = [Constraint("a", "at_least", 0.0), Constraint("b", "at_least", 0.0)]
+    multipliers = Multipliers(held, "sigmoid", learning_rate=0.1, max_grad_norm=norm)
+    multipliers.update({"a": 3.0, "b": 4.0})
+    assert multipliers.raw.tolist() == pytest.approx(moved, rel=1e-5)
