@@ -47,9 +47,10 @@ def test_the_released_start_throws_most_of_a_batch_away():
 
 def test_the_draw_is_without_replacement_in_proportion_to_the_weights():
     """Against the probability of every subset, by enumeration of the orders it can be drawn in."""
-    batch, count = torch.tensor([0.0, 0.5, 1.5, -1.0], dtype=torch.float64), 2
-    state = BetaDPOState(beta_dpo_filter=0.5, seed=1)
-    state.moments.update(batch)
+    # far from the mean on one side: a draw by other noise would differ by nine deviations of these counts
+    batch, count = torch.tensor([0.0, 1.5, 2.0, 2.5], dtype=torch.float64), 2
+    state = BetaDPOState(beta_dpo_filter=0.5, beta_dpo_momentum=0.0, seed=1)
+    state.moments.sums, state.moments.steps = (0.0, 1.0), 1
     q = log_sampling_weights(batch, state.moments.mean, state.moments.std).exp().tolist()
     expected = {}
     for first, second in itertools.permutations(range(4), 2):

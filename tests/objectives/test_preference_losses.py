@@ -167,9 +167,15 @@ def test_cpo_is_dpo_without_reference_and_the_likelihood_per_token():
 
 
 def test_log1mexp_is_exact_near_zero_and_far_from_it():
-    x = torch.tensor([-1e-12, -1e-3, -0.5, -math.log(2), -1.0, -50.0, -800.0], dtype=torch.float64, requires_grad=True)
+    points = [-1e-12, -1e-3, -0.5, -math.log(2), -1.0, -20.0, -50.0, -800.0]
+    x = torch.tensor(points, dtype=torch.float64, requires_grad=True)
     values = reference_free.log1mexp(x)
-    expected = [math.log(1e-12), *(math.log(-math.expm1(v)) for v in x[1:5].tolist()), -math.exp(-50), 0.0]
+    expected = [
+        math.log(1e-12),
+        *(math.log(-math.expm1(v)) for v in points[1:5]),
+        -math.exp(-20) - math.exp(-40) / 2,
+    ]
+    expected += [-math.exp(-50), 0.0]
     torch.testing.assert_close(values, torch.tensor(expected, dtype=torch.float64), rtol=1e-11, atol=0)
     values.sum().backward()
     torch.testing.assert_close(x.grad, -1 / torch.expm1(-x.detach()), rtol=1e-11, atol=0)

@@ -33,7 +33,7 @@ def test_the_largest_excess_losses_are_chosen():
     logps = torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0]).log_softmax(0)
     ref_logps = logps + torch.tensor([0.1, -0.3, 0.7, 0.7, 0.2])
     excess = excess_loss(logps, ref_logps)
-    for share, chosen in ((1.0, 5), (0.6, 3), (0.5, 2), (0.4, 2), (0.2, 2), (1e-6, 2)):  # 2 and 3 tie
+    for share, chosen in ((1.0, 5), (0.7, 4), (0.6, 3), (0.5, 2), (0.4, 2), (0.2, 2), (1e-6, 2)):  # 2 and 3 tie
         assert int((excess >= selection_threshold(excess, share)).sum()) == chosen, share
     assert (excess >= selection_threshold(excess, 0.6)).tolist() == [False, False, True, True, True]
 
