@@ -15,7 +15,7 @@ from align.data.endless import EndlessRows
 from align.data.streams import is_stream
 from align.errors import ConfigError
 from align.evaluation.calibration import Reliability, reliability
-from align.modeling.load import disable_dropout, load_sequence_classifier
+from align.modeling.load import disable_dropout, load_sequence_classifier, train_in_float32
 from align.modeling.padding import padding_as_saved, with_own_padding
 from align.modeling.prefix_support import SCORES, enable_shared_scores
 from align.modeling.score_head import read_at_end_token
@@ -118,6 +118,7 @@ class RewardTrainer(PairTrainer):
             sharded=True,
             **loading_options(args, model),
         )
+        train_in_float32(classifier, adapter=peft_config is not None)
         set_chat_template(args.chat_template_path, classifier, processing_class, adapter=peft_config is not None)
         # transformers refuses batches without one; where the last token is, the attention mask says
         classifier.config.get_text_config().pad_token_id = processing_class.pad_token_id

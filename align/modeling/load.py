@@ -30,6 +30,8 @@ from align.modeling.types import Model
 
 logger = logging.getLogger(__name__)
 
+HALF = (torch.float16, torch.bfloat16)
+
 
 def load_tokenizer(model: str | Path | Model, **kwargs):
     """The tokenizer of a folder, a hub name or a loaded model.
@@ -175,9 +177,9 @@ def train_in_float32(model: Model, *, adapter: bool) -> None:
     """Hold the weights that will be trained in float32, in place: an update of a learning rate as 1e-6 is smaller than
     the gap between two bfloat16 numbers, and most weights would never move. Mixed precision (`bf16`) computes in
     bfloat16 nevertheless. adapter: one will be added, and the weights that are there stay frozen, as they are."""
-    if adapter or vars(model).get("is_quantized"):
+    if adapter or vars(model).get("is_quantized") or is_zero3(model.parameters()):  # DeepSpeed holds float32 copies
         return
-    half = {p.dtype for p in model.parameters() if p.requires_grad and p.dtype in (torch.float16, torch.bfloat16)}
+    half = {p.dtype for p in model.parameters() if p.requires_grad and p.dtype in HALF}
     if half:
         if any(not p.requires_grad for p in model.parameters()):
             raise ConfigError(
@@ -186,6 +188,26 @@ def train_in_float32(model: Model, *, adapter: bool) -> None:
             )
         logger.warning("the model was loaded in %s: its weights are trained, and so held, in float32", half.pop())
         model.float()
+
+
+def hold_modules_in_float32(model: Model, *, autocast: bool) -> None:
+    """The same for what is trained in full under an adapter on 16-bit weights (the head of a reward model,
+    `modules_to_save`), which PEFT leaves in their dtype. autocast: whether the run computes in mixed precision; without
+    it only a head of scores can be of another dtype than the layers before it, and ConfigError is raised for others."""
+    for name, module in model.named_modules():
+        own = [p for p in module.parameters(recurse=False) if p.requires_grad and p.dtype in HALF]
+        if not own:
+            continue
+        head = isinstance(module, nn.Linear) and module.out_features == 1
+        if not (autocast or head or "lora_" in name):
+            raise ConfigError(
+                f"{name} would be trained in {own[0].dtype}, where small updates are rounded away: load the model in "
+                "float32, or set bf16: true, with which it is held in float32"
+            )
+        for parameter in own:
+            parameter.data = parameter.data.float()
+        if head and not autocast:
+            module.register_forward_pre_hook(lambda module, args: tuple(x.to(module.weight.dtype) for x in args))
 
 
 def disable_dropout(model: Model) -> None:

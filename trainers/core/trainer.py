@@ -25,6 +25,7 @@ from align.distributed.disk import writing
 from align.distributed.shells import check_sharded
 from align.errors import ConfigError, DataError, TrainingError
 from align.modeling.adapters import adapter_start, notes, split
+from align.modeling.load import hold_modules_in_float32
 from align.trainers.core import card, guards, identity, saving, trackers
 from align.trainers.core.checkpoints import Resumed, choose_checkpoint, read_checkpoint, write_extra_state
 from align.trainers.core.console import LogFile, replace_printing
@@ -95,6 +96,8 @@ class TrainerMixin(TrainerHooks):
             self.aux_loss_enabled = self.router_coefficient > 0  # TRL's name
             if self.aux_loss_enabled:
                 check_checkpointing(self.args)
+            if not self.is_deepspeed_enabled:  # which holds float32 copies of what it trains
+                hold_modules_in_float32(self.model, autocast=self.accelerator.mixed_precision != "no")
         self._check_rows()
         self._check_best_metric()
         replace_printing(self)

@@ -31,7 +31,7 @@ from transformers import set_seed
 from align.data.endless import EndlessRows
 from align.data.streams import is_stream
 from align.modeling.completions import completion_logps
-from align.modeling.load import disable_dropout, load_policy, reference_of
+from align.modeling.load import disable_dropout, load_policy, reference_of, train_in_float32
 from align.modeling.prefix_support import enable_shared_prefix, enable_trunk
 from align.objectives.policy_loss import aggregate_tokens
 from align.rollout.engine import RolloutEngine
@@ -120,6 +120,7 @@ class OnPolicyTrainer(OnPolicyBase):
         tokenizer = tokenizer_of(args, model, processing_class)
         set_seed(args.seed)  # a new adapter is drawn at random
         model = load_policy(model, peft_config=peft_config, sharded=True, **loading_options(args, model))
+        train_in_float32(model, adapter=peft_config is not None)
         if args.disable_dropout:
             disable_dropout(model)
         self.episodes = make_episodes(args, tools, environment_factory, tokenizer)

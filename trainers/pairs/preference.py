@@ -21,7 +21,7 @@ from transformers import set_seed
 from align.data.sets import of_each
 from align.data.streams import is_stream
 from align.errors import ConfigError, TrainingError
-from align.modeling.load import Reference, disable_dropout, load_policy
+from align.modeling.load import Reference, disable_dropout, load_policy, train_in_float32
 from align.modeling.logprobs import language_model
 from align.modeling.pairs import PairTokens, pair_tokens
 from align.modeling.prefix_support import enable_shared_prefix
@@ -131,6 +131,7 @@ class PreferenceTrainer(PairTrainer):
         ref_model = self._reference_given(ref_model)
         set_seed(args.seed)  # a new adapter is drawn at random
         policy = load_policy(model, peft_config=peft_config, sharded=True, **loading_options(args, model))
+        train_in_float32(policy, adapter=peft_config is not None)
         if args.disable_dropout:
             disable_dropout(policy)
         self.check_start = ref_model is None
