@@ -101,7 +101,7 @@ class Kind:
 
     def __init__(self, factory: Callable[[], Any] | None, tools: list[Callable], timeout: float):
         self.factory, self.functions, self.timeout = factory, tools, timeout
-        probe = None if factory is None else factory()
+        probe = self.made()
         self.name = None if probe is None else type(probe).__name__
         self.steps = probe is not None and callable(getattr(probe, "step", None))
         if probe is not None and not callable(getattr(probe, "reset", None)):
@@ -114,8 +114,12 @@ class Kind:
                 raise ConfigError(f"{call.__qualname__} is async, and environments are called plainly here")
         self.tools = Tools([*tools, *own], timeout)
 
+    def made(self) -> Any:
+        """A new environment; None with tools alone. Raises what its code raises, and `DeadlineExceeded`."""
+        return None if self.factory is None else call_within(self.timeout, self.factory)
+
     def start(self) -> "Session":
-        environment = None if self.factory is None else self.factory()
+        environment = self.made()
         methods = [getattr(environment, name) for name in self.methods]
         return Session(self, environment, self.tools.bound([*self.functions, *methods]))
 

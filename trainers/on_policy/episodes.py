@@ -16,6 +16,7 @@ from align.data.checks import template_kwargs
 from align.data.encode import encode, render
 from align.data.ending import written_text
 from align.errors import ConfigError, RolloutError
+from align.reward_models.deadlines import DeadlineExceeded
 from align.rollout.seeds import derive_seed
 from align.rollout.types import Completion, Episode, Rollout, SamplingParams
 from align.trainers.core.loading import training_tokenizer
@@ -158,7 +159,11 @@ class Episodes:
         kind = self.environments.kind_of(prompt)
         try:
             session = kind.start()
-        except Exception as error:  # the user's code raises anything
+        except DeadlineExceeded:
+            raise RolloutError(
+                f"a new environment {kind.name} was not made within environment_timeout ({kind.timeout:g} s)"
+            ) from None
+        except (Exception, SystemExit) as error:  # the user's code raises anything
             raise RolloutError(
                 f"a new environment {kind.name} could not be made: {type(error).__name__}: {error}"
             ) from error

@@ -91,7 +91,8 @@ def stream_scores(sample: Sample, weighting: Weighting) -> dict[str, float]:
     if absent and weighting.needs_all:
         raise RewardError(
             f"reward {', '.join(absent)} does not apply (None) to a completion of row {sample.prompt.get('row')} of "
-            "the dataset, and constraints and weights that change need a score of every reward for every completion: "
+            "the dataset, and constraints, weights that change and normalize_then_sum need a score of every reward for "
+            "every completion: "
             "return a number, or use fixed reward_weights"
         )
     scores = weighting.scores(sample.rewards)

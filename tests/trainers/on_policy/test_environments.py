@@ -20,7 +20,6 @@ from align.trainers.on_policy.estimators import make_estimator
 from align.trainers.on_policy.objective import kept_lengths, loss_count, policy_objective
 from align.trainers.on_policy.samples import Sample
 from align.trainers.on_policy.streams import Stream
-from align.trainers.on_policy.tools import Tools, written_calls
 from align.trainers.on_policy.turn_tokens import TurnTokens
 from tests.trainers.on_policy.talks import (
     CALLS,
@@ -234,6 +233,20 @@ def test_an_environment_that_fails(answer, message):
     assert message in found.completions[0].episode.failure and found.completions[0].episode.reward is None
 
 
+class SlowToMake(Echo):
+    made = 0
+
+    def __init__(self):
+        type(self).made += 1
+        time.sleep(30 * (self.made > 1))
+
+
+def test_an_environment_that_is_not_made_in_time():
+    tokenizer = talking_tokenizer()
+    with pytest.raises(RolloutError, match=r"SlowToMake was not made within environment_timeout \(0.2 s\)"):
+        talk(Scripted(tokenizer, "one"), Environments(SlowToMake, [], 0.2))
+
+
 def test_draws_do_not_depend_on_who_else_talks():
     """With transformers: the conversation of a prompt alone is the one that it has among others."""
     tokenizer = talking_tokenizer()
@@ -276,45 +289,6 @@ def test_tools_are_called(environments):
     assert said[1][1] == "two" and "'three'" in said[2][1] and "no JSON" in said[4][1] and said[5][1] == "two"
     assert (one.episode.calls, one.episode.failed_calls, one.episode.finished) == (3, 2, True)
     assert one.episode.reward == (2.0 if environments.scores else None)
-
-
-def echo(text: str) -> str:
-    """Says it again, or leaves, or counts further than can be written.
-
-    Args:
-        text: what.
-    """
-    if text == "leave":
-        raise SystemExit
-    return 10**5000 if text == "count" else text
-
-
-HOSTILE_CALLS = [
-    ("[" * 50_000, "maximum recursion depth"),
-    ('{"name": "\\ud83d", "arguments": {}}', "Tool ? not found."),
-    ('{"name": "echo", "arguments": {"text": "a\\ud83d"}}', "a?"),
-    ('{"name": "echo", "arguments": {"text": "leave"}}', "'error': ''"),
-    ('{"name": "echo", "arguments": {"text": "count"}}', "Exceeds the limit"),
-    ('{"name": "echo", "arguments": {"self": 1}}', "unexpected keyword argument"),
-    ('{"name": "echo", "arguments": null}', "a tool call is"),
-    ("\x00", "no JSON"),
-]
-
-
-@pytest.mark.parametrize("written, told", HOSTILE_CALLS)
-def test_a_call_of_any_kind_is_answered(written, told):
-    """In text that a tokenizer reads, which half a surrogate pair is not."""
-    tools = Tools([echo], 5.0)
-    (call,) = tools.calls(f"<tool_call>{written}</tool_call>")
-    message = tools.answer(call)
-    assert told in message["content"] and all(text.encode() for text in message.values())
-
-
-def test_calls_are_found_in_time():
-    start = time.monotonic()
-    for answer in ("<tool_call>" + " " * 100_000, "<tool_call>" * 20_000, "<tool_call> </tool_call>" * 20_000):
-        assert len(written_calls(answer)) == answer.count("</tool_call>")
-    assert time.monotonic() - start < 5  # a regular expression took 9 for 2,000 blanks, and eight times that for 4,000
 
 
 def test_a_template_that_drops_thoughts_is_exchanged_for_trls(tmp_path):
