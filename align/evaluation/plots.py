@@ -80,20 +80,16 @@ def plot_proxy_and_gold(entries: dict[str, dict], kind: str):
         return figure
 
 
-def plot_gold(entries: dict[str, dict], kind: str, *, x: str = "x"):
-    """The gold scores of several curves in one panel, in their own unit, against what `x_of` of the entries says, or
-    (x="step") optimiser steps."""
+def plot_gold(entries: dict[str, dict], kind: str):
+    """The gold scores of several curves in one panel, in their own unit, against what `x_of` of the entries says."""
     with style():
-        figure, axes = panels(1, width=10, height=3.6, above=0.32 if kind == "best_of_n" and x == "x" else 0.15)
+        figure, axes = panels(1, width=10, height=3.6, above=0.32 if kind == "best_of_n" else 0.15)
         axis = axes[0, 0]
         for number, (name, entry) in enumerate(with_gold(entries).items()):
             colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-            _band(axis, entry, x, "gold", colour, "-", label=name, marker=marker)
-            _mark_peak(axis, entry, x, colour)
-        if x == "x":
-            _kl_axis(axis, max(entries.values(), key=lambda entry: max(entry["x"])), kind)
-        else:
-            axis.set_xlabel("optimiser step")
+            _band(axis, entry, "x", "gold", colour, "-", label=name, marker=marker)
+            _mark_peak(axis, entry, "x", colour)
+        _kl_axis(axis, max(entries.values(), key=lambda entry: max(entry["x"])), kind)
         axis.set_ylabel("gold score")
         axis.legend(title="chosen by" if kind == "best_of_n" else "trained on", alignment="left")
         return figure

@@ -91,14 +91,14 @@ class PhaseHandle:
     def __init__(self, update: Callable[[float], None]):
         self.update = update
 
-    def callback(self, offset: float = 0.0, share: float = 1.0):
-        """A transformers callback that reports a training run as the part [offset, offset + share] of the phase."""
+    def callback(self, share: float = 1.0):
+        """A transformers callback that reports a training run as the first `share` of the phase."""
         from transformers import TrainerCallback
 
         handle = self
 
         class Report(TrainerCallback):
             def on_step_end(self, args, state, control, **kwargs):
-                handle.update(offset + share * state.global_step / max(state.max_steps, 1))
+                handle.update(share * state.global_step / max(state.max_steps, 1))
 
         return Report()

@@ -106,8 +106,9 @@ def _row(name: str, share: float, held_out: int, pairs: int, layers: int) -> dic
     return {"name": name, "accuracy": share, "95 % interval": interval, "pairs": pairs, "layers": layers}
 
 
-def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """The score interval of a share of `count` (Wilson 1927), within [0, 1]; z: normal quantile, 1.96 for 95 %."""
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """The 95 % score interval of a share of `count` (Wilson 1927), within [0, 1]."""
+    z = 1.96
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     return centre - half, centre + half
