@@ -19,16 +19,19 @@ def length_batches(lengths: Sequence[int], max_tokens: int, max_rows: int | None
     return batches
 
 
-def packed_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+def packed_batches(lengths: Sequence[int], max_tokens: int, max_rows: int | None = None) -> list[list[int]]:
     """Row numbers in batches for a layout without padding: a batch takes the sum of its rows' tokens.
 
-    Each row, longest first, goes to the first batch that has room for it (at most `max_tokens` tokens); a longer row is
-    a batch of its own. The rows of a batch keep their order.
+    Each row, longest first, goes to the first batch that has room for it (at most `max_tokens` tokens and `max_rows`
+    rows); a row longer than `max_tokens` is a batch of its own. The rows of a batch keep their order.
     """
     batches: list[list[int]] = []
     room: list[int] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        index = next((i for i, left in enumerate(room) if lengths[row] <= left), len(batches))
+        fits = (
+            i for i, batch in enumerate(batches) if lengths[row] <= room[i] and len(batch) < (max_rows or len(lengths))
+        )
+        index = next(fits, len(batches))
         if index == len(batches):
             batches.append([])
             room.append(max_tokens)

@@ -7,6 +7,7 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
 
+from align.modeling.adapters import PREFIX
 from align.rollout.adapters import A, B
 from align.rollout.identity import Fingerprints, fingerprint
 
@@ -50,7 +51,7 @@ class AdapterSlot:
             self._manager.remove_adapter(held)
         self.adapter_id += 1
         manager = self._manager._adapter_manager
-        named = {f"base_model.model.{name}.weight": tensor for name, tensor in tensors.items()}
+        named = {f"{PREFIX}{name}.weight": tensor for name, tensor in tensors.items()}
         rank = max(tensor.shape[0] for name, tensor in tensors.items() if name.endswith(A))
         adapter = LoRAModel.from_lora_tensors(
             self.adapter_id,

@@ -59,4 +59,5 @@ def test_packed_batches():
     batches = packed_batches(lengths, 10)
     assert batches == [[5], [2, 6], [0, 4], [1, 3]]
     assert packed_batches(lengths, 100) == [list(range(7))] and packed_batches([], 10) == []
-    assert sorted(i for batch in packed_batches(lengths, 4) for i in batch) == list(range(7))
+    assert all(len(batch) <= 2 for batch in packed_batches(lengths, 100, max_rows=2))
+    assert sorted(i for batch in packed_batches(lengths, 4, max_rows=2) for i in batch) == list(range(7))

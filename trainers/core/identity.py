@@ -19,6 +19,7 @@ from align.data.endless import EndlessRows
 from align.data.fingerprint import rows_digest
 from align.data.streams import LOOKED_AT
 from align.errors import RewardError, TrainingError
+from align.modeling.adapters import PREFIX
 from align.modeling.fingerprint import fingerprint
 from align.trainers.core.trl_options import INSTEAD
 
@@ -76,7 +77,7 @@ def weights_digest(model: nn.Module) -> str:
     for name, value in model.named_parameters():
         if "lora_" in name or "modules_to_save" in name:
             continue
-        name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        name = name.removeprefix(PREFIX).replace(".base_layer", "")
         digest.update(f"{name} {tuple(value.shape)};".encode())
         digest.update(_samples(value))
     return digest.hexdigest()

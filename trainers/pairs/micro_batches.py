@@ -1,6 +1,6 @@
 """How the pairs of one optimiser step are cut into micro-batches, and these made into tensors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +47,13 @@ class SharedPrefixPairs(SharedPrefixCollator):
         return _cut(rows, packed_batches, [self.tokens_of(row) for row in rows], max_pairs, max_tokens)
 
 
-def _cut(rows: Rows, batches_of, tokens: list[int], max_pairs, max_tokens) -> list[Rows]:
+def _cut(
+    rows: Rows,
+    batches_of: Callable[[Sequence[int], int, int | None], list[list[int]]],
+    tokens: list[int],
+    max_pairs: int | None,
+    max_tokens: int | None,
+) -> list[Rows]:
     limit = max_tokens or len(rows) * sum(tokens)
     return [[rows[i] for i in batch] for batch in batches_of(tokens, limit, max_pairs)]
 
