@@ -37,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="score the completions with these: a classifier's folder, file.py:function, or '{type: ensemble, ...}'",
     )
     add("--gold_reward", metavar="REWARD", help="score the column --gold with this")
+    add(
+        "--chat",
+        action="store_true",
+        help="the table's texts are a user's and an assistant's message, for reward models that learned from messages",
+    )
 
     add = parser.add_argument_group("drawing the completions first (instead of TABLE)").add_argument
     add("--model", metavar="PATH", help="folder or hub name of the policy")
@@ -153,6 +158,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(
             "--gold_reward needs --rewards: with scores in the table, name the columns --proxy and --gold"
         )
+    if args.chat and (args.model or not args.rewards):
+        raise ConfigError("--chat says how --rewards read the texts of a table; there is no such table")
     if not args.proxy and not args.rewards:
         raise ConfigError("give the proxy score's column: --proxy COLUMN, or --rewards to score the completions first")
     if args.n is not None and args.n < 2:
@@ -173,7 +180,8 @@ def _score(args: argparse.Namespace) -> tuple[Path, list[str]]:
 
     if args.model is None:
         prompt = args.prompt_column or "prompt"
-        return score_table(args.table, rewards_of(), output, prompt=prompt, completion=args.completion_column), names
+        columns = {"prompt": prompt, "completion": args.completion_column}
+        return score_table(args.table, rewards_of(), output, **columns, chat=args.chat), names
     args.n = args.n or 64
     path = sample_table(
         args.model,

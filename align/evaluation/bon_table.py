@@ -13,7 +13,8 @@ from align.evaluation.summary import build_summary
 @dataclass
 class BonTable:
     """source: the table of completions. scored: where it is written with a column per reward. prompt, completion: its
-    columns, as in `read_score_table`. min_answers: as in `bon_curve`. names: of the rewards so far."""
+    columns, as in `read_score_table`. min_answers: as in `bon_curve`. chat: as in
+    `score_table`. names: of the rewards so far."""
 
     source: Path
     scored: Path
@@ -21,13 +22,14 @@ class BonTable:
     prompt: str | None
     completion: str
     min_answers: int | None
+    chat: bool = False
     names: list[str] = field(default_factory=list)
 
     def score(self, reward) -> None:
         """Add the scores of one more reward."""
         source = self.scored if self.names else self.source
         columns = {"prompt": self.prompt or "prompt", "completion": self.completion}
-        score_table(source, {reward.name: reward}, self.scored, **columns)
+        score_table(source, {reward.name: reward}, self.scored, **columns, chat=self.chat)
         self.names.append(reward.name)
 
     def describe(self, result: dict, seed: int) -> None:

@@ -65,7 +65,8 @@ def evaluate_reward(
     Args:
         rewards: a reward, a spec (`build_reward`), a function, or a list of these.
         data: preference pairs: a file, folder or hub name (`load_rows`, with `split` and `config`), or a Dataset.
-        chat: make plain texts into a user's and an assistant's message; default: for RewardBench's subsets only.
+        chat: make plain texts into a user's and an assistant's message, of completions too; default: for RewardBench's
+            subsets only.
         max_pairs: evaluate a random sample of so many pairs, the same for every reward.
         max_bad_share: share of the rows that may be left out, because they are no pairs or a reward refuses them.
         rewrites: names in `align.evaluation.rewrites.REWRITES`, or "all" or "none"; rewrite_pairs: on a random sample
@@ -76,7 +77,7 @@ def evaluate_reward(
     Returns what reward_eval.json holds (docs/reward_evaluation.md). Raises ConfigError, DataError or RewardError.
     """
     names = [rewrites] if isinstance(rewrites, str) else list(rewrites)
-    of_pairs = {"chat": chat, "max_pairs": max_pairs, "config": config, "split": split, "rewrites": names}
+    of_pairs = {"max_pairs": max_pairs, "config": config, "split": split, "rewrites": names}
     of_table = {"gold": gold, "prompt_column": prompt_column, "min_answers": min_answers}
     _check_options(data, completions, of_pairs, {**of_table, "completion_column": completion_column}, rewrite_pairs)
     if not 0 <= max_bad_share < 1:
@@ -95,7 +96,7 @@ def evaluate_reward(
     with tempfile.TemporaryDirectory() as temporary:
         if completions is not None:
             path = Path(output_dir or temporary) / "scores.parquet"
-            table = BonTable(Path(completions), path, gold, prompt_column, completion_column, min_answers)
+            table = BonTable(Path(completions), path, gold, prompt_column, completion_column, min_answers, bool(chat))
         _score_and_describe(result, loaded_one_by_one(specs, taken), sample, table, seed)
     return _finished(result, output_dir)
 

@@ -48,10 +48,23 @@ def named_rewards(specs: list, *, reserved: str | None = None, tokenizer=None) -
     return rewards
 
 
-def score_table(path: str | Path, rewards: dict, output: str | Path, *, prompt: str, completion: str) -> Path:
+def has_chat_template(reward) -> bool:
+    """Whether a reward is, or is made of, a model that reads messages through a chat template of its own."""
+    from align.reward_models.joint import JointMembers
+
+    parts = vars(reward).get("members") or vars(reward).get("rewards") or ()
+    parts = [parts.classifier] if isinstance(parts, JointMembers) else parts
+    own = vars(reward).get("tokenizer")
+    return bool(own is not None and own.chat_template) or any(map(has_chat_template, parts))
+
+
+def score_table(
+    path: str | Path, rewards: dict, output: str | Path, *, prompt: str, completion: str, chat: bool = False
+) -> Path:
     """Score the completions of a table; write it with one more column per reward to `output` (parquet).
 
-    A column `finish_reason` says which completions were cut (`length`): these have no end token to be read at.
+    chat: rewards get text as a user's and an assistant's message, so that a model sees its chat template. A column
+    `finish_reason` says which completions were cut (`length`): these have no end token to be read at.
     """
     from align.evaluation.score_table import load_table
     from align.reward_models.base import RewardBatch
@@ -66,13 +79,27 @@ def score_table(path: str | Path, rewards: dict, output: str | Path, *, prompt: 
             f"{path} already has a column {taken[0]!r}: name the reward otherwise, or use --proxy {taken[0]}"
         )
     others = [column for column in frame if column not in (prompt, completion)]
+    text = len(frame) > 0 and isinstance(frame[prompt].iloc[0], str)
+    chat = chat and text
+    if text and not chat:
+        for name in (name for name, reward in rewards.items() if has_chat_template(reward)):
+            logger.warning(
+                "%s holds plain text, and %s is a model with a chat template: it scores prompt and answer put together "
+                "as they are. If it was trained on messages, say --chat",
+                path,
+                name,
+            )
 
     def batches() -> Iterator[tuple[dict[str, list], object]]:
         for start in range(0, len(frame), ROWS_AT_ONCE):
             rows = {name: frame[name].iloc[start : start + ROWS_AT_ONCE].tolist() for name in frame}
             columns = {name: rows[name] for name in others}
             ended = [reason != "length" for reason in rows["finish_reason"]] if "finish_reason" in rows else None
-            yield rows, RewardBatch(rows[prompt], rows[completion], columns=columns, ended=ended)
+            prompts, completions = rows[prompt], rows[completion]
+            if chat:
+                prompts = [[{"role": "user", "content": text}] for text in prompts]
+                completions = [[{"role": "assistant", "content": text}] for text in completions]
+            yield rows, RewardBatch(prompts, completions, columns=columns, ended=ended)
 
     return _write(batches(), rewards, output, total=len(frame))
 

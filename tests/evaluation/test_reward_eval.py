@@ -236,7 +236,7 @@ def test_rows_that_a_reward_refuses_are_bad_rows(world):
         (["waves"], {"data": None, "completions": "t.csv", "rewrite_pairs": 9}, "rewrite_pairs has no meaning without"),
         (["waves"], {"gold": "truth"}, "gold has no meaning without completions"),
         (["waves"], {"max_bad_share": 1.0}, "max_bad_share must be"),
-        (["waves"], {"data": None, "completions": "t.csv", "chat": True}, "chat has no meaning without data"),
+        (["waves"], {"data": None, "completions": "t.csv", "max_pairs": 9}, "max_pairs has no meaning without data"),
     ],
 )
 def test_mistakes(world, rewards, options, message):

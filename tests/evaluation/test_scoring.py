@@ -1,6 +1,7 @@
 """Completions that are drawn for best-of-n are shown to rewards as in training."""
 
 import json
+import logging
 
 import pandas as pd
 import torch
@@ -8,6 +9,9 @@ import torch
 from align.data import toy
 from align.evaluation.scoring import sample_table, score_table
 from align.reward_models.base import Reward, RewardBatch, RewardOutput
+from align.reward_models.build import build_reward
+from align.reward_models.ensemble import RewardEnsemble
+from tests.reward_models import worlds
 from tests.trainers.tiny_runs import tiny_model
 
 
@@ -46,3 +50,28 @@ def test_rewards_see_tags_and_which_answers_were_cut(tmp_path):
     columns = {"prompt": "prompt", "completion": "completion"}
     score_table(tmp_path / "again.parquet", {"watch": read}, tmp_path / "scored.parquet", **columns)
     assert read.seen[0].ended == ends and read.seen[0].completions == batch.completions
+
+
+def test_a_model_that_reads_messages_gets_them_with_chat_and_warns_without(tmp_path, caplog):
+    folder = worlds.reward_folder(tmp_path / "rm")
+    assert worlds.tokenizer().chat_template
+    model = build_reward({"type": "classifier", "path": str(folder), "normalize": False})
+    both = {"rm": model, "of": RewardEnsemble([model, model], "mean", name="of", normalize=False), "watch": Watch()}
+    rows = pd.DataFrame({"prompt": ["w1 w2 ", "w3 "], "completion": ["w4", "w5 w6"]})
+    rows.to_parquet(tmp_path / "table.parquet")
+    talks = RewardBatch(
+        [[{"role": "user", "content": text}] for text in rows["prompt"]],
+        [[{"role": "assistant", "content": text}] for text in rows["completion"]],
+    )
+    texts = RewardBatch(rows["prompt"].tolist(), rows["completion"].tolist())
+    columns = {"prompt": "prompt", "completion": "completion"}
+    logging.getLogger("align").propagate = True
+    for chat, expected, warned in ((True, talks, []), (False, texts, ["rm", "of"])):
+        caplog.clear()
+        path = score_table(tmp_path / "table.parquet", both, tmp_path / f"{chat}.parquet", **columns, chat=chat)
+        scored, scores = pd.read_parquet(path), model.score(expected).scores.numpy()
+        assert scored["rm"].tolist() == scored["of"].tolist() == scores.tolist()
+        assert scored["completion"].tolist() == rows["completion"].tolist()
+        said = [record.message for record in caplog.records if "say --chat" in record.message]
+        assert len(said) == len(warned) and all(f" {name} is" in text for name, text in zip(warned, said, strict=True))
+    assert (model.score(talks).scores - model.score(texts).scores).abs().min() > 1e-3
