@@ -1,5 +1,6 @@
 """The parts of a run, made from its resolved config: rows, tokenizer, model, adapter, rewards, trainer."""
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -71,7 +72,11 @@ def peft_config(run: RunConfig):
     """The LoRA config, None without `use_peft`."""
     from trl import get_peft_config
 
-    return get_peft_config(run.model)
+    config = get_peft_config(run.model)
+    # TRL makes a text of a list of one, which PEFT takes for a pattern of whole names: q_proj would match nothing
+    if config is not None and isinstance(config.target_modules, str) and re.fullmatch(r"[\w.]+", config.target_modules):
+        config.target_modules = {config.target_modules}
+    return config
 
 
 def dtype(run: RunConfig) -> str:

@@ -158,11 +158,11 @@ def steps_text(run: RunConfig, rows: int, processes: int) -> str:
 
 def _memory(run: RunConfig, config, rows):
     training, data = run.training, run.method.data
-    peft_config = build.peft_config(run)
+    peft_config, packed = build.peft_config(run), _packed(run)
     classifier = run.method.model == "classifier"
-    shape = model_shape(
-        config, dtype=build.dtype(run), classifier=classifier, peft_config=peft_config, packed=_packed(run)
-    )
+    frozen = peft_config is not None or packed is not None  # else all is trained, and held in float32 for that
+    dtype = build.dtype(run) if frozen else "float32"
+    shape = model_shape(config, dtype=dtype, classifier=classifier, peft_config=peft_config, packed=packed)
     mixed = bool(training.bf16 or training.fp16)
     on_policy = data == "prompts"
     return estimate(

@@ -11,12 +11,14 @@ import copy
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from align.errors import ConfigError
 from align.modeling.types import Model
@@ -254,6 +256,18 @@ def split(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             trained[name] = value
     path = Path(folder) / START_FILE
     return start | (load_file(path) if path.exists() else {}), trained
+
+
+@contextmanager
+def adding_lora(model: nn.Module) -> Iterator[None]:
+    """What PEFT refuses inside is a ConfigError with the names of the model's linear layers."""
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(
+            f"LoRA cannot be added to {type(model).__name__}: {error} Its linear layers are {', '.join(sorted(names))}"
+        ) from error
 
 
 def attached(model: Model, config, tensors: dict[str, Tensor]) -> Model:

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from align.distributed.shards import is_zero3, zero3_twin
 from align.distributed.shells import copied
 from align.errors import ConfigError
-from align.modeling.adapters import adapter_base, attached, check_stack, fit_embeddings, is_adapter, split
+from align.modeling.adapters import (
+    adapter_base,
+    adding_lora,
+    attached,
+    check_stack,
+    fit_embeddings,
+    is_adapter,
+    split,
+)
 from align.modeling.logprobs import language_model, token_logps
 from align.modeling.merged import load_merged
 from align.modeling.pretrained import (
@@ -328,4 +336,5 @@ def _with_adapter(model: Model, peft_config) -> nn.Module:
     if isinstance(model, PeftModel):
         raise ConfigError("the model already has an adapter: leave peft_config out, or merge it first")
     check_stack(model, peft_config)
-    return get_peft_model(model, peft_config)
+    with adding_lora(model):
+        return get_peft_model(model, peft_config)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from align.errors import ConfigError
-from align.modeling.adapters import PREFIX, WEIGHTS_FILE
+from align.modeling.adapters import PREFIX, WEIGHTS_FILE, adding_lora
 from align.modeling.members import Members, draw_heads, layer_list, modules_after
 from align.modeling.types import Model
 
@@ -190,10 +190,8 @@ def _adapted(model: Model, peft_config, seeds: list[int]) -> dict[str, MemberLor
 
     config = copy.deepcopy(peft_config)
     config.task_type, config.modules_to_save = "SEQ_CLS", None
-    try:
+    with adding_lora(model):
         inject_adapter_in_model(config, model)
-    except ValueError as error:
-        raise ConfigError(f"LoRA cannot be added to {type(model).__name__}: {error}") from error
     found = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     adapters = {}
     for number, (name, module) in enumerate(found.items()):

@@ -46,6 +46,27 @@ def test_sft(tiny_model, demonstrations, tmp_path, capsys):
     assert {"weights", "gradients", "optimiser states", "logits", "total"} <= set(memory)
 
 
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_what_is_trained_is_held_in_float32_whatever_it_is_loaded_in(method, tiny_model, pairs, demonstrations, capsys):
+    data = demonstrations if method == "sft" else pairs
+    tokens = ["--model_name_or_path", tiny_model, "--dataset_name", data, "--max_length", 64]
+    adapter = ("--use_peft", "--lora_target_modules", "q_proj")
+    widths = {}
+    for name, given in {"full": (), "16": ("--dtype", "bfloat16"), "lora": ("--dtype", "bfloat16", *adapter)}.items():
+        memory = run(capsys, method, *tokens, *given)["memory"]
+        widths[name] = re.findall(r"(?:parameters|trained) x ([0-9]) bytes", memory)
+    assert widths["16"] == widths["full"] == ["4", "4"] and widths["lora"][0] == "2"
+
+
+def test_a_target_that_the_model_has_not(tiny_model, pairs, capsys):
+    tokens = ["--model_name_or_path", tiny_model, "--dataset_name", pairs, "--use_peft", "--dry-run"]
+    assert main(["dpo", *map(str, tokens), "--lora_target_modules", "query_key_value"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "LoRA cannot be added to Qwen2ForCausalLM: Target modules" in error and "query_key_value" in error
+    layers = "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
+    assert error.endswith(f"Its linear layers are {layers}")
+
+
 def test_reward_with_lora(tiny_model, pairs, capsys):
     tokens = ["--model_name_or_path", tiny_model, "--dataset_name", pairs, "--max_length", 64]
     lora = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj"]
