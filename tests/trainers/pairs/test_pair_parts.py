@@ -118,18 +118,18 @@ def test_an_evaluation_s_batch_is_cut_by_tokens_too():
 @pytest.mark.parametrize("each", [False, True])
 def test_gradients_are_summed_after_each_micro_batch_where_that_is_asked_for(each):
     """FSDP2 holds whole gradients within accelerate's `no_sync`, and its share outside of it."""
-    entered, state = [], SimpleNamespace(sync_gradients=True, plugin_kwargs={"sync_each_batch": each})
-    state._set_sync_gradients = lambda value: setattr(state, "sync_gradients", value)
+    entered = []
 
     @contextmanager
     def no_sync(model):
         entered.append(model)
         yield
 
-    trainer = SimpleNamespace(accelerator=SimpleNamespace(gradient_state=state, no_sync=no_sync))
-    with MicroBatchLists._before_last(trainer, "model"):
-        assert state.sync_gradients is False  # DeepSpeed takes no step yet
-    assert state.sync_gradients is True and entered == ([] if each else ["model"])
+    state = SimpleNamespace(plugin_kwargs={"sync_each_batch": each})
+    accelerator = SimpleNamespace(sync_gradients=True, gradient_state=state, no_sync=no_sync)
+    with MicroBatchLists._before_last(SimpleNamespace(accelerator=accelerator), "model"):
+        assert accelerator.sync_gradients is False  # DeepSpeed takes no step yet
+    assert accelerator.sync_gradients is True and entered == ([] if each else ["model"])
 
 
 def test_columns_and_the_reference_of_the_rows_are_in_the_batch():
