@@ -115,6 +115,12 @@ class BaseConfig(RunOptions, TrainingArguments):
                 "tokens, shared prompts), so that every step would be compiled again; leave it out. FlexAttention is "
                 "compiled by itself on a GPU"
             )
+        if self.train_sampling_strategy == "group_by_length":
+            raise ConfigError(
+                "train_sampling_strategy: group_by_length sorts rows of one sequence, and the rows here are pairs, "
+                "rankings or prompts: leave it out. tokens_per_batch bounds what a pass computes, by the rows' lengths",
+                key="train_sampling_strategy",
+            )
         if self.label_smoothing_factor:
             raise ConfigError(
                 "label_smoothing_factor is for token labels: give the pairs of a reward or preference loss a column "

@@ -44,13 +44,7 @@ class BlockSampler(Sampler[int]):
 
 def block_sampler(args: OnPolicyConfig, rows: int, step: Callable[[], int]) -> BlockSampler:
     """Of a run whose rollouts are made several steps from. step: called for the optimiser step that an epoch begins
-    with. Raises `ConfigError` for an order that blocks cannot have."""
-    if args.train_sampling_strategy not in ("random", "sequential"):
-        raise ConfigError(
-            f"train_sampling_strategy is {args.train_sampling_strategy}, and prompts come at random or in their order "
-            "(sequential): completions are put together by their lengths anyway",
-            key="train_sampling_strategy",
-        )
+    with."""
     shuffled = args.seed if args.data_seed is None else args.data_seed
     seed = None if args.train_sampling_strategy == "sequential" else shuffled
     block = args.prompts_per_rollout

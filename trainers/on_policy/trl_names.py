@@ -137,15 +137,8 @@ def _take_size(args: Any) -> None:
 
 def _take_order(args: Any) -> None:
     """`shuffle_dataset: false` as `train_sampling_strategy`."""
-    if args.shuffle_dataset:
-        return
-    if args.train_sampling_strategy not in ("random", "sequential"):
-        raise ConfigError(
-            f"shuffle_dataset: false keeps the order, and train_sampling_strategy is {args.train_sampling_strategy}: "
-            "leave one of them out",
-            key="shuffle_dataset",
-        )
-    args.train_sampling_strategy = "sequential"
+    if not args.shuffle_dataset:
+        args.train_sampling_strategy = "sequential"
 
 
 def take_turns(args: Any) -> None:
