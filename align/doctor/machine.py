@@ -15,6 +15,7 @@ from align.doctor.lines import Line, attempt
 from align.rollout.vllm_versions import DISTRIBUTION, found_vllm, installed
 
 PYTHON = (3, 11)
+TESTED_SET = Path(__file__).parents[1] / "constraints.txt"
 TWO_PROCESSES = (
     "import datetime, os, torch, torch.distributed as dist\n"
     "gpu = torch.cuda.is_available() and torch.cuda.device_count() > 1\n"
@@ -40,7 +41,7 @@ def lines(model: str | None, backend: str | None, *, self_check: bool) -> Iterat
 
 def tested() -> dict[str, str]:
     """The version of each package in the tested set (constraints.txt, a part of the package)."""
-    text = (Path(__file__).parents[1] / "constraints.txt").read_text(encoding="utf-8")
+    text = TESTED_SET.read_text(encoding="utf-8")
     pins = (line.split("==") for line in text.splitlines() if "==" in line and not line.startswith("#"))
     return {_name(name): version.partition(";")[0].strip() for name, version in pins}
 
@@ -157,7 +158,7 @@ def checks(backend: str | None) -> Iterator[Line]:
             (
                 "a training step",
                 lambda: _step(Path(folder), made),
-                "install the tested set: pip install -c constraints.txt",
+                f"install the tested set: pip install -c {TESTED_SET} align-rlhf",
             ),
             (
                 "a rollout",
