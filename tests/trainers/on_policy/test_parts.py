@@ -1,6 +1,7 @@
 """The parts of the on-policy loop, each alone: no trainer is made here."""
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from align.trainers.grpo import GRPO
 from align.trainers.on_policy.batches import BatchPlanner
 from align.trainers.on_policy.buffer import RolloutBuffer
 from align.trainers.on_policy.config import OnPolicyConfig
+from align.trainers.on_policy.critic import CriticLearner
 from align.trainers.on_policy.engine import SyncedEngine
 from align.trainers.on_policy.estimators import Estimate, Estimator, make_estimator, register_estimator
 from align.trainers.on_policy.evaluation import PolicyEvaluator
@@ -376,3 +378,23 @@ def test_the_kl_coefficient_follows_the_mean_over_the_sequences_that_count(engin
     by_episodes = KLCoefficient(0.5, mean / 1.1, horizon=70)
     by_episodes.follow(samples, ALONE)
     assert by_episodes.value == pytest.approx(0.5 * (1 + 0.1 * 7 / 70), rel=1e-5)
+
+
+def test_the_critics_loss_is_the_mean_over_its_heads():
+    values = torch.tensor([[[1.0, 3.0], [2.0, 0.0], [9.0, 9.0]]], requires_grad=True)
+    batch = {
+        "completion_mask": torch.tensor([[1.0, 1.0, 0.0]]),
+        "returns": torch.zeros(1, 3, 2),
+        "values": values.detach(),
+    }
+    learner = SimpleNamespace(
+        recorder=Recorder(),
+        values=lambda batch: values,
+        args=SimpleNamespace(value_clip=None, loss_aggregation="token_mean"),
+        accelerator=SimpleNamespace(num_processes=1),
+        record=lambda losses, *_: found.append(losses),
+    )
+    found: list[torch.Tensor] = []
+    CriticLearner.learn(learner, batch, torch.tensor(2))
+    assert found[0].tolist() == [[(1 + 9) / 2 / 2, 4 / 2 / 2, 0.0]]  # half of the squared error, of two heads
+    assert values.grad.tolist() == [[[1 / 4, 3 / 4], [2 / 4, 0.0], [0.0, 0.0]]]
