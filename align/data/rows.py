@@ -160,10 +160,20 @@ def _unreadable(files: list[Path], error: BaseException) -> str:
             fault = _broken_array(file) if is_array else _broken_line(file)
             if fault:
                 return fault
+        elif file.suffix.lower() == ".csv" and (separator := _other_separator(file)) is not None:
+            return f"{file} is separated by {separator}, and a .csv file here by commas: export it with commas"
     while error.__cause__ is not None:
         error = error.__cause__
     names = ", ".join(str(file) for file in files)
     return f"{names} cannot be read as {files[0].suffix}: {_first_line(error)}"
+
+
+def _other_separator(file: Path) -> str | None:
+    """What separates the columns of a header without commas, as spreadsheets of many countries write it; None: none."""
+    with file.open(encoding="utf-8-sig", errors="replace") as opened:
+        header = opened.readline()
+    found = {"semicolons": ";", "tabs": "\t"}
+    return None if "," in header else next((name for name, sign in found.items() if sign in header), None)
 
 
 def _broken_array(file: Path) -> str | None:

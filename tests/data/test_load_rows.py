@@ -123,6 +123,9 @@ def test_other_unreadable_files(tmp_path):
     with pytest.raises(DataError, match="broken.json, line 2: not valid JSON"):
         load_rows(tmp_path / "broken.json")
     (tmp_path / "broken.parquet").write_text("not parquet")
+    (tmp_path / "export.csv").write_text("prompt;chosen;rejected\na;b;c\na;b, c;d, e, f\n", encoding="utf-8-sig")
+    with pytest.raises(DataError, match="export.csv is separated by semicolons, and a .csv file here by commas"):
+        load_rows(tmp_path / "export.csv")
     with pytest.raises(DataError, match="broken.parquet cannot be read as .parquet"):
         load_rows(tmp_path / "broken.parquet")
     (tmp_path / "broken.csv").write_text("a,b\n1,2\n1,2,3\n")
