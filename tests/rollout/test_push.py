@@ -9,7 +9,7 @@ from torch import nn
 
 from align.errors import ConfigError, RolloutError
 from align.rollout import SamplingParams, make_engine
-from align.rollout.adapters import ArrivedShare, adapter_weights
+from align.rollout.adapters import ArrivedShare, adapter_weights, inner
 from align.rollout.probe import Probe, check_probe
 from tests.rollout.rollout_models import EOS, is_greedy, llama, needs_vllm, never_ending, prompts
 
@@ -299,3 +299,10 @@ def test_pushing_a_model_with_other_end_tokens_does_not_change_the_engines(make)
     assert engine.eos_token_ids == (EOS,)
     engine.push(never_ending(llama(1)), 1)
     assert engine.eos_token_ids == (EOS,)
+
+
+def test_the_inner_product_of_two_updates_is_that_of_their_products():
+    draw = torch.Generator().manual_seed(0)
+    a, other_a = (torch.randn(2, 5, generator=draw, dtype=torch.float64) for _ in range(2))
+    b, other_b = (torch.randn(4, 2, generator=draw, dtype=torch.float64) for _ in range(2))
+    assert inner(a, b, other_a, other_b) == pytest.approx(((b @ a) * (other_b @ other_a)).sum().item())
