@@ -1,6 +1,7 @@
 """A step of RLOO against TRL's RLOOTrainer: same model, prompts, completion lengths, reward and optimiser.
 
     python benchmarks/rloo_vs_trl.py [--workload fixed data] [--blocks 5] [--steps 4] [--output FILE]
+    python benchmarks/rloo_vs_trl.py --workload fixed --shares --output benchmarks/results/rloo_shares.json
 
 Two workloads (`worlds.on_policy.workload`): `fixed`, prompts of 32 tokens and completions of 96, in which nobody can
 gain from completions that end early; and `data`, the lengths of real prompts and answers (`--pairs`). Two comparisons
@@ -14,6 +15,9 @@ batch and (`TRL, 4 parts`) in four, generated in one call (its continuous batchi
 step of `data` against 23, and its static cache no faster). A ratio is TRL's median step time of a block, of the faster
 of these two, over ours of the same round: by the clock, and of the processors (on a machine with other work and with
 OMP_NUM_THREADS=1, the one to trust). `padding` is the largest share in any of our steps.
+
+`--shares` times nothing, but says of each side with transformers' generation what its time goes to: torch.profiler's
+own time of matrix products, of attention and of everything else, over all steps.
 """
 
 import argparse
@@ -25,6 +29,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait slow both sides down
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from worlds.on_policy import (
     DATA,
     SHAPE,
@@ -40,6 +45,7 @@ from worlds.on_policy import (
     workload,
 )
 
+PRODUCTS = ("mm", "bmm", "addmm", "addmm_", "baddbmm")
 RESULT = Path(__file__).parent / "results" / "rloo_vs_trl.json"
 
 
@@ -126,6 +132,18 @@ def block(key: str, world, args, folder: str) -> dict:
     }
 
 
+def shares(key: str, world, args, folder: str) -> dict:
+    """Of the time in PyTorch's operations."""
+    trainer = SIDES[key](world, args, folder)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        trainer.train()
+    seconds = {"products": 0.0, "attention": 0.0, "other": 0.0}
+    for event in profiler.key_averages():
+        attention, product = "scaled_dot_product" in event.key, event.key.removeprefix("aten::") in PRODUCTS
+        seconds["attention" if attention else "products" if product else "other"] += event.self_cpu_time_total
+    return {name: round(value / sum(seconds.values()), 3) for name, value in seconds.items()}
+
+
 def measure(world, args, folder: str) -> dict:
     """Rounds of blocks in turn, each round in another order."""
     rounds, sides = [], args.sides
@@ -164,6 +182,9 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--hidden", type=int, default=SHAPE["hidden_size"])
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
+    parser.add_argument(
+        "--shares", action="store_true", help="what the time of each side goes to, instead of the times"
+    )
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.set_defaults(device_options={"use_cpu": True, "bf16": False, "gradient_checkpointing": False})
     args = parser.parse_args()
@@ -172,7 +193,11 @@ def main() -> None:
     report = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in args.workload:
-            report[name] = measure(workload(name, args.pairs), args, folder)
+            world = workload(name, args.pairs)
+            if args.shares:
+                report[name] = {key: shares(key, world, args, folder) for key in ("ours, transformers", "TRL, 4 parts")}
+            else:
+                report[name] = measure(world, args, folder)
     save(report, args, {"policy": {**SHAPE, **sizes(args)}}, args.output)
 
 

@@ -48,3 +48,22 @@ def test_the_speed_of_dpo(name, reference):
         cells.append(f"{times['median']:.1f} ({min(times['each']):.1f}-{max(times['each']):.1f})")
     row = f"| 8 pairs per step, {reference} reference | {' | '.join(cells)} |"
     assert row in (ROOT / "docs" / "preference.md").read_text()
+
+
+def test_what_an_on_policy_step_costs():
+    page = (ROOT / "docs" / "on_policy.md").read_text()
+    for case, peak in record("rollout_memory")["peak_mib"].items():
+        assert f"| {case} | {peak['budget']:.0f} | {peak['whole']:,.0f} |" in page
+    shares = record("rloo_shares")["fixed"]["ours, transformers"]
+    products, attention = shares["products"], shares["attention"]
+    ratio = record("rloo_vs_trl")["fixed"]["same_engine_processor"]["median"]
+    words = " ".join(page.split())
+    assert f"are {100 * products:.0f} % of the time of such a step of ours" in words
+    assert f"attention is {100 * attention:.0f} %" in words
+    assert f"it would be {ratio / (products + attention):.1f} times as fast as TRL's" in words
+    phases = record("remax_phases")["medians"]
+    for name in ("before", "now"):
+        of = phases[name]
+        cells = [of[f"time/{phase}"] for phase in ("sync", "generate", "reference", "train")]
+        row = " | ".join(f"{value:.1f}" for value in [*cells, of["processor_seconds"]])
+        assert f"| {name} | {row} |" in page

@@ -1,6 +1,7 @@
 """The memory estimate against what a tiny model really takes."""
 
 import gc
+from pathlib import Path
 
 import pytest
 import torch
@@ -181,3 +182,19 @@ def test_what_fsdp2_splits_over_processes():
 )
 def test_optimiser_bytes(optim, width, expected):
     assert optimizer_bytes(optim, width)[0] == expected
+
+
+def test_long_samples_of_a_large_model_with_and_without_a_budget():
+    """The figures of docs/on_policy.md."""
+    qwen = config(
+        vocab_size=152_064, hidden_size=3584, intermediate_size=18_944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, tie_word_embeddings=False,
+    )  # fmt: skip
+    shape = model_shape(qwen, dtype="float32")
+    whole, budget = (
+        part(estimated(shape, mixed=True, checkpointing=True, tokens=tokens), "activations") / GIB
+        for tokens in (8 * 16_384, 17_408)
+    )
+    page = " ".join((Path(__file__).parents[2] / "docs" / "on_policy.md").read_text().split())
+    assert f"8 samples of 16,384 tokens take {whole:.1f} GiB in a model of {shape.parameters / 1e9:.1f} billion" in page
+    assert f"and {budget:.1f} GiB with `tokens_per_batch: 17408`" in page
