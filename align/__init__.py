@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # the same table for editors and type checkers; tests compare
     from align.reward_models.specs import RewardSpec as RewardSpec
     from align.reward_models.specs import register_reward as register_reward
     from align.reward_models.verifier import VerifierReward as VerifierReward
+    from align.reward_models.vllm_server import VllmReward as VllmReward
     from align.rollout import make_engine as make_engine
     from align.rollout import register_engine as register_engine
     from align.rollout.engine import RolloutEngine as RolloutEngine
@@ -132,6 +133,7 @@ _EXPORTS = {
     "RuleReward": "align.reward_models.rules:RuleReward",
     "VerifierReward": "align.reward_models.verifier:VerifierReward",
     "RemoteReward": "align.reward_models.remote:RemoteReward",
+    "VllmReward": "align.reward_models.vllm_server:VllmReward",
     "CompositeReward": "align.reward_models.composite:CompositeReward",
     "export_reward_model": "align.reward_models.export:export_reward_model",
     "RewardEnsemble": "align.reward_models.ensemble:RewardEnsemble",

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from align.data.batching import length_batches
 from align.data.collate import right_pad
 from align.data.limits import known_tokens, longest_input
-from align.errors import ConfigError, RewardError
+from align.errors import ConfigError
 from align.modeling.load import load_sequence_classifier, load_tokenizer
 from align.modeling.score_head import reads_end_token
 from align.modeling.scores import sequence_scores
 from align.modeling.types import Model
 from align.reward_models.base import Reward, RewardBatch, RewardOutput
-from align.reward_models.normalizer import Normalizer
+from align.reward_models.normalizer import Normalizer, choose_normalizer
 from align.reward_models.offload import HOST, OnDevice
 from align.reward_models.sequences import SequenceEncoder
 
@@ -77,7 +77,7 @@ class ClassifierReward(OnDevice, Reward):
         config = self.model.config.get_text_config()
         if config.pad_token_id is None:  # transformers refuses batches then; where scores are read, the lengths say
             config.pad_token_id = self.tokenizer.pad_token_id
-        self.normalizer = self._choose_normalizer(source, normalize, normalizer)
+        self.normalizer = choose_normalizer(self.name, source, normalize, normalizer)
         self.batch_tokens, self.batch_size = scoring_tokens(self.device, batch_tokens), batch_size
         self.encoder = SequenceEncoder(
             self.name,
@@ -86,7 +86,7 @@ class ClassifierReward(OnDevice, Reward):
             vocabulary=known_tokens(self.model),
             longest=longest_input(self.model),
             max_length=max_length,
-            whole_turn=not reads_end_token(self.model),
+            whole_turn=not reads_end_token(self.model.config),
         )
 
     def check_room(self, prompt: int, completion: int, *, conversational: bool) -> None:
@@ -137,15 +137,6 @@ class ClassifierReward(OnDevice, Reward):
     def shares_ids(self) -> bool:
         """Whether the policy's token ids are scored as they are."""
         return self.encoder.shares_ids
-
-    def _choose_normalizer(self, source: str | None, normalize: bool | None, given: Normalizer | None):
-        saved = given or (Normalizer.load(source) if source else None)
-        if normalize and saved is None:
-            raise RewardError(
-                f"reward {self.name!r}: normalize is true and {source or 'the model'} has no normaliser beside it; "
-                "RewardTrainer saves one, or fit one with Normalizer.fit"
-            )
-        return None if normalize is False else saved
 
 
 def scoring_device(device: str | torch.device | None, dtype: str | torch.dtype | None) -> tuple[torch.device, Any]:

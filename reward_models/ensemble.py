@@ -15,6 +15,7 @@ from align.reward_models.base import Reward, RewardBatch, RewardOutput
 from align.reward_models.classifier import ClassifierReward
 from align.reward_models.joint import JointMembers, check_tokenizers, load_joint
 from align.reward_models.normalizer import FILE_NAME as NORMALIZER_FILE
+from align.reward_models.vllm_server import VllmReward
 
 FILE_NAME = "ensemble.json"
 FORMAT = "align.reward_ensemble/2"
@@ -82,7 +83,7 @@ def _check_members(members: Sequence[Reward] | JointMembers) -> list[str]:
     """Names of the members without a normaliser. Raises `ConfigError` for classifiers of different tokenizers."""
     if isinstance(members, JointMembers):
         return [] if members.normalizers is not None else members.names
-    classifiers = [member for member in members if isinstance(member, ClassifierReward)]
+    classifiers = [member for member in members if isinstance(member, ClassifierReward | VllmReward)]
     if classifiers:
         check_tokenizers([member.name for member in classifiers], [member.tokenizer for member in classifiers])
     return [member.name for member in classifiers if not member.normalized]

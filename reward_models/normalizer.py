@@ -71,3 +71,17 @@ class Normalizer:
         if written is not None and written != saved._crc32():
             raise RewardError(f"{path} does not match its checksum: fit it again, or delete {CHECK} if you changed it")
         return saved
+
+
+def choose_normalizer(
+    reward: str, source: str | None, normalize: bool | None, given: Normalizer | None = None
+) -> Normalizer | None:
+    """`given`, or the one saved beside the model `source`. normalize: True requires one, False ignores it, None uses it
+    if it is there. Raises `RewardError` with the name of the reward where there is none and one is required."""
+    saved = given or (Normalizer.load(source) if source else None)
+    if normalize and saved is None:
+        raise RewardError(
+            f"reward {reward!r}: normalize is true and {source or 'the model'} has no normaliser beside it; "
+            "RewardTrainer saves one, or fit one with Normalizer.fit"
+        )
+    return None if normalize is False else saved

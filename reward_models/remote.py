@@ -3,6 +3,7 @@
 import functools
 import os
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -90,10 +91,11 @@ class JsonServer:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def ask(self, content: dict, where: str) -> Any:
-        """The JSON that the server answers. RewardError, beginning with `where`, for whatever is wrong."""
+    def ask(self, content: dict | None, where: str, url: str | None = None) -> Any:
+        """The JSON that the server answers to `content`, or to GET where that is None. RewardError, beginning with
+        `where`, for whatever is wrong. url: of another route of the server."""
         try:
-            answer = call_within(self.deadline, functools.partial(self._post, content))
+            answer = call_within(self.deadline, functools.partial(self._send, content, url or self.url))
         except DeadlineExceeded:
             raise RewardError(
                 f"{where}: no whole answer within {self.deadline:g} s, all attempts together. The server sends it in "
@@ -105,7 +107,7 @@ class JsonServer:
             again = f", and so it did {self.retries + 1} times" if answer.status_code in PASSING else ""
             raise RewardError(
                 f"{where}: the server answered {answer.status_code} {answer.reason}{again}: {answer.text[:200]!r}. "
-                "Look into its log"
+                f"{self.remedy(answer.status_code)}"
             )
         try:
             return answer.json()
@@ -115,13 +117,18 @@ class JsonServer:
             what = "a number of thousands of digits, or lists within lists without end"
             raise RewardError(f"{where}: the answer holds {what}: {answer.text[:200]!r}") from error
 
-    def _post(self, content: dict) -> requests.Response:
+    def remedy(self, status: int) -> str:
+        """What to do about an answer of another status than 200."""
+        return "Look into its log"
+
+    def _send(self, content: dict | None, url: str) -> requests.Response:
         """The session repeats what has no answer; an answer that breaks off is repeated here."""
         for attempt in range(self.retries + 1):
             if attempt:
                 time.sleep(min(self.backoff * 2**attempt, LONGEST_WAIT))
             try:
-                return self.session.post(self.url, json=content, timeout=self.timeout, allow_redirects=False)
+                method = "GET" if content is None else "POST"
+                return self.session.request(method, url, json=content, timeout=self.timeout, allow_redirects=False)
             except requests.exceptions.ChunkedEncodingError as error:
                 broken = error
         raise broken
@@ -147,20 +154,57 @@ def check_whole(what: str, **given: tuple[int, int]) -> None:
             raise ConfigError(f"{what}: {key} must be a whole number of at least {least}, got {value!r}")
 
 
-class RemoteReward(JsonServer, Reward):
-    """A server that is sent `{"prompts": [...], "completions": [...], "columns": {...}}` as JSON by POST, in training
-    with `"ended": [...]`, and answers `{"scores": [...]}`, one finite number per completion.
-
-    How it is asked: `JsonServer`. Whatever is wrong in the end is an error that names the rows; nothing is made up.
-    Nothing is sent before the first completions are scored.
+class ScoreServer(JsonServer, Reward):
+    """A server that gives every completion one finite number. Whatever is wrong in the end is an error that names the
+    rows; nothing is made up. A subclass reads the scores from an answer.
 
     Args:
         url, headers, concurrency, timeout, retries, backoff: of `JsonServer`. name: in metrics and errors.
-        columns: names of the dataset's columns to send along.
         batch_size: completions per request.
     """
 
     load = ("batch_size", "concurrency")
+
+    def __init__(self, url: str, *, name: str, batch_size: int, **of_server: Any):
+        self.name = name
+        super().__init__(url, f"reward {name!r}", **of_server)
+        check_whole(f"reward {name!r}", batch_size=(batch_size, 1))
+        self.batch_size = batch_size
+
+    @abstractmethod
+    def read(self, answer: Any, where: str) -> list:
+        """The scores in an answer. RewardError, beginning with `where`, for what is no such answer."""
+
+    def ask_about(self, batch: RewardBatch, content: Callable[[range], dict]) -> torch.Tensor:
+        """Scores of all completions, float64 [B]. content(rows): what is sent about some rows of the batch."""
+        parts = [range(i, min(i + self.batch_size, len(batch))) for i in range(0, len(batch), self.batch_size)]
+        scores = self.each(lambda rows: self._request(content(rows), batch, rows), parts)
+        return torch.tensor([score for part in scores for score in part], dtype=torch.float64)
+
+    def _request(self, content: dict, batch: RewardBatch, indices: range) -> list[float]:
+        where = f"reward {self.name!r} at {self.shown}, {batch.row_names(indices)}"
+        scores = self.read(self.ask(content, where), where)
+        if len(scores) != len(indices):
+            raise RewardError(f"{where}: {len(scores)} scores came back for {len(indices)} completions. Fix the server")
+        bad = not_numbers(scores)
+        if bad:
+            raise RewardError(
+                f"reward {self.name!r} at {self.shown}: the score is {scores[bad[0]]!r:.80} for "
+                f"{batch.row_names([indices[i] for i in bad])}; every completion needs a finite number. Fix the server"
+            )
+        return [float(score) for score in scores]
+
+
+class RemoteReward(ScoreServer):
+    """A server that is sent `{"prompts": [...], "completions": [...], "columns": {...}}` as JSON by POST, in training
+    with `"ended": [...]`, and answers `{"scores": [...]}`, one finite number per completion.
+
+    How it is asked: `JsonServer`. Nothing is sent before the first completions are scored.
+
+    Args:
+        url, name, headers, batch_size, concurrency, timeout, retries, backoff: of `ScoreServer`.
+        columns: names of the dataset's columns to send along.
+    """
 
     def __init__(
         self,
@@ -175,18 +219,17 @@ class RemoteReward(JsonServer, Reward):
         retries: int = 5,
         backoff: float = 0.5,
     ):
-        self.name, self.columns = name, tuple(columns)
+        self.columns = tuple(columns)
         super().__init__(
             url,
-            f"reward {name!r}",
+            name=name,
             headers=headers,
+            batch_size=batch_size,
             concurrency=concurrency,
             timeout=timeout,
             retries=retries,
             backoff=backoff,
         )
-        check_whole(f"reward {name!r}", batch_size=(batch_size, 1))
-        self.batch_size = batch_size
 
     def _score(self, batch: RewardBatch) -> RewardOutput:
         missing = [column for column in self.columns if column not in batch.columns]
@@ -195,31 +238,18 @@ class RemoteReward(JsonServer, Reward):
                 f"reward {self.name!r}: the dataset has no column {', '.join(missing)} to send (it has "
                 f"{', '.join(sorted(batch.columns)) or 'none'})"
             )
-        indices = [range(i, min(i + self.batch_size, len(batch))) for i in range(0, len(batch), self.batch_size)]
-        parts = self.each(lambda rows: self._request(batch, rows), indices)
-        return RewardOutput(torch.tensor([score for part in parts for score in part], dtype=torch.float32))
+        return RewardOutput(self.ask_about(batch, lambda rows: self._content(batch.select(rows))).float())
 
-    def _request(self, batch: RewardBatch, indices: range) -> list[float]:
-        rows = batch.select(indices)
-        content = {
+    def _content(self, rows: RewardBatch) -> dict:
+        return {
             "prompts": rows.prompts,
             "completions": rows.completions,
             "columns": {name: rows.columns[name] for name in self.columns},
             **({} if rows.ended is None else {"ended": rows.ended}),
         }
-        where = f"reward {self.name!r} at {self.shown}, {batch.row_names(indices)}"
-        return self._checked(self.ask(content, where), batch, indices, where)
 
-    def _checked(self, content: Any, batch: RewardBatch, indices: range, where: str) -> list[float]:
-        scores = content.get("scores") if isinstance(content, dict) else None
+    def read(self, answer: Any, where: str) -> list:
+        scores = answer.get("scores") if isinstance(answer, dict) else None
         if not isinstance(scores, list):
-            raise RewardError(f"{where}: the answer is not {{'scores': [...]}}: {str(content)[:200]!r}")
-        if len(scores) != len(indices):
-            raise RewardError(f"{where}: {len(scores)} scores came back for {len(indices)} completions. Fix the server")
-        bad = not_numbers(scores)
-        if bad:
-            raise RewardError(
-                f"reward {self.name!r} at {self.shown}: the score is {scores[bad[0]]!r:.80} for "
-                f"{batch.row_names([indices[i] for i in bad])}; every completion needs a finite number. Fix the server"
-            )
-        return [float(score) for score in scores]
+            raise RewardError(f"{where}: the answer is not {{'scores': [...]}}: {str(answer)[:200]!r}")
+        return scores

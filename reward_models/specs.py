@@ -5,13 +5,13 @@ Nothing heavy is imported before a reward is made, so that a configuration is ch
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from pydantic import Field, model_validator
 
 import align.reward_models.judge_specs  # noqa: F401  (registers its kinds)
 from align.config.sections import parse, parse_list, plain
-from align.config.server_key import KEY_VARIABLE, read_key
+from align.config.server_key import KEY_VARIABLE, VLLM_KEY_VARIABLE, read_key
 from align.errors import ConfigError, RewardError
 from align.reward_models.function_specs import RuleSpec
 from align.reward_models.kinds import REWARDS as REWARDS
@@ -81,14 +81,21 @@ def as_written(spec: "RewardSpec | Reward") -> Any:
 # ---- kinds ----------------------------------------------------------------------------------------------------------
 
 
+MaxLength = Annotated[
+    Count | None, Field(description="Longer sequences lose the start of their prompt. Default: they are an error.")
+]
+Normalize = Annotated[
+    bool | None,
+    Field(description="true needs the normaliser saved beside the model, false ignores it. Default: used if there."),
+]
+
+
 class OfModel(RewardSpec):
     """Options of a reward that reads a model."""
 
     path: PathText = Field(description="Folder (a LoRA adapter's too) or hub name.")
     name: str | None = Field(None, description="In metrics. Default: the folder's name.")
-    max_length: Count | None = Field(
-        None, description="Longer sequences lose the start of their prompt. Default: they are an error."
-    )
+    max_length: MaxLength = None
     batch_tokens: Count | None = Field(None, description="Padded tokens per forward pass.")
     device: int | TorchName | None = Field(None, description="Default: a GPU if there is one.")
     dtype: TorchName | None = Field(None, description="Default: as saved on a GPU, float32 on a CPU.")
@@ -103,9 +110,7 @@ class OfModel(RewardSpec):
 class ClassifierSpec(OfModel):
     """The score of a trained model with one output."""
 
-    normalize: bool | None = Field(
-        None, description="true needs the normaliser saved beside the model, false ignores it. Default: used if there."
-    )
+    normalize: Normalize = None
     batch_size: Count | None = Field(None, description="At most so many sequences per forward pass.")
 
     def build(self, tokenizer=None, device=None):
@@ -143,34 +148,67 @@ class ImplicitSpec(OfModel):
         return {path: False for path in (self.path, self.reference) if path is not None}
 
 
-@register_reward("remote")
-class RemoteSpec(RewardSpec):
-    """The score of a server."""
+class OfServer(RewardSpec):
+    """Options of a reward that a server computes."""
 
-    url: str = Field(description="Where to post. ${NAME} stands for an environment variable.")
-    name: str = Field("remote", description="In metrics.")
-    columns: list[str] = Field([], description="Columns of the dataset to send along.")
     headers: dict[str, str | int | float] = Field({}, description="Of every request, with ${NAME} as in url.")
-    api_key_file: PathText | None = Field(
-        None, description=f"File with the key of `align serve --reward`, unless ${KEY_VARIABLE} has it."
-    )
     batch_size: int = Field(64, ge=1, description="Completions per request.")
     concurrency: int = Field(4, ge=1, description="Requests in flight at most.")
     timeout: float = Field(60.0, gt=0, description="Seconds for a connection, and then for the answer.")
     retries: int = Field(5, ge=0, description="Further attempts.")
     backoff: float = Field(0.5, ge=0, description="Seconds, doubled with every attempt.")
 
-    def build(self, tokenizer=None, device=None):
-        from align.reward_models.remote import RemoteReward
-
+    def with_key(self, variable: str, file: str | None) -> dict[str, Any]:
+        """What was set, the key of the server among the headers. file: its file, None where it needs none."""
         options = self.options("api_key_file")
-        if self.api_key_file is not None:
-            key = {"Authorization": f"Bearer {read_key(KEY_VARIABLE, self.api_key_file)}"}
-            options["headers"] = {**self.headers, **key}
-        return RemoteReward(**options)
+        if file is not None:
+            key = read_key(variable, file, f"the server of reward {self.stated_name!r}")
+            options["headers"] = {**self.headers, "Authorization": f"Bearer {key}"}
+        return options
 
     def check(self) -> None:
         self.build()
+
+
+@register_reward("remote")
+class RemoteSpec(OfServer):
+    """The score of a server."""
+
+    url: str = Field(description="Where to post. ${NAME} stands for an environment variable.")
+    name: str = Field("remote", description="In metrics.")
+    columns: list[str] = Field([], description="Columns of the dataset to send along.")
+    api_key_file: PathText | None = Field(
+        None, description=f"File with the key of `align serve --reward`, unless ${KEY_VARIABLE} has it."
+    )
+
+    def build(self, tokenizer=None, device=None):
+        from align.reward_models.remote import RemoteReward
+
+        return RemoteReward(**self.with_key(KEY_VARIABLE, self.api_key_file))
+
+
+@register_reward("vllm")
+class VllmSpec(OfServer):
+    """The score of a classifier on a vLLM server."""
+
+    url: str = Field(description="Of the server, http://localhost:8000. ${NAME} stands for an environment variable.")
+    path: PathText = Field(description="Folder or hub name of the served model, for its tokenizer and normaliser.")
+    model: str | None = Field(None, description="The name that the server knows it by. Default: the only one there.")
+    name: str | None = Field(None, description="In metrics. Default: the folder's name.")
+    normalize: Normalize = None
+    max_length: MaxLength = None
+    api_key_file: PathText | None = Field(
+        None, description=f"File with the key of the server (--api-key), unless ${VLLM_KEY_VARIABLE} has it."
+    )
+
+    @property
+    def stated_name(self) -> str:
+        return self.name or Path(self.path).name
+
+    def build(self, tokenizer=None, device=None):
+        from align.reward_models.vllm_server import VllmReward
+
+        return VllmReward(policy_tokenizer=tokenizer, **self.with_key(VLLM_KEY_VARIABLE, self.api_key_file))
 
 
 @register_reward("composite")
@@ -254,6 +292,6 @@ class EnsembleSpec(RewardSpec):
 
 def _raw(member: "RewardSpec | Reward") -> "RewardSpec | Reward":
     """A member that leaves its normaliser out, unless it says otherwise itself."""
-    if isinstance(member, ClassifierSpec) and "normalize" not in member.model_fields_set:
+    if isinstance(member, ClassifierSpec | VllmSpec) and "normalize" not in member.model_fields_set:
         return member.model_copy(update={"normalize": False})
     return member

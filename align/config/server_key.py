@@ -9,23 +9,26 @@ from pathlib import Path
 from align.errors import ConfigError
 
 KEY_VARIABLE = "ALIGN_ROLLOUT_KEY"
+VLLM_KEY_VARIABLE = "VLLM_API_KEY"  # vLLM's own name of the variable
 KEY_FILE = Path("~/.config/align/rollout_key")  # of all servers and runs of one user, unless they name another
 
 
-def read_key(variable: str, file: str | None) -> str:
+def read_key(variable: str, file: str | None, server: str = "the rollout server") -> str:
     """Raises `ConfigError` where there is neither, and for a file that others can read."""
     if key := os.environ.get(variable):
         return key
     path = Path(file or KEY_FILE).expanduser()
     if not path.is_file():
         raise ConfigError(
-            f"no key for the rollout server: set the environment variable {variable}, or name the file that "
-            f"`align serve` wrote with api_key_file ({path} does not exist)"
+            f"no key for {server}: set the environment variable {variable}, or name the file that has it with "
+            f"api_key_file ({path} does not exist)"
         )
     if path.stat().st_mode & 0o077:
-        raise ConfigError(f"others can read the key of the rollout server: chmod 600 {path}")
+        raise ConfigError(f"others can read the key of {server}: chmod 600 {path}")
     if not (key := path.read_text().strip()):
-        raise ConfigError(f"the key file of the rollout server is empty: delete {path}, and `align serve` makes one")
+        raise ConfigError(
+            f"the key file of {server} is empty: write it into {path}, or delete that for `align serve` to make one"
+        )
     return key
 
 

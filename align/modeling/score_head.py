@@ -1,11 +1,16 @@
 """The linear layer that makes a reward model's one score."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
 from align.distributed.shards import gathered
 from align.errors import ConfigError
 from align.modeling.types import Model
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 READ_AT = "score_read_at"  # in the config of a model: "end_token" where `RewardTrainer` trained it
 
@@ -15,9 +20,10 @@ def read_at_end_token(model: Model) -> None:
     setattr(model.config, READ_AT, "end_token")
 
 
-def reads_end_token(model: Model) -> bool:
-    """Whether a model's score was trained at the end token, rather than at the end of the whole chat template."""
-    return model.config.to_dict().get(READ_AT) == "end_token"
+def reads_end_token(config: "PretrainedConfig") -> bool:
+    """Whether the score of the model with this config was trained at the end token, rather than at the end of the whole
+    chat template."""
+    return config.to_dict().get(READ_AT) == "end_token"
 
 
 def head_name(model: Model) -> str:

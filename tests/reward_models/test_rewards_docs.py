@@ -94,9 +94,9 @@ def test_every_spec_is_built_and_scores(world):
         content = yaml.safe_load(text.replace(":8100/", f":{world}/"))
         for spec in [*content.get("rewards", []), *([content["gold_reward"]] if content.get("gold_reward") else [])]:
             check_reward(spec)
-            output = build_reward(spec).score(BATCH)
-            assert output.scores.shape == (1,)
             kinds.add(spec["type"])
+            if spec["type"] != "vllm":  # test_vllm_server starts its server
+                assert build_reward(spec).score(BATCH).scores.shape == (1,)
     assert kinds == {*REWARDS.kinds, "my_kinds.py:NearSpec"}
     assert build_reward("my_rewards.py:contains_answer").score(BATCH).scores.tolist() == [1.0]
 

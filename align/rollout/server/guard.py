@@ -5,7 +5,7 @@ import os
 import secrets
 from typing import Any
 
-KEY_VARIABLE = "VLLM_API_KEY"
+from align.config.server_key import VLLM_KEY_VARIABLE
 
 
 class KeyGuard:
@@ -13,7 +13,7 @@ class KeyGuard:
 
     def __init__(self, app: Any):
         self.app = app
-        self.digest = hashlib.sha256(f"Bearer {os.environ[KEY_VARIABLE]}".encode()).digest()
+        self.digest = hashlib.sha256(f"Bearer {os.environ[VLLM_KEY_VARIABLE]}".encode()).digest()
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] == "lifespan":

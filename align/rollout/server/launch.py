@@ -13,8 +13,8 @@ from typing import Any
 
 import requests
 
+from align.config.server_key import VLLM_KEY_VARIABLE
 from align.errors import RolloutError
-from align.rollout.server.guard import KEY_VARIABLE
 from align.rollout.server.plugin import TRANSFER
 from align.rollout.vllm_versions import known_names
 
@@ -78,7 +78,7 @@ def serve(
     from align.rollout.vllm_engine import llm_options, write_config
     from align.rollout.weights import check_supported, checkpoint_shapes
 
-    os.environ[KEY_VARIABLE] = key  # not an argument, which every user of the machine can see
+    os.environ[VLLM_KEY_VARIABLE] = key  # not an argument, which every user of the machine can see
     check_supported(model)
     core = language_model(model)
     rank = lora_rank(model) if isinstance(model, PeftModel) and why_merged(model) is None else None

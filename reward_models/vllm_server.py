@@ -1,0 +1,150 @@
+"""Rewards that a classifier gives on a vLLM server."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from align.errors import ConfigError, RewardError
+from align.modeling.adapters import is_adapter
+from align.modeling.load import load_tokenizer
+from align.modeling.pretrained import check_one_label, from_pretrained
+from align.modeling.score_head import reads_end_token
+from align.reward_models.base import RewardBatch, RewardOutput
+from align.reward_models.normalizer import choose_normalizer
+from align.reward_models.remote import ScoreServer
+from align.reward_models.sequences import SequenceEncoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+REMEDIES = {
+    401: "Its key is missing or wrong: set api_key_file, or headers",
+    404: "Fix the url, or start a server of classifiers there: `vllm serve MODEL --runner pooling`",
+}
+
+
+class VllmReward(ScoreServer):
+    """The scores that `ClassifierReward` gives for a model, from a server that `vllm serve MODEL --runner pooling`
+    started: the same token ids are sent, and the output is read before any activation function.
+
+    The server is asked for its models, once, before the first completions are scored or their room is checked: vLLM
+    wants its key there, and not where it classifies.
+
+    Args:
+        url: of the server, http://localhost:8000 say; its routes may stand behind it.
+        path: folder or hub name of the model that is served, for its tokenizer, config and normaliser.
+        model: the name that the server knows it by; None where it serves one.
+        policy_tokenizer, normalize, max_length: of `ClassifierReward`.
+        name: default: the folder's. headers, batch_size, concurrency, timeout, retries, backoff: of `ScoreServer`.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        path: str | Path,
+        *,
+        model: str | None = None,
+        name: str | None = None,
+        policy_tokenizer: "PreTrainedTokenizerBase | None" = None,
+        normalize: bool | None = None,
+        max_length: int | None = None,
+        headers: dict[str, str] | None = None,
+        batch_size: int = 64,
+        concurrency: int = 4,
+        timeout: float = 60.0,
+        retries: int = 5,
+        backoff: float = 0.5,
+    ):
+        from transformers import AutoConfig
+
+        super().__init__(
+            url,
+            name=name or Path(path).name,
+            headers=headers,
+            batch_size=batch_size,
+            concurrency=concurrency,
+            timeout=timeout,
+            retries=retries,
+            backoff=backoff,
+        )
+        parts = urlsplit(self.url)
+        base = parts.path.rstrip("/").removesuffix("/classify").removesuffix("/v1")
+        self.url, self.listing = (parts._replace(path=base + route).geturl() for route in ("/classify", "/v1/models"))
+        if is_adapter(path):
+            raise ConfigError(
+                f"reward {self.name!r}: {path} is an adapter, and vLLM serves its whole model: `align export` it, then "
+                "serve and name that folder"
+            )
+        check_one_label(str(path), {})
+        config = from_pretrained(AutoConfig, str(path), "reward model")
+        self.model, self.connected = model, False
+        self.normalizer = choose_normalizer(self.name, str(path), normalize)
+        self.tokenizer = load_tokenizer(path)
+        self.encoder = SequenceEncoder(
+            self.name,
+            self.tokenizer,
+            policy_tokenizer=policy_tokenizer,
+            vocabulary=config.get_text_config().vocab_size,
+            max_length=max_length,
+            whole_turn=not reads_end_token(config),
+        )
+
+    @property
+    def normalized(self) -> bool:
+        return self.normalizer is not None
+
+    def check_room(self, prompt: int, completion: int, *, conversational: bool) -> None:
+        self.connect()
+        self.encoder.check_room(prompt, completion, conversational=conversational)
+
+    def connect(self) -> None:
+        """Ask the server for its models, unless that has been done: for the name of its one, and for what it takes."""
+        if self.connected:
+            return
+        where = f"reward {self.name!r} at {self.shown}"
+        lengths = served_lengths(self.ask(None, where, self.listing), where)
+        if self.model is None and len(lengths) == 1:
+            (self.model,) = lengths
+        if self.model is None or self.model not in lengths:
+            wrong = "`model` has to name one of them" if self.model is None else f"`model` names {self.model!r}"
+            raise RewardError(f"{where}: the server has the models {', '.join(lengths) or '(none)'}, and {wrong}")
+        longest, given = lengths[self.model], self.encoder.max_length
+        if longest is not None and given is not None and given > longest:
+            raise RewardError(
+                f"{where}: max_length is {given}, and the server takes {longest} tokens: lower it, or start the server "
+                "with a larger --max-model-len"
+            )
+        self.encoder.longest, self.connected = longest, True
+
+    def _score(self, batch: RewardBatch) -> RewardOutput:
+        self.connect()
+        sequences = [prompt + completion for prompt, completion in self.encoder(batch)]
+        scores = self.ask_about(batch, lambda rows: self._content([sequences[row] for row in rows]))
+        return RewardOutput((self.normalizer(scores) if self.normalizer else scores).float())
+
+    def _content(self, sequences: list[list[int]]) -> dict:
+        return {"model": self.model, "input": sequences, "use_activation": False}
+
+    def read(self, answer: Any, where: str) -> list:
+        found = answer.get("data") if isinstance(answer, dict) else None
+        outputs = [item.get("probs") if isinstance(item, dict) else None for item in found or ()]
+        if not isinstance(found, list) or not all(isinstance(output, list) for output in outputs):
+            raise RewardError(f"{where}: the answer is not that of vLLM's /classify: {str(answer)[:200]!r}")
+        labels = {len(output) for output in outputs if output is not None} - {1}
+        if labels:
+            raise RewardError(
+                f"{where}: the model {self.model!r} on the server has {max(labels)} labels, and a reward model has "
+                "one: serve the model of `path` there"
+            )
+        return [score for output in outputs for score in output or ()]
+
+    def remedy(self, status: int) -> str:
+        return REMEDIES.get(status) or super().remedy(status)
+
+
+def served_lengths(answer: Any, where: str) -> dict[str, int | None]:
+    """What vLLM's /v1/models lists: names, with the tokens that each takes (unknown of adapters)."""
+    cards = answer.get("data") if isinstance(answer, dict) else None
+    if not isinstance(cards, list) or not all(isinstance(card, dict) and "id" in card for card in cards):
+        raise RewardError(f"{where}: the answer of /v1/models lists no models, fix the url: {str(answer)[:200]!r}")
+    return {str(card["id"]): card.get("max_model_len") for card in cards}
