@@ -31,6 +31,7 @@ _TABLE = {
         "warmup_steps eval_delay neftune_noise_alpha "
         "rollout_correction_low beta router_aux_loss_coef center_rewards_coefficient score_l2_coefficient "
         "sweep_min_weight dataloader_num_workers num_logged_completions num_logged_pairs critic_warmup_steps "
+        "max_tool_calling_iterations "
         "top_k dynamic_sampling_rounds entropy_coef entropy_coef_min entropy_coef_max entropy_target vespo_k_pos "
         "vespo_k_neg"
     ),
