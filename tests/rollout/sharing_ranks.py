@@ -95,7 +95,6 @@ def main(folder: Path) -> None:
     start, end = CUTS[world][rank : rank + 2]
     found = {"drawn": drawn(engine, ASKED[start:end]), "none": drawn(engine, ASKED[: 2 * (rank % 2)])}
     found["proved"] = engine.push(model, 1).proved_tensors
-    make_engine(model, max_model_len=64, **SHARED).close()  # a neighbour, which takes no process group along
     check_what_one_process_does_wrong(engine, model, rank == world - 1)
     check(engine, never_ending(llama(4)), never_ending(llama(4)), 8)
     check(engine, shard(never_ending(llama(1))), never_ending(llama(1)), 9)
