@@ -2,10 +2,10 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from align.errors import ConfigError, RewardError
-from align.reward_models.remote import JsonServer, check_whole
+from align.reward_models.remote import Asking, JsonServer, check_whole
 
 VERDICT = re.compile(r"\[\[(A|B|C)\]\]")
 MEANING = {"A": 1.0, "B": 0.0, "C": 0.5}
@@ -64,7 +64,7 @@ class ServerJudge(JsonServer):
         url: of the endpoint, http://localhost:8000/v1/chat/completions say. model: the name it is served under.
         template: a file with {prompt}, {first} and {second}. max_tokens: of the judge's words.
         request: further keys of every request (`{reasoning_effort: low}` say).
-        headers, concurrency, timeout, retries, backoff: of `JsonServer`.
+        headers, concurrency (16), timeout (120), retries, backoff: of `JsonServer`.
     """
 
     def __init__(
@@ -76,21 +76,11 @@ class ServerJudge(JsonServer):
         template: str | None = None,
         max_tokens: int = 512,
         request: dict[str, Any] | None = None,
-        headers: dict[str, str] | None = None,
-        concurrency: int = 16,
-        timeout: float = 120.0,
-        retries: int = 5,
-        backoff: float = 0.5,
+        **of_server: Unpack[Asking],
     ):
-        super().__init__(
-            url,
-            f"judge {name!r}",
-            headers=headers,
-            concurrency=concurrency,
-            timeout=timeout,
-            retries=retries,
-            backoff=backoff,
-        )
+        # a judge writes before it answers: it wants more time, and more requests at once
+        options: Asking = {"concurrency": 16, "timeout": 120.0, **of_server}
+        super().__init__(url, f"judge {name!r}", **options)
         check_whole(f"judge {name!r}", max_tokens=(max_tokens, 1))
         self.name, self.model, self.max_tokens = name, model, max_tokens
         self.template, self.request = read_template(template, f"judge {name!r}"), dict(request or {})

@@ -1,5 +1,6 @@
 """Reward models that leave the device to the policy while nothing is scored."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,16 +10,16 @@ from torch import nn
 HOST = torch.device("cpu")
 
 
-class OnDevice:
+class OnDevice(ABC):
     """Mixed into rewards that read models. They lie on `device`; once `offload` was called, in the host's memory, and
     on `device` only inside `working`."""
 
     device: torch.device
     offloaded = False
 
+    @abstractmethod
     def models(self) -> list[nn.Module]:
         """What takes the device's memory."""
-        raise NotImplementedError
 
     def offload(self) -> None:
         self.offloaded = True

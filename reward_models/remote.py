@@ -6,7 +6,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypedDict, Unpack
 from urllib.parse import urlsplit
 
 import requests
@@ -24,6 +24,22 @@ PASSING = (408, 425, 429, 500, 502, 503, 504)  # answers that may be another one
 LONGEST_WAIT = 30  # seconds between two attempts
 
 
+class Asking(TypedDict, total=False):
+    """How a server is asked: the options of `JsonServer`."""
+
+    headers: dict[str, str] | None
+    concurrency: int
+    timeout: float
+    retries: int
+    backoff: float
+
+
+class AskingForScores(Asking, total=False):
+    """The options of `ScoreServer`."""
+
+    batch_size: int
+
+
 class JsonServer:
     """A server that answers JSON posted to it. `what` names it in errors.
 
@@ -33,9 +49,10 @@ class JsonServer:
 
     Args:
         url: where to post, `${NAME}` standing for an environment variable.
-        headers: of every request; `$NAME` in a value stands for that environment variable.
-        concurrency: requests in flight at most. timeout: seconds to wait for a connection, and then for the answer.
-        retries: further attempts.
+        headers: of every request; `$NAME` in a value stands for that environment variable. Default: none.
+        concurrency: requests in flight at most (4).
+        timeout: seconds to wait for a connection, and then for the answer (60).
+        retries: further attempts (5). backoff: seconds (0.5).
     """
 
     load: tuple[str, ...] = ("concurrency",)  # what a server that is too slow wants lowered
@@ -45,11 +62,11 @@ class JsonServer:
         url: str,
         what: str,
         *,
-        headers: dict[str, str] | None,
-        concurrency: int,
-        timeout: float,
-        retries: int,
-        backoff: float,
+        headers: dict[str, str] | None = None,
+        concurrency: int = 4,
+        timeout: float = 60.0,
+        retries: int = 5,
+        backoff: float = 0.5,
     ):
         self.url = expand(url, f"{what}: url")
         parts = urlsplit(self.url)
@@ -160,12 +177,12 @@ class ScoreServer(JsonServer, Reward):
 
     Args:
         url, headers, concurrency, timeout, retries, backoff: of `JsonServer`. name: in metrics and errors.
-        batch_size: completions per request.
+        batch_size: completions per request (64).
     """
 
     load = ("batch_size", "concurrency")
 
-    def __init__(self, url: str, *, name: str, batch_size: int, **of_server: Any):
+    def __init__(self, url: str, *, name: str, batch_size: int = 64, **of_server: Unpack[Asking]):
         self.name = name
         super().__init__(url, f"reward {name!r}", **of_server)
         check_whole(f"reward {name!r}", batch_size=(batch_size, 1))
@@ -212,24 +229,10 @@ class RemoteReward(ScoreServer):
         *,
         name: str = "remote",
         columns: list[str] | tuple[str, ...] = (),
-        headers: dict[str, str] | None = None,
-        batch_size: int = 64,
-        concurrency: int = 4,
-        timeout: float = 60.0,
-        retries: int = 5,
-        backoff: float = 0.5,
+        **of_server: Unpack[AskingForScores],
     ):
         self.columns = tuple(columns)
-        super().__init__(
-            url,
-            name=name,
-            headers=headers,
-            batch_size=batch_size,
-            concurrency=concurrency,
-            timeout=timeout,
-            retries=retries,
-            backoff=backoff,
-        )
+        super().__init__(url, name=name, **of_server)
 
     def _score(self, batch: RewardBatch) -> RewardOutput:
         missing = [column for column in self.columns if column not in batch.columns]

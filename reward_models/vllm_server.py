@@ -1,7 +1,7 @@
 """Rewards that a classifier gives on a vLLM server."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 from urllib.parse import urlsplit
 
 from align.errors import ConfigError, RewardError
@@ -11,7 +11,7 @@ from align.modeling.pretrained import check_one_label, from_pretrained
 from align.modeling.score_head import reads_end_token
 from align.reward_models.base import RewardBatch, RewardOutput
 from align.reward_models.normalizer import choose_normalizer
-from align.reward_models.remote import ScoreServer
+from align.reward_models.remote import AskingForScores, ScoreServer
 from align.reward_models.sequences import SequenceEncoder
 
 if TYPE_CHECKING:
@@ -48,25 +48,11 @@ class VllmReward(ScoreServer):
         policy_tokenizer: "PreTrainedTokenizerBase | None" = None,
         normalize: bool | None = None,
         max_length: int | None = None,
-        headers: dict[str, str] | None = None,
-        batch_size: int = 64,
-        concurrency: int = 4,
-        timeout: float = 60.0,
-        retries: int = 5,
-        backoff: float = 0.5,
+        **of_server: Unpack[AskingForScores],
     ):
         from transformers import AutoConfig
 
-        super().__init__(
-            url,
-            name=name or Path(path).name,
-            headers=headers,
-            batch_size=batch_size,
-            concurrency=concurrency,
-            timeout=timeout,
-            retries=retries,
-            backoff=backoff,
-        )
+        super().__init__(url, name=name or Path(path).name, **of_server)
         parts = urlsplit(self.url)
         base = parts.path.rstrip("/").removesuffix("/classify").removesuffix("/v1")
         self.url, self.listing = (parts._replace(path=base + route).geturl() for route in ("/classify", "/v1/models"))
