@@ -242,9 +242,8 @@ def _tokens_of(prompts: list[Any], tokenizer, longest: int | None = None) -> lis
 
 def _identity(model: str, prompt_ids, drawing: Drawing, dtype: str) -> dict[str, Any]:
     digest = hashlib.blake2b(digest_size=16)
-    for number, ids in enumerate(prompt_ids):
-        digest.update(f"{', ' if number else '['}{ids}".encode())
-    digest.update(b"]")
+    for ids in prompt_ids:
+        digest.update(f"{ids}\n".encode())
     settings = {name: value for name, value in asdict(drawing).items() if name != "max_prompt_length"}
     if not drawing.revisions:
         del settings["revisions"], settings["revision_template"]

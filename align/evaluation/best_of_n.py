@@ -69,7 +69,8 @@ def bon_curve(
         scores = np.stack([selection[p] for p in rows])
         per_prompt["proxy"][:, rows] = bon_expected(scores, scores, grid).T
         per_prompt["gold"][:, rows] = bon_expected(scores, np.stack([gold[p] for p in rows]), grid).T
-    tied = sum(int((times := np.unique(scores, return_counts=True)[1])[times > 1].sum()) for scores in selection)
+    times = np.concatenate([np.unique(scores, return_counts=True)[1] for scores in selection])  # of each score
+    tied = times[times > 1].sum()
     if tied:
         share = tied / counts.sum()
         notes.append(

@@ -13,8 +13,8 @@ from align.evaluation.summary import build_summary
 @dataclass
 class BonTable:
     """source: the table of completions. scored: where it is written with a column per reward. prompt, completion: its
-    columns, as in `read_score_table`. min_answers: as in `bon_curve`. chat: as in
-    `score_table`. names: of the rewards so far."""
+    columns, as in `read_score_table`. min_answers: as in `bon_curve`. chat: as in `score_table`. names: of the rewards
+    so far."""
 
     source: Path
     scored: Path

@@ -50,12 +50,8 @@ def named_rewards(specs: list, *, reserved: str | None = None, tokenizer=None) -
 
 def has_chat_template(reward) -> bool:
     """Whether a reward is, or is made of, a model that reads messages through a chat template of its own."""
-    from align.reward_models.joint import JointMembers
-
-    parts = vars(reward).get("members") or vars(reward).get("rewards") or ()
-    parts = [parts.classifier] if isinstance(parts, JointMembers) else parts
     own = vars(reward).get("tokenizer")
-    return bool(own is not None and own.chat_template) or any(map(has_chat_template, parts))
+    return bool(own is not None and own.chat_template) or any(map(has_chat_template, reward.parts()))
 
 
 def score_table(

@@ -118,8 +118,7 @@ class RewardColumns:
 
 def gold_columns(spec: Any, tokenizer) -> RewardColumns | None:
     """The rewards that evaluations score beside the others, whose models are on a GPU in evaluations only; None of
-    None. ConfigError for a judge: evaluations draw
-    single completions, which it has nothing to compare with."""
+    None. ConfigError for a judge: evaluations draw single completions, which it has nothing to compare with."""
     if spec is None:
         return None
     columns = RewardColumns(spec, None, tokenizer=tokenizer)
