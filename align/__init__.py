@@ -5,12 +5,17 @@ used, so `import align` itself is quick and imports neither torch nor transforme
 
 Importing align sets four environment variables where they are not set, and nothing else: what the libraries below it
 would report to their makers is off (`HF_HUB_DISABLE_TELEMETRY`, `VLLM_NO_USAGE_STATS`, `DO_NOT_TRACK`,
-`WANDB_ERROR_REPORTING`). Set them yourself before the import to decide otherwise.
+`WANDB_ERROR_REPORTING`). Set them yourself before the import to decide otherwise. Whoever imports a
+module of an earlier version is told its new name (`align.moved`).
 """
 
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
+from align.moved import tell_new_names
+
+tell_new_names()
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
@@ -172,7 +177,7 @@ def __getattr__(name: str) -> Any:
 
         value = load(_EXPORTS[name])
     else:
-        raise AttributeError(f"module 'align' has no attribute {name!r}")
+        raise AttributeError(f"module 'align' has no attribute {name!r}", name=name, obj=sys.modules[__name__])
     globals()[name] = value
     return value
 

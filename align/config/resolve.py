@@ -1,7 +1,6 @@
 """Entries of a file and a command line -> the typed configuration of one run."""
 
 import dataclasses
-import difflib
 import re
 from dataclasses import dataclass, field
 from enum import Enum
@@ -11,6 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
+from align.config.names import moved, nearest
 from align.config.nested import nested_options
 from align.config.options import options_of
 from align.config.ranges import problem_with
@@ -23,14 +23,6 @@ from align.methods import Method, get_method
 
 # What constructors of transformers and trl raise for options that they do not take.
 REFUSALS = (AlignError, ValueError, TypeError, KeyError, AttributeError, ImportError, OSError, RuntimeError)
-MOVED = {  # options of earlier versions
-    "rollout_backend": "rollout.backend",
-    "rollout_dtype": "rollout.dtype",
-    "max_num_seqs": "rollout.max_num_seqs",
-    "sync_tolerance": "rollout.sync_tolerance",
-    "vllm_gpu_memory_utilization": "rollout.gpu_memory_utilization",
-    "vllm_kv_cache_gib": "rollout.kv_cache_gib",
-}
 REWARD_SECTIONS = ("rewards", "gold_reward")
 
 
@@ -246,10 +238,9 @@ def _check_keys(entries: dict[str, Entry], valid: list[str], method: Method) -> 
     for key, entry in entries.items():
         if key not in valid:
             dashes = "--" if entry.where == COMMAND_LINE else ""
-            nearest = difflib.get_close_matches(key, valid, n=1)
-            hint = f"nearest valid: {dashes}{nearest[0]}" if nearest else f"see `align {method.name} --help`"
-            if key in MOVED and MOVED[key].partition(".")[0] in valid:
-                hint = f"it is {dashes}{MOVED[key]} now"
+            now, near = moved(key, valid), nearest(key, valid)
+            hint = f"nearest valid: {dashes}{near}" if near else f"see `align {method.name} --help`"
+            hint = f"it is {dashes}{now} now" if now else hint
             problems.append(one_line(f"{entry.where}: unknown key {dashes}{key}; {hint}"))
     if problems:
         raise ConfigError("; ".join(problems))
@@ -304,8 +295,8 @@ def _typed(key: str, entry: Entry, cls: type) -> Any:
             problem = "Input should be a number"
             continue
         if choices and value is not None and _plain(value) not in choices:
-            near = difflib.get_close_matches(str(value), choices, n=1) if len(choices) > 12 else None
-            valid = f"nearest valid: {near[0]}" if near else f"valid: {', '.join(choices[:12])}"
+            near = nearest(str(value), choices) if len(choices) > 12 else None
+            valid = f"nearest valid: {near}" if near else f"valid: {', '.join(choices[:12])}"
             raise ConfigError(f"{entry.where}: {key} cannot be {_plain(value)!r}; {valid}")
         outside = problem_with(key, value)
         if outside:

@@ -1,10 +1,12 @@
 """What mix-ins are put in front of: transformers' `Trainer` and `TrainingArguments`.
 
-Empty here. hooks.pyi beside this file tells the type checker what the classes have that come behind them.
+Here they only answer arguments that they do not take, before anything else is looked at. hooks.pyi beside this file
+tells the type checker what the classes have that come behind them.
 """
 
 from importlib.metadata import version
 
+from align.config.names import check_arguments
 from align.errors import ConfigError
 
 OVERRIDDEN = (
@@ -34,6 +36,16 @@ def check_overridden(base: type) -> None:
 class TrainingSettings:
     """Base of a mix-in for a `TrainingArguments`."""
 
+    def __new__(cls, *_args, **given):
+        check_arguments(cls, given)
+        return super().__new__(cls)
+
 
 class TrainerHooks:
     """Base of a mix-in for a `Trainer`."""
+
+    config_class = None
+
+    def __new__(cls, *_args, **given):
+        check_arguments(cls, given, cls.config_class)
+        return super().__new__(cls)
