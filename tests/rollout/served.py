@@ -1,9 +1,11 @@
 """Real servers, started by `align serve`, and engines that draw from them."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from contextlib import contextmanager
 
@@ -38,11 +40,12 @@ class Served:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 self.ports.append(free.getsockname()[1])
+        self.temporary = [tempfile.mkdtemp() for _ in self.ports]  # short paths, as sockets need
         self.urls = [f"http://127.0.0.1:{port}" for port in self.ports]
 
     def start(self, number: int) -> None:
         command = [sys.executable, "-m", "align", "serve", self.config, "--port", str(self.ports[number])]
-        environment = {**os.environ, "ALIGN_ROLLOUT_KEY": KEY}
+        environment = {**os.environ, "ALIGN_ROLLOUT_KEY": KEY, "TMPDIR": self.temporary[number]}
         self.processes[number] = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
     def ready(self, number: int) -> str:
@@ -62,6 +65,8 @@ class Served:
                 process.terminate()
         for process in self.processes:
             process.wait(60)
+        for folder in self.temporary:
+            shutil.rmtree(folder)
 
 
 @contextmanager

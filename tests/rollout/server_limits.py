@@ -4,10 +4,16 @@ import os
 import re
 import resource
 import socket
+import subprocess
+import sys
+import threading
 import time
 from functools import partial
+from pathlib import Path
 
+import psutil
 import pytest
+import requests
 import torch
 
 from align.errors import RolloutError
@@ -16,7 +22,7 @@ from align.rollout.server.client import Server, ServerLost
 from align.rollout.server.fitting import check_fit
 from align.rollout.weights import checkpoint_shapes
 from tests.rollout.rollout_models import is_greedy, prompts
-from tests.rollout.served import connected
+from tests.rollout.served import KEY, connected
 
 
 def test_more_prompts_than_files_may_be_open(both, model):
@@ -128,3 +134,77 @@ def test_a_server_that_is_not_there_yet_is_waited_for_but_not_for_ever(served, m
         ):
             pass
         assert (time.monotonic() - start > 0.6) is bool(options)
+
+
+def ended(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def shared_memory(processes: list[psutil.Process]) -> set[Path]:
+    maps = "".join(Path(f"/proc/{process.pid}/maps").read_text() for process in processes)
+    return {file for file in Path("/dev/shm").iterdir() if f"{file}\n" in maps}
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads what Linux says of processes")
+def test_a_server_whose_engine_hangs_ends_with_all_it_has_started(served):
+    """At SIGTERM, while a call is open that nobody will answer: vLLM alone waits for it without limit."""
+    server, *started = served.members(0)
+    memory, answers = shared_memory([server, *started]), []
+    assert memory and os.listdir(served.temporary[0])
+    frozen = [one for one in started if "VLLM::" in " ".join(one.cmdline())]
+    assert len(frozen) == 2  # the engine and its worker, which does not see that its engine is gone
+
+    def call() -> None:
+        asked = {"token_ids": [5, 6, 7], "sampling_params": {"max_tokens": 5}}
+        own = {"Authorization": f"Bearer {KEY}"}
+        try:
+            answers.append(
+                requests.post(f"{served.urls[0]}/inference/v1/generate", json=asked, headers=own, timeout=60)
+            )
+        except requests.ConnectionError:
+            answers.append(None)
+
+    for one in frozen:
+        one.suspend()
+    caller = threading.Thread(target=call)
+    caller.start()
+    time.sleep(1)
+    assert not answers
+    start = time.monotonic()
+    served.processes[0].terminate()
+    assert served.processes[0].wait(30) == 0
+    assert time.monotonic() - start < 12
+    caller.join(5)
+    assert answers == [None] or not answers[0].ok
+    while not all(map(ended, started)) and time.monotonic() < start + 15:  # what frees shared memory ends last
+        time.sleep(0.05)
+    assert all(map(ended, started)) and not [file for file in memory if file.exists()]
+    assert not os.listdir(served.temporary[0])
+
+
+ENDLESS = """
+import asyncio, os, signal, subprocess, sys
+from align.rollout.server import ending
+
+ending.DEADLINE = 0.5
+
+async def endless():
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, lambda: None)
+    print(subprocess.Popen(["sleep", "60"]).pid, flush=True)
+    await asyncio.sleep(60)
+
+own = ending.Ending(sys.argv[1])
+asyncio.Runner(loop_factory=own.loop).run(endless())
+"""
+
+
+def test_a_server_that_does_not_end_is_killed(tmp_path):
+    (tmp_path / "folder").mkdir()
+    command = [sys.executable, "-c", ENDLESS, str(tmp_path / "folder")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout
+    child = psutil.Process(int(process.stdout.readline()))
+    process.terminate()
+    _, said = process.communicate(timeout=10)
+    assert process.returncode == 1 and "the rollout server did not end within 0.5 seconds of a signal" in said
+    assert ended(child) and not (tmp_path / "folder").exists()

@@ -381,3 +381,7 @@ def test_a_server_that_dies_stops_the_run(served):
         with pytest.raises(RolloutError, match=f"{served.urls[1]} cannot be reached"):
             engine.push(llama(1), 1)
         assert time.monotonic() - start < 10
+
+
+test_ends = server_limits.test_a_server_whose_engine_hangs_ends_with_all_it_has_started  # the last that it does
+test_ends_by_force = server_limits.test_a_server_that_does_not_end_is_killed

@@ -8,6 +8,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from align.rollout.vllm_versions import known_names
 # Routes for weights and workers, which our key guards; no usage statistics.
 ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 DEFAULTS = {"VLLM_LOGGING_LEVEL": "ERROR"}
+LONGEST_FOLDER = 70  # characters: a socket's path has at most 107, of which vLLM's name takes 37
 
 
 def address(host: str, port: int) -> str:
@@ -85,6 +88,7 @@ def serve(
     shapes = checkpoint_shapes(model, merged=rank is None)
     own = llm_options(core, shapes, dtype=dtype, rank=rank, **options)
     with tempfile.TemporaryDirectory(prefix="align_serve_") as folder:
+        keep_in(folder)
         write_config(core, dtype, folder)
         file = Path(folder) / "shapes.json"
         file.write_text(json.dumps(own["model_loader_extra_config"]["shapes"]))
@@ -95,7 +99,13 @@ def serve(
         cli_args.validate_parsed_serve_args(args)
         watch = threading.Thread(target=announce, args=(address(host, port), key, ready, start_seconds), daemon=True)
         watch.start()
-        run_until_stopped(run_server(args))
+        run_until_stopped(partial(run_server, args), folder)
+
+
+def keep_in(folder: str) -> None:
+    """vLLM leaves sockets and files where temporary ones go."""
+    if len(folder) <= LONGEST_FOLDER:
+        os.environ["TMPDIR"] = tempfile.tempdir = folder
 
 
 def vllm_server() -> tuple[Any, Any]:
@@ -138,13 +148,18 @@ def as_arguments(options: dict) -> list[str]:
     return arguments
 
 
-def run_until_stopped(server) -> None:
+def run_until_stopped(run_server: Callable, folder: str) -> None:
     import uvloop
 
+    from align.rollout.server.ending import CALLS, Ending
+
+    ending = Ending(folder)
     try:
-        uvloop.run(server)
+        uvloop.run(run_server(timeout_graceful_shutdown=CALLS), loop_factory=ending.loop)
     except (RuntimeError, OSError) as error:  # of vLLM's engine, whose own process has said why; of the port
         raise RolloutError(f"the rollout server could not start: {error}") from error
+    finally:
+        ending.finish()
 
 
 def announce(url: str, key: str, ready: str, seconds: float) -> None:
