@@ -126,7 +126,10 @@ def columns_of(dataset: "Dataset", source: str = "", streams: bool = False) -> s
             )
         return set(dataset.column_names)
     if isinstance(dataset, DatasetDict | IterableDatasetDict):
-        raise DataError(f"{name} has several splits, choose one of: {', '.join(dataset)}.")
+        raise DataError(
+            f"{name} has several splits, choose one of: {', '.join(dataset)}. From Python: "
+            f'train_dataset=data["{next(iter(dataset), "train")}"].'
+        )
     if isinstance(dataset, IterableDataset):
         if streams:
             return set(sample_of(dataset, source).column_names)

@@ -16,6 +16,7 @@ SEQUENCES = (
     *((f"revise_{shown}_ids", f"{name}_ids") for shown in ("chosen", "rejected") for name in ("chosen", "rejected")),
 )
 COUNTED = 10_000  # rows read at once
+SHOWN = 5  # rows that an error names
 
 
 def check_fits(model: "Model", dataset: "Dataset", what: str, tokenizer: Any = None, name: str = "model") -> None:
@@ -54,7 +55,8 @@ def _check_tokens(dataset: "Dataset", column: str, known: int, what: str, tokeni
         if len(ids) and ids.max() >= known:
             row = next(row for row, own in enumerate(values.to_pylist()) if own and max(own) >= known)
             token = int(max(values[row].as_py()))
-            raise DataError(_unknown(f"row {start + row} of the {what} data", token, known, tokenizer, name))
+            named = _named(dataset, [start + row])
+            raise DataError(_unknown(f"{named} of the {what} data", token, known, tokenizer, name))
 
 
 def _unknown(row: str, token: int, known: int, tokenizer: Any, name: str = "model") -> str:
@@ -68,15 +70,24 @@ def _unknown(row: str, token: int, known: int, tokenizer: Any, name: str = "mode
 def _check_lengths(dataset: "Dataset", group: tuple[str, ...], limit: int, what: str, name: str) -> None:
     import pyarrow.compute as pc
 
-    longest, count = 0, 0
+    longest, found = 0, []
     for parts in zip(*(_arrow(dataset, name) for name in group), strict=True):
         lengths = sum(pc.list_value_length(values).to_numpy(zero_copy_only=False) for _, values in parts)
-        longest, count = max(longest, int(lengths.max(initial=0))), count + int((lengths > limit).sum())
-    if count:
+        longest = max(longest, int(lengths.max(initial=0)))
+        found += (parts[0][0] + (lengths > limit).nonzero()[0]).tolist()
+    if found:
         raise DataError(
-            f"{count} rows of the {what} data are longer than the {limit} tokens that the {name} takes (up to "
-            f"{longest}): set max_length: {limit}, or max_prompt_length for rollouts"
+            f"{len(found)} rows of the {what} data are longer than the {limit} tokens that the {name} takes (up to "
+            f"{longest}; {_named(dataset, found)}): set max_length: {limit}, or max_prompt_length for rollouts"
         )
+
+
+def _named(dataset: "Dataset", positions: list[int]) -> str:
+    """The rows of the user's data, of which some may have been dropped, at these positions of what is left."""
+    shown = positions[:SHOWN]
+    rows = dataset.select_columns(["row"])[shown]["row"] if "row" in dataset.column_names else shown
+    more = "" if len(positions) <= SHOWN else f" and {len(positions) - SHOWN} more"
+    return f"row{'s' * (len(positions) > 1)} {', '.join(map(str, rows))}{more}"
 
 
 def longest_of(dataset: "Dataset", name: str) -> int:

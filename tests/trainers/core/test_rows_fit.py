@@ -32,18 +32,20 @@ def make(method, args, rows, tok, **sizes):
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "reward", "remax"])
 def test_tokens_without_an_embedding(method, tokenizer, tmp_path):
-    rows = Dataset.from_list([PAIR])
-    args = {"output_dir": str(tmp_path), "max_steps": 1, **QUIET}
+    rows = Dataset.from_list([{**PAIR, "prompt": ""}, PAIR])  # the first is dropped
+    args = {"output_dir": str(tmp_path), "max_steps": 1, "max_bad_share": 0.5, **QUIET}
     known = tokenizer.convert_tokens_to_ids("garden")
-    with pytest.raises(DataError, match=r"row 0 of the training data has token \d+ \(.*resize_token_embeddings"):
+    with pytest.raises(DataError, match=r"row 1 of the training data has token \d+ \(.*resize_token_embeddings"):
         make(method, args, rows, tokenizer, vocab_size=known - 1)
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "reward"])
 def test_rows_beyond_the_models_positions(method, tokenizer, tmp_path):
-    rows = Dataset.from_list([PAIR, LONG])
-    args = {"output_dir": str(tmp_path), "max_steps": 1, **QUIET}
-    with pytest.raises(DataError, match="1 rows of the training data are longer than the 64 tokens .* max_length: 64"):
+    empty = {**PAIR, "chosen": "", "rejected": ""}  # dropped: rows keep the numbers of the file
+    rows = Dataset.from_list([PAIR, empty, LONG, *[PAIR] * 3, *[LONG] * 6])
+    args = {"output_dir": str(tmp_path), "max_steps": 1, "max_bad_share": 0.1, **QUIET}
+    said = r"7 rows .* longer than the 64 tokens .*; rows 2, 6, 7, 8, 9 and 2 more\): set max_length: 64"
+    with pytest.raises(DataError, match=said):
         make(method, args, rows, tokenizer)
 
 
