@@ -161,7 +161,7 @@ def check_score(row: dict[str, Any]) -> None:
 
 def text_of(row: dict[str, Any], fmt: DataFormat) -> Text:
     """The `text` or `messages` of a language-modelling row."""
-    name = "messages" if "messages" in row else "text"
+    name = next(column for column in ("messages", "conversations", "text") if column in row)
     value = _value(row[name], name, fmt.conversational)
     if fmt.conversational and not any(message["role"] == "assistant" for message in value):
         raise BadRow("messages has no assistant message")

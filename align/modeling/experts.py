@@ -10,10 +10,14 @@ from torch import Tensor
 
 from align.modeling.types import Model
 
+BALANCING = "load_balancing_loss_func"  # beside the model, in its module of transformers
+
 
 def balancing_function(core: Model) -> Callable[..., Tensor] | None:
     """transformers' load-balancing loss of this architecture; None where it has none (classifiers, dense models)."""
-    function = vars(sys.modules[type(core).__module__]).get("load_balancing_loss_func")
+    # FSDP2 and users derive classes from transformers' in modules of their own
+    modules = (vars(sys.modules[kind.__module__]) for kind in type(core).__mro__)
+    function = next((names[BALANCING] for names in modules if BALANCING in names), None)
     causal = hasattr(core, "num_experts") and hasattr(core, "num_experts_per_tok")
     return function if causal else None
 

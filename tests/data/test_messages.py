@@ -93,6 +93,8 @@ def test_from_and_value(chat_tokenizer):
         for row in ({"conversations": talk}, {"messages": usual})
     )
     assert one["input_ids"] == other["input_ids"] and one["completion_mask"] == other["completion_mask"]
+    with pytest.raises(DataError, match="conversations is text that should be messages"):
+        tokenize_completions(Dataset.from_list([{"conversations": json.dumps(talk)}]), chat_tokenizer, max_length=None)
 
 
 def test_turns_that_a_template_renders_otherwise_once_others_follow(make_tokenizer):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers as tf
+from torch.distributed.fsdp import FSDPModule
 
 from align.data import PairCollator, SharedPrefixCollator, toy
 from align.errors import ConfigError
@@ -50,6 +51,18 @@ def test_both_layouts_have_the_loss_that_transformers_computes(kind):
     for name in found:
         torch.testing.assert_close(found[name], expected, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(gradients[name], gradients["transformers"], atol=1e-5, rtol=1e-4)
+
+
+def test_a_class_that_derives_from_transformers_has_the_loss():
+    """FSDP2 gives a sharded model a class in a module of torch's."""
+    model, padded = mixture("mixtral"), PairCollator(0)(pairs())
+    given = {name: padded[name] for name in ("input_ids", "attention_mask")}
+    expected = model(**given, output_router_logits=True).aux_loss
+    model.__class__ = type("FSDPMixtralForCausalLM", (FSDPModule, type(model)), {"__module__": FSDPModule.__module__})
+    assert router_coefficient(model, 0.5) == 0.5
+    with watched_routers(model) as seen:
+        pair_tokens(model, padded)
+    torch.testing.assert_close(balancing_loss(model, seen["logits"], padded), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_groups_of_any_size_have_the_same_loss():
