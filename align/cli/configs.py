@@ -44,10 +44,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def describe(path: Path) -> str:
-    """The first sentence of a config's opening comment."""
+    """The first sentence of a config's opening comment, which ends at the indented commands."""
     words = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("# "):
+        if not line.startswith("# ") or line.startswith("#   "):
             break
         words += line[2:].split()
     return re.split(r"(?<!et al)\. ", " ".join(words))[0].rstrip(".")

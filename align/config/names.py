@@ -5,9 +5,12 @@ import difflib
 import inspect
 from collections.abc import Iterable
 
+from align.config.other_names import OTHER_NAMES
 from align.errors import ConfigError
 
-MOVED = {  # options of earlier versions
+MOVED = {
+    **OTHER_NAMES,
+    # options of earlier versions
     "rollout_backend": "rollout.backend",
     "rollout_dtype": "rollout.dtype",
     "max_num_seqs": "rollout.max_num_seqs",
@@ -19,7 +22,8 @@ MOVED = {  # options of earlier versions
 
 
 def moved(name: str, valid: Iterable[str]) -> str | None:
-    """What the option of an earlier version is called now (dotted), where it is one of `valid`."""
+    """What the option of an earlier version, or of another library, is called here (dotted), where it is one of
+    `valid`."""
     now = MOVED.get(name)
     return now if now is not None and now.partition(".")[0] in valid else None
 
@@ -48,7 +52,7 @@ def check_arguments(cls: type, given: Iterable[str], config: type | None = None)
                 key=name,
             )
         now, near = moved(name, valid), nearest(name, valid)
-        hint = f"it is {in_python(now)} now" if now else f"nearest valid: {near}" if near else None
+        hint = f"it is {in_python(now)} here" if now else f"nearest valid: {near}" if near else None
         raise ConfigError(
             f"unknown argument {name} of {cls.__name__}; {hint or f'`help({cls.__name__})` lists them'}", key=name
         )

@@ -140,10 +140,11 @@ def _record(group: str, cls: type, field: dataclasses.Field) -> dict[str, Any]:
     plain = [arm for arm in arms if arm in _JSON_TYPES]
     kind = "NAME" if enums else arms[0].__name__.upper() if plain == arms else "YAML"
     default = field.default.value if isinstance(field.default, Enum) else field.default
+    text = str(field.metadata.get("help", "")).replace("%%", "%")  # transformers doubles it, for argparse
     record: dict[str, Any] = {
         "group": group,
         "type": kind,
-        "help": textwrap.shorten(" ".join(str(field.metadata.get("help", "")).split()), 400),
+        "help": textwrap.shorten(" ".join(text.split()), 400),
     }
     if isinstance(default, bool | int | float | str):
         record["default"] = default

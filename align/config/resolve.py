@@ -240,7 +240,7 @@ def _check_keys(entries: dict[str, Entry], valid: list[str], method: Method) -> 
             dashes = "--" if entry.where == COMMAND_LINE else ""
             now, near = moved(key, valid), nearest(key, valid)
             hint = f"nearest valid: {dashes}{near}" if near else f"see `align {method.name} --help`"
-            hint = f"it is {dashes}{now} now" if now else hint
+            hint = f"it is {dashes}{now} here" if now else hint
             problems.append(one_line(f"{entry.where}: unknown key {dashes}{key}; {hint}"))
     if problems:
         raise ConfigError("; ".join(problems))

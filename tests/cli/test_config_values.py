@@ -63,8 +63,8 @@ def test_every_numeric_option_has_a_range(method):
         ("kl_in: los", "kl_in must be one of reward, loss, got 'los'"),
         ("rollout: {backend: vllm, gpu_memory_utilization: 2}", "rollout.gpu_memory_utilization: input should be less"),
         ("rollout.max_num_seqs: 0", "rollout.max_num_seqs: input should be greater"),
-        ("rollout_backend: vllm", "unknown key rollout_backend; it is rollout.backend now"),
-        ("vllm_kv_cache_gib: 2", "unknown key vllm_kv_cache_gib; it is rollout.kv_cache_gib now"),
+        ("n_samples_per_prompt: 4", "unknown key n_samples_per_prompt; it is num_generations here"),
+        ("gpu_memory_utilization: 0.5", "unknown key gpu_memory_utilization; it is rollout.gpu_memory_utilization here"),
         ("constraints: [{reward: a, direction: equal, threshold: .inf}]", "constraints.0.threshold: input should"),
         (
             "rewards:\n  - {type: remote, url: http://x, timeout: 0}",

@@ -13,6 +13,7 @@ def test_every_ready_config_is_listed_in_a_line(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == sorted(path.stem for path in configs_dir().glob("*.yaml"))
     assert all(len(line.split()) > 4 and not line.endswith(("al", ".")) for line in lines)
+    assert not any("align " in line for line in lines)  # the commands of the comment
 
 
 def test_show_prints_what_is_extended_with_its_place(capsys):

@@ -16,12 +16,12 @@ from align.moved import TRAINERS
 @pytest.mark.parametrize(
     ("config", "option", "said"),
     [
-        ("RLOOConfig", "rollout_backend", 'RLOOConfig; it is rollout={"backend": ...} now'),
-        ("GRPOConfig", "max_num_seqs", 'GRPOConfig; it is rollout={"max_num_seqs": ...} now'),
+        ("RLOOConfig", "rollout_backend", 'RLOOConfig; it is rollout={"backend": ...} here'),
+        ("GRPOConfig", "max_num_seqs", 'GRPOConfig; it is rollout={"max_num_seqs": ...} here'),
         ("DPOConfig", "xyzzy", "unknown argument xyzzy of DPOConfig; `help(DPOConfig)` lists them"),
         ("SFTConfig", "max_lenght", "nearest valid: max_length"),
         ("KTOConfig", "bta", "nearest valid: beta"),
-        ("DPOTrainer", "tokenizer", "unknown argument tokenizer of DPOTrainer; it is processing_class now"),
+        ("DPOTrainer", "tokenizer", "unknown argument tokenizer of DPOTrainer; it is processing_class here"),
         ("SFTTrainer", "train_datset", "nearest valid: train_dataset"),
         ("RLOOTrainer", "reward_function", "nearest valid: reward_funcs"),
         ("PPOTrainer", "num_generations", "an option of PPOConfig: PPOTrainer(args=PPOConfig(num_generations=...))"),

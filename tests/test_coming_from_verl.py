@@ -1,0 +1,78 @@
+"""docs/coming_from_verl.md: what its last columns name exists here, its batch is the one it says, its rewards score."""
+
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from align import RewardBatch, build_reward
+from align.config.options import options_of
+from align.config.other_names import OTHER_NAMES
+from align.config.resolve import resolve
+from align.methods import METHODS
+
+PAGE = (Path(__file__).parents[1] / "docs" / "coming_from_verl.md").read_text(encoding="utf-8")
+ON_POLICY = ("remax", "ppo", "rloo", "grpo", "reinforce_pp")
+OF_ON_POLICY = {option for method in ON_POLICY for option in options_of(method)}
+VALUES = {"k2", "k3", "sequence_mean", "sequence_sum", "constant"}  # of the option that the row before names
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, flags=re.S | re.M)
+
+
+def last_column(section: str) -> list[str]:
+    rows = re.findall(r"^\| .*\|$", PAGE.split(f"\n## {section}\n")[1].split("\n## ")[0], flags=re.M)
+    return [row.rstrip(" |").rpartition(" | ")[2] for row in rows[1:]]
+
+
+@pytest.mark.parametrize("section", ["Batch sizes", "Options"])
+def test_the_last_column_names_options(section):
+    named = {name for cell in last_column(section) for name in re.findall(r"`(\w+)", cell)}
+    assert len(named) > 5 and named - OF_ON_POLICY <= VALUES
+
+
+def test_the_methods_are_commands():
+    commands = [re.findall(r"`align (\w+)(?: --(\w+))?", cell)[0] for cell in last_column("The method is the command")]
+    assert {method for method, _ in commands} == set(ON_POLICY)
+    assert all(not option or option in options_of(method) for method, option in commands)
+
+
+def test_the_batch_is_that_of_verl(tmp_path):
+    file = tmp_path / "my_grpo.yaml"
+    file.write_text(blocks("yaml")[0])
+    args = resolve("grpo", str(file), []).training
+    assert args.train_batch_size * args.gradient_accumulation_steps * 8 == 256
+    assert args.prompts_per_rollout * 8 == 1024 and args.steps_per_rollout == 4
+    assert args.num_generations == 5
+
+
+def test_rewards_of_the_other_libraries_score(tmp_path, monkeypatch):
+    theirs = {"my_score": ModuleType("my_score"), "my_openrlhf_reward": ModuleType("my_openrlhf_reward")}
+    theirs["my_score"].compute_score = lambda source, text, truth, extra: float(text == truth) + extra["index"]
+    theirs["my_openrlhf_reward"].reward_func = lambda queries, prompts, labels: {
+        "rewards": [float(q[len(p) :] == label) for q, p, label in zip(queries, prompts, labels, strict=True)]
+    }
+    for name, module in theirs.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    (tmp_path / "page_rewards.py").write_text("\n".join(blocks("python")))
+    columns = {
+        "data_source": ["gsm8k"] * 2,
+        "reward_model": [{"style": "rule", "ground_truth": "4"}] * 2,
+        "extra_info": [{"index": 0}, {"index": 2}],
+        "label": ["4"] * 2,
+    }
+    asked = [[{"role": "user", "content": "2 + 2?"}]] * 2
+    answers = [[{"role": "assistant", "content": text}] for text in ("4", "5")]
+    batch = RewardBatch(asked, answers, columns=columns)
+    for function, scores in (("verl_score", [1.0, 2.0]), ("openrlhf_score", [1.0, 0.0])):
+        reward = build_reward({"type": "rule", "function": f"{tmp_path}/page_rewards.py:{function}"})
+        assert reward.score(batch).scores.tolist() == scores
+
+
+def test_other_names_lead_to_options():
+    every = {option for method in METHODS for option in options_of(method)}
+    assert not OTHER_NAMES.keys() & every
+    assert {name.partition(".")[0] for name in OTHER_NAMES.values()} <= every
