@@ -64,7 +64,10 @@ def test_every_numeric_option_has_a_range(method):
         ("rollout: {backend: vllm, gpu_memory_utilization: 2}", "rollout.gpu_memory_utilization: input should be less"),
         ("rollout.max_num_seqs: 0", "rollout.max_num_seqs: input should be greater"),
         ("n_samples_per_prompt: 4", "unknown key n_samples_per_prompt; it is num_generations here"),
-        ("gpu_memory_utilization: 0.5", "unknown key gpu_memory_utilization; it is rollout.gpu_memory_utilization here"),
+        (
+            "gpu_memory_utilization: 0.5",
+            "unknown key gpu_memory_utilization; it is rollout.gpu_memory_util",
+        ),
         ("constraints: [{reward: a, direction: equal, threshold: .inf}]", "constraints.0.threshold: input should"),
         (
             "rewards:\n  - {type: remote, url: http://x, timeout: 0}",
