@@ -124,7 +124,7 @@ def test_a_server_that_is_not_there_yet_is_waited_for_but_not_for_ever(served, m
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     for options, message in (
-        ({}, "cannot be reached"),
+        ({}, "start it with `align serve`"),
         ({"on_engine_failure": "wait"}, "did not come back in 0.6 sec"),
     ):
         start = time.monotonic()

@@ -18,6 +18,8 @@ from align.errors import ConfigError
 from align.trainers.core.hooks import TrainingSettings
 
 PLACES = ("_dir", "_path", "_token", "run_name", "report_to", "hub_model_id", "disable_tqdm", "use_cpu")
+# What transformers, or a trainer, derives from the others or from the machine.
+DERIVED = ("accelerator_config", "dataloader_pin_memory", "debug", "do_eval", "remove_unused_columns")
 
 
 def machine_has_cuda() -> bool:
@@ -129,9 +131,11 @@ class BaseConfig(RunOptions, TrainingArguments):
 
 
 def changed_settings(args: TrainingArguments) -> dict:
-    """The settings that differ from their defaults, without those that say where something lies or is shown."""
+    """The settings that differ from their defaults, without those that say where something lies or is shown, and
+    without those that nobody sets."""
     return {
         f.name: masked(plain(getattr(args, f.name)), f.name)
         for f in fields(args)
-        if f.default is not MISSING and getattr(args, f.name) != f.default and not f.name.endswith(PLACES)
+        if f.default is not MISSING and getattr(args, f.name) != f.default
+        if not f.name.endswith(PLACES) and f.name not in DERIVED
     }

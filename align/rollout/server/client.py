@@ -100,7 +100,10 @@ class Server:
                 f"the rollout server {self.url} did not answer {path} within {seconds:g} seconds"
             ) from error
         except aiohttp.ClientError as error:
-            raise ServerLost(f"the rollout server {self.url} cannot be reached ({path}: {error})") from error
+            raise ServerLost(
+                f"the rollout server {self.url} cannot be reached ({path}: {error}): start it with `align serve`; with "
+                "rollout.on_engine_failure: wait a run waits for it"
+            ) from error
         if status == 401:
             raise RolloutError(
                 f"the rollout server {self.url} does not take the key of this run: give both the same "

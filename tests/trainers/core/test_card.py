@@ -56,6 +56,7 @@ def test_an_on_policy_run(tmp_path):
     peak = analyse_peak(run.per_prompt["proxy"], run.per_prompt["gold"], seed=run.seed)
     assert card["proxy and gold"].startswith(f"{peak.verdict}, on 8 prompts: gold {np.mean(run.gold[0]):.4g} at step 0")
     assert card["steps"] == "2" and "`max_completion_length: 6`" in card["settings"]
+    assert "accelerator_config" not in card["settings"] and "do_eval" not in card["settings"]  # nobody sets them
     assert f"transformers {transformers.__version__}, " in card["versions"]
     assert f"torch {torch.__version__}" in card["versions"] and "align-rlhf " in card["versions"]
 
