@@ -78,6 +78,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
     command = _command(args, num_processes, training)
     if args.dry_run:
         print(shlex.join(masked_tokens(command)))
+        _name_plan(training, num_processes)
         return 0
     sys.stdout.flush()
     # The launcher takes the place of this process, so that it gets the signals that the job's owner sends.
@@ -97,7 +98,13 @@ def _with_servers(args: argparse.Namespace, num_processes: int, training: list[s
         return with_servers.supervise(before, trainer, again=section.on_engine_failure == "wait")
     for one in (*before, trainer):
         print(one.shown())
+    _name_plan([*training, *named], num_processes)
     return 0
+
+
+def _name_plan(training: list[str], num_processes: int) -> None:
+    plan = [*masked_tokens(training), "--processes", str(num_processes), "--dry-run"]
+    print(f"what it trains on, and the memory of a process: {shlex.join(plan)}", file=sys.stderr)
 
 
 def _command(args: argparse.Namespace, num_processes: int, training: list[str]) -> list[str]:

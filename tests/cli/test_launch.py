@@ -28,7 +28,9 @@ def launch(*arguments):
 
 def test_one_machine(config, capsys):
     assert launch(config, "--setup", "fsdp2", "--num-processes", 8, "--learning_rate", "5e-7", "--dry-run") == 0
-    assert capsys.readouterr().out == (
+    said = capsys.readouterr()
+    assert said.err.endswith(f": align sft --config {config} --learning_rate 5e-7 --processes 8 --dry-run\n")
+    assert said.out == (
         f"{sys.executable} -m align.cli.launcher --config_file {SETUP_FILES}/fsdp2.yaml --num_processes 8 "
         f"--num_machines 1 --main_process_port 29500 --module align sft --config {config} --learning_rate 5e-7\n"
     )

@@ -38,7 +38,8 @@ def parts(line: str) -> tuple[str, list[str]]:
 def test_eight_gpus_are_shared_out(config, capsys):
     options = ["--setup", "fsdp2", "--num-processes", 4, "--rollout-gpus", 4, "--rollout-tensor-parallel", 2]
     assert launch(config, *options, "--learning_rate", "1e-6", "--dry-run") == 0
-    first, second, trainer = map(parts, capsys.readouterr().out.splitlines())
+    said = capsys.readouterr()
+    first, second, trainer = map(parts, said.out.splitlines())
     named = "--learning_rate 1e-6 --rollout.backend server --rollout.urls http://127.0.0.1:8000 http://127.0.0.1:8001"
     serve = f"-m align serve {config} --host 127.0.0.1 --port {{}} --tensor-parallel 2 {named}"
     assert first == ("4,5", serve.format(8000).split()) and second == ("6,7", serve.format(8001).split())
@@ -47,6 +48,7 @@ def test_eight_gpus_are_shared_out(config, capsys):
     assert " ".join(words).endswith(
         f"--num_processes 4 --num_machines 1 --main_process_port 29500 --module align rloo --config {config} {named}"
     )
+    assert said.err.endswith(f": align rloo --config {config} {named} --processes 4 --dry-run\n")
 
 
 def test_the_gpus_are_those_that_the_environment_shows(config, capsys, monkeypatch):
