@@ -291,7 +291,7 @@ def _resume(output: Path, identity: dict, rows: list[int], n: int) -> int:
     whole = b"".join(line + b"\n" for line in lines[: done * n])
     if len(whole) < output.stat().st_size:
         _replace(output, whole)
-    if done:
+    if 0 < done < len(rows):
         logger.info("%s holds the answers to %d of %d prompts: the others are drawn", output, done, len(rows))
     return done
 
