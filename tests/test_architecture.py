@@ -28,6 +28,7 @@ LAYERS = {
     "align.reward_models": CORE,
     "align.evaluation": CORE | {"align.reward_models"},
     "align.trainers": CORE | {"align.reward_models", "align.evaluation"},
+    "align.quickstart": CORE | {"align.reward_models", "align.evaluation", "align.trainers"},
 }
 
 

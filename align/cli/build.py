@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from align.config.resolve import EnsembleArguments, RunConfig
+from align.config.arguments import EnsembleArguments
+from align.config.resolve import RunConfig
 from align.errors import AlignError, ConfigError
 from align.lazy import load
 

@@ -1,8 +1,6 @@
 """`align quickstart`: the whole way through the library, on the embedded toy world or on a real chat model."""
 
 import argparse
-import logging
-import os
 from dataclasses import replace
 
 from align.errors import ConfigError
@@ -45,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from align.quickstart.progress import quieten
+
     if args.real and not args.pairs:
         raise ConfigError("--real needs preference pairs: --pairs FILE (or a hub name)")
     unused = [f"--{name}" for name in ("pairs", "model", "gold") if getattr(args, name) and not args.real]
@@ -66,12 +66,3 @@ def run(args: argparse.Namespace) -> int:
         settings = replace(SMALL if args.small else FULL, backend=args.backend)
         run_quickstart(folder, settings, args.seed, Console())
     return 0
-
-
-def quieten() -> None:
-    """One progress display instead of seven libraries' bars and notes. Before these libraries are imported."""
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    for name in ("align", "trainers", "reward_models"):
-        logging.getLogger(name).setLevel(logging.WARNING)

@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
+from align.config.arguments import hints, init_fields, option_classes, own_fields, reward_sections
 from align.config.nested import nested_options, nested_schema
 from align.methods import METHODS, Method
 
@@ -25,7 +26,7 @@ FILE = Path(__file__).with_name("options.json")
 MADE_WITH = ("transformers", "trl")
 PACKAGE = Path(__file__).resolve().parents[1]
 OTHERS = (
-    "config/resolve.py",
+    "config/arguments.py",
     "methods.py",
     "rollout/options.py",
     "reward_models/specs.py",
@@ -93,27 +94,23 @@ def make() -> dict[str, Any]:
 
 
 def _records(method: Method) -> dict[str, dict[str, Any]]:
-    from align.config.resolve import option_classes, own_fields, reward_sections
-
     classes = option_classes(method)
     own = own_fields(classes["training"])
     records = {
         name: _record("method", classes["training"], field)
-        for name, field in _fields(classes["training"])
+        for name, field in init_fields(classes["training"]).items()
         if name in own
     }
     if method.ensemble:
-        records |= {name: _record("ensemble", classes["ensemble"], f) for name, f in _fields(classes["ensemble"])}
+        records |= {
+            name: _record("ensemble", classes["ensemble"], f) for name, f in init_fields(classes["ensemble"]).items()
+        }
     for name in reward_sections(method):
         records[name] = {"group": "rewards", **_REWARDS[name], "keys": _keys(name)}
     for group in ("data", "model", "training"):
-        for name, field in _fields(classes[group]):
+        for name, field in init_fields(classes[group]).items():
             records.setdefault(name, _record(group, classes[group], field))
     return records
-
-
-def _fields(cls: type) -> list[tuple[str, dataclasses.Field]]:
-    return [(field.name, field) for field in dataclasses.fields(cls) if field.init]
 
 
 _REWARDS: dict[str, dict[str, Any]] = {
@@ -131,8 +128,6 @@ _REWARDS: dict[str, dict[str, Any]] = {
 
 
 def _record(group: str, cls: type, field: dataclasses.Field) -> dict[str, Any]:
-    from align.config.resolve import hints
-
     hint = hints(cls)[field.name]
     arms = [arm for arm in get_args(hint) or (hint,) if arm is not type(None)]
     enums = [arm for arm in arms if isinstance(arm, type) and issubclass(arm, Enum)]

@@ -2,14 +2,23 @@
 
 import dataclasses
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 import yaml
 
+from align.config.arguments import (
+    REWARD_SECTIONS,
+    DataArguments,
+    EnsembleArguments,
+    hints,
+    init_fields,
+    option_classes,
+    own_fields,
+)
 from align.config.names import moved, nearest
 from align.config.nested import nested_options
 from align.config.options import options_of
@@ -18,105 +27,10 @@ from align.config.secrets import MASK, masked, masked_text
 from align.config.sections import Section
 from align.config.source import COMMAND_LINE, Entry, apply_overrides, one_line, read_file, read_overrides
 from align.errors import AlignError, ConfigError
-from align.lazy import load
 from align.methods import Method, get_method
 
 # What constructors of transformers and trl raise for options that they do not take.
 REFUSALS = (AlignError, ValueError, TypeError, KeyError, AttributeError, ImportError, OSError, RuntimeError)
-REWARD_SECTIONS = ("rewards", "gold_reward")
-
-
-@dataclass
-class DataArguments:
-    """Which rows are trained and evaluated on."""
-
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Local .parquet, .jsonl, .json or .csv file or folder, or a hub dataset."}
-    )
-    datasets: list[dict[str, Any]] | None = field(
-        default=None,
-        metadata={
-            "help": "Several datasets to train on together, instead of dataset_name, which evaluations still read: a "
-            "list of {path, name, split, weight, columns} (docs/data.md)."
-        },
-    )
-    mixture_seed: int = field(default=0, metadata={"help": "Draws the rows of datasets with a weight, and the order."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_test_split: str = field(
-        default="test", metadata={"help": "Split to evaluate on, read only when eval_strategy is not 'no'."}
-    )
-    eval_dataset_name: str | None = field(
-        default=None, metadata={"help": "Other file, folder or hub dataset to evaluate on. Default: dataset_name."}
-    )
-    streaming: bool = field(
-        default=False,
-        metadata={"help": "Read the training rows as they are needed; with max_steps, for SFT, preferences, rewards."},
-    )
-
-    def __post_init__(self):
-        if self.datasets is not None and self.streaming:
-            raise ConfigError("streaming: the rows of several datasets are drawn among all of them: leave it out")
-        if self.mixture_seed and self.datasets is None:
-            raise ConfigError("mixture_seed needs datasets: there is nothing to draw")
-
-
-@dataclass
-class EnsembleArguments:
-    """How many models are trained, how they are held, and with which share of wrong labels."""
-
-    ensemble: int = field(
-        default=1, metadata={"help": "Train so many members that differ in seed, in output_dir/member_<i>."}
-    )
-    ensemble_kind: str = field(
-        default="separate",
-        metadata={
-            "help": "How members are held: models of their own, LoRA adapters on one frozen model (with use_peft), or "
-            "upper layers on a shared trunk. The last two are trained from one pass over the data.",
-            "choices": ["separate", "lora", "shared_trunk"],
-        },
-    )
-    ensemble_member: int | None = field(
-        default=None,
-        metadata={"help": "Train this separate member alone (0 is the first), so that each can be a job of its own."},
-    )
-    ensemble_upper_layers: int | None = field(
-        default=None, metadata={"help": "Of a shared trunk: layers that each member has of its own."}
-    )
-    ensemble_train_trunk: bool = field(
-        default=False, metadata={"help": "Train the shared layers too. Default: they are frozen."}
-    )
-    label_noise: float = field(
-        default=0.0,
-        metadata={
-            "help": "Share of the training pairs whose labels are flipped, to study wrong labels; output_dir/"
-            "flipped_labels.json says which."
-        },
-    )
-    label_noise_seed: int = field(
-        default=0, metadata={"help": "Draws the flipped pairs; the seed of the run and its members do not."}
-    )
-
-    def __post_init__(self):
-        if self.ensemble < 1:
-            raise ConfigError(f"ensemble counts from 1, got {self.ensemble}")
-        trunk = self.ensemble_kind == "shared_trunk"
-        if trunk and not self.ensemble_upper_layers:
-            raise ConfigError("ensemble_kind shared_trunk needs ensemble_upper_layers: each member's own layers")
-        if not trunk and (self.ensemble_upper_layers is not None or self.ensemble_train_trunk):
-            raise ConfigError("ensemble_upper_layers and ensemble_train_trunk belong to ensemble_kind shared_trunk")
-        if self.ensemble == 1 and self.ensemble_kind != "separate":
-            raise ConfigError(f"ensemble_kind {self.ensemble_kind} needs an ensemble of 2 or more, not 1")
-        if self.ensemble_member is not None and (self.ensemble_kind != "separate" or self.ensemble == 1):
-            raise ConfigError("ensemble_member needs an ensemble of 2 or more of ensemble_kind separate")
-        if not 0 <= self.label_noise < 1:
-            raise ConfigError(f"label_noise is a share in [0, 1), got {self.label_noise}")
-        if self.label_noise_seed and not self.label_noise:
-            raise ConfigError("label_noise_seed needs label_noise: there is nothing to draw")
-
-    @property
-    def several(self) -> bool:
-        return self.ensemble > 1
 
 
 @dataclass
@@ -159,7 +73,7 @@ def resolve(method_name: str, config_file: str | None, tokens: list[str], *, els
     for key, entry in entries.items():
         given[key] = entry.value
         for part, cls in classes.items():
-            if key in _fields(cls):
+            if key in init_fields(cls):
                 arguments[part][key] = value = _typed(key, entry, cls)
                 as_written = dataclasses.is_dataclass(value) or type(entry.value) is int and entry.value == value
                 given[key] = entry.value if as_written else _plain(value)
@@ -202,37 +116,6 @@ def _read_nested(entries: dict[str, Entry], config_file: str | None) -> dict[str
     return read
 
 
-def reward_sections(method: Method) -> tuple[str, ...]:
-    """The keys of the file that hold reward specs."""
-    return () if not method.rewards else REWARD_SECTIONS if method.gold else REWARD_SECTIONS[:1]
-
-
-def option_classes(method: Method) -> dict[str, type]:
-    """The dataclasses whose fields are the options of a method."""
-    from trl import ModelConfig
-
-    classes: dict[str, type] = {"training": load(method.config), "model": ModelConfig, "data": DataArguments}
-    return {**classes, "ensemble": EnsembleArguments} if method.ensemble else classes
-
-
-def own_fields(cls: type) -> list[str]:
-    """The fields that a method's config declares itself, or whose default it changes."""
-    from transformers import TrainingArguments
-
-    added = [c for c in cls.__mro__ if dataclasses.is_dataclass(c) and c not in TrainingArguments.__mro__]
-    return [name for name in _fields(cls) if any(name in c.__dict__.get("__annotations__", {}) for c in added)]
-
-
-@cache
-def _fields(cls: type) -> dict[str, dataclasses.Field]:
-    return {f.name: f for f in dataclasses.fields(cls) if f.init}
-
-
-@cache
-def hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)
-
-
 def _check_keys(entries: dict[str, Entry], valid: list[str], method: Method) -> None:
     problems = []
     for key, entry in entries.items():
@@ -273,7 +156,7 @@ def _typed(key: str, entry: Entry, cls: type) -> Any:
     from pydantic import ValidationError
 
     hint = hints(cls)[key]
-    choices = list(_fields(cls)[key].metadata.get("choices") or [])
+    choices = list(init_fields(cls)[key].metadata.get("choices") or [])
     enums = [arm for arm in get_args(hint) if isinstance(arm, type) and issubclass(arm, Enum)]
     if enums:  # transformers writes `Enum | str`: any text would pass here and fail later, without its line
         choices = [member.value for member in enums[0]]
@@ -357,7 +240,7 @@ def settings(run: RunConfig) -> dict[str, Any]:
     decided = {
         name: getattr(run.training, name)
         for name in own_fields(config)
-        if name not in run.given and _fields(config)[name].default is None and hints(config)[name] == bool | None
+        if name not in run.given and init_fields(config)[name].default is None and hints(config)[name] == bool | None
     }
     given = {key: masked(value, key) for key, value in run.given.items()}
     return {"method": run.method.name, **given, **{k: v for k, v in decided.items() if v is not None}}

@@ -1,5 +1,7 @@
 """Which phases run, how far they are, and how long is left."""
 
+import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -102,3 +104,11 @@ class PhaseHandle:
                 handle.update(share * state.global_step / max(state.max_steps, 1))
 
         return Report()
+
+
+def quieten() -> None:
+    """One progress display instead of seven libraries' bars and notes. Before these libraries are imported."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("align").setLevel(logging.WARNING)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 from align.errors import AlignError
-from align.quickstart.progress import PhaseHandle, PhaseProgress
+from align.quickstart.progress import PhaseHandle, PhaseProgress, quieten
 from align.quickstart.workspace import Workspace
 
 AT_ONCE = 2  # each takes 1.4 GB, so more would not fit into the 4 GiB of a small machine
@@ -95,8 +95,6 @@ _updates: SimpleQueue | None = None  # (phase, fraction done), read by the main 
 
 
 def _start(alive: Connection, updates: SimpleQueue, log: Path, threads: int) -> None:
-    from align.cli.quickstart import quieten
-
     global _updates
     _updates = updates
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle

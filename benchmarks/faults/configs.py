@@ -12,8 +12,9 @@ from typing import Any
 
 import yaml
 
+from align.config.arguments import option_classes
 from align.config.options import options_of
-from align.config.resolve import option_classes, resolve, settings
+from align.config.resolve import resolve, settings
 from align.config.source import read_file, ready_configs
 from align.errors import AlignError
 from align.methods import METHODS

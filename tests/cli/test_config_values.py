@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from align.cli.main import main
+from align.config.arguments import hints, option_classes
 from align.config.ranges import RANGES
-from align.config.resolve import hints, option_classes, resolve, settings, write_settings
+from align.config.resolve import resolve, settings, write_settings
 from align.config.secrets import MASK, Secret, expand, masked, masked_text
 from align.errors import ConfigError
 from align.methods import METHODS
