@@ -128,7 +128,7 @@ class RewardTrainer(PairTrainer):
         self.normalizer: Normalizer | None = None
         data = pair_data(processing_class, args)
         super().__init__(classifier, args, data, train_dataset, eval_dataset, callbacks, optimizers, compute_metrics)
-        shares = resolve_layout(args.batching, (self._cannot_share() for _ in range(1)))
+        shares = self._share_prompts()
         if shares:
             self.add_callback(CheckSharedRows(self, SCORES))
         self.planner = MicroBatchPlanner(
@@ -138,9 +138,12 @@ class RewardTrainer(PairTrainer):
             as_given=args.tokens_per_batch is None,
         )
 
-    def _cannot_share(self) -> str | None:
-        """Why the model cannot take shared prefixes; None if it can, and then it does."""
-        return enable_shared_scores(self.model, self.args.max_length, autocast_dtype(self.args))
+    def _share_prompts(self) -> bool:
+        """Whether the two answers of a pair share the computation of their prompt; where they do, the model is made
+        to."""
+        models = (self.model,)  # a generator: `batching: padded` looks at none
+        obstacles = (enable_shared_scores(m, self.args.max_length, autocast_dtype(self.args)) for m in models)
+        return resolve_layout(self.args.batching, obstacles)
 
     # ---- loss -------------------------------------------------------------------------------------------------------
 

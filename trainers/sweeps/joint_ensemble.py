@@ -34,8 +34,12 @@ class JointRewardTrainer(RewardTrainer):
         self.count = next(len(module.members) for module in model.modules() if isinstance(module, Members))
         self.normalizers: list[Normalizer] = []
 
-    def _cannot_share(self) -> str | None:
-        return "it holds several members"
+    def _share_prompts(self) -> bool:
+        if self.args.batching == "shared_prefix":
+            raise ConfigError(
+                "batching: shared_prefix: batches of members that share a model are padded: leave it out", key="batching"
+            )
+        return False
 
     def pair_losses(self, model: nn.Module, batch: dict[str, Tensor]) -> PairLosses:
         """The losses are sums over the members, the rewards their mean scores; `.../member_<i>` is of each."""

@@ -104,11 +104,12 @@ def test_saved_and_loaded(kind, trunk, tmp_path):
     assert (folder / "ensemble.json").stat().st_mtime_ns == written
 
 
-def test_metrics(trunk, tmp_path):
+def test_metrics(trunk, tmp_path, caplog):
     """Soft labels; what is logged is of the members' mean, and of each."""
     data = pairs(16, chosen_prob=0.25)
     args = config(tmp_path, max_steps=1, logging_steps=1, eval_strategy="steps", eval_steps=1)
     trainer = JointRewardTrainer(joint_model(trunk, "shared_trunk", [1, 2, 3]), args, data, data)
+    assert "batches are padded" not in caplog.text  # they always are, which nobody need be warned of
     trainer.train()
     metrics = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
     for name in ("loss", "rewards/chosen"):
@@ -201,6 +202,12 @@ def test_separate_members(trunk, tmp_path):
 def test_refused(options, message, trunk, tmp_path):
     with pytest.raises(ConfigError, match=message):
         train_reward_ensemble(trunk, config(tmp_path), pairs(8), **options)
+
+
+def test_members_that_share_a_model_are_padded(trunk, tmp_path):
+    args = config(tmp_path, batching="shared_prefix")
+    with pytest.raises(ConfigError, match="batches of members that share a model are padded"):
+        JointRewardTrainer(joint_model(trunk, "lora", [1, 2]), args, pairs(8))
 
 
 def test_every_member_has_its_copy(trunk):
