@@ -13,11 +13,8 @@ from align.data.formats import columns_of
 from align.data.ranked import LISTS, RankedCollator, SharedRankedCollator, lists_of_two, tokenize_ranked
 from align.errors import ConfigError, DataError
 from align.modeling.pairs import PairTokens
-from align.modeling.prefix_support import enable_shared_prefix
-from align.modeling.types import Model
 from align.objectives.pair_losses import PairLosses
 from align.objectives.plackett_luce import listwise_losses
-from align.trainers.core.batching import CheckSharedRows, autocast_dtype, resolve_layout
 from align.trainers.core.trl_options import TrlDPOOptions
 from align.trainers.pairs.config import PreferenceConfig
 from align.trainers.pairs.data import IDS, numbered_pairs
@@ -54,6 +51,7 @@ class ListwiseDPOTrainer(PreferenceTrainer):
     args: ListwiseDPOConfig
     config_class = ListwiseDPOConfig
     columns = ("lengths",)
+    padded, shared = PaddedLists, SharedPromptLists
 
     @staticmethod
     def read_rows(dataset, tokenizer, **options):
@@ -77,13 +75,6 @@ class ListwiseDPOTrainer(PreferenceTrainer):
             "rankings are read whole (how long the longest list is decides the batches), and the rows are a stream: "
             "load them without streaming"
         )
-
-    def layout(self, models: list[Model]) -> PaddedPairs | SharedPrefixPairs:
-        obstacles = (enable_shared_prefix(m, self.args.max_length, autocast_dtype(self.args)) for m in models)
-        if not resolve_layout(self.args.batching, obstacles):
-            return PaddedLists(self.data.tokenizer.pad_token_id)
-        self.add_callback(CheckSharedRows(self))
-        return SharedPromptLists()
 
     def losses(self, policy: PairTokens, reference: PairTokens | None, batch: dict[str, Tensor]) -> PairLosses:
         assert reference is not None  # this method always has one

@@ -18,11 +18,8 @@ from align.data.revisions import check_template, revision_prompt
 from align.data.tokenize import tokenize_prompts
 from align.errors import ConfigError, DataError
 from align.modeling.pairs import PairTokens
-from align.modeling.prefix_support import enable_shared_prefix
-from align.modeling.types import Model
 from align.objectives.pair_losses import PairLosses
 from align.objectives.srpo import RevisionRatios, srpo_losses
-from align.trainers.core.batching import CheckSharedRows, autocast_dtype, resolve_layout
 from align.trainers.core.trl_options import TrlDPOOptions
 from align.trainers.pairs.config import PreferenceConfig
 from align.trainers.pairs.data import IDS, flat_column, numbered_pairs
@@ -115,6 +112,7 @@ class SRPOTrainer(PreferenceTrainer):
     args: SRPOConfig
     config_class = SRPOConfig
     token_columns = REVISIONS
+    padded, shared = PaddedContexts, SharedContexts
 
     def _check_stream(self) -> None:
         raise ConfigError(
@@ -137,13 +135,9 @@ class SRPOTrainer(PreferenceTrainer):
             )
         return within(rows, self.args.max_revision_length, self.args.max_bad_share)
 
-    def layout(self, models: list[Model]) -> PaddedPairs | SharedPrefixPairs:
-        longest = self.args.max_revision_length
-        obstacles = (enable_shared_prefix(model, longest, autocast_dtype(self.args)) for model in models)
-        if not resolve_layout(self.args.batching, obstacles):
-            return PaddedContexts(self.data.tokenizer.pad_token_id)
-        self.add_callback(CheckSharedRows(self))
-        return SharedContexts()
+    @property
+    def longest_row(self) -> int | None:
+        return self.args.max_revision_length
 
     def losses(self, policy: PairTokens, reference: PairTokens | None, batch: dict[str, Tensor]) -> PairLosses:
         assert reference is not None  # this method always has one

@@ -71,6 +71,15 @@ class PreferenceTrainer(PairTrainer):
     columns: tuple[str, ...] = ()
     """Numeric columns of the dataset that go into the batch as float32 tensors [B, ...]."""
 
+    padded: type[PaddedPairs] = PaddedPairs
+    shared: type[SharedPrefixPairs] = SharedPrefixPairs
+    """The layouts of a batch: padded, and where the models can share prompts."""
+
+    @property
+    def longest_row(self) -> int | None:
+        """Tokens of the longest sequence of a batch."""
+        return self.args.max_length
+
     @property
     def needs_reference(self) -> bool:
         """False: no reference is loaded, and `losses` gets None for it."""
@@ -168,11 +177,11 @@ class PreferenceTrainer(PairTrainer):
 
     def layout(self, models: list[Model]) -> PaddedPairs | SharedPrefixPairs:
         """Of the tokens of batches that these models run on."""
-        obstacles = (enable_shared_prefix(m, self.args.max_length, autocast_dtype(self.args)) for m in models)
+        obstacles = (enable_shared_prefix(m, self.longest_row, autocast_dtype(self.args)) for m in models)
         if not resolve_layout(self.args.batching, obstacles):
-            return PaddedPairs(self.data.tokenizer.pad_token_id)
+            return self.padded(self.data.tokenizer.pad_token_id)
         self.add_callback(CheckSharedRows(self))
-        return SharedPrefixPairs()
+        return self.shared()
 
     def _check_stream(self) -> None:
         """ConfigError where all pairs are needed before the first step."""

@@ -37,7 +37,8 @@ class JointRewardTrainer(RewardTrainer):
     def _share_prompts(self) -> bool:
         if self.args.batching == "shared_prefix":
             raise ConfigError(
-                "batching: shared_prefix: batches of members that share a model are padded: leave it out", key="batching"
+                "batching: shared_prefix: batches of members that share a model are padded: leave it out",
+                key="batching",
             )
         return False
 
