@@ -63,5 +63,5 @@ def shown(entries: dict) -> str:
     for key, entry in entries.items():
         text = yaml.safe_dump({key: masked(entry.value, key)}, sort_keys=False, allow_unicode=True)
         first, *rest = text.rstrip("\n").split("\n")
-        lines += [f"{first:<56} # {entry.where}", *rest]
+        lines += [f"{first:<56} # {entry.places}", *rest]
     return "\n".join(lines) + "\n"

@@ -58,7 +58,7 @@ def _config_text(run: RunConfig) -> str:
     lines = []
     for key, value in settings(run).items():
         text = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True).rstrip("\n").split("\n")
-        where = run.entries[key].where if key in run.entries else "the command" if key == "method" else "this machine"
+        where = run.entries[key].places if key in run.entries else "the command" if key == "method" else "this machine"
         text[0] = f"{text[0]:<56} # {where}"
         lines += text
     return "\n".join(lines) + "\n"

@@ -26,13 +26,20 @@ MOST_PLACES = 10_000  # of the values of one file: an anchor that is used by anc
 class Entry:
     """One value: `value` as parsed, `text` as written (scalars and the command line only), `where` it was written.
 
-    nested: the places of the keys inside a nested value, by dotted path (`rewards.0.path`).
+    nested: the places of the keys inside a nested value, by dotted path (`rewards.0.path`). reached: those of the
+    dotted keys that were set in it afterwards.
     """
 
     value: Any
     text: str | None
     where: str
     nested: dict[str, str] = field(default_factory=dict)
+    reached: list[str] = field(default_factory=list)
+
+    @property
+    def places(self) -> str:
+        """Where it was written, and from where it was changed."""
+        return "; ".join(dict.fromkeys([self.where, *self.reached]))
 
     def place(self, key: str) -> str:
         """Where the dotted key was written, or the nearest key above it that was."""
@@ -40,7 +47,7 @@ class Entry:
             if key in self.nested:
                 return self.nested[key]
             key = key.rpartition(".")[0]
-        return self.where
+        return self.places
 
 
 class _CoreLoader(yaml.SafeLoader):
@@ -303,6 +310,7 @@ def apply_overrides(entries: dict[str, Entry], overrides: Iterable[tuple[str, En
         _set_nested(target.value, rest, entry.value, f"{entry.where}: {'--' * (entry.where == COMMAND_LINE)}{key}")
         kept = {name: place for name, place in target.nested.items() if not name.startswith(f"{key}.")}
         target.nested = {**kept, key: entry.where, **entry.nested}
+        target.reached.append(entry.where)
 
 
 def _set_nested(container: Any, parts: list[str], value: Any, what: str) -> None:

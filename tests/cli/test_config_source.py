@@ -144,6 +144,11 @@ def test_a_file_extends_another_and_every_value_knows_its_file(tmp_path):
     assert entries["rewards"].place("rewards.0.type") == f"{tmp_path / 'base.yaml'}, line 3"
     assert entries["rewards"].place("rewards.0.function") == f"{tmp_path / 'top.yaml'}, line 2"
     assert entries["multipliers"].place("multipliers.form.x") == f"{tmp_path / 'middle.yaml'}, line 3"
+    # of the whole section: all that wrote in it
+    changed = f"{tmp_path / 'base.yaml'}, line 4; {tmp_path / 'middle.yaml'}, line 3"
+    assert entries["multipliers"].place("multipliers") == changed
+    apply_overrides(entries, read_overrides(["--multipliers.learning_rate", "1", "--multipliers.momentum", "0"]))
+    assert entries["multipliers"].places == f"{changed}; command line"
 
 
 @pytest.mark.parametrize(
