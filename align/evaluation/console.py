@@ -10,6 +10,8 @@ STYLES = {
 }
 TITLES = {"runs": ("Training runs", "trained on", "step"), "best_of_n": ("Best-of-n", "chosen by", "n")}
 
+LOG_WIDTH = 120  # of a log file: rich takes 80 columns, in which names are cut in two
+
 
 def print_summary(summary: dict, paths=()) -> None:
     """Print one table per kind of curve, then `paths`."""
@@ -19,6 +21,8 @@ def print_summary(summary: dict, paths=()) -> None:
     from rich.table import Table
 
     console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, LOG_WIDTH)
     for kind, (title, name_title, axis) in TITLES.items():
         if not summary[kind]:
             continue

@@ -69,7 +69,7 @@ def test_bon_on_a_table(table, tmp_path, capsys):
 
 
 def test_overoptimization_of_runs(tmp_path, capsys):
-    dollars = "costs $x^{ or $2"  # no mathematics of a figure's
+    dollars = "costs $x^{ or $2 and is not cut in two"  # no mathematics of a figure's
     for name, beta in (("single", 0.7), ("uwo", 0.2)):
         write_run(tmp_path / name, "run", beta=beta, seed=3)
     runs = [tmp_path / "single", tmp_path / "uwo" / FILE_NAME]
@@ -83,6 +83,7 @@ def test_overoptimization_of_runs(tmp_path, capsys):
     assert summary["runs"]["single"]["gold"][-1] < summary["runs"][dollars]["gold"][-1]
     out = capsys.readouterr().out
     assert "over-optimised" in out and str(tmp_path / "out" / "report.html") in out
+    assert dollars in out
 
 
 def test_token_masks_of_a_run_are_in_its_report(tmp_path):
