@@ -176,6 +176,7 @@ def _memory(run: RunConfig, config, rows):
         reference_width=_reference_width(run),
         engine_width=_engine_width(run, 2 if mixed else shape.bytes_per_weight) if on_policy else None,
         engine_ranks=run.training.engine_options.sharing if on_policy else 1,
+        critic=_critic_shape(run, config) if on_policy else None,
         rewards=reward_shapes(run) if run.method.rewards else {},
         learning=learning_rewards(run),
     )
@@ -188,6 +189,18 @@ def _holds_reference(run: RunConfig, *, adapter: bool) -> bool:
     if run.method.model != "policy":
         return False
     return run.training.holds_reference(adapter)
+
+
+def _critic_shape(run: RunConfig, config) -> Shape | None:
+    """Of the network that estimates values; None where the estimator needs none. config: of the policy."""
+    from align.trainers.on_policy.estimators import make_estimator
+
+    if not make_estimator(run.training).needs_values:
+        return None
+    path = vars(run.training).get("critic_model_name_or_path")
+    if path is not None:
+        config = build.pretrained_config(path, "critic")
+    return model_shape(config, dtype="float32", classifier=True)
 
 
 def _packed(run: RunConfig) -> Packed | None:

@@ -174,6 +174,7 @@ def estimate(
     reference_width: int | None = None,
     engine_width: int | None = None,
     engine_ranks: int = 1,
+    critic: Shape | None = None,
     rewards: dict[str, Shape] | None = None,
     learning: Collection[str] = (),
 ) -> Estimate:
@@ -182,7 +183,8 @@ def estimate(
     tokens: of one micro-batch, padding counted. mixed: 16-bit autocast. logits: there is a language-model head; it
     runs in chunks. reference: there is a second, frozen copy of the model; reference_width: bytes of each of its
     weights, None: as the model's. engine_width: the rollout engine has a copy of its own, of so many bytes a weight,
-    and shares it with engine_ranks - 1 other processes. rewards: reward models by name. learning: those that AdamW
+    and shares it with engine_ranks - 1 other processes. critic: a network that AdamW trains in float32 on the same
+    micro-batches, while the model's activations are kept. rewards: reward models by name. learning: those that AdamW
     trains beside the policy.
     """
     out = Estimate()
@@ -197,16 +199,17 @@ def estimate(
     if mixed and width == 4:
         words = "autocast keeps the cast weights during a forward and backward pass"
         out.add("16-bit copies", shape.cast * 2, words, split=True)
-    number = 2 if mixed or width == 2 else 4
-    layer = number * (10 * shape.hidden + 4 * shape.inner) + (4 if mixed else number) * 6 * shape.hidden
-    if checkpointing:
-        kept, how = shape.layers * number * shape.hidden + layer, f"{shape.layers} layer inputs and one layer"
-    else:
-        kept, how = shape.layers * layer, f"{shape.layers} layers x {layer:,} bytes"
+    kept, how = _kept_per_token(shape, mixed=mixed, checkpointing=checkpointing)
     out.add("activations (rough)", tokens * kept, f"{tokens:,} tokens x {how}")
     if logits:
         chunk = min(4 * tokens * shape.vocab, LOGITS_CHUNK_BYTES)
         out.add("logits", 3 * chunk, "at most one chunk in float32, its softmax and its gradient")
+    if critic is not None:
+        out.add("critic", 4 * critic.weights[0], f"{critic.weights[1]}, gradient and AdamW's two states", split=True)
+        if mixed:
+            out.add("its 16-bit copies", critic.cast * 2, "as the policy's", split=True)
+        kept, how = _kept_per_token(critic, mixed=mixed, checkpointing=checkpointing)
+        out.add("its activations", tokens * kept, f"{tokens:,} tokens x {how}")
     if reference:
         out.add("reference model", count * (reference_width or width), "a frozen copy of the weights", split=True)
     if engine_width is not None:
@@ -220,3 +223,13 @@ def estimate(
             size = sum(3 * number * width for number, width in reward.trained)
             out.add("its training", size, f"{reward.trainable:,} trained x gradient and AdamW's two states")
     return out
+
+
+def _kept_per_token(shape: Shape, *, mixed: bool, checkpointing: bool) -> tuple[int, str]:
+    """Bytes that the backward pass needs of each token, and how they come about."""
+    number = 2 if mixed or shape.bytes_per_weight == 2 else 4
+    norms = (4 if mixed else number) * 6 * shape.hidden
+    layer = number * (10 * shape.hidden + 4 * shape.inner) + norms
+    if checkpointing:
+        return shape.layers * number * shape.hidden + layer, f"{shape.layers} layer inputs and one layer"
+    return shape.layers * layer, f"{shape.layers} layers x {layer:,} bytes"

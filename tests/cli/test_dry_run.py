@@ -252,8 +252,8 @@ def test_memory_of_an_on_policy_run_follows_beta_and_the_budget(tiny_model, prom
     tokens += ["--per_device_train_batch_size", 4, "--max_completion_length", 20, "--max_prompt_length", 40]
     tokens += ["--rewards.0", rule, "--rollout.backend", "transformers", "--eval_dataset_name", prompts]
 
-    def memory(*options):
-        lines = run(capsys, "rloo", *tokens, *options)["memory"].splitlines()
+    def memory(*options, method="rloo"):
+        lines = run(capsys, method, *tokens, *options)["memory"].splitlines()
         return {line.split("  ")[1].strip(): line for line in lines}
 
     plain, free = memory(), memory("--beta", 0.0)
@@ -264,3 +264,4 @@ def test_memory_of_an_on_policy_run_follows_beta_and_the_budget(tiny_model, prom
     assert "rollout engine" in plain and "rollout engine" not in servers  # their copy lies elsewhere
     half = memory("--rollout.backend", "vllm", "--rollout.tensor_parallel", 2)["rollout engine"]
     assert "1/2 of a copy of the weights" in half
+    assert "critic" not in plain and "AdamW's two states" in memory(method="ppo")["critic"]

@@ -17,6 +17,8 @@ from transformers import (
 
 from align.cli.estimate import GIB, Estimate, Packed, estimate, model_shape, optimizer_bytes
 from align.modeling.load import load_policy, load_sequence_classifier
+from align.trainers.on_policy.critic import make_critic
+from align.trainers.ppo import PPOConfig
 
 ROWS, LENGTH = 4, 64
 ACTIVATIONS_WITHIN = 1.3  # the rough part: estimated and measured bytes differ by at most this factor
@@ -86,6 +88,18 @@ def test_weights_gradients_and_optimiser_states_are_exact(lora):
     result = estimated(shape)
     for name in ("weights", "gradients", "optimiser states"):
         assert part(result, name) == measured[name], name
+
+
+def test_a_critic_is_a_second_network_with_an_optimiser_of_its_own(tmp_path):
+    critic = make_critic(AutoModelForCausalLM.from_config(config()), PPOConfig(str(tmp_path)), heads=1)
+    shape, trunk = model_shape(config(), dtype="float32"), model_shape(config(), dtype="float32", classifier=True)
+    alone, both = estimated(shape, mixed=True), estimated(shape, mixed=True, critic=trunk)
+    weights = sum(p.nbytes for p in critic.parameters())
+    assert part(both, "critic") == 4 * weights  # and gradient, and AdamW's two states
+    assert part(both, "its 16-bit copies") == weights // 2
+    assert part(both, "its activations") == part(both, "activations")
+    assert both.total - alone.total == 4.5 * weights + part(both, "activations")
+    assert {p.name for p in both.parts if p.split} >= {"critic", "its 16-bit copies"}  # FSDP2 shards it
 
 
 @pytest.mark.parametrize(
