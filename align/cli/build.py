@@ -209,8 +209,8 @@ def train_sweep(run: RunConfig, resume: bool) -> Path:
     )
 
 
-def train_ensemble(run: RunConfig, resume: bool) -> Path:
-    """Train the members of an ensemble; return the folder that holds them. With `resume`, finished ones are kept."""
+def check_ensemble(run: RunConfig) -> None:
+    """Raises `ConfigError` for options of loading that the members of an ensemble do not take."""
     from trl import get_quantization_config
 
     not_default = [key for key in ("dtype", "attn_implementation", "model_revision") if key in run.given]
@@ -218,6 +218,11 @@ def train_ensemble(run: RunConfig, resume: bool) -> Path:
     if not_default or get_quantization_config(run.model) is not None:
         keys = ", ".join(not_default or ["load_in_4bit, load_in_8bit"])
         raise ConfigError(f"{keys} cannot be set with ensemble > 1: members are loaded in float32")
+
+
+def train_ensemble(run: RunConfig, resume: bool) -> Path:
+    """Train the members of an ensemble; return the folder that holds them. With `resume`, finished ones are kept."""
+    check_ensemble(run)
     rows = train_rows(run)
     save_label_noise(run, rows)
     of_ensemble = cast(EnsembleArguments, run.ensemble)

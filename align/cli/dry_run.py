@@ -5,12 +5,13 @@ it can: config, one step, tokenizer and rows, first example, steps of the run, m
 """
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
 from align.cli import build
-from align.cli.estimate import Packed, Shape, estimate, model_shape
+from align.cli.estimate import Packed, Shape, estimate, members_shape, model_shape
+from align.config.arguments import EnsembleArguments
 from align.config.resolve import RunConfig, settings
 from align.data.dialogue import unused_template
 from align.data.streams import LOOKED_AT, sample_of
@@ -23,6 +24,8 @@ def dry_run(run: RunConfig, processes: int | None = None) -> int:
     _title(f"align {run.method.name}: dry run, nothing is trained")
     print(_config_text(run), end="")
     build.check_rewards(run)
+    if run.ensemble is not None and run.ensemble.several:
+        build.check_ensemble(run)
     _title("one step")
     print(step_text(run, processes))
     tokenizer = build.tokenizer(run)
@@ -162,7 +165,10 @@ def _memory(run: RunConfig, config, rows):
     classifier = run.method.model == "classifier"
     frozen = peft_config is not None or packed is not None  # else all is trained, and held in float32 for that
     dtype = build.dtype(run) if frozen else "float32"
-    shape = model_shape(config, dtype=dtype, classifier=classifier, peft_config=peft_config, packed=packed)
+    if one_pass(run):
+        shape = _members_shape(run, config)
+    else:
+        shape = model_shape(config, dtype=dtype, classifier=classifier, peft_config=peft_config, packed=packed)
     mixed = bool(training.bf16 or training.fp16)
     on_policy = data == "prompts"
     return estimate(
@@ -179,6 +185,22 @@ def _memory(run: RunConfig, config, rows):
         critic=_critic_shape(run, config) if on_policy else None,
         rewards=reward_shapes(run) if run.method.rewards else {},
         learning=learning_rewards(run),
+    )
+
+
+def one_pass(run: RunConfig) -> bool:
+    """Whether the members of an ensemble share a model, and are trained from one pass over the data."""
+    return run.ensemble is not None and run.ensemble.several and run.ensemble.ensemble_kind != "separate"
+
+
+def _members_shape(run: RunConfig, config) -> Shape:
+    ensemble = cast(EnsembleArguments, run.ensemble)
+    return members_shape(
+        config,
+        ensemble.ensemble,
+        peft_config=build.peft_config(run),
+        upper_layers=ensemble.ensemble_upper_layers or 0,
+        train_trunk=ensemble.ensemble_train_trunk,
     )
 
 
@@ -226,7 +248,7 @@ def micro_batch_tokens(run: RunConfig, rows) -> int:
     """Tokens of a micro-batch whose rows are all as long as the longest. Unless batches are `padded`, the completions
     of a prompt share it: what the model allows is not looked at here."""
     training, data = run.training, run.method.data
-    shared = vars(training).get("batching") != "padded"
+    shared = vars(training).get("batching") != "padded" and not one_pass(run)
     if run.method.name == "srpo":
         return training.per_device_train_batch_size * longest_revised(rows, shared)
     if data in ("pairs", "ranked"):

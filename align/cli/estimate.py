@@ -7,7 +7,7 @@ layers with fused attention, which keeps no scores). Under 16-bit autocast the n
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -135,6 +135,34 @@ def model_shape(
         inner=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,  # GPT-2 has no such key
         vocab=text.vocab_size,
         bytes_per_weight=named.itemsize,
+    )
+
+
+def members_shape(config, members: int, *, peft_config=None, upper_layers: int = 0, train_trunk: bool = False) -> Shape:
+    """Of a classifier in float32 that holds all members of an ensemble: an adapter and a head each, or (without
+    peft_config) the upper layers and what follows them. Every member's rows go through its layers; where the trunk is
+    frozen nothing is kept of it."""
+    from transformers import AutoModelForSequenceClassification
+
+    from align.modeling.members import layer_list
+
+    one = model_shape(config, dtype="float32", classifier=True)
+    if peft_config is not None:
+        trained = members * model_shape(config, dtype="float32", classifier=True, peft_config=peft_config).trainable
+        count, layers = one.parameters + trained, members * one.layers
+    else:
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config)
+        sizes = [sum(p.numel() for p in layer.parameters()) for layer in layer_list(model)]
+        after = one.parameters - sum(sizes) - model.get_input_embeddings().weight.numel()
+        own = sum(sizes[-upper_layers:]) + after
+        count, trained = one.parameters + (members - 1) * own, members * own
+        layers = members * upper_layers
+        if train_trunk:
+            trained, layers = count, layers + one.layers - upper_layers
+    weights = (4 * count, f"{count:,} parameters x 4 bytes")
+    return replace(
+        one, parameters=count, trainable=trained, weights=weights, trained=[(trained, 4)], cast=count, layers=layers
     )
 
 

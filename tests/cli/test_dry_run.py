@@ -105,6 +105,17 @@ def test_a_run_on_gpus_is_planned_without_one(tiny_model, demonstrations, capsys
     assert "use_cpu" not in shown[next(iter(shown))]
 
 
+def test_members_of_one_pass_are_counted_together(tiny_model, pairs, capsys):
+    tokens = ["--model_name_or_path", tiny_model, "--dataset_name", pairs, "--use_peft", "--lora_target_modules"]
+    tokens += ["all-linear", "--ensemble", 3, "--ensemble_kind", "lora"]
+    shown = run(capsys, "reward", *tokens)
+    trained = 3 * (2 * 16 * (4 * 64 + 3 * 96) + 32)  # as below: rank 16 in two layers, and the head
+    assert f"{trained:,} trained x 4 bytes" in shown["memory"]
+    assert "tokens x 6 layers" in shown["memory"]  # two of each member
+    assert main(["reward", *map(str, tokens), "--dtype", "bfloat16", "--dry-run"]) == 2
+    assert "dtype cannot be set with ensemble > 1: members are loaded in float32" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("rank", [None, 16])
 def test_a_discriminator_is_trained_and_the_gold_reward_is_not(tiny_model, prompts, rank, tmp_path, capsys):
     gold = shutil.copytree(tiny_model, tmp_path / "gold")

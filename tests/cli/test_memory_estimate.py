@@ -15,11 +15,14 @@ from transformers import (
     Qwen2Config,
 )
 
-from align.cli.estimate import GIB, Estimate, Packed, estimate, model_shape, optimizer_bytes
+from align.cli.estimate import GIB, Estimate, Packed, estimate, members_shape, model_shape, optimizer_bytes
 from align.modeling.load import load_policy, load_sequence_classifier
+from align.modeling.member_lora import add_member_adapters
+from align.modeling.members import share_trunk
 from align.trainers.on_policy.critic import make_critic
 from align.trainers.ppo import PPOConfig
 
+LORA = LoraConfig(r=4, target_modules="all-linear")
 ROWS, LENGTH = 4, 64
 ACTIVATIONS_WITHIN = 1.3  # the rough part: estimated and measured bytes differ by at most this factor
 
@@ -88,6 +91,25 @@ def test_weights_gradients_and_optimiser_states_are_exact(lora):
     result = estimated(shape)
     for name in ("weights", "gradients", "optimiser states"):
         assert part(result, name) == measured[name], name
+
+
+@pytest.mark.parametrize(
+    ("hold", "options"),
+    [
+        (lambda model, lora: add_member_adapters(model, lora, [1, 2, 3]), {"peft_config": LORA}),
+        (lambda model, _: share_trunk(model, [1, 2, 3], 1), {"upper_layers": 1}),
+        (
+            lambda model, _: share_trunk(model, [1, 2, 3], 2, train_trunk=True),
+            {"upper_layers": 2, "train_trunk": True},
+        ),
+    ],
+    ids=["lora", "frozen trunk", "trained trunk"],
+)
+def test_members_that_share_a_model_are_counted_as_they_are_held(hold, options):
+    model = hold(AutoModelForSequenceClassification.from_config(config(num_labels=1, pad_token_id=0)), LORA)
+    result = estimated(members_shape(config(), 3, **options), logits=False)
+    assert part(result, "weights") == pytest.approx(sum(p.nbytes for p in model.parameters()), rel=1e-3)  # a head
+    assert part(result, "gradients") == sum(p.nbytes for p in model.parameters() if p.requires_grad)
 
 
 def test_a_critic_is_a_second_network_with_an_optimiser_of_its_own(tmp_path):
