@@ -5,8 +5,9 @@ in no range. What depends on two options is checked where they meet.
 """
 
 import math
-from typing import Any
+from typing import Any, get_args
 
+from align.config.arguments import hints, init_fields, own_fields
 from align.errors import ConfigError
 
 _HUGE = 10**12  # steps, tokens, bytes: beyond it nobody means it
@@ -82,8 +83,21 @@ def problem_with(name: str, value: Any) -> str | None:
 
 
 def check_ranges(options: Any) -> None:
-    """Every numeric field of a configuration object. ConfigError naming the first that is out of its range."""
+    """Every numeric field of a configuration object. ConfigError naming the first that is out of its range, or None
+    where its type has no None."""
     for name in (*RANGES, "reward_weights", "loss_weights"):
-        problem = problem_with(name, getattr(options, name, None))
+        value = getattr(options, name, None)
+        problem = problem_with(name, value)
+        if value is None and _needs_number(type(options), name):
+            problem = f"{name} must be a number, got None"
         if problem:
             raise ConfigError(problem, key=name)
+
+
+def _needs_number(cls: type, name: str) -> bool:
+    """Whether it is a field of ours, or of TRL's, whose default is a number and whose type has no None; transformers
+    itself takes None for some of its own."""
+    field = init_fields(cls).get(name)
+    if field is None or not isinstance(field.default, int | float):
+        return False
+    return name in own_fields(cls) and type(None) not in get_args(hints(cls)[name])

@@ -99,6 +99,7 @@ def test_python_is_held_to_the_same(tmp_path):
     for options, message in (
         ({"learning_rate": -1.0}, "learning_rate must be at least 0"),
         ({"weight_decay": math.nan}, "weight_decay must be a finite number"),
+        ({"max_prompt_length": None}, "max_prompt_length must be a number, got None"),
         ({"rollout": {"max_num_seqs": 0}}, "rollout.max_num_seqs: "),
         (
             {"constraints": [{"reward": "a", "direction": "up", "threshold": 0}]},
