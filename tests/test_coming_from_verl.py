@@ -40,6 +40,20 @@ def test_the_methods_are_commands():
     assert all(not option or option in options_of(method) for method, option in commands)
 
 
+def test_the_defaults_are_those_of_the_page():
+    def default(option: str) -> dict:
+        return {method: options_of(method)[option].get("default") for method in ON_POLICY}
+
+    aggregation = {"remax": "sequence_sum", "rloo": "sequence_sum", "grpo": "sequence_mean"}
+    assert default("loss_aggregation") == aggregation | {"ppo": "token_mean", "reinforce_pp": "token_mean"}
+    assert default("kl_in") == dict.fromkeys(ON_POLICY, "reward") | {"grpo": "loss"}
+    assert default("beta") == dict.fromkeys(ON_POLICY, 0.05)
+    assert default("num_iterations") == dict.fromkeys(ON_POLICY, 1) | {"ppo": 4}
+    assert default("dual_clip") == dict.fromkeys(ON_POLICY)
+    ppo = options_of("ppo")
+    assert ppo["lam"]["default"] == 0.95 and "default" not in ppo["value_clip"]
+
+
 def test_the_batch_is_that_of_verl(tmp_path):
     file = tmp_path / "my_grpo.yaml"
     file.write_text(blocks("yaml")[0])
