@@ -150,7 +150,7 @@ def lora_variants(folder: Path) -> dict:
         return torch.stack(scores)
 
     def tokenise_and_pad(batch):
-        sequences = switched.sequences(batch)
+        sequences = switched.inputs(batch)
         for rows in length_batches(list(map(len, sequences)), BATCH_TOKENS):
             right_pad([sequences[i] for i in rows], 0)
 

@@ -158,7 +158,7 @@ def measure(kind: str, prompts: list[str], completions: list[str], args: argpars
             duration, scores = timed(sides[name])
             torch.testing.assert_close(scores, expected, rtol=0, atol=1e-3)
             taken[name].append(duration)
-    lengths = [len(ids) for ids in reward.sequences(batch)]
+    lengths = [len(ids) for ids in reward.inputs(batch)]
     ratios = {
         f"ratio_{of}": {
             name: spread([theirs[of] / ours[of] for theirs, ours in zip(taken[name], taken["ours"], strict=True)])

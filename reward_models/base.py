@@ -2,13 +2,18 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from align.errors import RewardError
+from align.reward_models.steps import STEPS, in_step
+
+T = TypeVar("T")
+Steps = Generator[None, None, T]
+"""What is computed in `STEPS` steps, which all ranks take together (`align.reward_models.steps`)."""
 
 IMMUTABLE = frozenset({str, int, float, bool, bytes, type(None)})
 
@@ -133,9 +138,24 @@ class Reward(ABC):
     @abstractmethod
     def _score(self, batch: RewardBatch) -> RewardOutput: ...
 
+    def _steps(self, batch: RewardBatch) -> Steps[RewardOutput]:
+        """`_score` in steps; a reward of several takes those of its parts."""
+        yield
+        yield
+        output = self._score(batch) if len(batch) else RewardOutput(torch.empty(0))
+        yield
+        yield
+        return output
+
     def parts(self) -> "Sequence[Reward]":
         """The rewards that it is made of."""
         return ()
+
+    @property
+    def placed(self) -> bool:
+        """Whether a model of it is on some ranks of the run alone (`align.reward_models.placement`). Then all ranks
+        score together, also one that has nothing to score, in the main thread."""
+        return any(part.placed for part in self.parts())
 
     def check_room(self, prompt: int, completion: int, *, conversational: bool) -> None:
         """Raises `ConfigError` where its models take less than a prompt of so many tokens of the policy's with a
@@ -151,7 +171,20 @@ class Reward(ABC):
     def score(self, batch: RewardBatch, *, partial: bool = False) -> RewardOutput:
         """Score a batch. Raises `RewardError` naming the reward and the rows on a wrong count or non-finite score, and,
         unless `partial`, on completions without a score (`RewardOutput.missing`)."""
+        if self.placed:
+            return in_step(self.steps(batch, partial=partial))
         output = self._score(batch.copied())
+        self._check(output, batch, partial)
+        return output
+
+    def steps(self, batch: RewardBatch, *, partial: bool = False) -> Steps[RewardOutput]:
+        """`score` in steps. An empty batch has no scores, and nothing is asked but of other ranks."""
+        output = yield from self._steps(batch.copied())
+        self._check(output, batch, partial)
+        return output
+
+    def _check(self, output: RewardOutput, batch: RewardBatch, partial: bool) -> None:
+        """Raises what `score` does."""
         columns = {"score": output.scores, **output.extras}
         for name, values in columns.items():
             if values.shape != (len(batch),):
@@ -174,4 +207,31 @@ class Reward(ABC):
                     f"reward {self.name!r} returned a non-finite {name} ({values[bad[0]].item()}) for "
                     f"{batch.row_names(bad)}; first such completion: {str(batch.completions[bad[0]])[:200]!r}"
                 )
-        return output
+
+
+def score_together(rewards: Sequence[Reward], batch: RewardBatch, *, partial: bool = False) -> list[RewardOutput]:
+    """The scores of several rewards. Models that lie on different ranks score at the same time."""
+    if any(reward.placed for reward in rewards):
+        return in_step(together(rewards, batch, partial=partial))
+    if not len(batch):
+        return [RewardOutput(torch.empty(0)) for _ in rewards]
+    return [reward.score(batch, partial=partial) for reward in rewards]
+
+
+def together(rewards: Sequence[Reward], batch: RewardBatch, *, partial: bool = False) -> Steps[list[RewardOutput]]:
+    """`score_together` in steps, each taken by every reward before the next one."""
+    under_way = [reward.steps(batch, partial=partial) for reward in rewards]
+    for _ in range(STEPS - 1):
+        for one in under_way:
+            next(one)
+        yield
+    return [ended(one) for one in under_way]
+
+
+def ended(steps: Steps[T]) -> T:
+    """What comes of the last step."""
+    try:
+        next(steps)
+    except StopIteration as end:
+        return end.value
+    raise AssertionError(f"more than {STEPS} steps")

@@ -29,3 +29,25 @@ def model_paths(spec: Any) -> dict[str, bool]:
     """Folders and hub names of the models that a spec needs, each once; True for those with a score head."""
     parsed = parse_reward(spec)
     return {} if isinstance(parsed, Reward) else parsed.models()
+
+
+def model_ranks(spec: Any) -> dict[str, set[int] | None]:
+    """The ranks of the run that load each model of `model_paths`, None for all."""
+    parsed = parse_reward(spec)
+    if isinstance(parsed, Reward):
+        return {}
+    of_parts = [model_ranks(part) for part in parsed.parts()]
+    if not of_parts:
+        ranks = parsed.model_ranks
+        return dict.fromkeys(parsed.models(), None if ranks is None else set(ranks))
+    found: dict[str, set[int] | None] = {}
+    for ranks_of in of_parts:
+        join_ranks(found, ranks_of)
+    return found
+
+
+def join_ranks(found: dict[str, set[int] | None], more: dict[str, set[int] | None]) -> None:
+    """Add what loads the models of another reward."""
+    for path, ranks in more.items():
+        before = found.get(path, set())
+        found[path] = None if ranks is None or before is None else before | ranks

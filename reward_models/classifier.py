@@ -1,29 +1,28 @@
 """Rewards that are sequence classifiers with one output."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from align.data.batching import length_batches
 from align.data.collate import right_pad
-from align.data.limits import known_tokens, longest_input
 from align.errors import ConfigError
 from align.modeling.load import load_sequence_classifier, load_tokenizer
-from align.modeling.score_head import reads_end_token
 from align.modeling.scores import sequence_scores
 from align.modeling.types import Model
-from align.reward_models.base import Reward, RewardBatch, RewardOutput
+from align.reward_models.base import RewardBatch, RewardOutput
+from align.reward_models.by_model import ModelReward
 from align.reward_models.normalizer import Normalizer, choose_normalizer
-from align.reward_models.offload import HOST, OnDevice
+from align.reward_models.offload import HOST
 from align.reward_models.sequences import SequenceEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class ClassifierReward(OnDevice, Reward):
+class ClassifierReward(ModelReward):
     """`AutoModelForSequenceClassification` with one label, causal or encoder, read at the last real token.
 
     The score of a completion depends on nothing else in the batch: not on the padding side, on the order, or on a
@@ -34,7 +33,7 @@ class ClassifierReward(OnDevice, Reward):
     this model's, the policy's token ids are scored.
 
     Args:
-        model: folder, hub name or loaded model. tokenizer: by default the model's own.
+        model: folder, hub name, loaded model, or a function that loads it. tokenizer: by default the model's own.
         policy_tokenizer: of the model whose `prompt_ids` and `completion_ids` come in.
         normalize: True requires the normaliser saved beside the model, False ignores it, None uses it if it is there.
         normalizer: one to use instead of the saved one.
@@ -43,11 +42,13 @@ class ClassifierReward(OnDevice, Reward):
             sequences.
         device, dtype: by default the GPU and the saved dtype where there is a GPU, else the CPU and float32.
         offload: whether the model is on the GPU only while it scores.
+        ranks: of the run, which alone load the model and score what all ranks have; then all ranks make the reward,
+            and score with it, together. Default: every process loads it.
     """
 
     def __init__(
         self,
-        model: str | Path | Model,
+        model: str | Path | Model | Callable[[], Model],
         *,
         name: str | None = None,
         tokenizer: "PreTrainedTokenizerBase | None" = None,
@@ -60,40 +61,39 @@ class ClassifierReward(OnDevice, Reward):
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         offload: bool = False,
+        ranks: Sequence[int] | None = None,
     ):
-        source = None if isinstance(model, nn.Module) else str(model)
+        source = str(model) if isinstance(model, str | Path) else None
         self.name = name or (Path(source).name if source else "reward")
         self.device, dtype = scoring_device(device, dtype)
-        self.tokenizer = tokenizer or load_tokenizer(model)
-        loaded = (
-            model
-            if source is None
-            else load_sequence_classifier(
-                source, dtype=dtype, pad_token_id=self.tokenizer.pad_token_id, fresh_head=False
-            )
-        )
+        self.tokenizer = tokenizer or load_tokenizer(cast("Model", model))
         self.offloaded = offload
-        self.model: Model = cast("Model", loaded).to(HOST if offload else self.device).eval()
-        config = self.model.config.get_text_config()
-        if config.pad_token_id is None:  # transformers refuses batches then; where scores are read, the lengths say
-            config.pad_token_id = self.tokenizer.pad_token_id
+
+        def load() -> list[Model]:
+            loaded: Any = model
+            if source is not None:
+                padding = self.tokenizer.pad_token_id
+                loaded = load_sequence_classifier(source, dtype=dtype, pad_token_id=padding, fresh_head=False)
+            elif not isinstance(model, nn.Module):
+                loaded = cast("Callable[[], Model]", model)()
+            loaded = loaded.to(HOST if offload else self.device).eval()
+            config = loaded.config.get_text_config()
+            if config.pad_token_id is None:  # transformers refuses batches then; where scores are read, the lengths say
+                config.pad_token_id = self.tokenizer.pad_token_id
+            return [loaded]
+
+        (self.model,), known = self._load(load, ranks, given=isinstance(model, nn.Module))
         self.normalizer = choose_normalizer(self.name, source, normalize, normalizer)
         self.batch_tokens, self.batch_size = scoring_tokens(self.device, batch_tokens), batch_size
         self.encoder = SequenceEncoder(
             self.name,
             self.tokenizer,
             policy_tokenizer=policy_tokenizer,
-            vocabulary=known_tokens(self.model),
-            longest=longest_input(self.model),
+            vocabulary=known.tokens,
+            longest=known.longest,
             max_length=max_length,
-            whole_turn=not reads_end_token(self.model.config),
+            whole_turn=not known.at_end_token,
         )
-
-    def check_room(self, prompt: int, completion: int, *, conversational: bool) -> None:
-        self.encoder.check_room(prompt, completion, conversational=conversational)
-
-    def models(self) -> list[nn.Module]:
-        return [self.model]
 
     @property
     def normalized(self) -> bool:
@@ -101,37 +101,24 @@ class ClassifierReward(OnDevice, Reward):
 
     def score_ids(self, sequences: list[list[int]]) -> Tensor:
         """Normalised scores [B], float32 on the CPU, of whole sequences (prompt and completion) of this tokenizer."""
-        scores = self.raw_scores(sequences)
-        return (self.normalizer(scores) if self.normalizer else scores).float()
+        return self._normalised(self.numbers(sequences))
 
-    def raw_scores(self, sequences: list[list[int]]) -> Tensor:
-        """Scores before normalisation, float64 on the CPU: [B], or [B, K] of a model with K outputs."""
-        if not sequences:
-            return torch.empty(0, dtype=torch.float64)
-        batches = length_batches(list(map(len, sequences)), self.batch_tokens, self.batch_size)
-        training = self.model.training
-        self.model.eval()
-        try:
-            with self.working():
-                parts = [self._forward([sequences[row] for row in rows]) for rows in batches]
-                scores = torch.cat(parts).double().cpu()  # once: a GPU works on one while the next is put together
-        finally:
-            self.model.train(training)
-        in_order = torch.empty_like(scores)
-        in_order[[row for rows in batches for row in rows]] = scores
-        return in_order
-
-    @torch.no_grad()
-    def _forward(self, sequences: list[list[int]]) -> Tensor:
-        ids, mask = right_pad(sequences, self.tokenizer.pad_token_id)
-        return sequence_scores(self.model, ids.to(self.device), mask.to(self.device))
-
-    def _score(self, batch: RewardBatch) -> RewardOutput:
-        return RewardOutput(self.score_ids(self.sequences(batch)))
-
-    def sequences(self, batch: RewardBatch) -> list[list[int]]:
+    def inputs(self, batch: RewardBatch) -> list[list[int]]:
         """The token ids that are scored, prompt and completion, one list per completion."""
         return [prompt + completion for prompt, completion in self.encoder(batch)]
+
+    def tokens(self, one: list | tuple) -> int:
+        return len(one)
+
+    def forward(self, inputs: list[list[int]]) -> Tensor:
+        ids, mask = right_pad(inputs, self.tokenizer.pad_token_id)
+        return sequence_scores(self.model, ids.to(self.device), mask.to(self.device))
+
+    def output(self, numbers: Tensor) -> RewardOutput:
+        return RewardOutput(self._normalised(numbers))
+
+    def _normalised(self, scores: Tensor) -> Tensor:
+        return (self.normalizer(scores) if self.normalizer else scores).float()
 
     @property
     def shares_ids(self) -> bool:

@@ -8,7 +8,7 @@ from operator import add
 import torch
 
 from align.errors import ConfigError
-from align.reward_models.base import Reward, RewardBatch, RewardOutput, joined
+from align.reward_models.base import Reward, RewardBatch, RewardOutput, Steps, joined, together
 
 
 class CompositeReward(Reward):
@@ -44,7 +44,14 @@ class CompositeReward(Reward):
         return self.rewards
 
     def _score(self, batch: RewardBatch) -> RewardOutput:
-        columns = {reward.name: reward.score(batch, partial=True) for reward in self.rewards}
+        return self._sum([reward.score(batch, partial=True) for reward in self.rewards])
+
+    def _steps(self, batch: RewardBatch) -> Steps[RewardOutput]:
+        outputs = yield from together(self.rewards, batch, partial=True)
+        return self._sum(outputs)
+
+    def _sum(self, outputs: Sequence[RewardOutput]) -> RewardOutput:
+        columns = {reward.name: output for reward, output in zip(self.rewards, outputs, strict=True)}
         total = reduce(add, (self.weights[name] * output.scores.nan_to_num(0.0) for name, output in columns.items()))
         extras = {name: output.scores for name, output in columns.items()}
         for name, output in columns.items():

@@ -1,17 +1,18 @@
 """Ensembles: one reward made of several (Coste et al. 2023)."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from align.distributed.checkpoints import file_crc32
 from align.distributed.disk import writing
 from align.errors import ConfigError, RewardError
 from align.objectives.ensemble import aggregate, check_rule
-from align.reward_models.base import Reward, RewardBatch, RewardOutput
+from align.reward_models.base import Reward, RewardBatch, RewardOutput, Steps, together
 from align.reward_models.classifier import ClassifierReward
 from align.reward_models.joint import JointMembers, check_tokenizers, load_joint
 from align.reward_models.normalizer import FILE_NAME as NORMALIZER_FILE
@@ -69,14 +70,27 @@ class RewardEnsemble(Reward):
 
     def _score(self, batch: RewardBatch) -> RewardOutput:
         if isinstance(self.members, JointMembers):
-            scores = self.members.scores(batch)
+            return self._combined(self.members.scores(batch))
+        return self._combined(_rows(member.score(batch) for member in self.members))
+
+    def _steps(self, batch: RewardBatch) -> Steps[RewardOutput]:
+        if isinstance(self.members, JointMembers):
+            scores = yield from self.members.steps(batch)
         else:
-            scores = torch.stack([member.score(batch).scores.float() for member in self.members])
+            scores = _rows((yield from together(self.members, batch)))
+        return self._combined(scores) if len(batch) else RewardOutput(torch.empty(0))
+
+    def _combined(self, scores: Tensor) -> RewardOutput:
+        """scores: [members, B]."""
         result = aggregate(scores, self.aggregation, **self.options)
         extras = {**{f"member/{i}": row for i, row in enumerate(scores)}, "mean": result.mean}
         if result.variance is not None:
             extras["variance"] = result.variance
         return RewardOutput(result.scores, extras)
+
+
+def _rows(outputs: Iterable[RewardOutput]) -> Tensor:
+    return torch.stack([output.scores.float() for output in outputs])
 
 
 def _check_members(members: Sequence[Reward] | JointMembers) -> list[str]:
@@ -183,7 +197,7 @@ def load_ensemble(
     """The ensemble saved in `folder` (`train_reward_ensemble` makes one), however its members are held.
 
     With `normalize` every member must have its normaliser; without, the members' raw scores are combined.
-    classifier_options: of `ClassifierReward`, for every member (device, batch_tokens, policy_tokenizer ...).
+    classifier_options: of `ClassifierReward`, for every member (device, batch_tokens, policy_tokenizer, ranks ...).
     """
     saved, folders = read_ensemble(folder)
     _check_files(Path(folder) / FILE_NAME, saved.get("files"))

@@ -2,23 +2,23 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from align.data.batching import length_batches
 from align.data.collate import right_pad
-from align.data.limits import known_tokens, longest_input
 from align.errors import ConfigError, RewardError
 from align.modeling.adapters import adapter_start, is_adapter
-from align.modeling.load import load_adapted, load_policy, load_tokenizer, reference_of
+from align.modeling.load import Reference, load_adapted, load_policy, load_tokenizer, reference_of
 from align.modeling.logprobs import token_logps
 from align.modeling.types import Model
-from align.reward_models.base import Reward, RewardBatch, RewardOutput
+from align.reward_models.base import RewardBatch, RewardOutput
+from align.reward_models.by_model import ModelReward
 from align.reward_models.classifier import scoring_device, scoring_tokens
-from align.reward_models.offload import HOST, OnDevice
+from align.reward_models.offload import HOST
 from align.reward_models.sequences import Pair, SequenceEncoder
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class ImplicitReward(OnDevice, Reward):
+class ImplicitReward(ModelReward):
     """beta * (log pi(y|x) - log pi_ref(y|x)), summed over the completion's tokens, its EOS included.
 
     The reward that a DPO policy fits, up to a term of the prompt alone (Rafailov et al. 2023, eq. 5), so scores of
@@ -44,7 +44,7 @@ class ImplicitReward(OnDevice, Reward):
         max_length: longer sequences lose the start of their prompt. Default: they are an error.
         batch_tokens: padded tokens per forward pass, of sequences of similar length.
         device, dtype: by default the GPU and the saved dtype where there is a GPU, else the CPU and float32.
-        offload: whether the models are on the GPU only while they score.
+        offload: whether the models are on the GPU only while they score. ranks: as of `ClassifierReward`.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class ImplicitReward(OnDevice, Reward):
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         offload: bool = False,
+        ranks: Sequence[int] | None = None,
     ):
         source = None if isinstance(model, nn.Module) else str(model)
         self.name = name or (Path(source).name if source else "implicit")
@@ -71,62 +72,46 @@ class ImplicitReward(OnDevice, Reward):
         self.tokenizer = tokenizer or load_tokenizer(model)
         self.offloaded = offload
         place = HOST if offload else self.device
-        self.model = _load(model, dtype, keep_adapter=reference is None).to(place).eval()
-        if reference is None and not _has_adapter(self.model):
-            raise ConfigError(
-                f"reward {self.name!r}: {source or type(self.model).__name__} has no adapter to switch off, so name "
-                "the reference that it was trained against"
-            )
+
+        def load() -> list[Model]:
+            policy = _load(model, dtype, keep_adapter=reference is None).to(place).eval()
+            if reference is None and not _has_adapter(policy):
+                raise ConfigError(
+                    f"reward {self.name!r}: {source or type(policy).__name__} has no adapter to switch off, so name "
+                    "the reference that it was trained against"
+                )
+            base = None if reference is None else _load(reference, dtype, keep_adapter=False).to(place)
+            found = reference_of(policy, base)
+            return [policy] if found.adapter_off else [policy, found.model]
+
         base = reference
+        if reference is not None:
+            _check_same_vocabulary(self.name, self.tokenizer, reference)
+        given = isinstance(model, nn.Module) or isinstance(reference, nn.Module)
+        (self.model, *other), known = self._load(load, ranks, given)
+        self.reference = Reference(other[0] if other else self.model, adapter_off=not other)
         if reference is None:
             base = adapter_start(source) if source else self.model.peft_config["default"].base_model_name_or_path
         self.model_folders = (source, None if isinstance(base, nn.Module) else str(base))
-        if reference is not None:
-            _check_same_vocabulary(self.name, self.tokenizer, reference)
-            reference = _load(reference, dtype, keep_adapter=False).to(place)
-        self.reference = reference_of(self.model, reference)
         self.batch_tokens = scoring_tokens(self.device, batch_tokens)
         self.encoder = SequenceEncoder(
             self.name,
             self.tokenizer,
             policy_tokenizer=policy_tokenizer,
-            vocabulary=known_tokens(self.model),
-            longest=longest_input(self.model),
+            vocabulary=known.tokens,
+            longest=known.longest,
             max_length=max_length,
         )
 
-    def check_room(self, prompt: int, completion: int, *, conversational: bool) -> None:
-        self.encoder.check_room(prompt, completion, conversational=conversational)
-
     def models(self) -> list[nn.Module]:
-        return [self.model] if self.reference.adapter_off else [self.model, self.reference.model]
+        models: list[nn.Module] = [self.model] if self.reference.adapter_off else [self.model, self.reference.model]
+        return models if self.here else []
 
     def score_ids(self, pairs: list[Pair]) -> Tensor:
         """Scores [B], float32 on the CPU, of (prompt_ids, completion_ids) of this model's tokenizer."""
-        scores = torch.empty(len(pairs), dtype=torch.float64)
-        training = self.model.training
-        self.model.eval()
-        try:
-            with self.working():
-                for rows in length_batches([len(p) + len(c) for p, c in pairs], self.batch_tokens):
-                    scores[rows] = self._log_ratios([pairs[row] for row in rows])
-        finally:
-            self.model.train(training)
-        return (self.beta * scores).float()
+        return self.output(self.numbers(pairs)).scores
 
-    @torch.no_grad()
-    def _log_ratios(self, pairs: list[Pair]) -> Tensor:
-        ids, attention = right_pad(
-            [[*prompt, *completion] for prompt, completion in pairs], self.tokenizer.pad_token_id
-        )
-        starts = torch.tensor([len(prompt) for prompt, _ in pairs])[:, None]
-        completion = attention * (torch.arange(ids.shape[1]) >= starts)
-        ids, attention, completion = (x.to(self.device) for x in (ids, attention, completion))
-        logps = token_logps(self.model, ids, attention, mask=completion)
-        ref_logps = self.reference.logps(ids, attention, mask=completion)
-        return (logps.double() - ref_logps.double()).sum(-1).cpu()
-
-    def _score(self, batch: RewardBatch) -> RewardOutput:
+    def inputs(self, batch: RewardBatch) -> list[Pair]:
         pairs = self.encoder(batch)
         for row, (prompt, completion) in enumerate(pairs):
             if not prompt or not completion:
@@ -135,7 +120,26 @@ class ImplicitReward(OnDevice, Reward):
                     f"reward {self.name!r}, {batch.row_name(row)}: the {what} is empty, so there is no log-prob of the "
                     "completion given the prompt"
                 )
-        return RewardOutput(self.score_ids(pairs))
+        return pairs
+
+    def tokens(self, one: list | tuple) -> int:
+        prompt, completion = one
+        return len(prompt) + len(completion)
+
+    def forward(self, inputs: list[Pair]) -> Tensor:
+        """Log-ratios [b], float64."""
+        ids, attention = right_pad(
+            [[*prompt, *completion] for prompt, completion in inputs], self.tokenizer.pad_token_id
+        )
+        starts = torch.tensor([len(prompt) for prompt, _ in inputs])[:, None]
+        completion = attention * (torch.arange(ids.shape[1]) >= starts)
+        ids, attention, completion = (x.to(self.device) for x in (ids, attention, completion))
+        logps = token_logps(self.model, ids, attention, mask=completion)
+        ref_logps = self.reference.logps(ids, attention, mask=completion)
+        return (logps.double() - ref_logps.double()).sum(-1)
+
+    def output(self, numbers: Tensor) -> RewardOutput:
+        return RewardOutput((self.beta * numbers).float())
 
 
 def _load(model: str | Path | Model, dtype, *, keep_adapter: bool) -> Model:

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -11,12 +11,12 @@ from torch import Tensor
 from align.errors import ConfigError, RewardError
 from align.modeling.adapters import NOTES_FILE, adapter_base, folder_digest
 from align.modeling.load import load_sequence_classifier, load_tokenizer
-from align.modeling.member_lora import MemberLora, add_member_adapters, load_adapter, save_adapter
+from align.modeling.member_lora import add_member_adapters, load_adapter, save_adapter
 from align.modeling.members import copy_upper, member_state
 from align.modeling.pretrained import weights_on_every_process
 from align.modeling.score_head import read_at_end_token
 from align.modeling.types import Model
-from align.reward_models.base import RewardBatch
+from align.reward_models.base import RewardBatch, Steps
 from align.reward_models.classifier import ClassifierReward, scoring_device
 from align.reward_models.normalizer import Normalizer
 from align.reward_models.sequences import same_tokenizer
@@ -27,17 +27,24 @@ TRUNK_FILE = "shared_trunk.safetensors"
 class JointMembers:
     """K reward models in one: every batch is tokenised, padded and run once for all of them.
 
-    model: with what `share_trunk` or `add_member_adapters` added. normalizers: one per member, or None for raw scores.
-    options: of `ClassifierReward`. A token counts K times in `batch_tokens` with adapters, whose rows are multiplied
-    from the first layers on, and twice with a shared trunk, where only the last hidden states are.
+    load: loads the model with what `share_trunk` or `add_member_adapters` added. lora: whether the members are
+    adapters. normalizers: one per member, or None for raw scores. options: of `ClassifierReward`. A token counts K
+    times in `batch_tokens` with adapters, whose rows are multiplied from the first layers on, and twice with a shared
+    trunk, where only the last hidden states are.
     """
 
     def __init__(
-        self, model: Model, names: Sequence[str], *, normalizers: Sequence[Normalizer] | None, name: str, **options
+        self,
+        load: Callable[[], Model],
+        names: Sequence[str],
+        *,
+        lora: bool,
+        normalizers: Sequence[Normalizer] | None,
+        name: str,
+        **options,
     ):
         self.name, self.names, self.normalizers = name, list(names), normalizers
-        self.classifier = ClassifierReward(model, name=name, normalize=False, **options)
-        lora = any(isinstance(module, MemberLora) for module in model.modules())
+        self.classifier = ClassifierReward(load, name=name, normalize=False, **options)
         self.classifier.batch_tokens = max(self.classifier.batch_tokens // (len(self.names) if lora else 2), 1)
 
     def __len__(self) -> int:
@@ -45,7 +52,17 @@ class JointMembers:
 
     def scores(self, batch: RewardBatch) -> Tensor:
         """Normalised scores [K, B], float32 on the CPU. Raises `RewardError` naming the member and the rows."""
-        raw = self.classifier.raw_scores(self.classifier.sequences(batch)).view(len(batch), -1).T
+        return self._normalised(self.classifier.numbers(self.classifier.inputs(batch)), batch)
+
+    def steps(self, batch: RewardBatch) -> Steps[Tensor]:
+        """`scores` in steps."""
+        numbers = yield from self.classifier.steps_of_numbers(self.classifier.inputs(batch), batch)
+        return self._normalised(numbers, batch)
+
+    def _normalised(self, numbers: Tensor, batch: RewardBatch) -> Tensor:
+        if not len(batch):
+            return torch.empty(len(self), 0)
+        raw = numbers.view(len(batch), -1).T
         if len(raw) != len(self):
             raise RewardError(f"reward {self.name!r}: the model has {len(raw)} members, {len(self)} are named")
         if self.normalizers is not None:
@@ -149,11 +166,16 @@ def load_joint(folder: Path, saved: dict, members: Sequence[Path], *, name: str,
     lora = saved["kind"] == "lora"
     tokenizers = [load_tokenizer(member) for member in members] if lora else [load_tokenizer(folder)]
     check_tokenizers([member.name for member in members], tokenizers)
-    model = load_adapters(members, dtype) if lora else load_trunk(folder, len(members), saved["upper_layers"], dtype)
+
+    def load() -> Model:
+        if lora:
+            return load_adapters(members, dtype)
+        return load_trunk(folder, len(members), saved["upper_layers"], dtype)
+
     names = [member.name for member in members]
     normalizers = [_normalizer(name, member) for member in members] if normalize else None
     return JointMembers(
-        model, names, normalizers=normalizers, name=name, tokenizer=tokenizers[0], device=device, **options
+        load, names, lora=lora, normalizers=normalizers, name=name, tokenizer=tokenizers[0], device=device, **options
     )
 
 

@@ -49,6 +49,11 @@ class RewardSpec(Section):
             paths |= spec.models() if isinstance(spec, RewardSpec) else {}
         return paths
 
+    @property
+    def model_ranks(self) -> list[int] | None:
+        """The ranks of the run that alone load its own models, None for all."""
+        return None
+
     def parts(self) -> list:
         """The rewards that it is made of."""
         return [spec for name in self.nested for spec in getattr(self, name) or []]

@@ -55,6 +55,11 @@ class MarginRewards:
         if len(set(self.names)) != len(self.names):
             raise ConfigError(f"two rewards have the same name in {self.names}: give each its own `name`")
         for reward in self.rewards:
+            if reward.placed:
+                raise ConfigError(
+                    f"margin reward {reward.name!r} scores the pairs once, before the training, and is freed then: "
+                    "leave ranks out, so that every process scores its share of them"
+                )
             if getattr(reward, "normalized", False):
                 logger.warning(
                     "margin reward %s is normalised: it counts in standard deviations, not in units of the "

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 import align.reward_models.judge_specs  # noqa: F401  (registers its kinds)
 from align.config.sections import parse, parse_list, plain
@@ -48,6 +48,7 @@ def parse_reward(spec: Any, key: str = "reward") -> "RewardSpec | Reward":
         options = {name: value for name, value in spec.items() if name != "type"}
         parsed = parse(_imported(str(spec["type"]), key), options, key)
     else:
+        _check_ranks(spec, key)
         parsed = cast(RewardSpec, REWARDS.parse(spec, key))
     parts = {
         name: parse_list(parse_reward, getattr(parsed, name), f"{key}.{name}")
@@ -55,6 +56,19 @@ def parse_reward(spec: Any, key: str = "reward") -> "RewardSpec | Reward":
         if getattr(parsed, name) is not None
     }
     return parsed.model_copy(update=parts)
+
+
+def _check_ranks(spec: Mapping, key: str) -> None:
+    """ConfigError for a kind that has no model to place."""
+    kind = spec.get("type")
+    cls = REWARDS.kinds.get(kind) if isinstance(kind, str) else None
+    if "ranks" in spec and cls is not None and "ranks" not in cls.keys():
+        nested = isinstance(cls, type) and issubclass(cls, RewardSpec) and cls.nested
+        where = f"set it for each of its {' and '.join(nested)}" if nested else "leave it out"
+        raise ConfigError(
+            f"{key}.ranks says which ranks load a model, and {cls.label} has none of its own: {where}",
+            key=f"{key}.ranks",
+        )
 
 
 def _imported(kind: str, key: str) -> type[RewardSpec]:
@@ -90,6 +104,23 @@ Normalize = Annotated[
 ]
 
 
+def _are_ranks(value: Any) -> Any:
+    shown = f"not {value!r:.60}: ranks count from 0"
+    if value is None or isinstance(value, list) and value and all(type(rank) is int and rank >= 0 for rank in value):
+        if value is not None and len(set(value)) < len(value):
+            raise ValueError(f"ranks are those of the run that load the model, each once, {shown}")
+        return value
+    example = f"[{value}]" if type(value) is int and value >= 0 else "[0] or [6, 7]"
+    raise ValueError(f"ranks are a list of those of the run that load the model, such as {example}, {shown}")
+
+
+Ranks = Annotated[
+    list[int] | None,
+    BeforeValidator(_are_ranks),
+    Field(description="Of the run, which alone load the model and score for all. Default: every process loads it."),
+]
+
+
 class OfModel(RewardSpec):
     """Options of a reward that reads a model."""
 
@@ -100,6 +131,11 @@ class OfModel(RewardSpec):
     device: int | TorchName | None = Field(None, description="Default: a GPU if there is one.")
     dtype: TorchName | None = Field(None, description="Default: as saved on a GPU, float32 on a CPU.")
     offload: bool = Field(False, description="On the GPU only while it scores; else in the host's memory.")
+    ranks: Ranks = None
+
+    @property
+    def model_ranks(self) -> list[int] | None:
+        return self.ranks
 
     @property
     def stated_name(self) -> str:
@@ -228,7 +264,12 @@ class CompositeSpec(RewardSpec):
         return CompositeReward(built, **self.options("rewards"))
 
 
-OF_PATH = ("max_length", "batch_tokens", "offload")  # options of an ensemble's models, not of members given one by one
+OF_PATH = (
+    "max_length",
+    "batch_tokens",
+    "offload",
+    "ranks",
+)  # options of an ensemble's models, not of members given one by one
 
 
 @register_reward("ensemble")
@@ -247,6 +288,11 @@ class EnsembleSpec(RewardSpec):
     max_length: Count | None = Field(None, description="Of the models of path.")
     batch_tokens: Count | None = Field(None, description="Of the models of path.")
     offload: bool = Field(False, description="Of the models of path: on the GPU only while they score.")
+    ranks: Ranks = None
+
+    @property
+    def model_ranks(self) -> list[int] | None:
+        return self.ranks
 
     @model_validator(mode="after")
     def _one_source(self):

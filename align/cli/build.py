@@ -152,6 +152,17 @@ def reward_models(run: RunConfig, sections: Sequence[str] = ("rewards", "gold_re
     return found
 
 
+def reward_ranks(run: RunConfig) -> dict[str, tuple[int, ...]]:
+    """Of the models that the rewards need, those that some ranks of the run alone load, with these ranks."""
+    from align.reward_models.build import join_ranks, model_ranks
+
+    found: dict[str, set[int] | None] = {}
+    for key in ("rewards", "gold_reward"):
+        for ranks in _of_each_reward(run, key, model_ranks):
+            join_ranks(found, ranks)
+    return {path: tuple(sorted(ranks)) for path, ranks in found.items() if ranks is not None}
+
+
 def _of_each_reward(run: RunConfig, key: str, function: Callable) -> list:
     """function(spec) of each reward of a section; an error names the place of the section."""
     specs = getattr(run, key)

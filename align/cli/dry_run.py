@@ -26,6 +26,7 @@ def dry_run(run: RunConfig, processes: int | None = None) -> int:
     build.check_rewards(run)
     if run.ensemble is not None and run.ensemble.several:
         build.check_ensemble(run)
+    check_ranks(run, processes)
     _title("one step")
     print(step_text(run, processes))
     tokenizer = build.tokenizer(run)
@@ -185,6 +186,7 @@ def _memory(run: RunConfig, config, rows):
         critic=_critic_shape(run, config) if on_policy else None,
         rewards=reward_shapes(run) if run.method.rewards else {},
         learning=learning_rewards(run),
+        ranks=build.reward_ranks(run) if run.method.rewards else {},
     )
 
 
@@ -283,6 +285,16 @@ def longest_revised(rows, shared: bool) -> int:
     parts = zip(rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"], strict=True)
     lengths = ((len(prompt), len(chosen), len(rejected)) for prompt, chosen, rejected in parts)
     return max(3 * p + 4 * (c + r) if shared else 6 * (p + 2 * max(c, r)) for p, c, r in lengths)
+
+
+def check_ranks(run: RunConfig, processes: int) -> None:
+    """ConfigError for a reward model on a rank beyond these processes; one process may be a dry run of more."""
+    for path, ranks in build.reward_ranks(run).items() if processes > 1 else ():
+        if max(ranks) >= processes:
+            raise ConfigError(
+                f"reward {path}: ranks places its model on rank {max(ranks)}, and {processes} processes have the ranks "
+                f"0 to {processes - 1}"
+            )
 
 
 def learning_rewards(run: RunConfig) -> dict[str, bool]:

@@ -6,7 +6,7 @@ token for its backward pass: norms 6 h, projections and rotary embedding 10 h, g
 layers with fused attention, which keeps no scores). Under 16-bit autocast the norms stay in 32 bits.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,12 +17,14 @@ LOGITS_CHUNK_BYTES = 4 * (1 << 26)  # align.modeling.logprobs bounds a chunk of 
 
 @dataclass
 class Part:
-    """One line of the estimate: what, how many bytes, and how they were counted. split: FSDP2 and ZeRO-3 split it."""
+    """One line of the estimate: what, how many bytes, and how they were counted. split: FSDP2 and ZeRO-3 split it.
+    ranks: that alone hold it, None for all processes."""
 
     name: str
     bytes: int
     formula: str
     split: bool = False
+    ranks: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -66,26 +68,47 @@ class Estimate:
 
     parts: list[Part] = field(default_factory=list)
 
-    def add(self, name: str, size: float, formula: str, *, split: bool = False) -> None:
-        self.parts.append(Part(name, round(size), formula, split))
+    def add(
+        self, name: str, size: float, formula: str, *, split: bool = False, ranks: tuple[int, ...] | None = None
+    ) -> None:
+        self.parts.append(Part(name, round(size), formula, split, ranks))
 
     @property
     def total(self) -> int:
-        return sum(part.bytes for part in self.parts)
+        """Of what all processes hold."""
+        return sum(part.bytes for part in self.parts if part.ranks is None)
 
     def split(self, processes: int) -> int:
         """Bytes of one of so many processes whose model FSDP2 or ZeRO-3 splits; one layer at a time is whole, which is
         not counted."""
-        return sum(part.bytes // processes if part.split else part.bytes for part in self.parts)
+        held = [part for part in self.parts if part.ranks is None]
+        return sum(part.bytes // processes if part.split else part.bytes for part in held)
+
+    def placed(self) -> dict[str, int]:
+        """The bytes that some ranks hold beside these, by the words for the ranks."""
+        of_rank = {
+            rank: sum(part.bytes for part in self.parts if rank in (part.ranks or ()))
+            for rank in sorted({rank for part in self.parts for rank in part.ranks or ()})
+        }
+        sizes = dict.fromkeys(of_rank.values())
+        return {on_ranks([rank for rank in of_rank if of_rank[rank] == size]): size for size in sizes}
 
     def lines(self, processes: int = 1) -> list[str]:
         rows = [(part.name, part.bytes, part.formula) for part in self.parts]
-        rows.append(("total", self.total, "per process, before FSDP or ZeRO split anything"))
+        placed, there = self.placed(), "with the reward models there"
+        who = "per other process" if placed else "per process"
+        rows.append(("total", self.total, f"{who}, before FSDP or ZeRO split anything"))
+        rows += [(f"total {ranks}", self.total + size, there) for ranks, size in placed.items()]
         if processes > 1:
-            parts = ", ".join(part.name for part in self.parts if part.split)
-            words = f"per process with fsdp2 or zero3: 1/{processes} of {parts}"
-            rows.append((f"split over {processes}", self.split(processes), words))
+            parts, split = ", ".join(part.name for part in self.parts if part.split), self.split(processes)
+            words = f"{who} with fsdp2 or zero3: 1/{processes} of {parts}"
+            rows.append((f"split over {processes}", split, words))
+            rows += [(f"split {ranks}", split + size, there) for ranks, size in placed.items()]
         return [f"  {name:<20} {_size(size):>10}   {words}" for name, size, words in rows]
+
+
+def on_ranks(ranks: Sequence[int]) -> str:
+    return f"on rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
 def _size(count: int) -> str:
@@ -205,6 +228,7 @@ def estimate(
     critic: Shape | None = None,
     rewards: dict[str, Shape] | None = None,
     learning: Collection[str] = (),
+    ranks: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Estimate:
     """Memory of one training process.
 
@@ -213,7 +237,7 @@ def estimate(
     weights, None: as the model's. engine_width: the rollout engine has a copy of its own, of so many bytes a weight,
     and shares it with engine_ranks - 1 other processes. critic: a network that AdamW trains in float32 on the same
     micro-batches, while the model's activations are kept. rewards: reward models by name. learning: those that AdamW
-    trains beside the policy.
+    trains beside the policy. ranks: that alone hold some of the rewards.
     """
     out = Estimate()
     count, width = shape.parameters, shape.bytes_per_weight
@@ -244,13 +268,21 @@ def estimate(
         part = "its own copy of the weights" if engine_ranks == 1 else f"1/{engine_ranks} of a copy of the weights"
         words = f"{part} x {engine_width} bytes; its KV cache comes on top"
         out.add("rollout engine", count * engine_width // engine_ranks, words)
-    for name, reward in (rewards or {}).items():
+    _add_rewards(out, rewards or {}, learning, ranks or {})
+    return out
+
+
+def _add_rewards(
+    out: Estimate, rewards: Mapping[str, Shape], learning: Collection[str], ranks: Mapping[str, tuple[int, ...]]
+) -> None:
+    for name, reward in rewards.items():
         size, words = reward.weights
-        out.add("reward model", size, f"{name}: {words}")
+        where = ranks.get(name)
+        words = words if where is None else f"{words}, {on_ranks(where)} alone"
+        out.add("reward model", size, f"{name}: {words}", ranks=where)
         if name in learning:
             size = sum(3 * number * width for number, width in reward.trained)
             out.add("its training", size, f"{reward.trainable:,} trained x gradient and AdamW's two states")
-    return out
 
 
 def _kept_per_token(shape: Shape, *, mixed: bool, checkpointing: bool) -> tuple[int, str]:

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from align.errors import RewardError
+from align.modeling.elsewhere import Elsewhere
 
 # attributes that say where and in what portions something is computed, or what happened so far, not what is computed
-PLACES = ("device", "batch_size", "batch_tokens", "model_folders", "calls", "history")
+PLACES = ("device", "batch_size", "batch_tokens", "model_folders", "calls", "history", "offloaded", "placement")
 
 
 def fingerprint(value: Any, *, sampled: bool = False) -> str:
@@ -27,21 +28,44 @@ def fingerprint(value: Any, *, sampled: bool = False) -> str:
     connection, say).
     """
     digest = hashlib.blake2b(digest_size=16)
-    _add(digest.update, value, set(), set(), sampled)
+    _add(digest.update, value, set(), {}, sampled)
     return digest.hexdigest()
 
 
-def _add(write, value: Any, above: set[int], models: set[int], sampled: bool) -> None:
-    """above: ids of the objects that hold `value`, so that a circle ends. models: ids of those read already."""
+def model_mark(model: nn.Module) -> str:
+    """What a model counts for in the sampled fingerprint of what holds it."""
+    return _mark(model, set(), {}, True)
+
+
+def _mark(model: nn.Module, above: set[int], models: dict[int, str], sampled: bool) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    _add_parts(digest.update, model, above, models, sampled)
+    return digest.hexdigest()
+
+
+def _add(write, value: Any, above: set[int], models: dict[int, str], sampled: bool) -> None:
+    """above: ids of the objects that hold `value`, so that a circle ends. models: marks of those read, by id."""
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes, Path, Enum, torch.dtype)):
         write(f"{type(value).__name__}:{value!r};".encode())
         return
-    if id(value) in above | models:
+    if isinstance(value, Elsewhere):
+        if not sampled:
+            raise RewardError("a model that is on other ranks has no fingerprint here: nothing tells when it changes")
+        write(f"model {value.mark};".encode())
+        return
+    if id(value) in above:
         write(b"again;")
         return
-    above = above | {id(value)}
     if isinstance(value, nn.Module):
-        models.add(id(value))
+        if id(value) not in models:  # read once, though the policy may be its own reference
+            models[id(value)] = _mark(value, above, models, sampled)
+        write(f"model {models[id(value)]};".encode())
+        return
+    _add_parts(write, value, above, models, sampled)
+
+
+def _add_parts(write, value: Any, above: set[int], models: dict[int, str], sampled: bool) -> None:
+    above = above | {id(value)}
     write(f"{type(value).__module__}.{type(value).__qualname__}(".encode())
     for name, part in _parts(value, sampled):
         write(f"{name}=".encode())

@@ -116,6 +116,17 @@ def test_members_of_one_pass_are_counted_together(tiny_model, pairs, capsys):
     assert "dtype cannot be set with ensemble > 1: members are loaded in float32" in capsys.readouterr().err
 
 
+def test_a_reward_model_counts_on_its_ranks(tiny_model, prompts, capsys):
+    tokens = ["--model_name_or_path", tiny_model, "--dataset_name", prompts, "--max_completion_length", 8]
+    tokens += ["--per_device_train_batch_size", 1, "--processes", 2, "--rewards.0"]
+    shown = run(capsys, "remax", *tokens, f"{{type: classifier, path: {tiny_model}, ranks: [1]}}")["memory"]
+    assert re.search(r"reward model .*, on rank 1 alone\n", shown)
+    assert re.search(r"total on rank 1 .* with the reward models there\n", shown)
+    beyond = f"{{type: classifier, path: {tiny_model}, ranks: [0, 2]}}"
+    assert main(["remax", *map(str, tokens), beyond, "--dry-run"]) == 2
+    assert "ranks places its model on rank 2, and 2 processes have the ranks 0 to 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("rank", [None, 16])
 def test_a_discriminator_is_trained_and_the_gold_reward_is_not(tiny_model, prompts, rank, tmp_path, capsys):
     gold = shutil.copytree(tiny_model, tmp_path / "gold")

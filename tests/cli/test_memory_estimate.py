@@ -212,6 +212,24 @@ def test_what_fsdp2_splits_over_processes():
     assert float(words[3]) == pytest.approx(full.split(8) / 2**20, abs=0.006) and words[4] == "MiB"
 
 
+def test_reward_models_on_some_ranks_count_there():
+    shape = model_shape(config(), dtype="float32")
+    plain, size = estimated(shape), 4 * shape.parameters
+    ranks = {"a": (2, 3), "b": (3,)}
+    found = estimated(shape, rewards={"a": shape, "b": shape, "c": shape}, ranks=ranks)
+    assert found.total == plain.total + size and found.split(4) == plain.split(4) + size
+    assert found.placed() == {"on rank 2": size, "on rank 3": 2 * size}
+    assert estimated(shape, rewards={"a": shape}, ranks=ranks).placed() == {"on ranks 2, 3": size}
+    lines = [line.split("   ") for line in found.lines(4)]
+    assert lines[-9][0].split() == ["reward", "model"] and lines[-9][-1].endswith(" bytes, on ranks 2, 3 alone")
+    names = ["total", "total on rank 2", "total on rank 3", "split over 4", "split on rank 2", "split on rank 3"]
+    assert [line[0].strip() for line in lines[-6:]] == names
+    assert lines[-6][-1] == "per other process, before FSDP or ZeRO split anything"
+    sizes = [float(next(part for part in line[1:] if part.strip()).split()[0]) for line in lines[-6:]]
+    expected = [found.total + i * size for i in range(3)] + [found.split(4) + i * size for i in range(3)]
+    assert sizes == pytest.approx([number / 2**20 for number in expected], abs=0.006)
+
+
 @pytest.mark.parametrize(
     ("optim", "width", "expected"),
     [("adamw_torch_fused", 4, 8), ("adamw_torch", 2, 4), ("adamw_8bit", 4, 2), ("sgd", 4, 0)],

@@ -48,7 +48,7 @@ def test_scores_do_not_depend_on_batch_size_order_or_neighbours(reward, batch):
 
 def test_the_end_token_is_read(reward):
     """The score is that of prompt + completion + EOS, by hand, without padding."""
-    ids = reward.sequences(TEXT)[0]
+    ids = reward.inputs(TEXT)[0]
     assert ids[-1] == 1 and ids[-2] == 6 + 7
     if reward.model.config.model_type == "llama":
         hidden = reward.model.model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1]
@@ -68,19 +68,19 @@ def test_no_gradient_and_training_mode_is_left_alone(reward):
 
 def test_chat_template_and_no_second_end_token(tmp_path):
     reward = ClassifierReward(worlds.reward_folder(tmp_path), device="cpu")
-    assert reward.tokenizer.convert_ids_to_tokens(reward.sequences(CHAT)[0]) == ["U:", "w1", "w2", "A:", "w7", "</s>"]
+    assert reward.tokenizer.convert_ids_to_tokens(reward.inputs(CHAT)[0]) == ["U:", "w1", "w2", "A:", "w7", "</s>"]
 
 
 def test_policy_ids_are_scored_where_the_tokenizers_are_the_same(tmp_path):
     folder = worlds.reward_folder(tmp_path)
     batch = RewardBatch(PROMPTS[:2], COMPLETIONS[:2], [[7, 8], [9]], [[13, 1], [14, 15]])
     shared = ClassifierReward(folder, policy_tokenizer=worlds.tokenizer())
-    assert shared.shares_ids and shared.sequences(batch) == [[7, 8, 13, 1], [9, 14, 15]]
+    assert shared.shares_ids and shared.inputs(batch) == [[7, 8, 13, 1], [9, 14, 15]]
     # another template: other ids, but a completion that was cut has no end token
     other = ClassifierReward(folder, policy_tokenizer=worlds.tokenizer(template="{{ messages }}"))
     assert not other.shares_ids
-    assert [ids[-1] == 1 for ids in other.sequences(batch)] == [True, False]
-    assert ClassifierReward(folder).sequences(batch)[1][-1] == 1
+    assert [ids[-1] == 1 for ids in other.inputs(batch)] == [True, False]
+    assert ClassifierReward(folder).inputs(batch)[1][-1] == 1
     assert not same_tokenizer(worlds.tokenizer(), worlds.tokenizer(encoder=True))
 
 
@@ -114,8 +114,8 @@ def test_length(tmp_path):
     long = RewardBatch(["w1 " * 60 + "w2 "], ["w3 w4"])
     with pytest.raises(RewardError, match="row 0 of the batch: 65 tokens, and the model takes 64"):
         ClassifierReward(folder).score(RewardBatch(["w1 " * 62], ["w3 w4"]))
-    assert len(ClassifierReward(folder).sequences(long)[0]) == 64
-    short = ClassifierReward(folder, max_length=5).sequences(long)[0]
+    assert len(ClassifierReward(folder).inputs(long)[0]) == 64
+    short = ClassifierReward(folder, max_length=5).inputs(long)[0]
     assert short == [6 + 1, 6 + 2, 6 + 3, 6 + 4, 1]
     with pytest.raises(RewardError, match="completion alone has 3 tokens, max_length is 2"):
         ClassifierReward(folder, max_length=2).score(long)
@@ -135,8 +135,8 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
 def test_prompts_with_several_completions_are_tokenised_once(tmp_path):
     reward = ClassifierReward(worlds.reward_folder(tmp_path), device="cpu")
     batch = RewardBatch(["w1 ", "w2 ", "w1 ", "w1 "], ["w3", "w4 w5", "w6", "w3"])
-    alone = [reward.sequences(take(batch, [i]))[0] for i in range(4)]
-    assert reward.sequences(batch) == alone
+    alone = [reward.inputs(take(batch, [i]))[0] for i in range(4)]
+    assert reward.inputs(batch) == alone
     seen = []
     encode = type(reward.tokenizer).__call__
 
@@ -146,7 +146,7 @@ def test_prompts_with_several_completions_are_tokenised_once(tmp_path):
             return encode(self, text, **options)
 
     reward.tokenizer.__class__ = Counting
-    assert reward.sequences(batch) == alone and ["w1 ", "w2 "] in seen
+    assert reward.inputs(batch) == alone and ["w1 ", "w2 "] in seen
     assert reward.score(RewardBatch([], [])).scores.shape == (0,)
 
 

@@ -83,7 +83,7 @@ def check_transformers(saved, side):
 def test_peft_loads_an_adapter(saved):
     source = saved[0]
     reward = ClassifierReward(source, normalize=False, device="cpu")
-    sequence = reward.sequences(RewardBatch(PROMPTS, COMPLETIONS))[1]
+    sequence = reward.inputs(RewardBatch(PROMPTS, COMPLETIONS))[1]
     model = AutoPeftModelForSequenceClassification.from_pretrained(source, num_labels=1).eval()
     with torch.no_grad():
         theirs = model(input_ids=torch.tensor([sequence])).logits[:, 0]
@@ -110,7 +110,7 @@ def test_without_any_padding_token_nothing_is_read_wrong(tmp_path):
     trainer.train()
     trainer.save_model()
     reward = ClassifierReward(str(tmp_path / "rm"), normalize=False, device="cpu")
-    sequences = reward.sequences(RewardBatch(PROMPTS, COMPLETIONS))
+    sequences = reward.inputs(RewardBatch(PROMPTS, COMPLETIONS))
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").eval()
     with torch.no_grad():
         theirs = torch.cat([model(input_ids=torch.tensor([ids])).logits[:, 0] for ids in sequences])

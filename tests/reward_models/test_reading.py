@@ -70,7 +70,7 @@ def test_one_score_for_one_text(model):
         for end in ("<end>", "<eos>", "<eom>"):  # <eom>: only the generation config knows that it ends an answer
             ended = [True] if end == "<eom>" else None
             assert torch.equal(reward.score(in_training(policy, ["yes", end], ended)).scores, evaluated)
-        cut = reward.sequences(in_training(policy, ["yes"], [False]))[0]
+        cut = reward.inputs(in_training(policy, ["yes"], [False]))[0]
         assert cut[-1] == WORDS.index("yes")
 
 

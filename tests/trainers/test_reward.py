@@ -74,7 +74,7 @@ def test_transformers_loads_what_we_save(trunk, tmp_path):
     trainer.train()
     trainer.save_model()
     reward = ClassifierReward(str(tmp_path), normalize=False, device="cpu")
-    sequences = reward.sequences(RewardBatch(["w1 ", "w2 w3 "], ["w4", "w5 w6 w7"]))
+    sequences = reward.inputs(RewardBatch(["w1 ", "w2 w3 "], ["w4", "w5 w6 w7"]))
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     ids = torch.tensor([sequences[0] + [0] * 3, sequences[1]])
     scores = model(input_ids=ids, attention_mask=(ids != 0).long()).logits[:, 0]

@@ -118,6 +118,11 @@ class OnPolicyBase(MicroBatchLists, Trainer):
         self.ahead.wait()
         self.engine.sync(self.accelerator.unwrap_model(self.model), self.state.global_step)
 
+    def join_refill(self, step: int) -> None:
+        """Where others draw and score again: an engine that is shared, and reward models on some ranks."""
+        self.pipeline.draw([], [], step)
+        self.rewards.scores([])
+
     def check_logps(self, logps: Tensor, batch: dict[str, Tensor]) -> None:
         """The trained policy must give the log-probs of the one that sampled, and at step 0 those of the reference."""
         if not batch["completion_mask"].any():

@@ -67,6 +67,12 @@ class Discriminator:
                 f"reward {reward.name!r}: a discriminator is trained, so it stays on the device: leave offload out",
                 key="rewards",
             )
+        if reward.placed:
+            raise ConfigError(
+                f"reward {reward.name!r}: a discriminator is trained by every process, which holds it whole: leave "
+                "ranks out",
+                key="rewards",
+            )
         self.args, self.rewards, self.gold = args, rewards, gold
         self.accelerator, self.recorder, self.spent = accelerator, recorder, 0
         self.reward = reward
@@ -117,8 +123,8 @@ class Discriminator:
         count = self.args.gold_labels if left is None else min(self.args.gold_labels, left)
         chosen = self._choose(pairs, indices, step, count)
         found = [sample for place in chosen for sample in pairs[2 * place : 2 * place + 2]]
-        scores = self.gold.totals(found) if found else []
-        sequences = self.reward.sequences(self.rewards.batch(found)) if found else []
+        scores = self.gold.totals(found)  # with none too: a model on other ranks is asked by all
+        sequences = self.reward.inputs(self.rewards.batch(found)) if found else []
         labelled, right, pairs = [], [], list(pairs)
         for number, place in enumerate(chosen):
             one, other = 2 * number, 2 * number + 1

@@ -368,7 +368,7 @@ class OnPolicyTrainer(OnPolicyBase):
         rollout = self.pipeline.run(prompts, indices, step, drawn.version, drawn.rollouts)
         if args.dynamic_sampling_rounds:
             draw = partial(self.pipeline.run, step=step, weight_version=step)
-            join = partial(self.pipeline.draw, [], [], step)
+            join = partial(self.join_refill, step)
             self.refill.fill(rollout, indices, step, self.weighting, draw, join)
         self.engine.rest()
         return rollout

@@ -45,8 +45,8 @@ class DynamicSampling:
         join: Callable[[], object],
     ) -> None:
         """Replace groups in place. indices: of the rollout's prompts in the global batch. draw: completes prompts and
-        scores them; its indices, for the seeds, go on beyond the batch. join: takes part in a call of the engine that
-        others need, where processes share one. All processes must call it."""
+        scores them; its indices, for the seeds, go on beyond the batch. join: takes part in calls of the engine
+        and of rewards that others need, where processes share them. All processes must call it."""
         each = len(rollout.samples) // len(indices)
         groups = [slice(i * each, (i + 1) * each) for i in range(len(indices))]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from align.errors import ConfigError
-from align.reward_models.base import Reward, RewardBatch, joined
+from align.reward_models.base import Reward, RewardBatch, joined, score_together
 from align.reward_models.judges import JudgeReward
 from align.trainers.on_policy.environments import CLASS_COLUMN, FAILURE_COLUMN, REWARD_COLUMN, EnvironmentReward
 from align.trainers.on_policy.samples import Sample
@@ -75,8 +75,9 @@ class RewardColumns:
         return metrics, joined(output.given for output in outputs.values())
 
     def scores(self, samples: list[Sample]) -> dict:
-        batch = self.batch(samples)
-        return {reward.name: reward.score(batch, partial=True) for reward in self.rewards}
+        """Of every reward by name. Where one is `placed`, all ranks must call it, also with no samples."""
+        batch = self.batch(samples) if samples else RewardBatch([], [])
+        return dict(zip(self.names, score_together(self.rewards, batch, partial=True), strict=True))
 
     def batch(self, samples: list[Sample]) -> RewardBatch:
         """What the rewards look at."""
