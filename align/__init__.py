@@ -5,17 +5,13 @@ used, so `import align` itself is quick and imports neither torch nor transforme
 
 Importing align sets four environment variables where they are not set, and nothing else: what the libraries below it
 would report to their makers is off (`HF_HUB_DISABLE_TELEMETRY`, `VLLM_NO_USAGE_STATS`, `DO_NOT_TRACK`,
-`WANDB_ERROR_REPORTING`). Set them yourself before the import to decide otherwise. Whoever imports a
-module of an earlier version is told its new name (`align.moved`).
+`WANDB_ERROR_REPORTING`). Set them yourself before the import to decide otherwise.
 """
 
 import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from align.moved import tell_new_names
-
-tell_new_names()
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")

@@ -1,7 +1,6 @@
 """Names that Python does not know are answered as on the command line: with what to write."""
 
 import copy
-import importlib
 import pickle
 from dataclasses import dataclass
 
@@ -10,7 +9,6 @@ import pytest
 import align
 from align.config.names import check_arguments
 from align.errors import ConfigError
-from align.moved import TRAINERS
 
 
 @pytest.mark.parametrize(
@@ -56,16 +54,3 @@ def test_the_valid_ones_pass_and_copies_are_made_as_before(tmp_path):
     assert Own(str(tmp_path), mine=3).mine == 3
     assert Open(half_beta=0.5).beta == 1.0
     check_arguments(Open, ["anything"])
-
-
-@pytest.mark.parametrize("old", TRAINERS)
-def test_a_module_of_an_earlier_version(old):
-    with pytest.raises(ModuleNotFoundError, match=f"it is align.trainers.{TRAINERS[old]} now"):
-        importlib.import_module(f"align.trainers.{old}")
-    importlib.import_module(f"align.trainers.{TRAINERS[old]}")
-
-
-def test_a_module_that_never_was():
-    with pytest.raises(ModuleNotFoundError) as error:
-        importlib.import_module("align.trainers.nonsense")
-    assert str(error.value) == "No module named 'align.trainers.nonsense'"
