@@ -33,7 +33,8 @@ class ClassifierReward(ModelReward):
     this model's, the policy's token ids are scored.
 
     Args:
-        model: folder, hub name, loaded model, or a function that loads it. tokenizer: by default the model's own.
+        model: folder, hub name, loaded model, or a function that loads it, beside which `tokenizer` has to be given.
+        tokenizer: by default the model's own.
         policy_tokenizer: of the model whose `prompt_ids` and `completion_ids` come in.
         normalize: True requires the normaliser saved beside the model, False ignores it, None uses it if it is there.
         normalizer: one to use instead of the saved one.

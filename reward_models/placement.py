@@ -119,8 +119,8 @@ def _gathered(value: Any, name: str) -> list:
     values: list = [None] * dist.get_world_size()
     try:
         dist.all_gather_object(values, value)
-    except Exception as error:  # its process has ended, or it took longer than ddp_timeout
-        raise RankLost(f"reward {name!r}: a rank of the run does not answer: {one_line(error)}") from error
+    except Exception as error:
+        raise RankLost(f"reward {name!r}", error) from error
     return values
 
 

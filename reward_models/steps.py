@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from align.errors import AlignError, RewardError
+from align.modeling.pretrained import one_line
 
 T = TypeVar("T")
 STEPS = 5
@@ -35,15 +36,19 @@ def _next(steps: Generator[None, None, T]) -> tuple[T] | None:
     return None
 
 
-class RankLost(RuntimeError):
+class RankLost(RewardError):
     """Ranks cannot reach each other any more, so that this one tells the others nothing."""
+
+    def __init__(self, what: str, error: Exception):
+        super().__init__(
+            f"{what}: a rank of the run has ended, or did not answer within ddp_timeout ({one_line(error)}). Its own "
+            "output says why; the last checkpoint is whole"
+        )
 
 
 def on_all_ranks(action: Callable[[], T]) -> T:
     """What each rank finds, unless one of them fails: then that failure, in all, with the rank's number. An exception
     that is none of ours (of a function of the user's) stays what it is where it was raised."""
-    from align.rollout.server.ranks import raise_shared  # the engines come with it
-
     try:
         found = action()
     except RankLost:
@@ -53,9 +58,21 @@ def on_all_ranks(action: Callable[[], T]) -> T:
         said = str(error) if ours else f"{type(error).__name__}: {error}"
         told = (ours or RewardError)(f"rank {dist.get_rank()}: {said}")
         with suppress(AlignError):
-            raise_shared(told)
+            _tell(told)
         if ours:
             raise told from error
         raise
-    raise_shared(None)
+    _tell(None)
     return found
+
+
+def _tell(failure: AlignError | None) -> None:
+    """Raise the first failure of any rank in all."""
+    from align.rollout.server.ranks import raise_shared  # the engines come with it
+
+    try:
+        raise_shared(failure)
+    except AlignError:
+        raise
+    except Exception as error:
+        raise RankLost("rewards on some ranks", error) from error

@@ -8,24 +8,11 @@ from collections.abc import Iterable
 from align.config.other_names import OTHER_NAMES
 from align.errors import ConfigError
 
-MOVED = {
-    **OTHER_NAMES,
-    # options of earlier versions
-    "rollout_backend": "rollout.backend",
-    "rollout_dtype": "rollout.dtype",
-    "max_num_seqs": "rollout.max_num_seqs",
-    "sync_tolerance": "rollout.sync_tolerance",
-    "vllm_gpu_memory_utilization": "rollout.gpu_memory_utilization",
-    "vllm_kv_cache_gib": "rollout.kv_cache_gib",
-    "tokenizer": "processing_class",  # of trainers, as in transformers
-}
 
-
-def moved(name: str, valid: Iterable[str]) -> str | None:
-    """What the option of an earlier version, or of another library, is called here (dotted), where it is one of
-    `valid`."""
-    now = MOVED.get(name)
-    return now if now is not None and now.partition(".")[0] in valid else None
+def name_here(name: str, valid: Iterable[str]) -> str | None:
+    """What an option of `OTHER_NAMES` is called here (dotted), where it is one of `valid`."""
+    ours = OTHER_NAMES.get(name)
+    return ours if ours is not None and ours.partition(".")[0] in valid else None
 
 
 def nearest(name: str, valid: Iterable[str]) -> str | None:
@@ -51,8 +38,8 @@ def check_arguments(cls: type, given: Iterable[str], config: type | None = None)
                 f"{name} is an option of {config.__name__}: {cls.__name__}(args={config.__name__}({name}=...))",
                 key=name,
             )
-        now, near = moved(name, valid), nearest(name, valid)
-        hint = f"it is {in_python(now)} here" if now else f"nearest valid: {near}" if near else None
+        ours, near = name_here(name, valid), nearest(name, valid)
+        hint = f"it is {in_python(ours)} here" if ours else f"nearest valid: {near}" if near else None
         raise ConfigError(
             f"unknown argument {name} of {cls.__name__}; {hint or f'`help({cls.__name__})` lists them'}", key=name
         )

@@ -1,6 +1,13 @@
-"""Options by the names of other libraries, for the error about an unknown key (docs/coming_from_verl.md)."""
+"""Options by the names of other libraries (docs/coming_from_verl.md), or as they would be called without their section,
+for the error about an unknown key."""
 
 OTHER_NAMES = {
+    "rollout_backend": "rollout.backend",
+    "rollout_dtype": "rollout.dtype",
+    "max_num_seqs": "rollout.max_num_seqs",
+    "sync_tolerance": "rollout.sync_tolerance",
+    "vllm_kv_cache_gib": "rollout.kv_cache_gib",
+    "tokenizer": "processing_class",  # of TRL's trainers, once
     # TRL's PPO, of before 1.16
     "kl_coef": "beta",
     "num_ppo_epochs": "num_iterations",

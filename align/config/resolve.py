@@ -19,7 +19,7 @@ from align.config.arguments import (
     option_classes,
     own_fields,
 )
-from align.config.names import moved, nearest
+from align.config.names import name_here, nearest
 from align.config.nested import nested_options
 from align.config.options import options_of
 from align.config.ranges import problem_with
@@ -121,9 +121,9 @@ def _check_keys(entries: dict[str, Entry], valid: list[str], method: Method) -> 
     for key, entry in entries.items():
         if key not in valid:
             dashes = "--" if entry.where == COMMAND_LINE else ""
-            now, near = moved(key, valid), nearest(key, valid)
+            ours, near = name_here(key, valid), nearest(key, valid)
             hint = f"nearest valid: {dashes}{near}" if near else f"see `align {method.name} --help`"
-            hint = f"it is {dashes}{now} here" if now else hint
+            hint = f"it is {dashes}{ours} here" if ours else hint
             problems.append(one_line(f"{entry.where}: unknown key {dashes}{key}; {hint}"))
     if problems:
         raise ConfigError("; ".join(problems))

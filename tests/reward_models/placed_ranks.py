@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from align.errors import AlignError
+from align.errors import AlignError, RewardError
 from align.modeling.fingerprint import fingerprint
 from align.reward_models.base import RewardBatch
 from align.reward_models.build import build_reward
@@ -158,5 +158,11 @@ if __name__ == "__main__":
     state, folder = PartialState(cpu=True), Path(sys.argv[1])
     rank = state.process_index
     found = {"same": compare(folder, rank), "told": errors(folder, rank)}
-    (folder / f"found_{rank}.json").write_text(json.dumps(found))
+    reward = build_reward({"type": "classifier", "path": str(folder / "a"), "name": "a", "ranks": [1]})
+    if rank == 0:
+        try:
+            reward.score(batch_of(0, "all"))
+        except RewardError as error:
+            found["lost"] = f"{type(error).__name__}: {error}"
+    (folder / f"found_{rank}.json").write_text(json.dumps(found))  # of rank 1, which ends
     torch.distributed.destroy_process_group()

@@ -16,7 +16,7 @@ from align.reward_models.ensemble import save_ensemble
 from align.reward_models.joint import save_trunk
 from align.reward_models.margins import MarginRewards
 from align.reward_models.normalizer import Normalizer
-from align.reward_models.placement import shared_out
+from align.reward_models.placement import Placement, shared_out
 from align.reward_models.specs import parse_reward
 from tests.modeling import tiny
 from tests.reward_models import worlds
@@ -98,6 +98,18 @@ def test_an_error_of_one_rank_is_raised_in_all(found):
     rows = "rows [0, 1] of the batch ([4, 5] of the dataset) of rank 0"
     assert first["broken owner"] == f"RewardError: rank 1: reward 'a', {rows}: OutOfMemoryError: no"
     assert first["after all"] is None
+
+
+def test_a_rank_that_has_ended_ends_the_others(found):
+    assert found[0]["lost"].startswith(
+        "RankLost: rewards on some ranks: a rank of the run has ended, or did not answer"
+    )
+
+
+def test_zero3_loads_with_all_ranks(monkeypatch):
+    monkeypatch.setattr("transformers.integrations.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ConfigError, match="with ZeRO-3 all processes load a model together, so that ranks cannot be"):
+        Placement("r", [0])
 
 
 def test_batches_are_shared_out_by_tokens():

@@ -145,7 +145,10 @@ def shared_memory(processes: list[psutil.Process]) -> set[Path]:
     return {file for file in Path("/dev/shm").iterdir() if f"{file}\n" in maps}
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads what Linux says of processes")
+@pytest.mark.skipif(
+    not Path("/proc/self/maps").exists(),
+    reason="needs /proc/PID/maps of Linux, which CI has: says who has which shared memory open",
+)
 def test_a_server_whose_engine_hangs_ends_with_all_it_has_started(served):
     """At SIGTERM, while a call is open that nobody will answer: vLLM alone waits for it without limit."""
     server, *started = served.members(0)

@@ -165,6 +165,16 @@ def test_what_is_refused(policy, discriminator, tmp_path):
     for reward in (toy.gold, [{"type": "classifier", "path": discriminator}, toy.gold]):
         with pytest.raises(ConfigError, match="one reward of type classifier"):
             make(policy, tmp_path, reward)
+
+    class Placed(ClassifierReward):
+        placed = True
+
+    for reward, message in (
+        ({"type": "classifier", "path": discriminator, "offload": True}, "leave offload out"),
+        (Placed(discriminator), "leave ranks out"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make(policy, tmp_path, reward)
     for options, message in (
         ({"gold_labels": 0}, "gold_labels must be at least 1"),
         ({"gold_label_every": 0}, "gold_label_every must be at least 1"),
