@@ -23,6 +23,7 @@ from align.errors import ConfigError, DataError
 from align.modeling.adapters import check_stack
 from align.modeling.half import freeze_half
 from align.modeling.load import load_policy, train_in_float32
+from align.modeling.logprobs import soft_cap_by_its_usual_name
 from align.trainers.core.eval_completions import show_completions
 from align.trainers.core.loading import loading_options, set_chat_template, tokenizer_of, training_tokenizer
 from align.trainers.core.options import RunOptions
@@ -126,18 +127,19 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
             name: getattr(args, name) for name in ("model_init_kwargs", "chat_template_path", "assistant_only_loss")
         }
         args.model_init_kwargs, args.chat_template_path, args.assistant_only_loss = None, None, False
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_rows,
-            eval_dataset=eval_rows,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            peft_config=peft_config,
-            compute_metrics=compute_metrics,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-        )
+        with soft_cap_by_its_usual_name(model):
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=train_rows,
+                eval_dataset=eval_rows,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                peft_config=peft_config,
+                compute_metrics=compute_metrics,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            )
         args.model_init_kwargs, args.chat_template_path, args.assistant_only_loss = used.values()
         show_completions(self, eval_rows)
         self.selection = token_selection(self, ref_model)

@@ -23,6 +23,9 @@ from align.modeling.types import Model
 
 logger = logging.getLogger(__name__)
 
+SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Their names in configurations."""
+SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 _separable: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
@@ -195,8 +198,9 @@ def _through_head(
                 kept["joint"] = torch.stack([getattr(values, name) for name in names])
                 values = values._replace(**dict(zip(names, kept["joint"], strict=True)))
             kept["values"] = values
-        kept["last"] = head.forward(hidden[:, -1:])
-        return kept["last"]
+        last = head.forward(hidden[:, -1:])
+        kept["products"] = last if core in _separable else torch.cat([last, _over_a_range(last)], dim=1)
+        return kept["products"]
 
     def replace_output(module, args, output):
         if "values" in kept:
@@ -212,7 +216,7 @@ def _through_head(
         finally:
             hook.remove()
     if core not in _separable:
-        _separable[core] = "values" in kept and _same(transform(kept["last"].detach()), kept["final"])
+        _separable[core] = "values" in kept and _same(transform, kept["products"].detach(), kept["final"])
         if not _separable[core]:
             logger.warning(
                 "%s does something to its logits that its head alone does not: log-probs are computed from the full "
@@ -232,19 +236,51 @@ def vocabulary_of(core: Model) -> int:
 
 
 def logit_transform(config) -> LogitTransform:
-    """What the architecture does between its head and its logits: Granite's and Cohere's scale, Gemma's soft cap."""
+    """What the architecture does between its head and its logits: the scale of Granite's, Cohere's and others, the soft
+    cap of Gemma's, RecurrentGemma's and xLSTM's."""
     text = vars(config.get_text_config())  # only some architectures have these
-    scale = text.get("logit_scale") or 1.0
-    if text.get("logits_scaling"):
-        scale = scale / text["logits_scaling"]
-    return LogitTransform(scale, text.get("final_logit_softcapping"))
+    scale = next((text[name] for name in SCALES if text.get(name)), 1.0)
+    if text.get("logits_scaling"):  # by which HyperCLOVA X alone multiplies
+        scale = scale * text["logits_scaling"] ** (1 if config.get_text_config().model_type == "hyperclovax" else -1)
+    return LogitTransform(scale, soft_cap_of(config))
 
 
-def _same(ours: Tensor, final: Tensor) -> bool:
-    # loose enough for a soft cap computed in bfloat16, tight enough to see any factor that matters
-    return ours.shape == final.shape and bool(
-        (ours.float() - final.float()).abs().max() <= 0.02 * final.float().abs().max()
-    )
+def soft_cap_of(config) -> float | None:
+    """Of the logits."""
+    text = vars(config.get_text_config())
+    return next((text[name] for name in SOFT_CAPS if text.get(name)), None)
+
+
+@contextmanager
+def soft_cap_by_its_usual_name(model: Any):
+    """Inside, a model's configuration has it by the one name that TRL knows when it makes its head."""
+    text, cap = model.config.get_text_config(), soft_cap_of(model.config)
+    usual = SOFT_CAPS[0]
+    given = cap is not None and not vars(text).get(usual)
+    if given:
+        setattr(text, usual, cap)
+    try:
+        yield
+    finally:
+        if given:
+            delattr(text, usual)
+
+
+def _over_a_range(products: Tensor) -> Tensor:
+    """Numbers as large as any model's products: what is done to its logits, a soft cap above all, may not show in small
+    ones."""
+    numbers = torch.linspace(-60, 60, products.shape[-1], dtype=products.dtype, device=products.device)
+    return numbers.expand_as(products)
+
+
+def _same(transform: LogitTransform, products: Tensor, final: Tensor) -> bool:
+    """Whether the logits `final` are the transform of what the head returned, [B, 2, vocabulary], up to the rounding of
+    the dtype that they were computed in."""
+    ours, rounding = transform(products).float(), max(1e-5, 2.5 * torch.finfo(products.dtype).eps)
+    if ours.shape != final.shape:
+        return False
+    differences, sizes = (ours - final.float()).abs().amax((0, -1)), final.float().abs().amax((0, -1))
+    return bool((differences <= rounding * sizes).all())
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 import pytest
 import torch
+import transformers
 
 from align.modeling import logprobs
 from align.modeling.logprobs import token_logps
 from tests.modeling import tiny
 
-KINDS = ["llama", "gemma2", "granite", "cohere", "gpt2"]
+NEWER = pytest.mark.skipif(not hasattr(transformers, "HyperCLOVAXConfig"), reason="a newer transformers has it")
+KINDS = ["llama", "gemma2", "granite", "cohere", pytest.param("hyperclovax", marks=NEWER), "gpt2"]
 
 
 def plain(model, input_ids, attention_mask, temperature=1.0):
@@ -38,6 +40,15 @@ def test_equals_the_plain_computation(kind, side):
         torch.testing.assert_close(
             actual_gradients[name], gradient, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
         )
+    assert logprobs._separable[model]
+
+
+@pytest.mark.parametrize("kind", ["falcon_h1", "recurrent_gemma"])
+def test_models_with_a_state(kind):
+    """Their scans are computed in float32. The logits are multiplied, and softly capped, by options of other names."""
+    model = tiny.causal(kind)
+    ids, mask = tiny.rows()
+    torch.testing.assert_close(token_logps(model, ids, mask), plain(model, ids, mask), rtol=0, atol=1e-6)
     assert logprobs._separable[model]
 
 
@@ -78,14 +89,16 @@ def test_lora(targets):
             torch.testing.assert_close(gradients[name], p.grad, rtol=0, atol=1e-9)
 
 
-def test_a_head_that_does_more_is_not_trusted(caplog):
-    """An architecture whose logits are changed in a way that the config does not tell: full logits, said once."""
-    model = tiny.causal()
+@pytest.mark.parametrize("change", [lambda x: 1.5 * x, lambda x: 30 * (x / 30).tanh()], ids=["scale", "soft cap"])
+def test_a_head_that_does_more_is_not_trusted(change, caplog):
+    """An architecture whose logits are changed in a way that the config does not tell: full logits, said once. A soft
+    cap of 30 moves the small logits of this model by 0.1 %."""
+    model = tiny.causal(initializer_range=0.2)
     inner = model.forward
 
     def forward(*args, **kwargs):
         output = inner(*args, **kwargs)
-        output.logits = output.logits * 1.5
+        output.logits = change(output.logits)
         return output
 
     model.forward = forward

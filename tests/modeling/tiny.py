@@ -23,13 +23,22 @@ SIZES = {
 
 
 def causal(kind: str = "llama", seed: int = 0, dtype=torch.float64, **options):
-    """llama (takes options), gemma2 (soft cap), granite (logits divided), cohere (logits multiplied, tied) or gpt2."""
+    """llama (takes options), gemma2 (soft cap), granite (logits divided), cohere, falcon_h1 or
+    hyperclovax (multiplied; cohere's head is tied), recurrent_gemma (soft cap by another name) or gpt2."""
     torch.manual_seed(seed)
     config = {
         "llama": lambda: tf.LlamaConfig(**{**SIZES, **options}),
         "gemma2": lambda: tf.Gemma2Config(**SIZES, final_logit_softcapping=3.0),
         "granite": lambda: tf.GraniteConfig(**SIZES, logits_scaling=4.0),
         "cohere": lambda: tf.CohereConfig(**{k: v for k, v in SIZES.items() if k != "head_dim"}, logit_scale=0.25),
+        "hyperclovax": lambda: tf.HyperCLOVAXConfig(**SIZES, logits_scaling=4.0),
+        "falcon_h1": lambda: tf.FalconH1Config(
+            **SIZES, lm_head_multiplier=0.25, mamba_d_ssm=16, mamba_n_heads=2, mamba_d_head=8, mamba_d_state=8,
+            mamba_n_groups=1,
+        ),
+        "recurrent_gemma": lambda: tf.RecurrentGemmaConfig(
+            **SIZES, logits_soft_cap=3.0, block_types=["recurrent", "attention"], lru_width=16,
+        ),
         "gpt2": lambda: tf.GPT2Config(
             vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=EOS, eos_token_id=EOS,
             initializer_range=0.5,

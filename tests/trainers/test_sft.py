@@ -4,6 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
 from align.errors import ConfigError, DataError, TrainingError
 from align.modeling.load import load_policy
@@ -75,6 +76,24 @@ def test_only_completions_are_trained(tokenizer, policy, tmp_path):
         each = model(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[len(prompt) - 1 :]
         nll, count = nll - each.sum().item(), count + len(each)
     assert logged(trainer, "loss")[0] == pytest.approx(nll / count, rel=1e-4)
+
+
+def test_logits_with_a_soft_cap(tokenizer, tmp_path):
+    """Of an architecture that calls it otherwise than TRL's head does."""
+    config = RecurrentGemmaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=16, lru_width=32, block_types=["recurrent", "attention"], logits_soft_cap=0.5,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    model = RecurrentGemmaForCausalLM(config)
+    args = sft_config(tmp_path, max_steps=1, learning_rate=0)
+    trainer = SFTTrainer(model, args, demonstrations(8), processing_class=tokenizer)
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        expected = model(**batch).loss.item()
+    trainer.train()
+    assert logged(trainer, "loss")[0] == pytest.approx(expected, rel=1e-5)
+    assert "final_logit_softcapping" not in model.config.to_dict()
 
 
 def test_an_evaluation_set_given_later_is_tokenised_alike(policy, tmp_path):
