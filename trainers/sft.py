@@ -210,8 +210,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         """With loss, entropy and accuracy per trained token of the whole set: the means of the batches' means that
-        transformers and TRL take depend on how the rows are cut into batches. (Rows that fill up the last batch of
-        several processes count twice.)"""
+        transformers and TRL take depend on how the rows are cut into batches."""
         self._eval_batches: list[tuple[float, int]] = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         # [processes, batches, (sum of losses, tokens)]
@@ -226,10 +225,21 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        self._leave_out_repeated(inputs)
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         tokens = inputs["labels"][..., 1:].ne(IGNORED).sum().item()
         self._eval_batches.append((loss.item() * tokens, tokens))
         return loss, logits, labels
+
+    def _leave_out_repeated(self, inputs: dict[str, Any]) -> None:
+        """Rows that were counted, and are repeated so that the last batches of all processes are full, count nothing.
+        (Not in rows without padding, whose batch is one row.)"""
+        state = self.accelerator.gradient_state
+        if self.padding_free or not state.end_of_dataloader or state.remainder <= 0:
+            return
+        rows = len(inputs["labels"])
+        first = rows * self.accelerator.process_index
+        inputs["labels"][max(0, state.remainder - first) :] = IGNORED
 
 
 def choose_trained(model: Any, args: SFTConfig, peft_config: Any) -> None:

@@ -34,8 +34,8 @@ def wanted_words_of_some(completions) -> list[float | None]:
 
 
 def makers(policy: str, folder: Path, world: int, backend: str = "transformers") -> dict:
-    """A function that makes the trainer, by method. 24 rows: three steps per epoch; 5 prompts to evaluate on, which two
-    processes cannot share evenly."""
+    """A function that makes the trainer, by method. 24 rows: three steps per epoch; 7 rows and 5 prompts to evaluate
+    on, which two processes cannot share evenly."""
     options = {
         "per_device_train_batch_size": 4 // world,
         "gradient_accumulation_steps": 2,
@@ -49,7 +49,7 @@ def makers(policy: str, folder: Path, world: int, backend: str = "transformers")
     }
 
     def sft():
-        return SFTTrainer(policy, sft_config(folder / "sft", **options), demonstrations(24), demonstrations(8, seed=1))
+        return SFTTrainer(policy, sft_config(folder / "sft", **options), demonstrations(24), demonstrations(7, seed=1))
 
     def remax():
         # a seed whose draws are not so near to a boundary that rounding decides on a token
