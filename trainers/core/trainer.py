@@ -22,6 +22,7 @@ from align.data.limits import check_fits, row_check
 from align.data.streams import is_stream
 from align.distributed.checkpoints import checksums, write_manifest
 from align.distributed.disk import writing
+from align.distributed.shards import reshard
 from align.distributed.shells import check_sharded
 from align.errors import ConfigError, DataError, TrainingError
 from align.modeling.adapters import adapter_start, notes, split
@@ -185,11 +186,19 @@ class TrainerMixin(TrainerHooks):
         step, output_dir = self.state.global_step, self.args.output_dir
         if not any(key.startswith("eval_") for key in logs):
             logs.update(self.summary(self.recorder.take(logs)))
+            if "train_loss" in logs:
+                logs["train_loss"] = self._mean_loss(logs["train_loss"])
             if self.args.fp16 and not math.isfinite(logs.get("grad_norm", 0.0)):
                 del logs["grad_norm"]  # the loss scaler skipped this step and lowers its scale, as it should
         guards.check_metrics(logs, step, output_dir)
         super().log(logs, start_time)
         guards.check_metrics(self.state.log_history[-1], step, output_dir)  # with what TRL has added
+
+    def _mean_loss(self, loss: float) -> float:
+        """Over the steps of this call of `train`. transformers' `train_loss` divides the sum of their losses (of which
+        the last are this process's alone) by all steps of the run, those before a checkpoint included."""
+        step, losses = self.state.global_step, gather_object([loss])
+        return sum(losses) / len(losses) * step / max(1, step - (self.resume_step or 0))
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
         """What is logged, from the means over all processes since the last log."""
@@ -279,6 +288,7 @@ class TrainerMixin(TrainerHooks):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
+        reshard(self.model_wrapped)  # after an evaluation, whose gathered weights cannot be loaded into
         if not self._load_stacked(self.state.best_model_checkpoint):
             super()._load_best_model()
 
@@ -383,4 +393,4 @@ class TrainerMixin(TrainerHooks):
                     f"{len(self.train_dataset)} training rows do not reach one more batch"
                 )
             logger.warning("%s is finished already: no step was left to train", checkpoint)
-        return output
+        return output._replace(training_loss=output.metrics["train_loss"])
