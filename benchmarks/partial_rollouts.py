@@ -51,9 +51,9 @@ class LongTailed(VLLMEngine):
     def restart(self) -> None:
         self.seconds = self.drawn = self.prefix = 0
 
-    def _complete(self, requests, progress):
+    def _complete(self, requests, progress, done=None):
         if not requests or requests[0].params.temperature != TEMPERATURE or not self.lengths:
-            return super()._complete(requests, progress)
+            return super()._complete(requests, progress, done)
         asked, ends = [], []
         for request in requests:
             ids = tuple(request.prompt_ids)
@@ -65,7 +65,7 @@ class LongTailed(VLLMEngine):
             asked.append(replace(request, params=params, stop_ids=()))  # the random policy's end tokens end nothing
             self.prefix += had
         start = time.process_time()
-        answers = super()._complete(asked, progress)
+        answers = super()._complete(asked, progress, done)
         self.seconds += time.process_time() - start
         self.drawn += sum(len(group[0].token_ids) for group in answers)
         for end, (completion,) in zip(ends, answers, strict=True):

@@ -4,12 +4,15 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from align.errors import RewardError
 from align.reward_models.steps import STEPS, in_step
+
+if TYPE_CHECKING:
+    from align.reward_models.early import Early
 
 T = TypeVar("T")
 Steps = Generator[None, None, T]
@@ -30,6 +33,7 @@ class RewardBatch:
     its last token says, where the policy's tokenizer is known.
     groups: in training, one number per prompt of the rollout; completions of the same prompt may be compared. None
     elsewhere, where completions that stand together need not be of one prompt.
+    numbers: of a part of a batch, the places of its completions there, for errors.
     trainer_state: transformers' `TrainerState` in training, else None.
     """
 
@@ -41,6 +45,7 @@ class RewardBatch:
     rows: list[int] | None = None
     ended: list[bool] | None = None
     groups: list[int] | None = None
+    numbers: list[int] | None = None
     trainer_state: Any = None
 
     def __len__(self) -> int:
@@ -49,7 +54,7 @@ class RewardBatch:
     def row_name(self, index: int) -> str:
         """What an error calls the completion at `index`."""
         of_dataset = "" if self.rows is None else f" (row {self.rows[index]} of the dataset)"
-        return f"row {index} of the batch{of_dataset}"
+        return f"row {self._numbered([index])[0]} of the batch{of_dataset}"
 
     def row_names(self, indices: Sequence[int]) -> str:
         """What an error calls several completions: the first ten."""
@@ -57,7 +62,10 @@ class RewardBatch:
         of_dataset = (
             "" if self.rows is None else f" ({[self.rows[index] for index in indices[:10]]}{more} of the dataset)"
         )
-        return f"rows {list(indices[:10])}{more} of the batch{of_dataset}"
+        return f"rows {self._numbered(indices[:10])}{more} of the batch{of_dataset}"
+
+    def _numbered(self, indices: Sequence[int]) -> list[int]:
+        return list(indices) if self.numbers is None else [self.numbers[index] for index in indices]
 
     def copied(self) -> "RewardBatch":
         """A copy with its own lists and messages, which a reward may change."""
@@ -71,7 +79,14 @@ class RewardBatch:
                 return {name: take(column) for name, column in values.items()}
             return None if values is None else [values[index] for index in indices]
 
-        return self._each(take)
+        return replace(self._each(take), numbers=self._numbered(indices))
+
+    def take(self, part: "RewardBatch", indices: Sequence[int]) -> None:
+        """Copies of completions for the prompts at `indices`, in the place of what is there."""
+        for name in ("completions", "completion_ids", "ended"):
+            own, given = getattr(self, name), getattr(part, name)
+            for index, value in zip(indices, given, strict=True) if own is not None else ():
+                own[index] = _copied(value)
 
     def _each(self, function: Callable[[Any], Any]) -> "RewardBatch":
         """The batch with `function` of all that there is per completion; `columns` is a mapping of such lists."""
@@ -173,18 +188,19 @@ class Reward(ABC):
         unless `partial`, on completions without a score (`RewardOutput.missing`)."""
         if self.placed:
             return in_step(self.steps(batch, partial=partial))
-        output = self._score(batch.copied())
-        self._check(output, batch, partial)
-        return output
+        return self.checked(self._score(batch.copied()), batch, partial=partial)
+
+    def begin(self, batch: RewardBatch, *, user_code: bool) -> "Early | None":
+        """Scores of a batch whose completions are still to come (`align.reward_models.early`); None for a reward that
+        scores whole batches alone. user_code: whether functions of users may be called meanwhile."""
+        return None
 
     def steps(self, batch: RewardBatch, *, partial: bool = False) -> Steps[RewardOutput]:
         """`score` in steps. An empty batch has no scores, and nothing is asked but of other ranks."""
-        output = yield from self._steps(batch.copied())
-        self._check(output, batch, partial)
-        return output
+        return self.checked((yield from self._steps(batch.copied())), batch, partial=partial)
 
-    def _check(self, output: RewardOutput, batch: RewardBatch, partial: bool) -> None:
-        """Raises what `score` does."""
+    def checked(self, output: RewardOutput, batch: RewardBatch, *, partial: bool) -> RewardOutput:
+        """The output, unless something is wrong with it that `score` raises."""
         columns = {"score": output.scores, **output.extras}
         for name, values in columns.items():
             if values.shape != (len(batch),):
@@ -207,6 +223,7 @@ class Reward(ABC):
                     f"reward {self.name!r} returned a non-finite {name} ({values[bad[0]].item()}) for "
                     f"{batch.row_names(bad)}; first such completion: {str(batch.completions[bad[0]])[:200]!r}"
                 )
+        return output
 
 
 def score_together(rewards: Sequence[Reward], batch: RewardBatch, *, partial: bool = False) -> list[RewardOutput]:

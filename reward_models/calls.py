@@ -2,16 +2,18 @@
 
 import asyncio
 import functools
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from align.errors import RewardError
-from align.reward_models.base import RewardBatch, joined
+from align.reward_models.base import Reward, RewardBatch, RewardOutput, joined
+from align.reward_models.beside import Flight, OnLoop, Threads
 from align.reward_models.deadlines import DeadlineExceeded, call_within
+from align.reward_models.early import Early, EarlyPieces, at_once
 from align.reward_models.failures import Failed, Failures
-from align.reward_models.functions import UserFunction, check_concurrency, run_concurrently
+from align.reward_models.functions import UserFunction, check_concurrency
 
 TIMEOUT = 600.0  # seconds of a call, unless the spec says otherwise
 
@@ -62,20 +64,30 @@ class Calls:
         self.read, self.blame = read, blame
         self.concurrency, self.timeout = check_concurrency(function, concurrency), timeout
 
+    @property
+    def beside(self) -> bool:
+        """Whether they are made beside this thread."""
+        return self.concurrency is not None
+
+    def flight(self, count: int) -> Flight:
+        """For so many calls beside this thread."""
+        assert self.concurrency is not None
+        if not self.function.is_async:
+            return Flight(Threads(self.concurrency))
+        return Flight(OnLoop(self.concurrency), seconds=self.timeout * -(-count // self.concurrency) + 10)
+
+    def work(self, call: Call, batch: RewardBatch) -> Callable[[], Any]:
+        """What makes the call in a flight: its outcomes, which are still to be counted."""
+        return functools.partial(self._awaited if self.function.is_async else self._made, call, batch)
+
     def run(self, calls: list[Call], batch: RewardBatch) -> list[float | None | Failed]:
-        """The outcomes of all completions, in their order."""
-        if self.function.is_async:
-            limit, awaited = self.concurrency or 1, [functools.partial(self._awaited, call, batch) for call in calls]
-            found = run_concurrently(awaited, limit, seconds=self.timeout * -(-len(calls) // limit) + 10)
-        elif self.concurrency is None:
-            found = [self._made(call, batch) for call in calls]
-        else:
-            pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="rewards")
-            try:
-                found = list(pool.map(lambda call: self._made(call, batch), calls))
-            finally:
-                pool.shutdown(cancel_futures=True)
-        return [outcome for outcomes in found for outcome in outcomes]
+        """The outcomes of all completions, in their order, made one after another in this thread."""
+        found: list[float | None | Failed] = []
+        for call in calls:
+            outcomes = self._made(call, batch)
+            self.failures.count(outcomes, call.indices, batch)
+            found += outcomes
+        return found
 
     def _made(self, call: Call, batch: RewardBatch) -> list:
         try:
@@ -85,7 +97,6 @@ class Calls:
             raise
         except BaseException as error:  # also what is no Exception: it is the function's, not ours
             outcomes = self._failed(error, call, batch)
-        self.failures.count(outcomes, call.indices, batch)
         return outcomes
 
     async def _awaited(self, call: Call, batch: RewardBatch) -> list:
@@ -103,7 +114,6 @@ class Calls:
             if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
                 raise  # from outside; else the function has raised it
             outcomes = self._failed(error, call, batch)
-        self.failures.count(outcomes, call.indices, batch)
         return outcomes
 
     def _failed(self, error: BaseException, call: Call, batch: RewardBatch) -> list:
@@ -128,6 +138,48 @@ class Calls:
         if blamed is error:
             raise blamed
         raise blamed from error
+
+
+class CalledReward(Reward):
+    """A reward that is calls of a function, each about some of the completions."""
+
+    function: UserFunction
+    failures: Failures
+    calls: Calls
+
+    @abstractmethod
+    def _pieces(self, count: int) -> list[range]:
+        """The indices that each call is about, of so many completions."""
+
+    @abstractmethod
+    def _call(self, batch: RewardBatch, indices: range) -> Call: ...
+
+    @abstractmethod
+    def _output(self, calls: list[Call], outcomes: list, batch: RewardBatch) -> RewardOutput: ...
+
+    def begin(self, batch: RewardBatch, *, user_code: bool) -> Early | None:
+        return self._early(batch.copied()) if self.calls.beside and (user_code or self.function.ours) else None
+
+    def _score(self, batch: RewardBatch) -> RewardOutput:
+        if self.calls.beside:
+            return at_once(self._early(batch))
+        calls = [self._call(batch, indices) for indices in self._pieces(len(batch))]
+        return self._output(calls, self.calls.run(calls, batch), batch)
+
+    def _early(self, batch: RewardBatch) -> Early:
+        pieces = self._pieces(len(batch))
+        calls: dict[int, Call] = {}
+
+        def work(number: int, indices) -> list[Callable[[], Any]]:
+            calls[number] = self._call(batch, indices)
+            return [self.calls.work(calls[number], batch)]
+
+        def join(flight: Flight) -> RewardOutput:
+            found = flight.results(lambda place, made: self.failures.count(made, pieces[place[0]], batch))
+            outcomes = [outcome for made in found for outcome in made]
+            return self._output([calls[number] for number in range(len(pieces))], outcomes, batch)
+
+        return EarlyPieces(batch, pieces, self.calls.flight(len(pieces)), work, join)
 
 
 def merged(calls: list[Call], count: int) -> tuple[dict[str, list[float]], dict[str, list]]:

@@ -9,6 +9,7 @@ import torch
 
 from align.errors import ConfigError
 from align.reward_models.base import Reward, RewardBatch, RewardOutput, Steps, joined, together
+from align.reward_models.early import Early, begin_parts
 
 
 class CompositeReward(Reward):
@@ -45,6 +46,9 @@ class CompositeReward(Reward):
 
     def _score(self, batch: RewardBatch) -> RewardOutput:
         return self._sum([reward.score(batch, partial=True) for reward in self.rewards])
+
+    def begin(self, batch: RewardBatch, *, user_code: bool) -> Early | None:
+        return begin_parts(self, batch, self._sum, user_code=user_code, partial=True)
 
     def _steps(self, batch: RewardBatch) -> Steps[RewardOutput]:
         outputs = yield from together(self.rewards, batch, partial=True)

@@ -14,6 +14,7 @@ from align.errors import ConfigError, RewardError
 from align.objectives.ensemble import aggregate, check_rule
 from align.reward_models.base import Reward, RewardBatch, RewardOutput, Steps, together
 from align.reward_models.classifier import ClassifierReward
+from align.reward_models.early import Early, begin_parts
 from align.reward_models.joint import JointMembers, check_tokenizers, load_joint
 from align.reward_models.normalizer import FILE_NAME as NORMALIZER_FILE
 from align.reward_models.vllm_server import VllmReward
@@ -71,7 +72,12 @@ class RewardEnsemble(Reward):
     def _score(self, batch: RewardBatch) -> RewardOutput:
         if isinstance(self.members, JointMembers):
             return self._combined(self.members.scores(batch))
-        return self._combined(_rows(member.score(batch) for member in self.members))
+        return self._of_members([member.score(batch) for member in self.members])
+
+    def begin(self, batch: RewardBatch, *, user_code: bool) -> Early | None:
+        if isinstance(self.members, JointMembers):
+            return None
+        return begin_parts(self, batch, self._of_members, user_code=user_code, partial=False)
 
     def _steps(self, batch: RewardBatch) -> Steps[RewardOutput]:
         if isinstance(self.members, JointMembers):
@@ -79,6 +85,9 @@ class RewardEnsemble(Reward):
         else:
             scores = _rows((yield from together(self.members, batch)))
         return self._combined(scores) if len(batch) else RewardOutput(torch.empty(0))
+
+    def _of_members(self, outputs: Sequence[RewardOutput]) -> RewardOutput:
+        return self._combined(_rows(outputs))
 
     def _combined(self, scores: Tensor) -> RewardOutput:
         """scores: [members, B]."""

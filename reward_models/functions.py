@@ -1,11 +1,8 @@
-"""User functions: importing them, calling them with what they name, and awaiting those that are async."""
+"""User functions: importing them, and calling them with what they name."""
 
-import asyncio
 import functools
 import inspect
-import os
-import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from align.errors import ConfigError, RewardError
@@ -45,6 +42,11 @@ class UserFunction:
     def name(self) -> str:
         return self.source.rpartition(":")[2].rpartition(".")[2]
 
+    @property
+    def ours(self) -> bool:
+        """Whether it is one of this library's, which draw no random numbers."""
+        return getattr(self.call, "__module__", "").startswith("align.")
+
     def select(self, available: dict[str, Any], reward: str, of_run: dict[str, Any] | None = None) -> dict[str, Any]:
         """The keyword arguments of one call. Raises `RewardError` naming the reward and what is missing.
 
@@ -67,53 +69,6 @@ def _name_of(function: Callable) -> str:
         return type(function).__qualname__
     renamed = function.__name__ != function.__qualname__.rpartition(".")[2]  # as TRL's users name what a factory made
     return function.__name__ if renamed else function.__qualname__
-
-
-def run_concurrently(calls: Sequence[Callable[[], Awaitable]], limit: int, seconds: float) -> list:
-    """Await every call, at most `limit` at a time; results in order. The first exception cancels the rest.
-
-    seconds: that all of them may take together; a function that blocks the loop instead of awaiting passes them, which
-    is a `RewardError`.
-
-    All calls of a process share one event loop in a thread of its own, so that clients which users keep between calls
-    stay on their loop, and so that this works where a loop runs already (notebooks).
-    """
-
-    async def together() -> list:
-        gate = asyncio.Semaphore(limit)
-
-        async def one(call: Callable[[], Awaitable]):
-            async with gate:
-                return await call()
-
-        tasks = [asyncio.ensure_future(one(call)) for call in calls]
-        try:
-            return await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-
-    future = asyncio.run_coroutine_threadsafe(together(), _loop(os.getpid()))
-    try:
-        return future.result(timeout=seconds)
-    except TimeoutError:
-        if future.done():
-            raise  # of a call
-        _loop.cache_clear()  # the loop is stuck, and so is its thread
-        raise RewardError(
-            f"{len(calls)} calls of an async reward function took more than {seconds:g} s: it blocks the event loop "
-            "(by time.sleep or a client that is not async, say). Await what takes time, or write a plain function"
-        ) from None
-    finally:
-        future.cancel()  # an interrupted run leaves no call behind
-
-
-@functools.cache
-def _loop(process: int) -> asyncio.AbstractEventLoop:
-    """The event loop of this process: a fork has no thread that runs its parent's."""
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="rewards", daemon=True).start()
-    return loop
 
 
 def check_concurrency(function: UserFunction, concurrency: int | None) -> int | None:

@@ -86,10 +86,13 @@ class ServerJudge(JsonServer):
         self.template, self.request = read_template(template, f"judge {name!r}"), dict(request or {})
 
     def __call__(self, prompts: list, first: list[str], second: list[str]) -> list[float | None]:
-        return self.each(self._one, enumerate(zip(prompts, first, second, strict=True)))
+        def verdict(number: int) -> float | None:
+            return self.one(prompts[number], first[number], second[number], f"pair {number}")
 
-    def _one(self, pair: tuple[int, tuple[Any, str, str]]) -> float | None:
-        index, (prompt, first, second) = pair
+        return self.each(verdict, range(len(prompts)))
+
+    def one(self, prompt: Any, first: str, second: str, pair: str) -> float | None:
+        """Its verdict on one pair, which errors call `pair`."""
         content = {
             "model": self.model,
             "messages": [{"role": "user", "content": question(self.template, prompt, first, second)}],
@@ -97,7 +100,7 @@ class ServerJudge(JsonServer):
             "max_tokens": self.max_tokens,
             **self.request,
         }
-        where = f"judge {self.name!r} at {self.shown}, pair {index}"
+        where = f"judge {self.name!r} at {self.shown}, {pair}"
         answer = self.ask(content, where)
         try:
             text = answer["choices"][0]["message"]["content"]

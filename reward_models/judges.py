@@ -1,17 +1,21 @@
 """Judges of pairs: functions, servers and the policy itself, asked in both orders; and the reward that they make."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from align.errors import ConfigError, RewardError
-from align.objectives.judging import pairs_within, win_rates
+from align.objectives.judging import members_of, pairs_within, win_rates
 from align.reward_models.base import Reward, RewardBatch, RewardOutput
+from align.reward_models.beside import Flight, Threads
+from align.reward_models.early import Early, EarlyPieces, at_once
 from align.reward_models.failures import Failed, Failures
+from align.reward_models.judge_server import ServerJudge
 
 WORDS = {"first": 1.0, "second": 0.0, "tie": 0.5}
 # (prompts, first, second), lists of one length -> a verdict per pair: "first", "second", "tie", the probability that
@@ -57,6 +61,29 @@ def _verdicts(found: Sequence[Any], count: int, name: str) -> np.ndarray:
     return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
 
 
+@dataclass
+class Pairs:
+    """The pairs of completions of one prompt: indices of either side, the texts by index, and the numbers of the pairs
+    whose texts differ, which are asked about."""
+
+    first: list[int]
+    second: list[int]
+    texts: dict[int, str]
+    differ: list[int]
+
+    @classmethod
+    def of(cls, batch: RewardBatch, indices: Sequence[int]) -> "Pairs":
+        sides = pairs_within([cast(list[int], batch.groups)[index] for index in indices])
+        first, second = ([indices[place] for place in side] for side in sides)
+        texts = {index: as_text(batch.completions[index]) for index in indices}
+        differ = [pair for pair, (i, j) in enumerate(zip(first, second, strict=True)) if texts[i] != texts[j]]
+        return cls(first, second, texts, differ)
+
+    @property
+    def asked(self) -> list[tuple[int, int]]:
+        return [(self.first[pair], self.second[pair]) for pair in self.differ]
+
+
 class JudgeReward(Reward):
     """How often a completion is preferred to the others of its prompt, in [0, 1]
     (`align.objectives.judging.win_rates`).
@@ -86,6 +113,14 @@ class JudgeReward(Reward):
         self.judge, self.name, self.swap, self.tie_margin = judge, name, swap, tie_margin
         self.failures = Failures(name, "mask", max_error_share=max_error_share)
 
+    def begin(self, batch: RewardBatch, *, user_code: bool) -> Early | None:
+        return None if batch.groups is None or not self._beside else self._early(batch.copied())
+
+    @property
+    def _beside(self) -> bool:
+        """Whether the judge is asked about single pairs, beside this thread."""
+        return isinstance(self.judge, ServerJudge)
+
     def _score(self, batch: RewardBatch) -> RewardOutput:
         if batch.groups is None:
             raise RewardError(
@@ -93,19 +128,50 @@ class JudgeReward(Reward):
                 "ranks in training on prompts (align online_dpo, grpo ...), and here single completions are scored. "
                 "Use align compare --judge for two sets of answers"
             )
-        first, second = pairs_within(batch.groups)
-        texts = [as_text(completion) for completion in batch.completions]
-        preference = np.full(len(first), 0.5)
-        differ = [pair for pair, (i, j) in enumerate(zip(first, second, strict=True)) if texts[i] != texts[j]]
-        found = Judged(np.empty(0), np.empty(0))
-        if differ:
-            a, b = ([texts[side[pair]] for pair in differ] for side in (first, second))
-            found = ask(self.judge, [batch.prompts[first[p]] for p in differ], a, b, self.name, swap=self.swap)
-            verdicts = [Failed("no verdict") if np.isnan(value) else value for value in found.preference]
-            self.failures.count(verdicts, [first[pair] for pair in differ], batch)
-            near = np.abs(found.preference - 0.5) <= self.tie_margin
-            preference[differ] = np.where(near, 0.5, found.preference)
-        return self._output(batch, first, second, preference, found)
+        if self._beside:
+            return at_once(self._early(batch))
+        return self._compared(batch, self.judge, [range(len(batch))])
+
+    def _early(self, batch: RewardBatch) -> Early:
+        """Of a judge behind a server: its pairs, as soon as all completions of a prompt are there."""
+        judge, groups = cast(ServerJudge, self.judge), list(members_of(cast(list[int], batch.groups)).values())
+
+        def work(number: int, indices: Sequence[int]) -> list[Callable[[], float | None]]:
+            pairs = Pairs.of(batch, indices)
+            asked = [*pairs.asked, *((j, i) for i, j in pairs.asked if self.swap)]
+            return [
+                functools.partial(
+                    judge.one, batch.prompts[i], pairs.texts[i], pairs.texts[j], batch.row_names(sorted((i, j)))
+                )
+                for i, j in asked
+            ]
+
+        def join(flight: Flight) -> RewardOutput:
+            verdicts = iter(flight.results())
+            return self._compared(batch, lambda prompts, *_: [next(verdicts) for _ in prompts], groups)
+
+        return EarlyPieces(batch, groups, Flight(Threads(judge.concurrency)), work, join)
+
+    def _compared(self, batch: RewardBatch, judge: Judge, parts: Sequence[Sequence[int]]) -> RewardOutput:
+        """parts: completions whose pairs the judge is asked about at once."""
+        every = [Pairs.of(batch, indices) for indices in parts]
+        preferences, judged = [], [Judged(np.empty(0), np.empty(0))]
+        for pairs in every:
+            preference = np.full(len(pairs.first), 0.5)
+            if pairs.differ:
+                a, b = ([pairs.texts[pair[side]] for pair in pairs.asked] for side in (0, 1))
+                found = ask(judge, [batch.prompts[i] for i, _ in pairs.asked], a, b, self.name, swap=self.swap)
+                verdicts = [Failed("no verdict") if np.isnan(value) else value for value in found.preference]
+                self.failures.count(verdicts, [i for i, _ in pairs.asked], batch)
+                near = np.abs(found.preference - 0.5) <= self.tie_margin
+                preference[pairs.differ] = np.where(near, 0.5, found.preference)
+                judged.append(found)
+            preferences.append(preference)
+        first, second = ([index for pairs in every for index in getattr(pairs, side)] for side in ("first", "second"))
+        whole = Judged(
+            *(np.concatenate([getattr(each, name) for each in judged]) for name in ("preference", "consistent"))
+        )
+        return self._output(batch, first, second, np.concatenate(preferences), whole)
 
     def _output(self, batch: RewardBatch, first, second, preference: np.ndarray, found: Judged) -> RewardOutput:
         scores = win_rates(first, second, torch.from_numpy(preference), len(batch))

@@ -4,8 +4,7 @@ import functools
 import os
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypedDict, Unpack
 from urllib.parse import urlsplit
 
@@ -17,7 +16,9 @@ from align.config.addresses import LOOPBACK
 from align.config.secrets import expand, masked_text
 from align.errors import ConfigError, RewardError
 from align.reward_models.base import Reward, RewardBatch, RewardOutput
+from align.reward_models.beside import Flight, Threads, run_all
 from align.reward_models.deadlines import DeadlineExceeded, call_within
+from align.reward_models.early import Early, EarlyPieces, at_once
 from align.reward_models.rules import not_numbers
 
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # answers that may be another one soon
@@ -102,11 +103,7 @@ class JsonServer:
 
     def each(self, function: Callable[[Any], Any], items: Iterable) -> list:
         """function(item) of all items, in order, `concurrency` at a time."""
-        pool = ThreadPoolExecutor(self.concurrency)
-        try:
-            return list(pool.map(function, items))
-        finally:
-            pool.shutdown(cancel_futures=True)
+        return run_all(Threads(self.concurrency), [functools.partial(function, item) for item in items])
 
     def ask(self, content: dict | None, where: str, url: str | None = None) -> Any:
         """The JSON that the server answers to `content`, or to GET where that is None. RewardError, beginning with
@@ -192,13 +189,38 @@ class ScoreServer(JsonServer, Reward):
     def read(self, answer: Any, where: str) -> list:
         """The scores in an answer. RewardError, beginning with `where`, for what is no such answer."""
 
-    def ask_about(self, batch: RewardBatch, content: Callable[[range], dict]) -> torch.Tensor:
-        """Scores of all completions, float64 [B]. content(rows): what is sent about some rows of the batch."""
-        parts = [range(i, min(i + self.batch_size, len(batch))) for i in range(0, len(batch), self.batch_size)]
-        scores = self.each(lambda rows: self._request(content(rows), batch, rows), parts)
-        return torch.tensor([score for part in scores for score in part], dtype=torch.float64)
+    @abstractmethod
+    def _ready(self, batch: RewardBatch) -> None:
+        """Before anything is sent; its prompts and columns are there."""
 
-    def _request(self, content: dict, batch: RewardBatch, indices: range) -> list[float]:
+    @abstractmethod
+    def _content(self, part: RewardBatch) -> dict:
+        """What is sent about some completions."""
+
+    def _output(self, scores: torch.Tensor) -> RewardOutput:
+        """scores: float64 [B]."""
+        return RewardOutput(scores.float())
+
+    def begin(self, batch: RewardBatch, *, user_code: bool) -> Early:
+        return self._early(batch.copied())
+
+    def _score(self, batch: RewardBatch) -> RewardOutput:
+        return at_once(self._early(batch))
+
+    def _early(self, batch: RewardBatch) -> Early:
+        self._ready(batch)
+        parts = [range(i, min(i + self.batch_size, len(batch))) for i in range(0, len(batch), self.batch_size)]
+
+        def work(number: int, rows: Sequence[int]) -> list[Callable[[], list[float]]]:
+            return [functools.partial(self._request, self._content(batch.select(rows)), batch, rows)]
+
+        def join(flight: Flight) -> RewardOutput:
+            scores = [score for part in flight.results() for score in part]
+            return self._output(torch.tensor(scores, dtype=torch.float64))
+
+        return EarlyPieces(batch, parts, Flight(Threads(self.concurrency)), work, join)
+
+    def _request(self, content: dict, batch: RewardBatch, indices: Sequence[int]) -> list[float]:
         where = f"reward {self.name!r} at {self.shown}, {batch.row_names(indices)}"
         scores = self.read(self.ask(content, where), where)
         if len(scores) != len(indices):
@@ -234,21 +256,20 @@ class RemoteReward(ScoreServer):
         self.columns = tuple(columns)
         super().__init__(url, name=name, **of_server)
 
-    def _score(self, batch: RewardBatch) -> RewardOutput:
+    def _ready(self, batch: RewardBatch) -> None:
         missing = [column for column in self.columns if column not in batch.columns]
         if missing:
             raise RewardError(
                 f"reward {self.name!r}: the dataset has no column {', '.join(missing)} to send (it has "
                 f"{', '.join(sorted(batch.columns)) or 'none'})"
             )
-        return RewardOutput(self.ask_about(batch, lambda rows: self._content(batch.select(rows))).float())
 
-    def _content(self, rows: RewardBatch) -> dict:
+    def _content(self, part: RewardBatch) -> dict:
         return {
-            "prompts": rows.prompts,
-            "completions": rows.completions,
-            "columns": {name: rows.columns[name] for name in self.columns},
-            **({} if rows.ended is None else {"ended": rows.ended}),
+            "prompts": part.prompts,
+            "completions": part.completions,
+            "columns": {name: part.columns[name] for name in self.columns},
+            **({} if part.ended is None else {"ended": part.ended}),
         }
 
     def read(self, answer: Any, where: str) -> list:

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 
 from align.errors import ConfigError, RewardError
-from align.reward_models.base import Reward, RewardBatch, RewardOutput
-from align.reward_models.calls import TIMEOUT, Call, Calls, merged
+from align.reward_models.base import RewardBatch, RewardOutput
+from align.reward_models.calls import TIMEOUT, Call, CalledReward, Calls, merged
 from align.reward_models.failures import Failed, Failures
 from align.reward_models.functions import UserFunction
 
 LARGEST = torch.finfo(torch.float32).max
 
 
-class RuleReward(Reward):
+class RuleReward(CalledReward):
     """A function called with the keyword arguments that it names.
 
     Of `prompts`, `completions`, `prompt_ids`, `completion_ids` and the dataset's columns it gets those among its
@@ -56,11 +56,12 @@ class RuleReward(Reward):
         self.failures = Failures(self.name, on_error, error_score, max_error_share)
         self.calls = Calls(self.function, self.failures, self._read, self._blame, concurrency, timeout)
 
-    def _score(self, batch: RewardBatch) -> RewardOutput:
-        size = self.batch_size or max(len(batch), 1)
-        pieces = [range(start, min(start + size, len(batch))) for start in range(0, len(batch), size)]
-        calls = [self._call(batch, indices) for indices in pieces]
-        output = self.failures.output(self.calls.run(calls, batch))
+    def _pieces(self, count: int) -> list[range]:
+        size = self.batch_size or max(count, 1)
+        return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+    def _output(self, calls: list[Call], outcomes: list, batch: RewardBatch) -> RewardOutput:
+        output = self.failures.output(outcomes)
         output.given, output.columns = merged(calls, len(batch))
         return output
 

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 from align.errors import ConfigError, RewardError
-from align.reward_models.base import Reward, RewardBatch, RewardOutput
-from align.reward_models.calls import TIMEOUT, Call, Calls, merged
+from align.reward_models.base import RewardBatch, RewardOutput
+from align.reward_models.calls import TIMEOUT, Call, CalledReward, Calls, merged
 from align.reward_models.failures import Failed, Failures
 from align.reward_models.functions import UserFunction
 
 
-class VerifierReward(Reward):
+class VerifierReward(CalledReward):
     """A function called once per completion that returns True, False or None, each with a stated score.
 
     Of `prompt`, `completion`, `prompt_ids`, `completion_ids` and the dataset's columns it gets those among its
@@ -58,9 +58,10 @@ class VerifierReward(Reward):
         self.failures = Failures(self.name, on_error, error_score, max_error_share)
         self.calls = Calls(self.function, self.failures, self._read, self._blame, concurrency, timeout)
 
-    def _score(self, batch: RewardBatch) -> RewardOutput:
-        calls = [self._call(batch, row) for row in range(len(batch))]
-        outcomes = self.calls.run(calls, batch)
+    def _pieces(self, count: int) -> list[range]:
+        return [range(row, row + 1) for row in range(count)]
+
+    def _output(self, calls: list[Call], outcomes: list, batch: RewardBatch) -> RewardOutput:
         undecided = [row for row, outcome in enumerate(outcomes) if outcome is None]
         if undecided and self.values[None] is None:
             raise RewardError(
@@ -74,7 +75,8 @@ class VerifierReward(Reward):
         output.given, _ = merged(calls, len(batch))
         return output
 
-    def _call(self, batch: RewardBatch, row: int) -> Call:
+    def _call(self, batch: RewardBatch, indices: range) -> Call:
+        (row,) = indices
         call = Call([row], {})
         available = {name: values[row] for name, values in batch.columns.items()}
         available |= {"prompt": batch.prompts[row], "completion": batch.completions[row]}

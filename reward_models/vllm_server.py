@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 from urllib.parse import urlsplit
 
+import torch
+
 from align.errors import ConfigError, RewardError
 from align.modeling.adapters import is_adapter
 from align.modeling.load import load_tokenizer
@@ -102,13 +104,14 @@ class VllmReward(ScoreServer):
             )
         self.encoder.longest, self.connected = longest, True
 
-    def _score(self, batch: RewardBatch) -> RewardOutput:
+    def _ready(self, batch: RewardBatch) -> None:
         self.connect()
-        sequences = [prompt + completion for prompt, completion in self.encoder(batch)]
-        scores = self.ask_about(batch, lambda rows: self._content([sequences[row] for row in rows]))
+
+    def _output(self, scores: torch.Tensor) -> RewardOutput:
         return RewardOutput((self.normalizer(scores) if self.normalizer else scores).float())
 
-    def _content(self, sequences: list[list[int]]) -> dict:
+    def _content(self, part: RewardBatch) -> dict:
+        sequences = [prompt + completion for prompt, completion in self.encoder(part)]
         return {"model": self.model, "input": sequences, "use_activation": False}
 
     def read(self, answer: Any, where: str) -> list:

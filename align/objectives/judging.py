@@ -6,12 +6,17 @@ import torch
 from torch import Tensor
 
 
-def pairs_within(groups: list[int]) -> tuple[list[int], list[int]]:
-    """All pairs (i < j) of the same group, as two lists of M indices. groups: one number per completion, [N]."""
+def members_of(groups: list[int]) -> dict[int, list[int]]:
+    """The indices of each group. groups: one number per completion, [N]."""
     members: dict[int, list[int]] = {}
     for index, group in enumerate(groups):
         members.setdefault(group, []).append(index)
-    found = [(i, j) for own in members.values() for place, i in enumerate(own) for j in own[place + 1 :]]
+    return members
+
+
+def pairs_within(groups: list[int]) -> tuple[list[int], list[int]]:
+    """All pairs (i < j) of the same group, as two lists of M indices. groups: one number per completion, [N]."""
+    found = [(i, j) for own in members_of(groups).values() for place, i in enumerate(own) for j in own[place + 1 :]]
     return [i for i, _ in found], [j for _, j in found]
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 from align.data.ending import end_ids
 from align.errors import ConfigError, RolloutError
 from align.rollout.seeds import derive_seed
-from align.rollout.types import Completion, PushReport, Request, Rollout, SamplingParams
+from align.rollout.types import Completion, OnDone, PushReport, Request, Rollout, SamplingParams
 
 if TYPE_CHECKING:  # the command line reads this module for its help, without torch
     import torch
@@ -40,6 +40,8 @@ class RolloutEngine(ABC):
     # Whether completions are made outside this process, and `generate` touches nothing of it: no random state, no
     # device. Then another thread may call it while the policy trains.
     draws_elsewhere: ClassVar[bool] = False
+    # Whether `_complete` says when a request is done, before all are.
+    tells: ClassVar[bool] = False
     # Whether ranks complete each other's requests: then all of them call `generate`, also with none of their own.
     together = False
 
@@ -75,8 +77,9 @@ class RolloutEngine(ABC):
     # ---- what a back-end provides -----------------------------------------------------------------------------------
 
     @abstractmethod
-    def _complete(self, requests: list[Request], progress: bool) -> list[list[Completion]]:
-        """The completions of each request, in order."""
+    def _complete(self, requests: list[Request], progress: bool, done: OnDone | None = None) -> list[list[Completion]]:
+        """The completions of each request, in order. done: only of a back-end that `tells`, which calls it once per
+        request as soon as it is done, from one thread at a time."""
 
     @abstractmethod
     def _load(self, weights: "Iterable[tuple[str, Tensor]]") -> None:
@@ -118,22 +121,33 @@ class RolloutEngine(ABC):
     # ---- what users call --------------------------------------------------------------------------------------------
 
     def generate(
-        self, prompts: list[list[int]], params: SamplingParams | list[SamplingParams], *, progress: bool = False
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams | list[SamplingParams],
+        *,
+        progress: bool = False,
+        on_done: OnDone | None = None,
     ) -> list[Rollout]:
         """Complete `prompts` (lists of token ids), in order; `params` is one for all or one per prompt.
 
         The caller's random states (torch, numpy, python) are left as they were. Requests without a seed get one from
         (engine seed, number of earlier calls that needed one, index of the prompt), so their draws do not depend on
         what else is in the call; `state_dict` and `load_state_dict` carry the count over to a resumed run. `progress`
-        shows a bar. Raises `RolloutError` for a prompt that cannot be completed, by index.
+        shows a bar. `on_done` is told the completions of each prompt once, with an engine that `tells` as soon as they
+        are there, in any order and perhaps from another thread; what it raises ends the call. Raises `RolloutError` for
+        a prompt that cannot be completed, by index.
         """
         requests = self._requests(prompts, params)
         if not requests and not self.together:
             return []
         # to put the random states back would undo the draws that the process makes meanwhile
         with nullcontext() if self.draws_elsewhere else preserved_random_states():
-            completions = self._complete(requests, progress)
+            told = (on_done,) if on_done is not None and self.tells else ()
+            completions = self._complete(requests, progress, *told)
         check_logprobs(completions)
+        if on_done is not None and not told:
+            for index, made in enumerate(completions):
+                on_done(index, made)
         return [Rollout(r.prompt_ids, c, self.weight_version) for r, c in zip(requests, completions, strict=True)]
 
     def push(self, model, version: int) -> PushReport:

@@ -19,7 +19,7 @@ from align.rollout.engine import RolloutEngine
 from align.rollout.identity import Fingerprints, fingerprint
 from align.rollout.roomy_cache import give_room
 from align.rollout.sampling import RowSampler
-from align.rollout.types import Completion, Request
+from align.rollout.types import Completion, OnDone, Request
 from align.rollout.weights import check_supported, own_weights
 
 KEPT = 0.75  # ended rows are dropped when no larger share still runs: measured, for each dropping copies the cache
@@ -35,6 +35,7 @@ class TransformersEngine(RolloutEngine):
     """
 
     name = "transformers"
+    tells = True  # at the end of each batch
 
     def __init__(
         self, model, tokenizer=None, *, max_model_len, seed=0, max_num_seqs=256, sync_tolerance=None, dtype=None
@@ -88,18 +89,23 @@ class TransformersEngine(RolloutEngine):
         del self._model, self._tensors
 
     @torch.inference_mode()
-    def _complete(self, requests: list[Request], progress: bool) -> list[list[Completion]]:
+    def _complete(self, requests: list[Request], progress: bool, done: OnDone | None = None) -> list[list[Completion]]:
         from tqdm.auto import tqdm
 
         rows = [_Row(request, sample) for request in requests for sample in range(request.params.n)]
         by_length = sorted(rows, key=lambda row: len(row.request.prompt_ids))  # neighbours need little padding
+        every = iter(rows)
+        groups = [[next(every) for _ in range(request.params.n)] for request in requests]
+        untold = dict(enumerate(groups)) if done is not None else {}
         with tqdm(total=len(rows), desc="Generating", disable=not progress) as bar:
             for start in range(0, len(rows), self.max_num_seqs):
                 batch = by_length[start : start + self.max_num_seqs]
                 self._decode(batch)
                 bar.update(len(batch))
-        done = iter(rows)
-        return [[next(done).completion() for _ in range(request.params.n)] for request in requests]
+                for index in [index for index, group in untold.items() if all(row.finish_reason for row in group)]:
+                    assert done is not None
+                    done(index, [row.completion() for row in untold.pop(index)])
+        return [[row.completion() for row in group] for group in groups]
 
     def _decode(self, rows: list["_Row"]) -> None:
         device = self._model.device

@@ -1,5 +1,6 @@
 """What goes into a rollout engine and what comes out, the same for every back-end."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +114,10 @@ class Completion:
     finish_reason: str
     episode: Episode | None = None
     drawn_by: list[tuple[int, int]] | None = None
+
+
+# What is told, once per request, that its completions are there: (index of the request, completions).
+OnDone = Callable[[int, list[Completion]], None]
 
 
 @dataclass(slots=True)

@@ -21,7 +21,7 @@ from align.rollout.adapters import A, B, lora_layers, lora_rank, why_merged, wit
 from align.rollout.engine import RolloutEngine
 from align.rollout.identity import Fingerprints
 from align.rollout.server.ranks import anywhere, in_all
-from align.rollout.types import Completion, Request
+from align.rollout.types import Completion, OnDone, Request
 from align.rollout.vllm_cpu import (
     CPU_BLOCK,
     GIB,
@@ -33,7 +33,7 @@ from align.rollout.vllm_cpu import (
 )
 from align.rollout.vllm_process import shut_down, starting
 from align.rollout.vllm_ranks import SharingRanks
-from align.rollout.vllm_requests import completion, vllm_params
+from align.rollout.vllm_requests import completion, told_of, vllm_params
 from align.rollout.vllm_versions import known_names
 from align.rollout.weights import check_supported, checkpoint_shapes, checkpoint_weights
 
@@ -52,6 +52,7 @@ class VLLMEngine(RolloutEngine):
     """
 
     name = "vllm"
+    tells = True
 
     def __init__(
         self,
@@ -228,11 +229,13 @@ class VLLMEngine(RolloutEngine):
     def anyone(self, wants: bool) -> bool:
         return anywhere(wants) if self.together else wants  # all engines: a call checks its requests in all ranks
 
-    def _complete(self, requests: list[Request], progress: bool) -> list[list[Completion]]:
+    def _complete(self, requests: list[Request], progress: bool, done: OnDone | None = None) -> list[list[Completion]]:
         answers = partial(self._answers, progress=progress)
-        return answers(requests) if self._sharing is None else self._sharing.complete(requests, answers)
+        if self._sharing is None:
+            return answers(requests, done)
+        return self._sharing.complete(requests, answers, done)
 
-    def _answers(self, requests: list[Request], progress: bool) -> list[list[Completion]]:
+    def _answers(self, requests: list[Request], done: OnDone | None, progress: bool) -> list[list[Completion]]:
         self._check_awake()
         if self._llm.llm_engine.has_unfinished_requests():
             raise RolloutError("an interrupted call left unfinished requests in the vLLM engine: make a new one")
@@ -242,7 +245,10 @@ class VLLMEngine(RolloutEngine):
         prompts = [{"prompt_token_ids": request.prompt_ids} for request in requests]
         # Without the stance, vLLM's two compiled helpers (sampling, rank of the token) cost 6 to 30 s on their first
         # use on a CPU and gain nothing. It does not touch what the trainer compiles.
-        with torch.compiler.set_stance("force_eager") if self._on_cpu else nullcontext():
+        with (
+            torch.compiler.set_stance("force_eager") if self._on_cpu else nullcontext(),
+            told_of(self._llm, requests, done) if done is not None else nullcontext(),
+        ):
             outputs = self._llm.generate(prompts, [vllm_params(r) for r in requests], use_tqdm=progress, **adapter)
         return [[completion(o, r) for o in out.outputs] for r, out in zip(requests, outputs, strict=True)]
 

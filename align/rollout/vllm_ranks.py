@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from align.errors import ConfigError, RolloutError
-from align.rollout.types import Completion, Request
+from align.rollout.types import Completion, OnDone, Request
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -46,18 +46,26 @@ class SharingRanks:
         return values
 
     def complete(
-        self, requests: list[Request], answer: Callable[[list[Request]], list[list[Completion]]]
+        self,
+        requests: list[Request],
+        answer: Callable[[list[Request], OnDone | None], list[list[Completion]]],
+        done: OnDone | None = None,
     ) -> list[list[Completion]]:
-        """The completions of this rank's requests. answer: of the engine, to those of all ranks."""
+        """The completions of this rank's requests. answer: of the engine, to those of all ranks. done: of its own."""
         asked = self.gather(requests)
-        made = answer([request for own in asked for request in own])
+        start = sum(map(len, asked[: self.place]))
+
+        def own(index: int, completions: list[Completion]) -> None:
+            if done is not None and start <= index < start + len(requests):
+                done(index - start, completions)
+
+        made = answer([request for each in asked for request in each], own if done is not None else None)
         ids = [completion.token_ids for group in made for completion in group]
         if len(set(self.gather(hashlib.blake2b(repr(ids).encode()).digest()))) > 1:
             raise RolloutError(
                 "the ranks that share a vLLM engine drew different tokens: their slices no longer compute together. "
                 "Set rollout.tensor_parallel: 1, or use a server"
             )
-        start = sum(map(len, asked[: self.place]))
         return made[start : start + len(requests)]
 
     @contextmanager

@@ -1,6 +1,10 @@
 """Requests as vLLM takes them in its own process, and what it answers."""
 
-from align.rollout.types import Completion, Request
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from align.rollout.types import Completion, OnDone, Request
+from align.rollout.vllm_versions import known_names
 
 
 def vllm_params(request: Request):
@@ -31,3 +35,26 @@ def vllm_params(request: Request):
 def completion(output, request: Request) -> Completion:
     logprobs = None if request.params.greedy else output.logprobs.logprobs
     return Completion(list(output.token_ids), logprobs, output.finish_reason)
+
+
+@contextmanager
+def told_of(llm, requests: list[Request], done: OnDone) -> Iterator[None]:
+    """While `LLM.generate` completes these requests, `done` is told of each when its last token is there. vLLM itself
+    says nothing before all are: so what every step of its engine gives is looked at."""
+    engine = llm.llm_engine
+    with known_names():
+        first, step = llm.request_counter.counter, engine.step
+
+    def looked_at() -> list:
+        outputs = step()
+        for output in outputs:
+            if output.finished:
+                index = int(output.request_id) - first
+                done(index, [completion(one, requests[index]) for one in output.outputs])
+        return outputs
+
+    engine.step = looked_at
+    try:
+        yield
+    finally:
+        del engine.step

@@ -31,7 +31,9 @@ ASKED = list(
 
 
 def drawn(engine, asked) -> list:
-    made = engine.generate([ids for ids, _ in asked], [params for _, params in asked])
+    told: dict = {}
+    made = engine.generate([ids for ids, _ in asked], [params for _, params in asked], on_done=told.__setitem__)
+    assert told == {index: rollout.completions for index, rollout in enumerate(made)}  # of this rank's requests alone
     return [[(c.token_ids, c.logprobs) for c in rollout.completions] for rollout in made]
 
 

@@ -32,6 +32,30 @@ def test_sampled_and_greedy_requests_share_a_call_and_keep_their_order(engine, m
     assert {r.weight_version for r in rollouts} == {0}
 
 
+def test_what_is_done_is_told_once_and_whole(engine):
+    """By vLLM, which draws all together, the short ones before the long one."""
+    ids, told = prompts([5, 40, 3, 17]), {}
+    params = [SamplingParams(60, n=3, seed=1), SamplingParams(2, n=7, seed=2), GREEDY, SamplingParams(3, seed=3)]
+
+    def done(index, completions):
+        assert index not in told
+        told[index] = completions
+
+    found = engine.generate(ids, params, on_done=done)
+    assert {index: made for index, made in enumerate(rollout.completions for rollout in found)} == told
+    assert engine.tells and (engine.name == "transformers" or list(told)[-1] == 0)
+    again = engine.generate(ids, params)
+    assert [[c.token_ids for c in r.completions] for r in again] == [
+        [c.token_ids for c in r.completions] for r in found
+    ]
+    with pytest.raises(RolloutError, match="which has no place"):
+        engine.generate(ids[:1], GREEDY, on_done=refuse)
+
+
+def refuse(index, completions):
+    raise RolloutError("a completion which has no place")
+
+
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_logprobs_are_the_models_at_the_sampling_temperature(engine, model, temperature):
     ids = prompts([4, 60, 150])

@@ -79,6 +79,7 @@ def model():
 
 # The contract of every engine.
 test_order = test_generation.test_sampled_and_greedy_requests_share_a_call_and_keep_their_order
+test_told = test_generation.test_what_is_done_is_told_once_and_whole
 test_logprobs = test_generation.test_logprobs_are_the_models_at_the_sampling_temperature
 test_truncated = test_generation.test_truncated_logprobs_are_renormalised_over_what_can_be_drawn
 test_penalty = test_generation.test_a_repetition_penalty_is_that_of_transformers
@@ -130,6 +131,18 @@ def test_both_servers_have_every_push_and_take_part(both, monkeypatch):
                 torch.testing.assert_close(torch.tensor(sample.logprobs), expected, rtol=0, atol=1e-4)
     for url in both.servers:
         assert asked.count((url.url, "/inference/v1/generate")) >= 3
+
+
+def test_a_request_is_told_when_all_that_it_was_cut_into_is_answered(engine, monkeypatch):
+    told, ids = [], prompts([5, 9])
+    whole = drawn(engine, ids, SamplingParams(6, n=7, seed=1))
+    for server in engine.servers:
+        monkeypatch.setattr(server, "max_num_seqs", 3)
+    found = engine.generate(ids, SamplingParams(6, n=7, seed=1), on_done=lambda *of: told.append(of))
+    assert sorted(told, key=lambda of: of[0]) == [(index, rollout.completions) for index, rollout in enumerate(found)]
+    assert [[c.token_ids for c in rollout.completions] for rollout in found] == [
+        [ids for ids, _ in own] for own in whole
+    ]
 
 
 def test_draws_are_those_of_vllm_in_this_process(holding):

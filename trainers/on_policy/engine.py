@@ -8,7 +8,7 @@ from align.errors import RolloutError
 from align.rollout import make_engine
 from align.rollout.engine import RolloutEngine
 from align.rollout.probe import FAIL, WARN
-from align.rollout.types import Rollout, SamplingParams
+from align.rollout.types import OnDone, Rollout, SamplingParams
 from align.trainers.core.recorder import Recorder
 
 
@@ -71,8 +71,24 @@ class SyncedEngine:
         if self.engine is not None and self.engine.sleep():
             self.step = None
 
-    def generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Rollout]:
-        return self.current.generate(prompts, params)
+    @property
+    def tells(self) -> bool:
+        return self.current.tells
+
+    @property
+    def weight_version(self) -> int:
+        return self.current.weight_version
+
+    @property
+    def draws_elsewhere(self) -> bool:
+        return self.current.draws_elsewhere
+
+    def generate(
+        self, prompts: list[list[int]], params: list[SamplingParams], on_done: OnDone | None = None
+    ) -> list[Rollout]:
+        if on_done is None:
+            return self.current.generate(prompts, params)
+        return self.current.generate(prompts, params, on_done=on_done)
 
     def anyone(self, wants: bool) -> bool:
         return self.current.anyone(wants)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path
@@ -19,9 +20,10 @@ from align.errors import ConfigError, RewardError
 from align.evaluation.records import EvalWriter
 from align.modeling.load import Reference
 from align.rollout.seeds import derive_seed
-from align.rollout.types import SamplingParams
+from align.rollout.types import Completion, SamplingParams
 from align.trainers.core.ranks import Ranks
 from align.trainers.on_policy.config import OnPolicyConfig
+from align.trainers.on_policy.early_scores import EarlyScores, early_scores
 from align.trainers.on_policy.episodes import Episodes
 from align.trainers.on_policy.forward import ForwardPasses
 from align.trainers.on_policy.pipeline import CompletionSource
@@ -128,13 +130,15 @@ class PolicyEvaluator:
 
     def _rows(self, prompts: list[dict], indices: list[int], model, reference) -> list[dict]:
         count = self.args.eval_num_generations
-        samples = self._sample(prompts, indices, count)
-        # before the rewards: a sample that they have no score for has a KL and an entropy all the same
-        columns: dict[str, Sequence[float | None]] = {**self._kl_and_entropy(samples, model, reference)}
-        self.rewards.fill(samples)
-        columns["proxy"] = [None if sample.left_out else sample.score for sample in samples]
-        if self.gold is not None:
-            columns["gold"] = self.gold.totals(samples)
+        asked = [prompt for prompt in prompts for _ in range(count)]
+        with self._early(self.rewards, asked) as early, self._early(self.gold, asked) as early_gold:
+            samples = self._sample(asked, indices, [scores for scores in (early, early_gold) if scores is not None])
+            # before the rewards: a sample that they have no score for has a KL and an entropy all the same
+            columns: dict[str, Sequence[float | None]] = {**self._kl_and_entropy(samples, model, reference)}
+            self.rewards.fill(samples, early)
+            columns["proxy"] = [None if sample.left_out else sample.score for sample in samples]
+            if self.gold is not None:
+                columns["gold"] = self.gold.totals(samples, early_gold)
         columns["length"] = [sample.written for sample in samples]
         columns |= {f"rewards/{name}": [sample.rewards.get(name) for sample in samples] for name in self.rewards.names}
         for name, key in self.ensembles.items():
@@ -154,24 +158,34 @@ class PolicyEvaluator:
             rows.append({"index": index, **means, "sample": first})
         return rows
 
-    def _sample(self, prompts: list[dict], indices: list[int], count: int) -> list[Sample]:
+    def _early(self, rewards: RewardColumns | None, asked: list[dict]) -> AbstractContextManager[EarlyScores | None]:
+        """What scores completions of all requests while others are drawn."""
+        if rewards is None or self.episodes is not None:
+            return nullcontext()
+        places = [range(i, i + 1) for i in range(len(asked))]
+        return early_scores(self.engine, rewards, self.tokenizer, asked, places)
+
+    def _sample(self, asked: list[dict], indices: list[int], early: list[EarlyScores]) -> list[Sample]:
+        """One sample of each prompt of `asked`, in which those of `indices` stand several times, side by side."""
+        each = [(index, j) for index in indices for j in range(self.args.eval_num_generations)]
         params = [
-            SamplingParams(
-                **self.args.drawing,
-                seed=derive_seed(self.args.seed, "evaluate", index, j),
-            )
-            for index in indices
-            for j in range(count)
+            SamplingParams(**self.args.drawing, seed=derive_seed(self.args.seed, "evaluate", index, j))
+            for index, j in each
         ]
-        asked = [prompt for prompt in prompts for _ in range(count)]
+
+        def done(request: int, completions: list[Completion]) -> None:
+            for scores in early:
+                scores.done(request, completions)
+
         if self.episodes is None:
-            rollouts = self.engine.generate([prompt["prompt_ids"] for prompt in asked], params)
+            told = {"on_done": done} if early else {}
+            rollouts = self.engine.generate([prompt["prompt_ids"] for prompt in asked], params, **told)
         else:
-            seeds = [derive_seed(self.args.seed, "evaluate environment", i, j) for i in indices for j in range(count)]
+            seeds = [derive_seed(self.args.seed, "evaluate environment", index, j) for index, j in each]
             rollouts = self.episodes.complete(self.engine, asked, params, seeds)
         return [
-            make_samples(self.tokenizer, prompts[i // count], rollout.completions, rollout.weight_version)[0]
-            for i, rollout in enumerate(rollouts)
+            make_samples(self.tokenizer, prompt, rollout.completions, rollout.weight_version)[0]
+            for prompt, rollout in zip(asked, rollouts, strict=True)
         ]
 
     def _kl_and_entropy(self, samples: list[Sample], model, reference) -> dict[str, list[float]]:

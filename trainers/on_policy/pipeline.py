@@ -1,12 +1,14 @@
 """The rollout pipeline: prompts in, scored samples out."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from align.errors import RolloutError
 from align.rollout.seeds import derive_seed
-from align.rollout.types import Rollout, SamplingParams
+from align.rollout.types import OnDone, Rollout, SamplingParams
 from align.trainers.core.recorder import Recorder
+from align.trainers.on_policy.early_scores import EarlyScores, early_scores
 from align.trainers.on_policy.episodes import Episodes
 from align.trainers.on_policy.rewards import RewardColumns
 from align.trainers.on_policy.samples import Sample, make_samples
@@ -16,9 +18,20 @@ KEEP = TruncationRule()
 
 
 class CompletionSource(Protocol):
-    """What the pipeline needs of a rollout engine."""
+    """What the pipeline needs of a rollout engine; the two that follow, and `on_done`, only of one that `tells`."""
 
-    def generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Rollout]: ...
+    @property
+    def tells(self) -> bool: ...
+
+    @property
+    def draws_elsewhere(self) -> bool: ...
+
+    @property
+    def weight_version(self) -> int: ...
+
+    def generate(
+        self, prompts: list[list[int]], params: list[SamplingParams], on_done: OnDone | None = None
+    ) -> list[Rollout]: ...
 
     def anyone(self, wants: bool) -> bool: ...
 
@@ -46,7 +59,7 @@ class RolloutPipeline:
         engine: a `RolloutEngine`, or any object with its `generate`.
         requests: what is asked for every prompt; the first is trained on (`Estimator.requests`).
         seed: of the run; each request's seed follows from it, the step, the prompt's index and the request's number.
-        recorder: gets the seconds of the phases `generate` and `score`.
+        recorder: gets the seconds of the phases `generate`, and `score`, which is what is left to wait for then.
         truncation: what becomes of completions that are cut.
         episodes: where completions are conversations of several turns.
     """
@@ -80,18 +93,19 @@ class RolloutPipeline:
         processes. step: of the optimiser, that the rollout is made for; it changes the draws. weight_version: of the
         weights that the engine must have; raises `RolloutError` if it has others. rollouts: of `draw`, made before.
         """
-        with self.recorder.phase("generate"):
-            if rollouts is None:
-                rollouts = self.draw(prompts, indices, step)
-            rollout = self.samples(prompts, rollouts)
-        if rollout.weight_version != weight_version:
-            raise RolloutError(
-                f"the rollouts of step {step} were made by weights of version {rollout.weight_version}, and version "
-                f"{weight_version} was asked for: push the weights before"
-            )
-        every = rollout.samples + [sample for group in rollout.extra for sample in group]
-        with self.recorder.phase("score"):
-            logged, given = self.rewards.fill(every)
+        with self._early(prompts) if rollouts is None else nullcontext() as early:
+            with self.recorder.phase("generate"):
+                if rollouts is None:
+                    rollouts = self.draw(prompts, indices, step, early)
+                rollout = self.samples(prompts, rollouts, {} if early is None else early.made)
+            if rollout.weight_version != weight_version:
+                raise RolloutError(
+                    f"the rollouts of step {step} were made by weights of version {rollout.weight_version}, and "
+                    f"version {weight_version} was asked for: push the weights before"
+                )
+            every = rollout.samples + [sample for group in rollout.extra for sample in group]
+            with self.recorder.phase("score"):
+                logged, given = self.rewards.fill(every, early)
         self.truncation.apply(every)
         for record, metrics in ((self.recorder.record, logged), (self.recorder.record_given, given)):
             for name, values in metrics.items():
@@ -103,12 +117,29 @@ class RolloutPipeline:
             sample.left_out |= any(other.left_out for other in rollout.extra[i // each])
         return rollout
 
-    def draw(self, prompts: list[dict], indices: list[int], step: int) -> list[Rollout]:
-        """Completions of every request of every prompt, side by side. It asks the engine, and does nothing else."""
+    def _early(self, prompts: list[dict]) -> AbstractContextManager[EarlyScores | None]:
+        """What scores completions of all requests while others are drawn."""
+        if self.episodes is not None:  # whose turns are drawn by calls of their own
+            return nullcontext()
+        counts, count = [request.n for request in self.requests], len(prompts)
+        places, further = [], count * counts[0]  # the samples of all prompts, then what else was asked for each
+        for i in range(count):
+            places.append(range(i * counts[0], (i + 1) * counts[0]))
+            for n in counts[1:]:
+                places.append(range(further, further + n))
+                further += n
+        asked = [prompt for prompt in prompts for _ in self.requests]
+        return early_scores(self.engine, self.rewards, self.tokenizer, asked, places)
+
+    def draw(
+        self, prompts: list[dict], indices: list[int], step: int, early: EarlyScores | None = None
+    ) -> list[Rollout]:
+        """Completions of every request of every prompt, side by side. early: is told of each request."""
         asked = [prompt for prompt in prompts for _ in self.requests]
         params = self.params(indices, step)
         if self.episodes is None:
-            return self.engine.generate([prompt["prompt_ids"] for prompt in asked], params)
+            told = {} if early is None else {"on_done": early.done}
+            return self.engine.generate([prompt["prompt_ids"] for prompt in asked], params, **told)
         seeds = [derive_seed(self.seed, "environment", step, index) for index in indices for _ in self.requests]
         return self.episodes.complete(self.engine, asked, params, seeds)
 
@@ -120,15 +151,17 @@ class RolloutPipeline:
             for number, request in enumerate(self.requests)
         ]
 
-    def samples(self, prompts: list[dict], rollouts: list[Rollout]) -> ScoredRollout:
-        """Completions without scores. rollouts: of `draw`."""
+    def samples(self, prompts: list[dict], rollouts: list[Rollout], made: dict[int, list[Sample]]) -> ScoredRollout:
+        """Completions without scores. rollouts: of `draw`. made: the samples that there are, by number of the
+        request."""
         count = len(self.requests)
         samples, extra = [], []
         for i, prompt in enumerate(prompts):
-            made = [
-                make_samples(self.tokenizer, prompt, rollout.completions, rollout.weight_version)
-                for rollout in rollouts[i * count : (i + 1) * count]
+            groups = [
+                made.get(number)
+                or make_samples(self.tokenizer, prompt, rollouts[number].completions, rollouts[number].weight_version)
+                for number in range(i * count, (i + 1) * count)
             ]
-            samples += made[0]
-            extra.append([sample for group in made[1:] for sample in group])
+            samples += groups[0]
+            extra.append([sample for group in groups[1:] for sample in group])
         return ScoredRollout(samples, extra, rollouts[0].weight_version)

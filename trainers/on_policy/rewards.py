@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align.errors import ConfigError
 from align.reward_models.base import Reward, RewardBatch, joined, score_together
@@ -11,6 +11,9 @@ from align.reward_models.judges import JudgeReward
 from align.trainers.on_policy.environments import CLASS_COLUMN, FAILURE_COLUMN, REWARD_COLUMN, EnvironmentReward
 from align.trainers.on_policy.samples import Sample
 from align.trainers.weighting.base import weighted_sum
+
+if TYPE_CHECKING:
+    from align.trainers.on_policy.early_scores import EarlyScores
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +45,14 @@ class RewardColumns:
     def name(self) -> str:
         return "+".join(self.names)
 
-    def fill(self, samples: list[Sample]) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    def fill(
+        self, samples: list[Sample], early: "EarlyScores | None" = None
+    ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
         """Score every sample once with every reward; fills rewards, extras, shown, score and left_out. Returns what the
-        rewards log by name, and what the user's functions do under names of their own."""
+        rewards log by name, and what the user's functions do under names of their own. early: the scores of these
+        samples that have begun."""
         metrics: dict[str, list[float]] = {}
-        outputs = self.scores(samples)
+        outputs = self.scores(samples, early)
         for name, output in outputs.items():
             for sample, score, missing in zip(samples, output.scores.tolist(), output.missing.tolist(), strict=True):
                 if not missing:
@@ -74,8 +80,10 @@ class RewardColumns:
             sample.left_out |= not sample.rewards
         return metrics, joined(output.given for output in outputs.values())
 
-    def scores(self, samples: list[Sample]) -> dict:
+    def scores(self, samples: list[Sample], early: "EarlyScores | None" = None) -> dict:
         """Of every reward by name. Where one is `placed`, all ranks must call it, also with no samples."""
+        if early is not None:
+            return dict(zip(self.names, early.outputs(samples), strict=True))
         batch = self.batch(samples) if samples else RewardBatch([], [])
         return dict(zip(self.names, score_together(self.rewards, batch, partial=True), strict=True))
 
@@ -107,9 +115,9 @@ class RewardColumns:
             trainer_state=self.trainer_state(),
         )
 
-    def totals(self, samples: list[Sample]) -> list[float | None]:
+    def totals(self, samples: list[Sample], early: "EarlyScores | None" = None) -> list[float | None]:
         """The weighted sum only, None where there is no score, leaving the samples as they are (for a gold reward)."""
-        scores, found = self.scores(samples), []
+        scores, found = self.scores(samples, early), []
         for i in range(len(samples)):
             row = {name: float(o.scores[i]) for name, o in scores.items() if not o.missing[i]}
             failed = any(o.failed is not None and bool(o.failed[i]) for o in scores.values())

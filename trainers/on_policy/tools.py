@@ -12,8 +12,8 @@ from transformers.utils import get_json_schema
 from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
 
 from align.errors import ConfigError
+from align.reward_models.beside import OnLoop, run_all
 from align.reward_models.deadlines import DeadlineExceeded, call_within
-from align.reward_models.functions import run_concurrently
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
@@ -74,7 +74,7 @@ def awaited(function: Callable, timeout: float) -> Callable:
 
     @functools.wraps(function)
     def call(**arguments: Any) -> Any:
-        return run_concurrently([functools.partial(function, **arguments)], 1, seconds=timeout + 10)[0]
+        return run_all(OnLoop(1), [functools.partial(function, **arguments)], seconds=timeout + 10)[0]
 
     return call
 

@@ -9,22 +9,53 @@ import aiohttp
 
 from align.errors import RolloutError
 from align.rollout.server.client import Server, ServerLost
-from align.rollout.types import Completion, Request
+from align.rollout.types import Completion, OnDone, Request
 
 MOST_SOCKETS = 4096  # of one process, whatever its limit of open files
 FINAL_ONLY = 2  # of vLLM's RequestOutputKind: without it, vLLM 0.26 returns some of several samples only
 BEATS = 4  # in `timeout` seconds, a server that makes completions is asked so often whether it lives
 
 
-def pieces(requests: list[Request], most: int) -> list[Request]:
-    """The requests in order, each with at most `most` samples, as a server takes them; every sample keeps its seed."""
+def pieces(request: Request, most: int) -> list[Request]:
+    """The request with at most `most` samples at a time, as a server takes them; every sample keeps its seed."""
     found = []
-    for request in requests:
-        for start in range(0, request.params.n, most):
-            params = replace(request.params, n=min(most, request.params.n - start))
-            seed = None if request.seed is None else request.seed + start
-            found.append(replace(request, params=params, seed=seed))
+    for start in range(0, request.params.n, most):
+        params = replace(request.params, n=min(most, request.params.n - start))
+        seed = None if request.seed is None else request.seed + start
+        found.append(replace(request, params=params, seed=seed))
     return found
+
+
+class Answers:
+    """What the servers have answered of a call.
+
+    asked: whole requests. most: samples of one `piece`. told: once about each request, when its last piece has come.
+    """
+
+    def __init__(self, asked: list[Request], most: int, told: OnDone | None = None):
+        self.told = told
+        self.pieces: list[Request] = []
+        self.ranges: list[range] = []  # of the pieces of each request
+        for request in asked:
+            start = len(self.pieces)
+            self.pieces += pieces(request, most)
+            self.ranges.append(range(start, len(self.pieces)))
+        self.of = [index for index, own in enumerate(self.ranges) for _ in own]  # the request of each piece
+        self.found: dict[int, list[Completion]] = {}
+
+    @property
+    def left(self) -> list[int]:
+        return [piece for piece in range(len(self.pieces)) if piece not in self.found]
+
+    def take(self, piece: int, completions: list[Completion]) -> None:
+        self.found[piece] = completions
+        index = self.of[piece]
+        if self.told is not None and all(other in self.found for other in self.ranges[index]):
+            self.told(index, self.whole(index))
+
+    def whole(self, index: int) -> list[Completion]:
+        """The completions of a request."""
+        return [sample for piece in self.ranges[index] for sample in self.found[piece]]
 
 
 def balanced(requests: list[Request], indices: list[int], count: int) -> list[list[int]]:

@@ -28,13 +28,13 @@ from align.rollout.engine import RolloutEngine
 from align.rollout.identity import Fingerprints, check_identity, texts
 from align.rollout.server import delivery
 from align.rollout.server.client import Background, Server, ServerLost, session
-from align.rollout.server.completions import Call, balanced, completed, pieces, sockets
+from align.rollout.server.completions import Answers, Call, balanced, completed, sockets
 from align.rollout.server.fitting import check_fit
 from align.rollout.server.group import host_of
 from align.rollout.server.options import MEMORY
 from align.rollout.server.ranks import in_all, is_first, raise_shared, shared
 from align.rollout.server.transfer import Transfer, make_transfer
-from align.rollout.types import Completion, Request
+from align.rollout.types import Completion, OnDone, Request
 from align.rollout.views import View
 from align.rollout.weights import check_supported, checkpoint_shapes, checkpoint_weights
 
@@ -56,7 +56,7 @@ class ServerEngine(RolloutEngine):
     """
 
     name = "server"
-    draws_elsewhere = True
+    draws_elsewhere = tells = True
 
     def __init__(
         self,
@@ -313,32 +313,29 @@ class ServerEngine(RolloutEngine):
 
     # ---- completions -------------------------------------------------------------------------------------------------
 
-    def _complete(self, requests: list[Request], progress: bool) -> list[list[Completion]]:
-        return self._background.run(self._with_session(lambda http: self._answers(http, requests, progress)))
+    def _complete(self, requests: list[Request], progress: bool, done: OnDone | None = None) -> list[list[Completion]]:
+        return self._background.run(self._with_session(lambda http: self._answers(http, requests, progress, done)))
 
-    async def _answers(self, http, asked: list[Request], progress: bool) -> list[list[Completion]]:
-        requests = pieces(asked, min(server.max_num_seqs for server in self.servers))
-        answers: dict[int, list[Completion]] = {}
-        salt = secrets.token_hex(8)  # a call does not depend on the calls before it, nor on earlier weights
+    async def _answers(self, http, asked: list[Request], progress: bool, told: OnDone | None) -> list:
+        answers = Answers(asked, min(server.max_num_seqs for server in self.servers), told)
+        requests, salt = answers.pieces, secrets.token_hex(8)  # a call does not depend on those before it
         with tqdm(total=len(requests), desc="completions", disable=not progress) as bar:
 
             def done(index: int, completions: list[Completion]) -> None:
-                answers[index] = completions
+                answers.take(index, completions)
                 bar.update()
 
             try:
                 async with asyncio.timeout(self.generation_limit):
-                    while len(answers) < len(requests):
-                        left = [i for i in range(len(requests)) if i not in answers]
+                    while left := answers.left:
                         shares = balanced(requests, left, len(self._asked))
                         await self._survive(http, [{i: requests[i] for i in share} for share in shares], salt, done)
             except TimeoutError as error:
                 raise RolloutError(
-                    f"{len(requests) - len(answers)} of {len(requests)} requests were not answered within "
+                    f"{len(answers.left)} of {len(requests)} requests were not answered within "
                     f"generation_limit ({self.generation_limit:g} seconds): raise it, or ask for less at a time"
                 ) from error
-        samples = iter([sample for index in range(len(requests)) for sample in answers[index]])
-        return [[next(samples) for _ in range(request.params.n)] for request in asked]
+        return [answers.whole(index) for index in range(len(asked))]
 
     async def _survive(self, http: aiohttp.ClientSession, shares: list[dict[int, Request]], salt: str, done) -> None:
         """Ask each server for its share; with `wait`, wait for the servers that were lost meanwhile."""

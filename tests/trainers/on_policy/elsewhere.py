@@ -20,14 +20,14 @@ class Elsewhere(TransformersEngine):
         self.number, self.given_up, self.drawing = 0, threading.Event(), threading.Event()
         super().__init__(*args, **options)
 
-    def generate(self, prompts, params, *, progress=False):
+    def generate(self, prompts, params, **options):
         self.number += 1
         self.drawing.set()
         try:
             type(self).before(self.number)
             if self.given_up.is_set():
                 raise RolloutError("given up")
-            return super().generate(prompts, params, progress=progress)
+            return super().generate(prompts, params, **options)
         finally:
             self.drawing.clear()
 

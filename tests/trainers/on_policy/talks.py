@@ -99,6 +99,8 @@ def babbling_tokenizer() -> PreTrainedTokenizerFast:
 class Scripted:
     """An engine that gives the answers of a list, one for each call, and notes what it is asked."""
 
+    tells = draws_elsewhere = False
+
     def __init__(self, tokenizer, *answers, finish="stop"):
         self.tokenizer, self.answers, self.finish = tokenizer, answers, finish
         self.asked: list[list[tuple[str, SamplingParams]]] = []

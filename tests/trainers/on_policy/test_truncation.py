@@ -60,6 +60,8 @@ class Written:
     """An engine whose completions of two prompts are known: the second sample of the first prompt is cut, and the
     greedy one of the second."""
 
+    tells = draws_elsewhere = False
+
     def generate(self, prompts, params):
         def made(ids, cut):
             return Completion(ids, [-1.0] * len(ids), "length" if cut else "stop")

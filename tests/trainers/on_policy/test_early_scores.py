@@ -1,0 +1,138 @@
+"""Completions that are there are scored while others are drawn, and nothing but time depends on it."""
+
+import asyncio
+import logging
+import random
+import re
+import threading
+
+import pytest
+
+from align.reward_models.base import RewardBatch
+from align.reward_models.composite import CompositeReward
+from align.reward_models.early import EarlyRewards
+from align.reward_models.ensemble import RewardEnsemble
+from align.reward_models.judge_server import ServerJudge
+from align.reward_models.judges import JudgeReward
+from align.reward_models.remote import RemoteReward
+from align.reward_models.rules import RuleReward
+from align.reward_models.verifier import VerifierReward
+from tests.reward_models.test_remote import server
+from tests.trainers.on_policy.elsewhere import Elsewhere
+from tests.trainers.tiny_runs import WANTED, assert_same, on_policy, parameters, prompts, tiny_model
+
+called = threading.Event()
+
+
+class Batches(Elsewhere):
+    """Eight sequences at a time: a rollout of sixteen is told in two halves. slow: the second half waits for a call of
+    a reward."""
+
+    slow = False
+
+    def _decode(self, rows):
+        if self.slow and rows[0].request.params.temperature:
+            self.halves = getattr(self, "halves", 0) + 1
+            assert self.halves % 2 or called.wait(20), "no reward was called while completions were drawn"
+            called.clear()
+        super()._decode(rows)
+
+
+class AtTheEnd(Batches):
+    tells = False
+
+
+def trained(policy, tokenizer, folder, reward, engine_class=Batches, method="rloo", gold=None, **options):
+    args = {"max_steps": 2, "learning_rate": 1e-2, "per_device_train_batch_size": 8, "seed": 3, **options}
+    trainer_class, args = on_policy(method, folder, **args)
+    engine = engine_class(tiny_model(tokenizer), tokenizer, max_model_len=22, max_num_seqs=8)
+    evaluated = prompts(12, seed=1) if args.do_eval else None
+    trainer = trainer_class(policy, reward, args, prompts(32), evaluated, gold_reward=gold, engine=engine)
+    trainer.train()
+    return trainer
+
+
+async def good(completion) -> bool:
+    """Whether it has a wanted word; one that begins with a certain letter breaks it."""
+    await asyncio.sleep(0.001 * random.random())
+    called.set()
+    if completion.startswith("c"):
+        raise ValueError("a letter that breaks it")
+    return any(word in WANTED for word in completion.split())
+
+
+def even(completions, **_) -> list[float | None]:
+    return [None if not len(text) % 3 else float(len(text) % 2) for text in completions]
+
+
+def test_the_first_completions_are_scored_while_others_are_drawn(policy, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(Batches, "slow", True)
+    trained(policy, tokenizer, tmp_path, VerifierReward(good, on_error="mask", max_error_share=1.0))
+
+
+def test_a_checker_of_ours_is_called_while_vllm_or_transformers_draws_in_this_process(policy, tokenizer, tmp_path):
+    """And a function of the user's, which may draw from the random states that the engine puts back, is not."""
+    begun = {}
+    for reward in (VerifierReward(good), {"type": "unit_tests"}, RemoteReward("http://127.0.0.1:9")):
+        batch = RewardBatch(["p"] * 4, [""] * 4, columns={"tests": ["assert True"] * 4})
+        rewards = [
+            reward if not isinstance(reward, dict) else VerifierReward("align.reward_models.checkers:python_tests")
+        ]
+        for user_code in (True, False):
+            early = EarlyRewards(rewards, batch, user_code=user_code, partial=True)
+            begun.setdefault(rewards[0].name, []).append(bool(early.begun))
+            early.stop()
+    assert begun == {"good": [True, False], "python_tests": [True, True], "remote": [True, True]}
+
+
+@pytest.mark.parametrize("method", ["rloo", "remax"])
+def test_a_run_is_the_same_to_the_bit(policy, tokenizer, tmp_path, method, caplog):
+    """Scores, what fails and is left out, what is logged of it, evaluations and weights, whatever the order in which
+    calls end; ReMax's greedy answers stand behind the others."""
+    found = []
+
+    def uneven(content):
+        if "messages" in content:
+            first, second = re.findall(r"\[Answer .\]\n(.*?)\n\n", content["messages"][0]["content"], re.S)
+            said = "[[A]]" if len(first) > len(second) else "[[B]]" if len(first) % 5 else "hm"
+            return {"choices": [{"message": {"content": said}}]}
+        pairs = zip(content["prompts"], content["completions"], strict=True)
+        return {"scores": [len(text) + len(prompt) / 7 for prompt, text in pairs]}
+
+    with server(uneven) as (url, _):
+        for engine_class in (Batches, AtTheEnd):
+            rewards = [
+                VerifierReward(good, on_error="mask", max_error_share=1.0),
+                CompositeReward(
+                    [RuleReward(even, batch_size=3, concurrency=2), RemoteReward(url, batch_size=2)], name="both"
+                ),
+                RewardEnsemble(
+                    [RemoteReward(url, name=f"m{i}", batch_size=3 + i) for i in range(2)],
+                    "wco",
+                    name="wco",
+                    normalize=False,
+                ),
+                JudgeReward(ServerJudge(url, "m"), name="judge", max_error_share=1.0),
+            ]
+            caplog.clear()
+            gold = RemoteReward(url, name="gold", batch_size=5)
+            options = {"eval_strategy": "steps", "eval_steps": 1, "do_eval": True}
+            trainer = trained(
+                policy, tokenizer, tmp_path / engine_class.__name__, rewards, engine_class, method, gold, **options
+            )
+            lines = [
+                {
+                    k: v
+                    for k, v in line.items()
+                    if not k.startswith(("time/", "train_", "eval_runtime")) and "per_second" not in k
+                }
+                for line in trainer.state.log_history
+            ]
+            warned = [
+                r.getMessage() for r in caplog.records if r.levelno == logging.WARNING and "a letter" in r.getMessage()
+            ]
+            found.append((lines, warned, parameters(trainer.model)))
+    assert found[0][0] == found[1][0]
+    assert found[0][1] == found[1][1] and len(found[0][1]) == 3
+    assert_same(found[0][2], found[1][2])
+    assert any(line.get("rewards/good/failed") for line in found[0][0])
