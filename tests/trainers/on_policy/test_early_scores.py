@@ -8,6 +8,7 @@ import threading
 
 import pytest
 
+from align.errors import RewardError, RolloutError
 from align.reward_models.base import RewardBatch
 from align.reward_models.composite import CompositeReward
 from align.reward_models.early import EarlyRewards
@@ -19,7 +20,7 @@ from align.reward_models.rules import RuleReward
 from align.reward_models.verifier import VerifierReward
 from tests.reward_models.test_remote import server
 from tests.trainers.on_policy.elsewhere import Elsewhere
-from tests.trainers.tiny_runs import WANTED, assert_same, on_policy, parameters, prompts, tiny_model
+from tests.trainers.tiny_runs import WANTED, assert_same, logged, on_policy, parameters, prompts, tiny_model
 
 called = threading.Event()
 
@@ -136,3 +137,89 @@ def test_a_run_is_the_same_to_the_bit(policy, tokenizer, tmp_path, method, caplo
     assert found[0][1] == found[1][1] and len(found[0][1]) == 3
     assert_same(found[0][2], found[1][2])
     assert any(line.get("rewards/good/failed") for line in found[0][0])
+
+
+def test_errors_are_those_of_scoring_at_the_end(policy, tokenizer, tmp_path):
+    """With the place of the completion in the batch, not in the part of it that came."""
+    seen: list[list[str]] = []
+
+    def sees(completions):
+        seen.append(list(completions))
+        return [0.0] * len(completions)
+
+    trained(policy, tokenizer, tmp_path / "seen", RuleReward(sees), max_steps=1)
+    bad = next(text for text in reversed(seen[0]) if seen[0].count(text) == 1)
+
+    async def breaks(completion) -> bool:
+        if completion == bad:
+            raise ValueError("this one")
+        return True
+
+    def no_number(completions) -> list[float]:
+        return [float("nan") if text == bad else 1.0 for text in completions]
+
+    with server(lambda content: {"scores": no_number(content["completions"])}) as (url, _):
+        for number, make in enumerate(
+            [
+                lambda: VerifierReward(breaks),
+                lambda: RuleReward(no_number, batch_size=3, concurrency=2),
+                lambda: RemoteReward(url, batch_size=4),
+                lambda: RemoteReward(url, columns=["label"]),
+                lambda: VerifierReward(good, columns={"answer": "label"}),
+            ]
+        ):
+            said = []
+            for engine_class in (Batches, AtTheEnd):
+                with pytest.raises(RewardError) as raised:
+                    trained(policy, tokenizer, tmp_path / f"{number}{engine_class.__name__}", make(), engine_class)
+                said.append(str(raised.value))
+            assert said[0] == said[1]
+            wanted = "has no column label" if number > 2 else rf"rows? \[?{seen[0].index(bad)}\]? "
+            assert re.search(wanted, said[0]), said[0]
+
+
+class Halved(VerifierReward):
+    """A user's own: it knows nothing of scores that begin early."""
+
+    def _score(self, batch):
+        output = super()._score(batch)
+        output.scores /= 2
+        return output
+
+
+def test_a_subclass_that_scores_in_another_way_is_asked_for_whole_batches(policy, tokenizer, tmp_path):
+    trainers = [
+        trained(policy, tokenizer, tmp_path / kind.__name__, kind(whether, concurrency=2))
+        for kind in (Halved, VerifierReward)
+    ]
+    half, whole = (logged(trainer, "reward") for trainer in trainers)
+    assert half[0] * 2 == pytest.approx(whole[0]) and whole[0] > 0
+
+
+def whether(completion) -> bool:
+    return len(completion) % 2 == 0
+
+
+def test_calls_that_are_under_way_when_the_engine_fails_are_given_up(policy, tokenizer, tmp_path, monkeypatch):
+    begun, given_up = threading.Event(), threading.Event()
+
+    async def waits(completion) -> bool:
+        begun.set()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            given_up.set()
+            raise
+        return True
+
+    def fails(self, rows):
+        if getattr(self, "halves", 0):
+            assert begun.wait(20)
+            raise RolloutError("the engine is gone")
+        self.halves = 1
+        Elsewhere._decode(self, rows)
+
+    monkeypatch.setattr(Batches, "_decode", fails)
+    with pytest.raises(RolloutError, match="the engine is gone"):
+        trained(policy, tokenizer, tmp_path, VerifierReward(waits))
+    assert given_up.wait(20)
