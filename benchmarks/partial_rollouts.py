@@ -64,8 +64,13 @@ class LongTailed(VLLMEngine):
             params = replace(request.params, max_tokens=min(left, request.params.max_tokens))
             asked.append(replace(request, params=params, stop_ids=()))  # the random policy's end tokens end nothing
             self.prefix += had
+
+        def told(index, group):
+            group[0].finish_reason = "stop" if ends[index] else "length"
+            done(index, group)
+
         start = time.process_time()
-        answers = super()._complete(asked, progress, done)
+        answers = super()._complete(asked, progress, told if done is not None else None)
         self.seconds += time.process_time() - start
         self.drawn += sum(len(group[0].token_ids) for group in answers)
         for end, (completion,) in zip(ends, answers, strict=True):
