@@ -37,7 +37,7 @@ def test_only_likely_tokens_are_drawn_and_the_policy_is_whole(policy, tmp_path):
     assert logged(trainer, "rollout/mean_abs_logp_diff")[0] < 1e-5 and logged(trainer, "kl")[0] == pytest.approx(
         0, abs=1e-5
     )
-    evaluated = trainer.evaluator._sample(rows, list(range(8)), 1)
+    evaluated = trainer.evaluator._sample(rows, list(range(8)), [])
     assert all(min(sample.engine_logps) > -4 for sample in evaluated)
 
 
