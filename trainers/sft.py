@@ -123,9 +123,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         # TRL makes the labels from `completion_mask`, and packs where asked
         args.completion_only_loss = True
         # used above: TRL would use them again, or warn that it ignores them
-        used = {
-            name: getattr(args, name) for name in ("model_init_kwargs", "chat_template_path", "assistant_only_loss")
-        }
+        used = args.model_init_kwargs, args.chat_template_path, args.assistant_only_loss
         args.model_init_kwargs, args.chat_template_path, args.assistant_only_loss = None, None, False
         with soft_cap_by_its_usual_name(model):
             super().__init__(
@@ -140,7 +138,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
                 compute_metrics=compute_metrics,
                 preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             )
-        args.model_init_kwargs, args.chat_template_path, args.assistant_only_loss = used.values()
+        args.model_init_kwargs, args.chat_template_path, args.assistant_only_loss = used
         show_completions(self, eval_rows)
         self.selection = token_selection(self, ref_model)
         self.implicit = implicit_rewards(self, ref_model, scored=SCORE in columns_of(train_dataset, streams=True))
