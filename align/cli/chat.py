@@ -186,6 +186,7 @@ class Speaker:
         from align.data.bad_rows import BadRow
         from align.data.encode import render
         from align.data.ending import written_text
+        from align.data.limits import positions
 
         try:
             text = prompt if isinstance(prompt, str) else render(prompt, self.tokenizer, {}, answer_next=True)
@@ -195,8 +196,8 @@ class Speaker:
         ids = self.tokenizer(text, add_special_tokens=isinstance(prompt, str), return_tensors="pt").to(
             self.model.device
         )
-        width, limit = ids["input_ids"].shape[1], self.model.config.get_text_config().max_position_embeddings
-        if width + options["max_tokens"] > limit:
+        width, limit = ids["input_ids"].shape[1], positions(self.model.config.get_text_config())
+        if limit is not None and width + options["max_tokens"] > limit:
             print(f"(the conversation has {width} tokens, and the model takes {limit}: /reset it, or lower /tokens)")
             return None, False
         sampling: dict[str, Any] = {"do_sample": False}

@@ -136,13 +136,19 @@ def _arrow(dataset: "Dataset", name: str):
         yield start, plain[start : start + COUNTED][name].combine_chunks()
 
 
+def positions(config: Any) -> int | None:
+    """Tokens that a model of this text configuration has positions for; None where they are without limit (states, most
+    ALiBi). MPT's ALiBi has one, by another name."""
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+
+
 def longest_input(model: "Model") -> int | None:
     """Tokens that a model takes at most, None where its config names no limit, or stretches its rotary positions.
 
     RoBERTa and its kin count positions from their padding token's id + 1, so they take fewer than they have positions.
     """
     config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)  # not every architecture has one
+    limit = positions(config)
     if (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") != "default":
         return None
     for name, module in model.named_modules():

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from align.data.limits import positions
 from align.doctor.lines import Line, attempt
 from align.doctor.short_runs import Checker, Result, free
 from align.errors import ConfigError, TrainingError
@@ -264,7 +265,7 @@ def _engine(checker: Checker) -> str:
     trained = load_policy(str(checker.whole().folder), dtype=dtype).to(device)
     tokenizer = load_tokenizer(checker.run.model.model_name_or_path)
     backend = getattr(getattr(checker.run.training, "rollout", None), "backend", "transformers")
-    longest = getattr(start.config.get_text_config(), "max_position_embeddings", None) or 256
+    longest = positions(start.config.get_text_config()) or 256
     engine = make_engine(start, tokenizer, backend=backend, max_model_len=min(256, longest))
     try:
         report = engine.push(trained, 1)

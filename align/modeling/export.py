@@ -11,6 +11,7 @@ from torch import Tensor
 
 from align.data.encode import render
 from align.data.ending import end_ids
+from align.data.limits import positions
 from align.errors import ConfigError, TrainingError
 from align.modeling.adapters import CONFIG_FILE, adapter_base, is_adapter
 from align.modeling.load import load_tokenizer
@@ -205,7 +206,7 @@ def probe_rows(tokenizer, core: Model) -> tuple[Tensor, Tensor]:
         turns = [[("user", question), ("assistant", answer)] for question, answer in TURNS]
         texts = [render([{"role": r, "content": c} for r, c in turn], tokenizer, {}) for turn in turns]
     config = core.config.get_text_config()
-    longest = min(MOST_TOKENS, getattr(config, "max_position_embeddings", None) or MOST_TOKENS)
+    longest = min(MOST_TOKENS, positions(config) or MOST_TOKENS)
     rows = [ids[:longest] for ids in tokenizer(texts, add_special_tokens=not tokenizer.chat_template)["input_ids"]]
     generator = torch.Generator().manual_seed(0)
     vocabulary = min(len(tokenizer), config.vocab_size)

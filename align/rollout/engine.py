@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, ClassVar
 
 from align.data.ending import end_ids
+from align.data.limits import positions
 from align.errors import ConfigError, RolloutError
 from align.rollout.seeds import derive_seed
 from align.rollout.types import Completion, OnDone, PushReport, Request, Rollout, SamplingParams
@@ -279,7 +280,7 @@ class RolloutEngine(ABC):
 
 def check_length(text_config, max_model_len: int) -> None:
     """Refuse sequences longer than the positions the model was made for (rotary models would silently degrade)."""
-    limit = getattr(text_config, "max_position_embeddings", None)  # absent where positions are unlimited (ALiBi)
+    limit = positions(text_config)
     rope = getattr(text_config, "rope_parameters", None) or {}
     scaled = rope.get("rope_type", "default") != "default"  # then the back-end knows how far it reaches
     if limit is not None and max_model_len > limit and not scaled:

@@ -6,8 +6,10 @@ import logging
 
 import pytest
 import torch
+import transformers
 
 from align.cli.main import main
+from align.data.limits import longest_input
 from align.evaluation import answers as answers_module
 from align.evaluation.answers import Drawing, generate_answers, read_prompts
 from align.modeling.load import load_policy, load_tokenizer
@@ -198,3 +200,19 @@ def test_commands_and_mistakes(model, monkeypatch, capsys):
         assert line in shown
     assert main(["chat", model, "--max_tokens", "0"]) == 2
     assert "--max_tokens must be at least 1" in capsys.readouterr().err
+
+
+def test_a_model_without_positions_talks_too(tmp_path, monkeypatch, capsys):
+    """Of states or ALiBi; MPT's ALiBi ends where its table does."""
+    folder = tmp_path / "bloom"
+    config = transformers.BloomConfig(vocab_size=80, hidden_size=32, n_layer=1, n_head=2, initializer_range=0.3)
+    torch.manual_seed(3)
+    transformers.BloomForCausalLM(config).save_pretrained(folder)
+    worlds.tokenizer().save_pretrained(folder)
+    shown = talk(monkeypatch, capsys, [str(folder), "--temperature", "0"], "w1 w2\n/tokens 100\nw1\n")
+    assert greedy(str(folder), [{"role": "user", "content": "w1 w2"}]) in shown and "the model takes" not in shown
+    config = transformers.MptConfig(d_model=32, n_heads=2, n_layers=1, max_seq_len=16, vocab_size=80, expansion_ratio=2)
+    mpt = transformers.MptForCausalLM(config)
+    assert longest_input(mpt) == 16
+    with pytest.raises(RuntimeError):
+        mpt(torch.ones(1, 17, dtype=torch.long))
