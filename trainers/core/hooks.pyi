@@ -30,6 +30,7 @@ class TrainingSettings:
     run_name: str | None
     report_to: list[str]
     hub_token: str | None
+    accelerator_config: Any
     seed: int
     data_seed: int | None
     use_cpu: bool

@@ -47,8 +47,8 @@ class MicroBatchLists(TrainerMixin):
     @contextmanager
     def _before_last(self, model: nn.Module) -> Iterator[None]:
         """Around a micro-batch that is not the last of its step: gradients are summed over processes, and DeepSpeed
-        takes its step, after the last one. With accelerate's `sync_each_batch` gradients are summed after each, so that
-        FSDP2 keeps its share of them and not the whole."""
+        takes its step, after the last one. With accelerate's `sync_each_batch`, which `sums` sets under FSDP2, they are
+        summed after each, so that a process keeps its share of them and not the whole."""
         before, self.accelerator.sync_gradients = self.accelerator.sync_gradients, False
         try:
             each = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)

@@ -36,6 +36,7 @@ from align.trainers.core.lock import holding
 from align.trainers.core.options import BaseConfig, RunOptions
 from align.trainers.core.recorder import Recorder
 from align.trainers.core.signals import REQUEUE, StopOnSignal
+from align.trainers.core.sums import sum_gradients
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -92,6 +93,7 @@ class TrainerMixin(TrainerHooks):
         self._verify = False
         super().__init__(*args, **kwargs)
         check_sharded(self.accelerator)
+        sum_gradients(self.accelerator, self.args.accelerator_config.gradient_accumulation_kwargs)
         if isinstance(self.args, BaseConfig):  # TRL's, of SFT, adds the loss of a mixture of experts
             self.router_coefficient = router_coefficient(self.model, self.args.router_aux_loss_coef)
             self.aux_loss_enabled = self.router_coefficient > 0  # TRL's name
