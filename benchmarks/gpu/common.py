@@ -139,3 +139,12 @@ def matmul_flops(setting: Setting, dtype: torch.dtype | None = None) -> float:
     size = 128 if setting.small else 8192
     a, b = (torch.randn(size, size, device=setting.device, dtype=dtype or setting.dtype) for _ in range(2))
     return 2 * size**3 / median_seconds(setting, lambda: a @ b, 10)
+
+
+def completed(engine, prompts: list[list[int]], params: list) -> list[list[int]]:
+    """The tokens that an engine draws. Raises where it does not tell what is done as it is."""
+    told: dict[int, list] = {}
+    rollouts = engine.generate(prompts, params, on_done=told.__setitem__)
+    if told != {index: rollout.completions for index, rollout in enumerate(rollouts)}:
+        raise AssertionError("on_done was told other completions than generate returned")
+    return [rollout.completions[0].token_ids for rollout in rollouts]

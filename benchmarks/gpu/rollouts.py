@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from align.errors import RolloutError
 from align.rollout import SamplingParams, make_engine
 from align.rollout.make import choose_backend
-from benchmarks.gpu.common import Part, Setting
+from benchmarks.gpu.common import Part, Setting, completed
 
 
 def parts(setting: Setting) -> Iterator[Part]:
@@ -82,7 +82,7 @@ class Rollouts:
     def complete(self, prompts=None, seeds=None) -> list[list[int]]:
         prompts = self.prompts if prompts is None else prompts
         params = [SamplingParams(self.tokens, seed=seed) for seed in seeds or [None] * len(prompts)]
-        return [rollout.completions[0].token_ids for rollout in self.engine.generate(prompts, params)]
+        return completed(self.engine, prompts, params)
 
     def rollouts(self) -> dict:
         self.complete()  # what is compiled or captured at first use

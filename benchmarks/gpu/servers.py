@@ -21,7 +21,7 @@ from peft import LoraConfig, get_peft_model
 from align.errors import RolloutError
 from align.rollout import SamplingParams, make_engine
 from align.rollout.make import choose_backend
-from benchmarks.gpu.common import Part, Setting
+from benchmarks.gpu.common import Part, Setting, completed
 from benchmarks.gpu.rollouts import different
 
 KEY = "ALIGN_ROLLOUT_KEY"
@@ -159,7 +159,7 @@ class Servers:
         generator, vocabulary = torch.Generator().manual_seed(0), self.setting.first_shape["vocab_size"]
         prompts = torch.randint(vocabulary, (self.count, self.length), generator=generator).tolist()
         params = [SamplingParams(self.length, seed=seed) for seed in range(self.count)]
-        return [rollout.completions[0].token_ids for rollout in engine.generate(prompts, params)]
+        return completed(engine, prompts, params)
 
     def close(self) -> None:
         if self.process is not None:
