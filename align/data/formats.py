@@ -180,12 +180,14 @@ def _missing_columns(columns: set[str], use: str, source: str) -> str:
         f"found {', '.join(repr(name) for name in sorted(columns)) or 'none'}."
     )
     near = []
-    for name in sorted(columns - set(TEXT_COLUMNS)):
+    for name in sorted(columns - {*TEXT_COLUMNS, *SCORED}):
         match = difflib.get_close_matches(name.lower(), TEXT_COLUMNS, n=1, cutoff=0.75)
         match += [ours for ours, theirs in OTHER_NAMES.items() if name.lower() in theirs]
         near += [f"{name!r} -> '{match[0]}'"] if match else []
     if near:
         message += f" Rename what is meant: {', '.join(near)}."
+    if len(set(SCORED) & columns) == 1:
+        message += f" '{SCORED[0]}', several answers to each prompt, need '{SCORED[1]}', a number for each of them."
     if "conversations" in columns:
         message += " Messages with 'from' and 'value' become ours with trl.maybe_convert_to_chatml."
     return message

@@ -58,6 +58,11 @@ def test_unknown_columns_are_listed_with_the_nearest():
     assert "found 'choosen', 'instruction', 'rejectd'" in message
     assert "'choosen' -> 'chosen'" in message and "'rejectd' -> 'rejected'" in message
     assert "'instruction' -> 'prompt'" in message
+    for column in ("completions", "scores"):  # one of two is not another one misspelt
+        with pytest.raises(DataError) as error:
+            format_for(Dataset.from_list([{"prompt": "p", column: [1.0, 2.0]}]), "pairs")
+        message = str(error.value)
+        assert "'completions', several answers to each prompt, need 'scores'" in message and "Rename" not in message
 
 
 def test_prompts_alone_are_no_completions():
