@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from align.errors import ConfigError, TrainingError
 
 BATCHES = {"1 x 4 accumulated": (1, 4), "2 x 2 accumulated": (2, 2)}
 RANKS_SECONDS = 1800  # for two processes to load the model and train one step
+ENDING = 60  # seconds that a command has to end what it has started
 BOUNDS = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2}
 """Of losses and gradient norms of the same step computed in other portions, relative to the larger (or to 1): orders of
 summation differ, and nothing else does. A step's loss in bfloat16 differs by its 8 bits."""
@@ -147,6 +149,8 @@ def _ranks(checker: Checker) -> str | Line:
 
 def run_shown(command: list[str], seconds: float) -> None:
     """Run a command to its end, at most so many seconds. TrainingError with its error, or its last lines."""
+    import psutil
+
     process = subprocess.Popen(
         command,
         env={"OMP_NUM_THREADS": "1", **os.environ},
@@ -160,11 +164,15 @@ def run_shown(command: list[str], seconds: float) -> None:
         said, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         late = True
+        started = psutil.Process(process.pid).children(recursive=True)  # each of them could hold our pipe open
         process.terminate()  # torchrun ends its processes, which have sessions of their own
         try:
-            said, _ = process.communicate(timeout=60)
+            said, _ = process.communicate(timeout=ENDING)
         except subprocess.TimeoutExpired:
             process.kill()
+            for one in started:
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
             said, _ = process.communicate()
     if not late and not process.returncode:
         return

@@ -5,10 +5,11 @@ import difflib
 import logging
 import tempfile
 import weakref
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from align.rollout.vllm_lora import AdapterSlot
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class VLLMEngine(RolloutEngine):
@@ -113,7 +115,7 @@ class VLLMEngine(RolloutEngine):
         core = language_model(model)
         shapes = checkpoint_shapes(model, merged=rank is None)
         try:
-            with known_names(), starting():
+            with known_names(), starting(), self._step("the start"):
                 started = start_llm(core, shapes, dtype=self.dtype, rank=rank, sharing=self._sharing, **options)
                 self._llm, self._on_cpu = started
         except AlignError:
@@ -220,14 +222,24 @@ class VLLMEngine(RolloutEngine):
 
     def _requests(self, prompts, params) -> list[Request]:
         checked = partial(super()._requests, prompts, params)
-        return in_all(checked) if self.together else checked()  # the others would wait for one that has failed
+        return self._in_all("the check of requests", checked)
 
     def _prove(self, sent) -> int | None:
         proved = partial(super()._prove, sent)
-        return in_all(proved) if self.together else proved()
+        return self._in_all("the proof of weights", proved)
 
     def anyone(self, wants: bool) -> bool:
-        return anywhere(wants) if self.together else wants  # all engines: a call checks its requests in all ranks
+        with self._step("the question who wants completions"):
+            return anywhere(wants) if self.together else wants  # all engines: a call checks its requests in all ranks
+
+    def _in_all(self, what: str, action: Callable[[], T]) -> T:
+        """If ranks share the engine, a failure in all of them: the others would wait for one that has failed."""
+        with self._step(what):
+            return in_all(action) if self.together else action()
+
+    def _step(self, what: str) -> AbstractContextManager:
+        """Around what ranks that share the engine do together."""
+        return nullcontext() if self._sharing is None else self._sharing.watch.step(what)
 
     def _complete(self, requests: list[Request], progress: bool, done: OnDone | None = None) -> list[list[Completion]]:
         answers = partial(self._answers, progress=progress)
@@ -247,6 +259,7 @@ class VLLMEngine(RolloutEngine):
         # use on a CPU and gain nothing. It does not touch what the trainer compiles.
         with (
             torch.compiler.set_stance("force_eager") if self._on_cpu else nullcontext(),
+            self._sharing.watch.moving(self._llm.llm_engine) if self._sharing is not None else nullcontext(),
             told_of(self._llm, requests, done) if done is not None else nullcontext(),
         ):
             outputs = self._llm.generate(prompts, [vllm_params(r) for r in requests], use_tqdm=progress, **adapter)
@@ -256,6 +269,8 @@ class VLLMEngine(RolloutEngine):
         self._wake_to_be_freed()
         self._llm = self._placement = self._slot = None
         self._finalizer()
+        if self._sharing is not None:
+            self._sharing.watch.close()
 
 
 def placement_of(model):

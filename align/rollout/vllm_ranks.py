@@ -7,6 +7,7 @@ of them wants, and each takes its own back.
 
 import hashlib
 import uuid
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 from align.errors import ConfigError, RolloutError
 from align.rollout.types import Completion, OnDone, Request
+from align.rollout.vllm_watch import Watch, limit
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -36,6 +38,9 @@ class SharingRanks:
                 key="rollout.tensor_parallel",
             )
         self.size, self.place = size, dist.get_rank() % size
+        first = dist.get_rank() - self.place
+        self.watch = Watch(list(range(first, first + size)), dist.get_rank(), limit())
+        weakref.finalize(self, self.watch.close)  # of an engine that nobody closes
 
     def gather(self, value: Any) -> list:
         """The values of the ranks, in order."""
@@ -52,16 +57,18 @@ class SharingRanks:
         done: OnDone | None = None,
     ) -> list[list[Completion]]:
         """The completions of this rank's requests. answer: of the engine, to those of all ranks. done: of its own."""
-        asked = self.gather(requests)
-        start = sum(map(len, asked[: self.place]))
+        with self.watch.step("completions"):
+            asked = self.gather(requests)
+            start = sum(map(len, asked[: self.place]))
 
-        def own(index: int, completions: list[Completion]) -> None:
-            if done is not None and start <= index < start + len(requests):
-                done(index - start, completions)
+            def own(index: int, completions: list[Completion]) -> None:
+                if done is not None and start <= index < start + len(requests):
+                    done(index - start, completions)
 
-        made = answer([request for each in asked for request in each], own if done is not None else None)
-        ids = [completion.token_ids for group in made for completion in group]
-        if len(set(self.gather(hashlib.blake2b(repr(ids).encode()).digest()))) > 1:
+            made = answer([request for each in asked for request in each], own if done is not None else None)
+            ids = [completion.token_ids for group in made for completion in group]
+            digests = self.gather(hashlib.blake2b(repr(ids).encode()).digest())
+        if len(set(digests)) > 1:
             raise RolloutError(
                 "the ranks that share a vLLM engine drew different tokens: their slices no longer compute together. "
                 "Set rollout.tensor_parallel: 1, or use a server"

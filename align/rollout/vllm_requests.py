@@ -1,6 +1,6 @@
 """Requests as vLLM takes them in its own process, and what it answers."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from align.rollout.types import Completion, OnDone, Request
@@ -38,6 +38,20 @@ def completion(output, request: Request) -> Completion:
 
 
 @contextmanager
+def stepping(engine, step: Callable[[], list]) -> Iterator[None]:
+    """With another `step` of vLLM's engine in the place of its own, or of what is in that place already."""
+    before = vars(engine).get("step")
+    engine.step = step
+    try:
+        yield
+    finally:
+        if before is None:
+            del engine.step
+        else:
+            engine.step = before
+
+
+@contextmanager
 def told_of(llm, requests: list[Request], done: OnDone) -> Iterator[None]:
     """While `LLM.generate` completes these requests, `done` is told of each when its last token is there. vLLM itself
     says nothing before all are: so what every step of its engine gives is looked at."""
@@ -53,8 +67,5 @@ def told_of(llm, requests: list[Request], done: OnDone) -> Iterator[None]:
                 done(index, [completion(one, requests[index]) for one in output.outputs])
         return outputs
 
-    engine.step = looked_at
-    try:
+    with stepping(engine, looked_at):
         yield
-    finally:
-        del engine.step

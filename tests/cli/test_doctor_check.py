@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import re
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -252,10 +253,16 @@ def test_a_folder_without_room_is_refused_before_anything_trains(config, capsys,
     assert "which has 0.0 GiB free: name another --folder" in found["lines"][0]["found"]
 
 
-def test_a_command_that_fails_or_hangs_shows_its_last_lines(capsys):
+def test_a_command_that_fails_or_hangs_shows_its_last_lines(capsys, monkeypatch):
     talk = "import sys, time; print('out'); print('the last word', file=sys.stderr, flush=True); "
     with pytest.raises(TrainingError, match=r"exit status 3: .*the last word"):
         invariants.run_shown([sys.executable, "-c", talk + "sys.exit(3)"], 60)
     with pytest.raises(TrainingError, match="not done after 2 s"):
         invariants.run_shown([sys.executable, "-c", talk + "time.sleep(60)"], 2)
+    monkeypatch.setattr(invariants, "ENDING", 0.5)
+    talk += "import os, signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); os.fork() or os.setsid(); "
+    start = time.monotonic()  # the second process holds the pipe, and hears no signal either
+    with pytest.raises(TrainingError, match="not done after 2 s"):
+        invariants.run_shown([sys.executable, "-c", talk + "time.sleep(60)"], 2)
+    assert time.monotonic() - start < 20
     assert "the last word" in capsys.readouterr().err

@@ -3,6 +3,8 @@ folder for what is found."""
 
 import copy
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch.distributed as dist
 
 from align.data import toy
 from align.errors import ConfigError, RolloutError
-from align.rollout import SamplingParams, make_engine
+from align.rollout import SamplingParams, make_engine, vllm_watch
 from tests.rollout.rollout_models import llama, never_ending, prompts
 from tests.rollout.two_ranks import check, shard, with_adapter
 from tests.trainers.on_policy.talks import talking_run
@@ -88,8 +90,34 @@ def check_what_one_process_does_wrong(engine, model, last: bool) -> None:
     engine.push(model, 7)
 
 
+def check_that_who_does_not_come_is_named(engine, rank: int) -> None:
+    """While it does something else for longer than the limit; not where it takes longer at what all are at."""
+    watch, said = engine._sharing.watch, []
+    kept = watch.seconds, watch.end
+    watch.seconds, watch.end = 2.0, said.append
+    vllm_engine = engine._llm.llm_engine
+    step = vllm_engine.step
+    if rank % 2:
+        vllm_engine.step = lambda: (time.sleep(3), setattr(vllm_engine, "step", step), step())[2]
+    engine.generate([[5]], SamplingParams(2))
+    assert said == []
+    if rank % 2:
+        time.sleep(5)
+    engine.generate([[5]], SamplingParams(1))
+    watch.seconds, watch.end = kept
+    assert len(said) == (rank + 1) % 2
+    last = watch.here.count - 2
+    for told in said:
+        assert f"processes {rank}, {rank + 1} share a vLLM engine, and process {rank} waited for 2." in told
+        assert (
+            f"seconds (limit: 2, by ddp_timeout) in step {last + 1}, the check of requests: process {rank + 1} " in told
+        )
+        assert told.endswith(f"did not come, and is busy with something else (its last: step {last}, completions)")
+
+
 def main(folder: Path) -> None:
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=timedelta(seconds=240))  # what hangs says where
+    vllm_watch.BEAT = 0.1
     rank, world, model = dist.get_rank(), dist.get_world_size(), never_ending(llama())
     with pytest.raises(ConfigError, match=f"shares an engine between 3 processes of the run, which has {world}"):
         make_engine(model, backend="vllm", max_model_len=256, tensor_parallel=3)
@@ -98,6 +126,7 @@ def main(folder: Path) -> None:
     found = {"drawn": drawn(engine, ASKED[start:end]), "none": drawn(engine, ASKED[: 2 * (rank % 2)])}
     found["proved"] = engine.push(model, 1).proved_tensors
     check_what_one_process_does_wrong(engine, model, rank == world - 1)
+    check_that_who_does_not_come_is_named(engine, rank)
     check(engine, never_ending(llama(4)), never_ending(llama(4)), 8)
     check(engine, shard(never_ending(llama(1))), never_ending(llama(1)), 9)
     check(engine, shard(with_adapter(never_ending(llama(2)))), with_adapter(never_ending(llama(2))), 10)

@@ -39,6 +39,7 @@ class TrainingSettings:
     gradient_checkpointing: bool | None
     disable_tqdm: bool
     dataloader_pin_memory: bool
+    ddp_timeout: float
     dataloader_num_workers: int
     dataloader_prefetch_factor: int | None
     load_best_model_at_end: bool

@@ -6,9 +6,11 @@ that a trainer built on one of TRL's keeps TRL's defaults.
 
 import os
 from dataclasses import MISSING, dataclass, field, fields
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import TrainingArguments
 
 from align.config.ranges import check_ranges
@@ -34,6 +36,12 @@ def ranks_on_processors() -> None:
     """
     if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+
+
+def limit_waits(seconds: float) -> None:
+    """Of the processes' group on processors: transformers gives `ddp_timeout` to that on GPUs alone."""
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
 
 
 @dataclass
@@ -86,7 +94,10 @@ class RunOptions(TrainingSettings):
         check_ranges(self)
         if self.hub_token is not None:
             self.hub_token = Secret(self.hub_token)
+        connected = dist.is_initialized()  # by a program, which has set its own limit
         super().__post_init__()
+        if not connected:
+            limit_waits(self.ddp_timeout)
 
 
 @dataclass
