@@ -18,6 +18,7 @@ from tests.trainers.pairs.preference_runs import dpo_config, toy_pairs
 from tests.trainers.tiny_runs import tiny_model
 
 EACH = 64  # micro-batches of a process
+LOGGED = ("loss", "logps/chosen", "logps/rejected", "rewards/margins", "rewards/chosen")
 NAMES = ("here", "accelerate")
 AS_ACCELERATE = {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": False}}}
 
@@ -33,16 +34,19 @@ class Gradient(TrainerCallback):
 
 def models(folder: Path) -> None:
     """Weights that bfloat16 holds exactly, so that the runs differ in what they compute alone."""
-    policy, reference = tiny_model(toy.tokenizer()).bfloat16().float(), tiny_model(toy.tokenizer())
+    policy, reference = (tiny_model(toy.tokenizer(), num_hidden_layers=1) for _ in range(2))
     generator = torch.Generator().manual_seed(0)
     for parameter in reference.parameters():
         parameter.data += 0.01 * torch.randn(parameter.shape, generator=generator)
-    policy.save_pretrained(folder / "policy")
+    policy.bfloat16().float().save_pretrained(folder / "policy")
     reference.bfloat16().float().save_pretrained(folder / "reference")
 
 
-def gradient(folder: Path, output: Path, *, size: int, accumulation: int, own_sums=False, **options) -> Gradient:
-    """size: pairs of a micro-batch. own_sums: of accelerate, without what a trainer changes in them."""
+def gradient(
+    folder: Path, output: Path, *, size: int, accumulation: int, own_sums=False, rounded=False, **options
+) -> Gradient:
+    """size: pairs of a micro-batch. own_sums: accelerate's, without what a trainer changes in them. rounded: policy and
+    reference hold their weights in bfloat16."""
     kept = Gradient()
     cut = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation, "max_steps": 1}
     args = dpo_config(output, **cut, max_grad_norm=0.0, **(AS_ACCELERATE if own_sums else {}), **options)
@@ -53,7 +57,11 @@ def gradient(folder: Path, output: Path, *, size: int, accumulation: int, own_su
     if own_sums:
         plugin = trainer.accelerator.state.fsdp_plugin
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.bfloat16)
+    for model in (trainer.model, trainer.ref_model) if rounded else ():
+        for parameter in model.parameters():  # and no buffers: rotary frequencies are float32 in every run
+            parameter.data = parameter.data.bfloat16()
     trainer.train()
+    kept.log = {name: trainer.state.log_history[0][name] for name in LOGGED}
     return kept
 
 
@@ -63,6 +71,6 @@ if __name__ == "__main__":
     with under("fsdp2"):
         cut = {"size": 1, "accumulation": EACH, "bf16": True}
         runs = {name: gradient(folder, output / name, **cut, own_sums=name == "accelerate") for name in NAMES}
-    found = {name: (run.parts, run.in_shards) for name, run in runs.items()}
+    found = {name: (run.parts, run.in_shards, run.log) for name, run in runs.items()}
     torch.save(found, output / f"rank{dist.get_rank()}.pt")
     dist.destroy_process_group()
