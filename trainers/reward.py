@@ -3,7 +3,6 @@
 import logging
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,7 +22,6 @@ from align.modeling.scores import pair_scores
 from align.modeling.types import Model
 from align.objectives.pair_losses import PairLosses
 from align.objectives.reward_model import bradley_terry_loss, centering, score_l2
-from align.reward_models.normalizer import FILE_NAME as NORMALIZER_FILE
 from align.reward_models.normalizer import Normalizer
 from align.trainers.core.batching import CheckSharedRows, autocast_dtype, resolve_layout
 from align.trainers.core.loading import loading_options, set_chat_template, tokenizer_of
@@ -222,12 +220,8 @@ class RewardTrainer(PairTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         with padding_as_saved(self.model, self.processing_class):
             super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            if self.normalizer is not None:
-                self.normalizer.save(folder)
-            elif not _internal_call:  # that of an earlier model in this folder
-                (folder / NORMALIZER_FILE).unlink(missing_ok=True)
+        if self.args.should_save and self.normalizer is not None:
+            self.normalizer.save(output_dir or self.args.output_dir)
 
 
 def agreement(margins: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -67,6 +67,11 @@ def adapter_base(folder: str | Path) -> str:
     return base
 
 
+def named_base(base: str) -> str:
+    """As an adapter's folder names its base: a folder by its absolute path, so that it is found from everywhere."""
+    return str(Path(base).absolute()) if Path(base).is_dir() else base
+
+
 def adapter_start(folder: str | Path) -> str:
     """What the training of an adapter started from: its base, or the adapter that it was trained on."""
     return notes(folder).get("start") or adapter_base(folder)
@@ -166,9 +171,7 @@ def finish_adapter(folder: str | Path, model: Model) -> None:
     config = json.loads((folder / CONFIG_FILE).read_text())
     start: Start | None = vars(core).get("adapter_start")
     base = start.base if start else config["base_model_name_or_path"] or core.config.name_or_path
-    if base and Path(base).is_dir():
-        base = str(Path(base).absolute())
-    config["base_model_name_or_path"] = base
+    base = config["base_model_name_or_path"] = base and named_base(base)
     found: dict[str, Any] = {"base_digest": folder_digest(base) if base else None}
     if start is not None:
         # the embeddings that a second adapter lies on hold the first one, which is saved with it

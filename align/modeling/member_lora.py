@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from align.errors import ConfigError
-from align.modeling.adapters import PREFIX, WEIGHTS_FILE, adding_lora
+from align.modeling.adapters import PREFIX, WEIGHTS_FILE, adding_lora, named_base
 from align.modeling.members import Members, draw_heads, layer_list, modules_after
 from align.modeling.types import Model
 
@@ -152,7 +152,7 @@ def save_adapter(model: Model, index: int, peft_config, folder: str | Path) -> N
     config = copy.deepcopy(peft_config)
     config.task_type, config.inference_mode = "SEQ_CLS", True
     config.modules_to_save = [name for name, module in model.named_modules() if isinstance(module, Members)]
-    config.base_model_name_or_path = model.config.name_or_path
+    config.base_model_name_or_path = named_base(model.config.name_or_path)
     config.save_pretrained(str(folder))
     state = {name: value.detach().cpu().contiguous() for name, value in adapter_state(model, index).items()}
     save_file(state, Path(folder) / WEIGHTS_FILE)

@@ -21,11 +21,16 @@ from align.modeling.adapters import (
     folder_digest,
     notes,
 )
+from align.modeling.token_masks import FILE_NAME as MASKS_FILE
 from align.modeling.types import Model
+from align.reward_models.ensemble import FILE_NAME as ENSEMBLE_FILE
+from align.reward_models.normalizer import FILE_NAME as NORMALIZER_FILE
 
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, NOTES_FILE, START_FILE, "adapter_model.bin")
 TEMPLATE_FILE = "chat_template.jinja"
 MODEL_FILES = ("config.json", "model*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
+FILES_BESIDE = (ENSEMBLE_FILE, NORMALIZER_FILE, MASKS_FILE)
+"""Written after the model by those that have them."""
 PROBED_LAYERS = 8
 
 
@@ -99,6 +104,7 @@ def finish_folder(folder: str | Path, model: Model, tokenizer: Any = None) -> No
         stale = [path for path in stale if path.name not in ADAPTER_FILES]
     else:
         stale = [*(folder / name for name in ADAPTER_FILES), *_older_weights(folder)]
+    stale += [folder / name for name in FILES_BESIDE]
     if tokenizer is not None and tokenizer.chat_template is None:
         stale.append(folder / TEMPLATE_FILE)
     for path in stale:

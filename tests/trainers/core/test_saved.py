@@ -23,6 +23,7 @@ from align.trainers.kto import KTOConfig, KTOTrainer
 from align.trainers.modpo import MODPOConfig, MODPOTrainer
 from align.trainers.reward import RewardTrainer
 from align.trainers.sft import SFTTrainer
+from align.trainers.sweeps.ensemble import train_reward_ensemble
 from tests.trainers import reward_runs, sparse_runs
 from tests.trainers.pairs.preference_runs import dpo_config, toy_pairs
 from tests.trainers.tiny_runs import demonstrations, on_policy, prompts, sft_config, tiny_model, wanted_words
@@ -221,6 +222,23 @@ def test_a_folder_is_what_was_written_last(policy, tmp_path):
     assert_saved("sft", trained("sft", policy, tmp_path, learning_rate=1e-2), tmp_path)
     assert_saved("sft", trained("sft", policy, tmp_path, lora(), learning_rate=1e-2), tmp_path)
     assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_files_beside_an_earlier_model_go_with_it(start, tmp_path):
+    """An ensemble of reward models, then one, then a policy in one folder; and masks of SparsePO, then DPO."""
+    rewards = tmp_path / "rewards"
+    args = reward_runs.config(rewards, max_steps=1)
+    train_reward_ensemble(start, args, toy_pairs(16), members=2)
+    assert (rewards / "ensemble.json").exists()
+    assert_saved("reward", trained("reward", start, rewards), rewards)
+    assert (rewards / "reward_normalizer.json").exists() and not (rewards / "ensemble.json").exists()
+    assert_saved("dpo", trained("dpo", start, rewards), rewards)
+    assert not (rewards / "reward_normalizer.json").exists()
+    masks = tmp_path / "sparse" / "token_masks.safetensors"
+    trained("sparsepo", start, masks.parent)
+    assert masks.exists()
+    trained("dpo", start, masks.parent)
+    assert not masks.exists()
 
 
 def test_no_weights_and_no_template_of_an_earlier_save_are_left(policy, tmp_path):

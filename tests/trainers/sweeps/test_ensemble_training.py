@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 
 import pytest
@@ -102,6 +103,20 @@ def test_saved_and_loaded(kind, trunk, tmp_path):
     written = (folder / "ensemble.json").stat().st_mtime_ns
     train_reward_ensemble(trunk, args, pairs(160), pairs(60, seed=1), members=3, kind=kind, resume=True, **options)
     assert (folder / "ensemble.json").stat().st_mtime_ns == written
+
+
+def test_members_name_their_base_by_its_absolute_path(trunk, tmp_path, monkeypatch):
+    """Read from a folder that has another model of that name."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trunk, "base")
+    args = config("runs/rm", max_steps=1)
+    train_reward_ensemble("base", args, pairs(16), members=2, kind="lora", peft_config=LORA)
+    expected = load_ensemble("runs/rm", "mean", device="cpu").score(BATCH).scores
+    other = tmp_path / "elsewhere"
+    tiny.causal(dtype=torch.float32, initializer_range=0.3, hidden_size=32).save_pretrained(other / "base")
+    worlds.tokenizer().save_pretrained(other / "base")
+    monkeypatch.chdir(other)
+    assert torch.equal(load_ensemble("../runs/rm", "mean", device="cpu").score(BATCH).scores, expected)
 
 
 def test_metrics(trunk, tmp_path, caplog):
