@@ -31,7 +31,7 @@ def test_gradients_are_summed_in_float32(tmp_path):
     assert error(here, exact) < MOST * autocast < error(accelerate, exact)
     assert in_shards and not kept_whole  # between the micro-batches of a step
     rounded = gradient(tmp_path, tmp_path / "rounded", size=16, accumulation=2 * EACH // 16, rounded=True)
-    # on one processor to 5 digits; another may add up in another order where micro-batches are of other sizes. Log-probs
+    # here to 5 digits; another processor may add up in another order where micro-batches are of other sizes. Log-probs
     # under autocast differ by 4e-3
     assert log == pytest.approx(rounded.log, rel=0, abs=4e-4)
     for name, part in here.items():
