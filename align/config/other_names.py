@@ -2,7 +2,6 @@
 for the error about an unknown key."""
 
 OTHER_NAMES = {
-    "rollout_backend": "rollout.backend",
     "rollout_dtype": "rollout.dtype",
     "max_num_seqs": "rollout.max_num_seqs",
     "sync_tolerance": "rollout.sync_tolerance",

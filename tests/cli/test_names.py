@@ -14,7 +14,7 @@ from align.errors import ConfigError
 @pytest.mark.parametrize(
     ("config", "option", "said"),
     [
-        ("RLOOConfig", "rollout_backend", 'RLOOConfig; it is rollout={"backend": ...} here'),
+        ("RLOOConfig", "rollout_dtype", 'RLOOConfig; it is rollout={"dtype": ...} here'),
         ("GRPOConfig", "max_num_seqs", 'GRPOConfig; it is rollout={"max_num_seqs": ...} here'),
         ("DPOConfig", "xyzzy", "unknown argument xyzzy of DPOConfig; `help(DPOConfig)` lists them"),
         ("SFTConfig", "max_lenght", "nearest valid: max_length"),

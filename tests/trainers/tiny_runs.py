@@ -102,8 +102,9 @@ def on_policy_config(config, folder, **options):
         "max_completion_length": 6,
         "max_steps": 2,
         "learning_rate": 1e-3,
-        "rollout": "transformers",
     }
+    if "rollout_backend" not in options:
+        defaults["rollout"] = "transformers"
     return config(**{**defaults, **options})
 
 

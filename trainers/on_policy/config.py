@@ -55,13 +55,22 @@ class OnPolicyConfig(BatchingOptions, SamplingOptions, BaseConfig):
 
     # ---- rollouts
     num_generations: int = field(default=1, metadata={"help": "Sampled completions per prompt and rollout."})
-    max_prompt_length: int = field(default=512, metadata={"help": "Longer prompts are bad rows (tokens)."})
+    max_prompt_length: int = field(
+        default=512,
+        metadata={
+            "help": "Longer prompts are bad rows (tokens). The default is lowered to what the model's positions leave "
+            "beside a completion."
+        },
+    )
     rollout: RolloutOptions | dict[str, Any] | str = field(
         default=RolloutOptions(),
         metadata={
             "help": "The engine that completes prompts: {backend, max_num_seqs, dtype, ...} or the back-end's name "
             "alone (docs/rollouts.md)."
         },
+    )
+    rollout_backend: str | None = field(
+        default=None, metadata={"help": "Short for rollout: {backend: ...}, where nothing else of the engine is set."}
     )
     rollouts_ahead: int = field(
         default=0,
@@ -249,6 +258,7 @@ class OnPolicyConfig(BatchingOptions, SamplingOptions, BaseConfig):
         self.sections = {name: SECTIONS[name](value, name) for name, value in given.items() if value is not None}
         for name, section in self.sections.items():
             setattr(self, name, plain(section))
+        take_backend(self)
         self.rollout = rollout_options(self.rollout)
         check_budgets(self)
         check_kl(self)
@@ -265,6 +275,15 @@ class OnPolicyConfig(BatchingOptions, SamplingOptions, BaseConfig):
         """What `loss_type` says of the other options."""
         default_aggregation: Any = next(f.default for f in fields(self) if f.name == "loss_aggregation")
         self.loss_aggregation = resolve_loss_type(self, default_aggregation)
+
+
+def take_backend(args: OnPolicyConfig) -> None:
+    """`rollout_backend` as what it is short for. Raises `ConfigError` beside options of an engine."""
+    if args.rollout_backend is None:
+        return
+    if args.rollout != RolloutOptions():
+        raise ConfigError("rollout_backend: write the backend in the section rollout instead", key="rollout_backend")
+    args.rollout, args.rollout_backend = args.rollout_backend, None
 
 
 def check_choices(args: OnPolicyConfig) -> None:

@@ -1,16 +1,20 @@
 """Prompts and samples: what the rows of the data become on their way from the engine to a loss."""
 
+import logging
 from dataclasses import dataclass, field
 
 import torch
 
 from align.data.ending import written_text
 from align.data.formats import columns_of
+from align.data.limits import longest_input
 from align.data.tokenize import tokenize_pairs, tokenize_prompts
 from align.errors import RolloutError
 from align.objectives.kl import masked_sum
 from align.rollout.types import Completion, Episode
 from align.trainers.on_policy.environments import Environments, with_prompts
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -65,6 +69,17 @@ class Sample:
     def written(self) -> int:
         """Tokens that the policy wrote: what losses and metrics count."""
         return self.length if self.episode is None else sum(self.episode.policy_mask)
+
+
+def prompt_limit(args, model) -> int:
+    """`max_prompt_length`; where that is the default, no more than the model's positions leave beside a completion."""
+    limit, positions = args.max_prompt_length, longest_input(model)
+    left = limit if positions is None else positions - args.max_completion_length
+    if limit != type(args).max_prompt_length or not 0 < left < limit:
+        return limit
+    given = args.max_completion_length
+    logger.warning("max_prompt_length: %d of the %d positions, as max_completion_length is %d", left, positions, given)
+    return left
 
 
 def tokenized_prompts(

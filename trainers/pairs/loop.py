@@ -31,7 +31,7 @@ from align.trainers.pairs.config import PairConfig
 from align.trainers.pairs.data import IDS, PairData, trained_lengths
 from align.trainers.pairs.evaluation import CHOSEN, REJECTED, PairEvaluator, pairs_table, rewards_figure
 from align.trainers.pairs.metrics import BatchMeans
-from align.trainers.pairs.micro_batches import MicroBatchPlanner, PairRows
+from align.trainers.pairs.micro_batches import MicroBatchPlanner, PaddedPairs, PairRows, SharedPrefixPairs
 
 UserMetrics = Callable[[EvalPrediction], dict[str, float]]
 
@@ -92,6 +92,11 @@ class PairTrainer(MicroBatchLists, Trainer):
 
     def restore_state(self, state: dict) -> None:
         """Called before the first step of a resumed run, with what `extra_state` returned when it was saved."""
+
+    @property
+    def collator(self) -> PaddedPairs | SharedPrefixPairs:
+        """What makes the tensors of a micro-batch: padded, or with shared prompts."""
+        return self.planner.layout
 
     # ---- a step -----------------------------------------------------------------------------------------------------
 

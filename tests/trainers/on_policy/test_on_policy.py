@@ -86,6 +86,28 @@ def test_a_prompt_that_is_too_long(policy, tmp_path):
         ReMaxTrainer(policy, wanted_words, remax_config(tmp_path, max_prompt_length=5), prompts(8))
 
 
+@pytest.mark.parametrize("given, longest", [({}, 58), ({"max_prompt_length": 513}, None)])
+def test_the_default_leaves_room_for_a_completion(given, longest, policy, tmp_path, caplog):
+    """The model has 64 positions, and a completion 6 tokens; what is given is refused."""
+    quiet = {**QUIET, "max_steps": 1, "per_device_train_batch_size": 4}
+    args = ReMaxConfig(str(tmp_path), rollout_backend="transformers", max_completion_length=6, **quiet, **given)
+    if longest is None:
+        with pytest.raises(ConfigError, match="519 .* is more than the 64 positions"):
+            ReMaxTrainer(policy, wanted_words, args, prompts(4)).train()
+        return
+    trainer = ReMaxTrainer(policy, wanted_words, args, prompts(4))
+    assert trainer.args.max_prompt_length == longest and "max_prompt_length: 58 of the 64 positions" in caplog.text
+    trainer.train()
+    trainer.close()
+
+
+def test_the_back_end_by_one_option(tmp_path):
+    args = ReMaxConfig(str(tmp_path), rollout_backend="transformers", use_cpu=True)
+    assert args.rollout == ReMaxConfig(str(tmp_path), rollout="transformers", use_cpu=True).rollout
+    with pytest.raises(ConfigError, match="rollout_backend: write the backend in the section rollout"):
+        ReMaxConfig(str(tmp_path), rollout_backend="vllm", rollout={"backend": "transformers"}, use_cpu=True)
+
+
 def test_a_reward_that_is_not_finite(policy, tmp_path):
     def broken(completions):
         return [math.nan if i == 3 else 0.0 for i in range(len(completions))]

@@ -205,6 +205,4 @@ def test_wandb_gets_a_table_and_a_histogram(policy, pairs, wandb_offline):
 def test_the_tokens_of_a_step_are_counted(policy, pairs, tmp_path):
     args = dpo_config(tmp_path, include_num_input_tokens_seen="all", per_device_train_batch_size=20, max_steps=2)
     trainer = trained(policy, args, pairs)
-    assert trainer.state.num_input_tokens_seen == sum(
-        trainer.planner.layout.tokens_of(row) for row in trainer.train_dataset
-    )
+    assert trainer.state.num_input_tokens_seen == sum(trainer.collator.tokens_of(row) for row in trainer.train_dataset)
