@@ -125,6 +125,7 @@ def main(folder: Path) -> None:
     start, end = CUTS[world][rank : rank + 2]
     found = {"drawn": drawn(engine, ASKED[start:end]), "none": drawn(engine, ASKED[: 2 * (rank % 2)])}
     found["proved"] = engine.push(model, 1).proved_tensors
+    make_engine(model, max_model_len=64, **SHARED).close()  # a neighbour, which takes no process group along
     check_what_one_process_does_wrong(engine, model, rank == world - 1)
     check_that_who_does_not_come_is_named(engine, rank)
     check(engine, never_ending(llama(4)), never_ending(llama(4)), 8)
