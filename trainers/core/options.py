@@ -22,10 +22,32 @@ from align.trainers.core.hooks import TrainingSettings
 PLACES = ("_dir", "_path", "_token", "run_name", "report_to", "hub_model_id", "disable_tqdm", "use_cpu")
 # What transformers, or a trainer, derives from the others or from the machine.
 DERIVED = ("accelerator_config", "dataloader_pin_memory", "debug", "do_eval", "remove_unused_columns")
+# Optimisers of transformers that read no `optim_args`.
+WITHOUT_ARGUMENTS = (
+    *("adafactor", "adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused"),
+    *("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"),
+    *("lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit"),
+)
 
 
 def machine_has_cuda() -> bool:
     return torch.cuda.is_available()
+
+
+def check_optimizer(args: Any) -> None:
+    """ConfigError for options of optimisers that the chosen one does not read, of which transformers says nothing."""
+    name = str(getattr(args.optim, "value", args.optim))
+    if args.optim_args and name in WITHOUT_ARGUMENTS:
+        raise ConfigError(
+            f"optim_args: {name} reads none of them; its options are learning_rate, weight_decay, adam_beta1, "
+            "adam_beta2 and adam_epsilon",
+            key="optim_args",
+        )
+    if args.optim_target_modules is not None and not name.startswith(("galore", "apollo")):
+        raise ConfigError(
+            f"optim_target_modules: {name} has the same rule for all weights; only galore and apollo read it",
+            key="optim_target_modules",
+        )
 
 
 def ranks_on_processors() -> None:
@@ -92,6 +114,7 @@ class RunOptions(TrainingSettings):
         if not cuda:
             self.dataloader_pin_memory = False
         check_ranges(self)
+        check_optimizer(self)
         if self.hub_token is not None:
             self.hub_token = Secret(self.hub_token)
         connected = dist.is_initialized()  # by a program, which has set its own limit
@@ -134,6 +157,13 @@ class BaseConfig(RunOptions, TrainingArguments):
                 "rankings or prompts: leave it out. tokens_per_batch bounds what a pass computes, by the rows' lengths",
                 key="train_sampling_strategy",
             )
+        for name in ("include_for_metrics", "batch_eval_metrics"):
+            if getattr(self, name):
+                raise ConfigError(
+                    f"{name}: compute_metrics gets the rewards and labels of all rows here, where a method has it: "
+                    "leave it out",
+                    key=name,
+                )
         if self.label_smoothing_factor:
             raise ConfigError(
                 "label_smoothing_factor is for token labels: give the pairs of a reward or preference loss a column "

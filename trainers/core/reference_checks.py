@@ -3,8 +3,9 @@
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
-from align.errors import TrainingError
+from align.errors import ConfigError, TrainingError
 from align.modeling.load import Reference
 from align.modeling.logprobs import language_model
 
@@ -34,6 +35,17 @@ def unlike(gaps: Tensor, tolerance: float) -> str | None:
     if mean <= tolerance / 6:
         return None
     return f"differ by {mean:.4f} nats on average over {gaps.numel()} tokens (allowed {tolerance / 6:.2f})"
+
+
+def check_no_noise(args: TrainingArguments) -> None:
+    """ConfigError for NEFTune's noise where log-probs are compared with those of a model without it."""
+    if args.neftune_noise_alpha is not None:
+        raise ConfigError(
+            "neftune_noise_alpha: log-probs of a policy with noise in its embeddings are not those that a reference or "
+            "an engine has without it, so that their difference would be the noise: leave it out. It is for SFT, "
+            "reward models and losses without a reference",
+            key="neftune_noise_alpha",
+        )
 
 
 def check_same_start(logps: Tensor, ref_logps: Tensor, mask: Tensor, tolerance: float) -> None:

@@ -56,7 +56,7 @@ class OnPolicyBase(MicroBatchLists, Trainer):
     kl: KLCoefficient
     reference: Reference | None
     check_start: bool
-    buffer: RolloutBuffer | None
+    buffer: RolloutBuffer | None = None
     restored: bool  # whether the state of the checkpoint that is resumed has been loaded
     critic: CriticLearner | None
     engine: SyncedEngine

@@ -10,6 +10,7 @@ from align.rollout import RolloutOptions, rollout_options
 from align.rollout.types import SamplingParams
 from align.trainers.core.batching import BatchingOptions
 from align.trainers.core.options import BaseConfig
+from align.trainers.core.reference_checks import check_no_noise
 from align.trainers.on_policy.ahead import check_ahead
 from align.trainers.on_policy.estimators import make_estimator
 from align.trainers.on_policy.loss_options import check_loss_options, take_delta
@@ -248,6 +249,7 @@ class OnPolicyConfig(BatchingOptions, SamplingOptions, BaseConfig):
     def __post_init__(self):
         prepare_stop(self)
         super().__post_init__()
+        check_no_noise(self)
         check_choices(self)
         take_rollouts(self)
         take_delta(self)

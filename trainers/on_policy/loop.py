@@ -132,7 +132,6 @@ class OnPolicyTrainer(OnPolicyBase):
         # With beta 0 nothing that is trained needs it; an evaluation measures the KL to it.
         held = args.beta != 0 or eval_dataset is not None
         self.reference = reference_of(model, ref_model) if held else None
-        self.buffer: RolloutBuffer | None = None
         name_best_metric(args, eval_dataset)
         super().__init__(
             model=model,

@@ -32,6 +32,7 @@ from align.trainers.core.eval_completions import show_completions
 from align.trainers.core.loading import loading_options, tokenizer_of
 from align.trainers.core.moving_reference import moving_reference
 from align.trainers.core.reference_checks import (
+    check_no_noise,
     check_reference,
     check_same_start,
     logp_tolerance,
@@ -202,6 +203,8 @@ class PreferenceTrainer(PairTrainer):
         if ref_model is not None and args.ref_model_name_or_path is not None:
             raise ConfigError("the reference is named twice, by ref_model and by ref_model_name_or_path")
         ref_model = ref_model or args.ref_model_name_or_path
+        if self.needs_reference:
+            check_no_noise(args)
         if not self.needs_reference and (ref_model is not None or args.precompute_ref_log_probs):
             raise ConfigError(
                 "this loss has no reference: leave out ref_model, ref_model_name_or_path and precompute_ref_log_probs"

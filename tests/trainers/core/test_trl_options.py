@@ -11,6 +11,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainingArguments
 
+import align
 from align import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from align.data import toy
 from align.errors import ConfigError, DataError
@@ -169,3 +170,38 @@ def test_assistant_only_loss_is_what_messages_have_anyway(tmp_path):
     assert labels(rows, assistant_only_loss=True) == labels(rows)
     with pytest.raises(ConfigError, match="assistant_only_loss: the rows are text"):
         labels(rows_of("sft", 4), assistant_only_loss=True)
+
+
+@pytest.mark.parametrize(
+    "config, options, message",
+    [
+        ("DPOConfig", {"include_for_metrics": ["inputs"]}, "include_for_metrics: compute_metrics gets the rewards"),
+        ("RewardConfig", {"batch_eval_metrics": True}, "batch_eval_metrics: compute_metrics gets the rewards"),
+        ("SFTConfig", {"optim_args": "betas=0.5"}, "optim_args: adamw_torch"),
+        ("KTOConfig", {"optim": "adafactor", "optim_args": "clip_threshold=2"}, "optim_args: adafactor reads none"),
+        ("RLOOConfig", {"optim_target_modules": ["q_proj"]}, "optim_target_modules: adamw_torch"),
+        ("GRPOConfig", {"neftune_noise_alpha": 5.0}, "neftune_noise_alpha: log-probs of a policy with noise"),
+    ],
+)
+def test_options_of_transformers_without_effect_are_refused_by_name(config, options, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        getattr(align, config)(str(tmp_path), use_cpu=True, **options)
+
+
+def test_options_of_an_optimiser_that_reads_them(tmp_path):
+    args = DPOConfig(str(tmp_path), optim="sgd", optim_args="momentum=0.5", **QUIET)
+    trainer = DPOTrainer(tiny_model(toy.tokenizer()), args, rows_of("dpo", 4), processing_class=toy.tokenizer())
+    assert trainer.create_optimizer().param_groups[0]["momentum"] == 0.5
+
+
+def test_noise_in_the_embeddings_is_for_losses_without_a_reference(tmp_path):
+    def trained(name, **options):
+        tokenizer = toy.tokenizer()
+        args = DPOConfig(str(tmp_path / name), max_steps=1, **QUIET, **options)
+        trainer = DPOTrainer(tiny_model(tokenizer), args, rows_of("dpo", 8), processing_class=tokenizer)
+        trainer.train()
+        return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+    with pytest.raises(ConfigError, match="neftune_noise_alpha"):
+        trained("dpo", neftune_noise_alpha=5.0)
+    assert not torch.equal(trained("a", loss_type="simpo", neftune_noise_alpha=5.0), trained("b", loss_type="simpo"))
