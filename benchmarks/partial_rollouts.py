@@ -46,6 +46,7 @@ TEMPERATURE = 1.0  # of training; the engine's own probe has another
 class LongTailed(VLLMEngine):
     """vLLM whose completions end at a length that follows from the prompt. lengths: tokens, by the prompt's ids."""
 
+    tells = True
     lengths: dict[tuple[int, ...], int] = {}
 
     def restart(self) -> None:

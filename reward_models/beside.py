@@ -3,11 +3,13 @@
 import asyncio
 import functools
 import os
+import queue
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import Future, as_completed
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 from align.errors import RewardError
 
@@ -20,18 +22,41 @@ class Workers(ABC):
 
     @abstractmethod
     def stop(self, *, wait: bool) -> None:
-        """Nothing more is begun. wait: until what has begun is done."""
+        """After this nothing is given; all futures that have not begun were cancelled. wait: for those that have."""
 
 
 class Threads(Workers):
+    """Not those of a `ThreadPoolExecutor`, for which an interrupted process waits before it ends: a call that hangs
+    would keep it."""
+
     def __init__(self, limit: int):
-        self.pool = ThreadPoolExecutor(limit, thread_name_prefix="rewards")
+        self.limit = limit
+        self.threads: list[threading.Thread] = []
+        self.queue: queue.SimpleQueue = queue.SimpleQueue()
 
     def begin(self, work: Callable[[], Any]) -> Future:
-        return self.pool.submit(work)
+        future: Future = Future()
+        self.queue.put((future, work))
+        if len(self.threads) < self.limit:
+            self.threads.append(threading.Thread(target=self._work, name="rewards", daemon=True))
+            self.threads[-1].start()
+        return future
 
     def stop(self, *, wait: bool) -> None:
-        self.pool.shutdown(wait=wait, cancel_futures=True)
+        for _ in self.threads:
+            self.queue.put(None)
+        for thread in self.threads if wait else ():
+            thread.join()
+
+    def _work(self) -> None:
+        while (given := self.queue.get()) is not None:
+            future, work = given
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(work())
+                except BaseException as error:  # raised where the result is waited for
+                    future.set_exception(error)
+            del given, future, work  # while it waits for more, it keeps nothing
 
 
 class OnLoop(Workers):
@@ -67,14 +92,21 @@ class Flight:
     def __init__(self, workers: Workers, seconds: float | None = None):
         self.workers, self.seconds = workers, seconds
         self.futures: dict[Place, Future] = {}
+        self.stopped = False
+        self.lock = threading.Lock()  # an interrupt stops it in another thread than the one that begins work
 
     def begin(self, place: Place, work: Callable[[], Any]) -> None:
-        self.futures[place] = self.workers.begin(work)
+        with self.lock:
+            if not self.stopped:
+                self.futures[place] = self.workers.begin(work)
 
     def fail(self, place: Place, error: Exception) -> None:
         """It cannot even begin."""
-        self.futures[place] = Future()
-        self.futures[place].set_exception(error)
+        future: Future = Future()
+        future.set_exception(error)
+        with self.lock:
+            if not self.stopped:
+                self.futures[place] = future
 
     def results(self, seen: Callable[[Place, Any], None] = lambda place, result: None) -> list:
         """In the order of the places, in which `seen` is told each of them as soon as it has come. The first error, of
@@ -105,6 +137,8 @@ class Flight:
 
     def stop(self, *, wait: bool = True) -> None:
         """Nothing goes on that is not done, but for calls in threads, which cannot be ended. wait: for these."""
+        with self.lock:
+            self.stopped = True
         for future in self.futures.values():
             future.cancel()
         self.workers.stop(wait=wait)
@@ -113,12 +147,28 @@ class Flight:
 def run_all(workers: Workers, work: Sequence[Callable[[], Any]], seconds: float | None = None) -> list:
     """The results of all work, in order. The first error ends the rest."""
     flight = Flight(workers, seconds)
-    try:
+    with stopping(flight):
         for number, one in enumerate(work):
             flight.begin((number, 0), one)
         return flight.results()
-    finally:
-        flight.stop()
+
+
+class Stoppable(Protocol):
+    def stop(self, *, wait: bool = True) -> None: ...
+
+
+@contextmanager
+def stopping(under_way: Stoppable) -> Iterator[None]:
+    """Nothing of it goes on after the block; but an interrupt does not wait for calls in threads."""
+    try:
+        yield
+    except Exception:
+        under_way.stop()
+        raise
+    except BaseException:
+        under_way.stop(wait=False)
+        raise
+    under_way.stop()
 
 
 @functools.cache

@@ -3,8 +3,9 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
-from align.reward_models.base import Reward, RewardBatch, RewardOutput, score_together
-from align.reward_models.beside import Flight
+from align.overrides import says
+from align.reward_models.base import Reward, RewardBatch, RewardOutput, Steps, score_together
+from align.reward_models.beside import Flight, stopping
 
 Work = Callable[[int, Sequence[int]], Sequence[Callable[[], object]]]
 
@@ -79,6 +80,28 @@ class EarlyPieces(Early):
         self.flight.stop(wait=wait)
 
 
+class Begun(Reward):
+    """A reward whose scores of a batch are under way, beside others that score it. Where one of these is placed, what
+    it raises is raised in all ranks."""
+
+    def __init__(self, reward: Reward, early: Early):
+        self.reward, self.early = reward, early
+
+    def score(self, batch: RewardBatch, *, partial: bool = False) -> RewardOutput:
+        return self.reward.checked(self.early.output(), batch, partial=partial)
+
+    def steps(self, batch: RewardBatch, *, partial: bool = False) -> Steps[RewardOutput]:
+        yield
+        yield
+        output = self.score(batch, partial=partial)
+        yield
+        yield
+        return output
+
+    def _score(self, batch: RewardBatch) -> RewardOutput:
+        return self.early.output()
+
+
 class EarlyRewards:
     """Several rewards of one batch, of which those score early that can.
 
@@ -100,15 +123,11 @@ class EarlyRewards:
 
     def outputs(self, batch: RewardBatch) -> list[RewardOutput]:
         """Of each reward. batch: whole. Those that could not begin score now, while others may still be waited for."""
-        late = [reward for number, reward in enumerate(self.rewards) if number not in self.begun]
-        found = iter(score_together(late, batch, partial=self.partial))
-        outputs = []
-        for number, reward in enumerate(self.rewards):
-            early = self.begun.get(number)
-            outputs.append(
-                next(found) if early is None else reward.checked(early.output(), batch, partial=self.partial)
-            )
-        return outputs
+        late = [number for number in range(len(self.rewards)) if number not in self.begun]
+        order = [*late, *self.begun]
+        under_way = [self.rewards[n] if n in late else Begun(self.rewards[n], self.begun[n]) for n in order]
+        found = dict(zip(order, score_together(under_way, batch, partial=self.partial), strict=True))
+        return [found[number] for number in range(len(self.rewards))]
 
     def stop(self, *, wait: bool = True) -> None:
         for early in self.begun.values():
@@ -118,12 +137,7 @@ class EarlyRewards:
 def knows(reward: Reward) -> bool:
     """Whether its `begin` is of the class that says how it scores. A subclass that scores in another way, and has no
     `begin` of its own, is asked for whole batches."""
-    order = {cls: place for place, cls in enumerate(type(reward).__mro__)}
-
-    def place(name: str) -> int:
-        return -1 if name in vars(reward) else min(order[cls] for cls in order if name in vars(cls))
-
-    return place("begin") <= min(place("_score"), place("score"))
+    return says(reward, "begin", ("_score", "score"))
 
 
 class EarlyParts(Early):
@@ -163,8 +177,6 @@ def begin_parts(
 
 def at_once(early: Early) -> RewardOutput:
     """The scores of a batch that is whole."""
-    try:
+    with stopping(early):
         early.ready(range(len(early.batch)))
         return early.output()
-    finally:
-        early.stop()

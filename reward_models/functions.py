@@ -45,7 +45,7 @@ class UserFunction:
     @property
     def ours(self) -> bool:
         """Whether it is one of this library's, which draw no random numbers."""
-        return getattr(self.call, "__module__", "").startswith("align.")
+        return str(getattr(self.call, "__module__", None)).startswith("align.")  # of what `exec` made it is None
 
     def select(self, available: dict[str, Any], reward: str, of_run: dict[str, Any] | None = None) -> dict[str, Any]:
         """The keyword arguments of one call. Raises `RewardError` naming the reward and what is missing.

@@ -119,7 +119,7 @@ class JudgeReward(Reward):
     @property
     def _beside(self) -> bool:
         """Whether the judge is asked about single pairs, beside this thread."""
-        return isinstance(self.judge, ServerJudge)
+        return isinstance(self.judge, ServerJudge) and type(self.judge).__call__ is ServerJudge.__call__
 
     def _score(self, batch: RewardBatch) -> RewardOutput:
         if batch.groups is None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 from align.data.ending import end_ids
 from align.data.limits import positions
 from align.errors import ConfigError, RolloutError
+from align.overrides import says
 from align.rollout.seeds import derive_seed
 from align.rollout.types import Completion, OnDone, PushReport, Request, Rollout, SamplingParams
 
@@ -41,7 +42,8 @@ class RolloutEngine(ABC):
     # Whether completions are made outside this process, and `generate` touches nothing of it: no random state, no
     # device. Then another thread may call it while the policy trains.
     draws_elsewhere: ClassVar[bool] = False
-    # Whether `_complete` says when a request is done, before all are.
+    # Whether `_complete` says when a request is done, before all are. A subclass that completes in its own way says so
+    # again, as it may know nothing of `done`, or return something else than what `done` was told.
     tells: ClassVar[bool] = False
     # Whether ranks complete each other's requests: then all of them call `generate`, also with none of their own.
     together = False
@@ -74,6 +76,11 @@ class RolloutEngine(ABC):
         self.calls = 0
         self.weight_version = 0
         self.closed = False
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        if not says(cls, "tells", ("generate", "_complete")):
+            cls.tells = False
 
     # ---- what a back-end provides -----------------------------------------------------------------------------------
 

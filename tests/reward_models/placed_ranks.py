@@ -11,9 +11,11 @@ from torch import nn
 
 from align.errors import AlignError, RewardError
 from align.modeling.fingerprint import fingerprint
-from align.reward_models.base import RewardBatch
+from align.reward_models.base import RewardBatch, score_together
 from align.reward_models.build import build_reward
 from align.reward_models.by_model import ModelReward
+from align.reward_models.early import EarlyRewards
+from align.reward_models.rules import RuleReward
 from tests.reward_models import worlds
 
 WORDS = [" ".join(f"w{(i * j) % 30}" for j in range(1, 2 + i % 7)) for i in range(1, 25)]
@@ -150,8 +152,24 @@ def errors(folder: Path, rank: int) -> dict:
     told("broken owner", lambda: reward.score(numbers))
     reward = build_reward({"type": "composite", "rewards": [one, f"{__file__}:refuses_on_rank_1"]})
     told("rule beside it", lambda: reward.score(batch))
+    told("begun beside it", lambda: begun(build_reward(one), batch, rank))
     told("after all", lambda: build_reward(one).score(batch))
     return found
+
+
+async def refuses(completions, **_):
+    raise RewardError("no")
+
+
+def begun(reward, batch: RewardBatch, rank: int) -> None:
+    """What rank 0 scores has begun before all of it was there; rank 1 has nothing to score."""
+    rewards = [RuleReward(refuses), reward]
+    if rank:
+        score_together(rewards, RewardBatch([], []), partial=True)
+        return
+    early = EarlyRewards(rewards, batch, user_code=True, partial=True)
+    early.take(batch, range(len(batch)))
+    early.outputs(batch)
 
 
 if __name__ == "__main__":

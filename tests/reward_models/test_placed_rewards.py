@@ -97,6 +97,7 @@ def test_an_error_of_one_rank_is_raised_in_all(found):
     )
     rows = "rows [0, 1] of the batch ([4, 5] of the dataset) of rank 0"
     assert first["broken owner"] == f"RewardError: rank 1: reward 'a', {rows}: OutOfMemoryError: no"
+    assert first["begun beside it"] == "RewardError: rank 0: no"
     assert first["after all"] is None
 
 

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from align.reward_models.base import RewardOutput
+from align.reward_models.base import RewardOutput, score_together
 from align.reward_models.early import EarlyRewards
-from align.rollout.types import Completion
+from align.rollout.types import Completion, Rollout
 from align.trainers.on_policy.rewards import RewardColumns
 from align.trainers.on_policy.samples import Sample, make_samples
 
@@ -34,6 +34,7 @@ class EarlyScores:
         user_code: bool,
     ):
         self.tokenizer, self.asked, self.places, self.weight_version = tokenizer, asked, places, weight_version
+        self.told: dict[int, list[Completion]] = {}
         self.made: dict[int, list[Sample]] = {}
         prompts = {place: prompt for prompt, own in zip(asked, places, strict=True) for place in own}
         awaited = [Sample(prompts[place], [], "", [], False, weight_version) for place in range(len(prompts))]
@@ -43,12 +44,26 @@ class EarlyScores:
     def done(self, request: int, completions: list[Completion]) -> None:
         """They are there (`RolloutEngine.generate`, `on_done`)."""
         samples = make_samples(self.tokenizer, self.asked[request], completions, self.weight_version)
-        self.made[request] = samples
+        self.told[request], self.made[request] = completions, samples
         self.rewards.take(self.columns.batch(samples), self.places[request])
 
+    def drawn(self, rollouts: Sequence[Rollout]) -> None:
+        """The engine has returned these. Where it has not told of all of them as they are, as with a function around
+        its `generate` that changes them, all are scored now."""
+        told = [_written(self.told.get(request, ())) for request in range(len(rollouts))]
+        if told != [_written(rollout.completions) for rollout in rollouts]:
+            self.rewards.stop()
+            self.made.clear()
+            self.told.clear()
+
     def outputs(self, samples: list[Sample]) -> list[RewardOutput]:
-        """Of every reward, once all samples are there."""
-        return self.rewards.outputs(self.columns.batch(samples))
+        """Of every reward, once all samples are there (`drawn`)."""
+        batch = self.columns.batch(samples)
+        return self.rewards.outputs(batch) if self.told else score_together(self.columns.rewards, batch, partial=True)
+
+
+def _written(completions: Sequence[Completion]) -> list[tuple[list[int], str]]:
+    return [(completion.token_ids, completion.finish_reason) for completion in completions]
 
 
 @contextmanager
@@ -65,7 +80,7 @@ def early_scores(
     While an engine draws in this process, functions of users wait: it puts the random states back that they may have
     drawn from.
     """
-    if not (asked and engine.tells):
+    if not (asked and getattr(engine, "tells", False)):
         yield None
         return
     version, user_code = engine.weight_version, engine.draws_elsewhere

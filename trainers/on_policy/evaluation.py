@@ -180,6 +180,8 @@ class PolicyEvaluator:
         if self.episodes is None:
             told = {"on_done": done} if early else {}
             rollouts = self.engine.generate([prompt["prompt_ids"] for prompt in asked], params, **told)
+            for scores in early:
+                scores.drawn(rollouts)
         else:
             seeds = [derive_seed(self.args.seed, "evaluate environment", index, j) for index, j in each]
             rollouts = self.episodes.complete(self.engine, asked, params, seeds)

@@ -97,6 +97,8 @@ class RolloutPipeline:
             with self.recorder.phase("generate"):
                 if rollouts is None:
                     rollouts = self.draw(prompts, indices, step, early)
+                    if early is not None:
+                        early.drawn(rollouts)
                 rollout = self.samples(prompts, rollouts, {} if early is None else early.made)
             if rollout.weight_version != weight_version:
                 raise RolloutError(

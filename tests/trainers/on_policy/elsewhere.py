@@ -13,7 +13,7 @@ class Elsewhere(TransformersEngine):
     """before: called in the thread that asks for the completions of a rollout, with the number of the call."""
 
     name = "engine elsewhere"
-    draws_elsewhere = True
+    draws_elsewhere = tells = True
     before: Callable[[int], None] = staticmethod(lambda call: None)
 
     def __init__(self, *args, **options):

@@ -1,9 +1,12 @@
 """Completions that are there are scored while others are drawn, and nothing but time depends on it."""
 
 import asyncio
+import copy
 import logging
 import random
 import re
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -18,6 +21,8 @@ from align.reward_models.judges import JudgeReward
 from align.reward_models.remote import RemoteReward
 from align.reward_models.rules import RuleReward
 from align.reward_models.verifier import VerifierReward
+from align.trainers.core.recorder import Recorder
+from align.trainers.on_policy.engine import SyncedEngine
 from tests.reward_models.test_remote import server
 from tests.trainers.on_policy.elsewhere import Elsewhere
 from tests.trainers.tiny_runs import WANTED, assert_same, logged, on_policy, parameters, prompts, tiny_model
@@ -198,6 +203,99 @@ def test_a_subclass_that_scores_in_another_way_is_asked_for_whole_batches(policy
 
 def whether(completion) -> bool:
     return len(completion) % 2 == 0
+
+
+class OldComplete(Batches):
+    """Users' engines from before engines told anything."""
+
+    def _complete(self, requests, progress):
+        return super()._complete(requests, progress)
+
+
+class OldGenerate:
+    def generate(self, prompts, params):
+        return super().generate(prompts, params)
+
+
+class Mixed(OldGenerate, Batches):
+    pass
+
+
+class Cut(Batches):
+    """Returns something else than what was told."""
+
+    tells = True
+
+    def generate(self, prompts, params, **options):
+        rollouts = copy.deepcopy(super().generate(prompts, params, **options))
+        for completion in (completion for rollout in rollouts for completion in rollout.completions):
+            completion.token_ids, completion.finish_reason = completion.token_ids[:3], "length"
+            completion.logprobs = completion.logprobs and completion.logprobs[:3]
+        return rollouts
+
+
+class CutAtTheEnd(Cut):
+    tells = False
+
+
+async def lengths(completions) -> list[float]:
+    return [float(len(text)) for text in completions]
+
+
+@pytest.mark.parametrize(("engine", "like"), [(OldComplete, AtTheEnd), (Mixed, AtTheEnd), (Cut, CutAtTheEnd)])
+def test_an_engine_that_completes_in_its_own_way(policy, tokenizer, tmp_path, engine, like):
+    """One that knows nothing of `on_done` is not asked to tell, and what is scored is what it returns."""
+    options = {"eval_strategy": "steps", "eval_steps": 1, "do_eval": True}
+    found = [
+        trained(policy, tokenizer, tmp_path / kind.__name__, RuleReward(lengths, batch_size=3), kind, **options)
+        for kind in (engine, like)
+    ]
+    keys = ("reward", "eval_proxy", "completions/mean_length")
+    assert [logged(found[0], key) for key in keys] == [logged(found[1], key) for key in keys]
+    assert_same(*(parameters(trainer.model) for trainer in found))
+    assert (max(logged(found[0], "completions/mean_length")) <= 3) is (engine is Cut)
+
+
+def test_an_engine_around_whose_generate_another_function_stands(tokenizer):
+    engine = Batches(tiny_model(tokenizer), tokenizer, max_model_len=22)
+    synced = SyncedEngine(lambda model: engine, engine, recorder=Recorder())
+    assert synced.tells
+    generate = engine.generate
+    engine.generate = lambda prompts, params: generate(prompts, params)
+    assert not synced.tells
+
+
+def test_a_judge_that_asks_its_server_in_its_own_way():
+    class Longest(ServerJudge):
+        def __call__(self, prompts, first, second):
+            return [float(len(a) > len(b)) for a, b in zip(first, second, strict=True)]
+
+    reward = JudgeReward(Longest("http://127.0.0.1:9", "m", retries=0), name="judge")
+    batch = RewardBatch(["p"] * 3, ["a", "bbb", "cc"], groups=[0, 0, 0])
+    assert reward.begin(batch, user_code=True) is None
+    assert reward.score(batch).scores.tolist() == [0.0, 1.0, 0.5]
+
+
+def test_a_function_of_no_module_is_the_users():
+    made: dict = {}
+    exec("async def written(completions): return [1.0 for _ in completions]", made)
+    reward = RuleReward(made["written"])
+    assert reward.begin(RewardBatch(["p"], ["c"]), user_code=False) is None
+    assert reward.score(RewardBatch(["p"], ["c"])).scores.tolist() == [1.0]
+
+
+def test_an_interrupted_process_does_not_wait_for_calls_that_hang():
+    code = """
+import os, signal, time
+from align.reward_models.base import RewardBatch
+from align.reward_models.rules import RuleReward
+def hangs(completions):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(600)
+RuleReward(hangs, batch_size=1, concurrency=1).score(RewardBatch(["p"] * 3, ["c"] * 3))
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert ended.stderr.rstrip().endswith("KeyboardInterrupt"), ended.stderr
 
 
 def test_calls_that_are_under_way_when_the_engine_fails_are_given_up(policy, tokenizer, tmp_path, monkeypatch):
