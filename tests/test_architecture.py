@@ -21,7 +21,7 @@ MODULES = {
 }
 # What each part may import, when it is imported or later. What is below a part knows nothing of it.
 CORE = {"align.errors", "align.lazy", "align.data", "align.distributed", "align.modeling", "align.objectives"}
-CORE |= {"align.rollout", "align.config"}
+CORE |= {"align.rollout", "align.config", "align.overrides"}
 LAYERS = {
     # align.config: its sections are used by the parts that they describe, its resolver stands above these
     **{part: CORE for part in CORE - {"align.config"}},
