@@ -7,9 +7,10 @@ import torch
 
 from align.data.ending import written_text
 from align.data.formats import columns_of
-from align.data.limits import longest_input
+from align.data.limits import longest_input, longest_of
+from align.data.streams import is_stream
 from align.data.tokenize import tokenize_pairs, tokenize_prompts
-from align.errors import RolloutError
+from align.errors import DataError, RolloutError
 from align.objectives.kl import masked_sum
 from align.rollout.types import Completion, Episode
 from align.trainers.on_policy.environments import Environments, with_prompts
@@ -91,6 +92,7 @@ def tokenized_prompts(
         environments.check(dataset)
         dataset = with_prompts(dataset)
     if "prompt_ids" in columns_of(dataset, streams=True):
+        check_lengths(dataset, args.max_prompt_length)
         return dataset
     return tokenize_prompts(
         dataset,
@@ -104,10 +106,22 @@ def tokenized_prompts(
     )
 
 
+def check_lengths(dataset, limit: int) -> None:
+    """DataError for prompts of more than `limit` tokens, in a dataset that came tokenised; a stream is not read."""
+    if is_stream(dataset) or longest_of(dataset, "prompt_ids") <= limit:
+        return
+    found = [row for row, ids in enumerate(dataset["prompt_ids"]) if len(ids) > limit]
+    raise DataError(
+        f"{len(found)} tokenised prompts are longer than max_prompt_length={limit} (row {found[0]}"
+        f"{' and others' * (len(found) > 1)}): leave them out, or raise it"
+    )
+
+
 def tokenized_pairs(dataset, tokenizer, args, tools: list[dict] | None = None, environments=None):
     """The same with an offline pair for each prompt, `chosen_ids` and `rejected_ids`; an answer is cut where those of
     the policy end at the latest. tools, environments: none, as the pairs have no turns of theirs."""
     if "chosen_ids" in columns_of(dataset, streams=True):
+        check_lengths(dataset, args.max_prompt_length)
         return dataset
     return tokenize_pairs(
         dataset,

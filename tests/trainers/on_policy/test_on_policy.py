@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 
+from align.data import tokenize_prompts
 from align.errors import ConfigError, DataError, RewardError, TrainingError
 from align.evaluation.records import read_run
 from align.modeling.load import load_policy
@@ -82,8 +83,13 @@ def test_fewer_prompts_than_a_step(policy, tmp_path):
 
 
 def test_a_prompt_that_is_too_long(policy, tmp_path):
+    args = remax_config(tmp_path, max_prompt_length=5)
     with pytest.raises(DataError, match="prompt is longer than max_prompt_length=5"):
-        ReMaxTrainer(policy, wanted_words, remax_config(tmp_path, max_prompt_length=5), prompts(8))
+        ReMaxTrainer(policy, wanted_words, args, prompts(8))
+    rows = tokenize_prompts(prompts(8), AutoTokenizer.from_pretrained(policy), max_prompt_length=None)
+    first = next(row for row, ids in enumerate(rows["prompt_ids"]) if len(ids) > 5)
+    with pytest.raises(DataError, match=rf"tokenised prompts are longer than max_prompt_length=5 \(row {first}"):
+        ReMaxTrainer(policy, wanted_words, args, rows)
 
 
 @pytest.mark.parametrize("given, longest", [({}, 58), ({"max_prompt_length": 513}, None)])
