@@ -8,6 +8,7 @@ import pytest
 
 from align.errors import RolloutError
 from align.rollout.server.client import Server, session
+from align.rollout.server.delivery import locked
 
 
 @pytest.fixture
@@ -55,3 +56,19 @@ def test_an_answer_of_another_form_names_the_server(answering, text):
             continue
         with pytest.raises(RolloutError, match=f"{url} answered /.* cannot read .*start it with `align serve` of the"):
             asyncio.run(ask(question))
+
+
+def test_who_waits_for_a_stopped_process_of_the_run_says_so(tmp_path):
+    async def both():
+        async with locked(tmp_path / "lock", 1.0):
+            async with locked(tmp_path / "lock", 0.3):
+                pass
+
+    with pytest.raises(RolloutError, match=r"wait_limit \(0.3 seconds\)"):
+        asyncio.run(both())
+    asyncio.run(again(tmp_path / "lock"))  # nothing holds it any more
+
+
+async def again(path):
+    async with locked(path, 0.1):
+        pass

@@ -4,6 +4,7 @@ import asyncio
 import fcntl
 import json
 import shutil
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -119,13 +120,20 @@ def write_adapter(tensors: dict[str, Tensor], folder: Path) -> None:
 
 
 @asynccontextmanager
-async def locked(path: Path) -> AsyncIterator[None]:
-    """One process of a run at a time gives a server its weights back."""
+async def locked(path: Path, seconds: float) -> AsyncIterator[None]:
+    """One process of a run at a time gives a server its weights back. Raises `RolloutError` after so many seconds in
+    which another one has the turn: it may be stopped."""
+    end = time.monotonic() + seconds
     with open(path, "a") as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except BlockingIOError:
+            except BlockingIOError as error:
+                if time.monotonic() > end:
+                    raise RolloutError(
+                        "another process of this run has been giving a rollout server its weights back for more than "
+                        f"wait_limit ({seconds:g} seconds): it is stopped, or wait_limit is too low for these weights"
+                    ) from error
                 await asyncio.sleep(0.2)
         yield

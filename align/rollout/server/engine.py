@@ -298,7 +298,7 @@ class ServerEngine(RolloutEngine):
         end = time.monotonic() + self.wait_limit
         while True:
             try:
-                async with delivery.locked(self._folder / "lock"):
+                async with delivery.locked(self._folder / "lock", self.wait_limit):
                     if await server.label(http) != self._label:
                         await server.describe(http)
                         files = sorted(self._folder.glob("*.safetensors"))
