@@ -20,6 +20,7 @@ its batches are cut into processes and micro-batches, nor on where it was resume
 
 import logging
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 from itertools import islice
 from typing import Any, ClassVar
@@ -145,7 +146,7 @@ class OnPolicyTrainer(OnPolicyBase):
         )
         if is_stream(train_dataset):
             self.make_endless(train_dataset)
-        self.rewards.trainer_state = lambda: self.state
+        self.rewards.trainer_state = lambda: copy(self.state)  # a reward may write in its inputs
         self.model_accepts_loss_kwargs = True  # the losses are normalised by the global count, not by Trainer
         self.ranks, self.metrics = Ranks(self.accelerator), OnPolicyMetrics(self.recorder)
         self.shown = ShownCompletions(args)
