@@ -67,3 +67,13 @@ def test_what_an_on_policy_step_costs():
         cells = [of[f"time/{phase}"] for phase in ("sync", "generate", "reference", "train")]
         row = " | ".join(f"{value:.1f}" for value in [*cells, of["processor_seconds"]])
         assert f"| {name} | {row} |" in page
+
+
+def test_what_scores_that_begin_early_gain():
+    page, found = " ".join((ROOT / "docs" / "rewards.md").read_text().split()), record("early_scores")
+    early, whole = (found[kind]["rollout"]["median"] for kind in ("early", "at_the_end"))
+    ratio = found["ratio"]
+    low, high = ratio["lower_quartile"], ratio["upper_quartile"]
+    assert f"takes {early:.2f} seconds instead of {whole:.2f}" in page
+    assert f"**{ratio['median']:.2f}** (quartiles {low:.2f} and {high:.2f})" in page
+    assert f"where {found['least']:.2f} is the least that any order could reach" in page
