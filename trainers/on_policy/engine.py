@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from align.distributed.shards import reshard
 from align.errors import RolloutError
 from align.rollout import make_engine
 from align.rollout.engine import RolloutEngine
@@ -52,6 +53,7 @@ class SyncedEngine:
         """Make the engine, if there is none yet, and give it the weights of this step. All processes must call it."""
         if self.engine is not None and self.step == step:
             return
+        reshard(model)  # after an evaluation it has what is gathered rounded to the dtype that it computes in
         with self.recorder.phase("sync"):
             if self.engine is None:
                 self.engine = self.make(model)

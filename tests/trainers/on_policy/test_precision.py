@@ -57,9 +57,12 @@ def test_a_gap_is_a_warning_first_and_an_error_when_it_is_no_rounding(caplog):
 
 
 def test_fsdp2_in_bfloat16_trains(policy, tmp_path):
-    first, second = run_on_two("tests.trainers.on_policy.bf16_ranks", tmp_path / "two", policy, "transformers")
-    assert first.keys() == second.keys() == {"transformers"}
-    for run in first.values():
+    """An engine in float32 gets the weights that are trained, not those that the last pass was computed with."""
+    kinds = ("transformers", "float32")
+    first, second = run_on_two("tests.trainers.on_policy.bf16_ranks", tmp_path / "two", policy, *kinds)
+    assert first.keys() == second.keys() == set(kinds)
+    assert first["float32"]["engine"] == "torch.float32" and first["float32"]["rounded"] == []
+    for run in [first["transformers"]]:
         assert run["engine"] == run["computes"] == "torch.bfloat16"
         steps = [entry for entry in run["logs"] if "loss" in entry]
         assert len(steps) == 2 and steps[0]["kl"] == 0
