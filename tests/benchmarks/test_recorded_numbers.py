@@ -77,3 +77,20 @@ def test_what_scores_that_begin_early_gain():
     assert f"takes {early:.2f} seconds instead of {whole:.2f}" in page
     assert f"**{ratio['median']:.2f}** (quartiles {low:.2f} and {high:.2f})" in page
     assert f"where {found['least']:.2f} is the least that any order could reach" in page
+
+
+def test_what_bfloat16_costs_under_fsdp2():
+    page, runs = (ROOT / "docs" / "launching.md").read_text(), record("fsdp2_precision")["runs"]
+    rows = {
+        "weights": "float32, weights not rounded",
+        "one process, autocast": "one process, autocast",
+        "one process, autocast, padded": "the same, padded",
+        "one process, weights in bfloat16": "one process, weights in bfloat16",
+        "fsdp2": "`fsdp2`",
+        "fsdp2, 4 micro-batches": "`fsdp2`, 4 micro-batches",
+    }
+    for name, shown in rows.items():
+        of = runs[name]
+        assert f"| {shown} | {of['margins']:.3f} | {of['logps']:.2f} | {100 * of['gradient']:.1f} % |" in page
+    assert f"margins of rewards are {runs['float32']['margins']:.2f} there" in page
+    assert f"differ by {runs['fsdp2 from one process, weights in bfloat16']['logps']:.4f} nats" in page
