@@ -286,10 +286,13 @@ def test_a_function_of_no_module_is_the_users():
 
 def test_an_interrupted_process_does_not_wait_for_calls_that_hang():
     code = """
-import os, signal, time
+import os, signal, sys, threading, time
 from align.reward_models.base import RewardBatch
 from align.reward_models.rules import RuleReward
 def hangs(completions):
+    while sys._current_frames()[threading.main_thread().ident].f_code.co_name != "wait":
+        time.sleep(0.1)
+    time.sleep(0.5)  # Python does not hear a signal that comes just before it waits
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(600)
 RuleReward(hangs, batch_size=1, concurrency=1).score(RewardBatch(["p"] * 3, ["c"] * 3))
