@@ -289,6 +289,7 @@ def test_an_interrupted_process_does_not_wait_for_calls_that_hang():
 import os, signal, sys, threading, time
 from align.reward_models.base import RewardBatch
 from align.reward_models.rules import RuleReward
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 def hangs(completions):
     while sys._current_frames()[threading.main_thread().ident].f_code.co_name != "wait":
         time.sleep(0.1)
