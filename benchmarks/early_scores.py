@@ -27,6 +27,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
 
+from rollouts_ahead import SHAPE, spread
+
 RESULT = Path(__file__).parent / "results" / "early_scores.json"
 REQUESTS = 4  # at a time, each about one completion
 
@@ -57,7 +59,6 @@ def measured(folder: Path, options: argparse.Namespace, url: str, early: bool) -
     import torch
     from datasets import Dataset
     from partial_rollouts import EVERY, LONGER, TEMPERATURE, LongTailed
-    from rollouts_ahead import SHAPE
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from align import ReinforcePPConfig, ReinforcePPTrainer
@@ -105,11 +106,6 @@ def measured(folder: Path, options: argparse.Namespace, url: str, early: bool) -
     engine.close()
     found = {name: statistics.mean(logged[f"time/{name}"][1:]) for name in ("generate", "score")}
     return found | {"rollout": sum(found.values())}, logged["reward"]
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    low, middle, high = statistics.quantiles(values, n=4)
-    return {"median": middle, "lower_quartile": low, "upper_quartile": high}
 
 
 def main() -> None:

@@ -6,7 +6,9 @@ from align.modeling import logprobs
 from align.modeling.logprobs import token_logps
 from tests.modeling import tiny
 
-NEWER = pytest.mark.skipif(not hasattr(transformers, "HyperCLOVAXConfig"), reason="a newer transformers has it")
+NEWER = pytest.mark.skipif(
+    not hasattr(transformers, "HyperCLOVAXConfig"), reason="needs HyperCLOVA X (transformers 5.17)"
+)
 KINDS = ["llama", "gemma2", "granite", "cohere", pytest.param("hyperclovax", marks=NEWER), "gpt2"]
 
 
