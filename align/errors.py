@@ -28,3 +28,9 @@ class RolloutError(AlignError):
 
 class TrainingError(AlignError):
     """A step that must not be taken: no trained token, a non-finite loss, a policy that is not its reference."""
+
+
+def one_line(error: Exception) -> str:
+    """The first line of an error of a library, with its kind where that says more."""
+    text = (str(error).strip().splitlines() or [""])[0]
+    return text if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: {text}"

@@ -9,10 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from align.errors import AlignError, ConfigError, RewardError
+from align.errors import AlignError, ConfigError, RewardError, one_line
 from align.modeling.elsewhere import Elsewhere
 from align.modeling.fingerprint import model_mark
-from align.modeling.pretrained import one_line
 from align.modeling.types import Model
 from align.reward_models.steps import RankLost, on_all_ranks
 

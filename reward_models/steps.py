@@ -13,8 +13,8 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from align.distributed.ranks import lost, raise_shared
 from align.errors import AlignError, RewardError
-from align.modeling.pretrained import one_line
 
 T = TypeVar("T")
 STEPS = 5
@@ -40,10 +40,7 @@ class RankLost(RewardError):
     """Ranks cannot reach each other any more, so that this one tells the others nothing."""
 
     def __init__(self, what: str, error: Exception):
-        super().__init__(
-            f"{what}: a rank of the run has ended, or did not answer within ddp_timeout ({one_line(error)}). Its own "
-            "output says why; the last checkpoint is whole"
-        )
+        super().__init__(lost(what, error))
 
 
 def on_all_ranks(action: Callable[[], T]) -> T:
@@ -68,8 +65,6 @@ def on_all_ranks(action: Callable[[], T]) -> T:
 
 def _tell(failure: AlignError | None) -> None:
     """Raise the first failure of any rank in all."""
-    from align.rollout.server.ranks import raise_shared  # the engines come with it
-
     try:
         raise_shared(failure)
     except AlignError:

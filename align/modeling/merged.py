@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from align.distributed.shells import fill
-from align.errors import ConfigError
+from align.errors import ConfigError, one_line
 from align.modeling.adapters import (
     CONFIG_FILE,
     adapter_base,
@@ -19,7 +19,7 @@ from align.modeling.adapters import (
     read_object,
     read_start,
 )
-from align.modeling.pretrained import load_whole, one_line, only_errors_from_transformers
+from align.modeling.pretrained import load_whole, only_errors_from_transformers
 from align.modeling.score_head import draw_head, head_name, read_at_end_token
 from align.modeling.types import Model
 

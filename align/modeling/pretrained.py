@@ -9,7 +9,7 @@ import torch
 
 from align.data.hub import not_found, offline_if_unreachable
 from align.distributed.shells import ShellsForZeros, are_sent_weights, fill, shells_for_weights
-from align.errors import ConfigError
+from align.errors import ConfigError, one_line
 from align.modeling.adapters import is_adapter
 from align.modeling.score_head import draw_head, head_name
 from align.modeling.types import Model
@@ -48,12 +48,6 @@ def from_pretrained(auto_class, source: str, what: str, *, sharded: bool = False
         if problem and not Path(source).exists():
             raise ConfigError(f"cannot load the {what} {source!r}: {not_found(source, problem)}") from error
         raise ConfigError(f"cannot load the {what} {source!r}: {one_line(error)}") from error
-
-
-def one_line(error: Exception) -> str:
-    """The first line of an error, with its kind where that says more."""
-    text = (str(error).strip().splitlines() or [""])[0]
-    return text if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: {text}"
 
 
 def load_whole(auto_class, source: str, options: dict, **head) -> Model:

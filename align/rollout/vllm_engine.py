@@ -16,12 +16,12 @@ import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor
 
+from align.distributed.ranks import anywhere, in_all
 from align.errors import AlignError, ConfigError, RolloutError
 from align.modeling.logprobs import language_model
 from align.rollout.adapters import A, B, lora_layers, lora_rank, why_merged, with_adapter
 from align.rollout.engine import RolloutEngine
 from align.rollout.identity import Fingerprints
-from align.rollout.server.ranks import anywhere, in_all
 from align.rollout.types import Completion, OnDone, Request
 from align.rollout.vllm_cpu import (
     CPU_BLOCK,

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from align.distributed.ranks import lost
 from align.errors import RolloutError
-from align.modeling.pretrained import one_line
 from align.rollout.vllm_requests import stepping
 
 BEAT = 5.0  # seconds between two signs of life of a process, at most
@@ -149,11 +149,8 @@ class Watch:
         try:
             yield
         except RuntimeError as error:
-            if "gloo" in str(error) or isinstance(error, dist.DistError):  # a collective's own error: it names nobody
-                raise RolloutError(
-                    f"{what}: a process of the run has ended, or did not come in time ({one_line(error)}). Its own "
-                    "output says why; the last checkpoint is whole"
-                ) from error
+            if "gloo" in str(error) or isinstance(error, dist.DistError):
+                raise RolloutError(lost(what, error)) from error
             raise
         finally:
             self.here = Place(self.here.count, what, inside=False)

@@ -103,7 +103,7 @@ def test_an_error_of_one_rank_is_raised_in_all(found):
 
 def test_a_rank_that_has_ended_ends_the_others(found):
     assert found[0]["lost"].startswith(
-        "RankLost: rewards on some ranks: a rank of the run has ended, or did not answer"
+        "RankLost: rewards on some ranks: a process of the run has ended, or did not answer"
     )
 
 

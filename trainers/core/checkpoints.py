@@ -10,16 +10,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list
+from transformers import Trainer
 from transformers.trainer_callback import TrainerState
 
 from align.distributed.checkpoints import damage, newest_whole
+from align.distributed.ranks import by_first, shared
 from align.errors import TrainingError
 from align.trainers.core.identity import check_same_run, read_identity
 
 logger = logging.getLogger(__name__)
 
 EXTRA_STATE = "align_state_{rank}.pt"
+# The file or folder of the optimiser's state that transformers and accelerate write, and what a run trains with then:
+# one kind cannot read another's.
+LAYOUTS = {
+    "optimizer.pt": "neither FSDP nor DeepSpeed",
+    "optimizer.bin": "FSDP (FULL_STATE_DICT)",
+    "optimizer_0": "FSDP (SHARDED_STATE_DICT)",
+    "latest": "DeepSpeed",
+}
 
 
 @dataclass
@@ -46,13 +55,33 @@ def write_extra_state(folder: Path, state: dict, *, rank: int, processes: int, m
     torch.save(content, folder / EXTRA_STATE.format(rank=rank))
 
 
+def layout_of(trainer: Trainer) -> str:
+    """What this run trains with, of `LAYOUTS`."""
+    if trainer.is_deepspeed_enabled:
+        return LAYOUTS["latest"]
+    if not trainer.is_fsdp_enabled:
+        return LAYOUTS["optimizer.pt"]
+    return f"FSDP ({trainer.accelerator.state.fsdp_plugin.state_dict_type.name})"
+
+
+def _check_layout(folder: str, layout: str) -> None:
+    found = next((LAYOUTS[name] for name in LAYOUTS if (Path(folder) / name).exists()), layout)  # none: save_only_model
+    if found != layout:
+        raise TrainingError(
+            f"{folder} was written with {found}, and this run trains with {layout}, which cannot read the optimiser's "
+            "state: resume with what wrote it (--setup of align launch, fsdp_state_dict_type of accelerate), or begin "
+            "a new run, in another output_dir, from its weights"
+        )
+
+
 def read_checkpoint(folder: str | Path, *, rank: int, processes: int) -> Resumed:
     """This process's part of a checkpoint. Raises `TrainingError` where this number of processes cannot resume it."""
     path = Path(folder) / EXTRA_STATE.format(rank=rank)
     if not path.exists():
+        wrote = len(list(path.parent.glob(EXTRA_STATE.format(rank="*"))))
         raise TrainingError(
-            f"{folder} was written by fewer than {rank + 1} processes ({path.name} is "
-            "missing): resume with the number of processes that wrote it"
+            f"{folder} was written by {wrote} processes, and {processes} cannot go on from it ({path.name} is "
+            f"missing): resume with {wrote}"
         )
     content = torch.load(path, weights_only=True)
     if content["model_only"]:
@@ -74,26 +103,20 @@ def read_checkpoint(folder: str | Path, *, rank: int, processes: int) -> Resumed
 
 
 def choose_checkpoint(
-    wanted: str | bool | None, output_dir: str | Path, identity: dict, changes: list[str], *, main_process: bool
+    wanted: str | bool | None, output_dir: str | Path, identity: dict, changes: list[str], layout: str
 ) -> str | None:
     """The folder to resume from, checked by the main process for all; None to start from the beginning.
 
     wanted: a folder; True for the newest whole one below `output_dir`; "auto" for that or, if there is none, for none;
-    None or False for none. identity: of this run; changes: names of settings in which the checkpoint's may differ.
+    None or False for none. identity: of this run; changes: names of settings in which the checkpoint's may differ;
+    layout: of the optimiser's state, of `LAYOUTS`.
     """
-    found: list = [None, None]  # the folder, and why there is none
-    if main_process:
-        try:
-            found[0] = _chosen(wanted, output_dir, identity, changes)
-        except TrainingError as error:
-            found[1] = str(error)
-    folder, problem = broadcast_object_list(found)
-    if problem:
-        raise TrainingError(problem)
-    return folder
+    return shared(by_first(lambda: _chosen(wanted, output_dir, identity, changes, layout)))
 
 
-def _chosen(wanted: str | bool | None, output_dir: str | Path, identity: dict, changes: list[str]) -> str | None:
+def _chosen(
+    wanted: str | bool | None, output_dir: str | Path, identity: dict, changes: list[str], layout: str
+) -> str | None:
     if wanted in (True, "auto"):
         newest = newest_whole(output_dir)
         if newest is None and wanted is True:
@@ -117,6 +140,7 @@ def _chosen(wanted: str | bool | None, output_dir: str | Path, identity: dict, c
                 ", ".join(old),
             )
         return None
+    _check_layout(folder, layout)
     before = read_identity(folder)
     if before is None:
         logger.warning("%s does not say which run it is of: nothing can be compared", folder)

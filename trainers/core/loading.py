@@ -6,9 +6,8 @@ from typing import Any
 
 import trl
 
-from align.errors import ConfigError
+from align.errors import ConfigError, one_line
 from align.modeling.load import load_tokenizer
-from align.modeling.pretrained import one_line
 
 TEMPLATES = (".jinja", ".j2")
 

@@ -4,7 +4,8 @@ import logging
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, SupportsFloat, TypeVar
 
@@ -22,13 +23,14 @@ from align.data.limits import check_fits, row_check
 from align.data.streams import is_stream
 from align.distributed.checkpoints import checksums, write_manifest
 from align.distributed.disk import writing
+from align.distributed.ranks import by_first, in_all
 from align.distributed.shards import reshard
 from align.distributed.shells import check_sharded
 from align.errors import ConfigError, DataError, TrainingError
 from align.modeling.adapters import adapter_start, notes, split
 from align.modeling.load import hold_modules_in_float32
 from align.trainers.core import card, guards, identity, saving, trackers
-from align.trainers.core.checkpoints import Resumed, choose_checkpoint, read_checkpoint, write_extra_state
+from align.trainers.core.checkpoints import Resumed, choose_checkpoint, layout_of, read_checkpoint, write_extra_state
 from align.trainers.core.console import LogFile, replace_printing
 from align.trainers.core.experts import check_checkpointing, router_coefficient
 from align.trainers.core.hooks import TrainerHooks, check_overridden
@@ -109,8 +111,8 @@ class TrainerMixin(TrainerHooks):
             self.add_callback(guards.GradientsReachTheWeights())
         self._signals = StopOnSignal(self.accelerator)
         self.add_callback(self._signals)
-        if self.is_world_process_zero() and not self.is_deepspeed_enabled:
-            saving.check_base(self.model, self.args.output_dir)
+        if not self.is_deepspeed_enabled:
+            by_first(lambda: saving.check_base(self.model, self.args.output_dir))
         if isinstance(self.model, PreTrainedModel | PeftModel):
             self.model.add_model_tags(self._tag_names)  # for the hub
         self._start_digest = None if self.is_deepspeed_enabled else identity.weights_digest(self.model)
@@ -323,13 +325,18 @@ class TrainerMixin(TrainerHooks):
         """What else of a method decides the result, such as its rewards: plain values by name."""
         return {}
 
+    @property
+    def _place(self) -> dict[str, int]:
+        """Of this process in the run."""
+        return {"rank": self.args.process_index, "processes": self.args.world_size}
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with writing(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"):
             self._write_checkpoint(model, trial)
 
     def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
         args, step = self.args, self.state.global_step
-        guards.check_weights(self.model.parameters(), step)
+        in_all(lambda: guards.check_weights(self.model.parameters(), step))  # of which each may have a shard
         run_dir = self._get_output_dir(trial=trial)
         folder = Path(run_dir) / f"checkpoint-{step}"
         if args.should_save and folder.exists():  # damaged, or of an earlier run
@@ -341,18 +348,12 @@ class TrainerMixin(TrainerHooks):
             super()._save_checkpoint(model, trial)
         finally:
             args.save_total_limit = limit
-        write_extra_state(
-            folder,
-            self.extra_state(),
-            rank=args.process_index,
-            processes=args.world_size,
-            model_only=args.save_only_model,
-        )
+        write_extra_state(folder, self.extra_state(), model_only=args.save_only_model, **self._place)
         self.save_further_files(folder)
         if args.should_save:
             identity.write_identity(folder, self._identity)
         self.accelerator.wait_for_everyone()
-        shares = gather_object([checksums(folder, rank=args.process_index, processes=args.world_size)])
+        shares = gather_object([checksums(folder, **self._place)])
         if args.should_save:
             write_manifest(folder, {name: entry for share in shares for name, entry in share.items()})
             rotate_checkpoints(
@@ -372,16 +373,17 @@ class TrainerMixin(TrainerHooks):
             args.output_dir,
             self._identity,
             args.resume_changes or [],
-            main_process=self.is_world_process_zero(),
+            layout_of(self),
         )
         self.resumed = None
         if checkpoint is not None:
-            self.resumed = read_checkpoint(checkpoint, rank=args.process_index, processes=args.world_size)
+            self.resumed = in_all(partial(read_checkpoint, checkpoint, **self._place))
         eval_on_start = args.eval_on_start
         # The evaluation at a checkpoint's step was made before the checkpoint was, if one was due.
         args.eval_on_start = eval_on_start and checkpoint is None
         try:
-            with holding(args.output_dir) if self.is_world_process_zero() else nullcontext():
+            with ExitStack() as held:
+                by_first(lambda: held.enter_context(holding(args.output_dir)))
                 output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         finally:
             args.eval_on_start = eval_on_start

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
+from align.distributed.ranks import in_all
 from align.errors import ConfigError, TrainingError
-from align.rollout.server.ranks import in_all
 from align.rollout.types import Completion, Rollout, plain
 from align.trainers.on_policy.engine import SyncedEngine
 from align.trainers.on_policy.parts import Drawn, Part, draw_parts

@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainingArguments
 from align.config.sections import plain
 from align.data.sets import of_each
 from align.data.streams import is_stream, read_whole
+from align.distributed.ranks import by_first
 from align.errors import ConfigError, RewardError
 from align.evaluation.records import EvalWriter
 from align.modeling.load import Reference
@@ -285,8 +286,7 @@ class Curve(TrainerCallback):
         self.file, self.resumed, self.log_figure = file, resumed, log_figure
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            self.file.open(*self.resumed())
+        by_first(lambda: self.file.open(*self.resumed()))
 
     def on_train_end(self, args, state, control, **kwargs):
         writer = self.file.writer

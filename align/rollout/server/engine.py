@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from align.config.addresses import LOOPBACK
 from align.config.server_key import KEY_VARIABLE, read_key
+from align.distributed.ranks import by_first, in_all, is_first, raise_shared, shared
 from align.errors import ConfigError, RolloutError
 from align.rollout.adapters import A, B, lora_layers, why_merged, with_adapter
 from align.rollout.engine import RolloutEngine
@@ -32,7 +33,6 @@ from align.rollout.server.completions import Answers, Call, balanced, completed,
 from align.rollout.server.fitting import check_fit
 from align.rollout.server.group import host_of
 from align.rollout.server.options import MEMORY
-from align.rollout.server.ranks import in_all, is_first, raise_shared, shared
 from align.rollout.server.transfer import Transfer, make_transfer
 from align.rollout.types import Completion, OnDone, Request
 from align.rollout.views import View
@@ -84,7 +84,7 @@ class ServerEngine(RolloutEngine):
         check_supported(model)
         self._leader = is_first()
         key = in_all(lambda: read_key(api_key_env, api_key_file))
-        self._folder = Path(shared(in_all(lambda: new_folder(Path(transfer_folder)) if self._leader else None)))
+        self._folder = Path(shared(by_first(lambda: new_folder(Path(transfer_folder)))))
         self.servers = [Server(url.rstrip("/"), key, timeout) for url in urls]
         self.generation_limit, self.waits, self.wait_limit = generation_limit, on_engine_failure == "wait", wait_limit
         self._asked = self.servers  # for completions; one alone while it is probed

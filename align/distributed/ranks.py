@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from align.errors import AlignError
+from align.errors import AlignError, one_line
 
 T = TypeVar("T")
 
@@ -46,6 +46,19 @@ def in_all(action: Callable[[], T]) -> T:
         raise
     raise_shared(None)
     return found
+
+
+def by_first(action: Callable[[], T]) -> T | None:
+    """What the first process finds, None in the others; its failure in all."""
+    return in_all(lambda: action() if is_first() else None)
+
+
+def lost(what: str, error: Exception) -> str:
+    """What to say where a collective of torch has failed, whose own error names nobody."""
+    return (
+        f"{what}: a process of the run has ended, or did not answer within ddp_timeout ({one_line(error)}). Its own "
+        "output says why; the last checkpoint is whole"
+    )
 
 
 def anywhere(flag: bool) -> bool:
