@@ -206,11 +206,12 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
             eval_dataset = of_each(eval_dataset, self._to_evaluate)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
         """With loss, entropy and accuracy per trained token of the whole set: the means of the batches' means that
         transformers and TRL take depend on how the rows are cut into batches."""
         self._eval_batches: list[tuple[float, int]] = []
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        self._evaluated = dataloader.dataset
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         # [processes, batches, (sum of losses, tokens)]
         batches = torch.tensor(gather_object([self._eval_batches]), dtype=torch.float64)
         loss, tokens = batches.sum((0, 1)).tolist()
@@ -230,14 +231,18 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         return loss, logits, labels
 
     def _leave_out_repeated(self, inputs: dict[str, Any]) -> None:
-        """Rows that were counted, and are repeated so that the last batches of all processes are full, count nothing.
-        (Not in rows without padding, whose batch is one row.)"""
-        state = self.accelerator.gradient_state
-        if self.padding_free or not state.end_of_dataloader or state.remainder <= 0:
+        """Rows that are repeated so that the last batches of all processes are full have been counted already."""
+        state, size = self.accelerator.gradient_state, self.args.eval_batch_size
+        if not state.end_of_dataloader or state.remainder <= 0:
             return
-        rows = len(inputs["labels"])
-        first = rows * self.accelerator.process_index
-        inputs["labels"][max(0, state.remainder - first) :] = IGNORED
+        first = size * self.accelerator.process_index
+        own = min(max(0, state.remainder - first), size)  # rows of this process that are no repetition
+        if self.padding_free:  # all rows are one, in the order of the data
+            start = len(self._evaluated) - state.remainder + first
+            rows = (self._evaluated[number]["input_ids"] for number in range(start, start + own))
+            inputs["labels"][:, sum(map(len, rows)) :] = IGNORED
+        else:
+            inputs["labels"][own:] = IGNORED
 
 
 def choose_trained(model: Any, args: SFTConfig, peft_config: Any) -> None:

@@ -21,7 +21,7 @@ from transformers import set_seed
 from align.data.sets import of_each
 from align.data.streams import is_stream
 from align.errors import ConfigError, TrainingError
-from align.modeling.load import Reference, disable_dropout, load_policy, train_in_float32
+from align.modeling.load import Reference, disable_dropout, freeze_copy, load_policy, train_in_float32
 from align.modeling.logprobs import language_model
 from align.modeling.pairs import PairTokens, pair_tokens
 from align.modeling.prefix_support import enable_shared_prefix
@@ -255,14 +255,16 @@ class PreferenceTrainer(PairTrainer):
                 broadcast_object_list([mark])[0],
                 f"{self.accelerator.mixed_precision} {language_model(self.model).dtype}",
             )
-        prepare_reference(reference, self.model, self.accelerator)
+        if once and reference.adapter_off and self.is_fsdp_enabled:
+            # the policy is sharded when it is trained: until then only the main process has its weights
+            self.reference = Reference(freeze_copy(self.model).unload(), adapter_off=False)
+        prepare_reference(self.reference, self.model, self.accelerator)
         if cache is not None:
             self.train_dataset = self._with_reference(self.train_dataset, cache, "train", args.train_batch_size)
             self.eval_dataset = of_each(
                 self.eval_dataset, lambda pairs: self._with_reference(pairs, cache, "eval", args.eval_batch_size)
             )
-            if not reference.adapter_off:
-                self.reference = None  # its log-probs are on disk
+            self.reference = reference if reference.adapter_off else None  # its log-probs are on disk
 
     # ---- the reference ----------------------------------------------------------------------------------------------
 

@@ -114,8 +114,14 @@ def makers(policy: str, folder: Path) -> dict:
         trainer_class, args = on_policy("d2po", folder / "d2po", num_generations=2, **options)
         return trainer_class(policy, discriminator(toy.tokenizer()), args, prompts(24), None, gold_reward=wanted_words)
 
-    def dpo(name, **options):
-        return DPOTrainer(policy, dpo_config(folder / name, **settings()), pairs, eval_pairs, **options)
+    def dpo(name, adapter=None, **options):
+        args = dpo_config(folder / name, **settings(**options))
+        return DPOTrainer(policy, args, pairs, eval_pairs, peft_config=adapter)
+
+    def without_padding():
+        """Five rows to evaluate, which two processes fill up to eight."""
+        args = sft_config(folder / "sft, without padding", padding_free=True, **settings(max_length=None))
+        return SFTTrainer(policy, args, demonstrations(24), demonstrations(5, seed=1))
 
     def reward():
         args = reward_runs.config(folder / "reward", **settings())
@@ -126,10 +132,12 @@ def makers(policy: str, folder: Path) -> dict:
             policy, sft_config(folder / "sft", **settings(eval_strategy="no")), demonstrations(24)
         ),
         "dpo": lambda: dpo("dpo"),
-        "dpo, adapter": lambda: dpo("dpo, adapter", peft_config=lora),
+        "dpo, adapter": lambda: dpo("dpo, adapter", lora),
+        "dpo, adapter, cached": lambda: dpo("dpo, adapter, cached", lora, precompute_ref_log_probs=True),
         "sparsepo": lambda: sparse_runs.trainer(
             policy, folder / "sparsepo", **settings(mask_dropout=0.0, eval_strategy="no")
         ),
+        "sft, without padding": without_padding,
         "half of it": lambda: SFTTrainer(
             policy,
             sft_config(folder / "half of it", half_finetuning=1, **settings(eval_strategy="no")),

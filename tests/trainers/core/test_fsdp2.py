@@ -10,12 +10,14 @@ from tests.trainers.two_processes import run_on_two
 METHODS = (
     *(
         "sft",
+        "sft, without padding",
         "half of it",
         "selected tokens",
         "implicit rewards",
         "implicit rewards, adapter",
         "dpo",
         "dpo, adapter",
+        "dpo, adapter, cached",
         "listwise_dpo",
         "srpo",
         "sparsepo",
