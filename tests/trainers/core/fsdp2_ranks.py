@@ -101,6 +101,12 @@ def implicit(policy: str, folder: Path, **options):
     return SFTTrainer(policy, args, demonstrations(24), **options)
 
 
+def without_padding(policy: str, folder: Path):
+    """Five rows to evaluate, which two processes fill up to eight."""
+    args = sft_config(folder, padding_free=True, **settings(max_length=None))
+    return SFTTrainer(policy, args, demonstrations(24), demonstrations(5, seed=1))
+
+
 def makers(policy: str, folder: Path) -> dict:
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     pairs, eval_pairs = toy_pairs(24), toy_pairs(8, seed=1)
@@ -118,15 +124,6 @@ def makers(policy: str, folder: Path) -> dict:
         args = dpo_config(folder / name, **settings(**options))
         return DPOTrainer(policy, args, pairs, eval_pairs, peft_config=adapter)
 
-    def without_padding():
-        """Five rows to evaluate, which two processes fill up to eight."""
-        args = sft_config(folder / "sft, without padding", padding_free=True, **settings(max_length=None))
-        return SFTTrainer(policy, args, demonstrations(24), demonstrations(5, seed=1))
-
-    def reward():
-        args = reward_runs.config(folder / "reward", **settings())
-        return RewardTrainer(policy, args, pairs, eval_pairs, processing_class=toy.tokenizer())
-
     made = {
         "sft": lambda: SFTTrainer(
             policy, sft_config(folder / "sft", **settings(eval_strategy="no")), demonstrations(24)
@@ -137,7 +134,7 @@ def makers(policy: str, folder: Path) -> dict:
         "sparsepo": lambda: sparse_runs.trainer(
             policy, folder / "sparsepo", **settings(mask_dropout=0.0, eval_strategy="no")
         ),
-        "sft, without padding": without_padding,
+        "sft, without padding": lambda: without_padding(policy, folder / "sft, without padding"),
         "half of it": lambda: SFTTrainer(
             policy,
             sft_config(folder / "half of it", half_finetuning=1, **settings(eval_strategy="no")),
@@ -156,7 +153,9 @@ def makers(policy: str, folder: Path) -> dict:
         ),
         "srpo": lambda: SRPOTrainer(policy, srpo_config(folder / "srpo", **settings()), pairs, eval_pairs),
         "kto": lambda: KTOTrainer(policy, kto_config(folder / "kto", **settings()), pairs, eval_pairs),
-        "reward": reward,
+        "reward": lambda: RewardTrainer(
+            policy, reward_runs.config(folder / "reward", **settings()), pairs, eval_pairs, toy.tokenizer()
+        ),
         "remax": lambda: on_prompts("remax"),
         # conversations of several turns, and the entropy's gradient through the head
         "game": lambda: game(folder / "game", **settings(eval_strategy="no", entropy_coef=0.1)),
