@@ -114,6 +114,39 @@ def model_config(run: RunConfig):
     return pretrained_config(run.model.model_name_or_path, "model", **source_options(run))
 
 
+def empty_model(run: RunConfig):
+    """The model that is trained, on the meta device, without its weights and without its adapter."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from align.modeling.adapters import fit_embeddings, is_adapter
+
+    name, config = run.model.model_name_or_path, model_config(run)
+    made, options = AutoModelForCausalLM, {"trust_remote_code": run.training.trust_remote_code}
+    if run.method.model == "classifier":
+        made, config.num_labels = AutoModelForSequenceClassification, 1
+    with torch.device("meta"):
+        model = made.from_config(config, **options)
+        if is_adapter(name):
+            fit_embeddings(model, name)
+    return model
+
+
+def longest_sequence(run: RunConfig, model) -> int:
+    """Tokens of the longest sequence that the engine of an on-policy run makes, its questions to a policy that judges
+    itself among them. `max_prompt_length` becomes what the trainer makes of it. model: `empty_model`."""
+    from align.reward_models.judge_specs import SelfJudgeSpec
+    from align.reward_models.specs import parse_rewards
+    from align.trainers.on_policy.samples import prompt_limit
+    from align.trainers.on_policy.self_judges import room_of_judges
+
+    args = run.training
+    args.max_prompt_length = prompt_limit(args, model)
+    judges = [spec.build() for spec in parse_rewards(run.rewards or []) if isinstance(spec, SelfJudgeSpec)]
+    room = room_of_judges(judges, tokenizer(run), args) if judges else 0
+    return max(room, args.max_prompt_length + args.max_completion_length)
+
+
 def pretrained_config(name: str, what: str, **options):
     """The transformers config of a folder or hub name; that of the base model for the folder of an adapter."""
     from transformers import AutoConfig

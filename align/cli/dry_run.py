@@ -14,8 +14,10 @@ from align.cli.estimate import Packed, Shape, estimate, members_shape, model_sha
 from align.config.arguments import EnsembleArguments
 from align.config.resolve import RunConfig, settings
 from align.data.dialogue import unused_template
+from align.data.limits import check_fits
 from align.data.streams import LOOKED_AT, sample_of
 from align.errors import ConfigError
+from align.rollout.engine import check_length
 
 
 def dry_run(run: RunConfig, processes: int | None = None) -> int:
@@ -30,7 +32,9 @@ def dry_run(run: RunConfig, processes: int | None = None) -> int:
     _title("one step")
     print(step_text(run, processes))
     tokenizer = build.tokenizer(run)
-    config = build.model_config(run)
+    model = build.empty_model(run)
+    if run.method.data == "prompts":
+        check_length(model.config.get_text_config(), build.longest_sequence(run, model))
     _title("data")
     given = build.train_rows(run)
     if run.data.streaming:
@@ -39,6 +43,7 @@ def dry_run(run: RunConfig, processes: int | None = None) -> int:
         print(given.info.description)
     rows, report = tokenize(run, sample_of(given), tokenizer)
     print(report.summary())
+    check_fits(model, rows, "training", tokenizer)
     if (note := unused_template(sample_of(given), tokenizer)) is not None:
         print(f"  note:    {note}")
     _title("first example")
@@ -49,7 +54,7 @@ def dry_run(run: RunConfig, processes: int | None = None) -> int:
     else:
         print(steps_text(run, len(rows), processes))
     _title("memory (an estimate from the model's config, no weights are loaded)")
-    print("\n".join(_memory(run, config, rows).lines(processes)))
+    print("\n".join(_memory(run, build.model_config(run), rows).lines(processes)))
     return 0
 
 

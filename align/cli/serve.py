@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, extra: list[str]) -> int:
+    from align.cli import build
     from align.cli.launch import method_of
     from align.config.resolve import resolve
     from align.errors import ConfigError
@@ -59,11 +60,11 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
     run = resolve(method_of(args), args.config, extra)
     if run.method.data != "prompts":
         raise ConfigError(f"`align {run.method.name}` makes no completions: there is nothing to serve")
-    options = started_with(run.training.rollout, args)
+    model, options = skeleton(run), started_with(run.training.rollout, args)
     variable, file = options.pop("api_key_env"), options.pop("api_key_file")
     place = Path(file or KEY_FILE).expanduser()
     serve(
-        skeleton(run),
+        model,
         own_key(variable, file),
         host=args.host,
         port=args.port,
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
         ready=f"serving at {address(args.host, args.port)}; the key is in ${variable} or {place}",
         start_seconds=args.start_timeout or START_SECONDS,
         tensor_parallel_size=args.tensor_parallel or 1,
-        max_model_len=run.training.max_prompt_length + run.training.max_completion_length,
+        max_model_len=build.longest_sequence(run, model),
         max_num_seqs=run.training.rollout.max_num_seqs,
         **options,
     )
@@ -117,14 +118,12 @@ def started_with(section: "RolloutOptions", args: argparse.Namespace) -> dict[st
 def skeleton(run: "RunConfig"):
     """The model of a run, without its weights."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     from align.cli import build
     from align.modeling.load import load_policy
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(build.model_config(run))
-        return load_policy(model, peft_config=build.peft_config(run))
+        return load_policy(build.empty_model(run), peft_config=build.peft_config(run))
 
 
 def dtype(run: "RunConfig"):

@@ -142,7 +142,7 @@ def tokenize_completions(
             if not whole:
                 check_prompt(encoded.prompt_ids, None, tokenizer)
                 check_room(encoded.prompt_ids, max_length)
-            if whole and encoded.prompt_ids and encoded.completions[0][:1] == encoded.prompt_ids:
+            if whole and [*encoded.prompt_ids, *encoded.completions[0]][:2] == 2 * [tokenizer.bos_token_id]:
                 raise BadRow("text starts with BOS twice")
             completion = closed(encoded, 0, name, tokenizer, ending, note)
             if not fmt.conversational:

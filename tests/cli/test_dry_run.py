@@ -1,5 +1,6 @@
 """`--dry-run`: what it prints, that it needs no network for local files, and what it refuses."""
 
+import json
 import re
 import shutil
 import socket
@@ -266,6 +267,48 @@ def test_the_rows_are_those_of_the_trainer(method, tiny_model, demonstrations, p
         else:
             names = ["prompt_ids"] if method == "remax" else ["prompt_ids", "chosen_ids", "rejected_ids"]
             assert [ours[name] for name in names] == [theirs[name] for name in names]
+
+
+@pytest.fixture
+def short_model(tiny_model, tmp_path):
+    """The same model with 64 positions."""
+    folder = shutil.copytree(tiny_model, tmp_path / "short")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
+    return folder
+
+
+@pytest.mark.parametrize("judged", [False, True])
+def test_prompts_are_as_long_as_the_trainer_takes_them_and_the_server_as_the_engine(
+    judged, short_model, prompts, rule, tmp_path
+):
+    (tmp_path / "question.txt").write_text("{prompt}{first}{second}")
+    judge = f"{{type: self_judge, template: {tmp_path / 'question.txt'}, max_tokens: 3}}"
+    method, reward = ("online_dpo", judge) if judged else ("remax", rule)
+    tokens = ["--model_name_or_path", str(short_model), "--dataset_name", prompts, "--max_completion_length", "8"]
+    tokens += ["--rewards.0", reward, "--output_dir", str(tmp_path / "run"), "--rollout", "transformers"]
+    tokens += ["--max_prompt_length", "20"] if judged else []
+    told, run = resolve(method, None, tokens), resolve(method, None, tokens)
+    longest = build.longest_sequence(told, build.empty_model(told))
+    trainer = build.trainer(run)
+    assert told.training.max_prompt_length == trainer.args.max_prompt_length == (20 if judged else 56)
+    engine = trainer.engine.make(trainer.model)
+    assert longest == engine.max_model_len == 64
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "reward", "remax"])
+def test_rows_that_the_model_cannot_take_are_refused_as_by_the_trainer(method, short_model, rule, tmp_path, capsys):
+    rows = [{"prompt": f"{i}?" + " x" * 40 * (i == 3), "chosen": " It is.", "rejected": " No."} for i in range(9)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokens = ["--model_name_or_path", str(short_model), "--dataset_name", str(file)]
+    tokens += ["--rewards.0", rule, "--max_completion_length", "8"] if method == "remax" else []
+    errors = []
+    for more in (["--dry-run"], ["--output_dir", str(tmp_path / "run"), "--report_to", "none"]):
+        assert main([method, *tokens, *more]) == 2
+        errors.append(capsys.readouterr().err.splitlines()[-1])
+    reason = "longer than max_prompt_length=56" if method == "remax" else "longer than the 64 tokens"
+    assert reason in errors[0] and errors[0] == errors[1]
 
 
 def test_memory_of_an_on_policy_run_follows_beta_and_the_budget(tiny_model, prompts, rule, capsys):

@@ -161,12 +161,18 @@ def test_nobody_else_is_trained_as_the_assistant(chat_tokenizer):
         )
 
 
-def test_a_text_with_bos_gets_no_second_one(tokenizer):
+def test_a_text_with_bos_gets_no_second_one(make_tokenizer, tokenizer):
     texts = Dataset.from_list([{"text": "<bos>yes no"}, {"text": "yes no"}])
     marked, plain = tokenize_completions(texts, tokenizer, max_length=9)
     assert marked["input_ids"] == plain["input_ids"] and marked["completion_mask"] == plain["completion_mask"]
     with pytest.raises(DataError, match="text starts with BOS twice"):
         tokenize_completions(Dataset.from_list([{"text": "<bos><bos>yes no"}]), tokenizer, max_length=9)
+    # SmolLM2's, whose BOS is a token of its template, and which puts none in front
+    adds_none = make_tokenizer(bos=False)
+    adds_none.bos_token = "<|im_start|>"
+    with pytest.raises(DataError, match="text starts with BOS twice"):
+        text = Dataset.from_list([{"text": "<|im_start|><|im_start|>user\nyes"}])
+        tokenize_completions(text, adds_none, max_length=9)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,48 @@ WITHOUT_ARGUMENTS = (
     *("lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit"),
 )
 
+# Options of transformers that no trainer here can follow, and why.
+NOWHERE = {
+    **dict.fromkeys(
+        ("bf16_full_eval", "fp16_full_eval"),
+        "transformers leaves the weights rounded after an evaluation, and these are saved; with bf16 evaluations "
+        "compute in bfloat16 as training does",
+    ),
+    "enable_jit_checkpoint": "a run ends with a checkpoint at SIGTERM and SIGUSR1 by itself, between two steps",
+}
+# The same of the trainers that build on transformers' Trainer directly.
+NOT_IN_OURS = {
+    **dict.fromkeys(
+        ("include_for_metrics", "batch_eval_metrics", "label_names", "eval_do_concat_batches"),
+        "compute_metrics gets the rewards and labels of all rows here, where a method has it",
+    ),
+    "average_tokens_across_devices": "losses are divided by the counts of all processes, so that they depend on none",
+}
+
+
+def refuse(args: Any, reasons: dict[str, str]) -> None:
+    """ConfigError for an option that differs from transformers' default."""
+    for item in fields(TrainingArguments):
+        neutral = item.default_factory() if item.default is MISSING else item.default
+        if item.name in reasons and getattr(args, item.name) not in (neutral, None):
+            raise ConfigError(f"{item.name}: {reasons[item.name]}: leave it out", key=item.name)
+
+
+def check_batches(accelerator_config: Any, ours: bool) -> None:
+    """ConfigError for batches that would not reach the processes, or not all of them. ours: rows are no tensors."""
+    if not accelerator_config.even_batches:
+        raise ConfigError(
+            "accelerator_config: without even_batches one process has a batch less than the others, which wait for it: "
+            "leave it out",
+            key="accelerator_config",
+        )
+    if ours and accelerator_config.dispatch_batches:
+        raise ConfigError(
+            "accelerator_config: dispatch_batches sends tensors from the first process, and the rows here are no "
+            "tensors yet: leave it out",
+            key="accelerator_config",
+        )
+
 
 def machine_has_cuda() -> bool:
     return torch.cuda.is_available()
@@ -115,12 +157,14 @@ class RunOptions(TrainingSettings):
             self.dataloader_pin_memory = False
         check_ranges(self)
         check_optimizer(self)
+        refuse(self, NOWHERE)
         if self.hub_token is not None:
             self.hub_token = Secret(self.hub_token)
         connected = dist.is_initialized()  # by a program, which has set its own limit
         super().__post_init__()
         if not connected:
             limit_waits(self.ddp_timeout)
+        check_batches(self.accelerator_config, isinstance(self, BaseConfig))
 
 
 @dataclass
@@ -157,13 +201,7 @@ class BaseConfig(RunOptions, TrainingArguments):
                 "rankings or prompts: leave it out. tokens_per_batch bounds what a pass computes, by the rows' lengths",
                 key="train_sampling_strategy",
             )
-        for name in ("include_for_metrics", "batch_eval_metrics"):
-            if getattr(self, name):
-                raise ConfigError(
-                    f"{name}: compute_metrics gets the rewards and labels of all rows here, where a method has it: "
-                    "leave it out",
-                    key=name,
-                )
+        refuse(self, NOT_IN_OURS)
         if self.label_smoothing_factor:
             raise ConfigError(
                 "label_smoothing_factor is for token labels: give the pairs of a reward or preference loss a column "

@@ -209,10 +209,10 @@ class OnPolicyTrainer(OnPolicyBase):
         """What makes and scores completions, in training and evaluation."""
         args, tokenizer = self.args, self.processing_class
         make = engine_maker(
-            args, tokenizer, self.accelerator.mixed_precision, room_of_judges(self.rewards, tokenizer, args)
+            args, tokenizer, self.accelerator.mixed_precision, room_of_judges(self.reward_funcs, tokenizer, args)
         )
         self.engine = SyncedEngine(make, engine, recorder=self.recorder)
-        bind_judges(self.rewards, self.engine, tokenizer, args)
+        bind_judges(self.reward_funcs, self.engine, tokenizer, args)
         sampling = SamplingParams(n=args.num_generations, **args.drawing)
         requests = self.estimator.requests(sampling)
         truncation = TruncationRule.of(args)

@@ -1,23 +1,25 @@
 """Rewards for which the policy judges its own completions, and the engine that they ask."""
 
+from collections.abc import Iterable
+
 from align.errors import ConfigError
+from align.reward_models.base import Reward
 from align.reward_models.judges import JudgeReward
 from align.reward_models.self_judge import Generates, SelfJudge
 from align.trainers.on_policy.config import OnPolicyConfig
-from align.trainers.on_policy.rewards import RewardColumns
 
 
-def self_judges(rewards: RewardColumns) -> list[SelfJudge]:
-    found = [reward.judge for reward in rewards.rewards if isinstance(reward, JudgeReward)]
+def self_judges(rewards: Iterable[Reward]) -> list[SelfJudge]:
+    found = [reward.judge for reward in rewards if isinstance(reward, JudgeReward)]
     return [judge for judge in found if isinstance(judge, SelfJudge)]
 
 
-def room_of_judges(rewards: RewardColumns, tokenizer, args: OnPolicyConfig) -> int:
+def room_of_judges(rewards: Iterable[Reward], tokenizer, args: OnPolicyConfig) -> int:
     """Tokens of the longest question that the policy is asked, with its answer; 0 if it is asked none."""
     return max((judge.tokens(tokenizer, **limits_of(args)) for judge in self_judges(rewards)), default=0)
 
 
-def bind_judges(rewards: RewardColumns, engine: Generates, tokenizer, args: OnPolicyConfig) -> None:
+def bind_judges(rewards: Iterable[Reward], engine: Generates, tokenizer, args: OnPolicyConfig) -> None:
     """Give the rewards that ask the policy its engine."""
     for judge in self_judges(rewards):
         if args.rollouts_ahead:
