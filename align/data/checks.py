@@ -163,8 +163,9 @@ def text_of(row: dict[str, Any], fmt: DataFormat) -> Text:
     """The `text` or `messages` of a language-modelling row."""
     name = next(column for column in ("messages", "conversations", "text") if column in row)
     value = _value(row[name], name, fmt.conversational)
-    if fmt.conversational and not any(message["role"] == "assistant" for message in value):
-        raise BadRow("messages has no assistant message")
+    answers = [message for message in value if message["role"] == "assistant"] if fmt.conversational else []
+    if fmt.conversational and not any(map(said, answers)):
+        raise BadRow("messages has no assistant message" + " that says anything" * bool(answers))
     if not fmt.conversational and not value.strip():
         raise BadRow(f"{name} is empty")
     return value
@@ -245,6 +246,8 @@ def _message(message: Any, name: str) -> dict[str, Any]:
         kinds = {str(part.get("type")) for part in message["content"] if isinstance(part, dict)}
         if kinds - {"text"}:
             raise BadRow(f"{name} has content of the type {sorted(kinds - {'text'})[0]}: images are not supported")
+    if message.get("weight") not in (None, 0, 1):
+        raise BadRow(f"{name} has a message of weight {message['weight']!r:.20}: it is trained (1) or not (0)")
     for key in ("role", "content"):
         if message.get(key) is None:
             raise BadRow(f"{name} has a malformed message (no {key})")
@@ -302,7 +305,8 @@ def _is_message(value: Any) -> bool:
 def _same(a: Text, b: Text) -> bool:
     if isinstance(a, str):
         return a.strip() == b.strip()
-    return [(m["role"], m["content"].strip()) for m in a] == [(m["role"], m["content"].strip()) for m in b]
+    parts = [[(m["role"], m["content"].strip(), m.get("tool_calls")) for m in text] for text in (a, b)]
+    return parts[0] == parts[1]
 
 
 def _shared_messages(chosen: list, rejected: list) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 
 from align.data.bad_rows import BadRow
 from align.data.ending import Ending, special_ids, up_to_end
-from align.data.messages import for_template, refuse_unknown_tools
+from align.data.messages import for_template, refuse_unknown_tools, trained
 from align.errors import DataError
 
 if TYPE_CHECKING:
@@ -140,14 +140,17 @@ def render_conversation(
 ) -> Conversation:
     """A conversation up to its last assistant message, with where the assistant's answers from message `first` on are.
 
-    The assistant's tokens come from the template's generation markers; without markers from rendering the conversation
-    up to each answer.
+    The assistant's tokens come from the template's generation markers; without markers, or where an answer is not to be
+    trained, from rendering the conversation up to each answer.
     """
-    last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
+    last = max((index for index, message in enumerate(messages) if index >= first and trained(message)), default=None)
+    if last is None:
+        raise BadRow("all of the assistant's messages have weight 0, so nothing is trained")
     messages = messages[: last + 1]
     refuse_unknown_tools(messages, options.get("tools"), tokenizer)
     text = render(messages, tokenizer, options)
-    if first == 0 and re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
+    every = all(trained(message) for message in messages if message["role"] == "assistant")
+    if first == 0 and every and re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
         out = tokenizer.apply_chat_template(
             for_template(messages), return_dict=True, return_assistant_tokens_mask=True, **options
         )
@@ -189,7 +192,7 @@ def _answers(messages: Messages, text: str, tokenizer, options: dict, first: int
     """(start, end) of each assistant message in the rendered text, its end-of-turn token included."""
     spans = []
     for index, message in enumerate(messages):
-        if message["role"] != "assistant" or index < first:
+        if not trained(message) or index < first:
             continue
         if index == 0:
             raise BadRow("messages starts with an assistant message")

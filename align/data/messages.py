@@ -37,6 +37,11 @@ def _with_roles(messages: Any) -> Any:
     ]
 
 
+def trained(message: dict[str, Any]) -> bool:
+    """Whether a message of a demonstration is trained: the assistant's, but for those of `weight` 0 (OpenAI's key)."""
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
 # ---- tools -----------------------------------------------------------------------------------------------------------
 
 

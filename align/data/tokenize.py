@@ -28,7 +28,7 @@ from align.data.encode import (
 )
 from align.data.ending import Ending, close, end_ids, ending_of, special_ids
 from align.data.formats import DataFormat, format_for
-from align.data.messages import refuse_calls, with_roles
+from align.data.messages import refuse_calls, trained, with_roles
 from align.data.passes import Columns, Note, Recipe, started, tokenized
 from align.data.tokenized import check_room, cut_pair
 from align.errors import DataError
@@ -133,7 +133,7 @@ def tokenize_completions(
         first, messages = len(prompt), prompt + completion
         note_typed(name, checks.typed_tokens(messages[first:], list(controls.values())), note)
         options = checks.template_kwargs(row, tools=True)
-        if not whole and len(completion) == 1:
+        if not whole and len(completion) == 1 and trained(completion[0]):
             return render_pair(prompt, [completion], tokenizer, options), {}
         return render_conversation(messages, tokenizer, options, first), {}
 

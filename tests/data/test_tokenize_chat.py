@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from align.data import tokenize_completions, tokenize_pairs, tokenize_prompts
 from align.errors import DataError
-from tests.data.conftest import CHATML
+from tests.data.conftest import CHATML, CHATML_MARKED
 from tests.data.test_tokenize import notes_of, pair_ids
 
 USER, YES, NO = (
@@ -159,6 +159,53 @@ def test_nobody_else_is_trained_as_the_assistant(chat_tokenizer):
         tokenize_pairs(
             Dataset.from_list([{"prompt": USER, "chosen": two, "rejected": NO}]), chat_tokenizer, max_length=99
         )
+
+
+@pytest.mark.parametrize("template", [CHATML, CHATML_MARKED], ids=["rendered", "markers"])
+def test_an_answer_of_weight_0_is_context(template, make_tokenizer):
+    tokenizer = make_tokenizer(eos="<|im_end|>", template=template)
+
+    def trained(weights, column="messages"):
+        answers = [{**turn, "weight": weight} for turn, weight in zip(YES + NO, weights, strict=True)]
+        talk = [*USER, answers[0], *USER, answers[1]]
+        row = {"messages": talk} if column == "messages" else {"prompt": talk[:1], "completion": talk[1:]}
+        (row,) = tokenize_completions(Dataset.from_list([row]), tokenizer, max_length=99)
+        return trained_text(row, tokenizer)
+
+    for column in ("messages", "completion"):
+        assert trained([0, 1], column) == ["no<|im_end|>"]
+        assert trained([1, 0], column) == trained([None, 0.0], column) == ["yes<|im_end|>"]
+        with pytest.raises(DataError, match="all of the assistant's messages have weight 0"):
+            trained([0, 0], column)
+        with pytest.raises(DataError, match="a message of weight 0.5: it is trained"):
+            trained([1, 0.5], column)
+    rows = Dataset.from_list([{"prompt": USER, "completion": [{**YES[0], "weight": 0}]}])
+    with pytest.raises(DataError, match="all of the assistant's messages have weight 0"):
+        tokenize_completions(rows, tokenizer, max_length=99)
+
+
+def test_answers_that_say_nothing_are_named(chat_tokenizer):
+    rows = Dataset.from_list([{"messages": [*USER, {"role": "assistant", "content": " "}]}])
+    with pytest.raises(DataError, match="messages has no assistant message that says anything"):
+        tokenize_completions(rows, chat_tokenizer, max_length=99)
+
+
+def test_answers_that_differ_in_their_calls_are_a_pair(make_tokenizer):
+    template = CHATML.replace("message['content']", "message['content'] ~ (message.tool_calls or '')")
+    tokenizer = make_tokenizer(eos="<|im_end|>", template=template)
+
+    def call(city):
+        function = {"name": "weather", "arguments": json.dumps({"city": city})}
+        return [{"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}]
+
+    def pair(rejected):
+        rows = Dataset.from_list([{"prompt": USER, "chosen": call("Rome"), "rejected": call(rejected)}])
+        return tokenize_pairs(rows, tokenizer, max_length=999)[0]
+
+    row = pair("Oslo")
+    assert row["chosen_ids"] != row["rejected_ids"]
+    with pytest.raises(DataError, match="chosen equals rejected"):
+        pair("Rome")
 
 
 def test_a_text_with_bos_gets_no_second_one(make_tokenizer, tokenizer):
