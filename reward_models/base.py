@@ -82,9 +82,10 @@ class RewardBatch:
         return replace(self._each(take), numbers=self._numbered(indices))
 
     def take(self, part: "RewardBatch", indices: Sequence[int]) -> None:
-        """Copies of completions for the prompts at `indices`, in the place of what is there."""
-        for name in ("completions", "completion_ids", "ended"):
-            own, given = getattr(self, name), getattr(part, name)
+        """Copies of completions for the prompts at `indices`, and of columns, some of which are known only with them
+        (what an environment says of a conversation), in the place of what is there."""
+        lists = [(getattr(self, name), getattr(part, name)) for name in ("completions", "completion_ids", "ended")]
+        for own, given in [*lists, *((column, part.columns[name]) for name, column in self.columns.items())]:
             for index, value in zip(indices, given, strict=True) if own is not None else ():
                 own[index] = _copied(value)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from align.distributed.ranks import in_all
 from align.errors import ConfigError, TrainingError
 from align.rollout.types import Completion, Rollout, plain
+from align.trainers.on_policy.early_scores import Expect
 from align.trainers.on_policy.engine import SyncedEngine
 from align.trainers.on_policy.parts import Drawn, Part, draw_parts
 from align.trainers.on_policy.pipeline import RolloutPipeline
@@ -71,23 +72,30 @@ class RolloutsAhead:
             self.upcoming.append(further)
         return found
 
-    def draw(self, prompts: list[dict], indices: list[int], step: int, sync: Callable[[], None]) -> Drawn:
-        """The completions of this rollout; with `ahead` the next ones are under way when it returns. sync: waits
-        (`wait`), and gives the engine the weights of now. All processes must call it."""
+    def begin(self, prompts: list[dict], step: int, sync: Callable[[], None]) -> int:
+        """Before `draw`: the version of the weights that draw the first tokens of this rollout. sync: waits (`wait`),
+        and gives the engine the weights of now. All processes must call it."""
         sync()
+        if not self.drawn:
+            return step
+        self._check(self.drawn[0], prompts, step)
+        return self.drawn[0].version
+
+    def draw(self, prompts: list[dict], indices: list[int], step: int, expect: Expect | None = None) -> list[Rollout]:
+        """The completions of this rollout; with `ahead` the next ones are under way when it returns."""
         if not self.on:
-            return Drawn(step, step)
-        if self.drawn:
-            self._check(self.drawn[0], prompts, step)
+            return self.pipeline.draw(prompts, indices, step, expect)
         if not (self.ahead and self.drawn):
             now = [(prompts, indices), *([] if self.ahead else self.upcoming)]
-            with self.recorder.phase("generate"):
-                draw_parts(self.engine, self._plan(now, step, step), step)
+            each = [[prompt] * request.n for prompt in prompts for request in self.pipeline.requests]
+            told = None if expect is None else expect(each)
+            draw_parts(self.engine, self._plan(now, step, step), step, told)
         due = self.drawn.pop(0)
         if self.ahead and self.upcoming:
             self._start(step)
         self._record(due, step)
-        return due
+        assert due.rollouts is not None
+        return due.rollouts
 
     def _plan(self, rollouts: list[Prompts], first: int, version: int) -> list[Part]:
         """What is drawn now of these rollouts. first: the step of the first of them, of which all is."""

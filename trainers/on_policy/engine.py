@@ -79,10 +79,6 @@ class SyncedEngine:
         return self.current.tells and not {"generate", "_complete"} & vars(self.current).keys()
 
     @property
-    def weight_version(self) -> int:
-        return self.current.weight_version
-
-    @property
     def draws_elsewhere(self) -> bool:
         return self.current.draws_elsewhere
 

@@ -32,6 +32,7 @@ from align.trainers.on_policy.environments import (
 from align.trainers.on_policy.turn_tokens import TurnTokens
 
 if TYPE_CHECKING:
+    from align.trainers.on_policy.early_scores import Expect
     from align.trainers.on_policy.pipeline import CompletionSource
 
 NOT_AHEAD = (
@@ -42,11 +43,11 @@ NOT_AHEAD = (
 
 @dataclass
 class Talk:
-    """One conversation while it goes on. number: of the prompt's samples in this request."""
+    """One conversation while it goes on. place: number of its request in the call, and of the sample in the request."""
 
     prompt: dict
     params: SamplingParams
-    number: int
+    place: tuple[int, int]
     session: Session
     ids: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
@@ -67,7 +68,7 @@ class Talk:
     def request(self) -> SamplingParams:
         """Of the next answer. Its draws depend on the run's seed, the prompt, the sample and the turn alone."""
         seed, least = self.params.seed, min(self.params.min_tokens, self.left)
-        turn = None if seed is None else derive_seed(seed, "turn", self.number, self.turns)
+        turn = None if seed is None else derive_seed(seed, "turn", self.place[1], self.turns)
         return replace(self.params, n=1, max_tokens=self.left, min_tokens=least, seed=turn)
 
     def add(self, ids: list[int], logps: list[float] | None, *, own: bool) -> None:
@@ -132,25 +133,38 @@ class Episodes:
         return [EnvironmentReward(name, "stop" if self.stops else "mask") for name in self.environments.scores]
 
     def complete(
-        self, engine: "CompletionSource", prompts: list[dict], params: list[SamplingParams], seeds: list[int]
+        self,
+        engine: "CompletionSource",
+        prompts: list[dict],
+        params: list[SamplingParams],
+        seeds: list[int],
+        expect: "Expect | None" = None,
     ) -> list[Rollout]:
         """As `RolloutEngine.generate`, of rows with `prompt` and `prompt_ids`. seeds: of the environments, one for all
-        samples of a request."""
-        asked = list(zip(prompts, params, seeds, strict=True))
+        samples of a request. expect: told of each conversation when it has ended, while others go on."""
         longer: dict[tuple[int, str], dict] = {}  # samples whose environments say the same share one prompt
-        groups = [[self._start(prompt, own, seed, i, longer) for i in range(own.n)] for prompt, own, seed in asked]
-        live = [talk for group in groups for talk in group]
+        groups = [
+            [self._start(prompt, own, seed, (number, i), longer) for i in range(own.n)]
+            for number, (prompt, own, seed) in enumerate(zip(prompts, params, seeds, strict=True))
+        ]
+        told = None if expect is None else expect([[talk.prompt for talk in group] for group in groups])
+        live, made = [talk for group in groups for talk in group], {}
         while engine.anyone(bool(live)):
             rollouts = engine.generate(
                 [talk.prompt["prompt_ids"] + talk.ids for talk in live], [talk.request() for talk in live]
             )
-            live = [talk for talk, rollout in zip(live, rollouts, strict=True) if self._goes_on(talk, rollout)]
+            ended = [t for t, rollout in zip(live, rollouts, strict=True) if not self._goes_on(t, rollout)]
+            for talk in ended:
+                made[talk.place] = self._finish(talk)
+                if told is not None:
+                    told(talk.place[0], [made[talk.place]], talk.place[1])
+            live = [talk for talk in live if talk.place not in made]
         return [
-            Rollout(prompt["prompt_ids"], [self._finish(talk) for talk in group], group[0].version)
+            Rollout(prompt["prompt_ids"], [made[talk.place] for talk in group], group[0].version)
             for prompt, group in zip(prompts, groups, strict=True)
         ]
 
-    def _start(self, prompt: dict, params: SamplingParams, seed: int, number: int, longer: dict) -> Talk:
+    def _start(self, prompt: dict, params: SamplingParams, seed: int, place: tuple[int, int], longer: dict) -> Talk:
         if isinstance(prompt["prompt"], str):
             raise RolloutError(
                 "environments and tools take conversations, and the prompts are plain texts: write each as "
@@ -167,7 +181,7 @@ class Episodes:
             raise RolloutError(
                 f"a new environment {kind.name} could not be made: {type(error).__name__}: {error}"
             ) from error
-        talk = Talk(prompt, params, number, session)
+        talk = Talk(prompt, params, place, session)
         kept_back = {"prompt_ids", PICKS} if self.environments.several else {"prompt_ids"}
         row = {key: value for key, value in prompt.items() if key not in kept_back}
         try:

@@ -21,13 +21,13 @@ from align.errors import ConfigError, RewardError
 from align.evaluation.records import EvalWriter
 from align.modeling.load import Reference
 from align.rollout.seeds import derive_seed
-from align.rollout.types import Completion, SamplingParams
+from align.rollout.types import SamplingParams
 from align.trainers.core.ranks import Ranks
 from align.trainers.on_policy.config import OnPolicyConfig
-from align.trainers.on_policy.early_scores import EarlyScores, early_scores
+from align.trainers.on_policy.early_scores import EarlyScores, early_scores, expecting
 from align.trainers.on_policy.episodes import Episodes
 from align.trainers.on_policy.forward import ForwardPasses
-from align.trainers.on_policy.pipeline import CompletionSource
+from align.trainers.on_policy.pipeline import CompletionSource, complete
 from align.trainers.on_policy.rewards import RewardColumns
 from align.trainers.on_policy.samples import Sample, as_text, make_samples
 from align.trainers.on_policy.stopping import disagreement_columns
@@ -132,7 +132,7 @@ class PolicyEvaluator:
     def _rows(self, prompts: list[dict], indices: list[int], model, reference) -> list[dict]:
         count = self.args.eval_num_generations
         asked = [prompt for prompt in prompts for _ in range(count)]
-        with self._early(self.rewards, asked) as early, self._early(self.gold, asked) as early_gold:
+        with self._early(self.rewards, len(asked)) as early, self._early(self.gold, len(asked)) as early_gold:
             samples = self._sample(asked, indices, [scores for scores in (early, early_gold) if scores is not None])
             # before the rewards: a sample that they have no score for has a KL and an entropy all the same
             columns: dict[str, Sequence[float | None]] = {**self._kl_and_entropy(samples, model, reference)}
@@ -159,12 +159,12 @@ class PolicyEvaluator:
             rows.append({"index": index, **means, "sample": first})
         return rows
 
-    def _early(self, rewards: RewardColumns | None, asked: list[dict]) -> AbstractContextManager[EarlyScores | None]:
-        """What scores completions of all requests while others are drawn."""
-        if rewards is None or self.episodes is not None:
+    def _early(self, rewards: RewardColumns | None, count: int) -> AbstractContextManager[EarlyScores | None]:
+        """What scores so many completions while others are drawn."""
+        if rewards is None:
             return nullcontext()
-        places = [range(i, i + 1) for i in range(len(asked))]
-        return early_scores(self.engine, rewards, self.tokenizer, asked, places)
+        places = [range(i, i + 1) for i in range(count)]
+        return early_scores(self.engine, rewards, self.tokenizer, places, turns=self.episodes is not None)
 
     def _sample(self, asked: list[dict], indices: list[int], early: list[EarlyScores]) -> list[Sample]:
         """One sample of each prompt of `asked`, in which those of `indices` stand several times, side by side."""
@@ -173,19 +173,11 @@ class PolicyEvaluator:
             SamplingParams(**self.args.drawing, seed=derive_seed(self.args.seed, "evaluate", index, j))
             for index, j in each
         ]
-
-        def done(request: int, completions: list[Completion]) -> None:
-            for scores in early:
-                scores.done(request, completions)
-
         if self.episodes is None:
-            told = {"on_done": done} if early else {}
-            rollouts = self.engine.generate([prompt["prompt_ids"] for prompt in asked], params, **told)
-            for scores in early:
-                scores.drawn(rollouts)
+            rollouts = complete(self.engine, asked, params, expecting(early))
         else:
             seeds = [derive_seed(self.args.seed, "evaluate environment", index, j) for index, j in each]
-            rollouts = self.episodes.complete(self.engine, asked, params, seeds)
+            rollouts = self.episodes.complete(self.engine, asked, params, seeds, expecting(early))
         return [
             make_samples(self.tokenizer, prompt, rollout.completions, rollout.weight_version)[0]
             for prompt, rollout in zip(asked, rollouts, strict=True)

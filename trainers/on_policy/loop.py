@@ -365,8 +365,8 @@ class OnPolicyTrainer(OnPolicyBase):
     def sample_rollout(self, prompts: list[dict], indices: list[int]) -> ScoredRollout:
         """Scored samples of these prompts by the policy as it is, and of others where they have no signal."""
         args, step = self.args, self.state.global_step
-        drawn = self.ahead.draw(prompts, indices, step, self.sync_engine)
-        rollout = self.pipeline.run(prompts, indices, step, drawn.version, drawn.rollouts)
+        version = self.ahead.begin(prompts, step, self.sync_engine)
+        rollout = self.pipeline.run(prompts, indices, step, version, self.ahead.draw)
         if args.dynamic_sampling_rounds:
             draw = partial(self.pipeline.run, step=step, weight_version=step)
             join = partial(self.join_refill, step)

@@ -6,11 +6,15 @@ request is interrupted and no clock decides, so that what is drawn by which weig
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from align.errors import RolloutError
 from align.rollout.seeds import derive_seed
 from align.rollout.types import Completion, Rollout, SamplingParams
 from align.trainers.on_policy.pipeline import CompletionSource
+
+if TYPE_CHECKING:
+    from align.trainers.on_policy.early_scores import Told
 
 Request = tuple[list[int], SamplingParams]
 
@@ -62,19 +66,43 @@ class Part:
             return
         for i, j, rollout in answers:
             assert j is not None
-            made, (more,) = self.drawn.rollouts[i].completions[j], rollout.completions
-            made.token_ids = made.token_ids + more.token_ids
-            made.logprobs = None if made.logprobs is None else made.logprobs + (more.logprobs or [])
-            made.finish_reason = more.finish_reason
+            (more,) = rollout.completions
+            made = self.drawn.rollouts[i].completions[j] = self.longer(i, j, more)
             made.drawn_by = [*(made.drawn_by or []), (rollout.weight_version, len(more.token_ids))]
 
+    def longer(self, i: int, j: int, more: Completion) -> Completion:
+        """Sample j of request i, with what was drawn after it."""
+        assert self.drawn.rollouts is not None
+        made = self.drawn.rollouts[i].completions[j]
+        logprobs = None if made.logprobs is None else made.logprobs + (more.logprobs or [])
+        ids = made.token_ids + more.token_ids
+        return replace(made, token_ids=ids, logprobs=logprobs, finish_reason=more.finish_reason)
 
-def draw_parts(engine: CompletionSource, parts: list[Part], version: int) -> None:
+    def whole(self) -> Iterator[tuple[int, int, Completion]]:
+        """What needs no further tokens: numbers of the request and of the sample, completion."""
+        for i, ((_, params), rollout) in enumerate(zip(self.requests, self.drawn.rollouts or (), strict=False)):
+            for j, made in enumerate(rollout.completions):
+                if not unfinished(made, params):
+                    yield i, j, made
+
+
+def draw_parts(engine: CompletionSource, parts: list[Part], version: int, told: "Told | None" = None) -> None:
     """Draw all of them with one engine call. version: of the weights that the engine must have; raises `RolloutError`
-    if it has others."""
+    if it has others. told: of the first part's completions, all of which are drawn to their end."""
     asked = [(part, ask) for part in parts for ask in part.asks()]
     requests = [request for _, (_, _, request) in asked]
-    answers = engine.generate([ids for ids, _ in requests], [params for _, params in requests])
+    tells = {}
+    if told is not None:
+        for i, j, made in parts[0].whole():
+            told(i, [made], j)
+
+        def done(index: int, completions: list[Completion]) -> None:
+            part, (i, j, _) = asked[index]
+            if part is parts[0]:
+                told(i, completions if j is None else [part.longer(i, j, completions[0])], j or 0)
+
+        tells["on_done"] = done
+    answers = engine.generate([ids for ids, _ in requests], [params for _, params in requests], **tells)
     found = {rollout.weight_version for rollout in answers}
     if not found <= {version}:
         raise RolloutError(

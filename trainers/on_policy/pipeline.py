@@ -1,6 +1,7 @@
 """The rollout pipeline: prompts in, scored samples out."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -8,7 +9,7 @@ from align.errors import RolloutError
 from align.rollout.seeds import derive_seed
 from align.rollout.types import OnDone, Rollout, SamplingParams
 from align.trainers.core.recorder import Recorder
-from align.trainers.on_policy.early_scores import EarlyScores, early_scores
+from align.trainers.on_policy.early_scores import EarlyScores, Expect, early_scores
 from align.trainers.on_policy.episodes import Episodes
 from align.trainers.on_policy.rewards import RewardColumns
 from align.trainers.on_policy.samples import Sample, make_samples
@@ -18,7 +19,7 @@ KEEP = TruncationRule()
 
 
 class CompletionSource(Protocol):
-    """What the pipeline needs of a rollout engine; the two that follow, and `on_done`, only of one that `tells`."""
+    """What the pipeline needs of a rollout engine; `draws_elsewhere` and `on_done` only of one that `tells`."""
 
     @property
     def tells(self) -> bool: ...
@@ -26,14 +27,15 @@ class CompletionSource(Protocol):
     @property
     def draws_elsewhere(self) -> bool: ...
 
-    @property
-    def weight_version(self) -> int: ...
-
     def generate(
         self, prompts: list[list[int]], params: list[SamplingParams], on_done: OnDone | None = None
     ) -> list[Rollout]: ...
 
     def anyone(self, wants: bool) -> bool: ...
+
+
+Draw = Callable[[list[dict], list[int], int, Expect | None], list[Rollout]]
+"""`RolloutPipeline.draw`."""
 
 
 @dataclass
@@ -85,21 +87,18 @@ class RolloutPipeline:
         indices: list[int],
         step: int,
         weight_version: int,
-        rollouts: list[Rollout] | None = None,
+        draw: Draw | None = None,
     ) -> ScoredRollout:
         """Sample and score, with one engine call for all requests of all prompts.
 
         indices: of the prompts in the rollout's global batch, so that the draws do not depend on how it is cut into
         processes. step: of the optimiser, that the rollout is made for; it changes the draws. weight_version: of the
-        weights that the engine must have; raises `RolloutError` if it has others. rollouts: of `draw`, made before.
+        weights that the engine must have; raises `RolloutError` if it has others. draw: in the place of the method.
         """
-        with self._early(prompts) if rollouts is None else nullcontext() as early:
+        with self._early(len(prompts)) as early:
             with self.recorder.phase("generate"):
-                if rollouts is None:
-                    rollouts = self.draw(prompts, indices, step, early)
-                    if early is not None:
-                        early.drawn(rollouts)
-                rollout = self.samples(prompts, rollouts, {} if early is None else early.made)
+                rollouts = (draw or self.draw)(prompts, indices, step, None if early is None else early.expect)
+                rollout = self.samples(prompts, rollouts)
             if rollout.weight_version != weight_version:
                 raise RolloutError(
                     f"the rollouts of step {step} were made by weights of version {rollout.weight_version}, and "
@@ -119,31 +118,25 @@ class RolloutPipeline:
             sample.left_out |= any(other.left_out for other in rollout.extra[i // each])
         return rollout
 
-    def _early(self, prompts: list[dict]) -> AbstractContextManager[EarlyScores | None]:
-        """What scores completions of all requests while others are drawn."""
-        if self.episodes is not None:  # whose turns are drawn by calls of their own
-            return nullcontext()
-        counts, count = [request.n for request in self.requests], len(prompts)
+    def _early(self, count: int) -> AbstractContextManager[EarlyScores | None]:
+        """What scores completions of all requests of so many prompts while others are drawn."""
+        counts = [request.n for request in self.requests]
         places, further = [], count * counts[0]  # the samples of all prompts, then what else was asked for each
         for i in range(count):
             places.append(range(i * counts[0], (i + 1) * counts[0]))
             for n in counts[1:]:
                 places.append(range(further, further + n))
                 further += n
-        asked = [prompt for prompt in prompts for _ in self.requests]
-        return early_scores(self.engine, self.rewards, self.tokenizer, asked, places)
+        return early_scores(self.engine, self.rewards, self.tokenizer, places, turns=self.episodes is not None)
 
-    def draw(
-        self, prompts: list[dict], indices: list[int], step: int, early: EarlyScores | None = None
-    ) -> list[Rollout]:
-        """Completions of every request of every prompt, side by side. early: is told of each request."""
+    def draw(self, prompts: list[dict], indices: list[int], step: int, expect: Expect | None = None) -> list[Rollout]:
+        """Completions of every request of every prompt, side by side."""
         asked = [prompt for prompt in prompts for _ in self.requests]
         params = self.params(indices, step)
         if self.episodes is None:
-            told = {} if early is None else {"on_done": early.done}
-            return self.engine.generate([prompt["prompt_ids"] for prompt in asked], params, **told)
+            return complete(self.engine, asked, params, expect)
         seeds = [derive_seed(self.seed, "environment", step, index) for index in indices for _ in self.requests]
-        return self.episodes.complete(self.engine, asked, params, seeds)
+        return self.episodes.complete(self.engine, asked, params, seeds, expect)
 
     def params(self, indices: list[int], step: int) -> list[SamplingParams]:
         """Of every request of every prompt, side by side, with their seeds."""
@@ -153,17 +146,24 @@ class RolloutPipeline:
             for number, request in enumerate(self.requests)
         ]
 
-    def samples(self, prompts: list[dict], rollouts: list[Rollout], made: dict[int, list[Sample]]) -> ScoredRollout:
-        """Completions without scores. rollouts: of `draw`. made: the samples that there are, by number of the
-        request."""
+    def samples(self, prompts: list[dict], rollouts: list[Rollout]) -> ScoredRollout:
+        """Completions without scores. rollouts: of `draw`."""
         count = len(self.requests)
         samples, extra = [], []
         for i, prompt in enumerate(prompts):
             groups = [
-                made.get(number)
-                or make_samples(self.tokenizer, prompt, rollouts[number].completions, rollouts[number].weight_version)
-                for number in range(i * count, (i + 1) * count)
+                make_samples(self.tokenizer, prompt, rollout.completions, rollout.weight_version)
+                for rollout in rollouts[i * count : (i + 1) * count]
             ]
             samples += groups[0]
             extra.append([sample for group in groups[1:] for sample in group])
         return ScoredRollout(samples, extra, rollouts[0].weight_version)
+
+
+def complete(
+    engine: CompletionSource, asked: list[dict], params: list[SamplingParams], expect: Expect | None
+) -> list[Rollout]:
+    """Completions of one turn, of rows with `prompt_ids`."""
+    told = None if expect is None else expect([[row] * own.n for row, own in zip(asked, params, strict=True)])
+    ids = [row["prompt_ids"] for row in asked]
+    return engine.generate(ids, params) if told is None else engine.generate(ids, params, on_done=told)

@@ -24,7 +24,7 @@ from align.reward_models.verifier import VerifierReward
 from align.trainers.core.recorder import Recorder
 from align.trainers.on_policy.engine import SyncedEngine
 from tests.reward_models.test_remote import server
-from tests.trainers.on_policy.elsewhere import Elsewhere
+from tests.trainers.on_policy.elsewhere import PLACE, Elsewhere
 from tests.trainers.tiny_runs import WANTED, assert_same, logged, on_policy, parameters, prompts, tiny_model
 
 called = threading.Event()
@@ -56,6 +56,15 @@ def trained(policy, tokenizer, folder, reward, engine_class=Batches, method="rlo
     trainer = trainer_class(policy, reward, args, prompts(32), evaluated, gold_reward=gold, engine=engine)
     trainer.train()
     return trainer
+
+
+def without_times(trainer) -> list[dict]:
+    """All that was logged, but for how long it took."""
+    times = ("time/", "train_", "eval_runtime")
+    return [
+        {key: value for key, value in line.items() if not key.startswith(times) and "per_second" not in key}
+        for line in trainer.state.log_history
+    ]
 
 
 async def good(completion) -> bool:
@@ -91,8 +100,15 @@ def test_a_checker_of_ours_is_called_while_vllm_or_transformers_draws_in_this_pr
     assert begun == {"good": [True, False], "python_tests": [True, True], "remote": [True, True]}
 
 
-@pytest.mark.parametrize("method", ["rloo", "remax"])
-def test_a_run_is_the_same_to_the_bit(policy, tokenizer, tmp_path, method, caplog):
+PARTS = {"partial_rollouts": 3, "rollout_correction": "token_truncate", "max_steps": 4}
+AHEAD = {"rollouts_ahead": 1, "rollout": PLACE}
+
+
+@pytest.mark.parametrize(
+    ("method", "further"),
+    [("rloo", {}), ("remax", {}), ("rloo", PARTS), ("remax", PARTS), ("rloo", {**PARTS, **AHEAD})],
+)
+def test_a_run_is_the_same_to_the_bit(policy, tokenizer, tmp_path, method, further, caplog):
     """Scores, what fails and is left out, what is logged of it, evaluations and weights, whatever the order in which
     calls end; ReMax's greedy answers stand behind the others."""
     found = []
@@ -122,18 +138,11 @@ def test_a_run_is_the_same_to_the_bit(policy, tokenizer, tmp_path, method, caplo
             ]
             caplog.clear()
             gold = RemoteReward(url, name="gold", batch_size=5)
-            options = {"eval_strategy": "steps", "eval_steps": 1, "do_eval": True}
+            options = {"eval_strategy": "steps", "eval_steps": 1, "do_eval": True, **further}
             trainer = trained(
                 policy, tokenizer, tmp_path / engine_class.__name__, rewards, engine_class, method, gold, **options
             )
-            lines = [
-                {
-                    k: v
-                    for k, v in line.items()
-                    if not k.startswith(("time/", "train_", "eval_runtime")) and "per_second" not in k
-                }
-                for line in trainer.state.log_history
-            ]
+            lines = without_times(trainer)
             warned = [
                 r.getMessage() for r in caplog.records if r.levelno == logging.WARNING and "a letter" in r.getMessage()
             ]

@@ -132,7 +132,7 @@ def test_a_checkpoint_of_other_prompts_or_processes(policy, tmp_path, caplog):
     trainer.ahead.load_state_dict(state)
     rows = [trainer.train_dataset[i] for i in range(8)]
     with pytest.raises(TrainingError, match="for other prompts than those of step 3"):
-        trainer.ahead.draw(rows, list(range(8)), 2, lambda: None)
+        trainer.ahead.begin(rows, 2, lambda: None)
 
 
 def test_a_failure_while_training_is_the_engines_own_and_comes_at_once(policy, tmp_path, monkeypatch):
