@@ -4,6 +4,7 @@ folder for what is found."""
 import copy
 import sys
 import time
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,10 +14,12 @@ import torch.distributed as dist
 
 from align.data import toy
 from align.errors import ConfigError, RolloutError
+from align.reward_models.remote import RemoteReward
 from align.rollout import SamplingParams, make_engine, vllm_watch
+from tests.reward_models.test_remote import server
 from tests.rollout.rollout_models import llama, never_ending, prompts
 from tests.rollout.two_ranks import check, shard, with_adapter
-from tests.trainers.on_policy.talks import talking_run
+from tests.trainers.on_policy.talks import length_of_answers, talking_run
 from tests.trainers.tiny_runs import logged, on_policy, wanted_words
 from tests.trainers.tiny_runs import prompts as toy_prompts
 
@@ -39,6 +42,13 @@ def drawn(engine, asked) -> list:
     return [[(c.token_ids, c.logprobs) for c in rollout.completions] for rollout in made]
 
 
+@contextmanager
+def served(function):
+    """The same reward behind a server, which is asked about completions while others are drawn."""
+    with server(lambda content: {"scores": function(content["completions"])}) as (url, _):
+        yield RemoteReward(url, batch_size=2)
+
+
 def trained(engine, folder: Path, processes: int, rollout: dict) -> dict:
     """Three steps on eight prompts each, and an evaluation of five, which the processes cannot share evenly."""
     options = {"per_device_train_batch_size": 8 // processes, "per_device_eval_batch_size": 1}
@@ -47,8 +57,9 @@ def trained(engine, folder: Path, processes: int, rollout: dict) -> dict:
     trainer_class, args = on_policy("remax", folder, seed=6, rollout=rollout, **options)
     data = toy_prompts(64), toy_prompts(5, seed=1)
     model = copy.deepcopy(llama(3, vocab_size=96))
-    trainer = trainer_class(model, wanted_words, args, *data, processing_class=toy.tokenizer(), engine=engine)
-    trainer.train()
+    with served(wanted_words) as reward:
+        trainer = trainer_class(model, reward, args, *data, processing_class=toy.tokenizer(), engine=engine)
+        trainer.train()
     keys = ("reward", "remax/greedy_reward", "completions/mean_length", "eval_proxy", "rollout/share_1_rollouts_old")
     return {key: logged(trainer, key) for key in (*keys, "loss", "rollout/mean_abs_logp_diff")}
 
@@ -62,10 +73,11 @@ def refilled(engine, folder: Path, processes: int, rollout: dict) -> dict:
     """Groups without signal are replaced, more often on one process than on another."""
     options = {"per_device_train_batch_size": 8 // processes, "num_generations": 2, "dynamic_sampling_rounds": 3}
     trainer_class, args = on_policy("rloo", folder, seed=6, rollout=rollout, max_steps=3, learning_rate=5e-3, **options)
-    trainer = trainer_class(
-        llama(3, vocab_size=96), odd, args, toy_prompts(64), processing_class=toy.tokenizer(), engine=engine
-    )
-    trainer.train()
+    with served(odd) as reward:
+        trainer = trainer_class(
+            llama(3, vocab_size=96), reward, args, toy_prompts(64), processing_class=toy.tokenizer(), engine=engine
+        )
+        trainer.train()
     keys = ("reward", "loss", "dynamic_sampling/rounds", "dynamic_sampling/without_signal", "dynamic_sampling/left")
     return {key: logged(trainer, key) for key in keys}
 
@@ -73,7 +85,9 @@ def refilled(engine, folder: Path, processes: int, rollout: dict) -> dict:
 def talked(engine, folder: Path, processes: int, rollout: dict) -> list:
     """Conversations, which on one process take more turns than on another."""
     engine.eos_token_ids, kept = (2, *range(3, 96, 4)), engine.eos_token_ids
-    found = talking_run(folder, engine, rollout=rollout, per_device_train_batch_size=8 // processes)
+    with served(length_of_answers) as reward:
+        options = {"rollout": rollout, "per_device_train_batch_size": 8 // processes}
+        found = talking_run(folder, engine, reward=reward, **options)
     engine.eos_token_ids = kept
     return found
 

@@ -71,7 +71,7 @@ def length_of_answers(completions, **columns) -> list[float]:
     return [sum(len(m["content"]) for m in talk if m["role"] == "assistant") / 100 for talk in completions]
 
 
-def talking_run(folder, engine=None, *, tokenizer=None, **options) -> list[list]:
+def talking_run(folder, engine=None, *, tokenizer=None, reward=length_of_answers, **options) -> list[list]:
     """Three steps of ReMax on a random policy that plays `GuessingGame` and calls `double`, several turns in flight.
     What was logged: turns, the shares of answers that call and of games that end, losses, rewards, and gaps between the
     log-probs of engine and trainer. tokenizer: of `babbling_tokenizer`. options: of the configuration."""
@@ -81,7 +81,7 @@ def talking_run(folder, engine=None, *, tokenizer=None, **options) -> list[list]
     options = {"max_steps": 3, "learning_rate": 5e-3, "seed": 6, "max_completion_length": 60, **options}
     trainer_class, args = on_policy("remax", folder, **options)
     world = {"environment_factory": GuessingGame, "tools": [double], "processing_class": text}
-    trainer = trainer_class(model, length_of_answers, args, questions(64), engine=engine, **world)
+    trainer = trainer_class(model, reward, args, questions(64), engine=engine, **world)
     trainer.train()
     trainer.close()
     keys = ("environment/turns", "tools/call_frequency", "environment/finished_ratio", "loss", "reward")
