@@ -151,7 +151,7 @@ class SparsePOTrainer(PreferenceTrainer):
             write_json(folder / mask_reports.FILE_NAME, seen)
             title = f"Token masks of {self.args.run_name or folder.name}"
             intro = f"{len(seen['pairs'])} pairs after step {self.state.global_step}; {self.args.variant} masks."
-            mask_reports.write_page(folder / "masks.html", seen, title=title, intro=intro)
+            mask_reports.write_page(folder / mask_reports.PAGE, seen, title=title, intro=intro)
         return output
 
     # ---- files ------------------------------------------------------------------------------------------------------

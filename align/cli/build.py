@@ -30,11 +30,14 @@ def train_rows(run: RunConfig):
 
 
 def save_label_noise(run: RunConfig, rows: Any) -> None:
-    """Write which of the training rows are flipped to output_dir, if any are."""
+    """Write which of the training rows are flipped to output_dir, if any are; a file of an earlier run goes."""
     from align.data.noise import FILE_NAME, flipped_rows, save_flips
 
     noise, folder = run.ensemble, Path(run.training.output_dir)
-    if noise is None or not noise.label_noise or run.training.process_index != 0:
+    if run.training.process_index != 0:
+        return
+    if noise is None or not noise.label_noise:
+        (folder / FILE_NAME).unlink(missing_ok=True)
         return
     flipped = flipped_rows(len(rows), noise.label_noise, noise.label_noise_seed)
     folder.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from align.errors import DataError
 
-FILE_NAME = "masks.json"
+FILE_NAME, PAGE = "masks.json", "masks.html"
 TEMPLATE = "masks.html.j2"
 LABELS = {"m": "both terms", "m_u": "log-ratios", "m_d": "KL"}
 FIGURE_TOKENS = 24

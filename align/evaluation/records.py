@@ -334,6 +334,6 @@ def _dump(value: dict, path: Path) -> str:
 def free_name(path: Path) -> Path:
     """Where the file of an earlier run is kept: curve.jsonl as curve.1.old.jsonl."""
     number = 1
-    while (old := path.with_name(f"{path.stem}.{number}.old.jsonl")).exists():
+    while (old := path.with_name(f"{path.stem}.{number}.old{path.suffix}")).exists():
         number += 1
     return old

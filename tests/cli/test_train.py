@@ -121,6 +121,8 @@ def test_ensembles_of_other_kinds_and_wrong_labels(tiny_model, pairs, tmp_path, 
     rows = len(Path(pairs).read_text().splitlines())
     assert (flips["share"], flips["seed"], len(flips["rows"])) == (0.25, 0, round(0.25 * rows))
     assert (folder / "shared_trunk.safetensors").exists() and (folder / "member_1/reward_normalizer.json").exists()
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "flipped_labels.json").write_text("{}")  # of an earlier run
     lora = train("reward", tmp_path / "lora", *base, "--ensemble_kind", "lora", "--use_peft", "--lora_r", 2)
     assert (lora / "member_1/adapter_model.safetensors").exists() and not (lora / "flipped_labels.json").exists()
     other = ["--output_dir", str(tmp_path / "other"), "--use_cpu"]

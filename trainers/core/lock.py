@@ -1,20 +1,28 @@
-"""One run at a time in an output folder."""
+"""One run at a time in an output folder, and no results of an earlier one."""
 
 import fcntl
+import logging
 import os
 import socket
 from contextlib import contextmanager
 from pathlib import Path
 
 from align.errors import TrainingError
+from align.evaluation import completions_file, masks, records
+from align.trainers.weighting import search
+
+logger = logging.getLogger(__name__)
 
 FILE_NAME = ".align_lock"
+RESULTS = (records.FILE_NAME, completions_file.FILE_NAME, masks.FILE_NAME, masks.PAGE, search.FILE_NAME)
+"""What some runs write and others do not: reports, `align watch` and model cards take it for the folder's run."""
 
 
 @contextmanager
-def holding(folder: str | Path):
+def holding(folder: str | Path, *, anew: bool = False):
     """Hold the folder's lock, which names its holder; the system frees it when the process ends. `TrainingError` if
-    another run holds it, or if nothing can be written there."""
+    another run holds it, or if nothing can be written there. anew: a run begins, and what an earlier one has left is
+    kept under other names."""
     path = Path(folder) / FILE_NAME
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,4 +40,14 @@ def holding(folder: str | Path):
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
+        if anew:
+            _set_aside(Path(folder))
         yield
+
+
+def _set_aside(folder: Path) -> None:
+    for name in RESULTS:
+        if (folder / name).exists():
+            old = records.free_name(folder / name)
+            os.replace(folder / name, old)
+            logger.warning("%s is of an earlier run: kept as %s", folder / name, old.name)

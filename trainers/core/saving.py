@@ -25,11 +25,12 @@ from align.modeling.token_masks import FILE_NAME as MASKS_FILE
 from align.modeling.types import Model
 from align.reward_models.ensemble import FILE_NAME as ENSEMBLE_FILE
 from align.reward_models.normalizer import FILE_NAME as NORMALIZER_FILE
+from align.trainers.on_policy.meta_learner import FILE as META_FILE
 
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, NOTES_FILE, START_FILE, "adapter_model.bin")
-TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATE_FILE, GENERATION_FILE = "chat_template.jinja", "generation_config.json"
 MODEL_FILES = ("config.json", "model*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
-FILES_BESIDE = (ENSEMBLE_FILE, NORMALIZER_FILE, MASKS_FILE)
+FILES_BESIDE = (ENSEMBLE_FILE, NORMALIZER_FILE, MASKS_FILE, META_FILE)
 """Written after the model by those that have them."""
 PROBED_LAYERS = 8
 
@@ -95,9 +96,10 @@ def finish_folder(folder: str | Path, model: Model, tokenizer: Any = None) -> No
     """After transformers or PEFT has written the model, and its tokenizer: complete an adapter's folder, and delete
     what an earlier run has left there that would be loaded instead."""
     folder = Path(folder)
+    core = model.get_base_model() if is_peft(model) else model
+    generation = getattr(core, "generation_config", None)  # a classifier has none
     if is_peft(model):
         finish_adapter(folder, model)
-        generation = getattr(model.get_base_model(), "generation_config", None)  # a classifier has none
         if generation is not None:
             generation.save_pretrained(folder)
         stale = [path for pattern in MODEL_FILES for path in folder.glob(pattern)]
@@ -107,6 +109,8 @@ def finish_folder(folder: str | Path, model: Model, tokenizer: Any = None) -> No
     stale += [folder / name for name in FILES_BESIDE]
     if tokenizer is not None and tokenizer.chat_template is None:
         stale.append(folder / TEMPLATE_FILE)
+    if generation is None:
+        stale.append(folder / GENERATION_FILE)
     for path in stale:
         path.unlink(missing_ok=True)
 

@@ -383,7 +383,7 @@ class TrainerMixin(TrainerHooks):
         args.eval_on_start = eval_on_start and checkpoint is None
         try:
             with ExitStack() as held:
-                by_first(lambda: held.enter_context(holding(args.output_dir)))
+                by_first(lambda: held.enter_context(holding(args.output_dir, anew=checkpoint is None)))
                 output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         finally:
             args.eval_on_start = eval_on_start

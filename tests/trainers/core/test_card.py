@@ -8,12 +8,14 @@ import transformers
 
 from align.cli.main import main
 from align.data import load_rows, toy
+from align.evaluation.completions_file import read_completions
 from align.evaluation.peak import analyse_peak
 from align.evaluation.records import read_run
 from align.lazy import load
 from align.methods import METHODS
 from align.trainers.dpo import DPOTrainer
 from align.trainers.remax import ReMaxTrainer
+from tests.trainers import sparse_runs
 from tests.trainers.core.test_saved import lora
 from tests.trainers.pairs.preference_runs import dpo_config, toy_pairs
 from tests.trainers.tiny_runs import prompts, remax_config, tiny_model, wanted_words
@@ -59,6 +61,31 @@ def test_an_on_policy_run(tmp_path):
     assert "accelerator_config" not in card["settings"] and "do_eval" not in card["settings"]  # nobody sets them
     assert f"transformers {transformers.__version__}, " in card["versions"]
     assert f"torch {torch.__version__}" in card["versions"] and "align-rlhf " in card["versions"]
+
+
+def test_another_run_keeps_results_of_the_one_before_under_other_names(tmp_path):
+    """Curve, completions and pictures of masks, which DPO does not write; a run that is resumed keeps its own."""
+    names = ["overoptimization.jsonl", "completions.jsonl", "masks.json", "masks.html", "threshold_search.json"]
+    policy, folder = saved_policy(tmp_path / "policy"), tmp_path / "run"
+    sparse_runs.trainer(policy, folder, max_steps=1).train()
+    assert {"masks.json", "masks.html"} <= {path.name for path in folder.iterdir()}
+    for name in names:
+        (folder / name).write_text("earlier")
+    options = {"num_logged_completions": 1, "max_new_tokens": 2, "eval_strategy": "steps", "eval_steps": 1}
+
+    def train(resume, **options):
+        args = dpo_config(folder, save_strategy="steps", save_steps=1, **options)
+        trainer = DPOTrainer(policy, args, toy_pairs(16), toy_pairs(4, seed=1))
+        trainer.train(resume)
+        trainer.save_model()
+
+    train(None, max_steps=1, **options)
+    old = {name: folder / f"{name.partition('.')[0]}.1.old.{name.partition('.')[2]}" for name in names}
+    assert all(path.read_text() == "earlier" for path in old.values())
+    assert [name for name in names if (folder / name).exists()] == ["completions.jsonl"]
+    train(True, max_steps=2, **options)
+    assert [record["step"] for record in read_completions(folder)] == [1, 2]
+    assert not (folder / "completions.2.old.jsonl").exists()
 
 
 def test_an_adapter_and_its_export(tmp_path):

@@ -225,7 +225,8 @@ def test_a_folder_is_what_was_written_last(policy, tmp_path):
 
 
 def test_files_beside_an_earlier_model_go_with_it(start, tmp_path):
-    """An ensemble of reward models, then one, then a policy in one folder; and masks of SparsePO, then DPO."""
+    """An ensemble of reward models, then one, then a policy in one folder; masks of SparsePO and the h of MetaAPO, then
+    DPO; a policy's generation config, then a reward model."""
     rewards = tmp_path / "rewards"
     args = reward_runs.config(rewards, max_steps=1)
     train_reward_ensemble(start, args, toy_pairs(16), members=2)
@@ -234,11 +235,16 @@ def test_files_beside_an_earlier_model_go_with_it(start, tmp_path):
     assert (rewards / "reward_normalizer.json").exists() and not (rewards / "ensemble.json").exists()
     assert_saved("dpo", trained("dpo", start, rewards), rewards)
     assert not (rewards / "reward_normalizer.json").exists()
+    assert (rewards / "generation_config.json").exists()
+    trained("reward", start, rewards)
+    assert not (rewards / "generation_config.json").exists()
     masks = tmp_path / "sparse" / "token_masks.safetensors"
     trained("sparsepo", start, masks.parent)
     assert masks.exists()
+    learner = masks.with_name("meta_learner.safetensors")
+    learner.write_bytes(b"")
     trained("dpo", start, masks.parent)
-    assert not masks.exists()
+    assert not masks.exists() and not learner.exists()
 
 
 def test_no_weights_and_no_template_of_an_earlier_save_are_left(policy, tmp_path):
