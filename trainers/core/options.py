@@ -51,7 +51,7 @@ NOT_IN_OURS = {
 def refuse(args: Any, reasons: dict[str, str]) -> None:
     """ConfigError for an option that differs from transformers' default."""
     for item in fields(TrainingArguments):
-        neutral = item.default_factory() if item.default is MISSING else item.default
+        neutral = item.default if item.default_factory is MISSING else item.default_factory()
         if item.name in reasons and getattr(args, item.name) not in (neutral, None):
             raise ConfigError(f"{item.name}: {reasons[item.name]}: leave it out", key=item.name)
 
