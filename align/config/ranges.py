@@ -15,7 +15,7 @@ _HUGE = 10**12  # steps, tokens, bytes: beyond it nobody means it
 # (least, whether it is itself allowed, largest, whether it is), and the options
 _TABLE = {
     (0, True, 1, True): "rollouts_ahead lam label_smoothing_factor min_p top_entropy_quantile",
-    (0, False, 1, True): "gamma top_p selective_tokens",
+    (0, False, 1, True): "gamma top_p selective_tokens vllm_gpu_memory_utilization",
     (0, True, 1, False): "old_policy_share adam_beta1 adam_beta2 max_bad_share label_noise lora_dropout",
     (0, False, 1, False): "improver_weight",
     (0, False, 10, True): "repetition_penalty",
@@ -41,7 +41,7 @@ _TABLE = {
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps lora_r lora_alpha "
         "max_length max_prompt_length max_completion_length num_generations eval_num_generations num_generations_eval "
         "num_mini_batches steps_per_generation generation_batch_size num_completions_to_print max_turns "
-        "partial_rollouts "
+        "partial_rollouts vllm_tensor_parallel_size "
         "num_iterations num_eval_prompts normalizer_pairs chunk_size tokens_per_batch forward_tokens_per_batch "
         "precompute_ref_batch_size overlong_buffer max_new_tokens "
         "save_total_limit eval_accumulation_steps dataset_num_proc dataloader_prefetch_factor ddp_bucket_cap_mb "

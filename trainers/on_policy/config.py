@@ -17,7 +17,7 @@ from align.trainers.on_policy.loss_options import check_loss_options, take_delta
 from align.trainers.on_policy.loss_types import LOSS_TYPES, resolve_loss_type
 from align.trainers.on_policy.sampling_options import SamplingOptions
 from align.trainers.on_policy.stopping import check_stop, prepare_stop
-from align.trainers.on_policy.trl_names import take_rollouts
+from align.trainers.on_policy.trl_names import take_engine, take_rollouts
 from align.trainers.weighting.dynamic import check_dynamic_weights
 from align.trainers.weighting.options import check_constraints
 from align.trainers.weighting.search import check_search
@@ -260,7 +260,7 @@ class OnPolicyConfig(BatchingOptions, SamplingOptions, BaseConfig):
         self.sections = {name: SECTIONS[name](value, name) for name, value in given.items() if value is not None}
         for name, section in self.sections.items():
             setattr(self, name, plain(section))
-        take_backend(self)
+        take_engine(self)
         self.rollout = rollout_options(self.rollout)
         check_budgets(self)
         check_kl(self)
@@ -277,15 +277,6 @@ class OnPolicyConfig(BatchingOptions, SamplingOptions, BaseConfig):
         """What `loss_type` says of the other options."""
         default_aggregation: Any = next(f.default for f in fields(self) if f.name == "loss_aggregation")
         self.loss_aggregation = resolve_loss_type(self, default_aggregation)
-
-
-def take_backend(args: OnPolicyConfig) -> None:
-    """`rollout_backend` as what it is short for. Raises `ConfigError` beside options of an engine."""
-    if args.rollout_backend is None:
-        return
-    if args.rollout != RolloutOptions():
-        raise ConfigError("rollout_backend: write the backend in the section rollout instead", key="rollout_backend")
-    args.rollout, args.rollout_backend = args.rollout_backend, None
 
 
 def check_choices(args: OnPolicyConfig) -> None:

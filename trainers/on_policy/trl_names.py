@@ -4,13 +4,19 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from align.errors import ConfigError
+from align.rollout.options import RolloutOptions
 from align.trainers.core.moving_reference import MovingReferenceOptions
 from align.trainers.core.trl_options import of_trl
 from align.trainers.on_policy.loss_options import LossOptions
 from align.trainers.on_policy.shown import ShownCompletionsOptions
 
 DRAWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-VLLM = "the section rollout, as rollout: {backend: vllm} (docs/rollouts.md)"
+# TRL's names of the options of rollout: {backend: vllm}
+VLLM = {
+    "vllm_gpu_memory_utilization": "gpu_memory_utilization",
+    "vllm_tensor_parallel_size": "tensor_parallel",
+    "vllm_enable_sleep_mode": "sleep",
+}
 SERVER = "rollout: {backend: server, urls: [...]} (docs/rollouts.md)"
 CORRECTION = "rollout_correction, with rollout_correction_low and rollout_correction_high"
 ENGINE = "rollout: {backend: vllm}, or transformers, whose batches are made here (docs/rollouts.md)"
@@ -57,15 +63,23 @@ class TrlOnPolicyOptions(MovingReferenceOptions, ShownCompletionsOptions, LossOp
             "num_mini_batches."
         },
     )
+    use_vllm: bool | None = field(
+        default=None,
+        metadata={
+            "help": "TRL's: true is rollout: {backend: vllm}, false transformers. Default: what the section rollout "
+            "says, which is vLLM where it is installed."
+        },
+    )
+    vllm_gpu_memory_utilization: float = field(
+        default=0.3, metadata={"help": "TRL's name of rollout.gpu_memory_utilization."}
+    )
+    vllm_tensor_parallel_size: int = field(default=1, metadata={"help": "TRL's name of rollout.tensor_parallel."})
+    vllm_enable_sleep_mode: bool = field(default=False, metadata={"help": "TRL's name of rollout.sleep."})
     pad_to_multiple_of: int | None = of_trl(None, "leave it out; batching: shared_prefix pads nothing")
     cast_lm_head_to_fp32: bool = of_trl(False, "leave it out: log-probs are summed in float32 anyway")
-    use_vllm: bool = of_trl(False, VLLM)
-    vllm_mode: str = of_trl("colocate", VLLM)
-    vllm_gpu_memory_utilization: float | None = of_trl(None, "rollout: {backend: vllm, gpu_memory_utilization: ...}")
+    vllm_mode: str = of_trl("colocate", SERVER)
     vllm_model_impl: str = of_trl("vllm", "leave it out: vLLM runs its own implementations (docs/rollouts.md)")
     vllm_max_model_length: int | None = of_trl(None, "max_prompt_length and max_completion_length, whose sum it is")
-    vllm_tensor_parallel_size: int = of_trl(1, "rollout: {backend: vllm, tensor_parallel: N} (docs/rollouts.md)")
-    vllm_enable_sleep_mode: bool = of_trl(False, "rollout: {backend: vllm, sleep: true}")
     vllm_server_base_url: str | None = of_trl(None, SERVER)
     vllm_server_host: str = of_trl("0.0.0.0", SERVER)  # noqa: S104 (TRL's default; nothing listens)
     vllm_server_port: int = of_trl(8000, SERVER)
@@ -91,6 +105,26 @@ class TrlOnPolicyOptions(MovingReferenceOptions, ShownCompletionsOptions, LossOp
     log_completions_hub_repo: str | None = of_trl(None, "log_completions, and a tracker (report_to)")
     reward_clip_range: Any = of_trl(None, "clip inside the reward function; ReMax has reward_clip")
     multi_objective_aggregation: str = of_trl("sum_then_normalize", "method grpo, dynamic_weights or constraints")
+
+
+def take_engine(args: Any) -> None:
+    """TRL's names for the engine, and `rollout_backend`, as the section `rollout`. Raises `ConfigError` beside one."""
+    defaults = {f.name: f.default for f in fields(args) if f.name in ("rollout_backend", "use_vllm", *VLLM)}
+    given = {name: value for name, default in defaults.items() if (value := getattr(args, name)) != default}
+    if not given:
+        return
+    first, last = next(iter(given)), next(reversed(given))
+    options = {VLLM[name]: value for name, value in given.items() if name in VLLM}
+    if args.rollout != RolloutOptions():
+        raise ConfigError(f"{first}: write it in the section rollout instead", key=first)
+    if args.rollout_backend is not None and len(given) > 1:
+        raise ConfigError(f"rollout_backend and {first}: write both in the section rollout instead", key=first)
+    if args.use_vllm is False and options:
+        raise ConfigError(f"{last} is vLLM's, and use_vllm is false: leave one of them out", key=last)
+    backend = args.rollout_backend or ("transformers" if args.use_vllm is False else "vllm")
+    args.rollout = {"backend": backend, **options}
+    for name in given:
+        setattr(args, name, defaults[name])
 
 
 def take_rollouts(args: Any) -> None:

@@ -29,7 +29,7 @@ from tests.trainers.tiny_runs import on_policy_config, prompts, tiny_model, want
 
 BOTH = ((GRPOConfig, trl.GRPOConfig), (RLOOConfig, trl.RLOOConfig))
 ASKING = {
-    "use_vllm": (True, "rollout: {backend: vllm}"),
+    "vllm_mode": ("server", "rollout: {backend: server, urls"),
     "vllm_importance_sampling_correction": (True, "rollout_correction"),
     "vllm_server_port": (8001, "rollout: {backend: server, urls"),
     "vllm_structured_outputs_regex": ("a", "a reward of type format"),
@@ -57,6 +57,28 @@ def test_the_names_are_those_of_trl():
         shared = (a.keys() & b.keys()) - own - {"logging_nan_inf_filter"}  # listed for all methods
         differ |= {name for name in shared if MISSING not in (a[name], b[name]) and a[name] != b[name]}
     assert named(defaults) - {"GRPOConfig"} == differ | {"per_device_train_batch_size"}
+
+
+def test_the_engine(tmp_path):
+    def engine(**options):
+        return GRPOConfig(str(tmp_path), use_cpu=True, **options).rollout
+
+    assert engine(use_vllm=False) == engine(rollout="transformers")
+    assert engine(use_vllm=True) == engine(rollout="vllm") != engine() == engine(vllm_tensor_parallel_size=1)
+    of_trl = {"vllm_gpu_memory_utilization": 0.5, "vllm_tensor_parallel_size": 2, "vllm_enable_sleep_mode": True}
+    ours = {"backend": "vllm", "gpu_memory_utilization": 0.5, "tensor_parallel": 2, "sleep": True}
+    assert engine(**of_trl) == engine(use_vllm=True, **of_trl) == engine(rollout=ours)
+    for options, message in [
+        ({"use_vllm": False, "vllm_gpu_memory_utilization": 0.5}, "is vLLM's, and use_vllm is false"),
+        ({"use_vllm": False, "rollout": "vllm"}, "use_vllm: write it in the section rollout instead"),
+        (
+            {"use_vllm": True, "rollout_backend": "vllm"},
+            "rollout_backend and use_vllm: write both in the section rollout",
+        ),
+        ({"use_vllm": True, "vllm_tensor_parallel_size": 0}, "vllm_tensor_parallel_size"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            engine(**options)
 
 
 def test_the_order_of_prompts(tmp_path):
