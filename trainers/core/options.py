@@ -56,20 +56,32 @@ def refuse(args: Any, reasons: dict[str, str]) -> None:
             raise ConfigError(f"{item.name}: {reasons[item.name]}: leave it out", key=item.name)
 
 
-def check_batches(accelerator_config: Any, ours: bool) -> None:
-    """ConfigError for batches that would not reach the processes, or not all of them. ours: rows are no tensors."""
+def check_batches(accelerator_config: Any) -> None:
+    """ConfigError for batches that would not reach all processes."""
     if not accelerator_config.even_batches:
         raise ConfigError(
             "accelerator_config: without even_batches one process has a batch less than the others, which wait for it: "
             "leave it out",
             key="accelerator_config",
         )
-    if ours and accelerator_config.dispatch_batches:
+
+
+def check_dispatch(args: Any, stream: bool) -> None:
+    """No process reads the rows for the others, which ConfigError says to who asks for it. stream: the rows are one."""
+    if stream and args.accelerator_config.dispatch_batches:
+        raise ConfigError(
+            "Iterable datasets require `dispatch_batches=False`: every process reads the whole stream itself and takes "
+            "its share of the rows",
+            key="accelerator_config",
+        )
+    if args.accelerator_config.dispatch_batches and isinstance(args, BaseConfig):
         raise ConfigError(
             "accelerator_config: dispatch_batches sends tensors from the first process, and the rows here are no "
             "tensors yet: leave it out",
             key="accelerator_config",
         )
+    if stream:
+        args.accelerator_config.dispatch_batches = False
 
 
 def machine_has_cuda() -> bool:
@@ -164,7 +176,7 @@ class RunOptions(TrainingSettings):
         super().__post_init__()
         if not connected:
             limit_waits(self.ddp_timeout)
-        check_batches(self.accelerator_config, isinstance(self, BaseConfig))
+        check_batches(self.accelerator_config)
 
 
 @dataclass

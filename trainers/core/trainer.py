@@ -35,7 +35,7 @@ from align.trainers.core.console import LogFile, replace_printing
 from align.trainers.core.experts import check_checkpointing, router_coefficient
 from align.trainers.core.hooks import TrainerHooks, check_overridden
 from align.trainers.core.lock import holding
-from align.trainers.core.options import BaseConfig, RunOptions
+from align.trainers.core.options import BaseConfig, RunOptions, check_dispatch
 from align.trainers.core.recorder import Recorder
 from align.trainers.core.signals import REQUEUE, StopOnSignal
 from align.trainers.core.sums import sum_gradients
@@ -47,17 +47,6 @@ logger = logging.getLogger(__name__)
 
 
 Options = TypeVar("Options", bound=RunOptions)
-
-
-def _read_by_each(args: Any) -> None:
-    """Of a stream: no process reads it for the others, which ConfigError says to who asks for it."""
-    if args.accelerator_config.dispatch_batches:
-        raise ConfigError(
-            "Iterable datasets require `dispatch_batches=False`: every process reads the whole stream itself and takes "
-            "its share of the rows",
-            key="accelerator_config",
-        )
-    args.accelerator_config.dispatch_batches = False
 
 
 class TrainerMixin(TrainerHooks):
@@ -76,8 +65,8 @@ class TrainerMixin(TrainerHooks):
         it. ConfigError without rows."""
         if train_dataset is None:
             raise ConfigError(f"{cls.__name__}: `train_dataset` is required: the rows to train on")
-        if is_stream(train_dataset) and args is not None:
-            _read_by_each(args)
+        if args is not None:
+            check_dispatch(args, is_stream(train_dataset))
         if is_stream(train_dataset) and (args is None or args.max_steps <= 0):
             raise ConfigError(
                 "the rows are a stream, whose end is not known: set max_steps, the number of optimiser steps to train"

@@ -184,7 +184,6 @@ def test_assistant_only_loss_is_what_messages_have_anyway(tmp_path):
         ("SFTConfig", {"fp16_full_eval": True}, "fp16_full_eval: transformers leaves the weights rounded"),
         ("SFTConfig", {"enable_jit_checkpoint": True}, "enable_jit_checkpoint: a run ends with a checkpoint"),
         ("SFTConfig", {"accelerator_config": {"even_batches": False}}, "accelerator_config: without even_batches"),
-        ("DPOConfig", {"accelerator_config": {"dispatch_batches": True}}, "accelerator_config: dispatch_batches sends"),
         ("SFTConfig", {"optim_args": "betas=0.5"}, "optim_args: adamw_torch"),
         ("KTOConfig", {"optim": "adafactor", "optim_args": "clip_threshold=2"}, "optim_args: adafactor reads none"),
         ("RLOOConfig", {"optim_target_modules": ["q_proj"]}, "optim_target_modules: adamw_torch"),
@@ -194,6 +193,12 @@ def test_assistant_only_loss_is_what_messages_have_anyway(tmp_path):
 def test_options_of_transformers_without_effect_are_refused_by_name(config, options, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         getattr(align, config)(str(tmp_path), use_cpu=True, **options)
+
+
+def test_rows_are_read_by_each_process(policy, tmp_path):
+    args = DPOConfig(str(tmp_path), accelerator_config={"dispatch_batches": True}, **QUIET)
+    with pytest.raises(ConfigError, match="accelerator_config: dispatch_batches sends"):
+        DPOTrainer(policy, args=args, train_dataset=[{"prompt": "a", "chosen": "b", "rejected": "c"}])
 
 
 def test_options_of_an_optimiser_that_reads_them(tmp_path):
