@@ -162,6 +162,36 @@ def check_stack(model: Model, config) -> None:
         )
 
 
+def check_overlap(model: nn.Module) -> None:
+    """ConfigError for an adapter that could not be saved, or merged: of a module that one of two adapters trains in
+    full and the other adapts there is no sum that PEFT would load, and a bias needs that of a layer."""
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    if not isinstance(model, PeftModel):
+        return
+    core = model.get_base_model()
+    layers = {name: module for name, module in core.named_modules() if isinstance(module, LoraLayer)}
+    biased = [name for name, layer in layers.items() if layer.lora_bias.get("default")]
+    without = [name for name in biased if getattr(layers[name].get_base_layer(), "bias", None) is None]
+    if without:
+        raise ConfigError(f"lora_bias: {without[0]} has no bias that the adapter's could be merged into: leave it out")
+    start: Start | None = vars(core).get("adapter_start")
+    if start is None:
+        return
+    whole = {name for name, module in core.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+    before = {_module(name): _is(name, A + B) for name in start.tensors}
+    twice = [name for name in layers if before.get(name) is False]
+    twice += [name for name, low in before.items() if low and any(f"{name}.".startswith(f"{w}.") for w in whole)]
+    if twice:
+        raise ConfigError(
+            f"{twice[0]} is trained in full by one of two adapters (modules_to_save) and adapted by the other, which "
+            f"cannot be saved as one: give both the same modules, or merge the first (`align export {start.folder} "
+            "--to DIR`) and start from that folder"
+        )
+
+
 def finish_adapter(folder: str | Path, model: Model) -> None:
     """After PEFT has written the trained adapter of `model` into `folder`: name the base by its absolute path, add the
     adapter that training started on, and write the notes. A PEFT model; the main process only."""

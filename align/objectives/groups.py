@@ -15,20 +15,27 @@ Scale = Literal["group", "batch", "none"]
 
 
 def centred(scores: Tensor, kept: Tensor | None = None) -> Tensor:
-    """s_i - mean of the prompt's scores, detached; exactly 0 where they are all equal, which the mean's rounding alone
-    would not give: the residue, divided by a deviation of next to nothing, would be trained on.
+    """s_i - mean of the prompt's scores, detached, at least in float32; exactly 0 where they are all equal, which the
+    mean's rounding alone would not give: the residue, divided by a deviation of next to nothing, would be trained on.
 
     kept: [P, n] bool, the samples that count, None for all; the others get 0 and are in no mean.
     """
-    scores = scores.detach()
-    if kept is not None:
-        means = scores.where(kept, 0.0).sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp(min=1)
-        scores = scores.where(kept, means)
-        lowest = scores.where(kept, torch.inf).amin(-1, keepdim=True)
-        highest = scores.where(kept, -torch.inf).amax(-1, keepdim=True)
-        return (scores - means).masked_fill((lowest >= highest) | ~kept, 0.0)
-    equal = (scores == scores[:, :1]).all(-1, keepdim=True)
-    return (scores - scores.mean(-1, keepdim=True)).masked_fill(equal, 0.0)
+    return _above_mean(scores, kept).to(_wide(scores))
+
+
+def _above_mean(scores: Tensor, kept: Tensor | None) -> Tensor:
+    """`centred` in float64."""
+    scores = scores.detach().double()
+    kept = torch.ones_like(scores, dtype=torch.bool) if kept is None else kept
+    # Counted from the lowest: that is exactly 0 for equal scores, and rounds nothing away where the mean is large.
+    above = (scores - scores.where(kept, torch.inf).amin(-1, keepdim=True)).where(kept, 0.0)
+    means = above.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp(min=1)
+    return (above - means).where(kept, 0.0)
+
+
+def _wide(scores: Tensor) -> torch.dtype:
+    """Of the results: half precision would round advantages."""
+    return torch.promote_types(scores.dtype, torch.float32)
 
 
 def leave_one_out(scores: Tensor, kept: Tensor | None = None) -> Tensor:
@@ -55,27 +62,27 @@ def group_relative(scores: Tensor, *, scale: Scale = "group", eps: float = 1e-4,
     if scale == "none":
         return differences
     if scale == "batch":
-        counted = scores.detach() if kept is None else scores.detach()[kept]
-        return differences / (counted.std() + eps) if counted.numel() > 1 else differences
+        counted = scores.flatten() if kept is None else scores[kept]
+        return differences / (group_deviation(counted[None]) + eps) if counted.numel() > 1 else differences
     if scale == "group":
-        return differences / (group_deviation(scores.detach(), kept) + eps)
+        return differences / (group_deviation(scores, kept) + eps)
     raise ConfigError(f"scale must be group, batch or none, got {scale!r}")
 
 
 def group_deviation(scores: Tensor, kept: Tensor | None = None) -> Tensor:
     """The unbiased standard deviation of each prompt's scores, [P, 1]; 0 of one score or none."""
-    if kept is None:
-        return scores.std(-1, keepdim=True)
-    squares = centred(scores, kept).square().sum(-1, keepdim=True)
-    return (squares / (kept.sum(-1, keepdim=True) - 1).clamp(min=1)).sqrt()
+    squares = _above_mean(scores, kept).square().sum(-1, keepdim=True)
+    count = torch.tensor(scores.shape[-1]) if kept is None else kept.sum(-1, keepdim=True)
+    return (squares / (count - 1).clamp(min=1)).sqrt().to(_wide(scores))
 
 
 def best_only(scores: Tensor, *, eps: float = 1e-6) -> Tensor:
     """Pass@k: the best sample gets (s_1st - s_2nd) / (std + eps), every other 0. With a tie for the best all get 0."""
     _group_size(scores)
+    scores = centred(scores)
     top = scores.topk(2, dim=-1)
-    gap = (top.values[:, 0] - top.values[:, 1]) / (scores.std(-1) + eps)
-    return torch.zeros_like(scores).scatter(-1, top.indices[:, :1], gap[:, None]).detach()
+    gap = (top.values[:, 0] - top.values[:, 1]) / (group_deviation(scores)[:, 0] + eps)
+    return torch.zeros_like(scores).scatter(-1, top.indices[:, :1], gap[:, None])
 
 
 def _group_size(scores: Tensor) -> int:

@@ -91,10 +91,10 @@ def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True, ddof: int =
     valid = mask.bool()
     if int(valid.sum()) <= ddof:
         raise TrainingError(f"{int(valid.sum())} tokens cannot be whitened: their variance needs more than {ddof}")
-    mean = masked_mean(values, mask)
-    count = valid.sum()
-    variance = masked_mean((values - mean).square(), mask) * count / (count - ddof)
-    scaled = (values - mean) * torch.rsqrt(variance + eps)
-    if (values[valid] == values[valid][0]).all():
-        scaled = torch.zeros_like(values)
-    return torch.where(valid, scaled if shift_mean else scaled + mean, torch.zeros_like(values))
+    # Counted from the lowest: that is exactly 0 for equal values, and rounds nothing away where the mean is large.
+    lowest = values[valid].min()
+    above = torch.where(valid, values - lowest, torch.zeros_like(values))
+    mean, count = masked_mean(above, mask), valid.sum()
+    variance = masked_mean((above - mean).square(), mask) * count / (count - ddof)
+    scaled = (above - mean) * torch.rsqrt(variance + eps)
+    return torch.where(valid, scaled if shift_mean else scaled + mean + lowest, torch.zeros_like(values))

@@ -1,12 +1,13 @@
 """PPO's losses: invariants of the first update, gradients, aggregation over micro-batches, rollout correction."""
 
 from functools import partial
+from typing import get_args
 
 import pytest
 import torch
 
 from align.errors import ConfigError, TrainingError
-from align.objectives.groups import best_only, group_relative, leave_one_out
+from align.objectives.groups import Scale, best_only, centred, group_relative, leave_one_out
 from align.objectives.policy_loss import AGGREGATIONS, aggregate_tokens, clipped_policy_loss, value_losses
 from align.objectives.rollout_correction import importance_weights, log_ratios, mismatch
 
@@ -107,6 +108,22 @@ def test_group_advantages():
         leave_one_out(scores[:, :1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("n", [2, 3, 7, 8, 33])
+def test_groups_of_any_size_scale_and_dtype(dtype, n):
+    """Equal scores are exactly 0; what differs is centred as in float64 of the same scores, large means included."""
+    functions = [centred, leave_one_out, best_only, *(partial(group_relative, scale=s) for s in get_args(Scale))]
+    for value in (0.1, 1 / 3, -4e4, 1e6 + 0.1, 3e38):
+        equal = torch.full((2, n), value).to(dtype)
+        other = equal.clone()
+        other[0, -1] += 1 if dtype in (torch.float64, torch.float32) else value / 64
+        for function in functions if equal.isfinite().all() and other.isfinite().all() else ():
+            assert not function(equal).any()
+            found, wanted = function(other), function(other.double())
+            assert found.dtype == torch.promote_types(dtype, torch.float32)
+            torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-7)
+
+
 def test_samples_that_do_not_count_are_as_if_they_were_not_there():
     scores = draw(4, 5)
     kept = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 1, 1, 0], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0]]).bool()
@@ -115,8 +132,8 @@ def test_samples_that_do_not_count_are_as_if_they_were_not_there():
         for row in (0, 1):
             assert torch.allclose(found[row, kept[row]], function(scores[row : row + 1, kept[row]])[0])
         assert not found[~kept].any() and not found[2:].any()  # an only one has nothing to be compared with
-    centred = group_relative(scores, scale="none", kept=kept)
-    assert torch.allclose(group_relative(scores, scale="batch", kept=kept), centred / (scores[kept].std() + 1e-4))
+    differences = group_relative(scores, scale="none", kept=kept)
+    assert torch.allclose(group_relative(scores, scale="batch", kept=kept), differences / (scores[kept].std() + 1e-4))
     level = torch.tensor([[0.1, 0.3, 0.1, 0.1, -9.0]])
     assert not group_relative(level, kept=torch.tensor([[1, 0, 1, 1, 0]]).bool()).any()
 

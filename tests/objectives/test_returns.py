@@ -83,5 +83,8 @@ def test_whitened_values_have_mean_0_and_deviation_1():
     equal = torch.full((2, 4), 0.3)  # whose mean in float32 is another number
     assert not whiten(equal, MASK).any()
     assert whiten(equal, MASK, shift_mean=False)[MASK.bool()].tolist() == pytest.approx([0.3] * 6)
+    large = torch.tensor([[1e6 + 0.0625, 1e6 + 0.0625, 1e6 + 0.0625, 1e6]])  # whose mean float32 does not hold
+    white = whiten(large, torch.ones(1, 4))
+    torch.testing.assert_close(white.double(), whiten(large.double(), torch.ones(1, 4)), rtol=1e-5, atol=1e-5)
     with pytest.raises(TrainingError, match="1 tokens cannot be whitened"):
         whiten(values, torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0]]))

@@ -27,7 +27,7 @@ from align.distributed.ranks import by_first, in_all
 from align.distributed.shards import reshard
 from align.distributed.shells import check_sharded
 from align.errors import ConfigError, DataError, TrainingError
-from align.modeling.adapters import adapter_start, notes, split
+from align.modeling.adapters import adapter_start, check_overlap, notes, split
 from align.modeling.load import hold_modules_in_float32
 from align.trainers.core import card, guards, identity, saving, trackers
 from align.trainers.core.checkpoints import Resumed, choose_checkpoint, layout_of, read_checkpoint, write_extra_state
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
-
 
 Options = TypeVar("Options", bound=RunOptions)
 
@@ -83,6 +82,7 @@ class TrainerMixin(TrainerHooks):
         self.resumed: Resumed | None = None
         self._verify = False
         super().__init__(*args, **kwargs)
+        check_overlap(self.model)
         check_sharded(self.accelerator)
         sum_gradients(self.accelerator, self.args.accelerator_config.gradient_accumulation_kwargs)
         if isinstance(self.args, BaseConfig):  # TRL's, of SFT, adds the loss of a mixture of experts

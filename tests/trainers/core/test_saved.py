@@ -137,6 +137,27 @@ def test_unlike_adapters_are_added(first, second, policy, tmp_path):
     assert_saved("dpo", trainer, tmp_path / "two")
 
 
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        ({"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}, {"target_modules": ["lm_head"]}),
+        ({"modules_to_save": ["up_proj"], "target_modules": ["q_proj"]}, {"target_modules": ["v_proj", "up_proj"]}),
+        ({}, {"modules_to_save": ["mlp"], "target_modules": ["q_proj"]}),
+    ],
+)
+def test_a_module_trained_in_full_and_adapted_is_refused(method, first, second, policy, tmp_path):
+    """PEFT loads no adapter of a module that is trained in full: all of the second's training was lost."""
+    trained("sft", policy, tmp_path / "one", lora(**first), max_steps=1)
+    with pytest.raises((ConfigError, ValueError), match="in full by one of|adapter to `lm_head` is not supported"):
+        make(method, str(tmp_path / "one"), tmp_path / "two", lora(**second))
+
+
+def test_a_bias_that_cannot_be_merged_is_refused(policy, tmp_path):
+    with pytest.raises(ConfigError, match="lora_bias: .*q_proj has no bias"):
+        make("dpo", policy, tmp_path, lora(target_modules=["q_proj"], lora_bias=True))
+
+
 def test_rows_of_the_embeddings_are_trained(policy, tmp_path):
     """With `trainable_token_indices`, as for tokens that were added."""
     rows = lora(target_modules=["q_proj"], trainable_token_indices=[5, 9])
