@@ -7,6 +7,7 @@ inside `run`, so that `align --help` answers at once.
 import argparse
 import importlib
 import os
+import select
 import sys
 import traceback
 
@@ -79,7 +80,8 @@ def _no_further_tokens(run, parser: argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command. Exit status: 0 done, 2 a mistake the user can fix (one line on stderr), 130 interrupted."""
+    """Run the command. Exit status: 0 done, 2 a mistake the user can fix (one line on stderr), 130 interrupted,
+    141 nobody reads its output."""
     parser = build_parser()
     args, extra = parser.parse_known_args(argv)
     if args.version:
@@ -104,6 +106,22 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("align: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        if not _output_is_closed():
+            raise
+        print("align: stopped, because its output is read no more", file=sys.stderr)
+        return 141  # as the shell says it of SIGPIPE
+
+
+def _output_is_closed() -> bool:
+    """Whether what reads the standard output has ended, as in `align ... | head`. If so, nothing goes there again."""
+    output = sys.stdout.fileno()
+    watch = select.poll()
+    watch.register(output, 0)  # POLLERR is told unasked
+    closed = any(events & select.POLLERR for _, events in watch.poll(0))
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)  # Python flushes it once more as it ends
+    return closed
 
 
 if __name__ == "__main__":

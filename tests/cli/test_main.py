@@ -1,6 +1,8 @@
 """The `align` command itself: help, exit statuses, errors."""
 
 import argparse
+import subprocess
+import sys
 
 import pytest
 
@@ -71,6 +73,15 @@ def test_an_interrupt_exits_with_130_and_a_bug_is_not_hidden(capsys, monkeypatch
     monkeypatch.setattr("align.cli.overoptimization.run", failing(ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError):
         main(["overoptimization", "run"])
+
+
+def test_output_that_is_read_no_more():
+    """As in `align configs show sft | head -1`, where `head` has ended before the command writes."""
+    program = [sys.executable, "-m", "align", "configs", "show", "sft"]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read().strip() == "align: stopped, because its output is read no more"
+    assert process.returncode == 141
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.name)
