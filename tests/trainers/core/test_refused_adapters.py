@@ -1,0 +1,68 @@
+"""Adapters that are refused before they train: what is saved of them would not be what was trained."""
+
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from align.data import toy
+from align.errors import ConfigError
+from tests.trainers.core.test_saved import lora, make, trained
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        ({"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}, {"target_modules": ["lm_head"]}),
+        ({"modules_to_save": ["up_proj"], "target_modules": ["q_proj"]}, {"target_modules": ["v_proj", "up_proj"]}),
+        ({}, {"modules_to_save": ["mlp"], "target_modules": ["q_proj"]}),
+    ],
+)
+def test_a_module_trained_in_full_and_adapted_is_refused(method, first, second, policy, tmp_path):
+    """PEFT loads no adapter of a module that is trained in full: all of the second's training was lost."""
+    trained("sft", policy, tmp_path / "one", lora(**first), max_steps=1)
+    with pytest.raises((ConfigError, ValueError), match="in full by one of|adapter to `lm_head` is not supported"):
+        make(method, str(tmp_path / "one"), tmp_path / "two", lora(**second))
+
+
+def test_a_bias_that_cannot_be_merged_is_refused(policy, tmp_path):
+    with pytest.raises(ConfigError, match="lora_bias: .*q_proj has no bias"):
+        make("dpo", policy, tmp_path, lora(target_modules=["q_proj"], lora_bias=True))
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "reward", "remax"])
+def test_an_adapter_that_changes_its_base_is_refused(method, policy, tmp_path):
+    """PiSSA: with the adapter off the model is not the one that training starts from."""
+    with pytest.raises(ConfigError, match="init_lora_weights: pissa changes the frozen weights too.* use true"):
+        make(method, policy, tmp_path, lora(init_lora_weights="pissa"))
+
+
+def test_a_second_adapter_on_experts_is_refused_before_training(tmp_path):
+    """`all-linear` means the experts' parameters too, which PEFT says once it has added the adapter."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    tokenizer, policy = toy.tokenizer(), tmp_path / "policy"
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    MixtralForCausalLM(
+        MixtralConfig(vocab_size=len(tokenizer), num_local_experts=2, num_key_value_heads=2, **sizes)
+    ).save_pretrained(policy)
+    tokenizer.save_pretrained(policy)
+    trained("sft", str(policy), tmp_path / "one", lora(target_modules=["q_proj"]), max_steps=1)
+    with pytest.raises(ConfigError, match="cannot be trained on with a second one: it uses target_parameters. Merge"):
+        make("dpo", str(tmp_path / "one"), tmp_path / "two", lora())
+
+
+def test_a_base_that_was_changed_in_memory_is_refused(policy, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(policy)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.add_(0.1)
+    with pytest.raises(ConfigError, match="layers.1.mlp.up_proj.weight of the model given is not that of"):
+        make("sft", model, tmp_path, lora())
+
+
+def test_an_adapter_over_its_own_base_is_refused(policy, tmp_path):
+    shutil.copytree(policy, tmp_path / "base")
+    with pytest.raises(ConfigError, match="is the folder of the base model"):
+        make("sft", str(tmp_path / "base"), tmp_path / "base", lora())
