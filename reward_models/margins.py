@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from align.data.ending import end_ids, written_text
 from align.distributed.disk import writing
+from align.distributed.ranks import shared
 from align.errors import ConfigError, RewardError
 from align.modeling.fingerprint import fingerprint
 from align.reward_models.base import Reward, RewardBatch
@@ -103,7 +104,7 @@ class MarginRewards:
     def _scores(self, number: int, dataset: "Dataset", rows: str) -> Tensor:
         """[N, 2] of one reward: from the folder, or scored now, shared among the processes, and kept."""
         state, path = PartialState(), self._path(number, rows)
-        (there,) = broadcast_object_list([path is not None and path.exists()])
+        there = shared(path is not None and path.exists())
         if there and path is not None:
             logger.info("margin reward %s: scores read from %s", self.names[number], path)
             return _read(path, len(dataset))

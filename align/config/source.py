@@ -71,12 +71,7 @@ def _scalar(kind: str, read):
 _TRUTH = {"true": True, "false": False}
 for _tag, _pattern, _first, _read in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""], lambda text: None),
-    (
-        "bool",
-        r"true|True|TRUE|false|False|FALSE",
-        list("tTfF"),
-        lambda text: {"true": True, "false": False}[text.lower()],
-    ),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF"), lambda text: _TRUTH[text.lower()]),
     ("int", r"[-+]?(0|[1-9][0-9]*)", list("-+0123456789"), int),
     (
         "float",

@@ -70,13 +70,13 @@ def _mapped(parts: _Map) -> Iterator[Row]:
         yield parts.function(row, number)
 
 
-def read_whole(dataset: "IterableDataset", source: str = "") -> "Dataset":
+def read_whole(dataset: "IterableDataset") -> "Dataset":
     """All rows of a stream: an evaluation set is gone through again and again, and its rows are counted."""
     from datasets import Dataset
 
     rows = list(dataset)
     if not rows:
-        raise DataError(f"{source or 'the stream'} has no rows: nothing to evaluate on.")
+        raise DataError("the stream has no rows: nothing to evaluate on.")
     names = dict.fromkeys(name for row in rows for name in row)
     return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
 

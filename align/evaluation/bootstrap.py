@@ -30,6 +30,6 @@ def percentile_interval(samples: np.ndarray, level: float = LEVEL) -> tuple[np.n
     return low, high
 
 
-def mean_interval(values: np.ndarray, *, level: float = LEVEL, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def mean_interval(values: np.ndarray, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Interval of the mean over prompts of values [P, K]: (low [K], high [K])."""
-    return percentile_interval(resample_weights(len(values), seed=seed) @ values, level)
+    return percentile_interval(resample_weights(len(values), seed=seed) @ values)

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from align.data.collate import PairCollator
 from align.data.shared_prefix import SharedPrefixCollator
+from align.distributed.ranks import shared
 from align.errors import TrainingError
 from align.modeling import shared_prefix
 from align.modeling.logprobs import language_model
@@ -93,7 +93,7 @@ def _enable(model: Model, max_length: int | None, probe: _Probe, autocast: torch
     before = core.config._attn_implementation
     shared_prefix.register()
     core.set_attn_implementation(shared_prefix.IMPLEMENTATION)
-    (reason,) = broadcast_object_list([_difference(model, probe, autocast)])
+    reason = shared(_difference(model, probe, autocast))
     if reason is not None:
         core.set_attn_implementation(before)
     return reason

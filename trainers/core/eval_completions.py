@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from align.data.ending import written_text
 from align.data.limits import longest_input
+from align.distributed.ranks import shared
 from align.distributed.shards import outputs_as_computed
 from align.errors import ConfigError
 from align.evaluation.completions_file import CompletionsWriter
@@ -88,7 +89,7 @@ class EvalCompletions(TrainerCallback):
         if state.is_world_process_zero:
             self.writer = CompletionsWriter(args.output_dir, self.trainer.resume_step)
             self.done = self.writer.last_step
-        (self.done,) = gather_object([self.done])[:1]
+        self.done = shared(self.done)
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
         if not state.max_steps or (self.done is not None and state.global_step <= self.done):

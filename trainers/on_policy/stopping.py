@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from accelerate.utils import broadcast_object_list
 from transformers import TrainerControl, TrainerState
 from transformers.trainer_utils import SaveStrategy
 
+from align.distributed.ranks import shared
 from align.errors import ConfigError
 from align.evaluation.bootstrap import mean_interval
 from align.evaluation.peak import FALLEN, MIN_PROMPTS, analyse_peak
@@ -182,9 +182,7 @@ class StopRule:
 
     def _decide(self) -> None:
         """By the evaluations so far. The main process decides: processors round differently."""
-        decided = [self._fell() or self._disagreed()]
-        broadcast_object_list(decided)
-        self.reason = decided[0]
+        self.reason = shared(self._fell() or self._disagreed())
 
     def _peak(self) -> int:
         return int(np.array(self.columns["gold"]).mean(1).argmax())

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from transformers import set_seed
 
 from align.data.sets import of_each
 from align.data.streams import is_stream
+from align.distributed.ranks import shared
 from align.errors import ConfigError, TrainingError
 from align.modeling.load import Reference, disable_dropout, freeze_copy, load_policy, train_in_float32
 from align.modeling.logprobs import language_model
@@ -48,7 +48,6 @@ from align.trainers.pairs.reference import (
     live_tokens,
     load_reference,
     make_reference,
-    prepare_reference,
 )
 from align.trainers.pairs.reference_cache import ReferenceCache, weights_mark
 from align.trainers.pairs.reference_shards import ReferenceShards
@@ -252,13 +251,14 @@ class PreferenceTrainer(PairTrainer):
             mark = weights_mark(reference.model, frozen_only=reference.adapter_off)
             cache = self.reference_cache = ReferenceCache(
                 args.ref_log_probs_dir or Path(args.output_dir) / "ref_log_probs",
-                broadcast_object_list([mark])[0],
+                shared(mark),
                 f"{self.accelerator.mixed_precision} {language_model(self.model).dtype}",
             )
         if once and reference.adapter_off and self.is_fsdp_enabled:
             # the policy is sharded when it is trained: until then only the main process has its weights
             self.reference = Reference(freeze_copy(self.model).unload(), adapter_off=False)
-        prepare_reference(self.reference, self.model, self.accelerator)
+        if self.reference.model is not self.model:
+            self.reference.prepare(self.accelerator)
         if cache is not None:
             self.train_dataset = self._with_reference(self.train_dataset, cache, "train", args.train_batch_size)
             self.eval_dataset = of_each(

@@ -5,13 +5,12 @@ from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from align.data.tokenized import IDS, MASKS
+from align.distributed.ranks import shared
 from align.modeling.load import Reference, freeze_copy, load_policy, reference_of
 from align.modeling.logprobs import language_model
 from align.modeling.pairs import PairTokens, completions, pair_tokens
@@ -78,7 +77,7 @@ def compute_logps(
         at_once: rows that are read and cut together. progress: counts rows. shards: of rows that are computed already,
             by whomever, and for those of this process.
     """
-    missing = broadcast_object_list([np.flatnonzero(~shards.find()) if rank == 0 else None])[0]
+    missing = shared(np.flatnonzero(~shards.find()) if rank == 0 else None)
     progress.update(len(dataset) - len(missing))
     for start in range(0, len(missing), at_once):
         numbers = missing[start : start + at_once].tolist()
@@ -95,9 +94,3 @@ def compute_logps(
                 shards.append(row["number"], *(v[:length] for v, length in zip(both, lengths, strict=True)))
         progress.update(len(part))
     shards.close()
-
-
-def prepare_reference(reference: Reference, policy: nn.Module, accelerator: Accelerator) -> None:
-    """Put it on the device, in the precision and shards of the policy, unless it is the policy."""
-    if reference.model is not policy:
-        reference.prepare(accelerator)

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from datasets import Dataset, concatenate_datasets
 from torch import nn
 
 from align.data.tokenized import IDS, MASKS
+from align.distributed.ranks import shared
 from align.modeling.fingerprint import fingerprint
 from align.modeling.logprobs import language_model
 from align.trainers.pairs.data import flat_column, trained_lengths
@@ -69,7 +70,7 @@ class ReferenceCache:
         path, main = self.folder / f"{name}-{mark}.arrow", PartialState().is_main_process
         if PartialState().is_local_main_process and path.exists():  # nodes may have disks of their own
             check(path, [trained_lengths(dataset, ids) for ids in IDS[1:]])
-        if broadcast_object_list([path.exists() if main else None])[0]:
+        if shared(path.exists()):
             if main:
                 logger.info("reference log-probs are read from %s", path)
         else:

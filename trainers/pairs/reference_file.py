@@ -14,9 +14,10 @@ from typing import IO
 import numpy as np
 import pyarrow as pa
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 
 from align.distributed.disk import writing
+from align.distributed.ranks import shared
 from align.errors import TrainingError
 from align.trainers.pairs.reference_shards import Logps
 
@@ -72,7 +73,7 @@ def share(path: Path) -> None:
     if not any(missing):
         return
     state = PartialState()
-    size = broadcast_object_list([path.stat().st_size if state.is_main_process else None])[0]
+    size = shared(path.stat().st_size if state.is_main_process else None)
     with _replacing(path) if missing[state.process_index] else open(os.devnull, "wb") as target:
         for start in range(0, size, SENT):
             piece = None
@@ -80,7 +81,7 @@ def share(path: Path) -> None:
                 with path.open("rb") as file:
                     file.seek(start)
                     piece = file.read(SENT)
-            target.write(broadcast_object_list([piece])[0])
+            target.write(shared(piece))
 
 
 def _column(values: list[np.ndarray]) -> pa.LargeListArray:
