@@ -10,6 +10,7 @@ there. The loss of an optimiser step is the mean over all of its pairs, whatever
 The subclass for preference optimisation is in `pairs.preference`, the one for reward models in `align.trainers.reward`.
 """
 
+import logging
 from collections.abc import Callable
 from itertools import islice
 
@@ -32,6 +33,8 @@ from align.trainers.pairs.data import IDS, PairData, trained_lengths
 from align.trainers.pairs.evaluation import CHOSEN, REJECTED, PairEvaluator, pairs_table, rewards_figure
 from align.trainers.pairs.metrics import BatchMeans
 from align.trainers.pairs.micro_batches import MicroBatchPlanner, PaddedPairs, PairRows, SharedPrefixPairs
+
+logger = logging.getLogger(__name__)
 
 UserMetrics = Callable[[EvalPrediction], dict[str, float]]
 
@@ -82,6 +85,12 @@ class PairTrainer(MicroBatchLists, Trainer):
         if is_stream(train_dataset):
             names = sample_of(train_dataset).column_names
             self.make_endless(train_dataset, tuple(data.kept(names)))
+        if eval_dataset is not None and not type(self).compute_loss.__module__.startswith("align."):
+            logger.warning(
+                "%s.compute_loss changes what is trained, and not eval_loss: evaluations take the losses of each pair, "
+                "which `losses` gives to both (docs/preference.md, Your own loss)",
+                type(self).__name__,
+            )
         self.model_accepts_loss_kwargs = True  # the loss is normalised by the global count of pairs, not by Trainer
 
     # ---- what a method says -----------------------------------------------------------------------------------------
