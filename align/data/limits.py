@@ -17,6 +17,9 @@ SEQUENCES = (
 )
 COUNTED = 10_000  # rows read at once
 SHOWN = 5  # rows that an error names
+BY_BATCH = ("longrope", "dynamic")
+"""Rotary embeddings that transformers computes otherwise for a whole batch once one of its rows is longer than the
+positions that the model was made for."""
 
 
 def check_fits(model: "Model", dataset: "Dataset", what: str, tokenizer: Any = None, name: str = "model") -> None:
@@ -30,7 +33,7 @@ def check_fits(model: "Model", dataset: "Dataset", what: str, tokenizer: Any = N
         _check_tokens(dataset, column, known, what, tokenizer, name)
     if limit is not None:
         for group in columns:
-            _check_lengths(dataset, group, limit, what, name)
+            _check_lengths(dataset, group, limit, what, f"{name} takes{_why(model)}")
 
 
 def check_reads(model: "Model", name: str, *, tokens: int, length: int) -> None:
@@ -44,7 +47,7 @@ def check_reads(model: "Model", name: str, *, tokens: int, length: int) -> None:
         )
     if limit is not None and limit < length:
         raise ConfigError(
-            f"the {name} takes {limit} tokens, and a prompt with its completion may have {length}: lower "
+            f"the {name} takes {limit} tokens{_why(model)}, and a prompt with its completion may have {length}: lower "
             "max_prompt_length or max_completion_length"
         )
 
@@ -67,7 +70,7 @@ def _unknown(row: str, token: int, known: int, tokenizer: Any, name: str = "mode
     )
 
 
-def _check_lengths(dataset: "Dataset", group: tuple[str, ...], limit: int, what: str, name: str) -> None:
+def _check_lengths(dataset: "Dataset", group: tuple[str, ...], limit: int, what: str, takes: str) -> None:
     import pyarrow.compute as pc
 
     longest, found = 0, []
@@ -77,7 +80,7 @@ def _check_lengths(dataset: "Dataset", group: tuple[str, ...], limit: int, what:
         found += (parts[0][0] + (lengths > limit).nonzero()[0]).tolist()
     if found:
         raise DataError(
-            f"{len(found)} rows of the {what} data are longer than the {limit} tokens that the {name} takes (up to "
+            f"{len(found)} rows of the {what} data are longer than the {limit} tokens that the {takes} (up to "
             f"{longest}; {_named(dataset, found)}): set max_length: {limit}, or max_prompt_length for rollouts"
         )
 
@@ -146,12 +149,22 @@ def longest_input(model: "Model") -> int | None:
     """Tokens that a model takes at most, None where its config names no limit, or stretches its rotary positions.
 
     RoBERTa and its kin count positions from their padding token's id + 1, so they take fewer than they have positions.
+    With `BY_BATCH` it is what a row may have so that its neighbours change nothing.
     """
     config = model.config.get_text_config()
-    limit = positions(config)
-    if (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") != "default":
+    limit, rope = positions(config), getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
+    if kind == "longrope":
+        return rope["original_max_position_embeddings"]
+    if kind not in ("default", *BY_BATCH):
         return None
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return limit - module.padding_idx - 1
     return limit
+
+
+def _why(model: "Model") -> str:
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kind = rope.get("rope_type")
+    return f" ({kind} rotary positions: the longest row of a batch changes those of all)" if kind in BY_BATCH else ""

@@ -7,7 +7,7 @@ import torch
 
 from align.data.ending import written_text
 from align.data.formats import columns_of
-from align.data.limits import longest_input, longest_of
+from align.data.limits import check_reads, longest_input, longest_of
 from align.data.streams import is_stream
 from align.data.tokenize import tokenize_pairs, tokenize_prompts
 from align.errors import DataError, RolloutError
@@ -73,14 +73,17 @@ class Sample:
 
 
 def prompt_limit(args, model) -> int:
-    """`max_prompt_length`; where that is the default, no more than the model's positions leave beside a completion."""
-    limit, positions = args.max_prompt_length, longest_input(model)
-    left = limit if positions is None else positions - args.max_completion_length
-    if limit != type(args).max_prompt_length or not 0 < left < limit:
-        return limit
-    given = args.max_completion_length
-    logger.warning("max_prompt_length: %d of the %d positions, as max_completion_length is %d", left, positions, given)
-    return left
+    """`max_prompt_length`; where that is the default, no more than the model's positions leave beside a completion.
+    Raises ConfigError for more than these."""
+    limit, positions, given = args.max_prompt_length, longest_input(model), args.max_completion_length
+    left = limit if positions is None else positions - given
+    if limit == type(args).max_prompt_length and 0 < left < limit:
+        logger.warning(
+            "max_prompt_length: %d of the %d positions, as max_completion_length is %d", left, positions, given
+        )
+        return left
+    check_reads(model, "policy", tokens=0, length=limit + given)
+    return limit
 
 
 def tokenized_prompts(
