@@ -1,12 +1,13 @@
 """Time of a rollout whose completions are scored while others are drawn, against scoring when all are there.
 
     python benchmarks/early_scores.py [--rounds 5] [--steps 6] [--prompts 32] [--short 32] [--delay 0.25]
-        [--output FILE]
+        [--parts 1] [--output FILE]
 
 REINFORCE++ with vLLM in the trainer's process, one completion per prompt, one thread. The policy has random weights,
 so its completions have no lengths of their own: the engine ends every sixteenth prompt's at 256 tokens
 (`max_completion_length`) and the others at `--short`. The reward is a server in another process (`type: remote`) that
 takes `--delay` seconds of waiting, not of processor time, for each completion, four at a time: a judge, or a checker.
+`--parts` is `partial_rollouts`: then most of a rollout has ended before it is due, and the rest is drawn meanwhile.
 A round is a run of each kind, in turns: as it is, and with an engine that does not say which completions are done, so
 that all are scored at the end. Both must log the same rewards. A measurement is the mean over a run's steps but the
 first, by the clock: `generate`, `score` (what is left to wait for after it) and both, `rollout`, whose ratio it is.
@@ -75,6 +76,8 @@ def measured(folder: Path, options: argparse.Namespace, url: str, early: bool) -
         temperature=TEMPERATURE,
         beta=0.0,
         num_generations=1,
+        partial_rollouts=options.parts,
+        rollout_correction="token_truncate" if options.parts > 1 else "none",
         per_device_train_batch_size=options.prompts,
         tokens_per_batch=4 * longest,
         max_prompt_length=32,
@@ -110,7 +113,7 @@ def measured(folder: Path, options: argparse.Namespace, url: str, early: bool) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("rounds", 5), ("steps", 6), ("prompts", 32), ("short", 32)):
+    for name, default in (("rounds", 5), ("steps", 6), ("prompts", 32), ("short", 32), ("parts", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--delay", type=float, default=0.25)
     parser.add_argument("--output", type=Path, default=RESULT)
