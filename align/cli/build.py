@@ -51,14 +51,16 @@ def evaluates(run: RunConfig) -> bool:
 def eval_rows(run: RunConfig):
     """The rows to evaluate on, None where the run does not evaluate."""
     from align.data import load_rows
+    from align.data.rows import evaluation_split
 
     if not evaluates(run):
         return None
     other = run.data.eval_dataset_name
     if other is None and run.data.dataset_name is None:
         raise ConfigError("several datasets are trained on: set eval_dataset_name, or eval_strategy: 'no'")
-    config = None if other else run.data.dataset_config
-    return load_rows(other or cast(str, run.data.dataset_name), run.data.dataset_test_split, config)
+    if other is None:
+        return load_rows(cast(str, run.data.dataset_name), run.data.dataset_test_split, run.data.dataset_config)
+    return load_rows(other, evaluation_split(other, run.data.dataset_test_split))
 
 
 def source_options(run: RunConfig) -> dict[str, Any]:
@@ -264,7 +266,7 @@ def check_ensemble(run: RunConfig) -> None:
     not_default = [key for key in not_default if not (key == "dtype" and run.model.dtype == "float32")]
     if not_default or get_quantization_config(run.model) is not None:
         keys = ", ".join(not_default or ["load_in_4bit, load_in_8bit"])
-        raise ConfigError(f"{keys} cannot be set with ensemble > 1: members are loaded in float32")
+        raise ConfigError(f"{keys} cannot be set with ensemble > 1, whose members are loaded in float32: leave it out")
 
 
 def train_ensemble(run: RunConfig, resume: bool) -> Path:

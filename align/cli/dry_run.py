@@ -44,6 +44,10 @@ def dry_run(run: RunConfig, processes: int | None = None) -> int:
     rows, report = tokenize(run, sample_of(given), tokenizer)
     print(report.summary())
     check_fits(model, rows, "training", tokenizer)
+    if (evaluated := build.eval_rows(run)) is not None:
+        rows_there, report_there = tokenize(run, evaluated, tokenizer, evaluation=True)
+        print(f"evaluation: {report_there.summary()}")
+        check_fits(model, rows_there, "evaluation", tokenizer)
     if (note := unused_template(sample_of(given), tokenizer)) is not None:
         print(f"  note:    {note}")
     _title("first example")
@@ -85,16 +89,19 @@ LENGTH_LIMIT = {
 }
 
 
-def tokenize(run: RunConfig, rows, tokenizer, max_bad_share: float | None = None) -> tuple[Any, Any]:
+def tokenize(
+    run: RunConfig, rows, tokenizer, max_bad_share: float | None = None, evaluation: bool = False
+) -> tuple[Any, Any]:
     """The tokenised rows and what was found in them (`align.data.BadRows`): the trainers' own functions and options.
-    max_bad_share: in the place of the run's."""
+    max_bad_share: in the place of the run's. evaluation: of rows to evaluate on, prompts beside offline pairs."""
     import align.data
 
     training, report = run.training, align.data.BadRows()
     share = training.max_bad_share if max_bad_share is None else max_bad_share
-    function, limit = getattr(align.data, f"tokenize_{_example(run)}"), LENGTH_LIMIT[run.method.data]
+    kind = run.method.data if evaluation else _example(run)
+    function, limit = getattr(align.data, f"tokenize_{kind}"), LENGTH_LIMIT[run.method.data]
     options = {limit: getattr(training, limit), "max_bad_share": share, "num_proc": training.dataset_num_proc}
-    if run.method.offline_pairs:
+    if run.method.offline_pairs and not evaluation:
         options["max_length"] = training.max_prompt_length + training.max_completion_length
     if vars(training).get("implicit_reward_beta") is not None:  # of SFT
         options["scored"] = True

@@ -80,6 +80,9 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
         print(shlex.join(masked_tokens(command)))
         _name_plan(training, num_processes)
         return 0
+    here = num_processes // args.nodes
+    if not args.cpu and (found := _count_gpus()) < here:
+        raise ConfigError(f"{here} processes need {here} GPUs of this machine, which shows {found}")
     sys.stdout.flush()
     # The launcher takes the place of this process, so that it gets the signals that the job's owner sends.
     os.execv(command[0], command)

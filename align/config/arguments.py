@@ -34,7 +34,8 @@ class DataArguments:
         default="test", metadata={"help": "Split to evaluate on, read only when eval_strategy is not 'no'."}
     )
     eval_dataset_name: str | None = field(
-        default=None, metadata={"help": "Other file, folder or hub dataset to evaluate on. Default: dataset_name."}
+        default=None,
+        metadata={"help": "Other file (all of it), folder or hub dataset to evaluate on. Default: dataset_name."},
     )
     streaming: bool = field(
         default=False,

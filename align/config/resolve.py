@@ -27,7 +27,7 @@ from align.config.secrets import MASK, masked, masked_text
 from align.config.sections import Section
 from align.config.source import COMMAND_LINE, Entry, apply_overrides, one_line, read_file, read_overrides
 from align.errors import AlignError, ConfigError
-from align.methods import Method, get_method
+from align.methods import METHODS, Method, get_method
 
 # What constructors of transformers and trl raise for options that they do not take.
 REFUSALS = (AlignError, ValueError, TypeError, KeyError, AttributeError, ImportError, OSError, RuntimeError)
@@ -123,10 +123,16 @@ def _check_keys(entries: dict[str, Entry], valid: list[str], method: Method) -> 
             dashes = "--" if entry.where == COMMAND_LINE else ""
             ours, near = name_here(key, valid), nearest(key, valid)
             hint = f"nearest valid: {dashes}{near}" if near else f"see `align {method.name} --help`"
-            hint = f"it is {dashes}{ours} here" if ours else hint
+            hint = f"it is {dashes}{ours} here" if ours else others_option(key, method) or hint
             problems.append(one_line(f"{entry.where}: unknown key {dashes}{key}; {hint}"))
     if problems:
         raise ConfigError("; ".join(problems))
+
+
+def others_option(key: str, method: Method) -> str | None:
+    """What to say of an unknown key that other methods have."""
+    having = [name for name in METHODS if name != method.name and key in options_of(name)]
+    return f"an option of {', '.join(having)}, which {method.name} has no use for" if having else None
 
 
 def _placed(

@@ -145,9 +145,18 @@ def _split_names(split: str) -> list[str]:
     return [part.partition("[")[0].strip() for part in split.split("+")]
 
 
+def evaluation_split(dataset_name: str | Path, split: str) -> str:
+    """The split to read of data that are named to be evaluated on: all of a file, whatever it is called, unless `split`
+    is a slice."""
+    return "train" if Path(dataset_name).expanduser().is_file() and split in SPLIT_WORDS else split
+
+
 def _split_hint(path: Path) -> str:
     if path.is_file():
-        return " A file is one split; put files named train.* and test.* into a folder and name the folder."
+        return (
+            " A file is one split: evaluate on another file (eval_dataset_name), on a part of this one "
+            "(dataset_train_split: 'train[:90%]', dataset_test_split: 'train[90%:]'), or not (eval_strategy: 'no')."
+        )
     return " Splits come from file names such as train.jsonl and test.jsonl."
 
 

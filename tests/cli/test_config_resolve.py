@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from align.cli.main import main
@@ -74,7 +75,7 @@ def test_the_type_comes_from_the_field(file, line, part, value):
     [
         ("learing_rate: 0.5", "unknown key learing_rate; nearest valid: learning_rate"),
         ("zzzzz: 1", "unknown key zzzzz; see `align sft --help`"),
-        ("rewards: [x]", "unknown key rewards; see `align sft --help`"),
+        ("rewards: [x]", "unknown key rewards; an option of modpo, remax, ppo, rloo"),
         ("learning_rate: fast", "learning_rate: input should be a valid number"),
         ("learning_rate: true", "learning_rate: input should be a number"),
         ("learning_rate: [1]", "learning_rate: input should be a valid number"),
@@ -100,6 +101,13 @@ def test_mistakes_on_the_command_line(file):
         "command line: unknown key --learing_rate; nearest valid: --learning_rate"
     )
     assert refusal("sft", path, "--seed", "x").startswith("command line: seed: input should be a valid integer")
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="a GPU is here")
+def test_bf16_without_a_gpu_says_what_to_do(file):
+    path = file("bf16: true\n")
+    assert refusal("sft", path).startswith(f"{path}, line 3: bf16: no GPU is found on this machine. Leave bf16 out")
+    assert resolve("sft", path, ["--use_cpu", "true", "--model_name_or_path", "m", "--dataset_name", "d"]).training.bf16
 
 
 def test_all_unknown_keys_are_named_in_the_one_line(file):

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -65,7 +66,27 @@ def test_a_target_that_the_model_has_not(tiny_model, pairs, capsys):
     error = capsys.readouterr().err.splitlines()[-1]
     assert "LoRA cannot be added to Qwen2ForCausalLM: Target modules" in error and "query_key_value" in error
     layers = "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
-    assert error.endswith(f"Its linear layers are {layers}")
+    assert f"Its linear layers are {layers}" in error and error.endswith("--lora_target_modules q_proj v_proj)")
+
+
+def test_rows_to_evaluate_on_are_read_too(tiny_model, pairs, demonstrations, tmp_path, capsys):
+    tokens = [
+        "--model_name_or_path",
+        tiny_model,
+        "--dataset_name",
+        pairs,
+        "--max_length",
+        64,
+        "--eval_strategy",
+        "steps",
+    ]
+    assert main(["dpo", *map(str, tokens), "--dry-run"]) == 2
+    assert "has no split 'test'; it has: train. A file is one split: evaluate on" in capsys.readouterr().err
+    held = tmp_path / f"valid{Path(pairs).suffix}"  # all of a file that is named, whatever it is called
+    shutil.copy(pairs, held)
+    assert f"evaluation: {held}: " in run(capsys, "dpo", *tokens, "--eval_dataset_name", held)["data"]
+    assert main(["dpo", *map(str, tokens), "--eval_dataset_name", str(demonstrations), "--dry-run"]) == 2
+    assert str(demonstrations) in capsys.readouterr().err
 
 
 def test_reward_with_lora(tiny_model, pairs, capsys):
@@ -114,7 +135,7 @@ def test_members_of_one_pass_are_counted_together(tiny_model, pairs, capsys):
     assert f"{trained:,} trained x 4 bytes" in shown["memory"]
     assert "tokens x 6 layers" in shown["memory"]  # two of each member
     assert main(["reward", *map(str, tokens), "--dtype", "bfloat16", "--dry-run"]) == 2
-    assert "dtype cannot be set with ensemble > 1: members are loaded in float32" in capsys.readouterr().err
+    assert "dtype cannot be set with ensemble > 1, whose members are loaded in float32" in capsys.readouterr().err
 
 
 def test_a_reward_model_counts_on_its_ranks(tiny_model, prompts, capsys):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from align.cli.launch import SETUPS
@@ -127,6 +128,16 @@ def test_refusals_are_one_line(config, capsys, arguments, message):
     error = capsys.readouterr().err
     assert error.startswith("align: error: ") and error.count("\n") == 1
     assert message in error
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="a GPU is here")
+def test_no_more_processes_than_gpus(config, capsys, monkeypatch):
+    assert launch(config, "--num-processes", 8) == 2
+    assert "no GPU is found on this machine: add --cpu" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    machines = ["--nodes", 2, "--node-rank", 0, "--main-address", "a"]
+    assert launch(config, "--num-processes", 16, *machines) == 2
+    assert "8 processes need 8 GPUs of this machine, which shows 4" in capsys.readouterr().err
 
 
 def test_a_file_without_a_method(tmp_path, capsys):

@@ -170,6 +170,12 @@ class RunOptions(TrainingSettings):
         check_ranges(self)
         check_optimizer(self)
         refuse(self, NOWHERE)
+        if self.bf16 and not self.use_cpu and not torch.accelerator.is_available():
+            raise ConfigError(
+                "bf16: no GPU is found on this machine. Leave bf16 out (float32), or add use_cpu: true to train in "
+                "bfloat16 on its processors",
+                key="bf16",
+            )
         if self.hub_token is not None:
             self.hub_token = Secret(self.hub_token)
         connected = dist.is_initialized()  # by a program, which has set its own limit
