@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from align.distributed.disk import open_to_others
 from align.errors import ConfigError, RewardError
 from align.modeling.adapters import NOTES_FILE, adapter_base, folder_digest
 from align.modeling.load import load_sequence_classifier, load_tokenizer
@@ -89,6 +90,7 @@ def save_trunk(model: Model, folder: Path) -> None:
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     save_file({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, folder / TRUNK_FILE)
+    open_to_others(folder)
 
 
 def load_trunk(folder: Path, members: int, upper_layers: int, dtype) -> Model:

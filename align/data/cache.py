@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from align.data.bad_rows import BadRows
 from align.data.fingerprint import file_digest
+from align.distributed.disk import umask
 from align.errors import DataError
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def _make(folder: Path, make: Make, report: BadRows) -> None:
             "notes": report.notes,
         }
         (unfinished / MADE).write_text(json.dumps(made), encoding="utf-8")
-        os.chmod(unfinished, 0o777 & ~_umask())  # others may use the cache too
+        os.chmod(unfinished, 0o777 & ~umask())  # others may use the cache too
         if folder.exists():
             logger.warning("the tokenised rows in %s were damaged: they are made again", folder)
             shutil.rmtree(folder)
@@ -144,9 +145,3 @@ def _written(folder: Path) -> int:
         except FileNotFoundError:  # finished meanwhile
             continue
     return total
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

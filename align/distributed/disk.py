@@ -34,6 +34,20 @@ def writing(what: str | Path):
         ) from error
 
 
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def open_to_others(folder: str | Path) -> None:
+    """Weights in `folder` may be read by whom the umask lets read the files beside them: safetensors from 0.8 on writes
+    for the owner alone, and a server of another user would find no model (its issue 782)."""
+    for path in Path(folder).glob("*.safetensors"):
+        if path.stat().st_uid == os.getuid():
+            path.chmod(0o666 & ~umask())
+
+
 def _reason(error: Exception, what: str) -> str | None:
     """What the disk said; None for what is no error of writing."""
     if getattr(error, "__notes__", None):  # of a function of the user's, which it says

@@ -12,6 +12,7 @@ from torch import Tensor
 from align.data.encode import render
 from align.data.ending import end_ids
 from align.data.limits import positions
+from align.distributed.disk import open_to_others
 from align.errors import ConfigError, TrainingError
 from align.modeling.adapters import CONFIG_FILE, adapter_base, is_adapter
 from align.modeling.load import load_tokenizer
@@ -181,6 +182,7 @@ def _write(model: Model, tokenizer, source: str, folder: Path, reward_model: boo
         _set_generation(model, tokenizer, source)
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    open_to_others(folder)
 
 
 def _set_generation(model: Model, tokenizer, source: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from align.distributed.disk import open_to_others
 from align.errors import ConfigError
 from align.modeling.adapters import PREFIX, WEIGHTS_FILE, adding_lora, named_base
 from align.modeling.members import Members, draw_heads, layer_list, modules_after
@@ -156,6 +157,7 @@ def save_adapter(model: Model, index: int, peft_config, folder: str | Path) -> N
     config.save_pretrained(str(folder))
     state = {name: value.detach().cpu().contiguous() for name, value in adapter_state(model, index).items()}
     save_file(state, Path(folder) / WEIGHTS_FILE)
+    open_to_others(folder)
 
 
 def load_adapter(model: Model, index: int, folder: str | Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from align.distributed.disk import open_to_others
 from align.errors import ConfigError
 from align.modeling.adapters import WEIGHTS_FILE, is_adapter
 from align.modeling.load import load_policy, load_tokenizer
@@ -76,6 +77,7 @@ def _adapter_soup(folders: list[Path], weights: Sequence[float], output_dir: Pat
     output_dir.mkdir(parents=True, exist_ok=True)
     save_file({name: values.contiguous() for name, values in soup.items()}, output_dir / WEIGHTS_FILE)
     joined.save_pretrained(str(output_dir))
+    open_to_others(output_dir)
 
 
 def _check_adapter(folder: Path, config, first) -> None:
@@ -125,3 +127,4 @@ def _model_soup(folders: list[Path], weights: Sequence[float], output_dir: Path)
         for name, values in model.state_dict().items():
             values.copy_(total.pop(name))
     model.save_pretrained(output_dir)
+    open_to_others(output_dir)

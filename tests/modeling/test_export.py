@@ -64,6 +64,8 @@ def test_an_adapter_becomes_a_plain_model(kind, tmp_path, capsys):
         assert (logps(ours) - logps(theirs)).abs().mean() > 0.1
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.chat_template == worlds.TEMPLATE
+    weights, config = ((tmp_path / "out" / name).stat().st_mode for name in ("model.safetensors", "config.json"))
+    assert weights == config  # others may read both or none
     assert not (tmp_path / "out" / "adapter_config.json").exists() and not (tmp_path / "out.partial").exists()
 
 

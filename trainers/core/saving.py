@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from align.distributed.disk import open_to_others
 from align.errors import ConfigError, TrainingError
 from align.modeling.adapters import (
     CONFIG_FILE,
@@ -113,6 +114,7 @@ def finish_folder(folder: str | Path, model: Model, tokenizer: Any = None) -> No
         stale.append(folder / GENERATION_FILE)
     for path in stale:
         path.unlink(missing_ok=True)
+    open_to_others(folder)
 
 
 def _older_weights(folder: Path) -> list[Path]:

@@ -10,6 +10,7 @@ from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
 
 from align.data.collate import right_pad
+from align.distributed.disk import open_to_others
 from align.errors import ConfigError, TrainingError
 from align.modeling.load import disable_dropout
 from align.modeling.score_head import head_name
@@ -211,6 +212,7 @@ class Discriminator:
     def save_model(self, folder: Path) -> None:
         """As a reward model that `{type: classifier, path: folder}` loads."""
         self.reward.model.save_pretrained(folder)
+        open_to_others(folder)
         self.reward.tokenizer.save_pretrained(folder)
         if self.reward.normalizer is not None:
             self.reward.normalizer.save(folder)

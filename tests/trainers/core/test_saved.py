@@ -77,6 +77,12 @@ def logits(model):
     return model.eval()(IDS).logits
 
 
+def readable(folder: Path) -> int:
+    """The mode of a file that is written there in the usual way."""
+    (folder / "usual").touch()
+    return (folder / "usual").stat().st_mode & 0o777
+
+
 def assert_saved(method: str, trainer, folder) -> None:
     """The folder under every loader against the live model."""
     live, folder = logits(trainer.model), str(folder)
@@ -116,6 +122,7 @@ def test_the_folder_is_the_trained_model(method, form, policy, start, tmp_path):
     peft = None if form == "full" else lora(r=2, lora_alpha=6, use_rslora=method == "dpo")
     trainer = trained(method, model, tmp_path, peft)
     assert_saved(method, trainer, tmp_path)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.glob("*.safetensors")} == {readable(tmp_path)}
     card = (tmp_path / "README.md").read_text()
     assert "More Information Needed" not in card and Path(model).name in card
 
