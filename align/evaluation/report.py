@@ -214,6 +214,8 @@ def comparison(summary: dict, kind: str) -> list[str]:
             f"At the end, the gold score of {name} is {number(abs(value))} {'above' if value >= 0 else 'below'} that "
             f"of {found['base']} (difference {span(low, high)}{'' if sure else ': not told apart from 0'})."
         )
+    for name, why in found.get("not_compared", {}).items():
+        lines.append(f"The gold score of {name} is not compared with that of {found['base']}: {why}.")
     return lines
 
 

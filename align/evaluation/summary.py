@@ -72,7 +72,7 @@ def build_summary(
             "best_of_n": _comparisons(
                 {name: curve.per_prompt.get("gold") for name, curve in (best_of_n or {}).items()}, seed
             ),
-            "runs": _comparisons({name: run.per_prompt.get("gold") for name, run in runs.items()}, seed),
+            "runs": _compared_runs(runs, seed),
         },
         "verdict_rule": RULE,
         "setup": setup or {},
@@ -283,6 +283,24 @@ def _comparisons(gold: dict[str, np.ndarray | None], seed: int) -> dict:
         low, high = percentile_interval(means[name] - means[base])
         result["end_gold_minus_base"][name] = {"value": ends[name].mean() - ends[base].mean(), "low": low, "high": high}
     return result
+
+
+def _compared_runs(runs: dict[str, Run], seed: int) -> dict:
+    """`_comparisons` of the runs whose gold score is the first one's, and why the others are not compared."""
+    with_gold = {name: run for name, run in runs.items() if run.gold is not None}
+    first = next(iter(with_gold.values()), None)
+    why = {name: _not_comparable(run, first) for name, run in with_gold.items() if first is not None}
+    result = _comparisons({n: run.per_prompt.get("gold") for n, run in with_gold.items() if not why[n]}, seed)
+    if any(why.values()):
+        result |= {"base": next(iter(with_gold)), "not_compared": {name: text for name, text in why.items() if text}}
+    return result
+
+
+def _not_comparable(run: Run, base: Run) -> str | None:
+    if run.gold_name != base.gold_name:
+        return f"its gold reward is {run.gold_name}, and not {base.gold_name}"
+    prompts = [{json.dumps(sample["prompt"]) for samples in of.samples for sample in samples} for of in (run, base)]
+    return "it was evaluated on other prompts" if all(prompts) and prompts[0].isdisjoint(prompts[1]) else None
 
 
 def _samples(places: dict[str, list[dict]]) -> dict:

@@ -50,7 +50,7 @@ def load_unmerged(auto_class, folder: str, options: dict, **head) -> tuple[Model
     if not head and _task(folder) == "SEQ_CLS":
         raise ConfigError(f"{folder} is the adapter of a reward model, and a language model is needed here")
     with only_errors_from_transformers():  # a head that the base lacks is the adapter's
-        model = load(auto_class, base, options, **({"head_seed": 0} if head else {}))
+        model = load(auto_class, base, options, **({"head_seed": 0, "of_adapter": True} if head else {}))
         fill(model)  # the adapter is added to it
         fit_embeddings(model, folder)
         try:

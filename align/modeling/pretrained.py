@@ -59,7 +59,8 @@ def load_whole(auto_class, source: str, options: dict, **head) -> Model:
     if f"{name}.weight" in missing:
         if head["head_seed"] is None:
             raise ConfigError(f"{source} is no reward model: it holds no weights for its score ({name})")
-        logger.info("%s has no score head: %s is drawn with seed %d", source, name, head["head_seed"])
+        if not head.get("of_adapter"):  # which brings a head of its own
+            logger.info("%s has no score head: %s is drawn with seed %d", source, name, head["head_seed"])
         fill(model.get_submodule(name))
         draw_head(model.get_submodule(name), head["head_seed"])
     others = sorted(key for key in missing if not key.startswith(f"{name}."))

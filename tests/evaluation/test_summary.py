@@ -58,6 +58,20 @@ def test_keys_and_lengths(summary):
     assert summary["versions"]["numpy"] == np.__version__
 
 
+def test_only_runs_of_one_gold_reward_and_of_the_same_prompts_are_compared(tmp_path):
+    runs = {name: read_run(write_run(tmp_path / name, name, steps=3)) for name in ("a", "judge", "elsewhere", "b")}
+    runs["judge"].gold_name = "judge"
+    for samples in runs["elsewhere"].samples:
+        for sample in samples:
+            sample["prompt"] = f"not {sample['prompt']}"
+    summary = build_summary(runs=runs)
+    found = summary["comparisons"]["runs"]
+    assert found["base"] == "a" and list(found["end_gold_minus_base"]) == ["b"]
+    shown = report.comparison(summary, "runs")
+    assert "The gold score of judge is not compared with that of a: its gold reward is judge, and not gold." in shown
+    assert any("elsewhere is not compared with that of a: it was evaluated on other prompts" in line for line in shown)
+
+
 def test_numbers_are_those_of_the_curves(summary):
     entry = summary["runs"]["single <b>"]
     peak = int(np.argmax(entry["gold"]))

@@ -134,16 +134,18 @@ def at_the_end_token(folder):
     return torch.stack(scores)
 
 
-def test_an_adapter_is_read_where_it_was_trained(adapters, tmp_path):
+def test_an_adapter_is_read_where_it_was_trained(adapters, tmp_path, caplog):
     """The base's config, which is all the config that an adapter has, does not say where that is."""
     batch = RewardBatch([TALK[0]] * 3, [[{"role": "assistant", "content": word}] for word in WORDS_OF])
     one = str(adapters / "one")
     expected = at_the_end_token(one)
     assert expected.std() > 1e-3
     whole = export_reward_model(one, tmp_path / "whole")
+    caplog.set_level("INFO")
     for folder in (one, whole):
         scores = ClassifierReward(str(folder), normalize=False, device="cpu").score(batch).scores
         torch.testing.assert_close(scores, expected, rtol=0, atol=2e-5)
+    assert "has no score head" not in caplog.text  # of the base; the adapter's is read
     members = [adapters / "two" / f"member_{i}" for i in range(2)]
     ensemble = load_ensemble(adapters / "two", "mean", normalize=False, device="cpu").score(batch).extras
     for member in members:
