@@ -264,7 +264,8 @@ def said(message: dict[str, Any]) -> bool:
 
 def _is_written_messages(text: str) -> bool:
     """Whether a text is messages, or one of them, as JSON, Python or NumPy write them (a CSV file has them so)."""
-    if not (re.match(r"""\s*[\[{"]""", text) and re.search(r"""["'](role|from)\\*["']\s*:""", text)):
+    text = text.strip().removeprefix("\ufeff")  # of a file that an editor marked as UTF-8
+    if not (re.match(r"""[\[({"]""", text) and re.search(r"""["'](role|from)\\*["']\s*:""", text)):
         return False
     value = _written(text)
     if value is None:
@@ -272,8 +273,14 @@ def _is_written_messages(text: str) -> bool:
     if isinstance(value, str):  # written twice
         return value != text and _is_written_messages(value)
     if isinstance(value, dict):
-        value = value.get("messages", value.get("conversations", [value]))
-    return isinstance(value, list) and bool(value) and all(map(_is_message, value))
+        return _is_message(value) or any(map(_are_messages, value.values()))
+    return _are_messages(value)
+
+
+def _are_messages(value: Any) -> bool:
+    if isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], list | tuple):
+        value = value[0]
+    return isinstance(value, list | tuple) and bool(value) and all(map(_is_message, value))
 
 
 def _written(text: str) -> Any:
@@ -289,7 +296,7 @@ def _written(text: str) -> Any:
             value = read(written)
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             continue
-        if isinstance(value, str | list | dict):
+        if isinstance(value, str | list | tuple | dict):
             return value
     return None
 
