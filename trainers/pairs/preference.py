@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 from transformers import set_seed
 
@@ -301,10 +302,12 @@ class PreferenceTrainer(PairTrainer):
         if kept is None and self.state.global_step == 0:
             self.reference = self._start
         try:
-            if self.reference is None:
+            unsharded = self.accelerator.is_fsdp2 and not isinstance(self.model, FSDPModule)  # zeros in some processes
+            if self.reference is None or unsharded:
                 raise ConfigError(
                     "Cannot compute reference log-probs for a dataset passed to `evaluate` or `predict`: "
-                    "precompute_ref_log_probs keeps no reference; pass it as eval_dataset when the trainer is made"
+                    "precompute_ref_log_probs keeps no reference (with an adapter under FSDP2, none before training); "
+                    "pass it as eval_dataset when the trainer is made"
                 )
             return self._with_reference(dataset, self.reference_cache, "eval", self.args.eval_batch_size)
         finally:
