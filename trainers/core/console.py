@@ -39,10 +39,12 @@ def duration(seconds: float) -> str:
 
 
 def of_weighting(key: str) -> str | None:
-    """What the line calls a multiplier of a constrained run or a weight that changes in training; None of others."""
+    """What the line calls the value and the multiplier of a constraint, or a weight that changes in training; None of
+    others."""
     part, _, name = key.partition("/")
-    if part == "constraints" and name.endswith("/multiplier"):
-        return "mult " + name.removesuffix("/multiplier")
+    constraint, _, what = name.rpartition("/")
+    if part == "constraints" and constraint and what in ("value", "multiplier"):
+        return constraint if what == "value" else f"mult {constraint}"
     return f"weight {name}" if part == "dynamic_weights" and "/" not in name else None
 
 

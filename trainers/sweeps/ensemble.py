@@ -128,6 +128,7 @@ def _train_one(model: str, args: RewardConfig, folder: Path, index: int, data, p
     member_args.output_dir = str(folder)
     member_args.seed = member_args.data_seed = args.seed + index
     member_args.run_name = f"{args.run_name or folder.parent.name}-{folder.name}"
+    logger.info("%s: seed %d", folder, member_args.seed)
     trainer = RewardTrainer(model, member_args, **data, peft_config=peft_config, callbacks=callbacks)
     trainer.train()
     trainer.save_model()

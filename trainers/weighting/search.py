@@ -152,6 +152,12 @@ class ThresholdSearch(TrainerCallback):
         self.weighting.set_thresholds(self.search.best[0] if self.point is None else self.point)
         if self.point is None:
             control.should_training_stop = True
+            if self.folder is not None and not self._met(self.search.best[0]):
+                logger.warning(
+                    "threshold search: the rewards had not reached the best thresholds when gold was taken, so that "
+                    "its score is not theirs; give stretches more steps, or a wider tolerance (%s has the values)",
+                    self.folder / FILE_NAME,
+                )
         elif self.start is not None and self.stretches:
             self.start.restore(model, optimizer)
             self.weighting.restart()
@@ -162,14 +168,22 @@ class ThresholdSearch(TrainerCallback):
         if self.folder is None:
             return
         best, score = self.search.best
+        met = self._met(best)
         logger.info(
-            "threshold search, stretch %d of %d: %s %s after %d steps (%s), gold %.4g; best so far %.4g at %s",
+            "threshold search, stretch %d of %d: %s %s after %d steps (%s), gold %.4g; best so far %.4g at %s%s",
             len(self.stretches), self.options.budget, _text(stretch.thresholds), "met" if stretch.met else "not met",
             stretch.steps, _text(stretch.values), stretch.gold, score, _text(best),
+            "" if met else " (not met)",
         )  # fmt: skip
-        content = {"best": {"thresholds": best, "gold": score}, "stretches": [asdict(s) for s in self.stretches]}
+        content = {
+            "best": {"thresholds": best, "gold": score, "met": met},
+            "stretches": [asdict(s) for s in self.stretches],
+        }
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / FILE_NAME).write_text(json.dumps(content, indent=2) + "\n")
+
+    def _met(self, thresholds: dict[str, float]) -> bool:
+        return any(stretch.met for stretch in self.stretches if stretch.thresholds == thresholds)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 

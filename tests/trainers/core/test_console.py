@@ -114,9 +114,11 @@ def test_evaluation_sets_and_weights_have_their_numbers(capsys):
         None, state(), None, {"eval_math_loss": 1.5, "eval_math_mean_token_accuracy": 0.25, "eval_rewards/my_loss": 3}
     )
     assert capsys.readouterr().out.split("left")[1].split()[1:] == "eval math loss 1.5 token acc 0.25".split()
-    logs = {"reward": 1, "constraints/task_weight": 1, "constraints/polite_above/multiplier": 0.5}
+    logs = {"reward": 1, "constraints/task_weight": 1, "constraints/polite_above/value": 3}
+    logs |= {"constraints/polite_above/multiplier": 0.5}
     console.on_log(None, state(), None, {**logs, "dynamic_weights/a": 2, "dynamic_weights/influence/a": 7})
-    assert capsys.readouterr().out.split("train")[1].split() == "reward 1 mult polite_above 0.5 weight a 2".split()
+    shown = "reward 1 polite_above 3 mult polite_above 0.5 weight a 2"
+    assert capsys.readouterr().out.split("train")[1].split() == shown.split()
 
 
 @pytest.mark.parametrize("seconds, text", [(3.6, "0:00:04"), (86399, "23:59:59"), (200000, "2d 07:33")])

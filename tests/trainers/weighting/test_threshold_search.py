@@ -54,17 +54,18 @@ def test_a_search_keeps_its_budget_and_ends_the_run(policy, tmp_path):
     ends = torch.tensor([s["steps"] for s in stretches]).cumsum(0).tolist()
     assert [s["gold"] for s in stretches] == [golds[end // 2] for end in ends]  # an evaluation every two steps
     best = max(stretches, key=lambda s: s["gold"])
-    assert found(tmp_path)["best"] == {"thresholds": best["thresholds"], "gold": best["gold"]}
+    assert found(tmp_path)["best"] == {key: best[key] for key in ("thresholds", "gold", "met")}
     assert trainer.weighting.constraints[0].threshold == best["thresholds"]["polite"]
     used = logged(trainer, "constraints/polite_equal/threshold")
     assert (used[0], used[-1]) == (stretches[0]["thresholds"]["polite"], stretches[-1]["thresholds"]["polite"])
 
 
-def test_every_stretch_can_start_from_the_first_policy(policy, tmp_path):
+def test_every_stretch_can_start_from_the_first_policy(policy, tmp_path, caplog):
     gentle = {"pid": {"kp": 1.0, "ki": 0.1}}
     trainer = make(policy, tmp_path, search={**SEARCH, "restore": True, "budget": 3, "steps": 2}, multipliers=gentle)
     trainer.train()
     assert [s["steps"] for s in found(tmp_path)["stretches"]] == [2, 2, 2]
+    assert not found(tmp_path)["best"]["met"] and "had not reached the best thresholds" in caplog.text
     distances = logged(trainer, "kl")  # of the policy that is trained, before its update
     assert distances[0] == distances[2] == distances[4] == 0 and min(distances[1], distances[3]) > 0
     raw = logged(trainer, "constraints/polite_equal/raw")
