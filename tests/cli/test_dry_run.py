@@ -317,6 +317,24 @@ def test_prompts_are_as_long_as_the_trainer_takes_them_and_the_server_as_the_eng
     assert longest == engine.max_model_len == 64
 
 
+def test_a_server_has_the_embeddings_of_an_adapter_to_which_tokens_were_added(tiny_model, prompts, rule, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    from align.cli.serve import skeleton
+    from align.modeling.load import load_policy, load_tokenizer
+    from align.rollout.weights import checkpoint_shapes
+
+    tokenizer, model = load_tokenizer(tiny_model), load_policy(tiny_model)
+    tokenizer.add_tokens(["<answer>", "</answer>"])
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(tmp_path / "a")
+    tokenizer.save_pretrained(tmp_path / "a")
+    tokens = ["--model_name_or_path", str(tmp_path / "a"), "--dataset_name", prompts, "--rewards.0", rule]
+    served = skeleton(resolve("remax", None, [*tokens, "--rollout", "transformers"]))
+    trained = checkpoint_shapes(load_policy(tmp_path / "a"), merged=True)
+    assert checkpoint_shapes(served, merged=True) == trained
+
+
 @pytest.mark.parametrize("method", ["sft", "dpo", "reward", "remax"])
 def test_rows_that_the_model_cannot_take_are_refused_as_by_the_trainer(method, short_model, rule, tmp_path, capsys):
     rows = [{"prompt": f"{i}?" + " x" * 40 * (i == 3), "chosen": " It is.", "rejected": " No."} for i in range(9)]
