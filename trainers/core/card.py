@@ -30,6 +30,8 @@ def facts_of(trainer: "TrainerMixin") -> dict[str, object]:
         "method": name + (f", loss {loss}" if loss else "") + (f" ({trainer.paper})" if trainer.paper else ""),
         "data": described(trainer.train_dataset),
     }
+    if (adapter := adapter_of(trainer.model)) is not None:
+        found["adapter"] = adapter
     if trainer.eval_dataset is not None:
         found["evaluation data"] = described(trainer.eval_dataset)
     found |= trainer.further_facts()
@@ -37,6 +39,16 @@ def facts_of(trainer: "TrainerMixin") -> dict[str, object]:
     if curve is not None:
         found["proxy and gold"] = curve
     return found | {"steps": trainer.state.global_step, "settings": changed_settings(trainer.args)}
+
+
+def adapter_of(model: Any) -> str | None:
+    """The LoRA adapter that is trained, by its rank and the names of its layers; None of whole models."""
+    config = getattr(model, "peft_config", {}).get("default")
+    if config is None or not hasattr(config, "lora_alpha"):
+        return None
+    layers = config.target_modules
+    names = layers if isinstance(layers, str) else ", ".join(sorted({name.rpartition(".")[2] for name in layers or ()}))
+    return f"LoRA of rank {config.r}, alpha {config.lora_alpha}, on {names or config.target_parameters}"
 
 
 def described(dataset: "Dataset | dict | Any") -> str:

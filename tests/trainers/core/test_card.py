@@ -32,6 +32,15 @@ def rows_of(folder) -> dict[str, str]:
     return {name: value for name, value in (line.strip("| ").split(" | ", 1) for line in lines if " | " in line)}
 
 
+def test_an_adapter_is_named_by_its_rank_and_layers(tmp_path):
+    policy = saved_policy(tmp_path / "policy")
+    trainer = DPOTrainer(policy, dpo_config(tmp_path / "run", max_steps=1), toy_pairs(8), peft_config=lora())
+    trainer.train()
+    trainer.save_model()
+    layers = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    assert rows_of(tmp_path / "run")["adapter"] == f"LoRA of rank 4, alpha 16, on {layers}"
+
+
 def test_every_method_has_its_own_paper_and_tag():
     trainers = {name: load(method.trainer) for name, method in METHODS.items()}
     tags = {name: trainer._tag_names[-1] for name, trainer in trainers.items()}
