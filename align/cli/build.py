@@ -82,6 +82,9 @@ def peft_config(run: RunConfig):
     # TRL makes a text of a list of one, which PEFT takes for a pattern of whole names: q_proj would match nothing
     if config is not None and isinstance(config.target_modules, str) and re.fullmatch(r"[\w.]+", config.target_modules):
         config.target_modules = {config.target_modules}
+    # TRL's default would be switched off, with a warning about an option that nobody has set
+    if config is not None and "lora_dropout" not in run.given and getattr(run.training, "disable_dropout", False):
+        config.lora_dropout = 0.0
     return config
 
 

@@ -131,9 +131,12 @@ def print_fronts(summary: dict) -> None:
     from rich.table import Table
 
     table = Table(title=f"{summary['prompts']} prompts; * not dominated within its run; 95 % intervals over prompts")
-    columns = ["run", "weights", *summary["objectives"], "KL"]
+    points = [point for run in summary["runs"].values() for point in run["points"]]
+    names = {" ".join(point["weights"]) for point in points if point["weights"]}
+    of = f"weights\n{names.pop()}" if len(names) == 1 else "weights"
+    columns = ["run", of, *summary["objectives"], "KL"]
     for name in columns:
-        table.add_column(name, justify="left" if name in ("run", "weights") else "right")
+        table.add_column(name, justify="left" if name in ("run", of) else "right")
 
     def value(entry: dict) -> str:
         return f"{entry['mean']:.3f} ±{(entry['high'] - entry['low']) / 2:.3f}"

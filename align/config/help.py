@@ -14,6 +14,7 @@ COMMON = (
     *("lr_scheduler_type", "warmup_steps", "eval_strategy", "eval_steps", "save_steps", "seed", "report_to"),
     "resume_from_checkpoint",
 )
+WITHOUT_EFFECT = ("TRL's, only with its default", "Without effect in this method")
 TITLES = {
     "method": "method ({config})",
     "ensemble": "ensemble",
@@ -47,6 +48,8 @@ def format_help(method: Method, parser: argparse.ArgumentParser, everything: boo
         others = group in ("data", "model", "training")
         names = [name for name, record in options.items() if record["group"] == group]
         names = [name for name in names if everything or not others or name in COMMON]
+        # TRL's names that take nothing but their default stand before the method's own, and would hide them
+        names = [name for name in names if everything or not options[name]["help"].startswith(WITHOUT_EFFECT)]
         # the command line's --debug is the command's own; transformers' is for files
         names = [name for name in names if name != "debug"]
         if not names:

@@ -65,7 +65,7 @@ def load_rows(
             dataset = dataset.to_iterable_dataset()
     else:
         dataset = _load_files(path, split, streaming)
-    dataset.info.dataset_name = name  # so that later messages can say where a row comes from
+    dataset.info.dataset_name = _named(name, split)
     return dataset
 
 
@@ -247,8 +247,13 @@ def _load_hub(name: str, split: str, config: str | None, streaming: bool) -> "Da
         raise DataError(
             f"{what}: no such file or folder here.{_nearest(Path(name))} The hub answers: {_first_line(error)}"
         ) from error
-    dataset.info.dataset_name = name
+    dataset.info.dataset_name = _named(name, split)
     return dataset
+
+
+def _named(name: str, split: str) -> str:
+    """Where rows come from, for messages and model cards: row numbers count within the split, so it is named."""
+    return name if split == "train" else f"{name} ({split})"
 
 
 def _looks_local(name: str) -> bool:

@@ -156,7 +156,9 @@ def _share(estimate: dict) -> str:
 def _pairs_table(result: dict, rewards: dict):
     columns = ["accuracy (95 %)", "ties", "ECE", "longer"]
     rewritten = any(worst_rewrite(entry) for entry in rewards.values())
-    table = _table(f"{result['setup']['pairs']:,} pairs", [*columns, *(["worst rewrite"] if rewritten else [])])
+    table = _table(
+        f"{result['setup']['pairs']:,} pairs", [*columns, *(["accuracy, worst rewrite"] if rewritten else [])]
+    )
     for name, entry in rewards.items():
         worst = worst_rewrite(entry)
         cells = [
@@ -165,7 +167,8 @@ def _pairs_table(result: dict, rewards: dict):
             number(entry["calibration"]["ece"]),
             percent(entry["length"]["prefers_longer"]),
         ]
-        _row(table, name, *cells, *([f"{worst['name']} {tenths(worst['change'])}"] if worst else []))
+        hurt = f"{tenths(worst['change'])}, {worst['name']}" if worst and worst["change"] < 0 else "unchanged"
+        _row(table, name, *cells, *([hurt] if worst else []))
     for name, entry in result["baselines"].items():
         _row(table, name, _share(entry["accuracy"]), percent(entry["ties"]), *[""] * (len(table.columns) - 3))
     return table

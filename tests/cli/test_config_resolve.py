@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 
+from align.cli.build import peft_config
 from align.cli.main import main
 from align.config import configs_dir
 from align.config.resolve import resolve, settings, write_settings
@@ -178,3 +179,18 @@ def test_every_recipe_resolves(path: Path):
     run = resolve(method, str(path), [])
     assert run.training.output_dir == f"runs/{path.stem}"
     assert main(["launch", str(path), "--num-processes", "8", "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "tokens", "dropout"),
+    [
+        ("dpo", [], 0.0),
+        ("dpo", ["--lora_dropout", "0.1"], 0.1),
+        ("dpo", ["--disable_dropout", "no"], 0.05),
+        ("sft", [], 0.05),
+    ],
+)
+def test_the_default_dropout_of_an_adapter_is_not_one_that_is_switched_off(method, tokens, dropout, file):
+    assert (
+        peft_config(resolve(method, file(""), ["--output_dir", "run", "--use_peft", *tokens])).lora_dropout == dropout
+    )

@@ -100,6 +100,7 @@ def test_short_help_has_the_own_options_and_says_how_to_see_all(capsys):
     assert "--weight_decay " not in shown and "--rewards " not in shown
     assert main(["ppo", "--help"]) == 0
     shown = capsys.readouterr().out
+    assert "--vllm_mode" not in shown and "--vllm_mode" in (main(["ppo", "--help", "all"]), capsys.readouterr().out)[1]
     assert all(key in shown for key in ("form squared {", "kl_in_constraints", "ensemble {aggregation"))
 
 

@@ -15,7 +15,7 @@ PAGE = (Path(__file__).parents[2] / "docs/using.md").read_text()
 
 def test_commands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    adapter(base(tmp_path / "base"), "runs/dpo", target_modules=["q_proj"])
+    adapter(base(tmp_path / "my_policy"), "runs/dpo", target_modules=["q_proj"])
     Path("my_rewards.py").write_text(REWARD)
     Path("prompts.txt").write_text("w1 w2\nw3\n")
     monkeypatch.setattr("sys.stdin", io.StringIO("/tokens 4\nw1 w2\n"))

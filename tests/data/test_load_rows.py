@@ -7,6 +7,7 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from align.data import load_rows
+from align.data.rows import source_of
 from align.errors import DataError
 
 ROWS = [{"prompt": "one", "completion": "1"}, {"prompt": "two", "completion": "None"}]
@@ -30,7 +31,9 @@ def test_a_file_of_each_type(tmp_path, suffix):
         write_jsonl(path, ROWS)
     # The texts "1" and "None" stay texts, in CSV too.
     assert load_rows(str(path)).to_list() == ROWS
-    assert load_rows(path, "train[:1]").to_list() == ROWS[:1]
+    first = load_rows(path, "train[:1]")
+    assert first.to_list() == ROWS[:1]
+    assert source_of(first) == f"{path} (train[:1])"  # rows are numbered within the slice
 
 
 def test_a_changed_file_is_read_again(tmp_path):

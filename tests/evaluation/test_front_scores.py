@@ -74,6 +74,7 @@ def test_scores_and_figure(world, tmp_path, capsys):
         assert 0 <= words["low"] <= words["mean"] <= words["high"] <= 5
     assert (tmp_path / "front.png").stat().st_size > 10_000
     out = capsys.readouterr().out
+    assert "words early" in out  # whose weights the first columns are
     assert "hypervolume" in out and "reference" in out
     again = tmp_path / "again"
     assert front(world, world / "other", "--n", 3, "--max_completion_length", 5, "--output_dir", again) == 0

@@ -8,6 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft import LoraConfig
+
 from align.evaluation.peak import analyse_peak
 from align.evaluation.records import FILE_NAME, read_run
 from align.trainers.core.options import changed_settings
@@ -34,6 +36,11 @@ def facts_of(trainer: "TrainerMixin") -> dict[str, object]:
         found["adapter"] = adapter
     if trainer.eval_dataset is not None:
         found["evaluation data"] = described(trainer.eval_dataset)
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    adapter = getattr(model, "peft_config", {}).get("default")
+    if isinstance(adapter, LoraConfig):
+        dtype = str(model.get_base_model().dtype).removeprefix("torch.")
+        found["adapter"] = f"LoRA, r {adapter.r}, alpha {adapter.lora_alpha}, trained beside {dtype} weights"
     found |= trainer.further_facts()
     curve = curve_of(Path(trainer.args.output_dir))
     if curve is not None:
@@ -74,9 +81,10 @@ def curve_of(folder: Path) -> str | None:
         f"{run.gold[index]:.4g} at step {run.step[index]} (KL {run.kl[index]:.3g})"
         for index in (0, peak.peak, peak.end)
     )
+    proxy = f"{run.proxy[0]:.4g}, at that peak {run.proxy[peak.peak]:.4g}, at the end {run.proxy[peak.end]:.4g}"
     return (
         f"{peak.verdict}, on {run.per_prompt['gold'].shape[1]} prompts: gold {start}, at its peak {top}, at the end "
-        f"{end}; proxy {run.proxy[0]:.4g} to {run.proxy[peak.end]:.4g}"
+        f"{end}; proxy {proxy}"
     )
 
 

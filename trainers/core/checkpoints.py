@@ -148,4 +148,5 @@ def _chosen(
         changed = check_same_run(before, identity, changes, folder)
         for name, (old_value, new_value) in changed.items():
             logger.warning("going on from %s with %s %r instead of %r", folder, name, new_value, old_value)
+    logger.info("resuming from %s", folder)
     return folder

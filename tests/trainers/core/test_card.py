@@ -66,6 +66,8 @@ def test_an_on_policy_run(tmp_path):
     run = read_run(tmp_path / "run")
     peak = analyse_peak(run.per_prompt["proxy"], run.per_prompt["gold"], seed=run.seed)
     assert card["proxy and gold"].startswith(f"{peak.verdict}, on 8 prompts: gold {np.mean(run.gold[0]):.4g} at step 0")
+    ends = f"; proxy {run.proxy[0]:.4g}, at that peak {run.proxy[peak.peak]:.4g}, at the end {run.proxy[peak.end]:.4g}"
+    assert card["proxy and gold"].endswith(ends)
     assert card["steps"] == "2" and "`max_completion_length: 6`" in card["settings"]
     assert "accelerator_config" not in card["settings"] and "do_eval" not in card["settings"]  # nobody sets them
     assert f"transformers {transformers.__version__}, " in card["versions"]
@@ -105,6 +107,7 @@ def test_an_adapter_and_its_export(tmp_path):
     trainer.save_model()
     card = rows_of(tmp_path / "run")
     assert card["method"] == "DPO, loss ipo (Rafailov et al. 2023, arXiv 2305.18290)" and "rewards" not in card
+    assert card["adapter"] == "LoRA, r 4, alpha 16, trained beside float32 weights"
     assert "tags: [align, trl, dpo]" in (tmp_path / "run" / "README.md").read_text().splitlines()
     assert trainer.model.model_tags == ["align", "trl", "dpo"]  # with which push_to_hub tags it
     assert main(["export", str(tmp_path / "run"), "--to", str(tmp_path / "out")]) == 0

@@ -96,8 +96,9 @@ def test_a_finished_run_is_left_alone(finished, tmp_path, caplog):
     make, straight, folder = finished
     copy_until(folder, tmp_path / "run", 8)
     resumed = make(tmp_path / "run")
-    resumed.train(resume_from_checkpoint=True)
-    assert "is finished already" in caplog.text
+    with caplog.at_level("INFO"):
+        resumed.train(resume_from_checkpoint=True)
+    assert "is finished already" in caplog.text and f"resuming from {tmp_path / 'run' / 'checkpoint-8'}" in caplog.text
     assert resumed.state.global_step == 8 and len(logged(resumed, "loss")) == 8
     assert_same(parameters(resumed.model), parameters(straight.model))
     assert evaluations(tmp_path / "run") == evaluations(folder)

@@ -177,9 +177,11 @@ def test_two_processes_are_one(trunk, tmp_path):
                 torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-5)
 
 
-def test_separate_members(trunk, tmp_path):
+def test_separate_members(trunk, tmp_path, caplog):
     args = config(tmp_path / "rm", num_train_epochs=1)
-    folder = train_reward_ensemble(trunk, args, pairs(48), pairs(20, seed=1), members=2)
+    with caplog.at_level("INFO"):
+        folder = train_reward_ensemble(trunk, args, pairs(48), pairs(20, seed=1), members=2)
+    assert f"{folder / 'member_1'}: seed {args.seed + 1}" in caplog.text
     output = load_ensemble(folder, "uwo", lambda_=0.5, device="cpu").score(BATCH)
     assert not torch.allclose(output.extras["member/0"], output.extras["member/1"])
     assert json.loads((folder / "ensemble.json").read_text())["members"] == ["member_0", "member_1"]
