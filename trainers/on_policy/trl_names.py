@@ -116,7 +116,9 @@ def take_engine(args: Any) -> None:
     first, last = next(iter(given)), next(reversed(given))
     options = {VLLM[name]: value for name, value in given.items() if name in VLLM}
     if args.rollout != RolloutOptions():
-        raise ConfigError(f"{first}: write it in the section rollout instead", key=first)
+        raise ConfigError(
+            f"{first}: write it in the section rollout instead, as rollout.{VLLM.get(first, 'backend')}", key=first
+        )
     if args.rollout_backend is not None and len(given) > 1:
         raise ConfigError(f"rollout_backend and {first}: write both in the section rollout instead", key=first)
     if args.use_vllm is False and options:

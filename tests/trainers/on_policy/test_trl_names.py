@@ -70,7 +70,10 @@ def test_the_engine(tmp_path):
     assert engine(**of_trl) == engine(use_vllm=True, **of_trl) == engine(rollout=ours)
     for options, message in [
         ({"use_vllm": False, "vllm_gpu_memory_utilization": 0.5}, "is vLLM's, and use_vllm is false"),
-        ({"use_vllm": False, "rollout": "vllm"}, "use_vllm: write it in the section rollout instead"),
+        (
+            {"use_vllm": False, "rollout": "vllm"},
+            "use_vllm: write it in the section rollout instead, as rollout.backend",
+        ),
         (
             {"use_vllm": True, "rollout_backend": "vllm"},
             "rollout_backend and use_vllm: write both in the section rollout",
