@@ -32,15 +32,14 @@ def facts_of(trainer: "TrainerMixin") -> dict[str, object]:
         "method": name + (f", loss {loss}" if loss else "") + (f" ({trainer.paper})" if trainer.paper else ""),
         "data": described(trainer.train_dataset),
     }
-    if (adapter := adapter_of(trainer.model)) is not None:
-        found["adapter"] = adapter
     if trainer.eval_dataset is not None:
         found["evaluation data"] = described(trainer.eval_dataset)
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     adapter = getattr(model, "peft_config", {}).get("default")
     if isinstance(adapter, LoraConfig):
         dtype = str(model.get_base_model().dtype).removeprefix("torch.")
-        found["adapter"] = f"LoRA, r {adapter.r}, alpha {adapter.lora_alpha}, trained beside {dtype} weights"
+        layers = layer_names(adapter)
+        found["adapter"] = f"LoRA, r {adapter.r}, alpha {adapter.lora_alpha}, on {layers}, beside {dtype} weights"
     found |= trainer.further_facts()
     curve = curve_of(Path(trainer.args.output_dir))
     if curve is not None:
@@ -48,14 +47,11 @@ def facts_of(trainer: "TrainerMixin") -> dict[str, object]:
     return found | {"steps": trainer.state.global_step, "settings": changed_settings(trainer.args)}
 
 
-def adapter_of(model: Any) -> str | None:
-    """The LoRA adapter that is trained, by its rank and the names of its layers; None of whole models."""
-    config = getattr(model, "peft_config", {}).get("default")
-    if config is None or not hasattr(config, "lora_alpha"):
-        return None
-    layers = config.target_modules
+def layer_names(adapter: LoraConfig) -> str:
+    """The layers of an adapter, each kind of layer once."""
+    layers = adapter.target_modules
     names = layers if isinstance(layers, str) else ", ".join(sorted({name.rpartition(".")[2] for name in layers or ()}))
-    return f"LoRA of rank {config.r}, alpha {config.lora_alpha}, on {names or config.target_parameters}"
+    return names or str(adapter.target_parameters)
 
 
 def described(dataset: "Dataset | dict | Any") -> str:
