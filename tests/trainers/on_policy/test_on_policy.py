@@ -110,7 +110,9 @@ def test_the_default_leaves_room_for_a_completion(given, longest, policy, tmp_pa
 def test_the_back_end_by_one_option(tmp_path):
     args = ReMaxConfig(str(tmp_path), rollout_backend="transformers", use_cpu=True)
     assert args.rollout == ReMaxConfig(str(tmp_path), rollout="transformers", use_cpu=True).rollout
-    with pytest.raises(ConfigError, match="rollout_backend: write the backend in the section rollout"):
+    with pytest.raises(
+        ConfigError, match="rollout_backend: write it in the section rollout instead, as rollout.backend"
+    ):
         ReMaxConfig(str(tmp_path), rollout_backend="vllm", rollout={"backend": "transformers"}, use_cpu=True)
 
 
