@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from align.distributed.disk import open_to_others
 from align.errors import ConfigError, DataError
 from align.modeling.members import layer_list
 from align.modeling.pairs import Completions
@@ -207,6 +208,7 @@ def save_masks(folder: str | Path, description: dict, weights: dict[str, Tensor]
     path = Path(folder) / FILE_NAME
     tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
     save_file(tensors, path, metadata={"format": "pt", "align": json.dumps(description)})
+    open_to_others(path.parent)
     return path
 
 
