@@ -7,7 +7,9 @@ from align.errors import ConfigError
 from align.objectives.constraints import Constraint
 from align.objectives.multipliers import PID, Multipliers
 from align.trainers.weighting.sections import (
+    ConstraintSection,
     LagrangianSection,
+    SearchSection,
     SquaredPerEpisodeSection,
     SquaredSection,
     Updates,
@@ -38,7 +40,8 @@ def check_constraints(args: Any) -> ConstraintOptions | None:
             if getattr(args, name) is not None:
                 raise ConfigError(f"{name} is set, and there are no constraints", key=name)
         return None
-    held = [Constraint(c.reward, c.direction, c.threshold) for c in args.sections["constraints"]]
+    search = args.sections.get("threshold_search")
+    held = [Constraint(c.reward, c.direction, _threshold(c, search)) for c in args.sections["constraints"]]
     section = args.sections.get("multipliers", LagrangianSection())
     form = section.form or ("tanh" if all(c.direction == "equal" for c in held) else "sigmoid")
     common = {name: getattr(section, name) for name in Updates.model_fields if isinstance(section, Updates)}
@@ -61,6 +64,23 @@ def check_constraints(args: Any) -> ConstraintOptions | None:
             options.lagrangian["pid"] = PID(**section.pid.given())
         Multipliers(held, form, **options.lagrangian)  # raises ConfigError for options that do not fit together
     return options
+
+
+def _threshold(section: ConstraintSection, search: SearchSection | None) -> float:
+    """As given; with a search, where that begins. ConfigError where there is none, or one that the search replaces."""
+    if search is not None and section.threshold is not None:
+        raise ConfigError(
+            f"constraints: threshold_search finds the threshold of {section.reward}: leave out {section.threshold:g}",
+            key="constraints",
+        )
+    if search is not None:
+        return search.start.get(section.reward, 0.0)
+    if section.threshold is None:
+        raise ConfigError(
+            f"constraints: {section.reward} has no threshold: write one, or have it found (threshold_search)",
+            key="constraints",
+        )
+    return section.threshold
 
 
 def _coefficients(given: float | list[float], held: list[Constraint]) -> list[float]:

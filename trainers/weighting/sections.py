@@ -18,7 +18,9 @@ class ConstraintSection(Section):
     label = "a constraint"
     reward: str = Field(description="Name of the reward.")
     direction: Literal["at_least", "at_most", "equal"] = Field(description="at_least, at_most or equal.")
-    threshold: float = Field(description="In the reward's unit.")
+    threshold: float | None = Field(
+        None, description="In the reward's unit; needed, but with threshold_search, which finds it."
+    )
 
 
 class PIDSection(Section):

@@ -24,7 +24,7 @@ RUNS = {
     "search": (
         "rloo",
         {
-            "constraints": [{**HELD[0], "direction": "equal"}],
+            "constraints": [{"reward": "polite", "direction": "equal"}],
             "multipliers": {"pid": {}},
             "threshold_search": {"start": {"polite": 0.2}, "reached": {"polite": 0.8}, "budget": 2, "steps": 2},
         },

@@ -13,7 +13,7 @@ from align.trainers.weighting.search import StartPolicy, ThresholdSearch
 from align.trainers.weighting.sections import SearchSection
 from tests.trainers.tiny_runs import assert_same, logged, on_policy, parameters, prompts
 
-HELD = [{"reward": "polite", "direction": "equal", "threshold": 0.2}]
+HELD = [{"reward": "polite", "direction": "equal"}]
 SEARCH = {"start": {"polite": 0.15}, "reached": {"polite": 0.9}, "budget": 4, "steps": 6}
 
 
@@ -145,6 +145,8 @@ def test_a_search_resumes_exactly(policy, tmp_path):
         ({"search": {**SEARCH, "start": {"rude": 0}}}, "start and reached must name polite"),
         ({"search": {**SEARCH, "reached": {"polite": 0.15}}}, "two different values per dimension, look at polite"),
         ({"constraints": [{**HELD[0], "direction": "at_least"}], "multipliers": None}, "that are all `equal`"),
+        ({"constraints": [{**HELD[0], "threshold": 0.2}]}, "finds the threshold of polite: leave out 0.2"),
+        ({"search": None}, "polite has no threshold: write one, or have it found"),
         ({"eval_strategy": "no"}, "set eval_strategy: steps"),
         ({"gold": None}, "needs a gold_reward"),
         ({"search": {**SEARCH, "restore": True}, "num_iterations": 4}, "a multiple of the 4 steps of a rollout"),
