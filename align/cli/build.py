@@ -265,11 +265,8 @@ def check_ensemble(run: RunConfig) -> None:
     """Raises `ConfigError` for options of loading that the members of an ensemble do not take."""
     from trl import get_quantization_config
 
-    not_default = [key for key in ("dtype", "attn_implementation", "model_revision") if key in run.given]
-    not_default = [key for key in not_default if not (key == "dtype" and run.model.dtype == "float32")]
-    if not_default or get_quantization_config(run.model) is not None:
-        keys = ", ".join(not_default or ["load_in_4bit, load_in_8bit"])
-        raise ConfigError(f"{keys} cannot be set with ensemble > 1, whose members are loaded in float32: leave it out")
+    if get_quantization_config(run.model) is not None:
+        raise ConfigError("load_in_4bit and load_in_8bit cannot be set with ensemble > 1: leave them out")
 
 
 def train_ensemble(run: RunConfig, resume: bool) -> Path:
@@ -278,6 +275,8 @@ def train_ensemble(run: RunConfig, resume: bool) -> Path:
     rows = train_rows(run)
     save_label_noise(run, rows)
     of_ensemble = cast(EnsembleArguments, run.ensemble)
+    options = {"dtype": dtype(run), "attn_implementation": run.model.attn_implementation, **source_options(run)}
+    run.training.model_init_kwargs = {k: v for k, v in options.items() if v} | (run.training.model_init_kwargs or {})
     return load(cast(str, run.method.ensemble))(
         run.model.model_name_or_path,
         run.training,

@@ -212,6 +212,7 @@ def _members_shape(run: RunConfig, config) -> Shape:
     return members_shape(
         config,
         ensemble.ensemble,
+        dtype=build.dtype(run),
         peft_config=build.peft_config(run),
         upper_layers=ensemble.ensemble_upper_layers or 0,
         train_trunk=ensemble.ensemble_train_trunk,

@@ -161,15 +161,23 @@ def model_shape(
     )
 
 
-def members_shape(config, members: int, *, peft_config=None, upper_layers: int = 0, train_trunk: bool = False) -> Shape:
-    """Of a classifier in float32 that holds all members of an ensemble: an adapter and a head each, or (without
-    peft_config) the upper layers and what follows them. Every member's rows go through its layers; where the trunk is
-    frozen nothing is kept of it."""
+def members_shape(
+    config,
+    members: int,
+    *,
+    dtype: str = "float32",
+    peft_config=None,
+    upper_layers: int = 0,
+    train_trunk: bool = False,
+) -> Shape:
+    """Of a classifier that holds all members of an ensemble: an adapter and a head each, on weights in dtype, or
+    (without peft_config, all in float32) the upper layers and what follows them. Every member's rows go through its
+    layers; where the trunk is frozen nothing is kept of it."""
     from transformers import AutoModelForSequenceClassification
 
     from align.modeling.members import layer_list
 
-    one = model_shape(config, dtype="float32", classifier=True)
+    one = model_shape(config, dtype="float32" if peft_config is None else dtype, classifier=True)
     if peft_config is not None:
         trained = members * model_shape(config, dtype="float32", classifier=True, peft_config=peft_config).trainable
         count, layers = one.parameters + trained, members * one.layers
@@ -183,7 +191,11 @@ def members_shape(config, members: int, *, peft_config=None, upper_layers: int =
         layers = members * upper_layers
         if train_trunk:
             trained, layers = count, layers + one.layers - upper_layers
-    weights = (4 * count, f"{count:,} parameters x 4 bytes")
+    parts = (
+        [(one.parameters, width), (count - one.parameters, 4)] if (width := one.bytes_per_weight) < 4 else [(count, 4)]
+    )
+    words = [f"{number:,} parameters x {size} bytes" for number, size in parts]
+    weights = (sum(number * size for number, size in parts), ", ".join(words))
     return replace(
         one, parameters=count, trainable=trained, weights=weights, trained=[(trained, 4)], cast=count, layers=layers
     )

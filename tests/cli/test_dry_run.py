@@ -134,8 +134,10 @@ def test_members_of_one_pass_are_counted_together(tiny_model, pairs, capsys):
     trained = 3 * (2 * 16 * (4 * 64 + 3 * 96) + 32)  # as below: rank 16 in two layers, and the head
     assert f"{trained:,} trained x 4 bytes" in shown["memory"]
     assert "tokens x 6 layers" in shown["memory"]  # two of each member
-    assert main(["reward", *map(str, tokens), "--dtype", "bfloat16", "--dry-run"]) == 2
-    assert "dtype cannot be set with ensemble > 1, whose members are loaded in float32" in capsys.readouterr().err
+    half = run(capsys, "reward", *tokens, "--dtype", "bfloat16")
+    assert f"parameters x 2 bytes, {trained:,} parameters x 4 bytes" in half["memory"]
+    assert main(["reward", *map(str, tokens), "--load_in_4bit", "--dry-run"]) == 2
+    assert "load_in_4bit and load_in_8bit cannot be set with ensemble > 1" in capsys.readouterr().err
 
 
 def test_a_reward_model_counts_on_its_ranks(tiny_model, prompts, capsys):

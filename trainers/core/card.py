@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 
 from align.evaluation.peak import analyse_peak
 from align.evaluation.records import FILE_NAME, read_run
@@ -35,7 +35,7 @@ def facts_of(trainer: "TrainerMixin") -> dict[str, object]:
     if trainer.eval_dataset is not None:
         found["evaluation data"] = described(trainer.eval_dataset)
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    adapter = getattr(model, "peft_config", {}).get("default")
+    adapter = model.peft_config.get("default") if isinstance(model, PeftModel) else None
     if isinstance(adapter, LoraConfig):
         dtype = str(model.get_base_model().dtype).removeprefix("torch.")
         layers = layer_names(adapter)

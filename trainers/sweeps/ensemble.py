@@ -4,18 +4,20 @@ import copy
 import logging
 from pathlib import Path
 
+import torch
+
 from align.data.formats import columns_of
 from align.data.sets import of_each
 from align.distributed.checkpoints import newest_whole
 from align.errors import ConfigError
 from align.modeling.adapters import is_adapter
-from align.modeling.load import load_sequence_classifier
+from align.modeling.load import hold_modules_in_float32, load_sequence_classifier
 from align.modeling.member_lora import add_member_adapters
 from align.modeling.members import share_trunk
 from align.reward_models.ensemble import FILE_NAME, KINDS, save_ensemble
 from align.reward_models.joint import save_adapters, save_trunk
 from align.reward_models.normalizer import FILE_NAME as NORMALIZER_FILE
-from align.trainers.core.loading import tokenizer_of
+from align.trainers.core.loading import loading_options, tokenizer_of
 from align.trainers.core.trackers import finish_tracking
 from align.trainers.reward import RewardConfig, RewardTrainer, pair_data
 from align.trainers.sweeps.joint_ensemble import JointRewardTrainer
@@ -75,7 +77,7 @@ def train_reward_ensemble(
         return folder
     else:
         joint = _joint_model(str(model), args, processing_class, members, kind, upper_layers, train_trunk, peft_config)
-        trainer = JointRewardTrainer(joint, args, **given, callbacks=callbacks)
+        trainer = JointRewardTrainer(joint, _of_loaded(args), **given, callbacks=callbacks)
         trainer.train(resume_from_checkpoint=resume and newest_whole(folder) is not None)
         if trainer.args.should_save:
             _save_joint(trainer, kind, folder, names, peft_config)
@@ -136,11 +138,22 @@ def _train_one(model: str, args: RewardConfig, folder: Path, index: int, data, p
 
 
 def _joint_model(model: str, args, tokenizer, members: int, kind: str, upper_layers, train_trunk: bool, peft_config):
-    seeds = [args.seed + i for i in range(members)]
-    core = load_sequence_classifier(model, pad_token_id=tokenizer.pad_token_id, head_seed=args.seed)
+    seeds, options = [args.seed + i for i in range(members)], loading_options(args, model)
+    if kind == "lora" and torch.cuda.is_available():
+        options = {"dtype": "auto", **options}  # frozen, as under one adapter
+    core = load_sequence_classifier(model, pad_token_id=tokenizer.pad_token_id, head_seed=args.seed, **options)
     if kind == "lora":
-        return add_member_adapters(core, peft_config, seeds)
+        add_member_adapters(core, peft_config, seeds)
+        hold_modules_in_float32(core, autocast=args.bf16 or args.fp16)
+        return core
     return share_trunk(core, seeds, upper_layers, train_trunk=train_trunk)
+
+
+def _of_loaded(args: RewardConfig) -> RewardConfig:
+    """For a model that has been loaded with the options of loading."""
+    args = copy.deepcopy(args)
+    args.model_init_kwargs = None
+    return args
 
 
 def _save_joint(trainer: JointRewardTrainer, kind: str, folder: Path, names: list[str], peft_config) -> None:

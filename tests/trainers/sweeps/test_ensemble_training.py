@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from align.errors import ConfigError
 from align.modeling.load import load_sequence_classifier
@@ -103,6 +105,46 @@ def test_saved_and_loaded(kind, trunk, tmp_path):
     written = (folder / "ensemble.json").stat().st_mtime_ns
     train_reward_ensemble(trunk, args, pairs(160), pairs(60, seed=1), members=3, kind=kind, resume=True, **options)
     assert (folder / "ensemble.json").stat().st_mtime_ns == written
+
+
+class Weights(TrainerCallback):
+    """dtypes of the weights of each run, by whether they are trained; and the smallest share of a trained one that
+    moved."""
+
+    def __init__(self):
+        self.frozen, self.trained, self.moved = set(), set(), 1.0
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        self.trained |= {p.dtype for p in model.parameters() if p.requires_grad}
+        self.frozen |= {p.dtype for p in model.parameters() if not p.requires_grad}
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        weights = dict(model.named_parameters())
+        self.moved = min(self.moved, *((weights[n] != p).float().mean().item() for n, p in self.before.items()))
+
+
+@pytest.mark.parametrize("kind, autocast", [("lora", True), ("lora", False), ("separate", True)])
+def test_adapters_on_weights_in_bfloat16(kind, autocast, trunk, tmp_path):
+    """As of a 7B model: the frozen weights stay as they are loaded, adapters and heads are trained in float32."""
+    options = {"model_init_kwargs": {"dtype": "bfloat16"}, "bf16": autocast, "learning_rate": 1e-6}
+    args = config(tmp_path / "rm", max_steps=4, lr_scheduler_type="constant", **options)
+    seen = Weights()
+    folder = train_reward_ensemble(trunk, args, pairs(64), members=2, kind=kind, peft_config=LORA, callbacks=[seen])
+    assert (seen.frozen, seen.trained) == ({torch.bfloat16}, {torch.float32}) and seen.moved > 0.9
+    together = load_ensemble(folder, "mean", device="cpu", dtype="float32").score(BATCH).extras
+    for i in range(2):
+        member = folder / f"member_{i}"
+        assert {value.dtype for value in load_file(member / "adapter_model.safetensors").values()} == {torch.float32}
+        alone = ClassifierReward(str(member), device="cpu", dtype="float32").score(BATCH).scores
+        torch.testing.assert_close(alone, together[f"member/{i}"], rtol=0, atol=1e-4)
+
+
+def test_loading_options_reach_a_shared_trunk(trunk, tmp_path):
+    options = {"members": 2, "kind": "shared_trunk", "upper_layers": 1}
+    with pytest.raises(ConfigError, match="others are to be trained in torch.bfloat16.*load the model in float32"):
+        args = config(tmp_path, model_init_kwargs={"dtype": "bfloat16"})
+        train_reward_ensemble(trunk, args, pairs(8), **options)
 
 
 def test_members_name_their_base_by_its_absolute_path(trunk, tmp_path, monkeypatch):
