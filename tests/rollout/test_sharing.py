@@ -1,7 +1,6 @@
 """One vLLM engine in two processes of a run, each with a slice of its weights (`rollout.tensor_parallel: 2`)."""
 
 import os
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,7 +63,7 @@ def test_processes_that_share_engines_draw_and_learn_what_one_process_does(count
 
 def test_a_policy_that_judges_itself_is_refused(tmp_path):
     _, args = on_policy("rloo", tmp_path, rollout=SHARED)
-    rewards = SimpleNamespace(rewards=[JudgeReward(SelfJudge("self", max_tokens=16), name="self")])
+    rewards = [JudgeReward(SelfJudge("self", max_tokens=16), name="self")]
     with pytest.raises(ConfigError, match="reward 'self': each process asks.*set rollout.tensor_parallel: 1"):
         bind_judges(rewards, None, toy.tokenizer(), args)
 
