@@ -89,12 +89,10 @@ def peft_config(run: RunConfig):
 
 
 def dtype(run: RunConfig) -> str:
-    """As given; else float32, except that the frozen weights under an adapter stay as they were saved on a GPU."""
-    import torch
+    """As given, else `default_dtype`."""
+    from align.modeling.pretrained import default_dtype
 
-    if "dtype" in run.given:
-        return run.model.dtype
-    return "auto" if run.model.use_peft and torch.cuda.is_available() else "float32"
+    return run.model.dtype if "dtype" in run.given else default_dtype(frozen=run.model.use_peft)
 
 
 def model(run: RunConfig):

@@ -191,9 +191,8 @@ def members_shape(
         layers = members * upper_layers
         if train_trunk:
             trained, layers = count, layers + one.layers - upper_layers
-    parts = (
-        [(one.parameters, width), (count - one.parameters, 4)] if (width := one.bytes_per_weight) < 4 else [(count, 4)]
-    )
+    width = one.bytes_per_weight  # of what is not trained
+    parts = [(count, 4)] if width == 4 else [(one.parameters, width), (count - one.parameters, 4)]
     words = [f"{number:,} parameters x {size} bytes" for number, size in parts]
     weights = (sum(number * size for number, size in parts), ", ".join(words))
     return replace(

@@ -89,9 +89,14 @@ def keep_4_bit_layers_differentiable(model: Model) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def default_dtype(*, frozen: bool) -> str:
+    """Of weights for which none is asked: float32, but frozen ones, under an adapter, as they were saved on a GPU."""
+    return "auto" if frozen and torch.cuda.is_available() else "float32"
+
+
 def loading_options(dtype, attn_implementation: str | None, peft_config, kwargs: dict) -> dict:
     if dtype is None:
-        dtype = "auto" if peft_config is not None and torch.cuda.is_available() else "float32"
+        dtype = default_dtype(frozen=peft_config is not None)
     options = {"dtype": dtype, **kwargs}
     return options if attn_implementation is None else {**options, "attn_implementation": attn_implementation}
 

@@ -104,8 +104,8 @@ def test_mistakes_on_the_command_line(file):
     assert refusal("sft", path, "--seed", "x").startswith("command line: seed: input should be a valid integer")
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="a GPU is here")
-def test_bf16_without_a_gpu_says_what_to_do(file):
+def test_bf16_without_a_gpu_says_what_to_do(file, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     path = file("bf16: true\n")
     assert refusal("sft", path).startswith(f"{path}, line 3: bf16: no GPU is found on this machine. Leave bf16 out")
     assert resolve("sft", path, ["--use_cpu", "true", "--model_name_or_path", "m", "--dataset_name", "d"]).training.bf16

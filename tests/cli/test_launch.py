@@ -130,8 +130,8 @@ def test_refusals_are_one_line(config, capsys, arguments, message):
     assert message in error
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="a GPU is here")
 def test_no_more_processes_than_gpus(config, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert launch(config, "--num-processes", 8) == 2
     assert "no GPU is found on this machine: add --cpu" in capsys.readouterr().err
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)

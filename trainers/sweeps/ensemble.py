@@ -4,8 +4,6 @@ import copy
 import logging
 from pathlib import Path
 
-import torch
-
 from align.data.formats import columns_of
 from align.data.sets import of_each
 from align.distributed.checkpoints import newest_whole
@@ -14,6 +12,7 @@ from align.modeling.adapters import is_adapter
 from align.modeling.load import hold_modules_in_float32, load_sequence_classifier
 from align.modeling.member_lora import add_member_adapters
 from align.modeling.members import share_trunk
+from align.modeling.pretrained import default_dtype
 from align.reward_models.ensemble import FILE_NAME, KINDS, save_ensemble
 from align.reward_models.joint import save_adapters, save_trunk
 from align.reward_models.normalizer import FILE_NAME as NORMALIZER_FILE
@@ -138,9 +137,8 @@ def _train_one(model: str, args: RewardConfig, folder: Path, index: int, data, p
 
 
 def _joint_model(model: str, args, tokenizer, members: int, kind: str, upper_layers, train_trunk: bool, peft_config):
-    seeds, options = [args.seed + i for i in range(members)], loading_options(args, model)
-    if kind == "lora" and torch.cuda.is_available():
-        options = {"dtype": "auto", **options}  # frozen, as under one adapter
+    seeds = [args.seed + i for i in range(members)]
+    options = {"dtype": default_dtype(frozen=kind == "lora"), **loading_options(args, model)}
     core = load_sequence_classifier(model, pad_token_id=tokenizer.pad_token_id, head_seed=args.seed, **options)
     if kind == "lora":
         add_member_adapters(core, peft_config, seeds)
