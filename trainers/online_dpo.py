@@ -109,6 +109,9 @@ class OnlineDPOConfig(PairLossOptions, OnPolicyConfig):  # type: ignore[misc]  #
         check_objective(objective)
         if self.beta is None:  # the loop tells by it whether a reference is needed
             self.beta = next((term.options["beta"] for term in objective.terms if "beta" in term.options), None)
+
+    def check_budgets(self) -> None:
+        super().check_budgets()
         together = self.trained_together * (self.max_prompt_length + self.max_completion_length)
         if self.tokens_per_batch is not None and self.tokens_per_batch < together:
             raise ConfigError(

@@ -143,11 +143,11 @@ def longest_sequence(run: RunConfig, model) -> int:
     itself among them. `max_prompt_length` becomes what the trainer makes of it. model: `empty_model`."""
     from align.reward_models.judge_specs import SelfJudgeSpec
     from align.reward_models.specs import parse_rewards
-    from align.trainers.on_policy.samples import prompt_limit
+    from align.trainers.on_policy.samples import fit_prompts
     from align.trainers.on_policy.self_judges import room_of_judges
 
     args = run.training
-    args.max_prompt_length = prompt_limit(args, model)
+    fit_prompts(args, model)
     judges = [spec.build() for spec in parse_rewards(run.rewards or []) if isinstance(spec, SelfJudgeSpec)]
     room = room_of_judges(judges, tokenizer(run), args) if judges else 0
     return max(room, args.max_prompt_length + args.max_completion_length)

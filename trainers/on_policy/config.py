@@ -262,7 +262,8 @@ class OnPolicyConfig(BatchingOptions, SamplingOptions, BaseConfig):
             setattr(self, name, plain(section))
         take_engine(self)
         self.rollout = rollout_options(self.rollout)
-        check_budgets(self)
+        if self.max_prompt_length != type(self).max_prompt_length:  # the default may be lowered to fit the model
+            self.check_budgets()
         check_kl(self)
         check_estimator(self)
         check_penalty(self)
@@ -272,6 +273,18 @@ class OnPolicyConfig(BatchingOptions, SamplingOptions, BaseConfig):
         check_dynamic_weights(self)
         check_search(self)
         check_stop(self)
+
+    def check_budgets(self) -> None:
+        """Raises `ConfigError` for a budget of tokens that one completion may exceed."""
+        longest = self.max_prompt_length + self.max_completion_length
+        for name in ("tokens_per_batch", "forward_tokens_per_batch"):
+            budget = getattr(self, name)
+            if budget is not None and budget < longest:
+                raise ConfigError(
+                    f"{name} is {budget}, and one completion with its prompt may have {longest} tokens "
+                    f"(max_prompt_length + max_completion_length): set {name} to at least {longest}, or lower these",
+                    key=name,
+                )
 
     def resolve_loss_type(self) -> None:
         """What `loss_type` says of the other options."""
@@ -292,19 +305,6 @@ def check_choices(args: OnPolicyConfig) -> None:
         if value not in valid:
             more = "; the gradient of k1 is zero on average" if value == "k1" else ""
             raise ConfigError(f"{name} must be one of {', '.join(valid)}, got {value!r}{more}", key=name)
-
-
-def check_budgets(args: OnPolicyConfig) -> None:
-    """Raises `ConfigError` for a budget of tokens that one completion may exceed."""
-    longest = args.max_prompt_length + args.max_completion_length
-    for name in ("tokens_per_batch", "forward_tokens_per_batch"):
-        budget = getattr(args, name)
-        if budget is not None and budget < longest:
-            raise ConfigError(
-                f"{name} is {budget}, and one completion with its prompt may have {longest} tokens (max_prompt_length "
-                f"+ max_completion_length): set {name} to at least {longest}",
-                key=name,
-            )
 
 
 def check_kl(args: OnPolicyConfig) -> None:

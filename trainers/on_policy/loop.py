@@ -61,7 +61,7 @@ from align.trainers.on_policy.metrics import OnPolicyMetrics
 from align.trainers.on_policy.objective import kept_lengths, loss_count, policy_objective
 from align.trainers.on_policy.pipeline import RolloutPipeline, ScoredRollout
 from align.trainers.on_policy.refill import DynamicSampling
-from align.trainers.on_policy.samples import Sample, prompt_limit
+from align.trainers.on_policy.samples import Sample, fit_prompts
 from align.trainers.on_policy.self_judges import bind_judges, room_of_judges
 from align.trainers.on_policy.shown import ShownCompletions
 from align.trainers.on_policy.stopping import make_stop, name_best_metric
@@ -122,7 +122,7 @@ class OnPolicyTrainer(OnPolicyBase):
         set_seed(args.seed)  # a new adapter is drawn at random
         model = load_policy(model, peft_config=peft_config, sharded=True, **loading_options(args, model))
         train_in_float32(model, adapter=peft_config is not None)
-        args.max_prompt_length = prompt_limit(args, model)
+        fit_prompts(args, model)
         if args.disable_dropout:
             disable_dropout(model)
         self.episodes = make_episodes(args, tools, environment_factory, tokenizer)

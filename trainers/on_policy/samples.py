@@ -72,18 +72,19 @@ class Sample:
         return self.length if self.episode is None else sum(self.episode.policy_mask)
 
 
-def prompt_limit(args, model) -> int:
-    """`max_prompt_length`; where that is the default, no more than the model's positions leave beside a completion.
-    Raises ConfigError for more than these."""
+def fit_prompts(args, model) -> None:
+    """Lowers `max_prompt_length` to what the model's positions leave beside a completion where it is the default.
+    Raises ConfigError for more than these, and for budgets of tokens below what a completion may have then."""
     limit, positions, given = args.max_prompt_length, longest_input(model), args.max_completion_length
     left = limit if positions is None else positions - given
     if limit == type(args).max_prompt_length and 0 < left < limit:
         logger.warning(
             "max_prompt_length: %d of the %d positions, as max_completion_length is %d", left, positions, given
         )
-        return left
-    check_reads(model, "policy", tokens=0, length=limit + given)
-    return limit
+        args.max_prompt_length = left
+    else:
+        check_reads(model, "policy", tokens=0, length=limit + given)
+    args.check_budgets()
 
 
 def tokenized_prompts(

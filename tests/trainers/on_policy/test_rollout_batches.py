@@ -191,3 +191,16 @@ def test_a_budget_that_one_completion_exceeds_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="may have 22 tokens .*set tokens_per_batch to at least 22"):
         on_policy("rloo", tmp_path, tokens_per_batch=21)
     assert on_policy("rloo", tmp_path, tokens_per_batch=22)[1].forward_tokens_per_batch == 88
+
+
+@pytest.mark.parametrize(("method", "needed"), [("rloo", 64), ("online_dpo", 128)])
+def test_budgets_are_of_the_prompts_that_fit_the_model(method, needed, tokenizer, tmp_path):
+    """The default of 512 tokens is lowered to the 58 that 64 positions leave."""
+    options = {"num_generations": 2, "max_prompt_length": 512, "forward_tokens_per_batch": 4 * needed}
+    trainer_class, args = on_policy(method, tmp_path, tokens_per_batch=needed, **options)
+    made = {"model": tiny_model(tokenizer), "reward": wanted_words, "processing_class": tokenizer}
+    trainer_class(**made, args=args, train_dataset=prompts(8)).close()
+    assert args.max_prompt_length == 58
+    _, args = on_policy(method, tmp_path, tokens_per_batch=needed - 1, **options)
+    with pytest.raises(ConfigError, match=f"set tokens_per_batch to at least {needed}"):
+        trainer_class(**made, args=args, train_dataset=prompts(8))
