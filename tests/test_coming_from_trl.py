@@ -6,6 +6,7 @@ from pathlib import Path
 
 import trl
 
+from align.config.other_names import REMOVED
 from align.trainers.core.trl_options import INSTEAD
 from align.trainers.dpo import DPOConfig
 from align.trainers.reward import RewardConfig
@@ -38,3 +39,9 @@ def test_the_page_lists_what_differs():
     of_losses = {"f_alpha_divergence_coef"}  # an option of one f_divergence_type
     assert differ - of_losses <= named(defaults)
     assert named(defaults) - {"DPOConfig", "RewardConfig"} <= differ | {"beta"}
+
+
+def test_the_page_lists_what_is_gone():
+    _, _, _, gone, *_ = PAGE.split("\n## ")
+    elsewhere = {"truncation_mode", "dataset_kwargs"}  # options of some methods, in the table before
+    assert REMOVED.keys() - elsewhere <= named(gone)

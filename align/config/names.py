@@ -5,7 +5,7 @@ import difflib
 import inspect
 from collections.abc import Iterable
 
-from align.config.other_names import OTHER_NAMES
+from align.config.other_names import OTHER_NAMES, REMOVED
 from align.errors import ConfigError
 
 
@@ -17,6 +17,11 @@ def name_here(name: str, valid: Iterable[str]) -> str | None:
 
 def nearest(name: str, valid: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(name, list(valid), n=1)), None)
+
+
+def removed(name: str) -> str | None:
+    """What to say of an option that TRL has had, or has for other methods."""
+    return f"TRL's, not here. Instead: {REMOVED[name]}" if name in REMOVED else None
 
 
 def in_python(dotted: str) -> str:
@@ -39,7 +44,10 @@ def check_arguments(cls: type, given: Iterable[str], config: type | None = None)
                 key=name,
             )
         ours, near = name_here(name, valid), nearest(name, valid)
-        hint = f"it is {in_python(ours)} here" if ours else f"nearest valid: {near}" if near else None
+        hint = f"it is {in_python(ours)} here" if ours else removed(name)
+        if hint is None and config is not None and (option := name_here(name, _parameters(config))) is not None:
+            hint = f"it is {in_python(option)} of {config.__name__} here"
+        hint = hint or (f"nearest valid: {near}" if near else None)
         raise ConfigError(
             f"unknown argument {name} of {cls.__name__}; {hint or f'`help({cls.__name__})` lists them'}", key=name
         )

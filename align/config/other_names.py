@@ -15,6 +15,14 @@ OTHER_NAMES = {
     "response_length": "max_completion_length",
     "sft_model_path": "model_name_or_path",
     "reward_model_path": "rewards",
+    "exp_name": "run_name",
+    # of its other trainers, once
+    "max_seq_length": "max_length",
+    "rloo_k": "num_generations",
+    "vllm_dtype": "rollout.dtype",
+    "ppo_epochs": "num_iterations",
+    "horizon": "kl_horizon",
+    "target": "kl_target",
     # OpenRLHF's, of before 0.11
     "pretrain": "model_name_or_path",
     "critic_pretrain": "critic_model_name_or_path",
@@ -43,7 +51,6 @@ OTHER_NAMES = {
     "train_files": "dataset_name",
     "val_files": "eval_dataset_name",
     "max_response_length": "max_completion_length",
-    "ppo_epochs": "num_iterations",
     "clip_ratio": "epsilon",
     "clip_ratio_high": "epsilon_high",
     "clip_ratio_c": "dual_clip",
@@ -57,3 +64,51 @@ OTHER_NAMES = {
     "test_freq": "eval_steps",
     "total_epochs": "num_train_epochs",
 }
+
+LENGTH = "max_length counts prompt and completion together: prompts are never cut, completions lose their end"
+LOSS_MASK = "leave it out: what is trained follows from the format of the rows (docs/data.md)"
+ADAPTER_OFF = "leave it out: with LoRA the reference is the policy with its adapter off; ref_model is another one"
+EVALUATIONS = "every evaluation shows num_logged_completions; outside of on-policy methods max_new_tokens turns it on"
+
+REMOVED = {
+    "max_prompt_length": LENGTH,
+    "max_completion_length": LENGTH,
+    "max_target_length": LENGTH,
+    "max_new_tokens": "max_completion_length, of the on-policy methods",
+    "truncation_mode": "leave it out: prompts are never cut, completions lose their end",
+    "label_pad_token_id": "leave it out: padding is masked, whatever its token",
+    "padding_value": "leave it out: padding is masked, whatever its token",
+    "is_encoder_decoder": "leave it out: only decoders are trained here",
+    "dataset_kwargs": LOSS_MASK,
+    "dataset_batch_size": "leave it out: dataset_num_proc says how many processes tokenise",
+    "num_of_sequences": "leave it out: packing fills rows of max_length tokens",
+    "chars_per_token": "leave it out: packing fills rows of max_length tokens",
+    "use_dft_loss": "loss_type: dft (SFT)",
+    "generate_during_eval": EVALUATIONS,
+    "num_sample_generations": EVALUATIONS,
+    "rpo_alpha": "loss_type: [sigmoid, sft] with loss_weights: [1.0, ...], in which the second is rpo_alpha",
+    "reference_free": "loss_type names losses without a reference (docs/losses.md)",
+    "model_adapter_name": ADAPTER_OFF,
+    "ref_adapter_name": ADAPTER_OFF,
+    "force_use_ref_model": "leave it out: ref_model is used where it is given, with LoRA too",
+    "ref_model_init_kwargs": "load the reference, and pass it as ref_model; ref_dtype is an option",
+    "base_model_attribute_name": "leave it out: the model under the head is found without its name",
+    "use_logits_to_keep": "leave it out: only the logits that the loss needs are computed",
+    "use_num_logits_to_keep": "leave it out: only the logits that the loss needs are computed",
+    "tools": "the rows may have a column tools (docs/data.md)",
+    "total_episodes": "max_steps or num_train_epochs; a step has train_batch_size prompts x num_generations",
+    "local_rollout_forward_batch_size": "forward_tokens_per_batch, which counts tokens",
+    "batch_size": "per_device_train_batch_size and gradient_accumulation_steps",
+    "mini_batch_size": "num_mini_batches, their number",
+    "stop_token": "leave it out: completions end with the tokenizer's end token; truncated is for those that do not",
+    "stop_token_id": "leave it out: completions end with the tokenizer's end token; truncated is for those that do not",
+    "whiten_rewards": "whiten_advantages (PPO), or the method reinforce_pp, which whitens advantages",
+    "normalize_reward": "normalize_advantages (RLOO), or the method reinforce_pp",
+    "token_level_kl": "kl_in: reward has the KL on every token of the reward, kl_in: loss in the loss",
+    "vf_coef": "leave it out: the critic is a model of its own, with critic_learning_rate",
+    "adap_kl_ctrl": "kl_target turns it on",
+    "vllm_device": "leave it out: an engine in the process shares its GPU; rollout: {backend: server} has its own",
+    "vllm_enable_prefix_caching": "leave it out",
+    "vllm_guided_decoding_regex": "a reward of type format: the loss would not know the probabilities of such draws",
+}
+"""Options that TRL once had, or has for other methods, and that have no single name here -> what to do instead."""

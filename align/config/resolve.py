@@ -19,7 +19,7 @@ from align.config.arguments import (
     option_classes,
     own_fields,
 )
-from align.config.names import name_here, nearest
+from align.config.names import name_here, nearest, removed
 from align.config.nested import nested_options
 from align.config.options import options_of
 from align.config.ranges import problem_with
@@ -123,7 +123,7 @@ def _check_keys(entries: dict[str, Entry], valid: list[str], method: Method) -> 
             dashes = "--" if entry.where == COMMAND_LINE else ""
             ours, near = name_here(key, valid), nearest(key, valid)
             hint = f"nearest valid: {dashes}{near}" if near else f"see `align {method.name} --help`"
-            hint = f"it is {dashes}{ours} here" if ours else others_option(key, method) or hint
+            hint = f"it is {dashes}{ours} here" if ours else removed(key) or others_option(key, method) or hint
             problems.append(one_line(f"{entry.where}: unknown key {dashes}{key}; {hint}"))
     if problems:
         raise ConfigError("; ".join(problems))
