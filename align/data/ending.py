@@ -6,12 +6,13 @@ tokenizer calls its EOS; with EOS where the template writes none. The rest of wh
 mostly a line break, is no part of it: a rollout stops before.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 ANSWER = "Probe-7319"
 PROBE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ANSWER}]
@@ -43,6 +44,17 @@ def ending_of(tokenizer: "PreTrainedTokenizerBase", conversational: bool) -> End
 def end_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
     """Every token id that ends an answer as far as the tokenizer knows: EOS, and the end of turn of its template."""
     return ending_of(tokenizer, True).accepted
+
+
+def generation_with_ends(config: "GenerationConfig", tokenizer: "PreTrainedTokenizerBase") -> "GenerationConfig":
+    """A copy of a model's generation config in which every token that ends an answer is an end token: transformers and
+    servers stop at no other."""
+    config, own = copy.deepcopy(config), config.eos_token_id
+    known = own if isinstance(own, list) else [] if own is None else [own]
+    ends = list(dict.fromkeys([*known, *end_ids(tokenizer)]))
+    if ends:
+        config.eos_token_id = ends[0] if len(ends) == 1 else ends
+    return config
 
 
 def close(ids: Sequence[int], ending: Ending, tokenizer: "PreTrainedTokenizerBase") -> list[int]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from align.data.encode import render
-from align.data.ending import end_ids
+from align.data.ending import generation_with_ends
 from align.data.limits import positions
 from align.distributed.disk import open_to_others
 from align.errors import ConfigError, TrainingError
@@ -186,15 +186,12 @@ def _write(model: Model, tokenizer, source: str, folder: Path, reward_model: boo
 
 
 def _set_generation(model: Model, tokenizer, source: str) -> None:
-    """The generation config of the run, with every token that ends an answer: a server stops at no other."""
+    """The generation config of the run, with every token that ends an answer."""
     from transformers import GenerationConfig
 
     if (Path(source) / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(source)
-    own = model.generation_config.eos_token_id
-    known = own if isinstance(own, list) else [] if own is None else [own]
-    ends = list(dict.fromkeys([*known, *end_ids(tokenizer)]))
-    model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends
+    model.generation_config = generation_with_ends(model.generation_config, tokenizer)
 
 
 # ---- the comparison -------------------------------------------------------------------------------------------------

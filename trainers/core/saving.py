@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from align.data.ending import generation_with_ends
 from align.distributed.disk import open_to_others
 from align.errors import ConfigError, TrainingError
 from align.modeling.adapters import (
@@ -101,8 +102,6 @@ def finish_folder(folder: str | Path, model: Model, tokenizer: Any = None) -> No
     generation = getattr(core, "generation_config", None)  # a classifier has none
     if is_peft(model):
         finish_adapter(folder, model)
-        if generation is not None:
-            generation.save_pretrained(folder)
         stale = [path for pattern in MODEL_FILES for path in folder.glob(pattern)]
         stale = [path for path in stale if path.name not in ADAPTER_FILES]
     else:
@@ -110,10 +109,12 @@ def finish_folder(folder: str | Path, model: Model, tokenizer: Any = None) -> No
     stale += [folder / name for name in FILES_BESIDE]
     if tokenizer is not None and tokenizer.chat_template is None:
         stale.append(folder / TEMPLATE_FILE)
-    if generation is None:
-        stale.append(folder / GENERATION_FILE)
     for path in stale:
         path.unlink(missing_ok=True)
+    if generation is None:
+        (folder / GENERATION_FILE).unlink(missing_ok=True)
+    else:  # transformers writes the model's own, and none beside an adapter
+        (generation if tokenizer is None else generation_with_ends(generation, tokenizer)).save_pretrained(folder)
     open_to_others(folder)
 
 

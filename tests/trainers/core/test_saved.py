@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from align.data import toy
 from align.errors import ConfigError, TrainingError
@@ -269,8 +269,22 @@ def test_every_model_argument_takes_an_adapter(policy, start, tmp_path):
     ppo.close()
 
 
-def test_the_generation_config_lies_beside_an_adapter(start):
-    assert (Path(start) / "generation_config.json").exists()
+@pytest.mark.parametrize("peft", [None, lora()], ids=["full", "lora"])
+def test_what_loads_the_folder_stops_where_an_answer_ends(peft, tmp_path):
+    """A base model whose generation config ends at EOS alone, and a chat template that ends a turn with a token of its
+    own. Beside an adapter transformers reads the base's generation config, unless it is given the adapter's."""
+    tokenizer = toy.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} <turn> {% endfor %}"
+    base, folder = tmp_path / "base", tmp_path / "run"
+    tiny_model(tokenizer).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    trained("dpo", base, folder, peft)
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<turn>")]
+    saved = GenerationConfig.from_pretrained(folder)
+    assert saved.eos_token_id == ends
+    given = AutoModelForCausalLM.from_pretrained(folder, generation_config=saved if peft else None)
+    assert given.generation_config.eos_token_id == ends
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
