@@ -1,6 +1,7 @@
 """Supervised fine-tuning: TRL's SFTTrainer on rows that `align.data` has checked and tokenised."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
@@ -60,6 +61,12 @@ class SFTConfig(SupervisedOptions, RunOptions, trl.SFTConfig):
                 f"{', '.join(changed)}: the loss mask follows from the dataset's format, see docs/data.md"
             )
         defaults = {item.name: item.default for item in fields(trl.SFTConfig)}
+        if self.padding_free and self.eval_packing and not self.packing:
+            raise ConfigError(
+                "eval_packing: padding_free without packing trains one row per demonstration, and evaluates them so: "
+                "leave it out, or set packing: true",
+                key="eval_packing",
+            )
         unused = [name for name in UNUSED if name in defaults and not self._neutral(name, defaults[name])]
         if unused:
             raise ConfigError("; ".join(f"{name} has no effect here: {UNUSED[name]}" for name in unused))
@@ -122,10 +129,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         eval_rows = of_each(eval_dataset, self._to_evaluate)
         # TRL makes the labels from `completion_mask`, and packs where asked
         args.completion_only_loss = True
-        # used above: TRL would use them again, or warn that it ignores them
-        used = args.model_init_kwargs, args.chat_template_path, args.assistant_only_loss
-        args.model_init_kwargs, args.chat_template_path, args.assistant_only_loss = None, None, False
-        with soft_cap_by_its_usual_name(model):
+        with soft_cap_by_its_usual_name(model), without_what_is_done(args):
             super().__init__(
                 model=model,
                 args=args,
@@ -138,7 +142,6 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
                 compute_metrics=compute_metrics,
                 preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             )
-        args.model_init_kwargs, args.chat_template_path, args.assistant_only_loss = used
         show_completions(self, eval_rows)
         self.selection = token_selection(self, ref_model)
         self.implicit = implicit_rewards(self, ref_model, scored=SCORE in columns_of(train_dataset, streams=True))
@@ -245,6 +248,20 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
             inputs["labels"][own:] = IGNORED
 
 
+@contextmanager
+def without_what_is_done(args: SFTConfig) -> Iterator[None]:
+    """Options that have been used already: TRL would use them again, warn that it ignores them, or refuse them."""
+    done: dict[str, Any] = {"model_init_kwargs": None, "chat_template_path": None, "assistant_only_loss": False}
+    if args.padding_free and not args.packing:
+        done["max_length"] = None
+    given = {name: getattr(args, name) for name in done}
+    for name, value in done.items():
+        setattr(args, name, value)
+    yield
+    for name, value in given.items():
+        setattr(args, name, value)
+
+
 def choose_trained(model: Any, args: SFTConfig, peft_config: Any) -> None:
     """Checks the adapter that is trained on a loaded model, or freezes what `half_finetuning` asks for."""
     if peft_config is not None:
@@ -263,6 +280,16 @@ def choose_trained(model: Any, args: SFTConfig, peft_config: Any) -> None:
 
 def check_head(model: Any, peft_config: Any) -> None:
     """ConfigError for an adapter on the head, whose weight TRL's loss takes as it lies there."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    head = model.get_output_embeddings()
+    names = [name for name, module in model.named_modules() if module is head]
+    if getattr(peft_config, "target_modules", None) and any(check_target_module_exists(peft_config, n) for n in names):
+        raise ConfigError(
+            f"target_modules: {names[0]} is the model's head, and the loss takes the head's weight without what an "
+            f"adapter adds to it, which would never be trained: leave it out of target_modules, or train it in full "
+            f"(modules_to_save: [{names[0].rpartition('.')[2]}])"
+        )
     tied = model.config.get_text_config().tie_word_embeddings
     if tied and getattr(peft_config, "trainable_token_indices", None):  # only LoRA has it
         raise ConfigError(
@@ -303,6 +330,8 @@ def tokenized_completions(dataset, tokenizer, args: SFTConfig):
     if args.implicit_reward_beta is not None and SCORE in columns:
         dataset = _with_checked_scores(dataset)
     limit = None if args.packing else args.max_length  # TRL cuts there, and then leaves out what trains nothing
+    if args.padding_free and limit is not None:  # but not there
+        dataset = mapped(dataset, partial(_cut, limit)) if is_stream(dataset) else dataset.map(partial(_cut, limit))
     if is_stream(dataset):
         return mapped(dataset, partial(_trained, limit))
     kept = [name for name in ("completion_mask", "labels") if name in dataset.column_names]
@@ -343,6 +372,11 @@ def _trains(row: dict, limit: int | None) -> bool:
     if row.get("completion_mask") is not None and not any(row["completion_mask"][1:limit]):
         return False
     return row.get("labels") is None or any(label != IGNORED for label in row["labels"][1:limit])
+
+
+def _cut(limit: int, row: dict, number: int | None = None) -> dict:
+    tokens = [name for name in ("input_ids", "completion_mask", "labels") if row.get(name) is not None]
+    return row | {name: row[name][:limit] for name in tokens}
 
 
 def _trained(limit: int | None, row: dict, number: int) -> dict:

@@ -17,6 +17,8 @@ SEQUENCES = (
 )
 COUNTED = 10_000  # rows read at once
 SHOWN = 5  # rows that an error names
+PACKED = "seq_lengths"
+"""TRL's column of a packed row: the tokens of each of its documents, whose positions begin at 0 again."""
 BY_BATCH = ("longrope", "dynamic")
 """Rotary embeddings that transformers computes otherwise for a whole batch once one of its rows is longer than the
 positions that the model was made for."""
@@ -71,11 +73,16 @@ def _unknown(row: str, token: int, known: int, tokenizer: Any, name: str = "mode
 
 
 def _check_lengths(dataset: "Dataset", group: tuple[str, ...], limit: int, what: str, takes: str) -> None:
+    import numpy as np
     import pyarrow.compute as pc
 
     longest, found = 0, []
-    for parts in zip(*(_arrow(dataset, name) for name in group), strict=True):
-        lengths = sum(pc.list_value_length(values).to_numpy(zero_copy_only=False) for _, values in parts)
+    packed = PACKED in dataset.column_names
+    for parts in zip(*(_arrow(dataset, name) for name in ((PACKED,) if packed else group)), strict=True):
+        if packed:
+            lengths = np.array([max(documents) for documents in parts[0][1].to_pylist()])
+        else:
+            lengths = sum(pc.list_value_length(values).to_numpy(zero_copy_only=False) for _, values in parts)
         longest = max(longest, int(lengths.max(initial=0)))
         found += (parts[0][0] + (lengths > limit).nonzero()[0]).tolist()
     if found:
@@ -107,7 +114,7 @@ def row_check(model: "Model", tokenizer: Any = None) -> Callable[[dict[str, Any]
     def check(row: dict[str, Any]) -> None:
         groups = [group for group in SEQUENCES if set(group) <= row.keys()]
         named = f"row {row['row']}" if "row" in row else "a row"
-        longest = max(sum(len(row[name]) for name in group) for group in groups)
+        longest = max(row.get(PACKED) or (sum(len(row[name]) for name in group) for group in groups))
         largest = max(max(row[name], default=0) for group in groups for name in group)
         if largest >= known:
             raise DataError(_unknown(f"{named} of the stream", largest, known, tokenizer))

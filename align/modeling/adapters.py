@@ -171,12 +171,9 @@ def check_overlap(model: nn.Module) -> None:
 
     if not isinstance(model, PeftModel):
         return
+    check_biases(model)
     core = model.get_base_model()
     layers = {name: module for name, module in core.named_modules() if isinstance(module, LoraLayer)}
-    biased = [name for name, layer in layers.items() if layer.lora_bias.get("default")]
-    without = [name for name in biased if getattr(layers[name].get_base_layer(), "bias", None) is None]
-    if without:
-        raise ConfigError(f"lora_bias: {without[0]} has no bias that the adapter's could be merged into: leave it out")
     start: Start | None = vars(core).get("adapter_start")
     if start is None:
         return
@@ -190,6 +187,19 @@ def check_overlap(model: nn.Module) -> None:
             f"cannot be saved as one: give both the same modules, or merge the first (`align export {start.folder} "
             "--to DIR`) and start from that folder"
         )
+
+
+def check_biases(model: nn.Module) -> None:
+    """ConfigError for an adapter with a bias on a layer that has none, which no merge takes."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer) or not any(layer.lora_bias.values()):
+            continue
+        if getattr(layer.get_base_layer(), "bias", None) is None:
+            raise ConfigError(
+                f"lora_bias: {name} has no bias that the adapter's could be merged into: train the adapter without it"
+            )
 
 
 def finish_adapter(folder: str | Path, model: Model) -> None:

@@ -6,6 +6,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
+from align.data.tokenize import tokenize_completions
 from align.errors import ConfigError, DataError, TrainingError
 from align.modeling.load import load_policy
 from align.modeling.logprobs import token_logps
@@ -94,6 +95,28 @@ def test_logits_with_a_soft_cap(tokenizer, tmp_path):
     trainer.train()
     assert logged(trainer, "loss")[0] == pytest.approx(expected, rel=1e-5)
     assert "final_logit_softcapping" not in model.config.to_dict()
+
+
+@pytest.mark.parametrize("rows", ["text", "tokenised", "stream"])
+def test_without_padding_the_same_is_trained(rows, tokenizer, policy, tmp_path):
+    """TRL refuses padding_free with a max_length, which it does not hold there, and the default is one."""
+    data = demonstrations(16)
+    if rows != "text":
+        data = tokenize_completions(data, tokenizer, max_length=None)
+    losses = []
+    for options in ({}, {"padding_free": True}):
+        given = data.to_iterable_dataset() if rows == "stream" else data
+        trainer = SFTTrainer(policy, sft_config(tmp_path, max_length=14, **options), given, demonstrations(8, seed=1))
+        trainer.train()
+        assert trainer.args.max_length == 14
+        losses.append([*logged(trainer, "loss"), trainer.evaluate()["eval_loss"], trainer.evaluate(data)["eval_loss"]])
+        batch = next(iter(trainer.get_train_dataloader()))
+        assert batch["input_ids"].shape[1] <= 14 * 8 and (batch["input_ids"].shape[0] == 1) == bool(options)
+        if options:
+            assert batch["position_ids"].max() == 13  # cut at max_length
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ConfigError, match="eval_packing: .*set packing: true"):
+        sft_config(tmp_path, padding_free=True, eval_packing=True)
 
 
 def test_an_evaluation_set_given_later_is_tokenised_alike(policy, tmp_path):

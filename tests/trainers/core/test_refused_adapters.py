@@ -4,10 +4,12 @@ import shutil
 
 import pytest
 import torch
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from align.data import toy
 from align.errors import ConfigError
+from align.modeling.load import load_policy
 from tests.trainers.core.test_saved import lora, make, trained
 
 
@@ -23,13 +25,28 @@ from tests.trainers.core.test_saved import lora, make, trained
 def test_a_module_trained_in_full_and_adapted_is_refused(method, first, second, policy, tmp_path):
     """PEFT loads no adapter of a module that is trained in full: all of the second's training was lost."""
     trained("sft", policy, tmp_path / "one", lora(**first), max_steps=1)
-    with pytest.raises((ConfigError, ValueError), match="in full by one of|adapter to `lm_head` is not supported"):
+    with pytest.raises(ConfigError, match="in full by one of|lm_head is the model's head"):
         make(method, str(tmp_path / "one"), tmp_path / "two", lora(**second))
 
 
 def test_a_bias_that_cannot_be_merged_is_refused(policy, tmp_path):
     with pytest.raises(ConfigError, match="lora_bias: .*q_proj has no bias"):
         make("dpo", policy, tmp_path, lora(target_modules=["q_proj"], lora_bias=True))
+
+
+def test_a_bias_of_an_adapter_made_elsewhere_is_refused(policy, tmp_path):
+    """PEFT's RuntimeError came from the merge."""
+    config = lora(target_modules=["q_proj"], lora_bias=True, task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(policy), config).save_pretrained(tmp_path / "one")
+    with pytest.raises(ConfigError, match="lora_bias: .*q_proj has no bias .*train the adapter without it"):
+        load_policy(tmp_path / "one")
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], r".*\.q_proj|lm_head"])
+def test_an_adapter_on_the_head_is_refused(targets, policy, tmp_path):
+    said = r"target_modules: lm_head is the model's head.*modules_to_save: \[lm_head\]"
+    with pytest.raises(ConfigError, match=said):
+        make("sft", policy, tmp_path, lora(target_modules=targets))
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "reward", "remax"])

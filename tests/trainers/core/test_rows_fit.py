@@ -49,6 +49,26 @@ def test_rows_beyond_the_models_positions(method, tokenizer, tmp_path):
         make(method, args, rows, tokenizer)
 
 
+@pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
+@pytest.mark.parametrize("streamed", [False, True], ids=["rows", "stream"])
+def test_packed_rows_whose_documents_fit(strategy, streamed, tokenizer, tmp_path):
+    """Each document's positions begin at 0; those of `wrapped`, which cuts documents anywhere, do not."""
+    rows = Dataset.from_list([PAIR] * 40)
+    args = {"output_dir": str(tmp_path), "max_steps": 2, "packing": True, "max_length": 128, **QUIET}
+    rows = rows.to_iterable_dataset() if streamed else rows
+    if strategy == "wrapped":
+        with pytest.raises(DataError, match="model takes"):
+            make("sft", {**args, "packing_strategy": strategy}, rows, tokenizer).train()
+        return
+    trainer = make("sft", args, rows, tokenizer)
+    trainer.train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["input_ids"].shape[1] > 64 > batch["position_ids"].max()
+    if not streamed:
+        with pytest.raises(DataError, match="longer than the 64 tokens"):
+            make("sft", args, Dataset.from_list([PAIR, LONG]), tokenizer)
+
+
 ORIGINAL = {"rope_theta": 1e4, "original_max_position_embeddings": 20}
 FACTORS = {"short_factor": [1.0] * 16, "long_factor": [i + 1.0 for i in range(16)]}
 
