@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from align.data.formats import columns_of
+from align.data.limits import lengths_of
 from align.data.revisions import check_template, revision_prompt
 from align.data.tokenize import tokenize_prompts
 from align.errors import ConfigError, DataError
@@ -22,7 +23,7 @@ from align.objectives.pair_losses import PairLosses
 from align.objectives.srpo import RevisionRatios, srpo_losses
 from align.trainers.core.trl_options import TrlDPOOptions
 from align.trainers.pairs.config import PreferenceConfig
-from align.trainers.pairs.data import IDS, flat_column, numbered_pairs
+from align.trainers.pairs.data import IDS, numbered_pairs
 from align.trainers.pairs.micro_batches import PaddedPairs, Rows, SharedPrefixPairs
 from align.trainers.pairs.preference import PreferenceTrainer
 
@@ -191,7 +192,7 @@ def within(pairs, longest: int | None, max_bad_share: float):
     `max_bad_share` of them have not, or none is left."""
     if longest is None:
         return pairs
-    lengths = {column: flat_column(pairs, column)[0] for column in (*REVISIONS, *IDS[1:])}
+    lengths = {column: lengths_of(pairs, column) for column in (*REVISIONS, *IDS[1:])}
     total = np.maximum(*(lengths[c] for c in REVISIONS)) + np.maximum(*(lengths[c] for c in IDS[1:]))
     bad = np.flatnonzero(total > longest)
     if not len(bad):

@@ -22,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--against_split", metavar="SPLIT", help="its split, or another split of DATA")
     limits = [512, 1024, 2048, 4096]
     add("--limits", type=int, nargs="+", default=limits, metavar="N", help="of max_length [%(default)s]")
+    text = "of more rows so many, drawn at random, are checked and tokenised; 0: all rows [20000]"
+    add("--sample", type=int, default=20_000, metavar="N", help=text)
+    add("--num_proc", type=int, metavar="N", help="processes that tokenise [one, with the tokenizer's threads]")
     add("--examples", type=int, default=2, metavar="N", help="rows shown [2]")
     add("--html", metavar="PAGE", help="write the report as a page too")
 
@@ -42,9 +45,13 @@ def run(args: argparse.Namespace) -> int:
 
 def show(args: argparse.Namespace) -> int:
     from align.data.rows import load_rows
+    from align.errors import ConfigError
     from align.evaluation.data_report import data_report, lines, write_page
     from align.modeling.load import load_tokenizer
 
+    for name, low in (("sample", 0), ("num_proc", 1)):
+        if (vars(args)[name] or low) < low:
+            raise ConfigError(f"--{name} must be at least {low}, not {vars(args)[name]}")
     other = None
     if args.against or args.against_split:
         config = None if args.against else args.config
@@ -56,6 +63,8 @@ def show(args: argparse.Namespace) -> int:
         limits=args.limits,
         against=other,
         examples=args.examples,
+        sample=args.sample or None,
+        num_proc=args.num_proc,
     )
     print("\n".join(lines(found)))
     if args.html:

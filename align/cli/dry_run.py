@@ -7,6 +7,7 @@ it can: config, one step, tokenizer and rows, first example, steps of the run, m
 import math
 from typing import Any, cast
 
+import numpy as np
 import yaml
 
 from align.cli import build
@@ -14,7 +15,7 @@ from align.cli.estimate import Packed, Shape, estimate, members_shape, model_sha
 from align.config.arguments import EnsembleArguments
 from align.config.resolve import RunConfig, settings
 from align.data.dialogue import unused_template
-from align.data.limits import check_fits
+from align.data.limits import check_fits, lengths_of, longest_of
 from align.data.streams import LOOKED_AT, sample_of
 from align.errors import ConfigError
 from align.rollout.engine import check_length
@@ -281,23 +282,21 @@ def longest(rows, data: str, shared: bool = False) -> int:
     """Tokens of the longest row of a tokenised dataset; of a pair or list, what a batch holds for all of its sequences,
     whose prompt may be shared."""
     if data == "unpaired":
-        return max(len(a) + len(b) for a, b in zip(rows["prompt_ids"], rows["completion_ids"], strict=True))
+        return int((lengths_of(rows, "prompt_ids") + lengths_of(rows, "completion_ids")).max())
     if data == "ranked":
-        lists = zip(rows["prompt_ids"], rows["lengths"], strict=True)
-        return max(len(p) + sum(own) if shared else len(own) * (len(p) + max(own)) for p, own in lists)
+        lists = zip(lengths_of(rows, "prompt_ids").tolist(), rows["lengths"], strict=True)
+        return max(p + sum(own) if shared else len(own) * (p + max(own)) for p, own in lists)
     if data != "pairs":
-        return max(map(len, rows["prompt_ids" if data == "prompts" else "input_ids"]))
-    parts = zip(rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"], strict=True)
-    lengths = ((len(prompt), len(chosen), len(rejected)) for prompt, chosen, rejected in parts)
-    return max(p + c + r if shared else 2 * (p + max(c, r)) for p, c, r in lengths)
+        return longest_of(rows, "prompt_ids" if data == "prompts" else "input_ids")
+    p, c, r = (lengths_of(rows, name) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    return int((p + c + r if shared else 2 * (p + np.maximum(c, r))).max())
 
 
 def longest_revised(rows, shared: bool) -> int:
     """Tokens of the longest pair in SRPO's three contexts: after its prompt, and after one that shows either answer,
     without what the template adds."""
-    parts = zip(rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"], strict=True)
-    lengths = ((len(prompt), len(chosen), len(rejected)) for prompt, chosen, rejected in parts)
-    return max(3 * p + 4 * (c + r) if shared else 6 * (p + 2 * max(c, r)) for p, c, r in lengths)
+    p, c, r = (lengths_of(rows, name) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    return int((3 * p + 4 * (c + r) if shared else 6 * (p + 2 * np.maximum(c, r))).max())
 
 
 def check_ranks(run: RunConfig, processes: int) -> None:

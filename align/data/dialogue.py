@@ -6,14 +6,16 @@ that it is asked in, and nothing fails: so the loaders warn (`warn_of_dialogues`
 
 import logging
 import re
+import uuid
 from typing import TYPE_CHECKING, Any
 
 from align.data.bad_rows import BadRow, BadRows
-from align.data.formats import format_for
+from align.data.formats import DataFormat, format_for
+from align.data.passes import temporary_folder
 from align.errors import DataError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, Features
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +95,6 @@ def convert_dialogues(
     assistant says, each in a column of its own. system: a message put before every conversation. `text` becomes
     `messages`. Raises DataError if more than `max_bad_share` of the rows cannot be read so.
     """
-    from datasets import Dataset
-
     fmt = format_for(dataset, _use(dataset), source)
     if fmt.conversational:
         raise DataError(f"{source or 'the data'} holds messages already: nothing is to be converted")
@@ -102,14 +102,40 @@ def convert_dialogues(
         raise DataError(f"{source or 'the data'} has no column 'prompt', and only that says what is asked")
     report = BadRows(source=source or "dataset", total=len(dataset))
     first: Messages = [{"role": "system", "content": system}] if system else []
-    rows = []
-    for number, row in enumerate(dataset.with_format(None)):
-        try:
-            rows.append(_said(row, first) if plain else _converted(row, fmt.kind, fmt.implicit_prompt, first))
-        except BadRow as reason:
-            report.add(number, str(reason))
+    options: dict[str, Any] = {
+        "with_indices": True,
+        "batched": True,
+        "remove_columns": dataset.column_names,
+        "features": _features(dataset.features, fmt),
+        "cache_file_name": str(temporary_folder() / "messages.arrow"),
+        "new_fingerprint": uuid.uuid4().hex,
+        "desc": f"Converting {report.source}",
+    }
+
+    def convert(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
+        rows = []
+        for number, *values in zip(numbers, *batch.values(), strict=True):
+            row = dict(zip(batch, values, strict=True))
+            try:
+                rows.append(_said(row, first) if plain else _converted(row, fmt.kind, fmt.implicit_prompt, first))
+            except BadRow as reason:
+                report.add(number, str(reason))
+        return {name: [row[name] for row in rows] for name in options["features"]}
+
+    rows = dataset.with_format(None).map(convert, **options)
     report.check(max_bad_share)
-    return Dataset.from_list(rows), report
+    return rows, report
+
+
+def _features(given: "Features", fmt: DataFormat) -> "Features":
+    """Of the converted rows: the texts are messages, `text` is `messages`."""
+    from datasets import Features, List, Value
+
+    messages = List({"role": Value("string"), "content": Value("string")})
+    if fmt.kind == "language_modeling":
+        return Features({"messages": messages, **{name: kind for name, kind in given.items() if name != "text"}})
+    texts = {"chosen", "rejected", *(() if fmt.implicit_prompt else ("prompt", "completion"))}
+    return Features({name: messages if name in texts else kind for name, kind in given.items()})
 
 
 def _use(dataset: "Dataset") -> str:

@@ -1,7 +1,9 @@
 """What a model can take: rows that are too long for it, or have tokens it does not know, are refused at the start."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from align.errors import ConfigError, DataError
 
@@ -55,7 +57,7 @@ def check_reads(model: "Model", name: str, *, tokens: int, length: int) -> None:
 
 
 def _check_tokens(dataset: "Dataset", column: str, known: int, what: str, tokenizer: Any, name: str) -> None:
-    for start, values in _arrow(dataset, column):
+    for start, values in parts_of(dataset, column):
         ids = values.flatten().to_numpy()
         if len(ids) and ids.max() >= known:
             row = next(row for row, own in enumerate(values.to_pylist()) if own and max(own) >= known)
@@ -73,22 +75,15 @@ def _unknown(row: str, token: int, known: int, tokenizer: Any, name: str = "mode
 
 
 def _check_lengths(dataset: "Dataset", group: tuple[str, ...], limit: int, what: str, takes: str) -> None:
-    import numpy as np
-    import pyarrow.compute as pc
-
-    longest, found = 0, []
-    packed = PACKED in dataset.column_names
-    for parts in zip(*(_arrow(dataset, name) for name in ((PACKED,) if packed else group)), strict=True):
-        if packed:
-            lengths = np.array([max(documents) for documents in parts[0][1].to_pylist()])
-        else:
-            lengths = sum(pc.list_value_length(values).to_numpy(zero_copy_only=False) for _, values in parts)
-        longest = max(longest, int(lengths.max(initial=0)))
-        found += (parts[0][0] + (lengths > limit).nonzero()[0]).tolist()
+    if PACKED in dataset.column_names:
+        lengths = np.array([max(own) for _, values in parts_of(dataset, PACKED) for own in values.to_pylist()])
+    else:
+        lengths = sum((lengths_of(dataset, name) for name in group), np.zeros(len(dataset), np.int64))
+    found = (lengths > limit).nonzero()[0].tolist()
     if found:
         raise DataError(
             f"{len(found)} rows of the {what} data are longer than the {limit} tokens that the {takes} (up to "
-            f"{longest}; {_named(dataset, found)}): set max_length: {limit}, or max_prompt_length for rollouts"
+            f"{lengths.max()}; {_named(dataset, found)}): set max_length: {limit}, or max_prompt_length for rollouts"
         )
 
 
@@ -100,11 +95,18 @@ def _named(dataset: "Dataset", positions: list[int]) -> str:
     return f"row{'s' * (len(positions) > 1)} {', '.join(map(str, rows))}{more}"
 
 
-def longest_of(dataset: "Dataset", name: str) -> int:
-    """Tokens of the longest row of a column of token ids."""
+def lengths_of(dataset: "Dataset", name: str) -> np.ndarray:
+    """The tokens of each row of a column of token ids, [rows], without the ids in memory."""
     import pyarrow.compute as pc
 
-    return max((pc.max(pc.list_value_length(values)).as_py() or 0 for _, values in _arrow(dataset, name)), default=0)
+    found = [np.zeros(0, np.int64)]
+    found += [pc.list_value_length(values).fill_null(0).to_numpy() for _, values in parts_of(dataset, name)]
+    return np.concatenate(found)
+
+
+def longest_of(dataset: "Dataset", name: str) -> int:
+    """Tokens of the longest row of a column of token ids."""
+    return int(lengths_of(dataset, name).max(initial=0))
 
 
 def row_check(model: "Model", tokenizer: Any = None) -> Callable[[dict[str, Any]], None]:
@@ -139,7 +141,7 @@ def known_tokens(model: "Model") -> int:
     return embeddings.num_embeddings
 
 
-def _arrow(dataset: "Dataset", name: str):
+def parts_of(dataset: "Dataset", name: str) -> Iterator[tuple[int, Any]]:
     """(first row, the column as one Arrow array) of each part of a dataset."""
     plain = dataset.select_columns([name]).with_format("arrow")
     for start in range(0, len(plain), COUNTED):

@@ -3,7 +3,7 @@
 import json
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -118,13 +118,18 @@ def tokenized(
         )
         rows = cached(key, partial(_make, dataset, recipe, num_proc), report)
     else:
-        from datasets.fingerprint import get_temporary_cache_files_directory
-
-        folder = Path(get_temporary_cache_files_directory()) / uuid.uuid4().hex  # removed when the process ends
-        folder.mkdir()
-        rows = _make(dataset, recipe, num_proc, folder, report)
+        rows = _make(dataset, recipe, num_proc, temporary_folder(), report)
     report.check(max_bad_share)
     return rows
+
+
+def temporary_folder() -> Path:
+    """A new one, beside what `datasets` writes for this process alone: removed when the process ends."""
+    from datasets.fingerprint import get_temporary_cache_files_directory
+
+    folder = Path(get_temporary_cache_files_directory()) / uuid.uuid4().hex
+    folder.mkdir()
+    return folder
 
 
 def _make(dataset: "Dataset", recipe: Recipe, num_proc: int | None, folder: Path, report: BadRows) -> "Dataset":
@@ -138,21 +143,17 @@ def _make(dataset: "Dataset", recipe: Recipe, num_proc: int | None, folder: Path
             cache_file_name=str(folder / "rows.arrow"),
             num_proc=None if num_proc == 1 else num_proc,
         )
-    found: Found = []
-    for file in folder.glob("found-*.jsonl"):
-        found += [tuple(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
-        file.unlink()
+    found = (json.loads(line) for file in folder.glob("found-*.jsonl") for line in file.open(encoding="utf-8"))
     _add(report, found)
+    for file in folder.glob("found-*.jsonl"):
+        file.unlink()
     return rows
 
 
 def _map(dataset: "Dataset", recipe: Recipe, tell: Callable[[Found], None], source: str, **options) -> "Dataset":
     """tell: gets what was found, on the process that found it."""
-    from datasets import Value
-
     features = recipe.features(dataset.features)
-    numbers = dataset.features.get("row")
-    numbered = isinstance(numbers, Value) and numbers.dtype.startswith("int")
+    numbered = has_numbers(dataset)
 
     def tokenize_batch(batch: Columns, indices: list[int]) -> Columns:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
@@ -174,15 +175,29 @@ def _map(dataset: "Dataset", recipe: Recipe, tell: Callable[[Found], None], sour
     )
 
 
+def has_numbers(dataset: "Dataset") -> bool:
+    """Whether the rows say themselves which ones they are of a larger set."""
+    from datasets import Value
+
+    numbers = dataset.features.get("row")
+    return isinstance(numbers, Value) and numbers.dtype.startswith("int")
+
+
 def _append(folder: Path, found: Found) -> None:
     if found:
         with (folder / f"found-{os.getpid()}.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(one) + "\n" for one in found)
 
 
-def _add(report: BadRows, found: Found) -> None:
-    for row, kind, text in sorted(found, key=lambda one: one[0]):
+def _add(report: BadRows, found: Iterable[Sequence]) -> None:
+    """Each text is kept once, however many rows it was found in."""
+    for row, kind, text in found:
         (report.add if kind == "reasons" else report.note)(row, text)
+    for kind in (report.reasons, report.notes):
+        for rows in kind.values():
+            rows.sort()  # several processes found them
+        for text in sorted(kind, key=lambda text: kind[text][0]):
+            kind[text] = kind.pop(text)
 
 
 @contextmanager

@@ -7,9 +7,10 @@ import socket
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 from align.cli import build
-from align.cli.dry_run import longest, steps_text, tokenize
+from align.cli.dry_run import longest, longest_revised, steps_text, tokenize
 from align.cli.main import main
 from align.config.resolve import resolve
 from align.lazy import load
@@ -267,10 +268,16 @@ def test_steps_of_a_run(rows, options, processes, expected, tiny_model, demonstr
 
 def test_longest():
     rows = {"prompt_ids": [[1, 2], [1]], "chosen_ids": [[1], [1, 2, 3]], "rejected_ids": [[1], [1]]}
+    rows = Dataset.from_dict(rows)
     assert longest(rows, "prompts") == 2
     assert longest(rows, "pairs") == 8
     assert longest(rows, "pairs", shared=True) == 5
-    assert longest({"input_ids": [[1], [1, 2, 3]]}, "completions") == 3
+    assert longest(Dataset.from_dict({"input_ids": [[1], [1, 2, 3]]}), "completions") == 3
+    answers = Dataset.from_dict({"prompt_ids": [[1, 2], [1]], "completion_ids": [[1], [1, 2, 3]]})
+    assert longest(answers, "unpaired") == 4
+    lists = Dataset.from_dict({"prompt_ids": [[1, 2], [1]], "lengths": [[1, 2], [1, 1, 1]]})
+    assert longest(lists, "ranked") == 8 and longest(lists, "ranked", shared=True) == 5
+    assert longest_revised(rows.select([1]), True) == 3 + 16 and longest_revised(rows.select([1]), False) == 6 * 7
 
 
 @pytest.mark.parametrize("method", ["sft", "reward", "remax"])

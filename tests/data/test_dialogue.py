@@ -72,6 +72,7 @@ def test_what_is_no_dialogue_is_left_out_by_number():
         assert reason in str(error.value)
     kept, report = convert_dialogues(Dataset.from_list(rows), max_bad_share=0.75)
     assert len(kept) == 1 and report.bad == 3
+    assert kept.cache_files  # on the disk: memory does not grow with the rows
     with pytest.raises(DataError, match="holds messages already"):
         convert_dialogues(Dataset.from_list([{"messages": MESSAGES + said("w6")}]))
 

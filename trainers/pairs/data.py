@@ -9,6 +9,7 @@ import numpy as np
 from align.data.bad_rows import BadRow
 from align.data.checks import check_pair_numbers
 from align.data.formats import columns_of
+from align.data.limits import lengths_of
 from align.data.streams import is_stream, read_whole, sample_of
 from align.data.tokenize import tokenize_pairs
 from align.data.tokenized import IDS, MASKS, WHOLE, limited_pairs
@@ -157,7 +158,7 @@ def numbered_pairs(
         return tokenize_pairs(dataset, tokenizer, **options, scored=scored)
     if is_stream(dataset):
         return limited_pairs(dataset, tokenizer, **options)
-    lengths = {column: flat_column(dataset, column)[0] for column in IDS}
+    lengths = {column: lengths_of(dataset, column) for column in IDS}
     for column in IDS:
         empty = np.flatnonzero(lengths[column] == 0)
         if len(empty):
@@ -186,7 +187,7 @@ def trained_lengths(dataset, ids: str) -> np.ndarray:
     """The trained tokens of each row's completion; ids: the column of its tokens."""
     mask = MASKS[IDS.index(ids) - 1]
     if mask not in dataset.column_names:
-        return flat_column(dataset, ids)[0]
+        return lengths_of(dataset, ids)
     lengths, values = flat_column(dataset, mask)
     return np.bincount(np.repeat(np.arange(len(lengths)), lengths), values, len(lengths)).astype(np.int64)
 

@@ -13,11 +13,12 @@ from accelerate.utils import gather_object
 from datasets import Dataset, concatenate_datasets
 from torch import nn
 
+from align.data.limits import lengths_of, parts_of
 from align.data.tokenized import IDS, MASKS
 from align.distributed.ranks import shared
 from align.modeling.fingerprint import fingerprint
 from align.modeling.logprobs import language_model
-from align.trainers.pairs.data import flat_column, trained_lengths
+from align.trainers.pairs.data import trained_lengths
 from align.trainers.pairs.reference_file import check, share, write
 from align.trainers.pairs.reference_shards import Logps, ReferenceShards
 
@@ -38,8 +39,9 @@ def mark_of(dataset, weights: str, precision: str) -> str:
     reference's weights (their mark), and the precision it runs in."""
     digest = hashlib.blake2b(f"{weights} {precision}".encode(), digest_size=8)
     for column in (*IDS, *(name for name in MASKS if name in dataset.column_names)):
-        for values in flat_column(dataset, column):
-            digest.update(values.data)
+        digest.update(lengths_of(dataset, column).data)
+        for _, values in parts_of(dataset, column):
+            digest.update(values.flatten().to_numpy().data)
     return digest.hexdigest()
 
 
