@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from align.data.ending import end_ids, written_text
-from align.distributed.disk import writing
+from align.distributed.disk import open_to_others, writing
 from align.distributed.ranks import shared
 from align.errors import ConfigError, RewardError
 from align.modeling.fingerprint import fingerprint
@@ -184,6 +184,7 @@ def _write(path: Path, scores: Tensor) -> None:
         temporary = path.with_suffix(f".{os.getpid()}.tmp")  # several runs may share the folder
         save_file({"scores": scores}, temporary, metadata={"crc32": _checksum(scores)})
         temporary.replace(path)
+        open_to_others(path.parent)
 
 
 def _checksum(scores: Tensor) -> str:

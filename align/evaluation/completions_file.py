@@ -15,25 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import DataError
-from align.evaluation.records import free_name
 
 FORMAT = "align.completions/1"
 FILE_NAME = "completions.jsonl"
 
 
 class CompletionsWriter:
-    """Appends to `<folder>/completions.jsonl`; main process only. resume_step: None starts a new file, and keeps one of
-    an earlier run under another name. last_step: the newest evaluation in the file."""
+    """Appends to `<folder>/completions.jsonl`; main process only. resume_step: None starts a new file, as that of an
+    earlier run has another name by then (`align.trainers.core.lock`). last_step: the newest evaluation in the file."""
 
     def __init__(self, folder: str | Path, resume_step: int | None):
         self.path = Path(folder) / FILE_NAME
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept: list[dict[str, Any]] = []
-        if self.path.exists():
-            if resume_step is None:
-                os.replace(self.path, free_name(self.path))
-            else:
-                kept = [record for record in read_completions(self.path) if record["step"] <= resume_step]
+        if resume_step is not None and self.path.exists():
+            kept = [record for record in read_completions(self.path) if record["step"] <= resume_step]
         self.last_step: int | None = kept[-1]["step"] if kept else None
         temporary = self.path.with_suffix(".jsonl.tmp")
         lines = [json.dumps(line) + "\n" for line in ({"format": FORMAT}, *kept)]

@@ -62,6 +62,8 @@ def test_scores_of_every_reward_stand_beside_their_pair(tmp_path):
             helpful = toy.helpfulness(row["topic"], row[side])
             assert row[f"{side}_margin_rewards"] == [words, 2 * words, helpful]
     assert len(list(tmp_path.iterdir())) == 3
+    (tmp_path / "usual").touch()
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
 
 
 def test_scored_once_per_dataset(tmp_path):

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
+from align.distributed.disk import open_to_others
 from align.errors import TrainingError
 from align.objectives.meta_apo import meta_mixture, meta_weight
 from align.trainers.core.recorder import Recorder
@@ -85,6 +86,7 @@ class MetaLearner:
     def save(self, folder: Path) -> None:
         """h alone, for a run that goes on from the model in this folder (`load`)."""
         save_file({name: p.detach() for name, p in self.parameters.items()}, folder / FILE)
+        open_to_others(folder)
 
     def load(self, folder: str | Path) -> None:
         """Begin with the h of a finished run. `TrainingError` where there is none, or none that is whole."""
