@@ -7,7 +7,7 @@ from pathlib import Path
 import trl
 
 from align.config.other_names import REMOVED
-from align.trainers.core.trl_options import INSTEAD
+from align.trainers.core.trl_options import instead_of
 from align.trainers.dpo import DPOConfig
 from align.trainers.reward import RewardConfig
 from align.trainers.sft import OWNED, UNUSED, SFTConfig
@@ -28,7 +28,7 @@ def test_the_page_lists_what_differs():
     theirs = [{f.name: f for f in fields(config)} for _, config in CONFIGS]
     gone = {name for a, b in zip(ours, theirs, strict=True) for name in b.keys() - a.keys()}
     assert not gone
-    of_pairs = {f.name for config in (DPOConfig, RewardConfig) for f in fields(config) if INSTEAD in f.metadata}
+    of_pairs = {f.name for config in (DPOConfig, RewardConfig) for f in fields(config) if instead_of(f)}
     assert named(refused) == of_pairs | UNUSED.keys() | OWNED.keys()
     differ = {
         name

@@ -1,7 +1,7 @@
 """GRPO: scores relative to the prompt's group (Shao et al. 2024, arXiv 2402.03300), and its variants."""
 
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import Literal, get_args
 
 from align.errors import ConfigError
 from align.objectives.groups import Scale, group_deviation, group_relative
@@ -54,7 +54,7 @@ class GRPOConfig(OnPolicyConfig):
 
     estimator: str = field(default="grpo", metadata=ESTIMATOR_HELP)
     num_generations: int = field(default=8, metadata={"help": "Sampled completions per prompt and rollout."})
-    scale_rewards: str | bool = field(
+    scale_rewards: Literal["group", "batch", "none", True, False] = field(
         default="group",
         metadata={
             "help": "Divide by the deviation of the group, of the batch, or not: none. true: group; false: none."

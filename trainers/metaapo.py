@@ -52,7 +52,7 @@ class MetaAPOConfig(OnlineDPOConfig):
     )
     old_policy_share: float = of_loop(0.0, "online_dpo: h looks at log-ratios to the one reference")
     dynamic_sampling_rounds: int = of_loop(0, "adaptive_sampling, which chooses the prompts")
-    chat_template_kwargs: dict[str, Any] | None = of_loop(None, "a column chat_template_kwargs of the rows")
+    chat_template_kwargs: dict[str, Any] | str | None = of_loop(None, "a column chat_template_kwargs of the rows")
 
 
 class MetaAPOTrainer(OnlineDPOTrainer):

@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from align.objectives.pair_losses import PairLosses
 from align.objectives.reward_model import bradley_terry_loss, centering, score_l2
 from align.reward_models.normalizer import Normalizer
 from align.trainers.core.batching import CheckSharedRows, autocast_dtype, resolve_layout
-from align.trainers.core.loading import loading_options, set_chat_template, tokenizer_of
+from align.trainers.core.loading import end_as_tokenizer, loading_options, set_chat_template, tokenizer_of
 from align.trainers.core.trl_options import TrlRewardOptions
 from align.trainers.pairs.config import PairConfig
 from align.trainers.pairs.data import NUMBERS, SCORE_COLUMNS, PairData, with_score_margins
@@ -83,6 +84,8 @@ class RewardTrainer(PairTrainer):
         train_dataset, eval_dataset: preference pairs in TRL's formats, or the output of `tokenize_pairs`.
         peft_config: trains an adapter and the head.
         compute_metrics: further metrics, as `PairTrainer` has it.
+        quantization_config: of transformers, for a model that is named; with peft_config.
+        optimizer_cls_and_kwargs: as transformers' Trainer has it.
     """
 
     _tag_names = ["align", "trl", "reward-trainer"]
@@ -102,6 +105,8 @@ class RewardTrainer(PairTrainer):
         callbacks=None,
         optimizers=(None, None),
         compute_metrics: UserMetrics | None = None,
+        quantization_config: Any = None,
+        optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
     ):
         args = self.options(args, model, train_dataset)
         if args.score_margin is not None and is_stream(train_dataset):
@@ -114,8 +119,10 @@ class RewardTrainer(PairTrainer):
             pad_token_id=processing_class.pad_token_id,
             head_seed=args.seed,
             sharded=True,
-            **loading_options(args, model),
+            **loading_options(args, model, quantization_config),
         )
+        if args.eos_token is not None:
+            end_as_tokenizer(classifier, processing_class)
         train_in_float32(classifier, adapter=peft_config is not None)
         set_chat_template(args.chat_template_path, classifier, processing_class, adapter=peft_config is not None)
         # transformers refuses batches without one; where the last token is, the attention mask says
@@ -125,7 +132,17 @@ class RewardTrainer(PairTrainer):
             disable_dropout(classifier)
         self.normalizer: Normalizer | None = None
         data = pair_data(processing_class, args)
-        super().__init__(classifier, args, data, train_dataset, eval_dataset, callbacks, optimizers, compute_metrics)
+        super().__init__(
+            classifier,
+            args,
+            data,
+            train_dataset,
+            eval_dataset,
+            callbacks,
+            optimizers,
+            compute_metrics,
+            optimizer_cls_and_kwargs,
+        )
         shares = self._share_prompts()
         if shares:
             self.add_callback(CheckSharedRows(self, SCORES))

@@ -21,13 +21,18 @@ from align.data.streams import is_stream, mapped, read_whole, sample_of
 from align.data.tokenize import tokenize_completions
 from align.distributed.shards import outputs_as_computed
 from align.errors import ConfigError, DataError
-from align.modeling.adapters import check_stack
+from align.modeling.adapters import by_names, check_stack
 from align.modeling.half import freeze_half
-from align.modeling.load import load_policy, train_in_float32
 from align.modeling.logprobs import soft_cap_by_its_usual_name
 from align.trainers.core.eval_completions import show_completions
-from align.trainers.core.loading import loading_options, set_chat_template, tokenizer_of, training_tokenizer
-from align.trainers.core.options import RunOptions
+from align.trainers.core.loading import (
+    end_as_tokenizer,
+    load_to_train,
+    set_chat_template,
+    tokenizer_of,
+    training_tokenizer,
+)
+from align.trainers.core.options import RunOptions, read_mapping
 from align.trainers.core.trainer import TrainerMixin
 from align.trainers.supervised.implicit import OF_STEP, check_options, for_model, implicit_rewards
 from align.trainers.supervised.options import SupervisedOptions
@@ -39,7 +44,7 @@ UNUSED = {  # options of TRL's that what is done here leaves without effect
     "pad_to_multiple_of": "leave it out",
     "pad_token": "set tokenizer.pad_token, and pass the tokenizer",
 }
-OWNED = {"completion_only_loss": None, "dataset_kwargs": None, "eos_token": None}
+OWNED = {"completion_only_loss": None, "dataset_kwargs": None}
 NEUTRAL = {"completion_only_loss": (None, True), "dataset_kwargs": (None, {}), "pad_to_multiple_of": ("auto", None)}
 
 
@@ -54,6 +59,7 @@ class SFTConfig(SupervisedOptions, RunOptions, trl.SFTConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        read_mapping(self, "model_init_kwargs")
         check_options(self)
         changed = [name for name, default in OWNED.items() if not self._neutral(name, default)]
         if changed:
@@ -86,7 +92,8 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         peft_config: trains an adapter.
         ref_model: with `selective_tokens` or `implicit_reward_beta`, the reference: a model, a folder or a hub name.
         formatting_func: a row -> its text; the rows are then trained as `text`, every token of them.
-        compute_metrics, preprocess_logits_for_metrics: as transformers' Trainer has them.
+        compute_metrics, preprocess_logits_for_metrics, optimizer_cls_and_kwargs: as transformers' Trainer has them.
+        quantization_config: of transformers, for a model that is named; with peft_config.
     """
 
     _tag_names = ["align", "trl", "sft"]
@@ -108,19 +115,17 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         compute_metrics: Callable | None = None,
         preprocess_logits_for_metrics: Callable | None = None,
         ref_model: str | nn.Module | None = None,
+        quantization_config: Any = None,
+        optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
     ):
         if isinstance(args, TrainingArguments) and not isinstance(args, SFTConfig):
             args = with_own_defaults(args)
-        args = self.options(args, model, train_dataset)
+        args, peft_config = self.options(args, model, train_dataset), by_names(peft_config)
         self.args, self.formatting_func = args, formatting_func
         processing_class = tokenizer_of(args, model, processing_class)
-        if not isinstance(model, nn.Module):
-            # the frozen weights under an adapter stay as they were saved on a GPU; TRL adds the adapter
-            dtype = "auto" if peft_config is not None and torch.cuda.is_available() else None
-            model = load_policy(model, **{"dtype": dtype, **loading_options(args, model)}, sharded=True)
-        else:
-            loading_options(args, model)
-            train_in_float32(model, adapter=peft_config is not None)
+        model = load_to_train(args, model, quantization_config, adapter=peft_config is not None)
+        if args.eos_token is not None:
+            end_as_tokenizer(model, processing_class)
         set_seed(args.seed)  # TRL draws the adapter, and the embeddings of new tokens are drawn
         set_chat_template(args.chat_template_path, model, processing_class, adapter=peft_config is not None)
         choose_trained(model, args, peft_config)
@@ -138,6 +143,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
                 processing_class=processing_class,
                 callbacks=callbacks,
                 optimizers=optimizers,
+                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
                 peft_config=peft_config,
                 compute_metrics=compute_metrics,
                 preprocess_logits_for_metrics=preprocess_logits_for_metrics,

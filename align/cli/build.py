@@ -1,6 +1,5 @@
 """The parts of a run, made from its resolved config: rows, tokenizer, model, adapter, rewards, trainer."""
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -70,18 +69,18 @@ def source_options(run: RunConfig) -> dict[str, Any]:
 
 def tokenizer(run: RunConfig):
     from align.modeling.load import load_tokenizer
+    from align.trainers.core.loading import tokenizer_of
 
-    return load_tokenizer(run.model.model_name_or_path, **source_options(run))
+    return tokenizer_of(run.training, None, load_tokenizer(run.model.model_name_or_path, **source_options(run)))
 
 
 def peft_config(run: RunConfig):
     """The LoRA config, None without `use_peft`."""
     from trl import get_peft_config
 
-    config = get_peft_config(run.model)
-    # TRL makes a text of a list of one, which PEFT takes for a pattern of whole names: q_proj would match nothing
-    if config is not None and isinstance(config.target_modules, str) and re.fullmatch(r"[\w.]+", config.target_modules):
-        config.target_modules = {config.target_modules}
+    from align.modeling.adapters import by_names
+
+    config = by_names(get_peft_config(run.model))
     # TRL's default would be switched off, with a warning about an option that nobody has set
     if config is not None and "lora_dropout" not in run.given and getattr(run.training, "disable_dropout", False):
         config.lora_dropout = 0.0

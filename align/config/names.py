@@ -30,14 +30,35 @@ def in_python(dotted: str) -> str:
     return f'{head}={{"{rest}": ...}}' if rest else head
 
 
-def check_arguments(cls: type, given: Iterable[str], config: type | None = None) -> None:
+INSTEAD = {
+    "data_collator": "the batches of these trainers are of their own making: leave it out, and give rows in one of the "
+    "formats of docs/data.md",
+    "compute_loss_func": "write a subclass with compute_loss",
+    "preprocess_logits_for_metrics": "compute_metrics gets the rewards of both answers here, no logits: leave it out",
+    "optimizer_cls_and_kwargs": "optim and optim_args of the configuration, or optimizers=(optimizer, scheduler)",
+    "rollout_func": "an environment (environment_factory, docs/environments.md), or a back-end of your own (engine, "
+    "docs/architecture.md)",
+}
+"""Arguments of TRL's trainers that some or all of ours do not have, and what to do instead."""
+
+
+def check_arguments(cls: type, given: Iterable[str], config: type | None = None, positional: int = 0) -> None:
     """Raises `ConfigError`, with what to write instead, for keyword arguments that `cls` does not take.
 
-    config: the class of the configuration that `cls` takes as `args`, whose options are sometimes given to `cls`."""
+    config: the class of the configuration that `cls` takes as `args`, whose options are sometimes given to `cls`.
+    positional: how many arguments were given without a name."""
     valid = _parameters(cls)
+    twice = [name for name in valid[:positional] if name in given]
+    if twice:
+        raise ConfigError(
+            f"{cls.__name__}: argument {valid.index(twice[0]) + 1} is {twice[0]}, which is given by its name too: give "
+            f"all but the first by name, in the order {', '.join(valid[:6])} ..."
+        )
     for name in given if valid else ():
         if name in valid:
             continue
+        if config is not None and name in INSTEAD:
+            raise ConfigError(f"{cls.__name__} takes no {name}. Instead: {INSTEAD[name]}", key=name)
         if config is not None and name in _parameters(config):
             raise ConfigError(
                 f"{name} is an option of {config.__name__}: {cls.__name__}(args={config.__name__}({name}=...))",

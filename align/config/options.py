@@ -16,7 +16,7 @@ from enum import Enum
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from align.config.arguments import hints, init_fields, option_classes, own_fields, reward_sections
 from align.config.nested import nested_options, nested_schema
@@ -130,6 +130,8 @@ _REWARDS: dict[str, dict[str, Any]] = {
 def _record(group: str, cls: type, field: dataclasses.Field) -> dict[str, Any]:
     hint = hints(cls)[field.name]
     arms = [arm for arm in get_args(hint) or (hint,) if arm is not type(None)]
+    if get_origin(hint) is Literal:
+        arms = list(dict.fromkeys(type(value) for value in arms))
     enums = [arm for arm in arms if isinstance(arm, type) and issubclass(arm, Enum)]
     choices = list(field.metadata.get("choices") or [member.value for enum in enums for member in enum])
     plain = [arm for arm in arms if arm in _JSON_TYPES]
@@ -146,7 +148,7 @@ def _record(group: str, cls: type, field: dataclasses.Field) -> dict[str, Any]:
     if choices:
         record["choices"] = choices
     if plain == arms:
-        allowed = {_JSON_TYPES[arm] for arm in plain} | ({"null"} if len(get_args(hint)) > len(arms) else set())
+        allowed = {_JSON_TYPES[arm] for arm in plain} | ({"null"} if type(None) in get_args(hint) else set())
         record["json"] = sorted(allowed)
     keys = _keys(field.name) if group in ("method", "data") else {}
     return {**record, "keys": keys} if keys else record

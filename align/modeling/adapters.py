@@ -11,6 +11,7 @@ import copy
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -299,6 +300,17 @@ def split(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             trained[name] = value
     path = Path(folder) / START_FILE
     return start | (load_file(path) if path.exists() else {}), trained
+
+
+def by_names(config):
+    """The PEFT config, or a copy in which a text of one module's name is a set of it. TRL makes a text of a list of
+    one, and PEFT takes a text for a pattern of whole names: q_proj would match nothing."""
+    target = getattr(config, "target_modules", None)
+    if not isinstance(target, str) or not re.fullmatch(r"[\w.]+", target):
+        return config
+    config = copy.deepcopy(config)
+    config.target_modules = {target}
+    return config
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from align.modeling.adapters import (
     adapter_base,
     adding_lora,
     attached,
+    by_names,
     check_stack,
     fit_embeddings,
     is_adapter,
@@ -335,6 +336,7 @@ def _with_adapter(model: Model, peft_config) -> nn.Module:
 
     if isinstance(model, PeftModel):
         raise ConfigError("the model already has an adapter: leave peft_config out, or merge it first")
+    peft_config = by_names(peft_config)
     check_stack(model, peft_config)
     with adding_lora(model):
         return get_peft_model(model, peft_config)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from align.distributed.disk import open_to_others
 from align.errors import ConfigError
-from align.modeling.adapters import PREFIX, WEIGHTS_FILE, adding_lora, named_base
+from align.modeling.adapters import PREFIX, WEIGHTS_FILE, adding_lora, by_names, named_base
 from align.modeling.members import Members, draw_heads, layer_list, modules_after
 from align.modeling.types import Model
 
@@ -150,7 +150,7 @@ def save_adapter(model: Model, index: int, peft_config, folder: str | Path) -> N
     """Write one member as a PEFT adapter of a classifier: `adapter_config.json` and the weights, with its head."""
     from safetensors.torch import save_file
 
-    config = copy.deepcopy(peft_config)
+    config = copy.deepcopy(by_names(peft_config))
     config.task_type, config.inference_mode = "SEQ_CLS", True
     config.modules_to_save = [name for name, module in model.named_modules() if isinstance(module, Members)]
     config.base_model_name_or_path = named_base(model.config.name_or_path)
@@ -190,7 +190,7 @@ def _adapted(model: Model, peft_config, seeds: list[int]) -> dict[str, MemberLor
     from peft import inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 
-    config = copy.deepcopy(peft_config)
+    config = copy.deepcopy(by_names(peft_config))
     config.task_type, config.modules_to_save = "SEQ_CLS", None
     with adding_lora(model):
         inject_adapter_in_model(config, model)

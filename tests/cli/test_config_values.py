@@ -16,6 +16,7 @@ from align.config.secrets import MASK, Secret, expand, masked, masked_text
 from align.errors import ConfigError
 from align.methods import METHODS
 from align.rollout import VLLMOptions
+from align.trainers.core.trl_options import instead_of
 from align.trainers.dpo import DPOConfig
 from align.trainers.ppo import PPOConfig
 
@@ -38,7 +39,7 @@ def test_every_numeric_option_has_a_range(method):
     for cls in option_classes(method).values():
         for field in dataclasses.fields(cls):
             hint = hints(cls)[field.name]
-            if "instead" in field.metadata:  # TRL's name for something else: any value but the default is refused
+            if instead_of(field):  # TRL's name for something else: any value but the default is refused
                 continue
             if field.init and {int, float} & set(get_args(hint) or (hint,)):
                 assert field.name in RANGES, field.name

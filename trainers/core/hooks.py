@@ -92,6 +92,6 @@ class TrainerHooks:
         super().__init_subclass__(**options)
         check_methods(cls)
 
-    def __new__(cls, *_args, **given):
-        check_arguments(cls, given, cls.config_class)
+    def __new__(cls, *args, **given):
+        check_arguments(cls, given, cls.config_class, positional=len(args))
         return super().__new__(cls)

@@ -21,7 +21,7 @@ from align.data.streams import LOOKED_AT
 from align.errors import RewardError, TrainingError
 from align.modeling.adapters import PREFIX
 from align.modeling.fingerprint import fingerprint
-from align.trainers.core.trl_options import INSTEAD
+from align.trainers.core.trl_options import instead_of
 
 FILE_NAME = "align_run.json"
 SAMPLES = 64
@@ -59,7 +59,7 @@ def settings_of(args) -> dict[str, Any]:
     found = {
         f.name: getattr(args, f.name)
         for f in fields(args)
-        if f.name not in CHANGEABLE and not f.name.startswith(CHANGEABLE_PREFIXES) and INSTEAD not in f.metadata
+        if f.name not in CHANGEABLE and not f.name.startswith(CHANGEABLE_PREFIXES) and instead_of(f) is None
     }
     found["rows_per_step"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     return json.loads(json.dumps(found, default=_plain))

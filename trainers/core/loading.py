@@ -5,18 +5,32 @@ from pathlib import Path
 from typing import Any
 
 import trl
+from torch import nn
 
 from align.errors import ConfigError, one_line
-from align.modeling.load import load_tokenizer
+from align.modeling.load import load_policy, load_tokenizer, train_in_float32
+from align.modeling.pretrained import default_dtype
 
 TEMPLATES = (".jinja", ".j2")
 
 
-def loading_options(args: Any, model: Any) -> dict[str, Any]:
-    """`model_init_kwargs` and `trust_remote_code` for a model that is named; ConfigError for `model_init_kwargs` with
-    one that is loaded already."""
+def loading_options(args: Any, model: Any, quantization_config: Any = None) -> dict[str, Any]:
+    """`model_init_kwargs`, `trust_remote_code` and `quantization_config` for a model that is named; ConfigError for the
+    first and the last with one that is loaded already."""
     options = dict(args.model_init_kwargs or {})
+    if quantization_config is not None:
+        if "quantization_config" in options:
+            raise ConfigError("quantization_config is given twice: leave that in model_init_kwargs out")
+        if not isinstance(model, str | Path):
+            raise ConfigError(
+                "quantization_config is for loading a model by its name, and this one is loaded: load it with that, as "
+                "from_pretrained(..., quantization_config=...)"
+            )
+        options["quantization_config"] = quantization_config
     if isinstance(model, str | Path):
+        if options.get("quantization_config") is not None:
+            # quantised weights cannot be moved afterwards: every process loads them to where it trains
+            options.setdefault("device_map", {"": args.device})
         return {**({"trust_remote_code": True} if args.trust_remote_code else {}), **options}
     if options:
         raise ConfigError(
@@ -27,9 +41,42 @@ def loading_options(args: Any, model: Any) -> dict[str, Any]:
     return {}
 
 
+def load_to_train(args: Any, model: Any, quantization_config: Any, *, adapter: bool) -> nn.Module:
+    """A policy to which TRL may add an adapter: the frozen weights under it stay as they were saved on a GPU."""
+    options = loading_options(args, model, quantization_config)
+    if isinstance(model, nn.Module):
+        train_in_float32(model, adapter=adapter)
+        return model
+    return load_policy(model, **{"dtype": default_dtype(frozen=adapter), **options}, sharded=True)
+
+
 def tokenizer_of(args: Any, model: Any, given: Any = None):
-    """The tokenizer that was given, or the model's own."""
-    return given or load_tokenizer(model, **({"trust_remote_code": True} if args.trust_remote_code else {}))
+    """The tokenizer that was given, or the model's own, of the same revision; with the `eos_token` of a configuration
+    that has one, in place, as in TRL."""
+    if given is None:
+        options: dict[str, Any] = {"trust_remote_code": True} if args.trust_remote_code else {}
+        revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str | Path) else None
+        given = load_tokenizer(model, **options, **({"revision": revision} if revision else {}))
+    if getattr(args, "eos_token", None) is not None:
+        set_end_token(args.eos_token, given)
+    return given
+
+
+def set_end_token(token: str, tokenizer: Any) -> None:
+    """In place. ConfigError for a token that is not in the vocabulary."""
+    if token not in tokenizer.get_vocab():
+        raise ConfigError(f"eos_token: {token!r} is not in the vocabulary of the tokenizer", key="eos_token")
+    tokenizer.eos_token = token
+
+
+def end_as_tokenizer(model: Any, tokenizer: Any) -> None:
+    """The model's end token becomes the tokenizer's; generation stops at those of before too. In place."""
+    model.config.get_text_config().eos_token_id = tokenizer.eos_token_id
+    generation = getattr(model, "generation_config", None)  # classifiers have none
+    if generation is not None:
+        known = generation.eos_token_id
+        known = [] if known is None else [known] if isinstance(known, int) else known
+        generation.eos_token_id = [tokenizer.eos_token_id, *(i for i in known if i != tokenizer.eos_token_id)]
 
 
 def set_chat_template(path: str | None, model: Any, tokenizer: Any, *, adapter: bool) -> None:

@@ -4,6 +4,7 @@
 that a trainer built on one of TRL's keeps TRL's defaults.
 """
 
+import json
 import os
 from dataclasses import MISSING, dataclass, field, fields
 from datetime import timedelta
@@ -29,6 +30,8 @@ WITHOUT_ARGUMENTS = (
     *("lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit"),
 )
 
+# What makes `--option` without a value mean true to TRL's parser and transformers', which give it to argparse.
+FLAG = {"nargs": "?", "const": True}
 # Options of transformers that no trainer here can follow, and why.
 NOWHERE = {
     **dict.fromkeys(
@@ -114,6 +117,16 @@ def ranks_on_processors() -> None:
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 
+def read_mapping(args: Any, name: str) -> None:
+    """An option that may be JSON, as transformers' parser leaves it, as what it says. ConfigError for other text."""
+    value = getattr(args, name)
+    if isinstance(value, str):
+        try:
+            setattr(args, name, dict(json.loads(value)))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{name}: {value!r} is no mapping; write it as '{{\"key\": 1}}'", key=name) from error
+
+
 def limit_waits(seconds: float) -> None:
     """Of the processes' group on processors: transformers gives `ddp_timeout` to that on GPUs alone."""
     if dist.is_initialized() and dist.get_backend() == "gloo":
@@ -123,11 +136,12 @@ def limit_waits(seconds: float) -> None:
 @dataclass
 class RunOptions(TrainingSettings):
     bf16: bool | None = field(
-        default=None, metadata={"help": "bfloat16 mixed precision. Default: on a GPU that has it, off elsewhere."}
+        default=None,
+        metadata={"help": "bfloat16 mixed precision. Default: on a GPU that has it, off elsewhere.", **FLAG},
     )
     gradient_checkpointing: bool | None = field(
         default=None,
-        metadata={"help": "Recompute activations in the backward pass. Default: on with a GPU, off on a CPU."},
+        metadata={"help": "Recompute activations in the backward pass. Default: on with a GPU, off on a CPU.", **FLAG},
     )
     logging_steps: float = field(default=10, metadata={"help": "Log every so many optimiser steps."})
     logging_nan_inf_filter: bool = field(
@@ -192,7 +206,7 @@ class BaseConfig(RunOptions, TrainingArguments):
     dataset_num_proc: int | None = field(
         default=None, metadata={"help": "Processes that tokenise the rows, once for all later runs. Default: one."}
     )
-    model_init_kwargs: dict[str, Any] | None = field(
+    model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Options of from_pretrained for a model that is passed by name, from Python."}
     )
     trust_remote_code: bool = field(
@@ -206,6 +220,7 @@ class BaseConfig(RunOptions, TrainingArguments):
     )
 
     def __post_init__(self):
+        read_mapping(self, "model_init_kwargs")
         super().__post_init__()
         if self.torch_compile:
             raise ConfigError(

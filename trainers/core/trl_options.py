@@ -4,14 +4,14 @@ a rule TRL's default), nothing else.
 A value that asks for something is refused with what to do instead; it is never ignored.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from align.errors import ConfigError
 from align.trainers.core.hooks import TrainingSettings
 from align.trainers.core.moving_reference import MovingReferenceOptions
 
-INSTEAD = "instead"
+INSTEAD = ". Instead: "
 
 
 def of_trl(default: Any, instead: str) -> Any:
@@ -21,7 +21,13 @@ def of_trl(default: Any, instead: str) -> Any:
 
 def without_effect(default: Any, instead: str, why: str) -> Any:
     """As `of_trl`; why: for the help."""
-    return field(default=default, metadata={"help": f"{why}. Instead: {instead}.", INSTEAD: instead})
+    return field(default=default, metadata={"help": f"{why}{INSTEAD}{instead}."})
+
+
+def instead_of(option: Field) -> str | None:
+    """What to do instead of a field that was made here, None of others. It stands in the help alone: TRL's parser gives
+    all of a field's metadata to argparse, which takes no words of ours."""
+    return option.metadata.get("help", "").partition(INSTEAD)[2].removesuffix(".") or None
 
 
 @dataclass
@@ -31,11 +37,9 @@ class TrlDefaults(TrainingSettings):
     def __post_init__(self):
         super().__post_init__()
         for option in fields(self):
-            value = getattr(self, option.name)
-            if INSTEAD in option.metadata and value not in (option.default, None):
-                raise ConfigError(
-                    f"{option.name}: {value!r} has no effect here. Instead: {option.metadata[INSTEAD]}", key=option.name
-                )
+            value, instead = getattr(self, option.name), instead_of(option)
+            if instead is not None and value not in (option.default, None):
+                raise ConfigError(f"{option.name}: {value!r} has no effect here{INSTEAD}{instead}", key=option.name)
 
 
 @dataclass
@@ -51,7 +55,9 @@ class TrlOptions(TrlDefaults):
 class TrlRewardOptions(TrlOptions):
     """Of TRL's reward trainer."""
 
-    eos_token: str | None = of_trl(None, "set tokenizer.eos_token, and pass the tokenizer")
+    eos_token: str | None = field(
+        default=None, metadata={"help": "A token of the vocabulary that ends texts instead of the tokenizer's own."}
+    )
 
 
 @dataclass

@@ -38,7 +38,7 @@ ON_ERROR = ("stop", "mask")
 
 @dataclass
 class EnvironmentOptions(TrainingSettings):
-    environment: str | dict[str, str] | None = field(
+    environment: dict[str, str] | str | None = field(
         default=None,
         metadata={
             "help": "What the policy talks with, a class or function that makes one: path/file.py:Class, or several by "

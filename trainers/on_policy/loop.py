@@ -87,8 +87,7 @@ class OnPolicyTrainer(OnPolicyBase):
             `beta: 0` and without `eval_dataset` none is held.
         engine: a `RolloutEngine` to use, and to leave open; by default one is made from the policy.
         reward_funcs, reward_processing_classes: TRL's names for `reward`, and for the tokenizers of its classifiers.
-        tools, environment_factory: functions that the policy may call, and what makes an environment that it talks
-            with, or several by name (docs/environments.md).
+        tools, environment_factory: functions that may be called, and what makes environments (docs/environments.md).
     """
 
     planner_class: ClassVar[type[BatchPlanner]] = BatchPlanner
@@ -112,15 +111,16 @@ class OnPolicyTrainer(OnPolicyBase):
         reward_processing_classes: Any = None,
         tools: list[Callable] | None = None,
         environment_factory: Factory = None,
+        quantization_config: Any = None,  # of TRL's scripts: rollouts are of no quantised policy
     ):
         train_dataset = rows_of(train_dataset, args, environment_factory)
         args = self.options(args, model, train_dataset)
         check_stream(args, train_dataset)
-        args.remove_unused_columns = False
-        args.eval_on_start = args.eval_on_start and eval_dataset is not None
+        args.remove_unused_columns, args.eval_on_start = False, args.eval_on_start and eval_dataset is not None
         tokenizer = tokenizer_of(args, model, processing_class)
         set_seed(args.seed)  # a new adapter is drawn at random
-        model = load_policy(model, peft_config=peft_config, sharded=True, **loading_options(args, model))
+        loading = loading_options(args, model, quantization_config)
+        model = load_policy(model, peft_config=peft_config, sharded=True, **loading)
         train_in_float32(model, adapter=peft_config is not None)
         fit_prompts(args, model)
         if args.disable_dropout:
@@ -129,9 +129,8 @@ class OnPolicyTrainer(OnPolicyBase):
         self.take_rewards(args, tokenizer, reward, gold_reward, reward_funcs, reward_processing_classes)
         self.estimator = make_estimator(args)
         self.kl = KLCoefficient(args.beta, args.kl_target, horizon=args.kl_horizon, gain=args.kl_gain)
-        self.check_start = ref_model is None
+        self.check_start, held = ref_model is None, args.beta != 0 or eval_dataset is not None
         # With beta 0 nothing that is trained needs it; an evaluation measures the KL to it.
-        held = args.beta != 0 or eval_dataset is not None
         self.reference = reference_of(model, ref_model) if held else None
         name_best_metric(args, eval_dataset)
         super().__init__(

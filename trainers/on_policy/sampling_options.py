@@ -5,6 +5,7 @@ from typing import Any
 
 from align.errors import ConfigError
 from align.rollout.types import SamplingParams
+from align.trainers.core.options import read_mapping
 from align.trainers.on_policy.environments import EnvironmentOptions
 from align.trainers.on_policy.trl_names import DRAWN, TrlOnPolicyOptions, take_generation_kwargs, take_turns
 
@@ -69,6 +70,8 @@ class SamplingOptions(EnvironmentOptions, TrlOnPolicyOptions):
         return {"max_tokens": self.max_completion_length, **{name: getattr(self, name) for name in DRAWN}}
 
     def __post_init__(self):
+        for name in ("generation_kwargs", "chat_template_kwargs"):
+            read_mapping(self, name)
         take_generation_kwargs(self)
         take_turns(self)
         super().__post_init__()

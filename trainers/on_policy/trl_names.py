@@ -6,6 +6,7 @@ from typing import Any
 from align.errors import ConfigError
 from align.rollout.options import RolloutOptions
 from align.trainers.core.moving_reference import MovingReferenceOptions
+from align.trainers.core.options import FLAG
 from align.trainers.core.trl_options import of_trl
 from align.trainers.on_policy.loss_options import LossOptions
 from align.trainers.on_policy.shown import ShownCompletionsOptions
@@ -31,14 +32,14 @@ class TrlOnPolicyOptions(MovingReferenceOptions, ShownCompletionsOptions, LossOp
     mask_truncated_completions: bool = field(
         default=False, metadata={"help": "TRL's name of truncated: mask, which also takes them out of the baselines."}
     )
-    generation_kwargs: dict[str, Any] | None = field(
+    generation_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
             "help": f"TRL's: another place for {', '.join(DRAWN)}; do_sample may be true. What else would change how "
             "completions are drawn is refused."
         },
     )
-    chat_template_kwargs: dict[str, Any] | None = field(
+    chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Variables of the chat template for all prompts; a row's own come first."}
     )
     max_tool_calling_iterations: int | None = field(
@@ -67,7 +68,8 @@ class TrlOnPolicyOptions(MovingReferenceOptions, ShownCompletionsOptions, LossOp
         default=None,
         metadata={
             "help": "TRL's: true is rollout: {backend: vllm}, false transformers. Default: what the section rollout "
-            "says, which is vLLM where it is installed."
+            "says, which is vLLM where it is installed.",
+            **FLAG,
         },
     )
     vllm_gpu_memory_utilization: float = field(
@@ -91,7 +93,7 @@ class TrlOnPolicyOptions(MovingReferenceOptions, ShownCompletionsOptions, LossOp
     vllm_importance_sampling_clip_min: float | None = of_trl(None, CORRECTION)
     vllm_importance_sampling_cap: float | None = of_trl(None, CORRECTION)
     use_transformers_continuous_batching: bool = of_trl(False, ENGINE)
-    transformers_continuous_batching_config: dict[str, Any] | None = of_trl(None, ENGINE)
+    transformers_continuous_batching_config: dict[str, Any] | str | None = of_trl(None, ENGINE)
     use_transformers_paged: bool = of_trl(False, ENGINE)
     cache_implementation: str | None = of_trl(None, ENGINE)
     ds3_gather_for_generation: bool = of_trl(True, "leave it out: weights are gathered one by one")

@@ -13,6 +13,7 @@ The subclass for preference optimisation is in `pairs.preference`, the one for r
 import logging
 from collections.abc import Callable
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,6 +62,7 @@ class PairTrainer(MicroBatchLists, Trainer):
         callbacks=None,
         optimizers=(None, None),
         compute_metrics: UserMetrics | None = None,
+        optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
     ):
         """compute_metrics: called after an evaluation with the rewards of chosen and rejected, predictions [N, 2], and
         labels [N] of 0, as TRL's reward trainer calls it; what it returns is logged as `eval_<name>`."""
@@ -81,6 +83,7 @@ class PairTrainer(MicroBatchLists, Trainer):
             compute_metrics=self.pair_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         if is_stream(train_dataset):
             names = sample_of(train_dataset).column_names

@@ -132,6 +132,7 @@ class PreferenceTrainer(PairTrainer):
         callbacks=None,
         optimizers=(None, None),
         compute_metrics: UserMetrics | None = None,
+        quantization_config: Any = None,
     ):
         args = self.options(args, model, train_dataset)
         processing_class = tokenizer_of(args, model, processing_class)
@@ -140,7 +141,8 @@ class PreferenceTrainer(PairTrainer):
             self._check_stream()
         ref_model = self._reference_given(ref_model)
         set_seed(args.seed)  # a new adapter is drawn at random
-        policy = load_policy(model, peft_config=peft_config, sharded=True, **loading_options(args, model))
+        options = loading_options(args, model, quantization_config)
+        policy = load_policy(model, peft_config=peft_config, sharded=True, **options)
         train_in_float32(policy, adapter=peft_config is not None)
         if args.disable_dropout:
             disable_dropout(policy)

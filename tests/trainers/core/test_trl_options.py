@@ -22,7 +22,7 @@ BOTH = ((DPOConfig, trl.DPOConfig), (SFTConfig, trl.SFTConfig), (RewardConfig, t
 OTHERS = {
     "truncation_mode": "keep_end", "padding_free": True, "ref_model_mixup_alpha": 0.9,
     "ref_model_sync_steps": 8, "pad_token": "<pad>", "pad_to_multiple_of": 8,
-    "activation_offloading": True, "eos_token": "<eos>", "dataset_text_field": "body",
+    "activation_offloading": True, "dataset_text_field": "body",
     "completion_only_loss": False, "dataset_kwargs": {"skip_prepare_dataset": True},
 }  # fmt: skip
 

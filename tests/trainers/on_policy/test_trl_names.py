@@ -12,7 +12,7 @@ from transformers import LlamaForSequenceClassification, TrainerCallback
 from align.data import toy
 from align.errors import ConfigError, DataError
 from align.trainers.core.ranks import Ranks
-from align.trainers.core.trl_options import INSTEAD
+from align.trainers.core.trl_options import instead_of
 from align.trainers.grpo import GRPOConfig
 from align.trainers.on_policy.buffer import block_sampler
 from align.trainers.on_policy.estimators import make_estimator
@@ -44,7 +44,7 @@ def test_what_asks_for_something_says_what_to_write(name, tmp_path):
 
 
 def test_the_names_are_those_of_trl():
-    own = {f.name for f in fields(TrlOnPolicyOptions) if INSTEAD in f.metadata}
+    own = {f.name for f in fields(TrlOnPolicyOptions) if instead_of(f)}
     assert own <= {f.name for _, theirs in BOTH for f in fields(theirs)}
     for ours, theirs in BOTH:  # every option can be named
         assert not {f.name for f in fields(theirs)} - {f.name for f in fields(ours)}
