@@ -80,7 +80,7 @@ class TrainerMixin(TrainerHooks):
         check_overridden(Trainer)
         self.recorder = Recorder()
         self.resumed: Resumed | None = None
-        self._verify = False
+        self._verify = self._began = False
         super().__init__(*args, **kwargs)
         check_overlap(self.model)
         check_sharded(self.accelerator)
@@ -372,6 +372,8 @@ class TrainerMixin(TrainerHooks):
         args.eval_on_start = eval_on_start and checkpoint is None
         try:
             with ExitStack() as held:
+                held.enter_context(trackers.own_run(args, first=not self._began))
+                self._began = True
                 by_first(lambda: held.enter_context(holding(args.output_dir, anew=checkpoint is None)))
                 output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         finally:

@@ -17,7 +17,6 @@ from align.reward_models.ensemble import FILE_NAME, KINDS, save_ensemble
 from align.reward_models.joint import save_adapters, save_trunk
 from align.reward_models.normalizer import FILE_NAME as NORMALIZER_FILE
 from align.trainers.core.loading import loading_options, tokenizer_of
-from align.trainers.core.trackers import finish_tracking
 from align.trainers.reward import RewardConfig, RewardTrainer, pair_data
 from align.trainers.sweeps.joint_ensemble import JointRewardTrainer
 
@@ -133,7 +132,6 @@ def _train_one(model: str, args: RewardConfig, folder: Path, index: int, data, p
     trainer = RewardTrainer(model, member_args, **data, peft_config=peft_config, callbacks=callbacks)
     trainer.train()
     trainer.save_model()
-    finish_tracking(member_args)
 
 
 def _joint_model(model: str, args, tokenizer, members: int, kind: str, upper_layers, train_trunk: bool, peft_config):

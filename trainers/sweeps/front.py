@@ -29,7 +29,6 @@ from align.reward_models.base import Reward
 from align.reward_models.implicit import ImplicitReward
 from align.reward_models.margins import MarginRewards, rows_fingerprint
 from align.trainers.core.identity import differences
-from align.trainers.core.trackers import finish_tracking
 from align.trainers.modpo import SWEEP, MODPOConfig, MODPOTrainer, WeightOptions
 from align.trainers.on_policy.evaluation import run_options
 from align.trainers.pairs.data import numbered_pairs
@@ -175,7 +174,6 @@ def train_point(make_trainer: Callable[[Any], Any], args: Any, settings: dict, r
         temporary.write_text(json.dumps(done, indent=2) + "\n")
         temporary.replace(folder / POINT_FILE)
     trainer.accelerator.wait_for_everyone()
-    finish_tracking(args)
     del trainer  # before the next one is loaded
     gc.collect()
     if torch.cuda.is_available():

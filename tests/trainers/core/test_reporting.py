@@ -18,12 +18,23 @@ GOLD = {"type": "rule", "function": "align.data.toy:gold", "name": "gold"}
 
 def wandb_history(folder) -> tuple[list[dict], str]:
     """The logged rows of the one offline run under `folder`, and the folder of its files."""
+    (found,) = wandb_histories(folder)
+    return found
+
+
+def wandb_histories(folder) -> list[tuple[list[dict], str]]:
+    """The same of all runs, the first one first."""
     import wandb
-    from wandb.proto.wandb_internal_pb2 import Record
 
     wandb.finish()
     wandb.teardown()  # ends the process that writes
-    (run,) = folder.glob("wandb/offline-run-*")
+    runs = sorted(folder.glob("wandb/offline-run-*"), key=lambda run: (run / "logs").stat().st_ctime)
+    return [_history(run) for run in runs]
+
+
+def _history(run) -> tuple[list[dict], str]:
+    from wandb.proto.wandb_internal_pb2 import Record
+
     (log,) = run.glob("*.wandb")
     rows = []
     for data in leveldb_records(log.read_bytes()):
@@ -102,6 +113,33 @@ def test_sft_in_wandb(policy, wandb_offline):
     assert [row["train/loss"] for row in rows if "train/loss" in row] == pytest.approx(logged(trainer, "loss"))
     assert [row["eval/loss"] for row in rows if "eval/loss" in row] == pytest.approx(logged(trainer, "eval_loss"))
     assert [row["train/global_step"] for row in rows] == sorted(row["train/global_step"] for row in rows)
+
+
+def test_trainers_of_one_process_have_a_run_each(policy, wandb_offline):
+    """In wandb; what is logged after a training, or when it goes on, is in its run. A run of `wandb.init` holds all."""
+    import wandb
+
+    def trained(name: str, steps: int) -> SFTTrainer:
+        args = sft_config(wandb_offline / name, max_steps=steps, report_to="wandb", run_name=name)
+        trainer = SFTTrainer(policy, args, demonstrations(16))
+        trainer.train()
+        return trainer
+
+    trained("one", 3)
+    wandb.log({"afterwards": 1})
+    trainer = trained("two", 2)
+    trainer.train()
+    assert wandb.run.name == "two"
+    wandb.finish()
+    with wandb.init(name="mine") as run:
+        trained("three", 1)
+        trained("four", 1)
+        assert wandb.run is run
+        wandb.log({"afterwards": 2})
+    runs = [rows for rows, _ in wandb_histories(wandb_offline)]
+    steps = [[row["train/global_step"] for row in rows if "train/loss" in row] for rows in runs]
+    assert steps == [[1, 2, 3], [1, 2, 1, 2], [1, 1]]
+    assert [rows[-1].get("afterwards") for rows in runs] == [1, None, 2]
 
 
 def test_every_metric_is_finite_and_averaged_between_logs(policy, tmp_path):
