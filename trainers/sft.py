@@ -14,7 +14,7 @@ from transformers import TrainingArguments, set_seed
 
 from align.data.bad_rows import BadRow
 from align.data.checks import SCORE, check_score
-from align.data.collate import IGNORED
+from align.data.collate import IGNORED, labelled
 from align.data.formats import TEXT_COLUMNS, columns_of, format_for
 from align.data.sets import of_each
 from align.data.streams import is_stream, mapped, read_whole, sample_of
@@ -214,6 +214,12 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         if eval_dataset is not None and not isinstance(eval_dataset, str):  # a name among several evaluation sets
             eval_dataset = of_each(eval_dataset, self._to_evaluate)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def predict(self, test_dataset, *args, **kwargs):
+        """As transformers' `predict`; rows as `evaluate` takes them, for which TRL makes the labels there alone."""
+        rows = self._to_evaluate(test_dataset)
+        rows = rows if "labels" in rows.column_names else rows.map(labelled, desc="Labels")
+        return super().predict(rows, *args, **kwargs)
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
         """With loss, entropy and accuracy per trained token of the whole set: the means of the batches' means that

@@ -81,3 +81,10 @@ class CompletionCollator:
         trained, _ = right_pad([row["completion_mask"] for row in features], 0)
         labels = input_ids.masked_fill(trained == 0, IGNORED)
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def labelled(row: dict) -> dict[str, list[int]]:
+    """The labels of a tokenised row: its trained tokens."""
+    ids = row["input_ids"]
+    mask = row.get("completion_mask") or [1] * len(ids)
+    return {"labels": [token if trained else IGNORED for token, trained in zip(ids, mask, strict=True)]}

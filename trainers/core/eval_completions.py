@@ -16,6 +16,7 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm import tqdm
 from transformers import TrainerCallback
+from trl import LogCompletionsCallback, WeaveCallback
 
 from align.data.ending import written_text
 from align.data.limits import longest_input
@@ -49,6 +50,19 @@ def show_completions(trainer: Any, rows: Dataset | dict[str, Dataset] | None) ->
     several the first is used."""
     if trainer.args.num_logged_completions:
         trainer.add_callback(EvalCompletions(trainer, rows))
+
+
+def check_prompts(callback: Any) -> None:
+    """ConfigError for a callback of TRL's that has the policy answer a column of prompts that the evaluation rows do
+    not have, here those of pairs: it would end the run at its first step."""
+    rows = getattr(callback, "eval_dataset", None)
+    if isinstance(callback, LogCompletionsCallback | WeaveCallback) and "prompt" not in getattr(
+        rows, "column_names", ["prompt"]
+    ):
+        raise ConfigError(
+            f"{type(callback).__name__} reads the column prompt of the evaluation rows, which are tokens here without "
+            "one. Instead: num_logged_completions and max_new_tokens of the configuration (SFT and preferences)"
+        )
 
 
 class EvalCompletions(TrainerCallback):

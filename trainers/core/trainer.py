@@ -32,6 +32,7 @@ from align.modeling.load import hold_modules_in_float32
 from align.trainers.core import card, guards, identity, saving, trackers
 from align.trainers.core.checkpoints import Resumed, choose_checkpoint, layout_of, read_checkpoint, write_extra_state
 from align.trainers.core.console import LogFile, replace_printing
+from align.trainers.core.eval_completions import check_prompts
 from align.trainers.core.experts import check_checkpointing, router_coefficient
 from align.trainers.core.hooks import TrainerHooks, check_overridden
 from align.trainers.core.lock import holding
@@ -136,6 +137,10 @@ class TrainerMixin(TrainerHooks):
                     f"metric_for_best_model is {metric!r}, and the evaluation sets have "
                     f"metrics of their own: name one, such as eval_{names[0]}_{metric}"
                 )
+
+    def add_callback(self, callback: Any) -> None:
+        check_prompts(callback)
+        super().add_callback(callback)
 
     # ---- streams ----------------------------------------------------------------------------------------------------
 

@@ -114,6 +114,12 @@ class OnPolicyBase(MicroBatchLists, Trainer):
         if rows:
             self.log_table("train_completions", columns, rows)
 
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        raise ConfigError(
+            "predict: a policy has completions, drawn anew each time, and no predictions of rows: `evaluate(rows)` "
+            "draws and scores them, and `align generate` writes them into a file (docs/using.md)"
+        )
+
     def sync_engine(self) -> None:
         self.ahead.wait()
         self.engine.sync(self.accelerator.unwrap_model(self.model), self.state.global_step)

@@ -82,7 +82,9 @@ def _too_few(count: int) -> str:
 
 
 def name_best_metric(args: Any, eval_dataset: Any) -> None:
-    """Of several evaluation sets the first decides."""
+    """Of several evaluation sets the first decides; TRL's `eval_reward` is `eval_proxy` here."""
+    if args.metric_for_best_model in ("reward", "eval_reward"):
+        args.metric_for_best_model = "eval_proxy"
     if isinstance(eval_dataset, dict) and args.stop_at is not None and args.metric_for_best_model == "eval_gold":
         args.metric_for_best_model = f"eval_{next(iter(eval_dataset))}_gold"
 

@@ -10,14 +10,14 @@ import torch
 import trl
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, BitsAndBytesConfig, HfArgumentParser
-from trl import TrlParser
+from transformers import AutoTokenizer, BitsAndBytesConfig, GenerationConfig, HfArgumentParser
+from trl import LogCompletionsCallback, TrlParser
 
 import align
 from align.data import toy
 from align.errors import ConfigError
 from tests.trainers.core.test_eval_sets import rows_of
-from tests.trainers.tiny_runs import QUIET, demonstrations, prompts, tiny_model
+from tests.trainers.tiny_runs import QUIET, demonstrations, logged, prompts, tiny_model, wanted_words
 
 CLASSES = {"sft": "SFT", "dpo": "DPO", "reward": "Reward", "grpo": "GRPO", "rloo": "RLOO"}
 OPTIONS = (
@@ -166,3 +166,43 @@ def test_the_tokenizer_is_of_the_models_revision(tmp_path, monkeypatch):
     align.DPOTrainer(str(tmp_path / "model"), args, rows_of("dpo", 4))
     assert seen == ["v2"]
     shutil.rmtree(tmp_path / "model")
+
+
+def test_predict_takes_rows_as_evaluate_does(policy, tmp_path):
+    args = align.SFTConfig(str(tmp_path), **QUIET)
+    trainer = align.SFTTrainer(policy, args, demonstrations(4))
+    rows = demonstrations(4, seed=1)
+    assert trainer.predict(rows).metrics["test_loss"] == pytest.approx(trainer.evaluate(rows)["eval_loss"])
+    args = align.RLOOConfig(str(tmp_path), rollout={"backend": "transformers"}, max_completion_length=4, **QUIET)
+    drawn = align.RLOOTrainer(policy, wanted_words, args, prompts(8))
+    with pytest.raises(ConfigError, match="predict: a policy has completions"):
+        drawn.predict(prompts(4))
+
+
+def test_trls_callback_for_completions(policy, tmp_path):
+    """It asks a column of prompts, at every step."""
+    some = GenerationConfig(max_new_tokens=2)
+    args = align.SFTConfig(str(tmp_path), max_steps=1, eval_strategy="steps", eval_steps=1, **QUIET)
+    trainer = align.SFTTrainer(policy, args, demonstrations(4), demonstrations(4, seed=1))
+    shown = LogCompletionsCallback(trainer, some, num_prompts=2)
+    trainer.add_callback(shown)
+    trainer.train()
+    assert [row[0] for row in shown.table] == ["1", "1"]
+    pairs = align.DPOTrainer(policy, align.DPOConfig(str(tmp_path), **QUIET), rows_of("dpo", 4), rows_of("dpo", 4, 1))
+    with pytest.raises(ConfigError, match="LogCompletionsCallback reads .* Instead: num_logged_completions"):
+        pairs.add_callback(LogCompletionsCallback(pairs, some, num_prompts=2))
+
+
+def test_trls_metric_of_the_best_policy(policy, tmp_path):
+    args = align.RLOOConfig(
+        str(tmp_path),
+        rollout={"backend": "transformers"},
+        max_completion_length=4,
+        max_steps=1,
+        metric_for_best_model="eval_reward",
+        load_best_model_at_end=True,
+        **QUIET | {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 1, "eval_steps": 1},
+    )
+    trainer = align.RLOOTrainer(policy, wanted_words, args, prompts(8), prompts(2, 1))
+    trainer.train()
+    assert trainer.state.best_metric == logged(trainer, "eval_proxy")[-1]
