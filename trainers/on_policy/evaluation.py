@@ -1,5 +1,6 @@
 """Evaluation of a policy: what it earns from the proxy and the gold reward, and how far it is from the reference."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -40,10 +41,12 @@ METRICS = ("kl", "kl_k3", "entropy", "proxy", "gold", "length")
 
 
 def run_options(args: Any) -> dict[str, Any]:
-    """The options that say what was run: all of ours, and the few of transformers' that decide how far it went."""
+    """The options that say what was run: all of ours, and the few of transformers' that decide how far it went. As JSON
+    has them: `model_init_kwargs` may hold anything, such as a torch.dtype."""
     ours = {f.name for f in fields(args)} - {f.name for f in fields(TrainingArguments)}
     options = {name: getattr(args, name) for name in sorted(ours | {*TRAINING, "gradient_accumulation_steps"})}
-    return {name: str(value) if isinstance(value, Enum) else plain(value) for name, value in options.items()}
+    values = {name: str(value) if isinstance(value, Enum) else plain(value) for name, value in options.items()}
+    return json.loads(json.dumps(values, default=str))
 
 
 def eval_prompts(dataset: Dataset, tokenize: Callable, most: int | None) -> Dataset:

@@ -193,16 +193,19 @@ def test_trls_callback_for_completions(policy, tmp_path):
         pairs.add_callback(LogCompletionsCallback(pairs, some, num_prompts=2))
 
 
-def test_trls_metric_of_the_best_policy(policy, tmp_path):
+def test_the_best_policy_and_the_dtype_of_trls_examples(policy, tmp_path):
     args = align.RLOOConfig(
         str(tmp_path),
         rollout={"backend": "transformers"},
         max_completion_length=4,
         max_steps=1,
         metric_for_best_model="eval_reward",
+        model_init_kwargs={"dtype": torch.bfloat16},  # which the file of evaluations has by its name
         load_best_model_at_end=True,
         **QUIET | {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 1, "eval_steps": 1},
     )
     trainer = align.RLOOTrainer(policy, wanted_words, args, prompts(8), prompts(2, 1))
     trainer.train()
     assert trainer.state.best_metric == logged(trainer, "eval_proxy")[-1]
+    header = json.loads((tmp_path / "overoptimization.jsonl").read_text().splitlines()[0])
+    assert header["config"]["model_init_kwargs"] == {"dtype": "torch.bfloat16"}
