@@ -262,12 +262,18 @@ def check_ensemble(run: RunConfig) -> None:
     """Raises `ConfigError` for options of loading that the members of an ensemble do not take."""
     from trl import get_quantization_config
 
-    if get_quantization_config(run.model) is not None:
-        raise ConfigError("load_in_4bit and load_in_8bit cannot be set with ensemble > 1: leave them out")
+    kind = cast(EnsembleArguments, run.ensemble).ensemble_kind
+    if get_quantization_config(run.model) is not None and (kind != "separate" or not run.model.use_peft):
+        raise ConfigError(
+            "load_in_4bit and load_in_8bit with ensemble > 1 are for ensemble_kind separate with use_peft: what "
+            "members share is not quantised"
+        )
 
 
 def train_ensemble(run: RunConfig, resume: bool) -> Path:
     """Train the members of an ensemble; return the folder that holds them. With `resume`, finished ones are kept."""
+    from trl import get_quantization_config
+
     check_ensemble(run)
     rows = train_rows(run)
     save_label_noise(run, rows)
@@ -287,4 +293,5 @@ def train_ensemble(run: RunConfig, resume: bool) -> Path:
         peft_config=peft_config(run),
         resume=resume,
         member=of_ensemble.ensemble_member,
+        quantization_config=get_quantization_config(run.model),
     )

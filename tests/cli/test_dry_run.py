@@ -138,7 +138,9 @@ def test_members_of_one_pass_are_counted_together(tiny_model, pairs, capsys):
     half = run(capsys, "reward", *tokens, "--dtype", "bfloat16")
     assert f"parameters x 2 bytes, {trained:,} parameters x 4 bytes" in half["memory"]
     assert main(["reward", *map(str, tokens), "--load_in_4bit", "--dry-run"]) == 2
-    assert "load_in_4bit and load_in_8bit cannot be set with ensemble > 1" in capsys.readouterr().err
+    assert "load_in_4bit and load_in_8bit with ensemble > 1 are for ensemble_kind separate" in capsys.readouterr().err
+    shown = run(capsys, "reward", *tokens, "--load_in_4bit", "--ensemble_kind", "separate")
+    assert "20,480 parameters in 4 bits" in shown["memory"]
 
 
 def test_a_reward_model_counts_on_its_ranks(tiny_model, prompts, capsys):

@@ -7,7 +7,10 @@ from safetensors.torch import load_file
 from align.cli.main import main
 from align.data.tokenize import tokenize_pairs
 from align.errors import TrainingError
+from align.reward_models.base import RewardBatch
+from align.reward_models.ensemble import load_ensemble
 from align.trainers.dpo import DPOTrainer
+from align.trainers.reward import RewardTrainer
 from tests.trainers.pairs.preference_runs import dpo_config, toy_pairs
 from tests.trainers.tiny_runs import logged, parameters
 
@@ -34,6 +37,24 @@ def test_an_adapter_on_4_bit_weights_is_trained(method, policy, pairs_folder, tm
     trained = {name: bool(tensor.any()) for name, tensor in adapter.items() if "lora_B" in name}  # they start at 0
     assert trained and all(trained.values())
     assert all(tensor.is_floating_point() for tensor in adapter.values())
+
+
+def test_members_of_an_ensemble_are_adapters_on_4_bit_weights(policy, pairs_folder, tmp_path, monkeypatch):
+    packed, train = [], RewardTrainer.train
+
+    def counted(trainer, *args, **kwargs):
+        packed.append(sum(type(module).__name__ == "Linear4bit" for module in trainer.model.modules()))
+        return train(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(RewardTrainer, "train", counted)
+    files = ["--model_name_or_path", policy, "--dataset_name", pairs_folder, "--output_dir", str(tmp_path)]
+    assert main(["reward", *files, *OPTIONS, "--ensemble", "2"]) == 0
+    assert len(packed) == 2 and min(packed) > 0
+    for member in ("member_0", "member_1"):
+        adapter = load_file(tmp_path / member / "adapter_model.safetensors")
+        assert all(value.any() for name, value in adapter.items() if "lora_B" in name)
+    scores = load_ensemble(tmp_path, "mean", device="cpu").score(RewardBatch(["w1 "], ["w3 w4"])).scores
+    assert torch.isfinite(scores).all()
 
 
 def test_weights_that_no_gradient_reaches_are_an_error(policy, tokenizer, tmp_path):

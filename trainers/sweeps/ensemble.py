@@ -3,6 +3,7 @@
 import copy
 import logging
 from pathlib import Path
+from typing import Any
 
 from align.data.formats import columns_of
 from align.data.sets import of_each
@@ -38,14 +39,15 @@ def train_reward_ensemble(
     callbacks=None,
     resume: bool = False,
     member: int | None = None,
+    quantization_config: Any = None,
 ) -> Path:
     """Train `members` reward models on the same pairs, tokenised once; member i has seed `args.seed + i`.
 
     kind: how the members are held.
         separate      Models of their own, one run each. The seed draws the head and the order of the data, nothing else
-                      (Coste et al. 2023). With `peft_config` each is an adapter, and is loaded as a model of its own.
-        lora          One frozen model with an adapter (`peft_config`) and a head per member, from one pass over the
-                      data.
+                      (Coste et al. 2023). With `peft_config` each is an adapter, and is loaded as a model of its own;
+                      with `quantization_config` it is trained as `RewardTrainer` does that.
+        lora          One frozen model with an adapter (`peft_config`) and a head per member, from one pass.
         shared_trunk  The upper `upper_layers` layers and the head per member, from one pass; the layers below are
                       shared, and frozen unless `train_trunk`.
     From one pass, all members see the data in the order of `args.seed`, and differ in the seed of the head (and of the
@@ -57,17 +59,18 @@ def train_reward_ensemble(
     this call, so that each can be a job of its own; the call that finds all members there writes ensemble.json.
     """
     _check(model, members, kind, upper_layers, train_trunk, peft_config)
-    _check_member(member, members, kind)
-    processing_class = tokenizer_of(args, model, processing_class)
+    _check_separate(member, members, kind, quantization_config)
     columns_of(train_dataset)  # no stream: every member goes through the same rows
+    processing_class = tokenizer_of(args, model, processing_class)
     data = pair_data(processing_class, args)
-    train_dataset = data.prepare(train_dataset, "train")
     eval_dataset = of_each(eval_dataset, lambda rows: data.prepare(rows, "eval"))
-    given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "processing_class": processing_class}
+    given = {"train_dataset": data.prepare(train_dataset, "train"), "eval_dataset": eval_dataset}
+    given |= {"processing_class": processing_class, "callbacks": callbacks}
     folder, names = Path(args.output_dir), [f"member_{i}" for i in range(members)]
     if kind == "separate":
+        given |= {"peft_config": peft_config, "quantization_config": quantization_config}
         for i in range(members) if member is None else [member]:
-            _train_one(str(model), args, folder / names[i], i, given, peft_config, callbacks, resume)
+            _train_one(str(model), args, folder / names[i], i, given, resume)
         if not all(map(_whole, (folder / name for name in names))):
             return folder
     elif resume and (folder / FILE_NAME).exists():
@@ -75,10 +78,9 @@ def train_reward_ensemble(
         return folder
     else:
         joint = _joint_model(str(model), args, processing_class, members, kind, upper_layers, train_trunk, peft_config)
-        trainer = JointRewardTrainer(joint, _of_loaded(args), **given, callbacks=callbacks)
+        trainer = JointRewardTrainer(joint, _of_loaded(args), **given)
         trainer.train(resume_from_checkpoint=resume and newest_whole(folder) is not None)
-        if trainer.args.should_save:
-            _save_joint(trainer, kind, folder, names, peft_config)
+        _save_joint(trainer, kind, folder, names, peft_config)
     if args.process_index == 0:
         save_ensemble(folder, names, kind=kind, upper_layers=upper_layers)
     return folder
@@ -105,7 +107,9 @@ def _check(model, members: int, kind: str, upper_layers: int | None, train_trunk
         raise ConfigError(f"{model} holds an adapter, and members' adapters need a whole model: merge it first")
 
 
-def _check_member(member: int | None, members: int, kind: str) -> None:
+def _check_separate(member: int | None, members: int, kind: str, quantization_config: Any) -> None:
+    if quantization_config is not None and kind != "separate":
+        raise ConfigError(f"members of kind {kind} share a model that is not quantised: leave quantization_config out")
     if member is None:
         return
     if kind != "separate":
@@ -120,16 +124,18 @@ def _whole(folder: Path) -> bool:
     return (folder / NORMALIZER_FILE).exists()  # the last file of a reward model to be written
 
 
-def _train_one(model: str, args: RewardConfig, folder: Path, index: int, data, peft_config, callbacks, resume) -> None:
+def _train_one(model: str, args: RewardConfig, folder: Path, index: int, options: dict[str, Any], resume) -> None:
     if resume and _whole(folder):
         logger.info("%s is complete and kept", folder)
         return
+    if args.process_index == 0:  # a member of an earlier ensemble is not this one's, should this training break off
+        (folder / NORMALIZER_FILE).unlink(missing_ok=True)
     member_args = copy.deepcopy(args)
     member_args.output_dir = str(folder)
     member_args.seed = member_args.data_seed = args.seed + index
     member_args.run_name = f"{args.run_name or folder.parent.name}-{folder.name}"
     logger.info("%s: seed %d", folder, member_args.seed)
-    trainer = RewardTrainer(model, member_args, **data, peft_config=peft_config, callbacks=callbacks)
+    trainer = RewardTrainer(model, member_args, **options)
     trainer.train()
     trainer.save_model()
 
@@ -153,6 +159,8 @@ def _of_loaded(args: RewardConfig) -> RewardConfig:
 
 
 def _save_joint(trainer: JointRewardTrainer, kind: str, folder: Path, names: list[str], peft_config) -> None:
+    if not trainer.args.should_save:
+        return
     model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
     if kind == "lora":
         save_adapters(model, [folder / name for name in names], peft_config, tokenizer)

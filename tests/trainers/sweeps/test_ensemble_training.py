@@ -11,7 +11,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from align.errors import ConfigError
+from align.errors import ConfigError, RewardError
 from align.modeling.load import load_sequence_classifier
 from align.modeling.member_lora import add_member_adapters
 from align.modeling.members import Members, share_trunk
@@ -243,6 +243,26 @@ def test_separate_members(trunk, tmp_path, caplog):
     assert Normalizer.load(folder / "member_1") is not None
 
 
+def test_a_member_of_an_earlier_ensemble_is_not_this_ones(trunk, tmp_path):
+    """Members that are jobs of their own: one whose training broke off is missing, whatever was there before."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise RuntimeError("broke off")
+
+    args = config(tmp_path / "runs", num_train_epochs=1)
+    train_reward_ensemble(trunk, args, pairs(16), members=2)
+    before = (tmp_path / "runs" / "ensemble.json").read_text()
+    with pytest.raises(RuntimeError, match="broke off"):
+        train_reward_ensemble(trunk, args, pairs(16, seed=2), members=2, member=0, callbacks=[Stop()])
+    train_reward_ensemble(trunk, args, pairs(16, seed=2), members=2, member=1)
+    assert (tmp_path / "runs" / "ensemble.json").read_text() == before  # not whole, so nothing says that it is
+    with pytest.raises(RewardError, match="member_1"):
+        load_ensemble(tmp_path / "runs", "mean")
+    train_reward_ensemble(trunk, args, pairs(16, seed=2), members=2, member=0)
+    load_ensemble(tmp_path / "runs", "mean", device="cpu")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -254,6 +274,10 @@ def test_separate_members(trunk, tmp_path, caplog):
         ({"upper_layers": 1}, "upper_layers belongs to the kind shared_trunk; separate would ignore it"),
         ({"kind": "lora", "peft_config": LORA, "train_trunk": True}, "lora would ignore it"),
         ({"kind": "lora"}, "needs a peft_config"),
+        (
+            {"kind": "lora", "peft_config": LORA, "quantization_config": {}},
+            "members of kind lora share a model that is",
+        ),
         ({"kind": "shared_trunk", "upper_layers": 1, "peft_config": LORA}, "has no adapters"),
         ({"kind": "shared_trunk", "upper_layers": 2}, "each member can have 1 to 1 upper layers of its own, got 2"),
     ],
