@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from align.data.batching import length_batches
 from align.data.limits import known_tokens, longest_input
 from align.errors import ConfigError
+from align.modeling.rotary import choose_recorded
 from align.modeling.score_head import reads_end_token
 from align.modeling.types import Model
 from align.reward_models.base import Reward, RewardBatch, RewardOutput, Steps
@@ -79,10 +80,18 @@ class ModelReward(OnDevice, Reward):
                 f"reward {self.name!r}: ranks says which processes load the model, and this one is loaded in each "
                 "already: give its folder or hub name"
             )
+
+        def ready() -> list[Model]:
+            first, *others = load()
+            choose_recorded(first)
+            for other in others:  # the reference of an implicit reward
+                choose_recorded(other, like=first)
+            return [first, *others]
+
         self.placement = Placement.of(self.name, ranks)
         if self.placement is not None:
-            return self.placement.load(load, Known.of)
-        models = load()
+            return self.placement.load(ready, Known.of)
+        models = ready()
         return models, Known.of(models)
 
     def check_room(self, prompt: int, completion: int, *, conversational: bool) -> None:

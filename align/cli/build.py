@@ -124,7 +124,7 @@ def empty_model(run: RunConfig):
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from align.modeling.adapters import fit_embeddings, is_adapter
+    from align.modeling.adapters import fit_base, is_adapter
 
     name, config = run.model.model_name_or_path, model_config(run)
     made, options = AutoModelForCausalLM, {"trust_remote_code": run.training.trust_remote_code}
@@ -133,7 +133,7 @@ def empty_model(run: RunConfig):
     with torch.device("meta"):
         model = made.from_config(config, **options)
         if is_adapter(name):
-            fit_embeddings(model, name)
+            fit_base(model, name)
     return model
 
 

@@ -15,9 +15,10 @@ from align.cli.estimate import Packed, Shape, estimate, members_shape, model_sha
 from align.config.arguments import EnsembleArguments
 from align.config.resolve import RunConfig, settings
 from align.data.dialogue import unused_template
-from align.data.limits import check_fits, lengths_of, longest_of
+from align.data.limits import check_fits, lengths_of, longest_of, longest_sequence
 from align.data.streams import LOOKED_AT, sample_of
 from align.errors import ConfigError
+from align.modeling.rotary import choose_factors
 from align.rollout.engine import check_length
 
 
@@ -44,6 +45,8 @@ def dry_run(run: RunConfig, processes: int | None = None) -> int:
         print(given.info.description)
     rows, report = tokenize(run, sample_of(given), tokenizer)
     print(report.summary())
+    if run.method.data != "prompts":
+        choose_factors(model, longest_sequence(run.training.max_length, [rows]))
     check_fits(model, rows, "training", tokenizer)
     if (evaluated := build.eval_rows(run)) is not None:
         rows_there, report_there = tokenize(run, evaluated, tokenizer, evaluation=True)

@@ -1,11 +1,12 @@
 """What a model can take: rows that are too long for it, or have tokens it does not know, are refused at the start."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from align.errors import ConfigError, DataError
+from align.modeling.rotary import LONG, SHORT, choose_factors, factors_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -23,7 +24,8 @@ PACKED = "seq_lengths"
 """TRL's column of a packed row: the tokens of each of its documents, whose positions begin at 0 again."""
 BY_BATCH = ("longrope", "dynamic")
 """Rotary embeddings that transformers computes otherwise for a whole batch once one of its rows is longer than the
-positions that the model was made for."""
+positions that the model was made for. `align.modeling.rotary` chooses for a run with longrope. vLLM has no positions
+beyond those of dynamic ones."""
 
 
 def check_fits(model: "Model", dataset: "Dataset", what: str, tokenizer: Any = None, name: str = "model") -> None:
@@ -75,10 +77,7 @@ def _unknown(row: str, token: int, known: int, tokenizer: Any, name: str = "mode
 
 
 def _check_lengths(dataset: "Dataset", group: tuple[str, ...], limit: int, what: str, takes: str) -> None:
-    if PACKED in dataset.column_names:
-        lengths = np.array([max(own) for _, values in parts_of(dataset, PACKED) for own in values.to_pylist()])
-    else:
-        lengths = sum((lengths_of(dataset, name) for name in group), np.zeros(len(dataset), np.int64))
+    lengths = _row_lengths(dataset, group)
     found = (lengths > limit).nonzero()[0].tolist()
     if found:
         raise DataError(
@@ -93,6 +92,40 @@ def _named(dataset: "Dataset", positions: list[int]) -> str:
     rows = dataset.select_columns(["row"])[shown]["row"] if "row" in dataset.column_names else shown
     more = "" if len(positions) <= SHOWN else f" and {len(positions) - SHOWN} more"
     return f"row{'s' * (len(positions) > 1)} {', '.join(map(str, rows))}{more}"
+
+
+def fit_rows(model: "Model", limit: int | None, sets: dict[str, Any], tokenizer: Any, name: str) -> None:
+    """`check_fits` of all sets of a run that are no streams, once the model's rotary positions are those of the run's
+    longest row. limit: of its tokens, None: what the rows have."""
+    from datasets import Dataset
+
+    choose_factors(model, longest_sequence(limit, sets.values()))
+    for what, dataset in sets.items():
+        if isinstance(dataset, Dataset):
+            check_fits(model, dataset, what, tokenizer, name)
+
+
+def longest_sequence(limit: int | None, sets: Iterable[Any]) -> int:
+    """What a sequence of a run may have: `limit` tokens; without one, and of packed rows, those of the longest row or
+    document. Streams are not read: their rows beyond what a model takes are refused as they come."""
+    from datasets import Dataset
+
+    known = [rows for rows in sets if isinstance(rows, Dataset)]
+    if limit is None or any(PACKED in rows.column_names for rows in known):
+        return max(map(_longest_row, known), default=0)
+    return limit
+
+
+def _longest_row(dataset: "Dataset") -> int:
+    columns = [group for group in SEQUENCES if set(group) <= set(dataset.column_names)]
+    return max((int(_row_lengths(dataset, group).max(initial=0)) for group in columns), default=0)
+
+
+def _row_lengths(dataset: "Dataset", group: tuple[str, ...]) -> np.ndarray:
+    """The tokens of each row, [rows]; of a packed one those of its longest document."""
+    if PACKED in dataset.column_names:
+        return np.array([max(own) for _, values in parts_of(dataset, PACKED) for own in values.to_pylist()])
+    return sum((lengths_of(dataset, name) for name in group), np.zeros(len(dataset), np.int64))
 
 
 def lengths_of(dataset: "Dataset", name: str) -> np.ndarray:
@@ -158,12 +191,13 @@ def longest_input(model: "Model") -> int | None:
     """Tokens that a model takes at most, None where its config names no limit, or stretches its rotary positions.
 
     RoBERTa and its kin count positions from their padding token's id + 1, so they take fewer than they have positions.
-    With `BY_BATCH` it is what a row may have so that its neighbours change nothing.
+    With `BY_BATCH` it is what a row may have so that its neighbours change nothing; with LongRoPE's factors for long
+    sequences all of its positions.
     """
     config = model.config.get_text_config()
     limit, rope = positions(config), getattr(config, "rope_parameters", None) or {}
     kind = rope.get("rope_type", "default")
-    if kind == "longrope":
+    if kind == "longrope" and factors_of(model) != LONG:
         return rope["original_max_position_embeddings"]
     if kind not in ("default", *BY_BATCH):
         return None
@@ -176,4 +210,6 @@ def longest_input(model: "Model") -> int | None:
 def _why(model: "Model") -> str:
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     kind = rope.get("rope_type")
+    if factors_of(model) == SHORT:
+        return " (longrope rotary positions with the factors for short sequences, which the run's lengths take)"
     return f" ({kind} rotary positions: the longest row of a batch changes those of all)" if kind in BY_BATCH else ""

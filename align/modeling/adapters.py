@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from align.errors import ConfigError
+from align.modeling.rotary import RECORD, record, recorded
 from align.modeling.types import Model
 
 logger = logging.getLogger(__name__)
@@ -227,6 +228,8 @@ def finish_adapter(folder: str | Path, model: Model) -> None:
             changes["modules_to_save"] = sorted({*(config["modules_to_save"] or ()), *map(_whole_module, whole)})
         config |= changes
         found |= {"start_rank": rank, "start": start.folder}
+    if recorded(core) is not None:
+        found[RECORD] = recorded(core)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (folder / NOTES_FILE).write_text(json.dumps(found, indent=2) + "\n")
 
@@ -264,11 +267,13 @@ def combine(start: dict[str, Tensor], trained: dict[str, Tensor], config) -> tup
     return both, changes, first
 
 
-def fit_embeddings(model: Model, folder: str | Path) -> None:
-    """Give a base as many embeddings as an adapter's folder holds, where the adapter was trained with more: tokens were
-    added to the base, and PEFT has saved its embeddings with the adapter."""
+def fit_base(model: Model, folder: str | Path) -> None:
+    """Make a base what an adapter was trained on: with as many embeddings as its folder holds, where tokens were added
+    and PEFT has saved them with the adapter, and with LongRoPE's factors as they were."""
     from safetensors import safe_open
 
+    if kept := notes(folder):
+        record(model, kept.get(RECORD))
     path, rows = Path(folder) / WEIGHTS_FILE, model.get_input_embeddings().weight.shape[0]
     if not path.exists():
         return

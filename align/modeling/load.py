@@ -18,7 +18,7 @@ from align.modeling.adapters import (
     attached,
     by_names,
     check_stack,
-    fit_embeddings,
+    fit_base,
     is_adapter,
     split,
 )
@@ -33,6 +33,7 @@ from align.modeling.pretrained import (
     only_errors_from_transformers,
     refuse_loading_options,
 )
+from align.modeling.rotary import share_factors
 from align.modeling.score_head import head_name
 from align.modeling.shared_prefix import compute_soft_caps
 from align.modeling.types import Model
@@ -104,7 +105,7 @@ def load_adapted(folder: str | Path, *, dtype: str | torch.dtype | None = None) 
     from peft import PeftConfig, PeftModel
 
     base = load_policy(adapter_base(folder), dtype=dtype)
-    fit_embeddings(base, folder)
+    fit_base(base, folder)
     start, trained = split(folder)
     if not start:
         return PeftModel.from_pretrained(base, str(folder))
@@ -318,7 +319,9 @@ def reference_of(model: Model, ref_model: str | Path | Model | None = None) -> R
 def freeze_copy(model: Model, dtype: torch.dtype | None = None) -> Model:
     """A copy of the model that no optimiser can change, in eval mode; dtype: of its weights, None: as they are."""
     if is_zero3(model.parameters()):
-        return _frozen(zero3_twin(language_model(model)))
+        twin = zero3_twin(language_model(model))
+        share_factors(twin, model)
+        return _frozen(twin)
     twin = _frozen(copied(model, dtype))
     if dtype is not None:
         language_model(twin).config.dtype = dtype

@@ -14,7 +14,7 @@ from align.modeling.adapters import (
     CONFIG_FILE,
     adapter_base,
     check_biases,
-    fit_embeddings,
+    fit_base,
     is_adapter,
     notes,
     read_object,
@@ -53,7 +53,7 @@ def load_unmerged(auto_class, folder: str, options: dict, **head) -> tuple[Model
     with only_errors_from_transformers():  # a head that the base lacks is the adapter's
         model = load(auto_class, base, options, **({"head_seed": 0, "of_adapter": True} if head else {}))
         fill(model)  # the adapter is added to it
-        fit_embeddings(model, folder)
+        fit_base(model, folder)
         try:
             adapted = PeftModel.from_pretrained(model, folder)
         except Exception as error:  # damaged files make PEFT and safetensors raise anything

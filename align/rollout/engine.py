@@ -64,6 +64,7 @@ class RolloutEngine(ABC):
         core = language_model(model)
         text_config = core.config.get_text_config()
         check_length(text_config, max_model_len)
+        check_factors(core, max_model_len)
         self.max_model_len = max_model_len
         self.vocab_size = text_config.vocab_size
         self.eos_token_ids = end_tokens(core, tokenizer)
@@ -165,10 +166,12 @@ class RolloutEngine(ABC):
         into copies. Raises `RolloutError` when a tensor in the engine's memory differs from the trainer's by a bit; or
         when log-probs differ (`probe`), with a back-end that cannot say what it holds.
         """
+        from align.modeling.logprobs import language_model
         from align.rollout.adapters import ArrivedShare
         from align.rollout.identity import WeightStream
 
         self._check_open()
+        check_factors(language_model(model), self.max_model_len)
         start = time.perf_counter()
         self.arrived = ArrivedShare()
         stream = WeightStream(self._weights(model, everything=False), self._parts, self._sums)
@@ -294,6 +297,22 @@ def check_length(text_config, max_model_len: int) -> None:
         raise ConfigError(
             f"max_model_len={max_model_len} (prompt and completion) is more than the {limit} positions of the model: "
             "lower max_prompt_length or max_completion_length"
+        )
+
+
+def check_factors(core, max_model_len: int) -> None:
+    """LongRoPE: an engine takes the factors that its max_model_len needs, and so must the model whose weights it gets.
+    A model of no run is given them."""
+    from align.modeling.rotary import choose_factors, factors_for, factors_of
+
+    chosen, needed = factors_of(core), factors_for(core.config, max_model_len)
+    if chosen is None:
+        choose_factors(core, max_model_len)
+    elif chosen != needed:
+        raise ConfigError(
+            f"LongRoPE: the model takes the factors for {chosen} sequences, as the run's lengths need, and "
+            f"an engine of max_model_len={max_model_len} with those for {needed} ones: make both at most the model's "
+            "original positions, or both more (max_prompt_length + max_completion_length; self_judge needs room too)"
         )
 
 

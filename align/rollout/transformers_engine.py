@@ -14,6 +14,7 @@ from transformers import Cache
 from align.distributed.shards import is_zero3
 from align.errors import ConfigError
 from align.modeling.logprobs import language_model
+from align.modeling.rotary import share_factors
 from align.modeling.types import Model
 from align.rollout.engine import RolloutEngine
 from align.rollout.identity import Fingerprints, fingerprint
@@ -51,6 +52,7 @@ class TransformersEngine(RolloutEngine):
         self._model = empty_copy(language_model(model), self.dtype)
         if self._native:
             self._model = adapted_copy(self._model, model)
+        share_factors(self._model, language_model(model))
         self._tensors = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
         self._pushes = 0
         accepted = inspect.signature(self._model.forward).parameters

@@ -42,6 +42,8 @@ class _Shared:
 def starting() -> Iterator[None]:
     """Undo what making a `vllm.LLM` inside this context does to the process. vLLM caches its own environment variables
     before they go. Counts the engine if all went well, else removes what a failed start leaves behind."""
+    from vllm.model_executor.layers import rotary_embedding
+
     environment, functions, group = dict(os.environ), _get_functions(), dist.group.WORLD
     threads = torch.get_num_threads()
     os.environ.update({**DEFAULTS, **environment, **FORCED})
@@ -52,6 +54,8 @@ def starting() -> Iterator[None]:
     try:
         with preserved_random_states(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
+            # kept by what the model's config says: an engine of another max_model_len would get LongRoPE's wrong table
+            rotary_embedding._ROPE_DICT.clear()
             yield
         _Shared.engines += 1
     finally:

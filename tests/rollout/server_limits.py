@@ -15,6 +15,7 @@ import psutil
 import pytest
 import requests
 import torch
+from transformers import LlamaConfig
 
 from align.errors import RolloutError
 from align.rollout import SamplingParams
@@ -54,9 +55,9 @@ def test_completions_that_take_too_long_are_counted(both, model, monkeypatch, wa
 def test_what_servers_must_have_in_common(both, model, monkeypatch):
     """The dtype of the arithmetic, in which a few tensors may be wider; the kind of device, and so of the proof."""
 
-    def fit():
-        names = checkpoint_shapes(model).keys()
-        both._background.run(both._with_session(partial(check_fit, both.servers, names, both.dtype, 256)))
+    def fit(config=model.config, longest=256):
+        known = both.servers, checkpoint_shapes(model).keys(), both.dtype, longest, config
+        both._background.run(both._with_session(partial(check_fit, *known)))
 
     both.push(model, 1)
     parts = {**both.servers[0].parts}
@@ -65,6 +66,11 @@ def test_what_servers_must_have_in_common(both, model, monkeypatch):
     for server in both.servers:
         monkeypatch.setattr(server, "parts", parts)
     fit()
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 200}
+    scaled = LlamaConfig(rope_parameters={**rope, "short_factor": [1.0] * 64, "long_factor": [2.0] * 64})
+    fit(scaled, 201)
+    with pytest.raises(RolloutError, match=r"takes \d+ tokens and LongRoPE's factors for long .* 200 and those for sh"):
+        fit(scaled, 200)
     (piece,) = both._parts(name, torch.ones(64))
     assert piece.dtype == torch.float64 and piece.sum() == 64
     with monkeypatch.context() as patch:

@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel
 
 from align.evaluation.peak import analyse_peak
 from align.evaluation.records import FILE_NAME, read_run
+from align.modeling.rotary import LONG, factors_of
 from align.trainers.core.options import changed_settings
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ def facts_of(trainer: "TrainerMixin") -> dict[str, object]:
         dtype = str(model.get_base_model().dtype).removeprefix("torch.")
         layers = layer_names(adapter)
         found["adapter"] = f"LoRA, r {adapter.r}, alpha {adapter.lora_alpha}, on {layers}, beside {dtype} weights"
+    if factors_of(model) == LONG:
+        found["rotary positions"] = "LongRoPE's factors for long sequences, in all rows"
     found |= trainer.further_facts()
     curve = curve_of(Path(trainer.args.output_dir))
     if curve is not None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, SupportsFloat, TypeVar
 
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 from peft import PeftModel, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from align.data.endless import EndlessRows
-from align.data.limits import check_fits, row_check
+from align.data.limits import fit_rows, row_check
 from align.data.streams import is_stream
 from align.distributed.checkpoints import checksums, write_manifest
 from align.distributed.disk import writing
@@ -29,6 +29,7 @@ from align.distributed.shells import check_sharded
 from align.errors import ConfigError, DataError, TrainingError
 from align.modeling.adapters import adapter_start, check_overlap, notes, split
 from align.modeling.load import hold_modules_in_float32
+from align.modeling.rotary import LONG, factors_of
 from align.trainers.core import card, guards, identity, saving, trackers
 from align.trainers.core.checkpoints import Resumed, choose_checkpoint, layout_of, read_checkpoint, write_extra_state
 from align.trainers.core.console import LogFile, replace_printing
@@ -115,12 +116,14 @@ class TrainerMixin(TrainerHooks):
         """Rows that the model cannot take would end in an index error, or train positions that it does not have."""
         self.check_rows_of(self.model, "model")
 
+    @property
+    def longest_row(self) -> int | None:  # tokens that there may be in a sequence; None: what the rows have
+        return vars(self.args).get("max_length")
+
     def check_rows_of(self, model: nn.Module, name: str) -> None:
         """The same for another model that reads the rows, by its name in the error."""
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"evaluation": self.eval_dataset}
-        for what, dataset in {"training": self.train_dataset, **evaluated}.items():
-            if isinstance(dataset, Dataset):
-                check_fits(model, dataset, what, self.processing_class, name)
+        fit_rows(model, self.longest_row, {"training": self.train_dataset, **evaluated}, self.processing_class, name)
 
     def _check_best_metric(self) -> None:
         """It is looked up after every evaluation. transformers' default for what needs one (load_best_model_at_end,
@@ -312,6 +315,7 @@ class TrainerMixin(TrainerHooks):
             "adapter": identity.adapter_settings(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)),
             "data": identity.data_digest(self.train_dataset),
             "settings": identity.settings_of(self.args),
+            **({} if factors_of(self.model) != LONG else {"rope_factors": LONG}),
             **self.further_identity(),
         }
 

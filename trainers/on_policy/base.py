@@ -13,6 +13,7 @@ from transformers import Trainer
 from align.data.limits import check_reads, known_tokens, longest_of
 from align.errors import ConfigError
 from align.modeling.load import Reference
+from align.modeling.rotary import choose_factors
 from align.reward_models.base import Reward
 from align.trainers.core.identity import mark_of
 from align.trainers.core.micro_batches import MicroBatchLists
@@ -92,6 +93,10 @@ class OnPolicyBase(MicroBatchLists, Trainer):
         known: dict[str, Any] = {"tokenizer": renders, "args": args, "tools": schemas, "environments": talks_with}
         self.tokenize, self.tokenize_rows = partial(tokenized_prompts, **known), partial(self.tokenized_rows, **known)
 
+    @property
+    def longest_row(self) -> int | None:
+        return self.args.max_prompt_length + self.args.max_completion_length
+
     def _check_rows(self) -> None:
         super()._check_rows()
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
@@ -164,6 +169,7 @@ class OnPolicyBase(MicroBatchLists, Trainer):
         # rows of the embeddings beyond the tokenizer are padding, of which models have unlike numbers
         tokens = min(known_tokens(self.model), len(self.processing_class))
         longest = self.args.max_prompt_length + self.args.max_completion_length
+        choose_factors(model, longest)
         check_reads(model, name, tokens=tokens, length=longest)
 
     @property

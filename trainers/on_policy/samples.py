@@ -11,6 +11,7 @@ from align.data.limits import check_reads, longest_input, longest_of
 from align.data.streams import is_stream
 from align.data.tokenize import tokenize_pairs, tokenize_prompts
 from align.errors import DataError, RolloutError
+from align.modeling.rotary import choose_factors
 from align.objectives.kl import masked_sum
 from align.rollout.types import Completion, Episode
 from align.trainers.on_policy.environments import Environments, with_prompts
@@ -82,8 +83,8 @@ def fit_prompts(args, model) -> None:
             "max_prompt_length: %d of the %d positions, as max_completion_length is %d", left, positions, given
         )
         args.max_prompt_length = left
-    else:
-        check_reads(model, "policy", tokens=0, length=limit + given)
+    choose_factors(model, args.max_prompt_length + given)
+    check_reads(model, "policy", tokens=0, length=args.max_prompt_length + given)
     args.check_budgets()
 
 

@@ -77,11 +77,6 @@ class PreferenceTrainer(PairTrainer):
     """The layouts of a batch: padded, and where the models can share prompts."""
 
     @property
-    def longest_row(self) -> int | None:
-        """Tokens of the longest sequence of a batch."""
-        return self.args.max_length
-
-    @property
     def needs_reference(self) -> bool:
         """False: no reference is loaded, and `losses` gets None for it."""
         return True

@@ -13,6 +13,7 @@ from align.distributed.shards import outputs_as_computed
 from align.errors import ConfigError
 from align.modeling.load import Reference
 from align.modeling.logprobs import language_model
+from align.modeling.rotary import share_factors
 from align.modeling.types import Model
 from align.trainers.core.reference_checks import check_reference, logp_tolerance, reference_probe
 from align.trainers.pairs.reference import load_reference, make_reference
@@ -55,6 +56,7 @@ class SupervisedReference:
         self.held: Reference = make_reference(trainer.model, model, for_one_pass=False, dtype=dtype)
         self.is_start = ref_model is None
         core = language_model(self.held.model)
+        share_factors(core, trainer.model)
         if not self.is_start and not is_stream(trainer.train_dataset):
             check_fits(core, trainer.train_dataset, "training", trainer.processing_class, "reference")
         if not self.held.adapter_off:

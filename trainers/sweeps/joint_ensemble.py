@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from align.errors import ConfigError
 from align.modeling.member_lora import MemberLora
 from align.modeling.members import Members, member_scores
+from align.modeling.rotary import LONG, factors_of
 from align.objectives.pair_losses import PairLosses
 from align.reward_models.normalizer import Normalizer
 from align.trainers.reward import RewardConfig, RewardTrainer, agreement
@@ -31,6 +32,11 @@ class JointRewardTrainer(RewardTrainer):
         super().__init__(model, args, train_dataset, eval_dataset, **options)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ConfigError("members that share a model train in one process or with DDP: drop FSDP and DeepSpeed")
+        if factors_of(self.model) == LONG:
+            raise ConfigError(
+                "max_length is more than the model's original positions (LongRoPE), and members that share a model do "
+                "not keep with which factors they were trained: lower max_length, or use ensemble_kind: separate"
+            )
         self.count = next(len(module.members) for module in model.modules() if isinstance(module, Members))
         self.normalizers: list[Normalizer] = []
 

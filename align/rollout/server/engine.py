@@ -24,6 +24,7 @@ from align.config.addresses import LOOPBACK
 from align.config.server_key import KEY_VARIABLE, read_key
 from align.distributed.ranks import by_first, in_all, is_first, raise_shared, shared
 from align.errors import ConfigError, RolloutError
+from align.modeling.logprobs import language_model
 from align.rollout.adapters import A, B, lora_layers, why_merged, with_adapter
 from align.rollout.engine import RolloutEngine
 from align.rollout.identity import Fingerprints, check_identity, texts
@@ -112,7 +113,7 @@ class ServerEngine(RolloutEngine):
         self._background.run(self._with_session(lambda http: self._each(http, partial(self._described, http=http))))
         self._adapts = self._takes_adapter(model)
         names = checkpoint_shapes(model, merged=not self._adapts).keys()
-        fit = partial(check_fit, self.servers, names, self.dtype, self.max_model_len)
+        fit = partial(check_fit, self.servers, names, self.dtype, self.max_model_len, language_model(model).config)
         self._background.run(self._with_session(fit))
         if self._leader:
             seconds = SOONER * self.servers[0].timeout

@@ -1,19 +1,26 @@
 """What servers must have in common with the run that asks them, and with each other."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import aiohttp
 import torch
 
 from align.errors import RolloutError
+from align.modeling.rotary import factors_for
 from align.rollout.server.client import Server
 
 
 async def check_fit(
-    servers: list[Server], names: Iterable[str], dtype: torch.dtype, longest: int, http: aiohttp.ClientSession
+    servers: list[Server],
+    names: Iterable[str],
+    dtype: torch.dtype,
+    longest: int,
+    config: Any,
+    http: aiohttp.ClientSession,
 ) -> None:
     """Raises `RolloutError` for servers that were not started for this run. names: of its checkpoint's tensors; dtype:
-    of its rollouts; longest: tokens of prompt and completion."""
+    of its rollouts; longest: tokens of prompt and completion; config: the model's."""
     first = servers[0]
     for server in servers:
         if server.parts.keys() != set(names) or server.parts != first.parts:
@@ -35,4 +42,9 @@ async def check_fit(
             raise RolloutError(
                 f"the rollout server {server.url} takes {most} tokens of prompt and completion, this run "
                 f"needs {longest}: start it with the config of this run"
+            )
+        if (theirs := factors_for(config, most)) != (ours := factors_for(config, longest)):
+            raise RolloutError(
+                f"the rollout server {server.url} takes {most} tokens and LongRoPE's factors for {theirs} sequences, "
+                f"this run {longest} and those for {ours} ones: start it with the config of this run"
             )

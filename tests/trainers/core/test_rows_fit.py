@@ -69,20 +69,24 @@ def test_packed_rows_whose_documents_fit(strategy, streamed, tokenizer, tmp_path
             make("sft", args, Dataset.from_list([PAIR, LONG]), tokenizer)
 
 
-ORIGINAL = {"rope_theta": 1e4, "original_max_position_embeddings": 20}
-FACTORS = {"short_factor": [1.0] * 16, "long_factor": [i + 1.0 for i in range(16)]}
-
-
 @pytest.mark.parametrize("method", ["sft", "dpo", "reward", "remax"])
 def test_rows_that_would_change_their_neighbours_positions(method, tokenizer, tmp_path):
-    """LongRoPE has one table of frequencies for short batches and one for long ones; what is stretched for all lengths
-    has no limit."""
+    """Dynamic ones follow the longest row of a batch, and vLLM has none beyond the model's; what is stretched for all
+    lengths has no limit. LongRoPE has a choice: test_long_rope."""
     rows, args = Dataset.from_list([PAIR, LONG]), {"output_dir": str(tmp_path), "max_steps": 1, **QUIET}
     args |= {"max_prompt_length": 60} if method == "remax" else {}
-    reason = r" 20 tokens.* \(longrope rotary positions: the longest row of a batch changes those of all\)"
+    scaled, original = {"rope_theta": 1e4, "factor": 4.0}, {"original_max_position_embeddings": 20}
+    reason = r" 20 tokens.* \(dynamic rotary positions: the longest row of a batch changes those of all\)"
     with pytest.raises((DataError, ConfigError), match=reason):
-        make(method, args, rows, tokenizer, rope_parameters={"rope_type": "longrope", **ORIGINAL, **FACTORS})
-    make(method, args, rows, tokenizer, rope_parameters={"rope_type": "yarn", "factor": 4.0, **ORIGINAL})
+        make(
+            method,
+            args,
+            rows,
+            tokenizer,
+            max_position_embeddings=20,
+            rope_parameters={"rope_type": "dynamic", **scaled},
+        )
+    make(method, args, rows, tokenizer, rope_parameters={"rope_type": "yarn", **scaled, **original})
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
