@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Python compiles what it imports; compiling all that is installed takes minutes.
 export PIP_NO_COMPILE := 1
 
-.PHONY: quickstart test test-lowest test-highest test-newest lint docs audit clean
+.PHONY: quickstart test test-lowest test-highest test-newest test-deepspeed lint docs audit clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/align quickstart $(ARGS)
@@ -32,6 +32,14 @@ test-newest: $(VENV)/.installed build/newest/.installed
 
 build/newest/.installed: requirements/highest.txt
 	$(BIN)/pip install -q --upgrade --target $(@D) -c $< transformers
+	touch $@
+
+# Training under ZeRO-2 and ZeRO-3, which CI leaves out: DeepSpeed would change what transformers and accelerate import.
+test-deepspeed: $(VENV)/.installed build/deepspeed/.installed
+	PYTHONPATH=build/deepspeed OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/trainers/core/test_deepspeed.py $(ARGS)
+
+build/deepspeed/.installed: requirements/deepspeed.txt
+	DS_BUILD_OPS=0 $(BIN)/pip install -q --upgrade --no-deps --target $(@D) -r $<
 	touch $@
 
 .venv-%/.installed: requirements/%.txt pyproject.toml

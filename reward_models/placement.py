@@ -128,8 +128,8 @@ def _check_loading(name: str) -> None:
 
     if is_deepspeed_zero3_enabled():
         raise ConfigError(
-            f"reward {name!r}: with ZeRO-3 all processes load a model together, so that ranks cannot be: use --setup "
-            "fsdp2 or zero2, or serve the reward (docs/rewards.md, type: remote)"
+            f"reward {name!r}: ranks have not been tried with ZeRO-3: use --setup fsdp2 or zero2, or serve the reward "
+            "(docs/rewards.md, type: remote)"
         )
 
 

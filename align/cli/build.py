@@ -97,12 +97,17 @@ def dtype(run: RunConfig) -> str:
 def model(run: RunConfig):
     """The model that is trained, without its adapter."""
     from accelerate import PartialState
+    from transformers.integrations import is_deepspeed_zero3_enabled
     from trl import get_quantization_config
 
     from align.modeling.load import load_policy, load_sequence_classifier
 
     options: dict[str, Any] = {**source_options(run), "dtype": dtype(run)}
     quantization = get_quantization_config(run.model)
+    if quantization is not None and is_deepspeed_zero3_enabled():
+        raise ConfigError(
+            "load_in_4bit and load_in_8bit do not work with DeepSpeed ZeRO-3: use --setup fsdp2, zero2 or ddp"
+        )
     if quantization is not None:
         # quantised weights cannot be moved afterwards: every process loads them to where it trains
         device = PartialState(cpu=run.training.use_cpu).device

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from align.data.collate import PairCollator
 from align.data.shared_prefix import SharedPrefixCollator
 from align.distributed.ranks import shared
+from align.distributed.shards import is_zero3
 from align.errors import TrainingError
 from align.modeling import shared_prefix
 from align.modeling.logprobs import language_model
@@ -109,6 +110,8 @@ def _unsuitable(model: Model, core: Model, max_length: int | None) -> str | None
         return "it is an encoder-decoder"
     if "position_ids" not in inspect.signature(type(core).forward).parameters:
         return f"{type(core).__name__} takes no position ids"
+    if is_zero3(model.parameters()):
+        return "DeepSpeed ZeRO-3 has taken its weights apart, so that they could not be tried"
     reason = _stateful(core)
     if reason is not None:
         return reason

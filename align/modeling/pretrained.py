@@ -19,17 +19,22 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def weights_on_every_process():
-    """Under FSDP's cpu_ram_efficient_loading, transformers gives every process but the main one a model of zeros, of
-    whatever kind it is. Only a model that FSDP then shards gets its weights from the main process."""
+    """Under FSDP's cpu_ram_efficient_loading, transformers gives every process but the main one a model of zeros, and
+    under ZeRO-3 every process a part of each tensor, of whatever kind the model is. Only a model that is then trained
+    (or prepared as the reference is) gets its weights back."""
+    from transformers.integrations import deepspeed
+
     name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
-    before = os.environ.get(name)
+    before, settings = os.environ.get(name), deepspeed._hf_deepspeed_config_weak_ref
     if before is not None:
         os.environ[name] = "false"
+    deepspeed.unset_hf_deepspeed_config()
     try:
         yield
     finally:
         if before is not None:
             os.environ[name] = before
+        deepspeed._hf_deepspeed_config_weak_ref = settings
 
 
 def from_pretrained(auto_class, source: str, what: str, *, sharded: bool = False, **kwargs):

@@ -23,6 +23,7 @@ from align.rollout.sampling import RowSampler
 from align.rollout.types import Completion, OnDone, Request
 from align.rollout.weights import check_supported, own_weights
 
+NO_ZERO3 = "the transformers rollout engine does not work with DeepSpeed ZeRO-3: use vLLM's, or --setup fsdp2 or zero2"
 KEPT = 0.75  # ended rows are dropped when no larger share still runs: measured, for each dropping copies the cache
 
 
@@ -46,7 +47,7 @@ class TransformersEngine(RolloutEngine):
         )
         self.max_num_seqs = max_num_seqs
         if is_zero3(model.parameters()):
-            raise ConfigError("the transformers rollout engine does not work with DeepSpeed ZeRO-3: use FSDP2 or vLLM")
+            raise ConfigError(NO_ZERO3)
         self._native = holds_adapters(model)
         check_supported(model)
         self._model = empty_copy(language_model(model), self.dtype)

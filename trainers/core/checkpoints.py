@@ -17,6 +17,7 @@ from align.distributed.checkpoints import damage, newest_whole
 from align.distributed.ranks import by_first, shared
 from align.errors import TrainingError
 from align.trainers.core.identity import check_same_run, read_identity
+from align.trainers.core.zero import LATEST, check_processes
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ LAYOUTS = {
     "optimizer.pt": "neither FSDP nor DeepSpeed",
     "optimizer.bin": "FSDP (FULL_STATE_DICT)",
     "optimizer_0": "FSDP (SHARDED_STATE_DICT)",
-    "latest": "DeepSpeed",
+    LATEST: "DeepSpeed",
 }
 
 
@@ -58,7 +59,7 @@ def write_extra_state(folder: Path, state: dict, *, rank: int, processes: int, m
 def layout_of(trainer: Trainer) -> str:
     """What this run trains with, of `LAYOUTS`."""
     if trainer.is_deepspeed_enabled:
-        return LAYOUTS["latest"]
+        return LAYOUTS[LATEST]
     if not trainer.is_fsdp_enabled:
         return LAYOUTS["optimizer.pt"]
     return f"FSDP ({trainer.accelerator.state.fsdp_plugin.state_dict_type.name})"
@@ -89,6 +90,7 @@ def read_checkpoint(folder: str | Path, *, rank: int, processes: int) -> Resumed
             f"{folder} was written with save_only_model: it has no optimiser state to resume with. It can be "
             "the model of a new run"
         )
+    check_processes(folder, content["processes"], processes)
     if content["processes"] != processes:
         logger.warning(
             "%s was written by %d processes, and %d go on from it: the run is the same, up to rounding, only if a "

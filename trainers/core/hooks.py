@@ -15,6 +15,7 @@ OVERRIDDEN = (
     "_issue_warnings_after_load",
     "_load_best_model",
     "_load_from_checkpoint",
+    "_prepare_input",
     "_save",
     "_save_checkpoint",
     "_set_signature_columns_if_needed",

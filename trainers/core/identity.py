@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from align.data.endless import EndlessRows
 from align.data.fingerprint import rows_digest
 from align.data.streams import LOOKED_AT
+from align.distributed.shards import is_zero3, whole
 from align.errors import RewardError, TrainingError
 from align.modeling.adapters import PREFIX
 from align.modeling.fingerprint import fingerprint
@@ -72,12 +73,14 @@ def _plain(value: Any) -> Any:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Of names, shapes and samples of the weights that a run starts from, new adapters left out; before sharding."""
+    """Of names, shapes and samples of the weights that a run starts from, new adapters left out; before FSDP shards
+    them. All processes must call it together."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, value in model.named_parameters():
+    for name, parameter in model.named_parameters():
         if "lora_" in name or "modules_to_save" in name:
             continue
         name = name.removeprefix(PREFIX).replace(".base_layer", "")
+        value = whole(parameter) if is_zero3([parameter]) else parameter
         digest.update(f"{name} {tuple(value.shape)};".encode())
         digest.update(_samples(value))
     return digest.hexdigest()

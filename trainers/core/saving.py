@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from align.data.ending import generation_with_ends
 from align.distributed.disk import open_to_others
+from align.distributed.shards import is_zero3
 from align.errors import ConfigError, TrainingError
 from align.modeling.adapters import (
     CONFIG_FILE,
@@ -65,7 +66,8 @@ def check_base(model: Model, output_dir: str | None) -> None:
         )
     if output_dir and Path(base).is_dir() and Path(base).resolve() == Path(output_dir).resolve():
         raise ConfigError(f"output_dir {output_dir} is the folder of the base model: an adapter needs one of its own")
-    if vars(core).get("adapter_start") is None and not vars(core).get("is_quantized"):
+    apart = is_zero3(core.parameters())  # by DeepSpeed, while they were loaded
+    if vars(core).get("adapter_start") is None and not vars(core).get("is_quantized") and not apart:
         name = _first_difference(core, Path(base))
         if name:
             raise ConfigError(

@@ -41,6 +41,7 @@ from align.trainers.core.options import BaseConfig, RunOptions, check_dispatch
 from align.trainers.core.recorder import Recorder
 from align.trainers.core.signals import REQUEUE, StopOnSignal
 from align.trainers.core.sums import sum_gradients
+from align.trainers.core.zero import UnderDeepSpeed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,7 +51,7 @@ logger = logging.getLogger(__name__)
 Options = TypeVar("Options", bound=RunOptions)
 
 
-class TrainerMixin(TrainerHooks):
+class TrainerMixin(UnderDeepSpeed, TrainerHooks):
     """In front of a transformers-style trainer: `class XTrainer(TrainerMixin, Trainer)`. A mix-in, so that a trainer
     built on one of TRL's keeps TRL's code."""
 
@@ -102,11 +103,10 @@ class TrainerMixin(TrainerHooks):
             self.add_callback(guards.GradientsReachTheWeights())
         self._signals = StopOnSignal(self.accelerator)
         self.add_callback(self._signals)
-        if not self.is_deepspeed_enabled:
-            by_first(lambda: saving.check_base(self.model, self.args.output_dir))
+        by_first(lambda: saving.check_base(self.model, self.args.output_dir))
         if isinstance(self.model, PreTrainedModel | PeftModel):
             self.model.add_model_tags(self._tag_names)  # for the hub
-        self._start_digest = None if self.is_deepspeed_enabled else identity.weights_digest(self.model)
+        self._start_digest = identity.weights_digest(self.model)
         if self.args.data_seed is None:
             # Otherwise accelerate shuffles by torch's current seed, which other code may set, and a resumed run might
             # see other batches.

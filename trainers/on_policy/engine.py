@@ -5,10 +5,11 @@ from collections.abc import Callable
 from torch import nn
 
 from align.distributed.shards import reshard
-from align.errors import RolloutError
-from align.rollout import make_engine
+from align.errors import ConfigError, RolloutError
+from align.rollout import choose_backend, make_engine
 from align.rollout.engine import RolloutEngine
 from align.rollout.probe import FAIL, WARN
+from align.rollout.transformers_engine import NO_ZERO3
 from align.rollout.types import OnDone, Rollout, SamplingParams
 from align.trainers.core.recorder import Recorder
 
@@ -105,7 +106,11 @@ def engine_maker(args, tokenizer, mixed_precision: str = "no", room: int = 0) ->
     Unless it says otherwise, the engine computes in what the policy computes in: mixed precision, else its weights.
     room: tokens of the longest sequence besides prompts and completions (what a policy that judges itself reads).
     """
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
     options = args.engine_options.given()
+    if is_deepspeed_zero3_enabled() and choose_backend(args.engine_options.backend) == "transformers":
+        raise ConfigError(NO_ZERO3)  # before anything is trained; the engine is made when it is first needed
     if options.get("dtype") is None:
         options["dtype"] = {"bf16": "bfloat16", "fp16": "float16"}.get(mixed_precision)
 

@@ -30,8 +30,7 @@ OF_STEP, SCORES = "implicit", "scores"
 
 @dataclass
 class OfReference:
-    """What the loss of a batch needs beside the batch, of its N sequences with a trained token. (An object, and no
-    tensors of the batch: DeepSpeed rounds those to bfloat16.)"""
+    """What the loss of a batch needs beside the batch, of its N sequences with a trained token."""
 
     logps: Tensor
     """[N], float32: of the whole sequences, in nats."""
