@@ -21,8 +21,7 @@ from align.data.streams import is_stream, mapped, read_whole, sample_of
 from align.data.tokenize import tokenize_completions
 from align.distributed.shards import outputs_as_computed
 from align.errors import ConfigError, DataError
-from align.modeling.adapters import by_names, check_stack
-from align.modeling.half import freeze_half
+from align.modeling.adapters import by_names
 from align.modeling.logprobs import soft_cap_by_its_usual_name
 from align.trainers.core.eval_completions import show_completions
 from align.trainers.core.loading import (
@@ -37,6 +36,7 @@ from align.trainers.core.trainer import TrainerMixin
 from align.trainers.supervised.implicit import OF_STEP, check_options, for_model, implicit_rewards
 from align.trainers.supervised.options import SupervisedOptions
 from align.trainers.supervised.selection import token_selection
+from align.trainers.supervised.trained import choose_trained
 
 UNUSED = {  # options of TRL's that what is done here leaves without effect
     "dataset_text_field": "rename the column to 'text'",
@@ -128,7 +128,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
             end_as_tokenizer(model, processing_class)
         set_seed(args.seed)  # TRL draws the adapter, and the embeddings of new tokens are drawn
         set_chat_template(args.chat_template_path, model, processing_class, adapter=peft_config is not None)
-        choose_trained(model, args, peft_config)
+        peft_config = choose_trained(model, args, peft_config)
         self._renders = training_tokenizer(processing_class) if args.assistant_only_loss else processing_class
         train_rows = tokenized_completions(self._formatted(train_dataset), self._renders, args)
         eval_rows = of_each(eval_dataset, self._to_evaluate)
@@ -272,42 +272,6 @@ def without_what_is_done(args: SFTConfig) -> Iterator[None]:
     yield
     for name, value in given.items():
         setattr(args, name, value)
-
-
-def choose_trained(model: Any, args: SFTConfig, peft_config: Any) -> None:
-    """Checks the adapter that is trained on a loaded model, or freezes what `half_finetuning` asks for."""
-    if peft_config is not None:
-        check_stack(model, peft_config)
-        check_head(model, peft_config)
-    if args.half_finetuning is None:
-        return
-    if peft_config is not None:
-        raise ConfigError(
-            "half_finetuning freezes half of the weights, and with peft_config all of them are frozen: leave one of "
-            "the two out",
-            key="half_finetuning",
-        )
-    freeze_half(model, f"{args.seed} {args.half_finetuning}")
-
-
-def check_head(model: Any, peft_config: Any) -> None:
-    """ConfigError for an adapter on the head, whose weight TRL's loss takes as it lies there."""
-    from peft.tuners.tuners_utils import check_target_module_exists
-
-    head = model.get_output_embeddings()
-    names = [name for name, module in model.named_modules() if module is head]
-    if getattr(peft_config, "target_modules", None) and any(check_target_module_exists(peft_config, n) for n in names):
-        raise ConfigError(
-            f"target_modules: {names[0]} is the model's head, and the loss takes the head's weight without what an "
-            f"adapter adds to it, which would never be trained: leave it out of target_modules, or train it in full "
-            f"(modules_to_save: [{names[0].rpartition('.')[2]}])"
-        )
-    tied = model.config.get_text_config().tie_word_embeddings
-    if tied and getattr(peft_config, "trainable_token_indices", None):  # only LoRA has it
-        raise ConfigError(
-            "trainable_token_indices: the model's head is its input embeddings, and the loss takes the head's weight "
-            "without the rows that an adapter trains: leave it out, or train the model in full"
-        )
 
 
 def with_own_defaults(args: TrainingArguments) -> SFTConfig:

@@ -127,12 +127,13 @@ def model_config(run: RunConfig):
 def empty_model(run: RunConfig):
     """The model that is trained, on the meta device, without its weights and without its adapter."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
 
     from align.modeling.adapters import fit_base, is_adapter
+    from align.modeling.pretrained import causal_class
 
     name, config = run.model.model_name_or_path, model_config(run)
-    made, options = AutoModelForCausalLM, {"trust_remote_code": run.training.trust_remote_code}
+    made, options = causal_class(config), {"trust_remote_code": run.training.trust_remote_code}
     if run.method.model == "classifier":
         made, config.num_labels = AutoModelForSequenceClassification, 1
     with torch.device("meta"):

@@ -123,19 +123,22 @@ def model_shape(
     classifier: with one score in the place of the language-model head. dtype: "float32", "bfloat16", "float16", or
     "auto" for the dtype the config names. packed: how bitsandbytes holds the linear layers; None: as the others.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
 
     from align.modeling.load import load_policy, load_sequence_classifier
+    from align.modeling.pretrained import causal_class
+    from align.modeling.text_part import freeze_unreached
 
     with torch.device("meta"):
         if classifier:
             config.num_labels = 1
             model = AutoModelForSequenceClassification.from_config(config)
         else:
-            model = AutoModelForCausalLM.from_config(config)
+            model = causal_class(config).from_config(config)
         named = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype or "float32")
         held = _packed_weights(model) if packed else {}
         model = model.requires_grad_(False).to(named).requires_grad_(True)
+        freeze_unreached(model)
         if peft_config is not None:
             load_model = load_sequence_classifier if classifier else load_policy
             model = load_model(model, peft_config=peft_config)

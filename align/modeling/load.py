@@ -36,6 +36,7 @@ from align.modeling.pretrained import (
 from align.modeling.rotary import share_factors
 from align.modeling.score_head import head_name
 from align.modeling.shared_prefix import compute_soft_caps
+from align.modeling.text_part import adapter_of_text, freeze_unreached
 from align.modeling.types import Model
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,7 @@ def load_policy(
         load = load_merged if is_adapter(model) else load_whole
         model = load(AutoModelForCausalLM, str(model), options)
     keep_4_bit_layers_differentiable(model)
+    freeze_unreached(language_model(model))
     compute_soft_caps(language_model(model), attn_implementation)
     return _with_adapter(model, peft_config)
 
@@ -171,6 +173,7 @@ def load_sequence_classifier(
             head_seed=head_seed if fresh_head else None,
         )
     keep_4_bit_layers_differentiable(model)
+    freeze_unreached(language_model(model))
     compute_soft_caps(language_model(model), attn_implementation)
     head = head_name(model).split(".")[0]
     text_config = cast("Model", model).config.get_text_config()
@@ -341,5 +344,6 @@ def _with_adapter(model: Model, peft_config) -> nn.Module:
         raise ConfigError("the model already has an adapter: leave peft_config out, or merge it first")
     peft_config = by_names(peft_config)
     check_stack(model, peft_config)
+    peft_config = adapter_of_text(model, peft_config)
     with adding_lora(model):
         return get_peft_model(model, peft_config)

@@ -44,7 +44,7 @@ def from_pretrained(auto_class, source: str, what: str, *, sharded: bool = False
             offline_if_unreachable(source) as problem,
             ShellsForZeros() if sharded else weights_on_every_process(),
         ):
-            loaded = auto_class.from_pretrained(source, **kwargs)
+            loaded = _loaded(auto_class, source, kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if sharded and are_sent_weights() and getattr(model, "hf_quantizer", None) is None:
             shells_for_weights(model)
@@ -53,6 +53,35 @@ def from_pretrained(auto_class, source: str, what: str, *, sharded: bool = False
         if problem and not Path(source).exists():
             raise ConfigError(f"cannot load the {what} {source!r}: {not_found(source, problem)}") from error
         raise ConfigError(f"cannot load the {what} {source!r}: {one_line(error)}") from error
+
+
+def _loaded(auto_class, source: str, kwargs: dict):
+    """A causal model may also be one of text and images, of which transformers has some under that class alone (Mistral
+    3, Qwen-VL)."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    try:
+        return auto_class.from_pretrained(source, **kwargs)
+    except ValueError as error:
+        if auto_class is not AutoModelForCausalLM or "Unrecognized configuration class" not in str(error):
+            raise
+        try:
+            return AutoModelForImageTextToText.from_pretrained(source, **kwargs)
+        except ValueError:
+            raise error from None
+
+
+def causal_class(config):
+    """The auto class that makes a model of this config without weights, chosen as `from_pretrained` chooses it."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    )
+
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def load_whole(auto_class, source: str, options: dict, **head) -> Model:

@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from align.modeling.logprobs import language_model
+from align.modeling.text_part import text_model
 from align.rollout.weights import cast, checkpoint_weights, parameter_value, weights_of
 
 A, B = ".lora_A", ".lora_B"  # what a LoRA matrix is called beside its layer's name; B holds the scaling
@@ -47,7 +48,7 @@ def why_merged(model: PeftModel) -> str | None:
     config = model.peft_config[active[0]]
     if config.peft_type != "LORA":
         return f"it is a {config.peft_type} adapter"
-    for name, module in language_model(model).named_modules():
+    for name, module in text_model(language_model(model)).named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             return f"{name} is trained whole (modules_to_save) or in part"
         if not isinstance(module, BaseTunerLayer):
@@ -73,7 +74,7 @@ def lora_layers(model: PeftModel) -> Iterator[tuple[str, Any, str]]:
     from peft.tuners.lora.layer import LoraLayer
 
     (active,) = model.active_adapters
-    for name, module in language_model(model).named_modules():
+    for name, module in text_model(language_model(model)).named_modules():
         if isinstance(module, LoraLayer) and active in module.lora_A:
             yield name, module, active
 
@@ -101,7 +102,7 @@ def with_adapter(
     if turn is None:
         yield from checkpoint_weights(model, dtype, merged=False)
     else:
-        frozen = list(weights_of(model, merged=False))
+        frozen = list(weights_of(model, merged=False, text=True))
         one = frozen[turn % len(frozen)]
         if one.name in known:
             yield one.name, one.value(dtype)

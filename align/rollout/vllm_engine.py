@@ -19,6 +19,7 @@ from torch import Tensor
 from align.distributed.ranks import anywhere, in_all
 from align.errors import AlignError, ConfigError, RolloutError
 from align.modeling.logprobs import language_model
+from align.modeling.text_part import text_model
 from align.rollout.adapters import A, B, lora_layers, lora_rank, why_merged, with_adapter
 from align.rollout.engine import RolloutEngine
 from align.rollout.identity import Fingerprints
@@ -96,7 +97,7 @@ class VLLMEngine(RolloutEngine):
             self._launch(model, options, lora_rank(model))
             (self._slot,) = self._llm.collective_rpc(adapter_slot)
             if missing := self._slot.missing([name for name, _, _ in lora_layers(model)]):
-                reason = f"its {type(language_model(model)).__name__} has no adapters on {missing[0]}"
+                reason = f"its {type(text_model(language_model(model))).__name__} has no adapters on {missing[0]}"
                 self._slot = None
                 self._finalizer()
         if self._slot is None:
@@ -112,7 +113,7 @@ class VLLMEngine(RolloutEngine):
 
     def _launch(self, model, options: dict, rank: int | None) -> None:
         """Start vLLM, with room for one adapter of this rank."""
-        core = language_model(model)
+        core = text_model(language_model(model))
         shapes = checkpoint_shapes(model, merged=rank is None)
         try:
             with known_names(), starting(), self._step("the start"):

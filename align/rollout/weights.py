@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from align.distributed.shards import gathered, whole
 from align.errors import ConfigError
 from align.modeling.logprobs import language_model
+from align.modeling.text_part import text_model
 from align.modeling.types import Model
 
 HALF = (torch.bfloat16, torch.float16)
@@ -44,10 +45,10 @@ def named_weights(
         yield weight.name, weight.value(dtype)
 
 
-def weights_of(model: Model, arrived=None, *, merged: bool = True) -> Iterator[Weight]:
-    """Every tensor that `named_weights` gives, not computed yet."""
+def weights_of(model: Model, arrived=None, *, merged: bool = True, text: bool = False) -> Iterator[Weight]:
+    """Every tensor that `named_weights` gives, not computed yet. text: of the text model alone, under its names."""
     check_supported(model)
-    core = language_model(model)
+    core = text_model(language_model(model)) if text else language_model(model)
     return _walk(core, "", set(), (lambda layer: Merged(layer, arrived)) if merged else None)
 
 
@@ -64,18 +65,21 @@ def own_weights(core: Model) -> Iterator[Weight]:
 def checkpoint_weights(
     model: Model, dtype: torch.dtype | None = None, arrived=None, *, merged: bool = True
 ) -> Iterator[tuple[str, Tensor]]:
-    """`named_weights` with the names and layout of the model's checkpoint files, which is what vLLM reads.
+    """`named_weights` with the names and layout of the model's checkpoint files, which is what vLLM reads; of the text
+    model alone, if the model has other parts.
 
     transformers holds a few architectures otherwise in memory (mixtures of experts: all experts of a layer in one
     tensor). They are converted layer by layer, so that no more than one layer is held at a time.
     """
-    return as_in_checkpoint(language_model(model), named_weights(model, dtype, arrived, merged=merged))
+    weights = weights_of(model, arrived, merged=merged, text=True)
+    return as_in_checkpoint(text_model(language_model(model)), ((w.name, w.value(dtype)) for w in weights))
 
 
 def checkpoint_shapes(model: Model, *, merged: bool = True) -> dict[str, torch.Size]:
     """Name and shape of every tensor that `checkpoint_weights` gives, in its order; nothing is gathered."""
-    outlines = ((weight.name, torch.empty(weight.shape, device="meta")) for weight in weights_of(model, merged=merged))
-    return {name: tensor.shape for name, tensor in as_in_checkpoint(language_model(model), outlines)}
+    weights = weights_of(model, merged=merged, text=True)
+    outlines = ((weight.name, torch.empty(weight.shape, device="meta")) for weight in weights)
+    return {name: tensor.shape for name, tensor in as_in_checkpoint(text_model(language_model(model)), outlines)}
 
 
 def as_in_checkpoint(core: Model, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from align.modeling.token_masks import FILE_NAME as MASKS_FILE
 from align.modeling.types import Model
 from align.reward_models.ensemble import FILE_NAME as ENSEMBLE_FILE
 from align.reward_models.normalizer import FILE_NAME as NORMALIZER_FILE
+from align.rollout.weights import as_in_checkpoint
 from align.trainers.on_policy.meta_learner import FILE as META_FILE
 
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, NOTES_FILE, START_FILE, "adapter_model.bin")
@@ -143,28 +145,33 @@ def verify_saved(folder: str | Path, model: Model, state: Mapping[str, Tensor]) 
     Reads the files back tensor by tensor: a whole model bit by bit; of an adapter, the modules trained in full bit by
     bit, and for some layers the update that PEFT will make of files and config against the one that was trained.
     """
-    problem = _adapter_problem(Path(folder), model, state) if is_peft(model) else _model_problem(Path(folder), state)
+    problem = (
+        _adapter_problem(Path(folder), model, state) if is_peft(model) else _model_problem(Path(folder), model, state)
+    )
     if problem:
         raise TrainingError(f"what was saved in {folder} is not what was trained: {problem}")
 
 
-def _model_problem(folder: Path, state: Mapping[str, Tensor]) -> str | None:
+def _model_problem(folder: Path, model: Model, state: Mapping[str, Tensor]) -> str | None:
     from safetensors import safe_open
 
     if (folder / CONFIG_FILE).exists():
         return f"{CONFIG_FILE} of another run is there, and would be loaded"
     seen = set()
-    for path in sorted(folder.glob("model*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                live = state.get(name)
-                if live is None:  # mixtures of experts are stored under other names than they are held
-                    continue
-                saved = file.get_tensor(name)
-                seen.add(name)
-                if not torch.equal(saved, live.detach().to(saved.device, saved.dtype)):
-                    return f"{name} differs"
-    return None if seen else "no tensor has the name of one that was trained"
+    with ExitStack() as stack:
+        files = [
+            stack.enter_context(safe_open(path, framework="pt")) for path in sorted(folder.glob("model*.safetensors"))
+        ]
+        places = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+        for name, live in as_in_checkpoint(model, state.items()):
+            if name not in places:  # the second of two tied weights
+                continue
+            saved = places[name].get_tensor(name)
+            seen.add(name)
+            if not torch.equal(saved, live.detach().to(saved.device, saved.dtype)):
+                return f"{name} differs"
+    missing = sorted(places.keys() - seen)
+    return f"{missing[0]} is none of the weights that were trained" if missing else None
 
 
 def _adapter_problem(folder: Path, model: Model, state: Mapping[str, Tensor]) -> str | None:

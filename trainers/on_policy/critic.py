@@ -17,6 +17,7 @@ from align.errors import ConfigError, TrainingError
 from align.modeling.load import disable_dropout, load_backbone
 from align.modeling.logprobs import language_model
 from align.modeling.pairs import pair_inputs
+from align.modeling.text_part import freeze_unreached
 from align.modeling.types import Model
 from align.objectives.kl import masked_mean
 from align.objectives.policy_loss import aggregate_tokens, value_losses
@@ -90,7 +91,7 @@ def make_critic(policy: Model, args: Any, *, heads: int) -> Critic:
         )
     else:
         backbone = copied(language_model(policy).base_model)
-    backbone.requires_grad_(True).train()
+    freeze_unreached(backbone.requires_grad_(True).train())
     disable_dropout(backbone)
     if args.gradient_checkpointing:
         backbone.gradient_checkpointing_enable({"use_reentrant": False})

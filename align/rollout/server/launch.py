@@ -77,13 +77,14 @@ def serve(
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from align.modeling.logprobs import language_model
+    from align.modeling.text_part import text_model
     from align.rollout.adapters import lora_rank, why_merged
     from align.rollout.vllm_engine import llm_options, write_config
     from align.rollout.weights import check_supported, checkpoint_shapes
 
     os.environ[VLLM_KEY_VARIABLE] = key  # not an argument, which every user of the machine can see
     check_supported(model)
-    core = language_model(model)
+    core = text_model(language_model(model))
     rank = lora_rank(model) if isinstance(model, PeftModel) and why_merged(model) is None else None
     shapes = checkpoint_shapes(model, merged=rank is None)
     own = llm_options(core, shapes, dtype=dtype, rank=rank, **options)

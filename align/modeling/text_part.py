@@ -1,0 +1,98 @@
+"""The text model inside a model of several kinds of input (Gemma 3 with its vision tower), of which only text is
+trained here: what no text reaches is frozen and gets no adapter, and an engine runs the text model alone."""
+
+import copy
+import logging
+import re
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from align.errors import ConfigError
+from align.modeling.types import Model
+
+logger = logging.getLogger(__name__)
+
+_text_models: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+
+def unreached(core: Model) -> dict[str, nn.Module]:
+    """The modules of a transformers model that no text reaches (vision and audio towers, projectors), by name; none for
+    a model of text alone."""
+    return dict(_beside_decoder(core)) if core.config.get_text_config() is not core.config else {}
+
+
+def _beside_decoder(core: Model) -> Iterator[tuple[str, nn.Module]]:
+    """Every module that lies beside the decoder, or beside one that it lies in, up to the model without its head."""
+    base, decoder = core.base_model, core.get_decoder()
+    names = {id(module): name for name, module in core.named_modules()}
+    if decoder is base or id(decoder) not in names:
+        return
+    name = names[id(decoder)]
+    while name and name != names[id(base)]:
+        above = name.rpartition(".")[0]
+        for child, module in core.get_submodule(above).named_children():
+            full = f"{above}.{child}".lstrip(".")
+            if full != name:
+                yield full, module
+        name = above
+
+
+def freeze_unreached(core: Model) -> None:
+    """In place: weights without gradient stop DDP. FSDP2 is left to find the layers that are there: transformers' list
+    of what to shard has those of other vision towers too, which accelerate refuses."""
+    parts = unreached(core)
+    for module in parts.values():
+        module.requires_grad_(False)
+    if parts:
+        there = {type(module).__name__ for module in core.modules()}
+        core._no_split_modules = sorted(there & set(core._no_split_modules or ()))
+        count = sum(p.numel() for module in parts.values() for p in module.parameters())
+        logger.info(
+            "%s: %s see no text: their %.0fM parameters are not trained, and are saved as they are",
+            *(type(core).__name__, ", ".join(parts), count / 1e6),
+        )
+
+
+def adapter_of_text(core: Model, peft_config):
+    """The PEFT config with what no text reaches among its `exclude_modules`: `all-linear` and `q_proj` are names of a
+    vision tower's layers too."""
+    parts = [re.escape(name) for name in unreached(core)]
+    if not parts or not hasattr(peft_config, "exclude_modules"):
+        return peft_config
+    peft_config, own = copy.deepcopy(peft_config), peft_config.exclude_modules
+    patterns = [rf"({'|'.join(parts)})(\..*)?"]
+    if isinstance(own, str):
+        patterns.append(f"({own})")
+    elif own:
+        patterns.append(rf"(.*\.)?({'|'.join(re.escape(name) for name in own)})")
+    peft_config.exclude_modules = "|".join(patterns)
+    return peft_config
+
+
+def text_model(core: Model) -> Model:
+    """The causal language model of text alone (`Gemma3ForCausalLM`) that shares its modules with `core`, adapters
+    included; `core` itself if that is one. Raises `ConfigError` where transformers has no class for it."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if not unreached(core):
+        return core
+    text = _text_models.get(core)
+    if text is None:
+        config = copy.deepcopy(core.config.get_text_config())
+        config.tie_word_embeddings = core.config.tie_word_embeddings
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ConfigError(
+                f"transformers has no class for the text model of {type(core).__name__}: set rollout.backend: "
+                "transformers"
+            )
+        with torch.device("meta"):
+            text = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+        text.generation_config = core.generation_config
+        _text_models[core] = text
+    setattr(text, text.base_model_prefix, core.get_decoder())
+    text.set_output_embeddings(core.get_output_embeddings())  # an adapter may have replaced it
+    return text
