@@ -72,7 +72,8 @@ def test_a_row_does_not_depend_on_its_neighbours(tokenizer):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_engines_take_the_same(backend, tokenizer):
-    """Two engines of one process, of which vLLM would give the second the first one's table."""
+    """Two engines that live in one process, of which vLLM would give the second the first one's table."""
+    engines = []
     for limit, kind, lengths in ((ORIGINAL, SHORT, (6, 20)), (80, LONG, (6, 70))):
         model = phi(tokenizer)
         choose_factors(model, limit)
@@ -83,9 +84,11 @@ def test_engines_take_the_same(backend, tokenizer):
             (answer,) = rollout.completions
             own = logps(model, [prompt + answer.token_ids])[0][len(prompt) - 1 :]
             torch.testing.assert_close(torch.tensor(answer.logprobs), own, rtol=1e-3, atol=1e-3)
-        engine.close()
+        engines.append(engine)
         with pytest.raises(ConfigError, match=f"LongRoPE: the model takes the factors for {kind} sequences"):
             make_engine(model, tokenizer, backend=backend, max_model_len=112 - limit)
+    for engine in engines:
+        engine.close()
     loose = phi(tokenizer)
     make_engine(loose, tokenizer, backend="transformers", max_model_len=80).close()
     assert factors_of(loose) == LONG
