@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,23 @@ def _first_difference(core: nn.Module, base: Path) -> str | None:
                 if not torch.equal(saved, value[:1]):
                     return name
     return None
+
+
+@contextmanager
+def whole_model(accelerator: Any):
+    """Under FSDP's SHARDED_STATE_DICT, accelerate's default, checkpoints are shards of the processes, and transformers
+    saves a model not at all: here it is gathered as under FULL_STATE_DICT."""
+    from torch.distributed.fsdp import StateDictType
+
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        yield
+        return
+    before, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
+    try:
+        yield
+    finally:
+        plugin.state_dict_type = before
 
 
 def finish_folder(folder: str | Path, model: Model, tokenizer: Any = None) -> None:

@@ -4,7 +4,7 @@ import logging
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, SupportsFloat, TypeVar
@@ -258,7 +258,8 @@ class TrainerMixin(UnderDeepSpeed, TrainerHooks):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As transformers' `save_model`; then what was written is read back and compared (`verify_saved`)."""
         self._verify = self.args.verify_saved and not _internal_call
-        super().save_model(output_dir, _internal_call)
+        with nullcontext() if _internal_call else saving.whole_model(self.accelerator):
+            super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:  # transformers 5.23 asks every process, of which some have to help to gather
@@ -367,11 +368,7 @@ class TrainerMixin(UnderDeepSpeed, TrainerHooks):
         if isinstance(self.train_dataset, EndlessRows) and len(set(gather_object([self._identity["data"]]))) > 1:
             raise DataError("the processes read the stream in different orders: give its shuffle a seed")
         checkpoint = choose_checkpoint(
-            resume_from_checkpoint,
-            args.output_dir,
-            self._identity,
-            args.resume_changes or [],
-            layout_of(self),
+            resume_from_checkpoint, args.output_dir, self._identity, args.resume_changes or [], layout_of(self)
         )
         self.resumed = None
         if checkpoint is not None:
