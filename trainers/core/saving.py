@@ -1,6 +1,7 @@
 """Checks and completes a saved folder: the base of an adapter, the weights on disk."""
 
 import json
+import logging
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -31,6 +32,8 @@ from align.reward_models.ensemble import FILE_NAME as ENSEMBLE_FILE
 from align.reward_models.normalizer import FILE_NAME as NORMALIZER_FILE
 from align.rollout.weights import as_in_checkpoint
 from align.trainers.on_policy.meta_learner import FILE as META_FILE
+
+logger = logging.getLogger(__name__)
 
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, NOTES_FILE, START_FILE, "adapter_model.bin")
 TEMPLATE_FILE, GENERATION_FILE = "chat_template.jinja", "generation_config.json"
@@ -187,8 +190,14 @@ def _model_problem(folder: Path, model: Model, state: Mapping[str, Tensor]) -> s
             seen.add(name)
             if not torch.equal(saved, live.detach().to(saved.device, saved.dtype)):
                 return f"{name} differs"
-    missing = sorted(places.keys() - seen)
-    return f"{missing[0]} is none of the weights that were trained" if missing else None
+    if not seen:
+        return "no tensor has the name of one that was trained"
+    if others := sorted(places.keys() - seen):
+        logger.warning(
+            "%s: %d of %d tensors were not compared with what was trained, as nothing there has their names (%s ...)",
+            *(folder, len(others), len(places), others[0]),
+        )
+    return None
 
 
 def _adapter_problem(folder: Path, model: Model, state: Mapping[str, Tensor]) -> str | None:

@@ -3,15 +3,17 @@
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule
 
 from align.data import PairCollator, SharedPrefixCollator, toy
-from align.errors import ConfigError
+from align.errors import ConfigError, TrainingError
 from align.modeling.completions import completion_logps
 from align.modeling.experts import balancing_loss, watched_routers
 from align.modeling.pairs import pair_tokens
 from align.modeling.prefix_support import enable_shared_prefix
 from align.trainers.core.experts import router_coefficient
+from align.trainers.core.saving import verify_saved
 from align.trainers.dpo import DPOTrainer
 from align.trainers.on_policy.batches import collate
 from tests.modeling import tiny
@@ -156,3 +158,24 @@ def test_samples_that_are_left_out_do_not_count(experts, tmp_path, kept, batches
     trainer.close()
     (loss,) = logged(trainer, "loss")
     assert [loss / 100] == pytest.approx(logged(trainer, "aux_loss")) if kept else loss == 0
+
+
+def test_what_was_saved_is_read_back_expert_by_expert(tmp_path):
+    """Files have a tensor for each expert, the model one for all of a layer."""
+    model, file = mixture(), tmp_path / "model.safetensors"
+    model.save_pretrained(tmp_path)
+    verify_saved(tmp_path, model, model.state_dict())
+    tensors = load_file(file)
+    name = next(name for name in tensors if ".experts.1." in name)
+    tensors[name][0, 0] += 1
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(TrainingError, match=f"{name} differs"):
+        verify_saved(tmp_path, model, model.state_dict())
+
+
+def test_tensors_that_cannot_be_compared_are_said(tmp_path, caplog):
+    model, file = mixture(), tmp_path / "model.safetensors"
+    model.save_pretrained(tmp_path)
+    save_file({**load_file(file), "own.name": torch.zeros(1)}, file, {"format": "pt"})
+    verify_saved(tmp_path, model, model.state_dict())
+    assert "1 of 46 tensors were not compared" in caplog.text and "own.name" in caplog.text
