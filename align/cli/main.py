@@ -9,6 +9,7 @@ import importlib
 import os
 import select
 import sys
+import time
 import traceback
 
 from align.cli import terminal
@@ -36,6 +37,10 @@ TOOLS = {
     "proxy-points": "align.cli.proxy_points",
     "front": "align.cli.front",
 }
+
+AFTER_FIRST = 15.0
+"""Seconds that the other processes of a launch keep an error back. The launcher ends them as soon as the first one has
+left with its own, mostly the same: so it is printed once."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -101,6 +106,8 @@ def main(argv: list[str] | None = None) -> int:
     except AlignError as error:
         if args.debug or os.environ.get("ALIGN_DEBUG") == "1":
             traceback.print_exc()
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(AFTER_FIRST)
         print(f"align: error: {masked_text(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

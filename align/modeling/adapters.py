@@ -327,7 +327,7 @@ def adding_lora(model: nn.Module) -> Iterator[None]:
     except ValueError as error:
         raise ConfigError(
             f"LoRA cannot be added to {type(model).__name__}: {error} Its linear layers are {', '.join(sorted(names))} "
-            "(several on the command line: --lora_target_modules q_proj v_proj)"
+            "(on the command line: --lora_target_modules q_proj v_proj, or all-linear)"
         ) from error
 
 
