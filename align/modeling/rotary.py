@@ -8,11 +8,12 @@ run's longest sequence decides for all of its rows, in trainer and engine alike.
 """
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+if TYPE_CHECKING:  # a configuration is read without torch
+    from torch import nn
 
-from align.modeling.types import Model
+    from align.modeling.types import Model
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +36,12 @@ def factors_for(config: Any, longest: int) -> str | None:
     return None if original is None else LONG if longest > original else SHORT
 
 
-def factors_of(model: nn.Module) -> str | None:
+def factors_of(model: "nn.Module") -> str | None:
     """What was chosen for a model; None where nothing was, or there is no choice."""
     return next((_FIXED.get(module.rope_type) for module in _rotary(model)), None)
 
 
-def choose_factors(model: Model, longest: int) -> None:
+def choose_factors(model: "Model", longest: int) -> None:
     """Compute every sequence with the table that sequences of `longest` tokens need, and say so in the model's
     configuration. Nothing for a model without LongRoPE, or with an implementation of its own."""
     kind = factors_for(model.config, longest)
@@ -63,18 +64,18 @@ def choose_factors(model: Model, longest: int) -> None:
     record(model, kind)
 
 
-def choose_recorded(model: Model, like: nn.Module | None = None) -> None:
+def choose_recorded(model: "Model", like: "nn.Module | None" = None) -> None:
     """For a model that is judged with, whatever the run's lengths: as it was trained, else the short factors. like: a
     model whose choice it shares."""
     if original_positions(model.config) is not None and factors_of(model) is None:
         _fix(model, (like is not None and factors_of(like)) or recorded(model) or SHORT)
 
 
-def recorded(model: Model) -> str | None:
+def recorded(model: "Model") -> str | None:
     return getattr(model.config.get_text_config(), RECORD, None)
 
 
-def record(model: Model, kind: str | None) -> None:
+def record(model: "Model", kind: str | None) -> None:
     """Keep it in the configuration that is saved; SHORT, what everybody takes, by leaving it out."""
     config = model.config.get_text_config()
     if kind == LONG:
@@ -83,14 +84,14 @@ def record(model: Model, kind: str | None) -> None:
         delattr(config, RECORD)
 
 
-def share_factors(model: Model, like: nn.Module) -> None:
+def share_factors(model: "Model", like: "nn.Module") -> None:
     """Of a model that was made from another one's configuration."""
     kind = factors_of(like)
     if kind is not None:
         _fix(model, kind)
 
 
-def _rotary(model: nn.Module) -> list[Any]:
+def _rotary(model: "nn.Module") -> list[Any]:
     """The modules that transformers' `dynamic_rope_update` serves, with LongRoPE. Others (Phi-3.5-MoE's, remote code)
     choose in their own ways."""
     return [
@@ -103,7 +104,7 @@ def _rotary(model: nn.Module) -> list[Any]:
     ]
 
 
-def _fix(model: nn.Module, kind: str) -> None:
+def _fix(model: "nn.Module", kind: str) -> None:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     for module in _rotary(model):
