@@ -47,12 +47,12 @@ def check_arguments(cls: type, given: Iterable[str], config: type | None = None,
 
     config: the class of the configuration that `cls` takes as `args`, whose options are sometimes given to `cls`.
     positional: how many arguments were given without a name."""
-    valid = _parameters(cls)
-    twice = [name for name in valid[:positional] if name in given]
+    valid, order = _parameters(cls), _positional(cls)
+    twice = [name for name in order[:positional] if name in given]
     if twice:
         raise ConfigError(
-            f"{cls.__name__}: argument {valid.index(twice[0]) + 1} is {twice[0]}, which is given by its name too: give "
-            f"all but the first by name, in the order {', '.join(valid[:6])} ..."
+            f"{cls.__name__}: argument {order.index(twice[0]) + 1} is {twice[0]}, which is given by its name too: give "
+            f"all but the first by name, in the order {', '.join(order[:6])} ..."
         )
     for name in given if valid else ():
         if name in valid:
@@ -72,6 +72,13 @@ def check_arguments(cls: type, given: Iterable[str], config: type | None = None,
         raise ConfigError(
             f"unknown argument {name} of {cls.__name__}; {hint or f'`help({cls.__name__})` lists them'}", key=name
         )
+
+
+def _positional(cls: type) -> list[str]:
+    """What `cls` itself takes without a name; what it hands on beyond these is not looked at."""
+    owner = next(owner for owner in cls.__mro__ if "__init__" in vars(owner))
+    parameters = list(inspect.signature(vars(owner)["__init__"]).parameters.values())[1:]
+    return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
 
 
 def _parameters(cls: type) -> list[str]:
