@@ -14,10 +14,10 @@ import torch.distributed as dist
 
 from align.data import toy
 from align.errors import ConfigError, RolloutError
-from align.rollout import make_engine
+from align.rollout import SamplingParams, make_engine
 from align.rollout.server import delivery
 from align.rollout.server.group import Group
-from tests.rollout.rollout_models import llama, never_ending
+from tests.rollout.rollout_models import llama, never_ending, prompts
 from tests.rollout.two_ranks import check, shard, with_adapter
 from tests.trainers.tiny_runs import logged, on_policy, wanted_words
 from tests.trainers.tiny_runs import prompts as toy_prompts
@@ -28,13 +28,20 @@ def check_failures_of_one_process(engine, rank: int, urls: list[str]) -> None:
     model = never_ending(llama(5))
     with patch.object(delivery, "save_file", side_effect=OSError(28, "No space left on device")):
         with pytest.raises(RolloutError, match="weights cannot be written to .*No space left"):
-            engine.push(model, 4)
-    check(engine, model, model, 5)
+            engine.push(model, 5)
+    check(engine, model, model, 6)
     with pytest.raises(ConfigError, match="transfer_folder: /nowhere is not a folder"):
         make_engine(model, backend="server", urls=urls, max_model_len=256, transfer_folder="/nowhere")
     variable = {"api_key_env": "ALIGN_NO_KEY", "api_key_file": "/nowhere"} if rank else {}
     with pytest.raises(ConfigError, match="no key for the rollout server"):
         make_engine(model, backend="server", urls=urls, max_model_len=256, **variable)
+
+
+def check_a_late_process(engine, rank: int) -> None:
+    """A push waits for what the other process still draws, which the servers would give up."""
+    if rank:
+        engine.generate(prompts([4] * 8), SamplingParams(max_tokens=200, temperature=0))
+    check(engine, never_ending(llama(4)), never_ending(llama(4)), 2)
 
 
 def check_broadcasts(rollout: dict, rank: int) -> None:
@@ -53,8 +60,9 @@ def main(urls: list[str], folder: Path) -> None:
     rollout = {"backend": "server", "urls": urls}
     engine = make_engine(never_ending(llama()), max_model_len=256, seed=rank, **rollout)
     check(engine, never_ending(llama(4)), never_ending(llama(4)), 1)
-    check(engine, shard(never_ending(llama(1))), never_ending(llama(1)), 2)
-    check(engine, shard(with_adapter(never_ending(llama(2)))), with_adapter(never_ending(llama(2))), 3)
+    check_a_late_process(engine, rank)
+    check(engine, shard(never_ending(llama(1))), never_ending(llama(1)), 3)
+    check(engine, shard(with_adapter(never_ending(llama(2)))), with_adapter(never_ending(llama(2))), 4)
     check_failures_of_one_process(engine, rank, urls)
     engine.close()
     check_broadcasts(rollout, rank)

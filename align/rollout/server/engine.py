@@ -163,6 +163,7 @@ class ServerEngine(RolloutEngine):
         return checkpoint_weights(model, self.dtype, self.arrived)
 
     def _load(self, weights) -> None:
+        raise_shared(None)  # all are here: the servers give up what another process would still be drawing
         whole = not self._adapts or not self._pushes
         self._pushes += 1
         self._parcel = delivery.Parcel(
