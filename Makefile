@@ -34,7 +34,7 @@ build/newest/.installed: requirements/highest.txt
 	$(BIN)/pip install -q --upgrade --target $(@D) -c $< transformers
 	touch $@
 
-# Training under ZeRO-2 and ZeRO-3, which CI leaves out: DeepSpeed would change what transformers and accelerate import.
+# Training under ZeRO-2 and ZeRO-3. Apart from the others: DeepSpeed would change what transformers and accelerate import.
 test-deepspeed: $(VENV)/.installed build/deepspeed/.installed
 	PYTHONPATH=build/deepspeed OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/trainers/core/test_deepspeed.py $(ARGS)
 
