@@ -35,8 +35,11 @@ build/newest/.installed: requirements/highest.txt
 	touch $@
 
 # Training under ZeRO-2 and ZeRO-3. Apart from the others: DeepSpeed would change what transformers and accelerate import.
+# What it compiles at its first run lies here too: in the folder of all projects (~/.cache/torch_extensions), the lock of a
+# run that was killed while compiling makes every later one wait without end.
 test-deepspeed: $(VENV)/.installed build/deepspeed/.installed
-	PYTHONPATH=build/deepspeed OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/trainers/core/test_deepspeed.py $(ARGS)
+	rm -f build/deepspeed-compiled/*/lock build/deepspeed-compiled/*/*/lock
+	TORCH_EXTENSIONS_DIR=$(CURDIR)/build/deepspeed-compiled PYTHONPATH=build/deepspeed OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/trainers/core/test_deepspeed.py $(ARGS)
 
 build/deepspeed/.installed: requirements/deepspeed.txt
 	DS_BUILD_OPS=0 $(BIN)/pip install -q --upgrade --no-deps --target $(@D) -r $<

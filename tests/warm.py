@@ -6,6 +6,7 @@ line (module, arguments, how many processes, environment, folder of their output
 """
 
 import atexit
+import faulthandler
 import gc
 import json
 import os
@@ -105,6 +106,7 @@ def _fork(request: dict, rank: int, port: int) -> int:
     try:
         out = os.open(Path(request["logs"]) / f"rank{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
         os.dup2(out, 1), os.dup2(out, 2), os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        faulthandler.dump_traceback_later(SECONDS - 10, file=out)  # where one that hangs is, before it is ended
         module, size = request["module"], str(request["count"])
         os.environ.clear()
         os.environ |= request["environment"] | {"OMP_NUM_THREADS": "1"}
