@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from peft import LoraConfig, PeftModel
 
 from align.evaluation.peak import analyse_peak
-from align.evaluation.records import FILE_NAME, read_run
+from align.evaluation.records import NoEvaluation, read_run
 from align.modeling.rotary import LONG, factors_of
 from align.trainers.core.options import changed_settings
 
@@ -70,9 +70,10 @@ def described(dataset: "Dataset | dict | Any") -> str:
 def curve_of(folder: Path) -> str | None:
     """The verdict on over-optimisation (align.evaluation.peak) of a run's evaluations; None without them, or without a
     gold reward."""
-    if not (folder / FILE_NAME).exists():
+    try:
+        run = read_run(folder)
+    except NoEvaluation:
         return None
-    run = read_run(folder)
     if run.gold is None or not {"proxy", "gold"} <= run.per_prompt.keys():
         return None
     peak = analyse_peak(run.per_prompt["proxy"], run.per_prompt["gold"], seed=run.seed)
