@@ -147,8 +147,24 @@ class LogFile(TrainerCallback):
         self.writer = None  # later evaluations are not part of this run
 
 
+def show_while_there_are_bars(callback: Any) -> None:
+    """TRL's RichProgressCallback has bars from the begin of `train` to its end: predictions outside of it, such as
+    those of a reward model's normaliser when it is trained, would end in its AttributeError."""
+    if not hasattr(callback, "evaluation_bar"):
+        return
+    show = callback.on_prediction_step
+
+    def on_prediction_step(*args: Any, **kwargs: Any) -> None:
+        if callback.evaluation_bar is not None:
+            show(*args, **kwargs)
+
+    callback.on_prediction_step = on_prediction_step
+
+
 def replace_printing(trainer: Any) -> None:
     """Our lines instead of transformers' dictionaries; a notebook keeps its table."""
+    for one in trainer.callback_handler.callbacks:
+        show_while_there_are_bars(one)
     for kind in (ProgressCallback, PrinterCallback):
         for own in [one for one in trainer.callback_handler.callbacks if type(one) is kind]:  # no user's subclass
             trainer.remove_callback(own)
