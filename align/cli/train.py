@@ -61,7 +61,10 @@ def train(config: "RunConfig") -> None:
 
 def _train(config: "RunConfig", values: dict) -> None:
     from align.cli import build
+    from align.trainers.core.early import check_machine, check_wandb
 
+    check_machine(config.training)  # before the model is loaded
+    check_wandb(config.training)
     if config.training.hub_token is not None:
         config.training.hub_token = Secret(expand(config.training.hub_token, "hub_token"))
     output_dir = Path(config.training.output_dir)

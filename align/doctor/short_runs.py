@@ -20,6 +20,7 @@ SHORT = {
     "load_best_model_at_end": "false",
     "disable_tqdm": "true",
     "lr_scheduler_type": "constant",
+    "lr_scheduler_kwargs": "null",
     "warmup_steps": 0,
     "resume_from_checkpoint": "false",
 }

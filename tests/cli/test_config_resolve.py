@@ -56,7 +56,7 @@ def test_command_line_over_file_over_default(file):
         ("eval_strategy: no", "training", "no"),
         ("report_to: none", "training", []),
         ("report_to: [wandb, tensorboard]", "training", ["wandb", "tensorboard"]),
-        ("lr_scheduler_kwargs: {num_cycles: 2}", "training", {"num_cycles": 2}),
+        ("lr_scheduler_kwargs: {last_epoch: -1}", "training", {"last_epoch": -1}),
         ("lora_target_modules: all-linear", "model", "all-linear"),
         ("lora_target_modules: [q_proj, v_proj]", "model", ["q_proj", "v_proj"]),
         ("resume_from_checkpoint: true", "training", "true"),

@@ -11,6 +11,7 @@ from align.errors import ConfigError
 
 OVERRIDDEN = (
     "_clip_grad_norm",
+    "_finish_current_push",
     "_get_train_sampler",
     "_issue_warnings_after_load",
     "_load_best_model",

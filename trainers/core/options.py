@@ -5,6 +5,7 @@ that a trainer built on one of TRL's keeps TRL's defaults.
 """
 
 import json
+import logging
 import os
 from dataclasses import MISSING, dataclass, field, fields
 from datetime import timedelta
@@ -18,18 +19,15 @@ from align.config.ranges import check_ranges
 from align.config.secrets import Secret, masked
 from align.config.sections import plain
 from align.errors import ConfigError
+from align.trainers.core.early import check_optimizer, check_schedule, check_workers
 from align.trainers.core.hooks import TrainingSettings
 
+logger = logging.getLogger(__name__)
+
+RECOMPUTES = "FSDP_ACTIVATION_CHECKPOINTING"  # of accelerate's launcher
 PLACES = ("_dir", "_path", "_token", "run_name", "report_to", "hub_model_id", "disable_tqdm", "use_cpu")
 # What transformers, or a trainer, derives from the others or from the machine.
 DERIVED = ("accelerator_config", "dataloader_pin_memory", "debug", "do_eval", "remove_unused_columns")
-# Optimisers of transformers that read no `optim_args`.
-WITHOUT_ARGUMENTS = (
-    *("adafactor", "adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused"),
-    *("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"),
-    *("lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit"),
-)
-
 # What makes `--option` without a value mean true to TRL's parser and transformers', which give it to argparse.
 FLAG = {"nargs": "?", "const": True}
 # Options of transformers that no trainer here can follow, and why.
@@ -39,6 +37,9 @@ NOWHERE = {
         "transformers leaves the weights rounded after an evaluation, and these are saved; with bf16 evaluations "
         "compute in bfloat16 as training does",
     ),
+    "auto_find_batch_size": "after an out-of-memory error transformers begins again with half the batch, from weights "
+    "that are trained in part, and its steps have fewer rows than yours; a smaller per_device_train_batch_size with "
+    "more gradient_accumulation_steps trains the same",
     "enable_jit_checkpoint": "a run ends with a checkpoint at SIGTERM and SIGUSR1 by itself, between two steps",
 }
 # The same of the trainers that build on transformers' Trainer directly.
@@ -91,22 +92,6 @@ def machine_has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def check_optimizer(args: Any) -> None:
-    """ConfigError for options of optimisers that the chosen one does not read, of which transformers says nothing."""
-    name = str(getattr(args.optim, "value", args.optim))
-    if args.optim_args and name in WITHOUT_ARGUMENTS:
-        raise ConfigError(
-            f"optim_args: {name} reads none of them; its options are learning_rate, weight_decay, adam_beta1, "
-            "adam_beta2 and adam_epsilon",
-            key="optim_args",
-        )
-    if args.optim_target_modules is not None and not name.startswith(("galore", "apollo")):
-        raise ConfigError(
-            f"optim_target_modules: {name} has the same rule for all weights; only galore and apollo read it",
-            key="optim_target_modules",
-        )
-
-
 def ranks_on_processors() -> None:
     """On a machine without an accelerator, ranks that torchrun has started are those of one run.
 
@@ -115,6 +100,42 @@ def ranks_on_processors() -> None:
     """
     if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+
+
+def take_precision(args: Any) -> None:
+    """The mixed precision of a file of accelerate's own, where the run names none. ConfigError where they differ: one
+    would be computed in, and what is computed be held to the other."""
+    file = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # of the launcher, "no" without a file
+    if file not in ("no", "bf16", "fp16"):
+        raise ConfigError(f"mixed_precision: {file} of accelerate's file: the trainers here have 'no', bf16 and fp16")
+    if file == "no":
+        return
+    if args.bf16 is None and not args.fp16:
+        setattr(args, file, True)
+    if not getattr(args, file):
+        own = "fp16: true" if args.fp16 else f"bf16: {str(args.bf16).lower()}"
+        raise ConfigError(
+            f"mixed_precision: {file} of accelerate's file, and {own} here: write {file}: true, or mixed_precision: "
+            "'no' there, with which the run decides",
+            key=file,
+        )
+
+
+def take_recomputation(args: Any) -> None:
+    """FSDP's activation checkpointing, of accelerate's file or of `fsdp_config`, becomes the run's
+    `gradient_checkpointing`, which recomputes the same. FSDP's puts every layer in a module whose name comes into those
+    of the weights, by which rollout engines do not find them, and transformers refuses the two together."""
+    own = args.fsdp_config if isinstance(args.fsdp_config, dict) else {}
+    under = {name: os.environ.get(name, "").lower() for name in ("ACCELERATE_USE_FSDP", RECOMPUTES)}
+    names = [name for name in own if name.endswith("activation_checkpointing") and own[name]]
+    if set(under.values()) != {"true"} and not names:
+        return
+    os.environ[RECOMPUTES] = "false"
+    own.update(dict.fromkeys(names, False))
+    args.gradient_checkpointing = True
+    logger.info(
+        "gradient_checkpointing: true takes the place of FSDP's activation_checkpointing: the same is recomputed"
+    )
 
 
 def read_mapping(args: Any, name: str) -> None:
@@ -171,10 +192,12 @@ class RunOptions(TrainingSettings):
     def __post_init__(self):
         ranks_on_processors()
         cuda = machine_has_cuda() and not self.use_cpu
+        take_precision(self)
         if self.bf16 is None:
             self.bf16 = cuda and not self.fp16 and torch.cuda.is_bf16_supported()
         if self.gradient_checkpointing is None and getattr(self, "activation_checkpointing", None) is None:
             self.gradient_checkpointing = cuda
+        take_recomputation(self)
         for name in ("activation_checkpointing", "activation_checkpointing_kwargs"):
             old = name.replace("activation", "gradient")
             if hasattr(self, name) and getattr(self, name) is None:  # transformers 5.23, which warns of the old name
@@ -183,7 +206,13 @@ class RunOptions(TrainingSettings):
             self.dataloader_pin_memory = False
         check_ranges(self)
         check_optimizer(self)
+        check_workers(self)
         refuse(self, NOWHERE)
+        if self.logging_nan_inf_filter:
+            raise ConfigError(
+                "logging_nan_inf_filter: a loss that is not finite ends the run, which nothing hides: leave it out",
+                key="logging_nan_inf_filter",
+            )
         if self.bf16 and not self.use_cpu and not torch.accelerator.is_available():
             raise ConfigError(
                 "bf16: no GPU is found on this machine. Leave bf16 out (float32), or add use_cpu: true to train in "
@@ -197,6 +226,7 @@ class RunOptions(TrainingSettings):
         if not connected:
             limit_waits(self.ddp_timeout)
         check_batches(self.accelerator_config)
+        check_schedule(self)
 
 
 @dataclass

@@ -118,6 +118,18 @@ def whole_model(accelerator: Any):
         plugin.state_dict_type = before
 
 
+@contextmanager
+def declared_later(args: Any):
+    """Inside, transformers' save of a checkpoint neither deletes older ones nor pushes the new one, which has not all
+    of its files yet. Gives `save_total_limit` and `push_to_hub`, for when it has."""
+    given = args.save_total_limit, args.push_to_hub
+    args.save_total_limit, args.push_to_hub = None, False
+    try:
+        yield given
+    finally:
+        args.save_total_limit, args.push_to_hub = given
+
+
 def finish_folder(folder: str | Path, model: Model, tokenizer: Any = None) -> None:
     """After transformers or PEFT has written the model, and its tokenizer: complete an adapter's folder, and delete
     what an earlier run has left there that would be loaded instead."""

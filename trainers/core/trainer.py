@@ -32,10 +32,12 @@ from align.modeling.load import hold_modules_in_float32
 from align.modeling.rotary import LONG, factors_of
 from align.trainers.core import card, guards, identity, saving, trackers
 from align.trainers.core.checkpoints import Resumed, choose_checkpoint, layout_of, read_checkpoint, write_extra_state
-from align.trainers.core.console import LogFile, replace_printing
+from align.trainers.core.console import LogFile, replace_printing, show_while_there_are_bars
+from align.trainers.core.early import check_early_stopping, check_machine, check_wandb
 from align.trainers.core.eval_completions import check_prompts
 from align.trainers.core.experts import check_checkpointing, router_coefficient
-from align.trainers.core.hooks import TrainerHooks, check_overridden
+from align.trainers.core.hooks import check_overridden
+from align.trainers.core.hub import PushesToHub
 from align.trainers.core.lock import holding
 from align.trainers.core.options import BaseConfig, RunOptions, check_dispatch
 from align.trainers.core.recorder import Recorder
@@ -51,7 +53,7 @@ logger = logging.getLogger(__name__)
 Options = TypeVar("Options", bound=RunOptions)
 
 
-class TrainerMixin(UnderDeepSpeed, TrainerHooks):
+class TrainerMixin(PushesToHub, UnderDeepSpeed):
     """In front of a transformers-style trainer: `class XTrainer(TrainerMixin, Trainer)`. A mix-in, so that a trainer
     built on one of TRL's keeps TRL's code."""
 
@@ -68,6 +70,7 @@ class TrainerMixin(UnderDeepSpeed, TrainerHooks):
         if train_dataset is None:
             raise ConfigError(f"{cls.__name__}: `train_dataset` is required: the rows to train on")
         if args is not None:
+            check_machine(args)
             check_dispatch(args, is_stream(train_dataset))
         if is_stream(train_dataset) and (args is None or args.max_steps <= 0):
             raise ConfigError(
@@ -144,6 +147,7 @@ class TrainerMixin(UnderDeepSpeed, TrainerHooks):
     def add_callback(self, callback: Any) -> None:
         check_prompts(callback)
         super().add_callback(callback)
+        show_while_there_are_bars(self.callback_handler.callbacks[-1])
 
     # ---- streams ----------------------------------------------------------------------------------------------------
 
@@ -305,9 +309,6 @@ class TrainerMixin(UnderDeepSpeed, TrainerHooks):
         """What the model card says of a method beside what it says of all, such as its rewards."""
         return {}
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """`_save` has written one."""
-
     def identity(self) -> dict:
         """What decides the result of this run (align.trainers.core.identity); a resumed run must have the same."""
         return {
@@ -341,12 +342,8 @@ class TrainerMixin(UnderDeepSpeed, TrainerHooks):
         if args.should_save and folder.exists():  # damaged, or of an earlier run
             shutil.rmtree(folder)
         self.accelerator.wait_for_everyone()
-        # Older checkpoints are deleted only once the new one is declared whole.
-        limit, args.save_total_limit = args.save_total_limit, None
-        try:
+        with saving.declared_later(args) as (limit, push):
             super()._save_checkpoint(model, trial)
-        finally:
-            args.save_total_limit = limit
         write_extra_state(folder, self.extra_state(), model_only=args.save_only_model, **self._place)
         self.save_further_files(folder)
         if args.should_save:
@@ -358,12 +355,16 @@ class TrainerMixin(UnderDeepSpeed, TrainerHooks):
             rotate_checkpoints(
                 run_dir, save_total_limit=limit, best_model_checkpoint=self.state.best_model_checkpoint, use_mtime=True
             )
+        if push:
+            self._push_from_checkpoint(str(folder))
         self.accelerator.wait_for_everyone()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As transformers' `train`; `resume_from_checkpoint=True` takes the newest undamaged checkpoint, "auto" that if
         there is one."""
         args = self.args
+        check_wandb(args)
+        check_early_stopping(args, self.callback_handler.callbacks)
         self._identity = self.identity()
         if isinstance(self.train_dataset, EndlessRows) and len(set(gather_object([self._identity["data"]]))) > 1:
             raise DataError("the processes read the stream in different orders: give its shuffle a seed")

@@ -1,5 +1,5 @@
-"""Runs whose checkpoints are shards of the processes (SHARDED_STATE_DICT). Run as a script on two processes: policy,
-folder."""
+"""Runs whose checkpoints are shards of the processes (SHARDED_STATE_DICT), with the activation checkpointing of
+accelerate's file. Run as a script on two processes: policy, folder."""
 
 import os
 import sys
@@ -23,6 +23,7 @@ def train(policy: str, folder: Path) -> dict:
         at = folder / case
         options = {**ROUNDING, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 4}
         for name, start in (("whole", None), ("resumed", str(at / "checkpoint-1"))):
+            os.environ["FSDP_ACTIVATION_CHECKPOINTING"] = "true"
             trainer = make(case.split()[0], policy, at, peft, **options)
             trainer.train(resume_from_checkpoint=start)
             trainer.save_model(str(folder / f"{case} {name}"))
