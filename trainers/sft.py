@@ -22,8 +22,10 @@ from align.data.tokenize import tokenize_completions
 from align.distributed.shards import outputs_as_computed
 from align.errors import ConfigError, DataError
 from align.modeling.adapters import by_names
-from align.modeling.logprobs import soft_cap_by_its_usual_name
+from align.modeling.experts import experts_by_their_usual_name
+from align.modeling.logprobs import language_model, soft_cap_by_its_usual_name
 from align.trainers.core.eval_completions import show_completions
+from align.trainers.core.experts import without_missing_loss
 from align.trainers.core.loading import (
     end_as_tokenizer,
     load_to_train,
@@ -134,7 +136,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         eval_rows = of_each(eval_dataset, self._to_evaluate)
         # TRL makes the labels from `completion_mask`, and packs where asked
         args.completion_only_loss = True
-        with soft_cap_by_its_usual_name(model), without_what_is_done(args):
+        with soft_cap_by_its_usual_name(model), without_what_is_done(args), without_missing_loss(model, args):
             super().__init__(
                 model=model,
                 args=args,
@@ -180,7 +182,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         compute_loss = super().compute_loss
-        with outputs_as_computed(model):
+        with outputs_as_computed(model), experts_by_their_usual_name(language_model(model)):
             if self.implicit is not None and OF_STEP in inputs:
                 return self.implicit.loss(compute_loss, model, inputs, num_items_in_batch)
             return compute_loss(model, for_model(inputs), return_outputs, num_items_in_batch)

@@ -14,12 +14,33 @@ BALANCING = "load_balancing_loss_func"  # beside the model, in its module of tra
 
 
 def balancing_function(core: Model) -> Callable[..., Tensor] | None:
-    """transformers' load-balancing loss of this architecture; None where it has none (classifiers, dense models)."""
+    """transformers' load-balancing loss of this architecture; None where it has none (classifiers, dense models), or
+    its models hand out no router logits (Granite's mixtures): transformers' loss of those is the number 0."""
+    from transformers import PreTrainedModel
+
+    models = (module for module in core.base_model.modules() if isinstance(module, PreTrainedModel))
+    if not any("router_logits" in model.can_record_outputs for model in models):
+        return None
     # FSDP2 and users derive classes from transformers' in modules of their own
     modules = (vars(sys.modules[kind.__module__]) for kind in type(core).__mro__)
     function = next((names[BALANCING] for names in modules if BALANCING in names), None)
     causal = hasattr(core, "num_experts") and hasattr(core, "num_experts_per_tok")
     return function if causal else None
+
+
+@contextmanager
+def experts_by_their_usual_name(core: Model) -> Iterator[None]:
+    """Inside, a model's configuration has the number of its experts by the one name that TRL's SFT loss reads
+    (`num_local_experts` of Phi-3.5-MoE, `n_routed_experts` of DeepSeek V4)."""
+    text = core.config.get_text_config()
+    given = balancing_function(core) is not None and not hasattr(text, "num_experts")
+    if given:
+        text.num_experts = core.num_experts
+    try:
+        yield
+    finally:
+        if given:
+            del text.num_experts
 
 
 @contextmanager

@@ -57,18 +57,25 @@ def from_pretrained(auto_class, source: str, what: str, *, sharded: bool = False
 
 def _loaded(auto_class, source: str, kwargs: dict):
     """A causal model may also be one of text and images, of which transformers has some under that class alone (Mistral
-    3, Qwen-VL)."""
+    3, Qwen-VL). Of some (Llama 3.2 Vision) it loads a text model that it would not load again once saved."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    try:
+    if auto_class is not AutoModelForCausalLM:
         return auto_class.from_pretrained(source, **kwargs)
+    try:
+        loaded = auto_class.from_pretrained(source, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if type(model.config) in auto_class._model_mapping or kwargs.get("trust_remote_code"):
+            return loaded
     except ValueError as error:
-        if auto_class is not AutoModelForCausalLM or "Unrecognized configuration class" not in str(error):
+        if "Unrecognized configuration class" not in str(error):
             raise
         try:
             return AutoModelForImageTextToText.from_pretrained(source, **kwargs)
         except ValueError:
             raise error from None
+    del loaded, model
+    return AutoModelForImageTextToText.from_pretrained(source, **kwargs)
 
 
 def causal_class(config):
@@ -79,7 +86,8 @@ def causal_class(config):
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     )
 
-    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    kind, causal = type(config), MODEL_FOR_CAUSAL_LM_MAPPING
+    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and (kind not in causal or causal[kind].config_class not in causal):
         return AutoModelForImageTextToText
     return AutoModelForCausalLM
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from align.errors import ConfigError
+from align.modeling.linear_layers import unfit_for_adapters
 from align.modeling.types import Model
 
 logger = logging.getLogger(__name__)
@@ -27,23 +28,34 @@ def unreached(core: Model) -> dict[str, nn.Module]:
 
 def _beside_decoder(core: Model) -> Iterator[tuple[str, nn.Module]]:
     """Every module that lies beside the decoder, or beside one that it lies in, up to the model without its head."""
-    base, decoder = core.base_model, core.get_decoder()
+    base, decoder, head = core.base_model, core.get_decoder(), core.get_output_embeddings()
     names = {id(module): name for name, module in core.named_modules()}
-    if decoder is base or id(decoder) not in names:
+    if id(decoder) not in names:
         return
+    top = "" if "base_model_prefix" in vars(core) else names[id(base)]  # named by us: its towers lie beside the base
     name = names[id(decoder)]
-    while name and name != names[id(base)]:
+    while name and name != top:
         above = name.rpartition(".")[0]
         for child, module in core.get_submodule(above).named_children():
             full = f"{above}.{child}".lstrip(".")
-            if full != name:
+            if full != name and module is not head:
                 yield full, module
         name = above
+
+
+def name_base(core: Model) -> None:
+    """In place: transformers calls the model under the head of Llama 4 and of Qwen-Omni by a name that it has not, and
+    then takes the whole model for it, which TRL's SFT loss asks for hidden states."""
+    from transformers import PreTrainedModel
+
+    if core.base_model is core and isinstance(vars(core)["_modules"].get("model"), PreTrainedModel):
+        core.base_model_prefix = "model"
 
 
 def freeze_unreached(core: Model) -> None:
     """In place: weights without gradient stop DDP. FSDP2 is left to find the layers that are there: transformers' list
     of what to shard has those of other vision towers too, which accelerate refuses."""
+    name_base(core)
     parts = unreached(core)
     for module in parts.values():
         module.requires_grad_(False)
@@ -58,9 +70,13 @@ def freeze_unreached(core: Model) -> None:
 
 
 def adapter_of_text(core: Model, peft_config):
-    """The PEFT config with what no text reaches among its `exclude_modules`: `all-linear` and `q_proj` are names of a
-    vision tower's layers too."""
-    parts = [re.escape(name) for name in unreached(core)]
+    """The PEFT config with what no text reaches among its `exclude_modules`, as `all-linear` and `q_proj` name a
+    vision tower's layers too; and the layers of text that an adapter would not fit."""
+    every = getattr(peft_config, "target_modules", None) == "all-linear"
+    unfit = unfit_for_adapters(core, every)
+    if unfit:
+        logger.info("%s get no adapter: they are no linear layers, or not called as such", ", ".join(unfit))
+    parts = [re.escape(name) for name in (*unreached(core), *unfit)]
     if not parts or not hasattr(peft_config, "exclude_modules"):
         return peft_config
     peft_config, own = copy.deepcopy(peft_config), peft_config.exclude_modules

@@ -29,6 +29,9 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (held[..., :end, :] for held in self.held)
         return self.keys, self.values
 
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.reorder_cache(indices)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         length = self.get_seq_length()
         self.held = tuple(held[beam_idx] for held in self.held)
@@ -47,3 +50,11 @@ def give_room(cache: Cache) -> None:
     cache.layers = [
         RoomyLayer(layer) if type(layer) is DynamicLayer and layer.is_initialized else layer for layer in cache.layers
     ]
+
+
+def pick_rows(cache: Cache, index: Tensor) -> None:
+    """Keep the rows of `index` [rows], of any length, in place."""
+    if "batch_select_indices" in vars(type(cache)):  # MiniMax holds its states beside the layers
+        cache.batch_select_indices(index)
+    else:
+        cache.reorder_cache(index)  # layers with states have no other choice of rows

@@ -18,7 +18,7 @@ from align.modeling.rotary import share_factors
 from align.modeling.types import Model
 from align.rollout.engine import RolloutEngine
 from align.rollout.identity import Fingerprints, fingerprint
-from align.rollout.roomy_cache import give_room
+from align.rollout.roomy_cache import give_room, pick_rows
 from align.rollout.sampling import RowSampler
 from align.rollout.types import Completion, OnDone, Request
 from align.rollout.weights import check_supported, own_weights
@@ -134,7 +134,7 @@ class TransformersEngine(RolloutEngine):
                 rows = [rows[i] for i in running]
                 sampler.select(running)
                 index = torch.tensor(running, device=device)
-                cache.reorder_cache(index)  # of any length; layers with states have no other choice of rows
+                pick_rows(cache, index)
                 tokens, mask = tokens[index], mask[index]
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             logits, _ = self._forward(tokens[:, None], mask, mask.sum(-1, keepdim=True) - 1, cache)
@@ -149,7 +149,7 @@ class TransformersEngine(RolloutEngine):
         if len(different) < len(prompts):
             places = {ids: place for place, ids in enumerate(different)}
             index = torch.tensor([places[tuple(ids)] for ids in prompts], device=self._model.device)
-            cache.reorder_cache(index)
+            pick_rows(cache, index)
             logits, mask = logits[index], mask[index]
         return logits, cache, mask
 

@@ -21,9 +21,9 @@ def test_rows_of_a_hybrid_are_those_of_the_model(name):
     assert all(is_greedy(model, r.prompt_ids, r.completions[0].token_ids) for r in rollouts)
 
 
-@pytest.mark.parametrize("name", ["Rwkv", "Mamba2", "RecurrentGemma"])
-def test_a_model_without_a_cache_that_rows_can_be_picked_from_is_refused(name):
-    # of Mamba2 transformers 5.24 gives the usual cache, whose padded rows the probe then refuses
+@pytest.mark.parametrize("name", ["Rwkv", "Mamba2", "RecurrentGemma", "MiniMax"])
+def test_a_model_whose_cache_is_not_for_padded_rows_is_refused(name):
+    # of Mamba2 transformers 5.24 gives the usual cache, whose padded rows the probe then refuses, as those of MiniMax
     refused = f"{name}ForCausalLM keeps what it has read .*use rollout.backend: vllm|does not compute what the trainer"
     with pytest.raises((ConfigError, RolloutError), match=refused):
         make_engine(hybrid(name).eval(), backend="transformers", max_model_len=40)

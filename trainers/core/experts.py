@@ -1,8 +1,10 @@
 """Adds the load-balancing loss of a mixture of experts to a trainer's loss."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
+from typing import Any
 
 from torch import nn
 from transformers import TrainingArguments
@@ -35,6 +37,24 @@ def router_coefficient(model: nn.Module, asked: float | None) -> float:
             type(core).__name__,
         )
     return 0.0
+
+
+@contextmanager
+def without_missing_loss(model: nn.Module, args: Any) -> Iterator[None]:
+    """While TRL's SFT trainer is made: it would add the load-balancing loss of each mixture whose config has a weight
+    for it, and fail at the first step where transformers computes none. The config keeps the weight."""
+    core = language_model(model)
+    if balancing_function(core) is not None:
+        yield
+        return
+    router_coefficient(model, args.router_aux_loss_coef)
+    text, asked = core.config.get_text_config(), args.router_aux_loss_coef
+    own = vars(text).get("router_aux_loss_coef")
+    args.router_aux_loss_coef = 0.0
+    yield
+    args.router_aux_loss_coef = asked
+    if own is not None:
+        text.router_aux_loss_coef = own
 
 
 def check_checkpointing(args: TrainingArguments) -> None:
