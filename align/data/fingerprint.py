@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-CODE = ("bad_rows", "checks", "encode", "ending", "formats", "passes", "ranked", "tokenize", "tokenized", "unpaired")
+CODE = (
+    "bad_rows", "checks", "encode", "ending", "formats", "messages", "passes", "ranked", "tokenize", "tokenized",
+    "turns", "unpaired",
+)  # fmt: skip
 """Modules of this folder that decide which ids a row becomes."""
 PACKAGES = ("datasets", "tokenizers", "transformers", "jinja2")
 

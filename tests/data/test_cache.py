@@ -4,13 +4,15 @@ import fcntl
 import json
 import multiprocessing
 import os
+import re
 import time
+from pathlib import Path
 
 import datasets
 import pytest
 from datasets import Dataset
 
-from align.data import BadRows, passes, tokenize_completions, tokenize_pairs, tokenize_prompts
+from align.data import BadRows, fingerprint, passes, tokenize_completions, tokenize_pairs, tokenize_prompts
 from align.data import cache as cache_module
 from align.data.cache import cached, root
 from align.data.fingerprint import tokenizer_digest
@@ -191,3 +193,21 @@ def test_a_file_rewritten_with_its_old_time_gives_the_new_rows(tmp_path):
         path.write_text(json.dumps({"prompt": text}) + "\n")
         os.utime(path, (1_000_000_000, 1_000_000_000))
         assert load_rows(path).to_list() == [{"prompt": text}]
+
+
+def test_a_set_is_made_anew_when_code_that_makes_ids_changes():
+    folder = Path(fingerprint.__file__).parent
+    used = {
+        m
+        for name in fingerprint.CODE
+        for m in re.findall(r"from align\.data\.(\w+) ", (folder / f"{name}.py").read_text())
+    }
+    assert used - {*fingerprint.CODE} <= {
+        "cache",
+        "collate",
+        "dialogue",
+        "fingerprint",
+        "rows",
+        "streams",
+    }  # which make none
+    assert {"messages", "turns"} <= {*fingerprint.CODE}
