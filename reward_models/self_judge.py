@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any, Protocol
 
+from align.data.encode import render
 from align.data.ending import written_text
 from align.errors import RewardError
 from align.reward_models.judge_server import question, read_template, read_verdict
@@ -70,5 +71,5 @@ class SelfJudge:
         if not self.tokenizer.chat_template:
             return self.tokenizer(text, verbose=False)["input_ids"]
         messages = [{"role": "user", "content": text}]
-        rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        rendered = render(messages, self.tokenizer, {}, answer_next=True)
         return self.tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]

@@ -54,7 +54,8 @@ class SequenceEncoder:
             ended = self._ended(batch)
             known = batch.ended is not None  # then the last token is one that ended it, whichever that is
             written = [
-                list(ids)[: -1 if known and end else None] for ids, end in zip(batch.completion_ids, ended, strict=True)
+                list(ids)[: -1 if known and end and ids[-1] != ending.call else None]
+                for ids, end in zip(batch.completion_ids, ended, strict=True)
             ]
             completions = [self._end(ids, end, ending) for ids, end in zip(written, ended, strict=True)]
             pairs = list(zip(batch.prompt_ids, completions, strict=True))
@@ -96,7 +97,7 @@ class SequenceEncoder:
         for row, (prompt, completion) in enumerate(zip(batch.prompts, batch.completions, strict=True)):
             try:
                 if conversational:
-                    start, (whole,) = render_pair(prompt, [completion], self.tokenizer, {})
+                    start, (whole,) = render_pair(prompt, [completion], self.tokenizer, {}, drawn=True)
                     texts.append((start, whole))
                 else:
                     texts.append((prompt, prompt + completion))
@@ -126,7 +127,7 @@ class SequenceEncoder:
         closed = close(ids, ending, self.tokenizer)
         if not ended:
             return closed[:-1]
-        return [*closed, *ending.tail] if self.whole_turn else closed
+        return [*closed, *ending.tail] if self.whole_turn and closed[-1] == ending.token else closed
 
     def _fit(self, prompt: list[int], completion: list[int]) -> Pair:
         if not prompt and not completion:

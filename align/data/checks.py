@@ -25,6 +25,9 @@ SCORE = "score"
 CUT = re.compile(r"""\s*\[?\s*\{\s*["']role["']\s*:\s*["'](system|user|assistant)["']\s*,\s*["']content["']\s*:""")
 """How messages begin whose end is cut off."""
 
+OURS = {"tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "return_assistant_tokens_mask"}
+"""Arguments of `apply_chat_template` that decide what is rendered, and are set here."""
+
 ROLES = ("system", "developer", "user", "human", "assistant", "gpt", "bot", "tool", "function")
 
 
@@ -182,6 +185,8 @@ def template_kwargs(row: dict[str, Any], tools: bool = False) -> dict[str, Any]:
     options = row.get("chat_template_kwargs") or {}
     if not isinstance(options, dict):
         raise BadRow(f"chat_template_kwargs is {type(options).__name__} instead of names and values")
+    if taken := sorted(OURS & options.keys()):
+        raise BadRow(f"chat_template_kwargs has {taken[0]}, which is no variable of a chat template")
     offered = tools_of(row) if tools else []
     return {**({"tools": offered} if offered else {}), **{k: v for k, v in options.items() if v is not None}}
 

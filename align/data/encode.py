@@ -8,7 +8,7 @@ import numpy as np
 
 from align.data.bad_rows import BadRow
 from align.data.ending import Ending, special_ids, up_to_end
-from align.data.messages import for_template, refuse_unknown_tools, trained
+from align.data.messages import applied, refuse_left_out, refuse_unknown_tools, trained
 from align.errors import DataError
 
 if TYPE_CHECKING:
@@ -18,7 +18,8 @@ Messages = list[dict[str, Any]]
 
 NOT_A_PREFIX = (
     "the chat template does not render the prompt as the beginning of prompt + answer, so the boundary between them is "
-    "unknown (set another chat template, for example with trl.get_training_chat_template)"
+    "unknown (set another chat template, for example with trl.get_training_chat_template, which `align sft` does with "
+    "assistant_only_loss: true)"
 )
 APART = "prompt and completion would merge into one token, so the completion is tokenised apart"
 PARTED = (
@@ -61,24 +62,25 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", conversational: bool, 
 
 def render(messages: Messages, tokenizer: "PreTrainedTokenizerBase", options: dict, answer_next: bool = False) -> str:
     """The chat template's text; with `answer_next` up to where the assistant's answer starts."""
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(
-            for_template(messages), tokenize=False, add_generation_prompt=answer_next, **options
-        )
-    except TemplateError as error:
-        raise BadRow(f"the chat template refuses the messages ({error})") from error
+    return applied(tokenizer, messages, add_generation_prompt=answer_next, **options)
 
 
 def render_pair(
-    prompt: Messages, completions: list[Messages], tokenizer: "PreTrainedTokenizerBase", options: dict
+    prompt: Messages,
+    completions: list[Messages],
+    tokenizer: "PreTrainedTokenizerBase",
+    options: dict,
+    drawn: bool = False,
 ) -> tuple[str, list[str]]:
     """The prompt's text, and that of prompt + completion for each. Raises BadRow if the latter do not begin with the
-    prompt's messages. They begin with the generation prompt too, but for templates that end it in `<think>`."""
+    prompt's messages. They begin with the generation prompt too, but for templates that end it in `<think>`. drawn:
+    the completions are a policy's, to be scored, of which a template may leave out the thoughts."""
     refuse_unknown_tools([*prompt, *sum(completions, [])], options.get("tools"), tokenizer)
     start = render(prompt, tokenizer, options, answer_next=True)
     wholes = [render(prompt + completion, tokenizer, options) for completion in completions]
+    if not drawn:
+        for completion, whole in zip(completions, wholes, strict=True):
+            refuse_left_out([message for message in completion if trained(message)], whole)
     if not all(whole.startswith(start) for whole in wholes):
         asked = _open(render(prompt, tokenizer, options), tokenizer)
         if not start.startswith(asked) or not all(whole.startswith(asked) for whole in wholes):
@@ -149,11 +151,11 @@ def render_conversation(
     messages = messages[: last + 1]
     refuse_unknown_tools(messages, options.get("tools"), tokenizer)
     text = render(messages, tokenizer, options)
+    refuse_left_out([message for message in messages[first:] if trained(message)], text)
     every = all(trained(message) for message in messages if message["role"] == "assistant")
     if first == 0 and every and re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
-        out = tokenizer.apply_chat_template(
-            for_template(messages), return_dict=True, return_assistant_tokens_mask=True, **options
-        )
+        marked = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        out = applied(tokenizer, messages, **marked, **options)
         return Conversation(text, [], out["input_ids"], out["assistant_masks"])
     return Conversation(text, _answers(messages, text, tokenizer, options, first))
 
@@ -175,12 +177,13 @@ def encode_conversations(
     encoded: list[tuple[list[int], Any]] = []
     for row, ids, offsets in zip(rows, out["input_ids"], out["offset_mapping"], strict=True):
         if row.ids is not None and row.mask is not None:
-            encoded.append((row.ids, row.mask))
-            continue
+            ids, places = row.ids, np.flatnonzero(row.mask)
+            answers = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)
+        else:
+            starts, ends = np.array(offsets).reshape(-1, 2).T
+            answers = [np.flatnonzero((ends > start) & (starts < end)) for start, end in row.spans]
         mask = [0] * len(ids)
-        starts, ends = np.array(offsets).reshape(-1, 2).T
-        for start, end in row.spans:
-            inside = np.flatnonzero((ends > start) & (starts < end)).tolist()
+        for inside in (answer.tolist() for answer in answers):
             answer = [ids[index] for index in inside]
             for index in inside[: len(up_to_end(answer, ending, tokenizer))]:
                 mask[index] = 1

@@ -3,7 +3,8 @@
 A plain text ends with the tokenizer's EOS. An answer of a conversation ends with the first special token that the chat
 template writes after it (`<end_of_turn>` of Gemma, `<|im_end|>` of ChatML, `<|eot_id|>` of Llama 3), whatever the
 tokenizer calls its EOS; with EOS where the template writes none. The rest of what the template writes after an answer,
-mostly a line break, is no part of it: a rollout stops before.
+mostly a line break, is no part of it: a rollout stops before. An answer that calls a tool may end with a token of its
+own (`<|call|>` of GPT-OSS, `<|tool_response>` of Gemma 4).
 """
 
 import copy
@@ -11,38 +12,46 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from align.data.bad_rows import BadRow
+from align.data.messages import PROBED, PROBED_CALL, applied
+
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 ANSWER = "Probe-7319"
-PROBE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ANSWER}]
+ASKED = {"role": "user", "content": "Hi"}
 
 
 @dataclass(frozen=True)
 class Ending:
     """token: what ends an answer. tail: what the chat template writes after it at the end of a conversation. written:
     whether the template writes the token; if not it is added. accepted: every token that counts as an end.
-    conversational: whether it is that of a conversation's answers."""
+    conversational: whether it is that of a conversation's answers. call: what ends a call of tools, where that is
+    another token."""
 
     token: int
     tail: tuple[int, ...] = ()
     written: bool = False
     accepted: tuple[int, ...] = ()
     conversational: bool = False
+    call: int | None = None
 
 
 def ending_of(tokenizer: "PreTrainedTokenizerBase", conversational: bool) -> Ending:
     """How the answers of a conversation, or plain texts, end."""
     turn = _turn_end(tokenizer)
+    call = _call_end(tokenizer, turn[0] if turn else None)
     eos = tokenizer.eos_token_id
-    accepted = tuple(dict.fromkeys(token for token in (eos, turn[0] if turn else None) if token is not None))
+    ends = (eos, turn[0] if turn else None, call)
+    accepted = tuple(dict.fromkeys(token for token in ends if token is not None))
     if conversational and turn:
-        return Ending(turn[0], turn[1], True, accepted, True)
-    return Ending(eos, (), False, accepted, conversational)
+        return Ending(turn[0], turn[1], True, accepted, True, call)
+    return Ending(eos, (), False, accepted, conversational, call)
 
 
 def end_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
-    """Every token id that ends an answer as far as the tokenizer knows: EOS, and the end of turn of its template."""
+    """Every token id that ends an answer as far as the tokenizer knows: EOS, and its template's ends of a turn and of a
+    call."""
     return ending_of(tokenizer, True).accepted
 
 
@@ -66,7 +75,9 @@ def close(ids: Sequence[int], ending: Ending, tokenizer: "PreTrainedTokenizerBas
     found = None
     while ids and ids[-1] in ending.accepted:
         found = ids.pop()
-    return [*ids, ending.token if ending.written or found is None else found]
+    if found is None or (ending.written and found != ending.call):
+        found = ending.token
+    return [*ids, found]
 
 
 def up_to_end(ids: Sequence[int], ending: Ending, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -103,16 +114,29 @@ def special_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
 
 def _turn_end(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, tuple[int, ...]] | None:
     """(first special token, what follows it) of what the chat template writes after the last answer."""
-    from jinja2 import TemplateError
-
-    if not tokenizer.chat_template:
-        return None
-    try:
-        text = tokenizer.apply_chat_template(PROBE, tokenize=False)
-    except TemplateError:  # a template for other conversations: what it refuses is said row by row
-        return None
-    _, found, after = text.rpartition(ANSWER)
-    ids = tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"] if found and after else []
-    special = special_ids(tokenizer)
+    ids, special = _after(tokenizer, {"content": ANSWER}, ANSWER), special_ids(tokenizer)
     index = next((index for index, token in enumerate(ids) if token in special), None)
     return None if index is None else (ids[index], tuple(ids[index + 1 :]))
+
+
+def _call_end(tokenizer: "PreTrainedTokenizerBase", turn: int | None) -> int | None:
+    """The special token with which the chat template ends an answer that calls a tool, if that is not `turn`."""
+    if "tool_calls" not in str(tokenizer.chat_template):
+        return None
+    ids, special = _after(tokenizer, {"content": "", "tool_calls": [PROBED_CALL]}, PROBED), special_ids(tokenizer)
+    index = next((index for index in range(len(ids) - 1, -1, -1) if ids[index] in special), None)
+    if index is None or turn in ids or tokenizer.decode(ids[index + 1 :]).strip():
+        return None
+    return ids[index]
+
+
+def _after(tokenizer: "PreTrainedTokenizerBase", answer: dict, said: str) -> list[int]:
+    """What the chat template writes after the last `said` of an answer."""
+    if not tokenizer.chat_template:
+        return []
+    try:
+        text = applied(tokenizer, [ASKED, {"role": "assistant", **answer}])
+    except BadRow:  # a template for other conversations: what it refuses is said row by row
+        return []
+    _, found, after = text.rpartition(said)
+    return tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"] if found and after else []

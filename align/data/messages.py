@@ -1,6 +1,7 @@
 """Messages as other collections and chat templates have them: `from` and `value`, calls of tools, `tools`."""
 
 import json
+import re
 from typing import Any
 
 from align.data.bad_rows import BadRow
@@ -10,6 +11,12 @@ SPEAKERS = {
     "observation": "tool", "function_response": "tool",
 }  # fmt: skip
 """What ShareGPT and its kin call the roles."""
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Keys of a message that hold what the assistant thought before it answered."""
+TAGS = re.compile(r"</?think>|<\|channel>(?:thought)?|<channel\|>")
+"""What stands around thoughts in the text of an answer."""
+PROBED = "probe_7319"
+PROBED_CALL = {"type": "function", "function": {"name": PROBED, "arguments": {}}}
 HOLDERS = ("prompt", "completion", "chosen", "rejected", "messages", "conversations")
 
 
@@ -81,10 +88,67 @@ def refuse_unknown_tools(messages: list[dict[str, Any]], tools: Any, tokenizer: 
         return
     template = tokenizer.get_chat_template(tools=tools)
     for name, there in given.items():
-        if there and name not in template:
+        if there and (name not in template or (name == "tool_calls" and _shows(tokenizer, "call") is False)):
             raise BadRow(
                 f"the chat template renders no {name}: use the tokenizer of a model that was trained with tools"
             )
+
+
+def refuse_left_out(messages: list[dict[str, Any]], text: str) -> None:
+    """BadRow for thoughts of answers that are trained which the template has left out of `text`. Those of earlier
+    answers it may leave out, as it does when the model is asked."""
+    for message in messages:
+        thoughts = [("thoughts", part) for part in TAGS.split(message["content"])[:-1]]
+        for name, value in [*thoughts, *((name, message.get(name)) for name in THOUGHTS)]:
+            if isinstance(value, str) and value.strip() not in text:
+                raise BadRow(
+                    f"the chat template leaves out the {name} of an answer, which would be trained without: remove "
+                    "them, put them where the template takes thoughts from, or set another chat template, for example "
+                    "with trl.get_training_chat_template, which `align sft` does with assistant_only_loss: true"
+                )
+
+
+def applied(tokenizer: Any, messages: list[dict[str, Any]], *, tokenize: bool = False, **options: Any) -> Any:
+    """`apply_chat_template`, with messages as the template takes them; BadRow for what it cannot render."""
+    messages = for_template(messages)
+    if _takes_parts(tokenizer):
+        messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=tokenize, **options)
+    except _refusals() as error:
+        kind = "" if isinstance(error, _refusals()[0]) else f"{type(error).__name__}: "
+        raise BadRow(f"the chat template refuses the messages ({kind}{error})") from error
+
+
+def _takes_parts(tokenizer: Any) -> bool:
+    """Whether a chat template leaves out content that is text, and takes lists of parts alone: those of some models
+    for images do (SmolVLM, Idefics3, LLaVA)."""
+    return not _shows(tokenizer, "text") and bool(_shows(tokenizer, "parts"))
+
+
+_SHOWN: dict[tuple[str, str], bool | None] = {}
+
+
+def _shows(tokenizer: Any, kind: str) -> bool | None:
+    """Whether the chat template renders content that is a text, that is parts, a call of a function; None where it
+    refuses the message."""
+    key = str(tokenizer.chat_template), kind
+    if key not in _SHOWN:
+        asked = {"role": "user", "content": [{"type": "text", "text": PROBED}] if kind == "parts" else PROBED}
+        answer = {"role": "assistant", "content": "", "tool_calls": [{"id": "probe0001", **PROBED_CALL}]}
+        messages = [{**asked, "content": "Hi"}, answer] if kind == "call" else [asked]
+        try:
+            _SHOWN[key] = PROBED in tokenizer.apply_chat_template(messages, tokenize=False)
+        except _refusals():
+            _SHOWN[key] = None
+    return _SHOWN[key]
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What templates raise on purpose, and where they meet what they were not written for."""
+    from jinja2 import TemplateError
+
+    return TemplateError, TypeError, ValueError, AttributeError, LookupError
 
 
 def for_template(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -2,10 +2,9 @@
 
 from align.data.bad_rows import BadRow
 from align.data.encode import render
-from align.data.ending import ANSWER, ending_of
+from align.data.ending import ANSWER, ASKED, ending_of
 from align.errors import ConfigError, RolloutError
 
-ASKED = {"role": "user", "content": "Hi"}
 PROBE = "Reply-4127"
 
 
@@ -29,10 +28,10 @@ class TurnTokens:
                 "conversations of several turns need a chat template that ends an answer with a token of its own, such "
                 f"as <|im_end|>, and that of {tokenizer.name_or_path or 'this tokenizer'!r} has none"
             )
-        self.end, self.end_text = ending.token, tokenizer.convert_ids_to_tokens(ending.token)
+        self.end, self.call = ending.token, ending.call
         for role in roles:
             try:
-                text = self._text([{"role": role, "name": "probe", "content": PROBE}], {})
+                _, text = self._text([{"role": role, "name": "probe", "content": PROBE}], {})
             except (BadRow, RolloutError) as error:
                 raise ConfigError(f"{error} (tried with a message of role {role})") from error
             if PROBE not in text:
@@ -44,26 +43,31 @@ class TurnTokens:
         """Ids that follow an answer whose last token is `last_token`, up to where the next answer starts.
 
         messages: of the environment, all of one role. options: of the chat template, of this prompt."""
-        text = self.end_text + self._text(messages, options)
-        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if not ids or ids[0] != self.end:
-            raise RolloutError(f"the tokenizer does not read {self.end_text!r} at the start of a text as one token")
-        return ids[1:] if last_token == self.end else ids
+        end, text = self._text(messages, options)
+        end_text = self.tokenizer.convert_ids_to_tokens(end)
+        ids = self.tokenizer(end_text + text, add_special_tokens=False, verbose=False)["input_ids"]
+        if not ids or ids[0] != end:
+            raise RolloutError(f"the tokenizer does not read {end_text!r} at the start of a text as one token")
+        return ids[1:] if last_token == end else ids
 
-    def _text(self, messages: list[dict], options: dict) -> str:
-        """What follows the answer's end token."""
+    def _text(self, messages: list[dict], options: dict) -> tuple[int, str]:
+        """The answer's end token, and what follows it."""
         answer: dict = {"role": "assistant", "content": ANSWER}
+        token, said = self.end, ANSWER
         # some templates name the tool after the call; others know the calls as what the policy wrote alone
         if messages[0]["role"] == "tool" and "tool_calls" in self.tokenizer.get_chat_template():
             calls = [{"type": "function", "function": {"name": m["name"], "arguments": {}}} for m in messages]
             answer["tool_calls"] = calls
+            if self.call is not None:  # Gemma 4 writes the text of such an answer after what the tools said
+                answer["content"], token, said = "", self.call, messages[-1]["name"]
         before = render([ASKED, answer], self.tokenizer, options)
         after = render([ASKED, answer, *messages], self.tokenizer, options, answer_next=True)
-        end = before.rfind(self.end_text)
-        if end < 0 or not after.startswith(before[: end + len(self.end_text)]):
+        end_text = self.tokenizer.convert_ids_to_tokens(token)
+        end = before.rfind(end_text) + len(end_text)
+        if before.rfind(end_text) <= before.rfind(said) or not after.startswith(before[:end]):
             raise RolloutError(
                 "the chat template writes an answer differently once a turn follows it, so the next turn cannot be put "
                 "after what the policy has written: use a template whose text of a conversation begins with that of "
                 "its first messages"
             )
-        return after[end + len(self.end_text) :]
+        return token, after[end:]
