@@ -3,6 +3,8 @@
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from align.data.ending import end_ids
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -43,12 +45,13 @@ def describe_example(tokenized_row: dict[str, Any], tokenizer: "PreTrainedTokeni
     else:
         raise ValueError(f"kind is 'prompts', 'completions', 'pairs', 'ranked' or 'unpaired', not {kind!r}")
     total = sum(len(ids) for _, ids, _ in parts)
+    ends = end_ids(tokenizer)
     lines = [f"row {row['row']}: {total} tokens, {trained}"]
     for name, ids, mark in parts:
         ending = ""
-        if mark == "trained" and tokenizer.eos_token_id is not None:
-            closed = ids[-1] == tokenizer.eos_token_id
-            ending = f", ends with {tokenizer.eos_token}" if closed else ", no EOS at the end"
+        if mark == "trained" and ends:
+            closed = ids[-1] in ends
+            ending = f", ends with {tokenizer.convert_ids_to_tokens(ids[-1])}" if closed else ", no end token"
         lines.append(f"{name or mark} ({len(ids)} tokens{ending})")
         lines += [f"  {mark} | {line}" for line in _lines(tokenizer.decode(ids, skip_special_tokens=False))]
     return "\n".join(lines)

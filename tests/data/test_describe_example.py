@@ -29,7 +29,7 @@ def test_a_cut_completion(tokenizer):
         "row 0: 4 tokens, 1 trained",
         "context (3 tokens)",
         "  context | <bos>hi",
-        "trained (1 tokens, no EOS at the end)",
+        "trained (1 tokens, no end token)",
         "  trained |  yes",
     ]
 

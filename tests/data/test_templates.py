@@ -9,7 +9,7 @@ from datasets import Dataset
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from align.data import tokenize_completions, tokenize_pairs, tokenize_prompts
+from align.data import describe_example, tokenize_completions, tokenize_pairs, tokenize_prompts
 from align.data.ending import end_ids, ending_of, written_text
 from align.errors import DataError
 from align.reward_models.base import RewardBatch
@@ -189,6 +189,7 @@ def test_a_call_ends_as_the_template_ends_it(name, end):
     pair = only(tokenize_pairs, row, name, max_length=None)
     whole = rendered(name, [ASKED, CALL], tools=TOOLS, return_dict=False)
     assert pair["prompt_ids"] + pair["chosen_ids"] == whole
+    assert f"chosen ({len(pair['chosen_ids'])} tokens, ends with {end})" in describe_example(pair, tokenizer, "pairs")
     assert written_text(tokenizer, pair["chosen_ids"], True) == tokenizer.decode(pair["chosen_ids"][:-1])
     found, trained = completion({"messages": [ASKED, CALL, RESULT, ANSWER], "tools": TOOLS}, name)
     assert [token in end_ids(tokenizer) for token in tokenizer(trained)["input_ids"]].count(True) == 2
