@@ -18,6 +18,14 @@ from align.modeling.types import Model
 logger = logging.getLogger(__name__)
 
 _text_models: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_LIKE = {
+    "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+    "qwen3_vl_moe_text": "qwen3_moe",
+}
+"""Text models without a class of their own that compute, on text, what a model of text does: their positions in time,
+height and width are then one and the same."""
 
 
 def unreached(core: Model) -> dict[str, nn.Module]:
@@ -98,7 +106,7 @@ def text_model(core: Model) -> Model:
         return core
     text = _text_models.get(core)
     if text is None:
-        config = copy.deepcopy(core.config.get_text_config())
+        config = _config_of_text(core.config.get_text_config())
         config.tie_word_embeddings = core.config.tie_word_embeddings
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ConfigError(
@@ -112,3 +120,14 @@ def text_model(core: Model) -> Model:
     setattr(text, text.base_model_prefix, core.get_decoder())
     text.set_output_embeddings(core.get_output_embeddings())  # an adapter may have replaced it
     return text
+
+
+def _config_of_text(config: Any) -> Any:
+    """A copy; of the model of text that computes the same, where there is one."""
+    from transformers import AutoConfig
+
+    if config.model_type not in _LIKE:
+        return copy.deepcopy(config)
+    settings = {name: value for name, value in config.to_dict().items() if name != "model_type"}
+    settings["rope_parameters"] = {k: v for k, v in config.rope_parameters.items() if not k.startswith("mrope_")}
+    return AutoConfig.for_model(_LIKE[config.model_type], **settings, norm_topk_prob=True)

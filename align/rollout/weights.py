@@ -124,7 +124,7 @@ def check_supported(model: Model) -> None:
     if any(config.is_prompt_learning for config in model.peft_config.values()):
         raise ConfigError("prompt-learning adapters cannot be merged into weights: use LoRA for on-policy training")
     embeddings = (core.get_input_embeddings(), core.get_output_embeddings())
-    if core.config.get_text_config().tie_word_embeddings and any(_is_adapted(module) for module in embeddings):
+    if core.config.tie_word_embeddings and any(_is_adapted(module) for module in embeddings):
         raise ConfigError(
             "the model ties its input and output embeddings, and an adapter on one of them would untie them in the "
             "rollout engine: leave embed_tokens and lm_head out of lora_target_modules and lora_modules_to_save"

@@ -40,7 +40,7 @@ def check_head(model: Any, peft_config: Any) -> None:
             f"adapter adds to it, which would never be trained: leave it out of target_modules, or train it in full "
             f"(modules_to_save: [{names[0].rpartition('.')[2]}])"
         )
-    tied = model.config.get_text_config().tie_word_embeddings
+    tied = model.config.tie_word_embeddings
     if tied and getattr(peft_config, "trainable_token_indices", None):  # only LoRA has it
         raise ConfigError(
             "trainable_token_indices: the model's head is its input embeddings, and the loss takes the head's weight "

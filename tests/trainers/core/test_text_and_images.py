@@ -5,18 +5,21 @@ import logging
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
 
 from align.modeling.load import load_policy, load_sequence_classifier
 from align.modeling.text_part import adapter_of_text, text_model, unreached
 from align.trainers.remax import ReMaxTrainer
 from tests.rollout.rollout_models import needs_vllm
-from tests.trainers.core.test_saved import assert_saved, lora, make, trained
-from tests.trainers.core.text_and_images import CASES, gemma3, train
+from tests.trainers.core.test_saved import assert_saved, logits, lora, make, trained
+from tests.trainers.core.text_and_images import CASES, gemma3, of_one_class, train
 from tests.trainers.tiny_runs import assert_same, on_policy, prompts, wanted_words
 from tests.trainers.two_processes import run_on_two
 
+OF_ONE_CLASS = ["mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
 PARTS = ["model.vision_tower", "model.multi_modal_projector"]
 IDS = torch.tensor([[5, 9, 14, 7, 3, 11, 20, 2]])
 
@@ -60,30 +63,20 @@ def test_the_text_model_is_the_same_on_text(model):
     assert torch.equal(text(IDS).logits, loaded(IDS).logits)
 
 
-@pytest.mark.parametrize("kind", ["mistral3", "qwen2_5_vl"])
+@pytest.mark.parametrize("kind", OF_ONE_CLASS)
 def test_classes_that_transformers_has_for_images_alone(kind, tmp_path):
-    """`AutoModelForCausalLM` does not know them. A left-padded row has the logits of the row."""
-    import transformers as tf
-
-    sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "pad_token_id": 0}
-    if kind == "mistral3":
-        vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-        vision = tf.PixtralVisionConfig(**vision, image_size=28, patch_size=14)
-        text = tf.MistralConfig(**sizes, head_dim=16)
-        config = tf.Mistral3Config(text_config=text, vision_config=vision, image_token_index=5)
-    else:
-        rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
-        vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32}
-        tokens = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8}
-        config = tf.Qwen2_5_VLConfig(text_config={**sizes, "rope_parameters": rope}, vision_config=vision, **tokens)
-    tf.AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path)
-    loaded = load_policy(tmp_path).eval()
+    """`AutoModelForCausalLM` does not know them. A left-padded row has the logits of the row. So has the model of text
+    that vLLM runs, made anew from its configuration."""
+    loaded = load_policy(of_one_class(kind, tmp_path)).eval()
     assert unreached(loaded)
     mask = torch.tensor([[0] * 3 + [1] * 8])
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     padded = loaded(torch.cat([torch.zeros(1, 3).long(), IDS], 1), attention_mask=mask, position_ids=positions).logits
     torch.testing.assert_close(padded[:, 3:], loaded(IDS).logits, atol=1e-5, rtol=1e-5)
+    text = text_model(loaded)
+    anew = type(text)(text.config).eval()
+    anew.load_state_dict(text.state_dict())
+    torch.testing.assert_close(anew(IDS).logits, loaded(IDS).logits, atol=1e-6, rtol=1e-6)
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
@@ -105,13 +98,27 @@ def test_the_folder_is_the_trained_model(method, peft, model, tmp_path, caplog):
             assert images and all(torch.equal(file.get_tensor(name), before[name]) for name in images)
 
 
+@pytest.mark.parametrize("peft", [None, lora()], ids=["full", "lora"])
+@pytest.mark.parametrize("family", OF_ONE_CLASS)
+def test_the_folder_of_other_families(family, peft, tmp_path):
+    base, run = of_one_class(family, tmp_path / "model"), tmp_path / "run"
+    expected = logits(trained("dpo", base, run, peft).model)
+    assert (logits(load_policy(base)) - expected).abs().max() > 1e-3
+    plain = AutoModelForImageTextToText.from_pretrained(base if peft else run)
+    for loaded in (PeftModel.from_pretrained(plain, run) if peft else plain, load_policy(run)):
+        torch.testing.assert_close(logits(loaded), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_an_adapter_on_an_adapter(model, tmp_path):
     trained("sft", model, tmp_path / "sft", lora())
     assert_saved("dpo", trained("dpo", tmp_path / "sft", tmp_path / "dpo", lora(r=2)), tmp_path / "dpo")
     assert "vision" not in " ".join(json.loads((tmp_path / "dpo/adapter_config.json").read_text())["target_modules"])
 
 
-def test_shared_prefixes_give_the_losses_of_padded_pairs(model, tmp_path):
+@pytest.mark.parametrize("family", ["gemma3", *OF_ONE_CLASS])
+def test_shared_prefixes_give_the_losses_of_padded_pairs(family, model, tmp_path):
+    if family != "gemma3":
+        model = of_one_class(family, tmp_path / "model")
     shared = make("dpo", model, tmp_path / "shared", logging_steps=1)
     padded = make("dpo", model, tmp_path / "padded", logging_steps=1, batching="padded")
     assert type(shared.collator) is not type(padded.collator)
@@ -135,9 +142,15 @@ def test_two_processes_are_one(setup, model, tmp_path):
 
 
 @needs_vllm
-@pytest.mark.parametrize("peft", [None, lora()], ids=["full", "lora"])
-def test_vllm_runs_the_text_model(peft, model, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "peft"),
+    [("gemma3", None), ("gemma3", lora()), ("qwen2_5_vl", lora()), ("qwen3_vl", None)],
+    ids=["gemma3", "gemma3, lora", "qwen2_5_vl, lora", "qwen3_vl"],
+)
+def test_vllm_runs_the_text_model(family, peft, model, tmp_path):
     """It needs no vision tower, and no processor of images."""
+    if family != "gemma3":
+        model = of_one_class(family, tmp_path / "model")
     kind, args = on_policy("remax", tmp_path, rollout={"backend": "vllm"}, logging_steps=1, learning_rate=1e-2)
     trainer: ReMaxTrainer = kind(model, wanted_words, args, prompts(16), peft_config=peft)
     trainer.train()
