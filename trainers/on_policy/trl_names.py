@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from align.errors import ConfigError
+from align.rollout.make import rollout_options
 from align.rollout.options import RolloutOptions
 from align.trainers.core.moving_reference import MovingReferenceOptions
 from align.trainers.core.options import FLAG
@@ -117,6 +118,9 @@ def take_engine(args: Any) -> None:
         return
     first, last = next(iter(given)), next(reversed(given))
     options = {VLLM[name]: value for name, value in given.items() if name in VLLM}
+    if given == {"use_vllm": True} and rollout_options(args.rollout).backend in ("vllm", "server"):
+        args.use_vllm = None  # a script of TRL's, with a section rollout in its file
+        return
     if args.rollout != RolloutOptions():
         raise ConfigError(
             f"{first}: write it in the section rollout instead, as rollout.{VLLM.get(first, 'backend')}", key=first

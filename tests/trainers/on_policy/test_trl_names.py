@@ -68,7 +68,11 @@ def test_the_engine(tmp_path):
     of_trl = {"vllm_gpu_memory_utilization": 0.5, "vllm_tensor_parallel_size": 2, "vllm_enable_sleep_mode": True}
     ours = {"backend": "vllm", "gpu_memory_utilization": 0.5, "tensor_parallel": 2, "sleep": True}
     assert engine(**of_trl) == engine(use_vllm=True, **of_trl) == engine(rollout=ours)
+    servers = {"backend": "server", "urls": ["http://127.0.0.1:8000"]}
+    for section in ("vllm", servers):  # which agree with it
+        assert engine(use_vllm=True, rollout=section) == engine(rollout=section)
     for options, message in [
+        ({"use_vllm": True, "rollout": "transformers"}, "use_vllm: write it in the section rollout instead"),
         ({"use_vllm": False, "vllm_gpu_memory_utilization": 0.5}, "is vLLM's, and use_vllm is false"),
         (
             {"use_vllm": False, "rollout": "vllm"},
