@@ -11,7 +11,6 @@ the run as it was resumed last; `earlier` has the headers before, each with the 
 """
 
 import json
-import logging
 import math
 import os
 from collections.abc import Mapping
@@ -20,10 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import DataError
-from align.evaluation.records import free_name
+from align.evaluation.records import set_aside
 from align.evaluation.thin import ThinCurve
-
-logger = logging.getLogger(__name__)
 
 FORMAT = "align.metrics/1"
 FILE_NAME = "metrics.jsonl"
@@ -47,7 +44,7 @@ class MetricsWriter:
         logs: list[dict[str, float | None]] = []
         if self.path.exists():
             if resume_step is None:
-                os.replace(self.path, free_name(self.path))
+                set_aside(self.path)
             else:
                 header, logs = self._resumed(header, resume_step)
         temporary = self.path.with_suffix(".jsonl.tmp")
@@ -60,9 +57,7 @@ class MetricsWriter:
         try:
             before = read_metrics(self.path)
         except DataError as error:  # a log must not keep a run from being resumed
-            old = free_name(self.path)
-            os.replace(self.path, old)
-            logger.warning("%s: kept as %s, and the logs start anew", error, old.name)
+            set_aside(self.path, f"cannot be gone on with, the logs start anew ({error})")
             return header, []
         earlier = before.header.pop("earlier", [])
         header = {**header, "earlier": [*earlier, {**before.header, "until": resume_step}]}

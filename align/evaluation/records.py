@@ -111,9 +111,7 @@ class EvalWriter:
         if resume_step is not None:
             lines = self._kept_lines(resume_step, evaluated)
         elif self.path.exists():
-            old = free_name(self.path)
-            os.replace(self.path, old)
-            logger.warning("%s is of an earlier run: kept as %s", self.path, old.name)
+            set_aside(self.path)
         # The whole file is replaced at once, so that a kill here leaves the old file or the new one, never half of one.
         temporary = self.path.with_suffix(".jsonl.tmp")
         with writing(self.path):
@@ -331,9 +329,10 @@ def _dump(value: dict, path: Path) -> str:
         raise TrainingError(f"cannot write to {path}: {error}; give plain finite numbers, strings, lists") from error
 
 
-def free_name(path: Path) -> Path:
-    """Where the file of an earlier run is kept: curve.jsonl as curve.1.old.jsonl."""
+def set_aside(path: Path, why: str = "is of an earlier run") -> None:
+    """Keep a file of results under another name, curve.jsonl as curve.1.old.jsonl, and say so."""
     number = 1
     while (old := path.with_name(f"{path.stem}.{number}.old{path.suffix}")).exists():
         number += 1
-    return old
+    os.replace(path, old)
+    logger.warning("%s %s: kept as %s", path, why, old.name)

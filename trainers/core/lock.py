@@ -1,7 +1,6 @@
 """One run at a time in an output folder, and no results of an earlier one."""
 
 import fcntl
-import logging
 import os
 import socket
 from contextlib import contextmanager
@@ -10,8 +9,6 @@ from pathlib import Path
 from align.errors import TrainingError
 from align.evaluation import completions_file, masks, records
 from align.trainers.weighting import search
-
-logger = logging.getLogger(__name__)
 
 FILE_NAME = ".align_lock"
 RESULTS = (records.FILE_NAME, completions_file.FILE_NAME, masks.FILE_NAME, masks.PAGE, search.FILE_NAME)
@@ -48,6 +45,4 @@ def holding(folder: str | Path, *, anew: bool = False):
 def _set_aside(folder: Path) -> None:
     for name in RESULTS:
         if (folder / name).exists():
-            old = records.free_name(folder / name)
-            os.replace(folder / name, old)
-            logger.warning("%s is of an earlier run: kept as %s", folder / name, old.name)
+            records.set_aside(folder / name)

@@ -84,6 +84,8 @@ def test_a_resumed_run_has_its_own_settings_and_those_before_it(tmp_path, caplog
     MetricsWriter(tmp_path, {"max_steps": 9}, 11)
     assert read_metrics(tmp_path).logs == [] and "line 4 is not valid JSON" in caplog.text
     assert "metrics.1.old.jsonl" in caplog.text and (tmp_path / "metrics.1.old.jsonl").exists()
+    MetricsWriter(tmp_path, {"max_steps": 9}, None)
+    assert "metrics.jsonl is of an earlier run: kept as metrics.2.old.jsonl" in caplog.text
 
 
 def state(step=5, main=True, max_steps=100):
