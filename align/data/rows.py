@@ -1,15 +1,15 @@
 """Loading rows from a local file or folder, a saved dataset, or the hub. What is local never needs the network."""
 
 import difflib
-import json
 import logging
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from align.data.fingerprint import file_digest, text_digest
 from align.data.formats import TEXT_COLUMNS
 from align.data.hub import not_found, offline_if_unreachable
+from align.data.json_lines import are_lines, broken_array, check_lines, faulty_line
 from align.errors import DataError
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def source_of(dataset: "Dataset", source: str = "") -> str:
 
 
 def _load_files(path: Path, split: str, streaming: bool) -> "Dataset":
-    from datasets import load_dataset
+    from datasets import load_dataset, load_dataset_builder
     from datasets.exceptions import DatasetsError
 
     files = _files_by_split(path)
@@ -94,16 +94,18 @@ def _load_files(path: Path, split: str, streaming: bool) -> "Dataset":
         if file.stat().st_size == 0:
             raise DataError(f"{file} is empty (0 bytes).")
     kind = kinds.pop()
+    options: dict[str, Any] = {
+        "path": kind,
+        # The cache of `datasets` knows a file by its path and its time, which survive a rewrite now and then.
+        "name": "stream" if streaming else text_digest([file_digest(file) for file in every]),
+        "data_files": {name: [str(file.resolve()) for file in group] for name, group in files.items()},
+        **(CSV_OPTIONS if kind == "csv" else {}),
+    }
+    lines = [file for file in every if are_lines(file)] if kind == "json" and not streaming else []
     try:
-        dataset = load_dataset(
-            kind,
-            # The cache of `datasets` knows a file by its path and its time, which survive a rewrite now and then.
-            name="stream" if streaming else text_digest([file_digest(file) for file in every]),
-            data_files={name: [str(file.resolve()) for file in group] for name, group in files.items()},
-            split=split,
-            streaming=streaming,
-            **(CSV_OPTIONS if kind == "csv" else {}),
-        )
+        if lines and not Path(load_dataset_builder(**options).cache_dir).exists():  # else it has been read before
+            check_lines(lines)
+        dataset = load_dataset(**options, split=split, streaming=streaming)
         if not streaming:
             dataset.data.validate(full=True)  # else text that is not UTF-8 fails in the middle of training
     except (DatasetsError, ValueError) as error:
@@ -166,7 +168,7 @@ def _unreadable(files: list[Path], error: BaseException) -> str:
         if BUILDERS[file.suffix.lower()] == "json":
             with file.open("rb") as opened:
                 is_array = opened.read(1024).lstrip().startswith(b"[")
-            fault = _broken_array(file) if is_array else _broken_line(file)
+            fault = broken_array(file) if is_array else faulty_line([file])
             if fault:
                 return fault
         elif file.suffix.lower() == ".csv" and (separator := _other_separator(file)) is not None:
@@ -183,33 +185,6 @@ def _other_separator(file: Path) -> str | None:
         header = opened.readline()
     found = {"semicolons": ";", "tabs": "\t"}
     return None if "," in header else next((name for name, sign in found.items() if sign in header), None)
-
-
-def _broken_array(file: Path) -> str | None:
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        return f"{file}: not UTF-8 text (byte {error.start}: {error.reason})."
-    except json.JSONDecodeError as error:
-        return f"{file}, line {error.lineno}: not valid JSON: {error.msg}."
-    number, row = next(((number, row) for number, row in enumerate(rows) if not isinstance(row, dict)), (0, None))
-    return f"{file}, item {number}: {type(row).__name__} instead of an object with the columns." if row else None
-
-
-def _broken_line(file: Path) -> str | None:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8").rstrip())
-            except UnicodeDecodeError as error:
-                return f"{file}, line {number}: not UTF-8 text (byte {error.start} of the line: {error.reason})."
-            except json.JSONDecodeError as error:
-                return f"{file}, line {number}: not valid JSON: {error.msg} (character {error.pos} of the line)."
-            if not isinstance(row, dict):
-                return f"{file}, line {number}: {type(row).__name__} instead of an object with the columns."
-    return None
 
 
 # ---- saved datasets and the hub -------------------------------------------------------------------------------------
