@@ -25,7 +25,13 @@ from align.objectives.pair_losses import PairLosses
 from align.objectives.reward_model import bradley_terry_loss, centering, score_l2
 from align.reward_models.normalizer import Normalizer
 from align.trainers.core.batching import CheckSharedRows, autocast_dtype, resolve_layout
-from align.trainers.core.loading import end_as_tokenizer, loading_options, set_chat_template, tokenizer_of
+from align.trainers.core.loading import (
+    end_as_tokenizer,
+    loading_options,
+    tokenizer_of,
+    with_template,
+    without_weights,
+)
 from align.trainers.core.trl_options import TrlRewardOptions
 from align.trainers.pairs.config import PairConfig
 from align.trainers.pairs.data import NUMBERS, SCORE_COLUMNS, PairData, with_score_margins
@@ -93,6 +99,7 @@ class RewardTrainer(PairTrainer):
     reward_name = "score"
     args: RewardConfig
     config_class = RewardConfig
+    normalizer: Normalizer | None
 
     def __init__(
         self,
@@ -112,36 +119,22 @@ class RewardTrainer(PairTrainer):
         if args.score_margin is not None and is_stream(train_dataset):
             raise ConfigError("score_margin is computed for all pairs before training, and the rows are a stream")
         processing_class = with_own_padding(tokenizer_of(args, model, processing_class))
-        set_seed(args.seed)  # a new adapter is drawn at random
-        classifier = load_sequence_classifier(
-            model,
-            peft_config=peft_config,
-            pad_token_id=processing_class.pad_token_id,
-            head_seed=args.seed,
-            sharded=True,
-            **loading_options(args, model, quantization_config),
-        )
-        if args.eos_token is not None:
-            end_as_tokenizer(classifier, processing_class)
-        train_in_float32(classifier, adapter=peft_config is not None)
-        set_chat_template(args.chat_template_path, classifier, processing_class, adapter=peft_config is not None)
-        # transformers refuses batches without one; where the last token is, the attention mask says
-        classifier.config.get_text_config().pad_token_id = processing_class.pad_token_id
-        read_at_end_token(classifier)
-        if args.disable_dropout:
-            disable_dropout(classifier)
-        self.normalizer: Normalizer | None = None
-        data = pair_data(processing_class, args)
+        options = loading_options(args, model, quantization_config)
+        load = partial(load_scored, args, model, processing_class, peft_config, options)
+        adapter, empty = peft_config is not None, without_weights(args, model, classifier=True)
+        load = with_template(args.chat_template_path, load, processing_class, adapter=adapter)
+        self.args, self.normalizer = args, None
         super().__init__(
-            classifier,
+            load,
             args,
-            data,
+            pair_data(processing_class, args),
             train_dataset,
             eval_dataset,
             callbacks,
             optimizers,
             compute_metrics,
             optimizer_cls_and_kwargs,
+            empty=empty,
         )
         shares = self._share_prompts()
         if shares:
@@ -239,6 +232,28 @@ class RewardTrainer(PairTrainer):
             super().save_model(output_dir, _internal_call)
         if self.args.should_save and self.normalizer is not None:
             self.normalizer.save(output_dir or self.args.output_dir)
+
+
+def load_scored(args: RewardConfig, model: Any, tokenizer: Any, peft_config: Any, options: dict[str, Any]) -> Model:
+    """A classifier with one label, and its adapter. options: of `loading_options`."""
+    set_seed(args.seed)  # a new adapter is drawn at random
+    classifier = load_sequence_classifier(
+        model,
+        peft_config=peft_config,
+        pad_token_id=tokenizer.pad_token_id,
+        head_seed=args.seed,
+        sharded=True,
+        **options,
+    )
+    if args.eos_token is not None:
+        end_as_tokenizer(classifier, tokenizer)
+    train_in_float32(classifier, adapter=peft_config is not None)
+    # transformers refuses batches without one; where the last token is, the attention mask says
+    classifier.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    read_at_end_token(classifier)
+    if args.disable_dropout:
+        disable_dropout(classifier)
+    return classifier
 
 
 def agreement(margins: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -10,12 +10,13 @@ import torch
 import trl
 from accelerate.utils import gather_object
 from torch import nn
-from transformers import TrainingArguments, set_seed
+from transformers import TrainingArguments
 
 from align.data.bad_rows import BadRow
 from align.data.checks import SCORE, check_score
 from align.data.collate import IGNORED, labelled
 from align.data.formats import TEXT_COLUMNS, columns_of, format_for
+from align.data.limits import fit_sets
 from align.data.sets import of_each
 from align.data.streams import is_stream, mapped, read_whole, sample_of
 from align.data.tokenize import tokenize_completions
@@ -27,11 +28,11 @@ from align.modeling.logprobs import language_model, soft_cap_by_its_usual_name
 from align.trainers.core.eval_completions import show_completions
 from align.trainers.core.experts import without_missing_loss
 from align.trainers.core.loading import (
-    end_as_tokenizer,
     load_to_train,
-    set_chat_template,
     tokenizer_of,
     training_tokenizer,
+    with_template,
+    without_weights,
 )
 from align.trainers.core.options import RunOptions, read_mapping
 from align.trainers.core.trainer import TrainerMixin
@@ -125,15 +126,16 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         args, peft_config = self.options(args, model, train_dataset), by_names(peft_config)
         self.args, self.formatting_func = args, formatting_func
         processing_class = tokenizer_of(args, model, processing_class)
-        model = load_to_train(args, model, quantization_config, adapter=peft_config is not None)
-        if args.eos_token is not None:
-            end_as_tokenizer(model, processing_class)
-        set_seed(args.seed)  # TRL draws the adapter, and the embeddings of new tokens are drawn
-        set_chat_template(args.chat_template_path, model, processing_class, adapter=peft_config is not None)
-        peft_config = choose_trained(model, args, peft_config)
+        adapter, empty = peft_config is not None, without_weights(args, model)
+        load = partial(load_to_train, args, model, quantization_config, processing_class, adapter=adapter)
+        load = with_template(args.chat_template_path, load, processing_class, adapter=adapter)
         self._renders = training_tokenizer(processing_class) if args.assistant_only_loss else processing_class
         train_rows = tokenized_completions(self._formatted(train_dataset), self._renders, args)
         eval_rows = of_each(eval_dataset, self._to_evaluate)
+        if empty is not None:
+            fit_sets(empty, self.longest_row, train_rows, eval_rows, processing_class)
+        model = load()  # once the rows are tokenised: reading the weights of a large model takes minutes
+        peft_config = choose_trained(model, args, peft_config)
         # TRL makes the labels from `completion_mask`, and packs where asked
         args.completion_only_loss = True
         with soft_cap_by_its_usual_name(model), without_what_is_done(args), without_missing_loss(model, args):

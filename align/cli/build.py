@@ -97,21 +97,15 @@ def dtype(run: RunConfig) -> str:
 def model(run: RunConfig):
     """The model that is trained, without its adapter."""
     from accelerate import PartialState
-    from transformers.integrations import is_deepspeed_zero3_enabled
-    from trl import get_quantization_config
 
     from align.modeling.load import load_policy, load_sequence_classifier
 
     options: dict[str, Any] = {**source_options(run), "dtype": dtype(run)}
-    quantization = get_quantization_config(run.model)
-    if quantization is not None and is_deepspeed_zero3_enabled():
-        raise ConfigError(
-            "load_in_4bit and load_in_8bit do not work with DeepSpeed ZeRO-3: use --setup fsdp2, zero2 or ddp"
-        )
-    if quantization is not None:
+    packed = quantization(run)
+    if packed is not None:
         # quantised weights cannot be moved afterwards: every process loads them to where it trains
         device = PartialState(cpu=run.training.use_cpu).device
-        options |= {"quantization_config": quantization, "device_map": {"": device}}
+        options |= {"quantization_config": packed, "device_map": {"": device}}
     if run.method.model == "classifier":
         options["head_seed"] = run.training.seed
     load_model = load_sequence_classifier if run.method.model == "classifier" else load_policy
@@ -120,27 +114,38 @@ def model(run: RunConfig):
     )
 
 
+def name_options(run: RunConfig) -> dict[str, Any]:
+    """What a trainer needs beside the model's name to load it as `model` does: in place, and arguments of its own."""
+    options = {"dtype": dtype(run), "attn_implementation": run.model.attn_implementation, **source_options(run)}
+    del options["trust_remote_code"]  # which is in `run.training`
+    run.training.model_init_kwargs = {k: v for k, v in options.items() if v} | (run.training.model_init_kwargs or {})
+    found = quantization(run)
+    return {} if found is None else {"quantization_config": found}
+
+
+def quantization(run: RunConfig):
+    """Of bitsandbytes, None without it."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+    from trl import get_quantization_config
+
+    found = get_quantization_config(run.model)
+    if found is not None and is_deepspeed_zero3_enabled():
+        raise ConfigError(
+            "load_in_4bit and load_in_8bit do not work with DeepSpeed ZeRO-3: use --setup fsdp2, zero2 or ddp"
+        )
+    return found
+
+
 def model_config(run: RunConfig):
     return pretrained_config(run.model.model_name_or_path, "model", **source_options(run))
 
 
 def empty_model(run: RunConfig):
     """The model that is trained, on the meta device, without its weights and without its adapter."""
-    import torch
-    from transformers import AutoModelForSequenceClassification
+    from align.modeling import pretrained
 
-    from align.modeling.adapters import fit_base, is_adapter
-    from align.modeling.pretrained import causal_class
-
-    name, config = run.model.model_name_or_path, model_config(run)
-    made, options = causal_class(config), {"trust_remote_code": run.training.trust_remote_code}
-    if run.method.model == "classifier":
-        made, config.num_labels = AutoModelForSequenceClassification, 1
-    with torch.device("meta"):
-        model = made.from_config(config, **options)
-        if is_adapter(name):
-            fit_base(model, name)
-    return model
+    classifier = run.method.model == "classifier"
+    return pretrained.empty_model(run.model.model_name_or_path, classifier=classifier, **source_options(run))
 
 
 def longest_sequence(run: RunConfig, model) -> int:
@@ -160,14 +165,9 @@ def longest_sequence(run: RunConfig, model) -> int:
 
 def pretrained_config(name: str, what: str, **options):
     """The transformers config of a folder or hub name; that of the base model for the folder of an adapter."""
-    from transformers import AutoConfig
+    from align.modeling import pretrained
 
-    from align.modeling.adapters import adapter_base, is_adapter
-    from align.modeling.pretrained import from_pretrained
-
-    if is_adapter(name):
-        name, options = adapter_base(name), {}
-    return from_pretrained(AutoConfig, name, f"config of the {what}", **options)
+    return pretrained.pretrained_config(name, what, **options)
 
 
 def rewards(run: RunConfig, key: str, tokenizer) -> list:
@@ -222,18 +222,18 @@ def _of_each_reward(run: RunConfig, key: str, function: Callable) -> list:
 
 def trainer(run: RunConfig):
     """The method's trainer, ready to train one model."""
+    text = tokenizer(run)  # a name that is not there is said before the rows are read
     train, evaluate = train_rows(run), eval_rows(run)
     save_label_noise(run, train)
     if evaluate is None:
         run.training.eval_on_start = False
-    text = tokenizer(run)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = name_options(run)
     if run.method.rewards:
         options["reward"] = None if run.rewards is None else rewards(run, "rewards", text)
         if run.gold_reward is not None:
             options["gold_reward"] = rewards(run, "gold_reward", text)
     return load(run.method.trainer)(
-        model=model(run),
+        model=run.model.model_name_or_path,  # whose weights it reads after the rows
         args=run.training,
         train_dataset=train,
         eval_dataset=evaluate,
@@ -278,14 +278,11 @@ def check_ensemble(run: RunConfig) -> None:
 
 def train_ensemble(run: RunConfig, resume: bool) -> Path:
     """Train the members of an ensemble; return the folder that holds them. With `resume`, finished ones are kept."""
-    from trl import get_quantization_config
-
     check_ensemble(run)
     rows = train_rows(run)
     save_label_noise(run, rows)
     of_ensemble = cast(EnsembleArguments, run.ensemble)
-    options = {"dtype": dtype(run), "attn_implementation": run.model.attn_implementation, **source_options(run)}
-    run.training.model_init_kwargs = {k: v for k, v in options.items() if v} | (run.training.model_init_kwargs or {})
+    options = name_options(run)
     return load(cast(str, run.method.ensemble))(
         run.model.model_name_or_path,
         run.training,
@@ -299,5 +296,5 @@ def train_ensemble(run: RunConfig, resume: bool) -> Path:
         peft_config=peft_config(run),
         resume=resume,
         member=of_ensemble.ensemble_member,
-        quantization_config=get_quantization_config(run.model),
+        **options,
     )

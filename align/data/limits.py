@@ -94,11 +94,14 @@ def _named(dataset: "Dataset", positions: list[int]) -> str:
     return f"row{'s' * (len(positions) > 1)} {', '.join(map(str, rows))}{more}"
 
 
-def fit_rows(model: "Model", limit: int | None, sets: dict[str, Any], tokenizer: Any, name: str) -> None:
+def fit_sets(
+    model: "Model", limit: int | None, train: Any, evaluated: Any, tokenizer: Any, name: str = "model"
+) -> None:
     """`check_fits` of all sets of a run that are no streams, once the model's rotary positions are those of the run's
-    longest row. limit: of its tokens, None: what the rows have."""
+    longest row. limit: of its tokens, None: what the rows have. evaluated: a set, several by name, or None."""
     from datasets import Dataset
 
+    sets = {"training": train, **(evaluated if isinstance(evaluated, dict) else {"evaluation": evaluated})}
     choose_factors(model, longest_sequence(limit, sets.values()))
     for what, dataset in sets.items():
         if isinstance(dataset, Dataset):

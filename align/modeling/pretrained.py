@@ -10,7 +10,7 @@ import torch
 from align.data.hub import not_found, offline_if_unreachable
 from align.distributed.shells import ShellsForZeros, are_sent_weights, fill, shells_for_weights
 from align.errors import ConfigError, one_line
-from align.modeling.adapters import is_adapter
+from align.modeling.adapters import adapter_base, fit_base, is_adapter
 from align.modeling.score_head import draw_head, head_name
 from align.modeling.types import Model
 
@@ -108,6 +108,31 @@ def load_whole(auto_class, source: str, options: dict, **head) -> Model:
     others = sorted(key for key in missing if not key.startswith(f"{name}."))
     if others:
         logger.warning("%s holds no weights for %s: they are new, drawn at random", source, ", ".join(others))
+    return model
+
+
+def pretrained_config(name: str, what: str, **options):
+    """The transformers config of a folder or hub name; that of the base model for the folder of an adapter."""
+    from transformers import AutoConfig
+
+    if is_adapter(name):
+        name, options = adapter_base(name), {}
+    return from_pretrained(AutoConfig, name, f"config of the {what}", **options)
+
+
+def empty_model(name: str, *, classifier: bool = False, **options) -> Model:
+    """The model of a folder or hub name on the meta device, without its weights and without its adapter: what its
+    config alone says of it. options: revision, trust_remote_code."""
+    from transformers import AutoModelForSequenceClassification
+
+    config = pretrained_config(name, "model", **options)
+    made = causal_class(config)
+    if classifier:
+        made, config.num_labels = AutoModelForSequenceClassification, 1
+    with torch.device("meta"):
+        model = made.from_config(config, trust_remote_code=options.get("trust_remote_code", False))
+        if is_adapter(name):
+            fit_base(model, name)
     return model
 
 

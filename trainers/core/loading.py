@@ -1,17 +1,24 @@
 """How the options of a run load a model that is passed by its name, its tokenizer and its chat template."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import trl
 from torch import nn
+from transformers import set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from align.errors import ConfigError, one_line
-from align.modeling.load import load_policy, load_tokenizer, train_in_float32
-from align.modeling.pretrained import default_dtype
+from align.modeling.load import disable_dropout, load_policy, load_tokenizer, train_in_float32
+from align.modeling.pretrained import default_dtype, empty_model, pretrained_config
+from align.modeling.rotary import original_positions
+from align.modeling.types import Model
 
 TEMPLATES = (".jinja", ".j2")
+ORDINARY = {"revision", "dtype", "attn_implementation", "quantization_config", "device_map", "low_cpu_mem_usage"}
+"""Loading options that change neither a model's vocabulary nor its positions."""
 
 
 def loading_options(args: Any, model: Any, quantization_config: Any = None) -> dict[str, Any]:
@@ -41,13 +48,43 @@ def loading_options(args: Any, model: Any, quantization_config: Any = None) -> d
     return {}
 
 
-def load_to_train(args: Any, model: Any, quantization_config: Any, *, adapter: bool) -> nn.Module:
+def load_to_train(args: Any, model: Any, quantization_config: Any, tokenizer: Any, *, adapter: bool) -> nn.Module:
     """A policy to which TRL may add an adapter: the frozen weights under it stay as they were saved on a GPU."""
     options = loading_options(args, model, quantization_config)
     if isinstance(model, nn.Module):
         train_in_float32(model, adapter=adapter)
-        return model
-    return load_policy(model, **{"dtype": default_dtype(frozen=adapter), **options}, sharded=True)
+    else:
+        model = load_policy(model, **{"dtype": default_dtype(frozen=adapter), **options}, sharded=True)
+    if args.eos_token is not None:
+        end_as_tokenizer(model, tokenizer)
+    set_seed(args.seed)  # TRL draws the adapter, and the embeddings of new tokens are drawn
+    return model
+
+
+def load_trained(args: Any, model: Any, peft_config: Any, options: dict[str, Any]) -> Model:
+    """A policy with its adapter. options: of `loading_options`."""
+    set_seed(args.seed)  # a new adapter is drawn at random
+    policy = load_policy(model, peft_config=peft_config, sharded=True, **options)
+    train_in_float32(policy, adapter=peft_config is not None)
+    if args.disable_dropout:
+        disable_dropout(policy)
+    return policy
+
+
+def without_weights(args: Any, model: Any, *, classifier: bool = False) -> Model | None:
+    """A model that is named, made from its config alone: what its rows can be checked with before the weights are read,
+    which takes minutes for a large one. None where the config does not say enough: a loaded model, code of the model's
+    own, LongRoPE, whose factors are chosen once, GGUF files, and ZeRO-3, which makes no model without weights."""
+    options = dict(args.model_init_kwargs or {})
+    if not isinstance(model, str | Path) or args.trust_remote_code or options.keys() - ORDINARY:
+        return None
+    if is_deepspeed_zero3_enabled():
+        return None
+    revision = {"revision": options["revision"]} if options.get("revision") else {}
+    config = pretrained_config(str(model), "model", **revision)
+    if original_positions(config) is not None:
+        return None
+    return empty_model(str(model), classifier=classifier, **revision)
 
 
 def tokenizer_of(args: Any, model: Any, given: Any = None):
@@ -79,13 +116,16 @@ def end_as_tokenizer(model: Any, tokenizer: Any) -> None:
         generation.eos_token_id = [tokenizer.eos_token_id, *(i for i in known if i != tokenizer.eos_token_id)]
 
 
-def set_chat_template(path: str | None, model: Any, tokenizer: Any, *, adapter: bool) -> None:
+def with_template(path: str | None, load: Callable[[], Any], tokenizer: Any, *, adapter: bool) -> Callable[[], Any]:
     """`chat_template_path`, as TRL has it: a file (.jinja, .j2) whose text becomes the tokenizer's template, or a
     folder or hub name of a tokenizer whose template, end token and missing special tokens this one takes over; the
     model's embeddings grow with them. In place. ConfigError for what cannot be read, and for new tokens under an
-    adapter."""
+    adapter.
+
+    load: loads the model. Returns the same: for the latter it is loaded now, as the tokens are of both.
+    """
     if path is None:
-        return
+        return load
     if path.endswith(TEMPLATES):
         try:
             tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
@@ -93,7 +133,7 @@ def set_chat_template(path: str | None, model: Any, tokenizer: Any, *, adapter: 
             raise ConfigError(
                 f"chat_template_path {path!r} cannot be read: {error}", key="chat_template_path"
             ) from error
-        return
+        return load
     source = load_tokenizer(path)
     if source.chat_template is None:
         raise ConfigError(f"chat_template_path: the tokenizer {path!r} has no chat template", key="chat_template_path")
@@ -105,10 +145,12 @@ def set_chat_template(path: str | None, model: Any, tokenizer: Any, *, adapter: 
             "adapter would not train them: add them with trl.clone_chat_template, save the model, and start from that",
             key="chat_template_path",
         )
+    model = load()
     try:
         trl.clone_chat_template(model, tokenizer, path)
     except ValueError as error:
         raise ConfigError(f"chat_template_path {path!r}: {one_line(error)}", key="chat_template_path") from error
+    return lambda: model
 
 
 def training_tokenizer(tokenizer: Any) -> Any:

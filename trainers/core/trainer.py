@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from align.data.endless import EndlessRows
-from align.data.limits import fit_rows, row_check
+from align.data.limits import fit_sets, row_check
 from align.data.streams import is_stream
 from align.distributed.checkpoints import checksums, write_manifest
 from align.distributed.disk import writing
@@ -125,8 +125,7 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed):
 
     def check_rows_of(self, model: nn.Module, name: str) -> None:
         """The same for another model that reads the rows, by its name in the error."""
-        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"evaluation": self.eval_dataset}
-        fit_rows(model, self.longest_row, {"training": self.train_dataset, **evaluated}, self.processing_class, name)
+        fit_sets(model, self.longest_row, self.train_dataset, self.eval_dataset, self.processing_class, name)
 
     def _check_best_metric(self) -> None:
         """It is looked up after every evaluation. transformers' default for what needs one (load_best_model_at_end,

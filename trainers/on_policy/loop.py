@@ -27,19 +27,19 @@ from typing import Any, ClassVar
 
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import set_seed
 
 from align.data.endless import EndlessRows
+from align.data.limits import fit_sets
 from align.data.streams import is_stream
 from align.modeling.completions import completion_logps
-from align.modeling.load import disable_dropout, load_policy, reference_of, train_in_float32
+from align.modeling.load import reference_of
 from align.modeling.prefix_support import enable_shared_prefix, enable_trunk
 from align.objectives.policy_loss import aggregate_tokens
 from align.rollout.engine import RolloutEngine
 from align.rollout.types import SamplingParams
 from align.trainers.core.batching import CheckSharedRows, autocast_dtype, resolve_layout
 from align.trainers.core.experts import with_router_loss
-from align.trainers.core.loading import loading_options, tokenizer_of
+from align.trainers.core.loading import load_trained, loading_options, tokenizer_of, without_weights
 from align.trainers.core.micro_batches import in_lists
 from align.trainers.core.moving_reference import moving_reference
 from align.trainers.core.ranks import Ranks
@@ -118,16 +118,17 @@ class OnPolicyTrainer(OnPolicyBase):
         check_stream(args, train_dataset)
         args.remove_unused_columns, args.eval_on_start = False, args.eval_on_start and eval_dataset is not None
         tokenizer = tokenizer_of(args, model, processing_class)
-        set_seed(args.seed)  # a new adapter is drawn at random
-        loading = loading_options(args, model, quantization_config)
-        model = load_policy(model, peft_config=peft_config, sharded=True, **loading)
-        train_in_float32(model, adapter=peft_config is not None)
+        load = partial(load_trained, args, model, peft_config, loading_options(args, model, quantization_config))
+        model = load() if (empty := without_weights(args, model)) is None else empty
         fit_prompts(args, model)
-        if args.disable_dropout:
-            disable_dropout(model)
         self.episodes = make_episodes(args, tools, environment_factory, tokenizer)
         self.take_rewards(args, tokenizer, reward, gold_reward, reward_funcs, reward_processing_classes)
         self.estimator = make_estimator(args)
+        train_rows = self.tokenize_rows(train_dataset)
+        eval_rows = eval_prompts(eval_dataset, self.tokenize, args.num_eval_prompts)
+        if empty is not None:  # weights are read once the rows are tokenised: of a large model it takes minutes
+            fit_sets(empty, args.max_prompt_length + args.max_completion_length, train_rows, eval_rows, tokenizer)
+            model = load()
         self.kl = KLCoefficient(args.beta, args.kl_target, horizon=args.kl_horizon, gain=args.kl_gain)
         self.check_start, held = ref_model is None, args.beta != 0 or eval_dataset is not None
         # With beta 0 nothing that is trained needs it; an evaluation measures the KL to it.
@@ -137,8 +138,8 @@ class OnPolicyTrainer(OnPolicyBase):
             model=model,
             args=args,
             data_collator=list,
-            train_dataset=self.tokenize_rows(train_dataset),
-            eval_dataset=eval_prompts(eval_dataset, self.tokenize, args.num_eval_prompts),
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
             processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,

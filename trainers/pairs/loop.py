@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer
 
 from align.data.formats import columns_of
+from align.data.limits import fit_sets
 from align.data.sets import of_each
 from align.data.streams import is_stream, sample_of
 from align.errors import TrainingError
@@ -54,7 +55,7 @@ class PairTrainer(MicroBatchLists, Trainer):
 
     def __init__(
         self,
-        model: Model,
+        load: Callable[[], Model],
         args: PairConfig,
         data: PairData,
         train_dataset,
@@ -63,8 +64,11 @@ class PairTrainer(MicroBatchLists, Trainer):
         optimizers=(None, None),
         compute_metrics: UserMetrics | None = None,
         optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
+        empty: Model | None = None,
     ):
-        """compute_metrics: called after an evaluation with the rewards of chosen and rejected, predictions [N, 2], and
+        """load: the model, once the rows are tokenised: reading the weights of a large one takes minutes, after which
+        nobody wants to learn of a bad row. empty: the same without its weights (`without_weights`), to check rows with.
+        compute_metrics: called after an evaluation with the rewards of chosen and rejected, predictions [N, 2], and
         labels [N] of 0, as TRL's reward trainer calls it; what it returns is logged as `eval_<name>`."""
         self.user_metrics = compute_metrics
         self.data = data
@@ -73,12 +77,16 @@ class PairTrainer(MicroBatchLists, Trainer):
         self._step_losses: list[tuple[Tensor, Tensor]] = []  # rows and losses of the micro-batches of this step
         self._eval_mean_length: float | None = None
         args.remove_unused_columns = False
+        train_rows = data.prepare(train_dataset, "train")
+        eval_rows = of_each(eval_dataset, lambda rows: data.prepare(rows, "eval"))
+        if empty is not None:
+            fit_sets(empty, self.longest_row, train_rows, eval_rows, data.tokenizer)
         super().__init__(
-            model=model,
+            model=load(),
             args=args,
             data_collator=PairRows,
-            train_dataset=data.prepare(train_dataset, "train"),
-            eval_dataset=of_each(eval_dataset, lambda rows: data.prepare(rows, "eval")),
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
             processing_class=data.tokenizer,
             compute_metrics=self.pair_metrics,
             callbacks=callbacks,

@@ -7,6 +7,7 @@ what its losses need.
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
-from transformers import set_seed
 
 from align.data.sets import of_each
 from align.data.streams import is_stream
 from align.distributed.ranks import shared
 from align.errors import ConfigError, TrainingError
-from align.modeling.load import Reference, disable_dropout, freeze_copy, load_policy, train_in_float32
+from align.modeling.load import Reference, freeze_copy
 from align.modeling.logprobs import language_model
 from align.modeling.pairs import PairTokens, pair_tokens
 from align.modeling.prefix_support import enable_shared_prefix
@@ -30,7 +30,7 @@ from align.modeling.types import Model
 from align.objectives.pair_losses import PairLosses, RowLosses
 from align.trainers.core.batching import CheckSharedRows, autocast_dtype, resolve_layout
 from align.trainers.core.eval_completions import show_completions
-from align.trainers.core.loading import loading_options, tokenizer_of
+from align.trainers.core.loading import load_trained, loading_options, tokenizer_of, without_weights
 from align.trainers.core.moving_reference import moving_reference
 from align.trainers.core.reference_checks import (
     check_no_noise,
@@ -135,12 +135,7 @@ class PreferenceTrainer(PairTrainer):
         if is_stream(train_dataset):
             self._check_stream()
         ref_model = self._reference_given(ref_model)
-        set_seed(args.seed)  # a new adapter is drawn at random
         options = loading_options(args, model, quantization_config)
-        policy = load_policy(model, peft_config=peft_config, sharded=True, **options)
-        train_in_float32(policy, adapter=peft_config is not None)
-        if args.disable_dropout:
-            disable_dropout(policy)
         self.check_start = ref_model is None
         data = PairData(
             processing_class,
@@ -152,7 +147,9 @@ class PreferenceTrainer(PairTrainer):
             turns=self.masks_turns,
             read=self.read_rows,
         )
-        super().__init__(policy, args, data, train_dataset, eval_dataset, callbacks, optimizers, compute_metrics)
+        load = partial(load_trained, args, model, peft_config, options)
+        empty, rows = without_weights(args, model), (train_dataset, eval_dataset)
+        super().__init__(load, args, data, *rows, callbacks, optimizers, compute_metrics, empty=empty)
         ref_dtype = self._reference_dtype(ref_model)
         ref_model = load_reference(ref_model, self.model, ref_dtype)
         if ref_model is not None:
