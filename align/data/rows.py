@@ -106,6 +106,10 @@ def _load_files(path: Path, split: str, streaming: bool) -> "Dataset":
         if lines and not Path(load_dataset_builder(**options).cache_dir).exists():  # else it has been read before
             check_lines(lines)
         dataset = load_dataset(**options, split=split, streaming=streaming)
+        if streaming and kind == "json" and dataset.features is not None:
+            # the beginning's types stay: else those of a later line change the texts around it (`check_lines`)
+            options |= {"features": dataset.features, "on_mixed_types": None}
+            dataset = load_dataset(**options, split=split, streaming=True)
         if not streaming:
             dataset.data.validate(full=True)  # else text that is not UTF-8 fails in the middle of training
     except (DatasetsError, ValueError) as error:

@@ -68,3 +68,16 @@ def test_a_file_that_has_been_read_is_not_checked_again(tmp_path, monkeypatch):
     load_rows(file)
     monkeypatch.setattr(json_lines, "faulty_line", lambda files: pytest.fail("checked again"))
     assert len(load_rows(file)) == COUNT + 1
+
+
+def test_a_stream_ends_at_a_late_line_of_another_type(tmp_path):
+    from align.data import tokenize_prompts, toy
+
+    rows = load_rows(written(tmp_path, {**ROW, "id": 5}, b"\n"), streaming=True)
+    read = tokenize_prompts(
+        rows.select_columns(["id"]).rename_column("id", "prompt"), toy.tokenizer(), max_prompt_length=9, streams=True
+    )
+    with pytest.raises(
+        DataError, match=r"rows.jsonl, after row \d+: cannot be read: .*id\) changed from string to number"
+    ):
+        assert all(row["prompt"] == "a" for row in read)
