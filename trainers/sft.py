@@ -14,9 +14,9 @@ from transformers import TrainingArguments
 
 from align.data.bad_rows import BadRow
 from align.data.checks import SCORE, check_score
-from align.data.collate import IGNORED, labelled
+from align.data.collate import IGNORED, labelled, with_labels
 from align.data.formats import TEXT_COLUMNS, columns_of, format_for
-from align.data.limits import fit_sets
+from align.data.limits import fit_sets, longest_of
 from align.data.sets import of_each
 from align.data.streams import is_stream, mapped, read_whole, sample_of
 from align.data.tokenize import tokenize_completions
@@ -136,14 +136,17 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
             fit_sets(empty, self.longest_row, train_rows, eval_rows, processing_class)
         model = load()  # once the rows are tokenised: reading the weights of a large model takes minutes
         peft_config = choose_trained(model, args, peft_config)
-        # TRL makes the labels from `completion_mask`, and packs where asked
+        # TRL packs where asked, and makes the labels of streams
         args.completion_only_loss = True
+        with args.main_process_first(desc="labels"):
+            labelled_rows = train_rows if is_stream(train_rows) else with_labels(train_rows)
+            labelled_eval = of_each(eval_rows, with_labels)
         with soft_cap_by_its_usual_name(model), without_what_is_done(args), without_missing_loss(model, args):
             super().__init__(
                 model=model,
                 args=args,
-                train_dataset=train_rows,
-                eval_dataset=eval_rows,
+                train_dataset=labelled_rows,
+                eval_dataset=labelled_eval,
                 processing_class=processing_class,
                 callbacks=callbacks,
                 optimizers=optimizers,
@@ -268,7 +271,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
 def without_what_is_done(args: SFTConfig) -> Iterator[None]:
     """Options that have been used already: TRL would use them again, warn that it ignores them, or refuse them."""
     done: dict[str, Any] = {"model_init_kwargs": None, "chat_template_path": None, "assistant_only_loss": False}
-    if args.padding_free and not args.packing:
+    if cut_before(args):
         done["max_length"] = None
     given = {name: getattr(args, name) for name in done}
     for name, value in done.items():
@@ -276,6 +279,11 @@ def without_what_is_done(args: SFTConfig) -> Iterator[None]:
     yield
     for name, value in given.items():
         setattr(args, name, value)
+
+
+def cut_before(args: SFTConfig) -> bool:
+    """Whether all rows are within `max_length` when TRL gets them. It cuts in packs, and row by row in Python."""
+    return not args.packing and not args.eval_packing
 
 
 def with_own_defaults(args: TrainingArguments) -> SFTConfig:
@@ -309,9 +317,12 @@ def tokenized_completions(dataset, tokenizer, args: SFTConfig):
         )
     if args.implicit_reward_beta is not None and SCORE in columns:
         dataset = _with_checked_scores(dataset)
-    limit = None if args.packing else args.max_length  # TRL cuts there, and then leaves out what trains nothing
-    if args.padding_free and limit is not None:  # but not there
-        dataset = mapped(dataset, partial(_cut, limit)) if is_stream(dataset) else dataset.map(partial(_cut, limit))
+    limit = None if args.packing else args.max_length
+    if limit is not None and cut_before(args):
+        if is_stream(dataset):
+            dataset = mapped(dataset, partial(_cut, limit))
+        elif longest_of(dataset, "input_ids") > limit:
+            dataset = dataset.map(partial(_cut, limit))
     if is_stream(dataset):
         return mapped(dataset, partial(_trained, limit))
     kept = [name for name in ("completion_mask", "labels") if name in dataset.column_names]
