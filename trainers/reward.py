@@ -120,9 +120,9 @@ class RewardTrainer(PairTrainer):
             raise ConfigError("score_margin is computed for all pairs before training, and the rows are a stream")
         processing_class = with_own_padding(tokenizer_of(args, model, processing_class))
         options = loading_options(args, model, quantization_config)
-        load = partial(load_scored, args, model, processing_class, peft_config, options)
+        named = partial(load_scored, args, model, processing_class, peft_config, options)
         adapter, empty = peft_config is not None, without_weights(args, model, classifier=True)
-        load = with_template(args.chat_template_path, load, processing_class, adapter=adapter)
+        load = with_template(args.chat_template_path, named, processing_class, adapter=adapter)
         self.args, self.normalizer = args, None
         super().__init__(
             load,

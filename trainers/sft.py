@@ -127,23 +127,23 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         self.args, self.formatting_func = args, formatting_func
         processing_class = tokenizer_of(args, model, processing_class)
         adapter, empty = peft_config is not None, without_weights(args, model)
-        load = partial(load_to_train, args, model, quantization_config, processing_class, adapter=adapter)
-        load = with_template(args.chat_template_path, load, processing_class, adapter=adapter)
+        named = partial(load_to_train, args, model, quantization_config, processing_class, adapter=adapter)
+        load = with_template(args.chat_template_path, named, processing_class, adapter=adapter)
         self._renders = training_tokenizer(processing_class) if args.assistant_only_loss else processing_class
         train_rows = tokenized_completions(self._formatted(train_dataset), self._renders, args)
         eval_rows = of_each(eval_dataset, self._to_evaluate)
         if empty is not None:
             fit_sets(empty, self.longest_row, train_rows, eval_rows, processing_class)
-        model = load()  # once the rows are tokenised: reading the weights of a large model takes minutes
-        peft_config = choose_trained(model, args, peft_config)
+        policy = load()  # once the rows are tokenised: reading the weights of a large model takes minutes
+        peft_config = choose_trained(policy, args, peft_config)
         # TRL packs where asked, and makes the labels of streams
         args.completion_only_loss = True
         with args.main_process_first(desc="labels"):
             labelled_rows = train_rows if is_stream(train_rows) else with_labels(train_rows)
             labelled_eval = of_each(eval_rows, with_labels)
-        with soft_cap_by_its_usual_name(model), without_what_is_done(args), without_missing_loss(model, args):
+        with soft_cap_by_its_usual_name(policy), without_what_is_done(args), without_missing_loss(policy, args):
             super().__init__(
-                model=model,
+                model=policy,
                 args=args,
                 train_dataset=labelled_rows,
                 eval_dataset=labelled_eval,

@@ -15,7 +15,7 @@ from align.errors import DataError
 
 TYPED = 10 << 20
 """Bytes from which `datasets` takes the types of the columns (its `chunksize`)."""
-KINDS = {
+KINDS: dict[type, str] = {
     **{str: "text", bool: "true or false", int: "a whole number", float: "a number"},
     **{list: "a list", dict: "an object"},
 }
