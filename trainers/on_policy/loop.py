@@ -124,10 +124,9 @@ class OnPolicyTrainer(OnPolicyBase):
         self.episodes = make_episodes(args, tools, environment_factory, tokenizer)
         self.take_rewards(args, tokenizer, reward, gold_reward, reward_funcs, reward_processing_classes)
         self.estimator = make_estimator(args)
-        train_rows = self.tokenize_rows(train_dataset)
-        eval_rows = eval_prompts(eval_dataset, self.tokenize, args.num_eval_prompts)
+        rows = self.tokenize_rows(train_dataset), eval_prompts(eval_dataset, self.tokenize, args.num_eval_prompts)
         if empty is not None:  # weights are read once the rows are tokenised: of a large model it takes minutes
-            fit_sets(empty, args.max_prompt_length + args.max_completion_length, train_rows, eval_rows, tokenizer)
+            fit_sets(empty, args.max_prompt_length + args.max_completion_length, *rows, tokenizer)
             model = load()
         self.kl = KLCoefficient(args.beta, args.kl_target, horizon=args.kl_horizon, gain=args.kl_gain)
         self.check_start, held = ref_model is None, args.beta != 0 or eval_dataset is not None
@@ -138,8 +137,8 @@ class OnPolicyTrainer(OnPolicyBase):
             model=model,
             args=args,
             data_collator=list,
-            train_dataset=train_rows,
-            eval_dataset=eval_rows,
+            train_dataset=rows[0],
+            eval_dataset=rows[1],
             processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
