@@ -215,6 +215,7 @@ def _model_problem(folder: Path, model: Model, state: Mapping[str, Tensor]) -> s
 def _adapter_problem(folder: Path, model: Model, state: Mapping[str, Tensor]) -> str | None:
     from peft import PeftConfig
     from peft.tuners.lora import LoraLayer
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
     from safetensors.torch import load_file
 
     config, saved = PeftConfig.from_pretrained(str(folder)), load_file(folder / WEIGHTS_FILE)
@@ -229,6 +230,10 @@ def _adapter_problem(folder: Path, model: Model, state: Mapping[str, Tensor]) ->
                 return f"{name} differs"
     layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer) and "default" in m.lora_A}
     names = list(layers)
+    found = convert_peft_adapter_state_dict_for_transformers(model, config, dict(saved))
+    lost = [n for n in names if f"{n}.lora_A.weight" in saved and f"{n}.lora_A.weight" not in found]
+    if lost:  # transformers' renaming of Laguna's checkpoints is applied to its adapters' right names too
+        return f"PEFT loads {lost[0]} under another name, and drops it: leave such layers out of target_modules"
     for name in names[:: max(len(names) // PROBED_LAYERS, 1)]:
         trained = _update(state, f"{name}.lora_{{}}.default.weight", layers[name].scaling["default"])
         if start is not None and f"{name}.lora_A.weight" in start.tensors:

@@ -9,7 +9,7 @@ import transformers as tf
 from safetensors import safe_open
 
 from align.data import toy
-from align.errors import ConfigError
+from align.errors import ConfigError, TrainingError
 from align.modeling.load import load_policy
 from align.modeling.pretrained import causal_class
 from align.modeling.text_part import freeze_unreached, unreached
@@ -41,6 +41,7 @@ FAMILIES = {
         "head_dim": 16, "mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_head": 16, "mamba_d_state": 4,
         "mamba_n_groups": 1, "mamba_chunk_size": 8,
     },
+    "Laguna": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 16},
     "Jamba": {
         "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4, "mamba_dt_rank": 4, "num_experts": 2,
         "use_mamba_kernels": False,
@@ -113,6 +114,15 @@ def test_all_linear_is_what_an_adapter_can_change(name, left_out, family, tmp_pa
     assert linear - adapted == {*left_out, "lm_head"} and "get no adapter" in caplog.text
     assert name == "DeepseekV4" or "got no gradient" not in caplog.text
     assert_saved("dpo", trainer, tmp_path / "out")
+
+
+def test_an_adapter_that_peft_would_not_find_again_is_refused(family, tmp_path):
+    """transformers' renaming of Laguna's old checkpoints hits `shared_experts` too, whose adapters PEFT dropped."""
+    model = family("Laguna")
+    with pytest.raises(TrainingError, match="shared_experts.gate_proj under another name, and drops it"):
+        trained("dpo", model, tmp_path / "out", lora())
+    attention = lora(target_modules=["q_proj", "v_proj"])
+    assert_saved("dpo", trained("dpo", model, tmp_path / "attention", attention), tmp_path / "attention")
 
 
 def test_what_is_saved_of_llama_3_2_vision_can_be_loaded(family, tmp_path):
