@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from torch import Tensor, nn
-from transformers import set_seed
 
 from align.data.endless import EndlessRows
 from align.data.streams import is_stream
@@ -236,10 +235,10 @@ class RewardTrainer(PairTrainer):
 
 def load_scored(args: RewardConfig, model: Any, tokenizer: Any, peft_config: Any, options: dict[str, Any]) -> Model:
     """A classifier with one label, and its adapter. options: of `loading_options`."""
-    set_seed(args.seed)  # a new adapter is drawn at random
     classifier = load_sequence_classifier(
         model,
         peft_config=peft_config,
+        adapter_seed=args.seed,
         pad_token_id=tokenizer.pad_token_id,
         head_seed=args.seed,
         sharded=True,

@@ -114,7 +114,8 @@ def special_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
 
 def _turn_end(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, tuple[int, ...]] | None:
     """(first special token, what follows it) of what the chat template writes after the last answer."""
-    ids, special = _after(tokenizer, {"content": ANSWER}, ANSWER), special_ids(tokenizer)
+    ids = _after(tokenizer, {"content": ANSWER}, ANSWER)
+    special = special_ids(tokenizer) if ids else set()
     index = next((index for index, token in enumerate(ids) if token in special), None)
     return None if index is None else (ids[index], tuple(ids[index + 1 :]))
 

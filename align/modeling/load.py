@@ -70,6 +70,7 @@ def load_policy(
     dtype: str | torch.dtype | None = None,
     attn_implementation: str | None = None,
     peft_config=None,
+    adapter_seed: int | None = None,
     sharded: bool = False,
     **kwargs,
 ) -> Model:
@@ -83,6 +84,7 @@ def load_policy(
         dtype: of the weights; None is float32, so that small updates are not rounded away (mixed precision is the
             trainer's `bf16`), except with `peft_config` on a GPU, where the frozen weights stay as they were saved.
         peft_config: a `peft.PeftConfig`; the model comes back wrapped, its adapter trainable.
+        adapter_seed: with which that adapter is drawn, whatever loading has drawn before; None: as random numbers come.
         sharded: FSDP may send the weights from the main process, and no other one needs to read them.
         kwargs: passed to `from_pretrained` (revision, trust_remote_code, quantization_config, device_map ...).
     """
@@ -98,7 +100,7 @@ def load_policy(
     keep_4_bit_layers_differentiable(model)
     freeze_unreached(language_model(model))
     compute_soft_caps(language_model(model), attn_implementation)
-    return _with_adapter(model, peft_config)
+    return _with_adapter(model, peft_config, adapter_seed)
 
 
 def load_adapted(folder: str | Path, *, dtype: str | torch.dtype | None = None) -> Model:
@@ -143,6 +145,7 @@ def load_sequence_classifier(
     dtype: str | torch.dtype | None = None,
     attn_implementation: str | None = None,
     peft_config=None,
+    adapter_seed: int | None = None,
     pad_token_id: int | None = None,
     head_seed: int = 0,
     fresh_head: bool = True,
@@ -183,7 +186,7 @@ def load_sequence_classifier(
         peft_config = copy.deepcopy(peft_config)
         peft_config.task_type = "SEQ_CLS"
         peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or ()), head})
-    return _with_adapter(model, peft_config)
+    return _with_adapter(model, peft_config, adapter_seed)
 
 
 def train_in_float32(model: Model, *, adapter: bool) -> None:
@@ -335,15 +338,18 @@ def _frozen(model: Model) -> Model:
     return model.eval().requires_grad_(False)
 
 
-def _with_adapter(model: Model, peft_config) -> nn.Module:
+def _with_adapter(model: Model, peft_config, seed: int | None) -> nn.Module:
     if peft_config is None:
         return model
     from peft import PeftModel, get_peft_model
+    from transformers import set_seed
 
     if isinstance(model, PeftModel):
         raise ConfigError("the model already has an adapter: leave peft_config out, or merge it first")
     peft_config = by_names(peft_config)
     check_stack(model, peft_config)
     peft_config = adapter_of_text(model, peft_config)
+    if seed is not None:  # under FSDP the main process alone draws a head that the checkpoint has not, while it loads
+        set_seed(seed)
     with adding_lora(model):
         return get_peft_model(model, peft_config)

@@ -63,8 +63,8 @@ def load_to_train(args: Any, model: Any, quantization_config: Any, tokenizer: An
 
 def load_trained(args: Any, model: Any, peft_config: Any, options: dict[str, Any]) -> Model:
     """A policy with its adapter. options: of `loading_options`."""
-    set_seed(args.seed)  # a new adapter is drawn at random
-    policy = load_policy(model, peft_config=peft_config, sharded=True, **options)
+    set_seed(args.seed)  # what is drawn besides
+    policy = load_policy(model, peft_config=peft_config, adapter_seed=args.seed, sharded=True, **options)
     train_in_float32(policy, adapter=peft_config is not None)
     if args.disable_dropout:
         disable_dropout(policy)
