@@ -24,8 +24,8 @@ def load_reference(
     if not isinstance(ref_model, str):
         return ref_model
     core = language_model(policy)
-    options = {"dtype": core.dtype if dtype is None else dtype}
-    return load_policy(ref_model, attn_implementation=core.config._attn_implementation, sharded=True, **options)
+    dtype, attention = core.dtype if dtype is None else dtype, core.config._attn_implementation
+    return load_policy(ref_model, dtype=dtype, attn_implementation=attention, sharded=True)
 
 
 def make_reference(
