@@ -51,7 +51,7 @@ def _is_unlike(module: nn.Module) -> bool:
         return False
     try:
         output = copy.deepcopy(module).to("meta")(torch.empty(2, 3, module.in_features, device="meta"))
-    except Exception:  # whatever it does with rows of features
+    except (RuntimeError, TypeError, ValueError, LookupError):  # it takes other inputs, or of another shape
         return True
     return not isinstance(output, torch.Tensor) or output.shape != (2, 3, module.out_features)
 

@@ -51,10 +51,12 @@ def without_missing_loss(model: nn.Module, args: Any) -> Iterator[None]:
     text, asked = core.config.get_text_config(), args.router_aux_loss_coef
     own = vars(text).get("router_aux_loss_coef")
     args.router_aux_loss_coef = 0.0
-    yield
-    args.router_aux_loss_coef = asked
-    if own is not None:
-        text.router_aux_loss_coef = own
+    try:
+        yield
+    finally:
+        args.router_aux_loss_coef = asked
+        if own is not None:
+            text.router_aux_loss_coef = own
 
 
 def check_checkpointing(args: TrainingArguments) -> None:
