@@ -16,6 +16,7 @@ from align.data import toy
 from align.errors import ConfigError, RolloutError
 from align.reward_models.remote import RemoteReward
 from align.rollout import SamplingParams, make_engine, vllm_watch
+from align.rollout.vllm_requests import stepping
 from tests.reward_models.test_remote import server
 from tests.rollout.rollout_models import llama, never_ending, prompts
 from tests.rollout.two_ranks import check, shard, with_adapter
@@ -110,11 +111,10 @@ def check_that_who_does_not_come_is_named(engine, rank: int) -> None:
     kept = watch.seconds, watch.end
     watch.seconds, watch.end = 2.0, said.append
     vllm_engine = engine._llm.llm_engine
-    step = vllm_engine.step
-    if rank % 2:
-        vllm_engine.step = lambda: (time.sleep(3), setattr(vllm_engine, "step", step), step())[2]
-    engine.generate([[5]], SamplingParams(2))
-    assert said == []
+    step, pauses = vllm_engine.step, [3.0] * (rank % 2)
+    with stepping(vllm_engine, lambda: (time.sleep(pauses.pop() if pauses else 0), step())[1]):
+        engine.generate([[5]], SamplingParams(2))
+    assert said == [] and not pauses
     if rank % 2:
         time.sleep(5)
     engine.generate([[5]], SamplingParams(1))

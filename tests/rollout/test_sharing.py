@@ -18,7 +18,7 @@ from tests.trainers.tiny_runs import on_policy
 from tests.warm import run_ranks
 
 FOUR = pytest.mark.skipif(
-    "ALIGN_FOUR_PROCESSES" not in os.environ, reason="set ALIGN_FOUR_PROCESSES=1, as .ci/run does: 8 GiB, three minutes"
+    "ALIGN_FOUR_PROCESSES" not in os.environ, reason="set ALIGN_FOUR_PROCESSES=1, as .ci/run does: 8 GiB, two minutes"
 )
 
 
