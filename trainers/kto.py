@@ -105,7 +105,7 @@ class KTOTrainer(PreferenceTrainer):
         checked."""
         args = self.args
         if name == "train":
-            labels = np.asarray(dataset["label"], dtype=bool)
+            labels = np.asarray(dataset["label"][:], dtype=bool)
             counts = int(labels.sum()), int((~labels).sum())
             advice = weight_advice(*counts, args.desirable_weight, args.undesirable_weight)
             if advice:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from align.data.formats import columns_of
 from align.data.ranked import LISTS, RankedCollator, SharedRankedCollator, lists_of_two, tokenize_ranked
+from align.data.sets import rows_of
 from align.errors import ConfigError, DataError
 from align.modeling.pairs import PairTokens
 from align.objectives.pair_losses import PairLosses
@@ -64,7 +65,7 @@ class ListwiseDPOTrainer(PreferenceTrainer):
             rows = lists_of_two(numbered_pairs(dataset, tokenizer, **options))
         else:
             rows = tokenize_ranked(dataset, tokenizer, **options)
-        lengths = rows["lengths"]
+        lengths = rows["lengths"][:]
         most = max(map(len, lengths))
         padded = [[*own, *[0] * (most - len(own))] for own in lengths]
         rows = rows.remove_columns("lengths").add_column("lengths", padded)
@@ -96,7 +97,7 @@ def answer_logps(logps: Tensor, lengths: Tensor) -> Tensor:
 
 def _check_lists(dataset, max_length: int | None) -> None:
     """DataError for tokenised lists whose lengths are not those of their answers, or that are too long."""
-    for number, row in enumerate(dataset.select_columns([IDS[0], *LISTS])):
+    for number, row in enumerate(rows_of(dataset, [IDS[0], *LISTS])):
         lengths = [length for length in row["lengths"] if length]
         if len(lengths) < 2 or lengths != row["lengths"][: len(lengths)]:
             raise DataError(

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from align.data.bad_rows import BadRow
 from align.data.checks import SCORE, check_score
-from align.data.collate import IGNORED, labelled, with_labels
+from align.data.collate import IGNORED, TOKENS, cut_rows, labelled, untrained_rows, with_labels
 from align.data.formats import TEXT_COLUMNS, columns_of, format_for
 from align.data.limits import fit_sets, longest_of
 from align.data.sets import of_each
@@ -322,15 +322,12 @@ def tokenized_completions(dataset, tokenizer, args: SFTConfig):
         if is_stream(dataset):
             dataset = mapped(dataset, partial(_cut, limit))
         elif longest_of(dataset, "input_ids") > limit:
-            dataset = dataset.map(partial(_cut, limit))
+            dataset = cut_rows(dataset, limit)
     if is_stream(dataset):
         return mapped(dataset, partial(_trained, limit))
-    kept = [name for name in ("completion_mask", "labels") if name in dataset.column_names]
-    if kept:
-        rows = enumerate(dataset.select_columns(kept))
-        empty = [number for number, row in rows if not _trains(row, limit)]
-        if empty:
-            raise DataError(f"{len(empty)} tokenised rows train no token: rows {empty[:10]}")
+    empty = untrained_rows(dataset, limit)
+    if len(empty):
+        raise DataError(f"{len(empty)} tokenised rows train no token: rows {empty[:10].tolist()}")
     return dataset
 
 
@@ -345,7 +342,7 @@ def _with_checked_scores(dataset):
     """Tokenised rows; DataError where a `score` is none."""
     if is_stream(dataset):
         return mapped(dataset, _scored)
-    for number, score in enumerate(dataset[SCORE]):
+    for number, score in enumerate(dataset[SCORE][:]):  # a column without [:] is read row by row
         _scored({SCORE: score}, number)
     return dataset
 
@@ -366,8 +363,7 @@ def _trains(row: dict, limit: int | None) -> bool:
 
 
 def _cut(limit: int, row: dict, number: int | None = None) -> dict:
-    tokens = [name for name in ("input_ids", "completion_mask", "labels") if row.get(name) is not None]
-    return row | {name: row[name][:limit] for name in tokens}
+    return row | {name: row[name][:limit] for name in TOKENS if row.get(name) is not None}
 
 
 def _trained(limit: int | None, row: dict, number: int) -> dict:

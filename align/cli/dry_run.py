@@ -287,7 +287,7 @@ def longest(rows, data: str, shared: bool = False) -> int:
     if data == "unpaired":
         return int((lengths_of(rows, "prompt_ids") + lengths_of(rows, "completion_ids")).max())
     if data == "ranked":
-        lists = zip(lengths_of(rows, "prompt_ids").tolist(), rows["lengths"], strict=True)
+        lists = zip(lengths_of(rows, "prompt_ids").tolist(), rows["lengths"][:], strict=True)
         return max(p + sum(own) if shared else len(own) * (p + max(own)) for p, own in lists)
     if data != "pairs":
         return longest_of(rows, "prompt_ids" if data == "prompts" else "input_ids")

@@ -11,6 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from datasets import Dataset
 
+TOKENS = ("input_ids", "completion_mask", "labels")
 IGNORED = -100  # the label that torch.nn.functional.cross_entropy leaves out
 
 
@@ -130,3 +131,47 @@ def _labels_of(batch: Any) -> Any:
     offsets = np.concatenate([[0], np.cumsum(pc.list_value_length(ids).to_numpy())]).astype(np.int32)
     kept = {name: batch[name] for name in batch.column_names if name != "completion_mask"}
     return pa.table({**kept, "labels": pa.ListArray.from_arrays(pa.array(offsets), pa.array(labels))})
+
+
+def untrained_rows(dataset: "Dataset", limit: int | None) -> np.ndarray:
+    """The numbers of tokenised rows without a trained token among their first `limit`, by `completion_mask` and
+    `labels`, where they have them; the first token is predicted by none."""
+    trains = np.ones(len(dataset), bool)
+    for name, context in (("completion_mask", 0), ("labels", IGNORED)):
+        if name in dataset.column_names:
+            trains &= _has_another(dataset, name, context, limit)
+    return np.flatnonzero(~trains)
+
+
+def _has_another(dataset: "Dataset", name: str, context: int, limit: int | None) -> np.ndarray:
+    """[rows], bool: whether a list has a value that is not `context`, from its second one to before `limit`; one that
+    is missing counts."""
+    import pyarrow.compute as pc
+
+    from align.data.limits import parts_of
+
+    found = [np.zeros(0, bool)]
+    for _, lists in parts_of(dataset, name):
+        lists = lists if limit is None else pc.list_slice(lists, 0, limit)
+        lengths = pc.list_value_length(lists).fill_null(0).to_numpy()
+        starts = (np.cumsum(lengths) - lengths)[lengths > 0]
+        another = lists.flatten().cast("int32").fill_null(context).to_numpy() != context
+        another[starts] = False
+        has = lists.is_null().to_numpy(zero_copy_only=False)
+        has[lengths > 0] = np.logical_or.reduceat(another, starts) if len(starts) else False
+        found.append(has)
+    return np.concatenate(found)
+
+
+def cut_rows(dataset: "Dataset", limit: int) -> "Dataset":
+    """Tokenised rows with at most `limit` tokens, many rows at once."""
+    import pyarrow.compute as pc
+
+    def cut(table: Any) -> Any:
+        for place, name in enumerate(table.column_names):
+            if name in TOKENS:
+                table = table.set_column(place, table.schema.field(place), pc.list_slice(table[name], 0, limit))
+        return table
+
+    plain = dataset.with_format("arrow")
+    return plain.map(cut, batched=True, features=dataset.features, desc="Cutting").with_format(None)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -20,6 +21,7 @@ from align.data.dialogue import warn_of_dialogues
 from align.data.encode import Encoded, check_tokenizer, encode, render_pair
 from align.data.ending import ending_of
 from align.data.formats import SCORED, DataFormat, columns_of, format_for
+from align.data.limits import lengths_of
 from align.data.passes import Columns, Note, Recipe, started, tokenized
 from align.data.tokenize import check_inside, check_prompt, closed, controls_of, note_typed, tokenize_pairs
 from align.data.tokenized import check_room
@@ -125,8 +127,8 @@ def answers_of(row: Columns) -> list[list[int]]:
 
 def lists_of_two(pairs: "Dataset") -> "Dataset":
     """Tokenised pairs as lists."""
-    lengths = [[len(a), len(b)] for a, b in zip(pairs["chosen_ids"], pairs["rejected_ids"], strict=True)]
-    return pairs.add_column("lengths", lengths)
+    lengths = np.stack([lengths_of(pairs, name) for name in ("chosen_ids", "rejected_ids")], axis=-1)
+    return pairs.add_column("lengths", lengths.tolist())
 
 
 @dataclass

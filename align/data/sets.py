@@ -1,9 +1,14 @@
-"""One evaluation set, or several by name."""
+"""One evaluation set, or several by name; the rows of one, many at once."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection, Iterator
+from typing import TYPE_CHECKING, Any
 
 from align.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+AT_ONCE = 1000
 
 
 def of_each(datasets: Any, function: Callable[[Any], Any]) -> Any:
@@ -24,3 +29,11 @@ def of_each(datasets: Any, function: Callable[[Any], Any]) -> Any:
         except DataError as error:
             raise DataError(f"evaluation set {name!r}: {error}") from error
     return found
+
+
+def rows_of(dataset: "Dataset", names: Collection[str]) -> Iterator[dict[str, Any]]:
+    """The rows, with these columns alone. `datasets` itself reads one row at a time where it is iterated, and so does a
+    column of it without `[:]`: 17 s for a million."""
+    for part in dataset.select_columns(list(names)).iter(AT_ONCE):
+        for values in zip(*part.values(), strict=True):
+            yield dict(zip(part, values, strict=True))

@@ -111,7 +111,8 @@ def generate_answers(
     import torch
 
     from align.data import tokenize_prompts
-    from align.data.limits import longest_input
+    from align.data.limits import lengths_of, longest_input
+    from align.data.sets import rows_of
     from align.modeling.load import load_policy, load_tokenizer
     from align.rollout import SamplingParams, make_engine
 
@@ -129,15 +130,16 @@ def generate_answers(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = dtype or ("auto" if device == "cuda" else "float32")
     SamplingParams(drawing.max_completion_length, drawing.n, drawing.temperature, drawing.top_p, drawing.top_k)
-    done = _resume(output, _identity(model, dataset["prompt_ids"], drawing, dtype), dataset["row"][:], drawing.n)
+    prompt_ids = (row["prompt_ids"] for row in rows_of(dataset, ["prompt_ids"]))
+    done = _resume(output, _identity(model, prompt_ids, drawing, dtype), dataset["row"][:], drawing.n)
     if done == len(dataset):
         logger.info("%s holds all %d answers: nothing is left to draw", output, done * drawing.n)
         return output
     policy = load_policy(model, dtype=dtype).to(device)
-    longest = max(map(len, dataset["prompt_ids"])) + drawing.max_completion_length
+    lengths = lengths_of(dataset, "prompt_ids")
+    longest = int(lengths.max()) + drawing.max_completion_length
     if drawing.revisions:
-        lengths = [len(ids) for ids in dataset["prompt_ids"]]
-        prompt = dataset[lengths.index(max(lengths))]["prompt"]
+        prompt = dataset[int(lengths.argmax())]["prompt"]
         longest = max(longest, revision_room(prompt, tokenizer, drawing, longest_input(policy)))
     engine = make_engine(policy, tokenizer, backend=drawing.backend, max_model_len=longest, seed=drawing.seed)
     del policy

@@ -9,6 +9,7 @@ import torch
 
 from align.data.collate import right_pad
 from align.data.ending import written_text
+from align.data.limits import longest_of
 from align.errors import ConfigError, DataError
 from align.evaluation.bootstrap import percentile_interval, resample_weights
 from align.evaluation.front import Front, Point
@@ -63,7 +64,7 @@ def score_fronts(
         raise ConfigError(f"fronts are compared from one reference policy; these started from {sorted(references)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reference = load_policy(references.pop()).to(device).eval()
-    longest = max(map(len, prompts["prompt_ids"])) + sampling.max_completion_length
+    longest = longest_of(prompts, "prompt_ids") + sampling.max_completion_length
     engine = make_engine(reference, tokenizer, backend=sampling.backend, max_model_len=longest, seed=sampling.seed)
     try:
         found = {REFERENCE: [score_policy(reference, reference, engine, prompts, rewards, tokenizer, sampling)]}

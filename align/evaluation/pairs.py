@@ -120,7 +120,7 @@ def _with_prompt_messages(dataset: "Dataset", fmt: DataFormat) -> tuple["Dataset
     first: Any = next((value for value in dataset["chosen"] if value), None)
     if first is None or not isinstance(first[0], dict) or first[0].get("role") != "assistant":
         return dataset, fmt
-    prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in dataset["prompt"]]
+    prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in dataset["prompt"][:]]
     return dataset.remove_columns("prompt").add_column("prompt", prompts), DataFormat("preference", True)
 
 

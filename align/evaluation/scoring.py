@@ -124,6 +124,7 @@ def sample_table(
     """
     from align.data import load_rows, tokenize_prompts
     from align.data.ending import written_text
+    from align.data.limits import longest_of
     from align.modeling.load import load_policy, load_tokenizer
     from align.rollout import SamplingParams, make_engine
 
@@ -135,7 +136,7 @@ def sample_table(
         rows = rows.select(range(num_prompts))
     dataset = tokenize_prompts(rows, tokenizer, max_prompt_length=max_prompt_length, source=prompts)
     params = SamplingParams(max_tokens=max_completion_length, n=n, temperature=temperature, top_p=top_p)
-    longest = max(len(ids) for ids in dataset["prompt_ids"]) + max_completion_length
+    longest = longest_of(dataset, "prompt_ids") + max_completion_length
     engine = make_engine(load_policy(model), tokenizer, backend=backend, max_model_len=longest, seed=seed)
 
     def batches() -> Iterator[tuple[dict[str, list], object]]:

@@ -20,6 +20,7 @@ from trl import LogCompletionsCallback, WeaveCallback
 
 from align.data.ending import written_text
 from align.data.limits import longest_input
+from align.data.sets import rows_of
 from align.distributed.ranks import shared
 from align.distributed.shards import outputs_as_computed
 from align.errors import ConfigError
@@ -156,7 +157,7 @@ def prompts_of(rows: Dataset, count: int, longest: int | None) -> list[list[int]
     `longest` tokens."""
     found: dict[tuple[int, ...], None] = {}
     wanted = [name for name in ("prompt_ids", "input_ids", "completion_mask", "labels") if name in rows.column_names]
-    for row in rows.select_columns(wanted):
+    for row in rows_of(rows, wanted):
         prompt = tuple(row["prompt_ids"] if "prompt_ids" in row else _before_the_answer(row))
         if prompt and (longest is None or len(prompt) <= longest):
             found[prompt] = None

@@ -177,7 +177,7 @@ class Environments:
                 f"{', '.join(map(str, self.kinds))}; it has {', '.join(sorted(columns))}"
             )
         if not is_stream(dataset):
-            for number, name in enumerate(dataset[PICKS]):
+            for number, name in enumerate(dataset[PICKS][:]):
                 self.kind_of({PICKS: name, "row": number})
 
 

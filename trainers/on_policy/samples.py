@@ -3,11 +3,12 @@
 import logging
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from align.data.ending import written_text
 from align.data.formats import columns_of
-from align.data.limits import check_reads, longest_input, longest_of
+from align.data.limits import check_reads, lengths_of, longest_input
 from align.data.streams import is_stream
 from align.data.tokenize import tokenize_pairs, tokenize_prompts
 from align.errors import DataError, RolloutError
@@ -113,9 +114,11 @@ def tokenized_prompts(
 
 def check_lengths(dataset, limit: int) -> None:
     """DataError for prompts of more than `limit` tokens, in a dataset that came tokenised; a stream is not read."""
-    if is_stream(dataset) or longest_of(dataset, "prompt_ids") <= limit:
+    if is_stream(dataset):
         return
-    found = [row for row, ids in enumerate(dataset["prompt_ids"]) if len(ids) > limit]
+    found = np.flatnonzero(lengths_of(dataset, "prompt_ids") > limit)
+    if not len(found):
+        return
     raise DataError(
         f"{len(found)} tokenised prompts are longer than max_prompt_length={limit} (row {found[0]}"
         f"{' and others' * (len(found) > 1)}): leave them out, or raise it"

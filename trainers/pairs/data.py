@@ -10,6 +10,7 @@ from align.data.bad_rows import BadRow
 from align.data.checks import check_pair_numbers
 from align.data.formats import columns_of
 from align.data.limits import lengths_of
+from align.data.sets import rows_of
 from align.data.streams import is_stream, read_whole, sample_of
 from align.data.tokenize import tokenize_pairs
 from align.data.tokenized import IDS, MASKS, WHOLE, limited_pairs
@@ -86,7 +87,7 @@ def with_score_margins(dataset, name: str, *, scale: float):
             f"{name}: score_margin needs the columns chosen_score and rejected_score, or completions with scores; "
             f"there is no {' and no '.join(missing)}"
         )
-    chosen, rejected = (np.array(dataset[column], dtype=np.float64) for column in SCORE_COLUMNS)  # None becomes NaN
+    chosen, rejected = (np.array(dataset[column][:], dtype=np.float64) for column in SCORE_COLUMNS)  # None becomes NaN
     bad = np.flatnonzero(~(chosen >= rejected) | ~np.isfinite(chosen - rejected))
     if len(bad):
         rows = [dataset[int(index)]["row"] for index in bad[:10]]
@@ -97,7 +98,9 @@ def with_score_margins(dataset, name: str, *, scale: float):
     margins = scale * (chosen - rejected)
     if "margin" not in dataset.column_names:
         return dataset.add_column("margin", margins, feature=Value("float64"))
-    if np.array_equal(dataset["margin"], margins):  # prepared before, by what trains several members on the same rows
+    if np.array_equal(
+        dataset["margin"][:], margins
+    ):  # prepared before, by what trains several members on the same rows
         return dataset
     raise DataError(f"{name}: the pairs have a column margin, and score_margin makes another one: leave one out")
 
@@ -194,7 +197,7 @@ def trained_lengths(dataset, ids: str) -> np.ndarray:
 
 def _check_numbers(dataset) -> None:
     names = [name for name in NUMBERS if name in dataset.column_names]
-    for index, row in enumerate(dataset.select_columns(names) if names else ()):
+    for index, row in enumerate(rows_of(dataset, names) if names else ()):
         try:
             check_pair_numbers(row)
         except BadRow as reason:
