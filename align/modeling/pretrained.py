@@ -128,6 +128,7 @@ def empty_model(name: str, *, classifier: bool = False, **options) -> Model:
     config = pretrained_config(name, "model", **options)
     made = causal_class(config)
     if classifier:
+        check_has_classifier(config)
         made, config.num_labels = AutoModelForSequenceClassification, 1
     with torch.device("meta"):
         model = made.from_config(config, trust_remote_code=options.get("trust_remote_code", False))
@@ -176,13 +177,26 @@ def refuse_loading_options(dtype, attn_implementation: str | None, kwargs: dict)
         raise ConfigError(f"{', '.join(given)}: these say how to load a model, and the model given is already loaded")
 
 
-def check_one_label(source: str, kwargs: dict) -> None:
-    from transformers import AutoConfig
+def check_has_classifier(config) -> None:
+    """ConfigError where neither transformers nor the model's own code has a class for a reward model of this config."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as KNOWN
 
+    of_its_own = "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in KNOWN and not of_its_own:
+        raise ConfigError(
+            f"transformers has no sequence-classification class for {config.model_type} models, which a reward model "
+            "needs: start from one of another family (Llama, Qwen 2 and 3, Mistral, Gemma 2 and 3 have one; it need "
+            "not be the policy's)"
+        )
+
+
+def check_one_label(source: str, kwargs: dict) -> None:
+    keys = ("revision", "trust_remote_code", "token", "cache_dir")
+    config = pretrained_config(source, "model", **{k: kwargs[k] for k in keys if k in kwargs})
+    is_classifier = any("ForSequenceClassification" in name for name in config.architectures or ())
+    if not is_classifier:  # one that vLLM serves may be of a class that transformers has not
+        check_has_classifier(config)
     if is_adapter(source):
         return
-    keys = ("revision", "trust_remote_code", "token", "cache_dir")
-    config = from_pretrained(AutoConfig, source, "model", **{k: kwargs[k] for k in keys if k in kwargs})
-    is_classifier = any("ForSequenceClassification" in name for name in config.architectures or ())
     if is_classifier and config.num_labels != 1:
         raise ConfigError(f"{source} classifies into {config.num_labels} labels; a reward model has one output")

@@ -116,5 +116,10 @@ def kill(child: int) -> None:
         os.kill(child, signal.SIGKILL)
 
 
-def in_child(folder: Path, function: Callable[[], object], environment: dict[str, str] | None = None) -> Ended:
-    return finish(folder, start(folder, function, environment))
+def in_child(
+    folder: Path,
+    function: Callable[[], object],
+    environment: dict[str, str] | None = None,
+    seconds: float = LIMIT,
+) -> Ended:
+    return finish(folder, start(folder, function, environment), seconds)

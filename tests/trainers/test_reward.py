@@ -7,11 +7,14 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import Mistral3Config
 
 from align.data.collate import PairCollator
 from align.data.noise import flip_labels, save_flips
 from align.data.shared_prefix import SharedPrefixCollator
 from align.errors import ConfigError, DataError
+from align.modeling.load import load_sequence_classifier
+from align.modeling.pretrained import check_has_classifier
 from align.modeling.score_head import head_name
 from align.reward_models.base import RewardBatch
 from align.reward_models.classifier import ClassifierReward
@@ -248,6 +251,20 @@ def test_errors(trunk, tmp_path):
         RewardTrainer(trunk, config(tmp_path), Dataset.from_dict({"prompt": ["a"], "completion": ["b"]}))
     with pytest.raises(ConfigError, match="no linear layer with one output"):
         RewardTrainer(tiny.causal(), config(tmp_path), pairs(4), processing_class=worlds.tokenizer())
+
+
+def test_a_type_without_such_a_class_is_refused_before_its_weights_are_read(tmp_path):
+    """The folder has none: a model of text and images (Mistral 3) of which transformers has no classifier."""
+    kind = Mistral3Config()
+    kind.save_pretrained(tmp_path)
+    worlds.tokenizer().save_pretrained(tmp_path)
+    says = "no sequence-classification class for mistral3 models.*start from one of another family"
+    with pytest.raises(ConfigError, match=says):
+        RewardTrainer(str(tmp_path), config(tmp_path / "out"), pairs(8))
+    with pytest.raises(ConfigError, match=says):
+        load_sequence_classifier(tmp_path)
+    kind.auto_map = {"AutoModelForSequenceClassification": "own.Scorer"}
+    check_has_classifier(kind)
 
 
 def test_on_real_pairs(tmp_path, real_pairs):
