@@ -1,5 +1,6 @@
 """The critic of PPO: a separate value network with its own optimiser and its own file in checkpoints."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,8 @@ class CriticLearner:
         """One optimiser step at `scale` times the learning rate."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.args.critic_learning_rate * scale
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+        # 0 is no limit, as transformers has it for the policy; torch would make all gradients 0
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.recorder.record("critic/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)

@@ -1,5 +1,6 @@
 """A reward model that learns while it ranks: D2PO's discriminator, from a few pairs of each cycle with gold labels."""
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -187,7 +188,7 @@ class Discriminator:
         if not torch.isfinite(loss):
             raise TrainingError(f"the discriminator's loss is {loss.item()}: lower discriminator_learning_rate")
         loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters.values(), self.args.max_grad_norm)
+        nn.utils.clip_grad_norm_(self.parameters.values(), self.args.max_grad_norm or math.inf)  # 0 is no limit
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.recorder.record("discriminator/loss", loss.detach())

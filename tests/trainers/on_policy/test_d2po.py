@@ -99,6 +99,18 @@ def test_the_discriminators_optimum_is_that_of_bradley_terry(policy, discriminat
     assert (scores[0] - scores[1]).item() == pytest.approx(torch.tensor(3.0).log().item(), abs=0.02)
 
 
+def test_a_limit_of_0_is_none(policy, discriminator, tmp_path):
+    """`max_grad_norm: 0` to transformers; torch's clipping makes all gradients 0 of it."""
+    learned = []
+    for limit in (0.0, 1e6):
+        trainer = make(policy, tmp_path, discriminator, max_grad_norm=limit)
+        before = parameters(trainer.discriminator.reward.model)
+        trainer.discriminator.learn([GoldPair(0, [5, 6, 7], [5, 9])], step=0)
+        learned.append(parameters(trainer.discriminator.reward.model))
+        assert any(not torch.equal(weight, before[name]) for name, weight in learned[-1].items())
+    assert_same(*learned)
+
+
 @pytest.mark.parametrize("rank", [None, 4])
 def test_resuming_is_exact_and_the_discriminator_is_saved(rank, policy, discriminator, tmp_path):
     options = {

@@ -114,6 +114,14 @@ def test_the_critic_warms_up_alone(policy, tmp_path):
     assert any(not torch.equal(critic[name], p) for name, p in parameters(trainer.critic.model).items())
 
 
+def test_a_critic_whose_gradients_are_not_clipped_learns(policy, tmp_path):
+    """`max_grad_norm: 0` is no limit to transformers; torch's clipping makes all gradients 0 of it."""
+    trainer = make("ppo", policy, tmp_path, max_steps=2, max_grad_norm=0.0, **SEVERAL)
+    head = trainer.critic.model.head.weight.detach().clone()
+    trainer.train()
+    assert not torch.equal(trainer.critic.model.head.weight, head)
+
+
 def test_the_critic_learns_the_return(policy, tmp_path):
     """A reward that the prompt decides: after some rollouts the critic knows it, and the advantages shrink."""
 
