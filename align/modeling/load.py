@@ -184,6 +184,11 @@ def load_sequence_classifier(
         text_config.pad_token_id = pad_token_id
     if peft_config is not None:
         peft_config = copy.deepcopy(peft_config)
+        if not hasattr(peft_config, "modules_to_save"):
+            raise ConfigError(
+                f"{type(peft_config).__name__} has no modules_to_save, so that the score head would not be saved with "
+                "the adapter: use LoRA"
+            )
         peft_config.task_type = "SEQ_CLS"
         peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or ()), head})
     return _with_adapter(model, peft_config, adapter_seed)

@@ -175,8 +175,13 @@ def _head_can_run_alone(core: Model) -> bool:
 
 
 def _through_logits(model, inputs: dict, positions: Tensor, finish: Callable, temperature: float) -> TokenValues:
-    logits = model(**inputs).logits.flatten(0, 1).index_select(0, positions)
+    logits = _of_tokens(model(**inputs).logits, inputs).index_select(0, positions)
     return finish(Head(_identity, logits.shape[-1], LogitTransform(temperature=temperature)), logits)
+
+
+def _of_tokens(values: Tensor, inputs: dict) -> Tensor:
+    """[rows, T, ...] -> [rows * T, ...], without what stands in front: the virtual tokens of prompt learning."""
+    return values[:, -inputs["input_ids"].shape[1] :].flatten(0, 1)
 
 
 def _through_head(
@@ -185,11 +190,11 @@ def _through_head(
     """One forward pass in which the head returns only the last position's logits and `finish` gets what it needs."""
     module, transform = core.get_output_embeddings(), logit_transform(core.config)
     head = head_of(module, vocabulary_of(core), transform._replace(temperature=temperature))
-    kept = {}
+    kept, (rows, length) = {}, inputs["input_ids"].shape
 
     def forward(hidden: Tensor) -> Tensor:
-        if hidden.shape[:2] == inputs["input_ids"].shape:
-            values = finish(head, hidden.flatten(0, 1).index_select(0, positions))
+        if hidden.dim() == 3 and len(hidden) == rows and hidden.shape[1] >= length:
+            values = finish(head, _of_tokens(hidden, inputs).index_select(0, positions))
             kept["joint"] = values.logps
             names = ["logps"] if values.kl is None else ["logps", "kl"]
             if values.entropy is not None and values.entropy.requires_grad:

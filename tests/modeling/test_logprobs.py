@@ -91,6 +91,22 @@ def test_lora(targets):
             torch.testing.assert_close(gradients[name], p.grad, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_virtual_tokens_of_prompt_learning_stand_before_the_row(kind, monkeypatch):
+    """The log-probs of other positions were taken: DPO on a prompt-tuned policy trained on them."""
+    from peft import PromptTuningConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = get_peft_model(tiny.causal(kind), PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")).double()
+    ids, mask = tiny.rows()
+    rows = [model(input_ids=row[None, :n]).logits[0, 3:-1] for row, n in zip(ids, mask.sum(-1).tolist(), strict=True)]
+    expected = [x.log_softmax(-1).gather(-1, row[1 : len(x) + 1, None]) for x, row in zip(rows, ids, strict=True)]
+    wanted = torch.nn.utils.rnn.pad_sequence([x[:, 0] for x in expected], batch_first=True)
+    torch.testing.assert_close(token_logps(model, ids, mask), wanted, rtol=0, atol=1e-9)
+    monkeypatch.setattr(logprobs, "_head_can_run_alone", lambda core: False)
+    torch.testing.assert_close(token_logps(model, ids, mask), wanted, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("change", [lambda x: 1.5 * x, lambda x: 30 * (x / 30).tanh()], ids=["scale", "soft cap"])
 def test_a_head_that_does_more_is_not_trusted(change, caplog):
     """An architecture whose logits are changed in a way that the config does not tell: full logits, said once. A soft

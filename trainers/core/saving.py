@@ -41,6 +41,11 @@ MODEL_FILES = ("config.json", "model*.safetensors", "pytorch_model*.bin", "*.saf
 FILES_BESIDE = (ENSEMBLE_FILE, NORMALIZER_FILE, MASKS_FILE, META_FILE)
 """Written after the model by those that have them."""
 PROBED_LAYERS = 8
+NOT_TRAINED_SO = {  # kinds of adapters by PEFT's names, and what the trainers do not do for them
+    "ADALORA": "its ranks are chosen by update_and_allocate after every step",
+    "ADAPTION_PROMPT": "it is a part of the attention's own code, around which log-probs are computed",
+    **dict.fromkeys(("POLY", "MULTITASK_PROMPT_TUNING"), "every row needs the number of its task"),
+}
 
 
 def is_peft(model: nn.Module) -> bool:
@@ -56,6 +61,9 @@ def check_base(model: Model, output_dir: str | None) -> None:
     if not is_peft(model):
         return
     core, config = model.get_base_model(), model.peft_config["default"]
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind in NOT_TRAINED_SO:
+        raise ConfigError(f"an adapter of type {kind} cannot be trained here: {NOT_TRAINED_SO[kind]}. Use LoRA")
     if changes_base(config):
         raise ConfigError(
             f"init_lora_weights: {config.init_lora_weights} changes the frozen weights too, so that the model with its "

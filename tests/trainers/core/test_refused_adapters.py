@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import AdaLoraConfig, TrainableTokensConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from align.data import toy
@@ -54,6 +54,19 @@ def test_an_adapter_that_changes_its_base_is_refused(method, policy, tmp_path):
     """PiSSA: with the adapter off the model is not the one that training starts from."""
     with pytest.raises(ConfigError, match="init_lora_weights: pissa changes the frozen weights too.* use true"):
         make(method, policy, tmp_path, lora(init_lora_weights="pissa"))
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "reward", "remax"])
+def test_an_adapter_that_the_trainers_do_not_know_how_to_train_is_refused(method, policy, tmp_path):
+    """AdaLoRA ended in a KeyError: of DPO in the first step, of SFT after its last, with all ranks as they were."""
+    config = AdaLoraConfig(target_modules=["q_proj"], total_step=10)
+    with pytest.raises(ConfigError, match="type ADALORA cannot be trained here: its ranks are chosen"):
+        make(method, policy, tmp_path, config)
+
+
+def test_an_adapter_of_a_reward_model_needs_a_place_for_the_head(policy, tmp_path):
+    with pytest.raises(ConfigError, match="TrainableTokensConfig has no modules_to_save"):
+        make("reward", policy, tmp_path, TrainableTokensConfig(token_indices=[3]))
 
 
 def test_a_second_adapter_on_experts_is_refused_before_training(tmp_path):
