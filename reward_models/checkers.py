@@ -43,8 +43,9 @@ def math_answer(completion, answer, seconds: float = 5.0) -> bool | None:
     text, expected = last_text(completion), _expected(answer)
     if exact_answer(text, answer):
         return True
-    final = text.rpartition("####")[2] if "####" in text else text
-    return checkers(os.getpid()).equal(_written_out(final), _written_out(expected), seconds)
+    marked = "####" in text  # its line alone: of what comes after it math-verify would take the last number
+    final = _written_out(_final(text) if marked else text)
+    return checkers(os.getpid()).equal(final, _written_out(expected), seconds, alone=marked)
 
 
 def format_match(completion, pattern: str, anywhere: bool = False) -> bool:

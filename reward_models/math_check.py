@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import json
 import os
+import re
 import resource
 import select
 import signal
@@ -18,6 +19,7 @@ import time
 from align.errors import ConfigError, RewardError
 
 MEMORY = 4 << 30  # bytes
+WORDS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}|\*\*|!")  # what is no formula: "12 apples", "**12**", not "2\pi"
 
 
 def check_installed() -> None:
@@ -31,15 +33,16 @@ class MathChecker:
     def __init__(self):
         self.process: subprocess.Popen | None = None
 
-    def equal(self, completion: str, answer: str, seconds: float) -> bool | None:
+    def equal(self, completion: str, answer: str, seconds: float, *, alone: bool) -> bool | None:
         """Whether the completion's answer is `answer`; False when that cannot be told within so many seconds of
-        processor time, which do not depend on what else runs; None when `answer` itself cannot be read."""
+        processor time, which do not depend on what else runs; None when `answer` itself cannot be read. alone: the
+        completion is nothing but its answer."""
         process = self.process
         if process is None or process.poll() is not None:
             process = self._start()
         assert process.stdin is not None
         try:
-            process.stdin.write(json.dumps([completion, answer, seconds]).encode() + b"\n")
+            process.stdin.write(json.dumps([completion, answer, seconds, alone]).encode() + b"\n")
             process.stdin.flush()
             return self._answer(20 * seconds + 60)
         except BaseException:  # interrupted: the next question must not get this one's answer
@@ -86,14 +89,14 @@ class MathCheckers:
     def __init__(self):
         self.free: list[MathChecker] = []
 
-    def equal(self, completion: str, answer: str, seconds: float) -> bool | None:
+    def equal(self, completion: str, answer: str, seconds: float, *, alone: bool) -> bool | None:
         """As `MathChecker.equal`."""
         try:
             child = self.free.pop()
         except IndexError:
             child = MathChecker()
         try:
-            return child.equal(completion, answer, seconds)
+            return child.equal(completion, answer, seconds, alone=alone)
         finally:
             self.free.append(child)
 
@@ -111,18 +114,24 @@ def serve() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     out = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    verify(parse("$x+1$", parsing_timeout=None), parse("$1+x$", parsing_timeout=None), timeout_seconds=None)  # imports
+
+    def read(text: str, formula: bool) -> list:
+        """math-verify reads formulas between dollars, and takes 2 for (1, 2) and for 2\\pi without."""
+        formula = formula and "$" not in text and "\\boxed" not in text
+        return formula and parse(f"${text}$", parsing_timeout=None) or parse(text, parsing_timeout=None)
+
+    verify(read("x+1", True), read("1+x", True), timeout_seconds=None)  # imports
     print("true", file=out, flush=True)
     for line in sys.stdin:
-        completion, answer, seconds = json.loads(line)
+        completion, answer, seconds, alone = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, seconds)  # whose signal ends the process, C code or not
         try:
-            plain = "$" not in answer and "\\boxed" not in answer
-            wanted = plain and parse(f"${answer}$", parsing_timeout=None) or parse(answer, parsing_timeout=None)
+            wanted = read(answer, True)
         except Exception:  # the dataset's fault: no completion can be right, so the row is named (None)
             wanted = []
         try:
-            found = verify(wanted, parse(completion, parsing_timeout=None), timeout_seconds=None) if wanted else None
+            given = read(completion, alone and WORDS.search(completion) is None)
+            found = verify(wanted, given, timeout_seconds=None) if wanted else None
         except Exception:  # a policy writes any text whatever: what cannot be read is not the answer
             found = False
         signal.setitimer(signal.ITIMER_PROF, 0)

@@ -68,6 +68,28 @@ def test_math_reads_powers_of_ten(completion, answer, equal):
     assert reward.score(RewardBatch(["p"], [completion], columns={"answer": [answer]})).scores == equal
 
 
+@pytest.mark.parametrize(
+    "completion, answer, equal",
+    [
+        ("#### \\frac{1}{2}\nI checked this 7 times.", "0.5", 1.0),  # of which 7 was taken
+        ("#### \\frac{1}{2}\nI checked this 7 times.", "7", 0.0),
+        ("#### (1, 2)", "2", 0.0),
+        ("#### (1, 2)", "(1,2)", 1.0),
+        ("#### 2\\pi", "2", 0.0),
+        ("#### 2\\pi", "\\pi + \\pi", 1.0),
+        ("#### $(x+1)^2$", "x^2+2x+1", 1.0),
+        ("#### 12 apples", "12", 1.0),
+        ("#### $12 each", "12", 1.0),
+        ("#### **12**", "12", 1.0),
+        ("#### 12 km/h", "12", 1.0),
+        ("#### x^2 + 3", "3", 0.0),
+    ],
+)
+def test_math_takes_what_stands_on_the_line_of_the_mark(completion, answer, equal):
+    reward = build_reward({"type": "math", "seconds": 5})
+    assert reward.score(RewardBatch(["p"], [completion], columns={"answer": [answer]})).scores == equal
+
+
 @pytest.mark.parametrize("kind", ["math", "verifier"])
 def test_a_row_without_an_answer_is_no_answer_none(kind):
     spec = {"type": kind} if kind == "math" else {"type": kind, "function": "align.reward_models.checkers:exact_answer"}
