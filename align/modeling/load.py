@@ -253,6 +253,19 @@ def disable_dropout(model: Model) -> None:
         )
 
 
+def release(model: Model) -> None:
+    """Take off what accelerate has put on a model for another run: its autocast, and the mark by which it would leave
+    the model as it is, in that run's precision and without DDP. Not of one that is sharded."""
+    vars(model).pop("_is_accelerate_prepared", None)
+    for module in model.modules():
+        forward = vars(module).pop("_original_forward", None)
+        if forward is not None:
+            # not accelerate's `unwrap_model`, which takes off the decorators of transformers' `forward` too
+            del module.forward
+            if getattr(forward, "__func__", None) is not type(module).forward:
+                module.forward = forward
+
+
 class Reference:
     """The frozen policy that KL is measured to: a copy, a model given, or the policy with its adapter switched off."""
 
@@ -280,7 +293,11 @@ class Reference:
 
             self.model = prepare_fsdp(self.model, accelerator)
         else:
+            release(self.model)
+            held = len(accelerator._models)
             self.model = accelerator.prepare_model(self.model, evaluation_mode=True)
+            # transformers prepares a policy that is evaluated before it is trained only where nothing is held
+            del accelerator._models[held:]
 
     def logps(
         self, input_ids: Tensor, attention_mask: Tensor, temperature: float = 1.0, *, mask: Tensor | None = None

@@ -40,6 +40,7 @@ from align.trainers.core.hooks import check_overridden
 from align.trainers.core.hub import PushesToHub
 from align.trainers.core.lock import holding
 from align.trainers.core.options import BaseConfig, RunOptions, check_dispatch
+from align.trainers.core.prepared import EvaluatesUntrained
 from align.trainers.core.recorder import Recorder
 from align.trainers.core.signals import REQUEUE, StopOnSignal
 from align.trainers.core.sums import sum_gradients
@@ -53,7 +54,7 @@ logger = logging.getLogger(__name__)
 Options = TypeVar("Options", bound=RunOptions)
 
 
-class TrainerMixin(PushesToHub, UnderDeepSpeed):
+class TrainerMixin(PushesToHub, UnderDeepSpeed, EvaluatesUntrained):
     """In front of a transformers-style trainer: `class XTrainer(TrainerMixin, Trainer)`. A mix-in, so that a trainer
     built on one of TRL's keeps TRL's code."""
 

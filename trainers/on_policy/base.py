@@ -251,9 +251,10 @@ class OnPolicyBase(MicroBatchLists, Trainer):
                 "with beta: 0 and no eval_dataset the trainer holds no reference, which an evaluation measures the KL "
                 "to: pass eval_dataset when the trainer is made"
             )
-        self.sync_engine()
-        with self.phase("evaluate"):
-            rows = self.evaluator.evaluate(dataset, self.model, self.reference)
+        with self.evaluating():
+            self.sync_engine()
+            with self.phase("evaluate"):
+                rows = self.evaluator.evaluate(dataset, self.model, self.reference)
         self.engine.rest()
         measured = self.evaluator.measured
         means = {name: sum(row[name] for row in rows) / len(rows) for name in measured}

@@ -1,0 +1,109 @@
+"""An evaluation before training measures what one at step 0 does, and changes nothing of the training."""
+
+import pytest
+import torch
+
+from align import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from align.data import toy
+from align.errors import ConfigError
+from tests.trainers.core.evaluated_ranks import CASES, compared
+from tests.trainers.pairs.preference_runs import toy_pairs
+from tests.trainers.tiny_runs import QUIET, demonstrations, tiny_model
+from tests.warm import run_ranks
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory) -> str:
+    folder, tokenizer = tmp_path_factory.mktemp("policy"), toy.tokenizer()
+    tiny_model(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def check(found: dict) -> None:
+    assert set(found) == set(CASES)
+    for case, (first, plain) in found.items():
+        assert len(first["before"]) > 1 and set(first["during"]) == {0, 3}, case
+        assert first["before"] == first["during"][0] == plain["during"][0], case
+        assert first["after"] == first["during"][3] == plain["after"], case
+        assert first["after"] != first["before"], case
+        assert first["weights"] and all(w.equal(plain["weights"][name]) for name, w in first["weights"].items()), case
+        if case[0] == "dpo":
+            assert first["before"]["rewards/margins"] == 0, case  # the policy is the reference
+        if case[0] == "remax":
+            assert first["before"]["kl"] == 0
+
+
+def test_in_one_process(policy, tmp_path):
+    check(compared(policy, tmp_path, "one", 1))
+
+
+def test_on_two_processes(policy, tmp_path):
+    run_ranks("tests.trainers.core.evaluated_ranks", policy, str(tmp_path), "ddp", "fsdp2", logs=tmp_path / "logs")
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    for setup in ("ddp", "fsdp2"):
+        for found in ranks:
+            check(found[setup])
+        for case in CASES:
+            own, other = (found[setup][case][0]["weights"] for found in ranks)
+            assert all(weight.equal(other[name]) for name, weight in own.items()), (setup, case)
+
+
+def test_a_model_that_another_trainer_has_trained_has_the_precision_of_this_run(tmp_path):
+    """As policy and as reference, whatever the earlier trainer computed in."""
+    tokenizer, pairs = toy.tokenizer(), toy_pairs(8)
+    model, reference = tiny_model(tokenizer), tiny_model(tokenizer, seed=1)
+    rest = {**QUIET, "max_steps": 1, "learning_rate": 0.0, "max_length": 32, "beta": 1.0}
+
+    def measured(policy, reference, **options) -> dict[str, float]:
+        args = DPOConfig(str(tmp_path), **rest, **options)
+        trainer = DPOTrainer(policy, args, pairs, pairs, processing_class=tokenizer, ref_model=reference)
+        found = trainer.evaluate()
+        trainer.train()
+        return {key: found[f"eval_{key}"] for key in ("logps/chosen", "rewards/chosen")}
+
+    fresh = [measured(tiny_model(tokenizer), tiny_model(tokenizer, seed=1), bf16=bf16) for bf16 in (False, True)]
+    assert fresh[0] != fresh[1]
+    assert [measured(model, reference, bf16=bf16) for bf16 in (True, False, True)] == [fresh[1], fresh[0], fresh[1]]
+
+
+def test_one_model_is_trained_by_one_trainer_after_another(tmp_path):
+    """As each trains the saved model of the one before, evaluations between them included."""
+    tokenizer, pairs, rows = toy.tokenizer(), toy_pairs(8), demonstrations(8)
+    rest = {**QUIET, "max_steps": 2, "learning_rate": 1e-3, "max_length": 32}
+
+    def sft(model, bf16: bool):
+        args = SFTConfig(str(tmp_path / "sft"), bf16=bf16, **rest)
+        return SFTTrainer(model, args, rows, rows, processing_class=tokenizer)
+
+    def dpo(model, bf16: bool):
+        args = DPOConfig(str(tmp_path / "dpo"), bf16=bf16, **rest)
+        return DPOTrainer(model, args, pairs, pairs, processing_class=tokenizer)
+
+    model, found = tiny_model(tokenizer), []
+    for made, bf16 in ((sft, True), (dpo, False), (sft, False), (dpo, True)):
+        apart = made(copied(model), bf16)
+        apart.train()
+        trainer = made(model, bf16)
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        after, expected = trainer.evaluate()["eval_loss"], apart.evaluate()["eval_loss"]
+        assert before != after == expected
+        assert all(p.equal(q) for p, q in zip(model.parameters(), apart.model.parameters(), strict=True))
+        found.append(after)
+    assert len(set(found)) == 4
+
+
+def copied(model):
+    """The weights in a model that nothing has been done to."""
+    fresh = tiny_model(toy.tokenizer())
+    fresh.load_state_dict(model.state_dict())
+    return fresh
+
+
+def test_deepspeed_is_said(tmp_path, monkeypatch):
+    args, rows = SFTConfig(str(tmp_path), **QUIET, max_steps=1, max_length=32), demonstrations(4)
+    trainer = SFTTrainer(tiny_model(toy.tokenizer()), args, rows, rows, processing_class=toy.tokenizer())
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
+    with pytest.raises(ConfigError, match="DeepSpeed has the model only once it trains: set eval_on_start: true"):
+        trainer.evaluate()
