@@ -57,7 +57,12 @@ def resident(name: str) -> int:
 
 
 if __name__ == "__main__":
-    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "LOCAL_RANK": "1"}
+    os.environ |= {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+        "LOCAL_RANK": "1",
+    }
     dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}/store", rank=0, world_size=1)
     what_fsdp_shards_takes_no_memory(*sys.argv[1:])
     an_adapter_is_merged_and_added_to_what_has_no_memory(*sys.argv[1:])

@@ -15,6 +15,7 @@ from align.modeling.load import disable_dropout, load_policy, load_tokenizer, tr
 from align.modeling.pretrained import default_dtype, empty_model, pretrained_config
 from align.modeling.rotary import original_positions
 from align.modeling.types import Model
+from align.trainers.core.processes import check_layers
 
 TEMPLATES = (".jinja", ".j2")
 ORDINARY = {"revision", "dtype", "attn_implementation", "quantization_config", "device_map", "low_cpu_mem_usage"}
@@ -84,7 +85,9 @@ def without_weights(args: Any, model: Any, *, classifier: bool = False) -> Model
     config = pretrained_config(str(model), "model", **revision)
     if original_positions(config) is not None:
         return None
-    return empty_model(str(model), classifier=classifier, **revision)
+    empty = empty_model(str(model), classifier=classifier, **revision)
+    check_layers(args, empty)
+    return empty
 
 
 def tokenizer_of(args: Any, model: Any, given: Any = None):

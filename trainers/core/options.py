@@ -21,6 +21,15 @@ from align.config.sections import plain
 from align.errors import ConfigError
 from align.trainers.core.early import check_optimizer, check_schedule, check_workers
 from align.trainers.core.hooks import TrainingSettings
+from align.trainers.core.processes import (
+    check_alone,
+    check_compiler,
+    check_deepspeed,
+    check_fsdp_config,
+    check_parallelism,
+    check_sharding,
+    check_variables,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -190,6 +199,9 @@ class RunOptions(TrainingSettings):
     )
 
     def __post_init__(self):
+        check_variables()
+        check_deepspeed(self)
+        check_fsdp_config(self)
         ranks_on_processors()
         cuda = machine_has_cuda() and not self.use_cpu
         take_precision(self)
@@ -225,6 +237,9 @@ class RunOptions(TrainingSettings):
         super().__post_init__()
         if not connected:
             limit_waits(self.ddp_timeout)
+        check_alone(self.world_size)
+        check_sharding(self)
+        check_parallelism(self)
         check_batches(self.accelerator_config)
         check_schedule(self)
 
@@ -264,6 +279,7 @@ class BaseConfig(RunOptions, TrainingArguments):
                 "rankings or prompts: leave it out. tokens_per_batch bounds what a pass computes, by the rows' lengths",
                 key="train_sampling_strategy",
             )
+        check_compiler()
         refuse(self, NOT_IN_OURS)
         if self.label_smoothing_factor:
             raise ConfigError(

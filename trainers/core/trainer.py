@@ -41,6 +41,7 @@ from align.trainers.core.hub import PushesToHub
 from align.trainers.core.lock import holding
 from align.trainers.core.options import BaseConfig, RunOptions, check_dispatch
 from align.trainers.core.prepared import EvaluatesUntrained
+from align.trainers.core.processes import check_layers
 from align.trainers.core.recorder import Recorder
 from align.trainers.core.signals import REQUEUE, StopOnSignal
 from align.trainers.core.sums import sum_gradients
@@ -90,6 +91,7 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, EvaluatesUntrained):
         self._verify = self._began = False
         super().__init__(*args, **kwargs)
         check_overlap(self.model)
+        check_layers(self.args, self.model)
         check_sharded(self.accelerator)
         sum_gradients(self.accelerator, self.args.accelerator_config.gradient_accumulation_kwargs)
         if isinstance(self.args, BaseConfig):  # TRL's, of SFT, adds the loss of a mixture of experts

@@ -21,7 +21,7 @@ from align.errors import ConfigError
 from align.modeling.types import Model
 from align.objectives.implicit_sft import implicit_reward_loss
 from align.trainers.core.reference_checks import check_no_noise, check_same_start
-from align.trainers.supervised.reference import SupervisedReference, check_whole_sequences, named_reference, trained
+from align.trainers.supervised.reference import SupervisedReference, named_reference, trained
 
 Batch = dict[str, Any]
 OF_STEP, SCORES = "implicit", "scores"
@@ -59,7 +59,6 @@ def implicit_rewards(trainer: Any, ref_model: str | Model | None, scored: bool) 
     if args.implicit_reward_beta is None:
         return None
     check_no_noise(args)
-    check_whole_sequences(trainer, "implicit_reward_beta")
     if not trainer.model_accepts_loss_kwargs:
         raise ConfigError(
             "implicit_reward_beta: the model's forward takes no keyword arguments of its loss, so transformers would "

@@ -30,16 +30,6 @@ def named_reference(args: Any, ref_model: str | Model | None) -> str | Model | N
     return args.ref_model_name_or_path if ref_model is None else ref_model
 
 
-def check_whole_sequences(trainer: Any, option: str) -> None:
-    """ConfigError where a sequence is split over processes."""
-    parallel = trainer.accelerator.parallelism_config
-    if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
-        raise ConfigError(
-            f"{option}: the tokens of a sequence must be in one process: leave out context and sequence parallelism",
-            key=option,
-        )
-
-
 class SupervisedReference:
     """A reference of a trainer that is otherwise made. ref_model: None is the policy as it is now: a copy of it, or the
     policy with its adapter off."""

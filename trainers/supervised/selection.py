@@ -17,7 +17,7 @@ from align.errors import ConfigError, TrainingError
 from align.modeling.types import Model
 from align.objectives.selective import excess_loss, selection_threshold
 from align.trainers.core.reference_checks import unlike
-from align.trainers.supervised.reference import SupervisedReference, check_whole_sequences, named_reference, trained
+from align.trainers.supervised.reference import SupervisedReference, named_reference, trained
 
 
 def token_selection(trainer: Any, ref_model: str | Model | None) -> "TokenSelection | None":
@@ -32,7 +32,6 @@ def token_selection(trainer: Any, ref_model: str | Model | None) -> "TokenSelect
             "a little of the best of it, and name it in ref_model_name_or_path",
             key="selective_tokens",
         )
-    check_whole_sequences(trainer, "selective_tokens")
     return TokenSelection(trainer, ref_model)
 
 
