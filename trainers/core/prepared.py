@@ -21,7 +21,13 @@ from align.trainers.core.hooks import TrainerHooks
 class EvaluatesUntrained(TrainerHooks):
     """Of every trainer."""
 
-    deepspeed: Any
+    _trained = False
+
+    @property
+    def untrained(self) -> bool:
+        """Whether the weights are those that the trainer was made with. A second `train` counts steps from 0 again, and
+        goes on with the weights of the first."""
+        return self.state.global_step == 0 and not self._trained
 
     def __init__(self, *args: Any, **kwargs: Any):
         model = args[0] if args else kwargs.get("model")
@@ -63,4 +69,7 @@ class EvaluatesUntrained(TrainerHooks):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if self.model_wrapped is self.model and not self.is_fsdp_enabled:
             release(self.model)
-        return super().train(*args, **kwargs)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._trained |= self.state.global_step > 0

@@ -149,7 +149,7 @@ class OnPolicyBase(MicroBatchLists, Trainer):
             truncated=self.pipeline.requests[0].truncates,
             judged=not (self.pipeline.requests[0].penalises or (self.buffer is not None and self.buffer.stale)),
         )
-        if step == 0 and self.check_start and self.args.beta:
+        if self.untrained and self.check_start and self.args.beta:
             check_same_start(logps, batch["ref_logps"], batch["completion_mask"], tolerance)
 
     @property

@@ -340,7 +340,7 @@ class PreferenceTrainer(PairTrainer):
 
     def check_same_start(self, model: nn.Module, policy: PairTokens, reference: PairTokens | None) -> None:
         """In the first step: a TrainingError where the reference is to be the policy and is not."""
-        if self.check_start and model.training and self.state.global_step == 0 and reference is not None:
+        if self.check_start and model.training and self.untrained and reference is not None:
             check_same_start(policy.logps.detach(), reference.logps, policy.mask, self.logp_tolerance)
 
     @property

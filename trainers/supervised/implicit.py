@@ -105,7 +105,7 @@ class ImplicitRewards:
             for number, (batch, scores) in enumerate(zip(batches, given, strict=True)):
                 with self.reference.held.active() as reference:
                     tokens = self.reference.logps(reference, batch)
-                if self.reference.is_start and self.trainer.state.global_step == number == 0:
+                if self.reference.is_start and self.trainer.untrained and number == 0:
                     self._check_start(model, batch, tokens)
                 kept = self._trained_sequences(batch)
                 logps = by_sequence(tokens, batch).sum(-1)[kept]

@@ -4,11 +4,14 @@ import pytest
 import torch
 
 from align import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from align.cli import build
+from align.config.resolve import resolve
 from align.data import toy
 from align.errors import ConfigError
 from tests.trainers.core.evaluated_ranks import CASES, compared
+from tests.trainers.core.matrix_ranks import command, write_data
 from tests.trainers.pairs.preference_runs import toy_pairs
-from tests.trainers.tiny_runs import QUIET, demonstrations, tiny_model
+from tests.trainers.tiny_runs import QUIET, demonstrations, logged, tiny_model
 from tests.warm import run_ranks
 
 
@@ -99,6 +102,24 @@ def copied(model):
     fresh = tiny_model(toy.tokenizer())
     fresh.load_state_dict(model.state_dict())
     return fresh
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "remax"])
+def test_a_second_call_of_train_goes_on(method, policy, tmp_path):
+    """From the weights of the first, which the check of the reference does not take for a wrong start."""
+    argv = command(method, "bf16 autocast", "full", policy, write_data(tmp_path), 1)
+    if method == "sft":
+        argv += ["--implicit_reward_beta", "0.1"]
+    trainer = build.trainer(resolve(method, None, [*argv, "--output_dir", str(tmp_path / "run")]))
+    key = {"sft": "implicit/rewards", "dpo": "rewards/chosen", "remax": "kl"}[method]
+    trainer.train()
+    assert logged(trainer, key)[0] == pytest.approx(0, abs=1e-6)
+    weights = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.train()
+    assert len(logged(trainer, key)) == 3 and logged(trainer, key)[0] != pytest.approx(0, abs=1e-3)
+    assert not any(p.equal(q) for p, q in zip(trainer.model.parameters(), weights, strict=True))
+    if hasattr(trainer, "close"):
+        trainer.close()
 
 
 def test_deepspeed_is_said(tmp_path, monkeypatch):
