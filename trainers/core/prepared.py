@@ -57,8 +57,6 @@ class EvaluatesUntrained(TrainerHooks):
         if accelerator.is_fsdp2:  # accelerate's `prepare`, which transformers calls, takes no model without optimiser
             self.model = self.model_wrapped = fsdp2_prepare_model(accelerator, self.model)
             accelerator._models.append(self.model)
-        elif self.is_fsdp_enabled:
-            self.model = self.model_wrapped = accelerator.prepare(self.model)
         else:
             accelerator.prepare_model(self.model, evaluation_mode=True)
 
