@@ -77,8 +77,11 @@ def test_labels_that_are_none(trunk, tmp_path):  # noqa: F811
         RewardTrainer(trunk, config(tmp_path), again)
     with pytest.raises(ConfigError, match="label_smoothing_factor is for token labels: give the pairs .* chosen_prob"):
         config(tmp_path, label_smoothing_factor=0.1)
-    with pytest.raises(ConfigError, match="train_sampling_strategy: group_by_length sorts rows of one sequence"):
-        config(tmp_path, train_sampling_strategy="group_by_length")
+    for order in ("group_by_length", "batch_rebalance"):
+        with pytest.raises(ConfigError, match=f"train_sampling_strategy: {order} sorts rows of one sequence"):
+            config(tmp_path, train_sampling_strategy=order)
+    with pytest.raises(ConfigError, match="length_column_name: no trainer here sorts rows by length"):
+        config(tmp_path, length_column_name="tokens")
 
 
 def test_pairs_that_the_model_cannot_take(encoder, tmp_path):  # noqa: F811

@@ -57,6 +57,7 @@ NOT_IN_OURS = {
         ("include_for_metrics", "batch_eval_metrics", "label_names", "eval_do_concat_batches"),
         "compute_metrics gets the rewards and labels of all rows here, where a method has it",
     ),
+    "length_column_name": "no trainer here sorts rows by length; tokens_per_batch bounds what a pass computes",
     "average_tokens_across_devices": "losses are divided by the counts of all processes, so that they depend on none",
 }
 
@@ -273,10 +274,11 @@ class BaseConfig(RunOptions, TrainingArguments):
                 "tokens, shared prompts), so that every step would be compiled again; leave it out. FlexAttention is "
                 "compiled by itself on a GPU"
             )
-        if self.train_sampling_strategy == "group_by_length":
+        if self.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
             raise ConfigError(
-                "train_sampling_strategy: group_by_length sorts rows of one sequence, and the rows here are pairs, "
-                "rankings or prompts: leave it out. tokens_per_batch bounds what a pass computes, by the rows' lengths",
+                f"train_sampling_strategy: {self.train_sampling_strategy} sorts rows of one sequence, and the rows "
+                "here are pairs, rankings or prompts: leave it out. tokens_per_batch bounds what a pass computes, by "
+                "the rows' lengths",
                 key="train_sampling_strategy",
             )
         check_compiler()

@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, SupportsFloat, TypeVar
 
 import torch
 from accelerate.utils import gather_object
-from datasets import IterableDataset
 from peft import PeftModel, set_peft_model_state_dict
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from align.data.endless import EndlessRows
-from align.data.limits import fit_sets, row_check
+from align.data.limits import fit_sets
 from align.data.streams import is_stream
 from align.distributed.checkpoints import checksums, write_manifest
 from align.distributed.disk import writing
@@ -38,9 +36,9 @@ from align.trainers.core.eval_completions import check_prompts
 from align.trainers.core.experts import check_checkpointing, router_coefficient
 from align.trainers.core.hooks import check_overridden
 from align.trainers.core.hub import PushesToHub
+from align.trainers.core.loaders import LoadsRows
 from align.trainers.core.lock import holding
 from align.trainers.core.options import BaseConfig, RunOptions, check_dispatch
-from align.trainers.core.prepared import EvaluatesUntrained
 from align.trainers.core.processes import check_layers
 from align.trainers.core.recorder import Recorder
 from align.trainers.core.signals import REQUEUE, StopOnSignal
@@ -55,7 +53,7 @@ logger = logging.getLogger(__name__)
 Options = TypeVar("Options", bound=RunOptions)
 
 
-class TrainerMixin(PushesToHub, UnderDeepSpeed, EvaluatesUntrained):
+class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
     """In front of a transformers-style trainer: `class XTrainer(TrainerMixin, Trainer)`. A mix-in, so that a trainer
     built on one of TRL's keeps TRL's code."""
 
@@ -121,6 +119,7 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, EvaluatesUntrained):
     def _check_rows(self) -> None:
         """Rows that the model cannot take would end in an index error, or train positions that it does not have."""
         self.check_rows_of(self.model, "model")
+        self.check_dropped()
 
     @property
     def longest_row(self) -> int | None:  # tokens that there may be in a sequence; None: what the rows have
@@ -150,36 +149,6 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, EvaluatesUntrained):
         check_prompts(callback)
         super().add_callback(callback)
         show_while_there_are_bars(self.callback_handler.callbacks[-1])
-
-    # ---- streams ----------------------------------------------------------------------------------------------------
-
-    def make_endless(self, source: IterableDataset, columns: tuple[str, ...] | None = None) -> None:
-        """Train on `train_dataset`, one pass over the stream `source` tokenised, again and again; columns: of its rows,
-        None: all."""
-        self.train_dataset = EndlessRows(
-            source,
-            self.train_dataset,
-            batch=self.args.train_batch_size,
-            rank=self.args.process_index,
-            world=self.args.world_size,
-            columns=columns,
-            check=row_check(self.model, self.processing_class),
-        )
-
-    def get_train_dataloader(self) -> DataLoader:
-        """As transformers'; of a stream one that accelerate does not share out again, read by one worker at most: the
-        order of the rows must not depend on their number."""
-        if not isinstance(self.train_dataset, EndlessRows):
-            return super().get_train_dataloader()
-        args = self.args
-        return DataLoader(
-            self.train_dataset,
-            batch_size=args.train_batch_size,
-            collate_fn=self._get_collator_with_removed_columns(self.data_collator, description="training"),
-            num_workers=min(args.dataloader_num_workers, 1),
-            pin_memory=args.dataloader_pin_memory,
-            prefetch_factor=args.dataloader_prefetch_factor,
-        )
 
     # ---- metrics ----------------------------------------------------------------------------------------------------
 

@@ -122,3 +122,20 @@ def test_cached_references_of_several_sets(tmp_path):
 def test_evaluation_sets_that_are_none(sets, sentence, tmp_path):
     with pytest.raises(DataError, match=sentence):
         make_trainer("dpo", tmp_path, toy_pairs(8), sets)
+
+
+@pytest.mark.parametrize("method", METRIC)
+def test_rows_that_fill_no_batch_are_left_out_of_training_alone(method, tmp_path):
+    """transformers leaves them out of evaluations too: a reward model's normaliser, fitted on them, was a KeyError."""
+    options = {"dataloader_drop_last": True, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
+    rows, count = rows_of(method, 6, 1), 3
+    trainer = make_trainer(method, tmp_path / "run", rows, rows.select(range(count)), **options)
+    seen = {"reward": "rewards/margins", "dpo": "rewards/margins"}.get(method)
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert f"eval_{METRIC[method]}" in metrics
+    if seen is not None:
+        assert len(trainer.evaluator.values[seen]) == count
+    assert trainer.args.dataloader_drop_last
+    with pytest.raises(ConfigError, match="leaves out all 3 training rows, which are fewer than the 4 of a batch"):
+        make_trainer(method, tmp_path / "none", rows.select(range(count)), **options, max_steps=-1)
