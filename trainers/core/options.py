@@ -71,11 +71,18 @@ def refuse(args: Any, reasons: dict[str, str]) -> None:
 
 
 def check_batches(accelerator_config: Any) -> None:
-    """ConfigError for batches that would not reach all processes."""
+    """ConfigError for batches that would not reach all processes, or be of another size than is said."""
     if not accelerator_config.even_batches:
         raise ConfigError(
             "accelerator_config: without even_batches one process has a batch less than the others, which wait for it: "
             "leave it out",
+            key="accelerator_config",
+        )
+    if accelerator_config.split_batches:
+        raise ConfigError(
+            "accelerator_config: with split_batches per_device_train_batch_size would be of all processes together, "
+            "which rollouts, evaluations and the arithmetic of steps do not follow: leave it out, and divide "
+            "per_device_train_batch_size by the number of processes",
             key="accelerator_config",
         )
 
