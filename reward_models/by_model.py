@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from align.data.batching import length_batches
 from align.data.limits import known_tokens, longest_input
 from align.errors import ConfigError
+from align.modeling.load import release
 from align.modeling.rotary import choose_recorded
 from align.modeling.score_head import reads_end_token
 from align.modeling.types import Model
@@ -83,6 +84,8 @@ class ModelReward(OnDevice, Reward):
 
         def ready() -> list[Model]:
             first, *others = load()
+            for model in (first, *others):
+                release(model)  # of the trainer that has trained it, which may have computed in 16 bits
             choose_recorded(first)
             for other in others:  # the reference of an implicit reward
                 choose_recorded(other, like=first)

@@ -339,6 +339,12 @@ def reference_of(model: Model, ref_model: str | Path | Model | None = None) -> R
     """
     from peft import PeftModel
 
+    if ref_model is model:
+        raise ConfigError(
+            "ref_model is the policy itself, and would be frozen with it: leave it out, and the policy as it is now is "
+            "the reference",
+            key="ref_model",
+        )
     if ref_model is None and isinstance(model, PeftModel):
         return Reference(model, adapter_off=True)
     return Reference(freeze_copy(model) if ref_model is None else _frozen(load_policy(ref_model)), adapter_off=False)
@@ -364,10 +370,16 @@ def _with_adapter(model: Model, peft_config, seed: int | None) -> nn.Module:
     if peft_config is None:
         return model
     from peft import PeftModel, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers import set_seed
 
     if isinstance(model, PeftModel):
         raise ConfigError("the model already has an adapter: leave peft_config out, or merge it first")
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):  # PEFT would draw that one anew
+        raise ConfigError(
+            "layers of the model have an adapter already, of a trainer that was given the same object: load the model "
+            "anew, or give the other trainer's model, merged (`trainer.model.merge_and_unload().requires_grad_(True)`)"
+        )
     peft_config = by_names(peft_config)
     check_stack(model, peft_config)
     peft_config = adapter_of_text(model, peft_config)

@@ -64,6 +64,15 @@ def test_adapter_folder_is_merged(tmp_path):
     torch.testing.assert_close(reference_of(loaded).logps(ids, mask), expected, rtol=0, atol=1e-4)
     with pytest.raises(ConfigError, match="already has an adapter"):
         load_policy(loaded, peft_config=LoraConfig(r=2))
+    with pytest.raises(ConfigError, match="layers of the model have an adapter already.*load the model anew"):
+        load_policy(loaded.get_base_model(), peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
+
+
+def test_the_policy_is_not_its_own_reference():
+    policy = tiny.causal()
+    with pytest.raises(ConfigError, match="ref_model is the policy itself.*leave it out"):
+        reference_of(policy, policy)
+    assert all(p.requires_grad for p in policy.parameters())
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])

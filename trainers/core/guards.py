@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from align.errors import TrainingError
+from align.errors import ConfigError, TrainingError
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,15 @@ def check_loss(loss: Tensor, step: int) -> None:
         raise TrainingError(
             f"the loss of step {step} is {loss.item()}. Lower the learning rate, or look at "
             "the rows of this step with --dry-run."
+        )
+
+
+def check_trainable(model: nn.Module) -> None:
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            "no parameter of the model requires a gradient, so that nothing would be trained: they are frozen, as "
+            "those of a model that an adapter was merged into are (merge_and_unload). Call "
+            "model.requires_grad_(True), or pass peft_config"
         )
 
 

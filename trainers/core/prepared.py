@@ -15,6 +15,7 @@ from torch import nn
 from align.distributed.shards import reshard
 from align.errors import ConfigError
 from align.modeling.load import release
+from align.trainers.core.guards import check_trainable
 from align.trainers.core.hooks import TrainerHooks
 
 
@@ -65,6 +66,7 @@ class EvaluatesUntrained(TrainerHooks):
             return super().evaluation_loop(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        check_trainable(self.model)
         if self.model_wrapped is self.model and not self.is_fsdp_enabled:
             release(self.model)
         try:

@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+from peft import LoraConfig
+from transformers import AutoModelForSequenceClassification
 
-from align import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from align import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from align.cli import build
 from align.config.resolve import resolve
 from align.data import toy
 from align.errors import ConfigError
+from align.reward_models.base import RewardBatch
+from align.reward_models.classifier import ClassifierReward
 from tests.trainers.core.evaluated_ranks import CASES, compared
 from tests.trainers.core.matrix_ranks import command, write_data
 from tests.trainers.pairs.preference_runs import toy_pairs
@@ -120,6 +124,35 @@ def test_a_second_call_of_train_goes_on(method, policy, tmp_path):
     assert not any(p.equal(q) for p, q in zip(trainer.model.parameters(), weights, strict=True))
     if hasattr(trainer, "close"):
         trainer.close()
+
+
+def test_a_reward_model_that_was_trained_here_scores_in_its_own_precision(tmp_path):
+    tokenizer, pairs = toy.tokenizer(), toy_pairs(8)
+    config = tiny_model(tokenizer).config
+    config.num_labels = 1
+    model = AutoModelForSequenceClassification.from_config(config)
+    args = RewardConfig(str(tmp_path), **QUIET, max_steps=2, max_length=32, bf16=True)
+    RewardTrainer(model, args, pairs, processing_class=tokenizer).train()
+    fresh = AutoModelForSequenceClassification.from_config(config)
+    fresh.load_state_dict(model.state_dict())
+    batch = RewardBatch(list(pairs["prompt"]), list(pairs["chosen"]))
+    trained, expected = (ClassifierReward(one, tokenizer=tokenizer).score(batch).scores for one in (model, fresh))
+    assert trained.equal(expected) and expected.std() > 0
+
+
+def test_a_model_that_is_frozen_is_refused(tmp_path, policy):
+    """As PEFT leaves one that an adapter is merged into."""
+    rows, folder = demonstrations(8), str(tmp_path)
+    args = SFTConfig(folder, **QUIET, max_steps=1, max_length=32)
+    trainer = SFTTrainer(policy, args, rows, peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
+    trainer.train()
+    merged = trainer.model.merge_and_unload()
+    pairs = toy_pairs(8)
+    again = DPOTrainer(merged, DPOConfig(folder, **QUIET, max_steps=1, max_length=32), pairs)
+    with pytest.raises(ConfigError, match="no parameter of the model requires a gradient.*merge_and_unload"):
+        again.train()
+    merged.requires_grad_(True)
+    assert again.train().global_step == 1
 
 
 def test_deepspeed_is_said(tmp_path, monkeypatch):
