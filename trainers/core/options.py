@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from align.config.ranges import check_ranges
 from align.config.secrets import Secret, masked
 from align.config.sections import plain
-from align.errors import ConfigError
+from align.errors import AlignError, ConfigError, one_line
 from align.trainers.core.early import check_optimizer, check_schedule, check_workers
 from align.trainers.core.hooks import TrainingSettings
 from align.trainers.core.processes import (
@@ -57,16 +57,19 @@ NOT_IN_OURS = {
         ("include_for_metrics", "batch_eval_metrics", "label_names", "eval_do_concat_batches"),
         "compute_metrics gets the rewards and labels of all rows here, where a method has it",
     ),
+    "ddp_static_graph": "DDP adds up the gradients of what a model returns, and the losses here are of states within "
+    "it: each process would train weights of its own",
     "length_column_name": "no trainer here sorts rows by length; tokens_per_batch bounds what a pass computes",
     "average_tokens_across_devices": "losses are divided by the counts of all processes, so that they depend on none",
 }
 
 
 def refuse(args: Any, reasons: dict[str, str]) -> None:
-    """ConfigError for an option that differs from transformers' default."""
+    """ConfigError for an option that asks for something else than transformers' default."""
     for item in fields(TrainingArguments):
         neutral = item.default if item.default_factory is MISSING else item.default_factory()
-        if item.name in reasons and getattr(args, item.name) not in (neutral, None):
+        value = getattr(args, item.name)
+        if item.name in reasons and value not in (neutral, None) and (value or neutral):
             raise ConfigError(f"{item.name}: {reasons[item.name]}: leave it out", key=item.name)
 
 
@@ -242,7 +245,12 @@ class RunOptions(TrainingSettings):
         if self.hub_token is not None:
             self.hub_token = Secret(self.hub_token)
         connected = dist.is_initialized()  # by a program, which has set its own limit
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except (ValueError, TypeError, OSError, ImportError) as error:
+            if isinstance(error, AlignError):
+                raise
+            raise ConfigError(one_line(error)) from error
         if not connected:
             limit_waits(self.ddp_timeout)
         check_alone(self.world_size)

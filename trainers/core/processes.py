@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 import yaml
+from accelerate.commands.config.config_args import default_config_file
 from torch import nn
 
 from align.errors import ConfigError, one_line
@@ -81,14 +82,14 @@ def _asked_of_accelerate() -> int:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--num_processes", "--num-processes", type=int)
     parser.add_argument("--config_file", "--config-file")
-    with suppress(psutil.Error, SystemExit, OSError, yaml.YAMLError):
+    with suppress(psutil.Error, SystemExit, OSError, yaml.YAMLError, LookupError, TypeError, ValueError):
         words = psutil.Process(os.getppid()).cmdline()
         if not any("accelerate" in word for word in words[:4]):
             return 1
         given, _ = parser.parse_known_args(words)
-        if given.num_processes is None and given.config_file is not None:
-            return int(yaml.safe_load(Path(given.config_file).read_text())["num_processes"])
-        return given.num_processes or 1
+        if given.num_processes is None:
+            return int(yaml.safe_load(Path(given.config_file or default_config_file).read_text())["num_processes"])
+        return given.num_processes
     return 1
 
 

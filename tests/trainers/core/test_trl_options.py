@@ -184,6 +184,13 @@ def test_assistant_only_loss_is_what_messages_have_anyway(tmp_path):
         ("SFTConfig", {"fp16_full_eval": True}, "fp16_full_eval: transformers leaves the weights rounded"),
         ("SFTConfig", {"enable_jit_checkpoint": True}, "enable_jit_checkpoint: a run ends with a checkpoint"),
         ("SFTConfig", {"accelerator_config": {"even_batches": False}}, "accelerator_config: without even_batches"),
+        ("SFTConfig", {"accelerator_config": {"evenbatches": True}}, "unexpected keyword argument 'evenbatches'"),
+        ("DPOConfig", {"accelerator_config": "nowhere.json"}, "No such file or directory: 'nowhere.json'"),
+        (
+            "PPOConfig",
+            {"ddp_static_graph": True},
+            "ddp_static_graph: DDP adds up the gradients",
+        ),
         ("GRPOConfig", {"accelerator_config": {"split_batches": True}}, "accelerator_config: with split_batches"),
         ("SFTConfig", {"optim_args": "betas=0.5"}, "optim_args: adamw_torch"),
         ("KTOConfig", {"optim": "adafactor", "optim_args": "clip_threshold=2"}, "optim_args: adafactor reads none"),
