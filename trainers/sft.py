@@ -211,6 +211,10 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         of_reference = {} if method is None else method.reference.state()
         return {**super().extra_state(), "tokens": int(self._total_train_tokens), **of_reference}
 
+    def train(self, *args, **kwargs):
+        self._total_train_tokens = 0  # those of an earlier call are of other steps
+        return super().train(*args, **kwargs)
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self.resumed is not None and not self._total_train_tokens:  # which TRL counts and does not keep
             self._total_train_tokens = self.resumed.state.get("tokens", 0)

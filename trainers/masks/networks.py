@@ -37,6 +37,8 @@ def separate_groups(
     and norms. learning_rate: None is that of the optimiser."""
     named = [(n, p) for n, p in model.named_parameters() if f"{PREFIX}." in n]
     mine = {id(p) for _, p in named}
+    if all(len({id(p) in mine for p in group["params"]}) < 2 for group in optimizer.param_groups):
+        return  # by an earlier call of `train`
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in mine]
     shared = {} if learning_rate is None else {"lr": learning_rate}

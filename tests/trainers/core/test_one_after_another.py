@@ -1,9 +1,9 @@
-"""An evaluation before training measures what one at step 0 does, and changes nothing of the training."""
+"""Calls and trainers one after another: evaluations before training, `train` again, a model that the next one takes."""
 
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from align import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from align.cli import build
@@ -13,7 +13,7 @@ from align.errors import ConfigError
 from align.reward_models.base import RewardBatch
 from align.reward_models.classifier import ClassifierReward
 from tests.trainers.core.evaluated_ranks import CASES, compared
-from tests.trainers.core.matrix_ranks import command, write_data
+from tests.trainers.core.matrix_ranks import METHODS, command, write_data
 from tests.trainers.pairs.preference_runs import toy_pairs
 from tests.trainers.tiny_runs import QUIET, demonstrations, logged, tiny_model
 from tests.warm import run_ranks
@@ -153,6 +153,41 @@ def test_a_model_that_is_frozen_is_refused(tmp_path, policy):
         again.train()
     merged.requires_grad_(True)
     assert again.train().global_step == 1
+
+
+def without_times(entry: dict) -> dict:
+    return {key: value for key, value in entry.items() if "time" not in key and "per_second" not in key}
+
+
+class Raises(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_trainer_resumes_what_was_interrupted(method, policy, tmp_path):
+    """As in a notebook: with the weights and the log of a run that was not."""
+
+    def made(name: str):
+        argv = command(method, "float32", "lora", policy, write_data(tmp_path), 1)
+        argv += ["--output_dir", str(tmp_path / name), "--save_strategy", "steps", "--save_steps", "2"]
+        return build.trainer(resolve(method, None, [*argv, "--max_steps", "4"]))
+
+    whole, interrupted = made("whole"), made("interrupted")
+    whole.train()
+    interrupted.add_callback(Raises())
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.train()
+    interrupted.pop_callback(Raises)
+    interrupted.train(resume_from_checkpoint=True)
+    for own, other in zip(interrupted.model.parameters(), whole.model.parameters(), strict=True):
+        assert own.equal(other)
+    shown = [[without_times(entry) for entry in t.state.log_history[:4]] for t in (whole, interrupted)]
+    assert shown[0] == shown[1] and len(shown[0]) == 4
+    for trainer in (whole, interrupted):
+        if hasattr(trainer, "close"):
+            trainer.close()
 
 
 def test_deepspeed_is_said(tmp_path, monkeypatch):
