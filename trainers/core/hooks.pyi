@@ -37,6 +37,8 @@ class TrainingSettings:
     fp16: bool
     bf16: bool | None
     gradient_checkpointing: bool | None
+    gradient_checkpointing_kwargs: dict[str, Any] | None
+    ddp_find_unused_parameters: bool | None
     disable_tqdm: bool
     dataloader_pin_memory: bool
     ddp_timeout: float

@@ -253,6 +253,10 @@ class RunOptions(TrainingSettings):
             raise ConfigError(one_line(error)) from error
         if not connected:
             limit_waits(self.ddp_timeout)
+        if self.gradient_checkpointing and (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            if self.ddp_find_unused_parameters is None:
+                # as transformers has it without an adapter: DDP's search and such checkpoints exclude each other
+                self.ddp_find_unused_parameters = False
         check_alone(self.world_size)
         check_sharding(self)
         check_parallelism(self)

@@ -190,3 +190,15 @@ def test_recomputation_in_a_file_of_fsdp(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     printed = run_ranks(str(tmp_path / "script.py"), str(tmp_path / "fsdp.json"), logs=tmp_path / "logs")
     assert [text.count("True False\n") for text in printed] == [2, 2]
+
+
+def test_reentrant_checkpoints_of_an_adapter(tmp_path):
+    """DDP's search for unused parameters ended in "Expected to mark a variable ready only once": transformers leaves it
+    out of full models alone."""
+    given = QUIET | {"gradient_checkpointing": True}
+    reentrant = {"gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    assert align.DPOConfig(str(tmp_path), **given).ddp_find_unused_parameters is None
+    assert align.DPOConfig(str(tmp_path), **given, **reentrant).ddp_find_unused_parameters is False
+    assert align.SFTConfig(str(tmp_path), **given, **reentrant).ddp_find_unused_parameters is False
+    own = align.DPOConfig(str(tmp_path), **given, **reentrant, ddp_find_unused_parameters=True)
+    assert own.ddp_find_unused_parameters is True
