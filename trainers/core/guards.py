@@ -6,11 +6,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from align.errors import ConfigError, TrainingError
+from align.trainers.core.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,39 @@ class GradientsReachTheWeights(TrainerCallback):
                     "backward pass (a quantised layer in its inference form, a detached output)"
                 )
             logger.warning("%s. Unused experts or layers may do without; others would not be trained", found)
+
+
+class ProcessesAgree(TrainerCallback):
+    """Under DDP, after steps 1, 2, 4, 8 ... and before a checkpoint: an error if the processes have other weights, as
+    where something has kept DDP from adding up their gradients. Each would train a model of its own, and that of the
+    first be saved. Of each trainable tensor a few numbers are compared."""
+
+    PLACES = 8
+    ROUNDING = 4  # units in the last place: all add up the same gradients, so that there should be none
+
+    def __init__(self, accelerator: Accelerator):
+        self.ranks = Ranks(accelerator)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        step = state.global_step
+        if self.ranks.count == 1 or self.ranks.sharded or (step & (step - 1) and not control.should_save):
+            return
+        trained = {name: p.detach().reshape(-1) for name, p in model.named_parameters() if p.requires_grad}
+        numbers = torch.stack([self._some_of(values) for values in trained.values()]).double()
+        of_all = self.ranks.gather(numbers[None])
+        allowed = torch.tensor([self.ROUNDING * torch.finfo(values.dtype).eps for values in trained.values()])
+        differ = (of_all.amax(0) - of_all.amin(0) > allowed[:, None] * of_all.abs().amax(0)).any(1)
+        if differ.any():
+            first = list(trained)[int(differ.int().argmax())]
+            raise TrainingError(
+                f"after step {step} the processes have other weights ({int(differ.sum())} of {len(trained)} trainable "
+                f"tensors differ, such as {first}): DDP did not add up their gradients, so that each trains a model of "
+                "its own. Nothing was saved after the last checkpoint. What differs from a plain run (a callback, a "
+                "hook, an option of DDP, a model that something else had wrapped)?"
+            )
+
+    def _some_of(self, values: Tensor) -> Tensor:
+        return values[torch.arange(self.PLACES, device=values.device) * (len(values) - 1) // (self.PLACES - 1)]
 
 
 def check_metrics(metrics: Mapping[str, Any], step: int, output_dir: str | None) -> None:

@@ -105,6 +105,7 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
         self.add_callback(LogFile(type(self).__name__.removesuffix("Trainer"), lambda: self.resume_step))
         if not self.is_deepspeed_enabled:  # its gradients are not in `parameter.grad`
             self.add_callback(guards.GradientsReachTheWeights())
+        self.add_callback(guards.ProcessesAgree(self.accelerator))
         self._signals = StopOnSignal(self.accelerator)
         self.add_callback(self._signals)
         by_first(lambda: saving.check_base(self.model, self.args.output_dir))

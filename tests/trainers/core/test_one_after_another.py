@@ -155,6 +155,15 @@ def test_a_model_that_is_frozen_is_refused(tmp_path, policy):
     assert again.train().global_step == 1
 
 
+def test_processes_that_train_apart_end(policy, tmp_path):
+    """At a rate of 1e-6, where a step moves a weight by some ten units in its last place."""
+    run_ranks("tests.trainers.core.apart_ranks", policy, str(tmp_path), logs=tmp_path / "logs")
+    for rank in range(2):
+        found = torch.load(tmp_path / f"rank{rank}.pt")
+        assert found[0].startswith("after step 1 the processes have other weights (21 of 21 trainable tensors differ")
+        assert found[3].startswith("after step 2 the processes have other weights")
+
+
 def without_times(entry: dict) -> dict:
     return {key: value for key, value in entry.items() if "time" not in key and "per_second" not in key}
 
