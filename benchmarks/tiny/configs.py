@@ -90,7 +90,7 @@ OF_IMAGES = _by_name(
     (2.0, "mlp_ratio"),
     (1, "num_hidden_layers depth num_global_layers conf_num_hidden_layers encoder_layers"),
 ) | {"fullatt_block_indexes": [0], "deepstack_visual_indexes": [0]}
-WINDOWS = {"rope_type": "default", "rope_theta": 1e4}
+WINDOWS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
 OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "big_bird": {"attention_type": "original_full"},
@@ -98,10 +98,12 @@ OWN: dict[str, dict[str, Any]] = {
     "blt_local_encoder": {"hidden_size_global": 64},
     "codegen": {"rotary_dim": 16},
     "cohere_compass_text": {"rope_parameters": {"sliding_attention": WINDOWS, "full_attention": WINDOWS}},
+    "emu3": {"vocabulary_map": {"<image>": 70}},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
     },
+    "emu3_vqgan": {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
     "gemma3n_text": {"activation_sparsity_pattern": [0.0, 0.0], "altup_num_inputs": 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 64},
@@ -115,7 +117,8 @@ OWN: dict[str, dict[str, Any]] = {
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "moe", "mlp"]},
     "phimoe": {"lm_head_bias": False},
     "qwen4_exp_text": {
-        "indexer_n_heads": None, "hc_lowrank": 8, "ngram_vocab_size_base": 50, "split_ngram_parts": 1,
+        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 64,
+        "indexer_compress_ratio": 4, "hc_lowrank": 8, "ngram_vocab_size_base": 50, "split_ngram_parts": 1,
         "ple_embed_dim": 64, "ple_layer_ids": [1], "heads_per_ngram": 2, "make_ngram_vocab_size_divisible_by": 4,
     },
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
