@@ -36,7 +36,7 @@ from align.modeling.pretrained import (
 from align.modeling.rotary import share_factors
 from align.modeling.score_head import head_name
 from align.modeling.shared_prefix import compute_soft_caps
-from align.modeling.text_part import adapter_of_text, freeze_unreached
+from align.modeling.text_part import adapter_of_text, freeze_unreached, never_trained
 from align.modeling.types import Model
 
 logger = logging.getLogger(__name__)
@@ -202,7 +202,8 @@ def train_in_float32(model: Model, *, adapter: bool) -> None:
         return
     half = {p.dtype for p in model.parameters() if p.requires_grad and p.dtype in HALF}
     if half:
-        if any(not p.requires_grad for p in model.parameters()):
+        ours = {id(p) for p in never_trained(language_model(model))}
+        if any(not p.requires_grad and id(p) not in ours for p in model.parameters()):
             raise ConfigError(
                 f"some weights are frozen and others are to be trained in {half.pop()}, where small updates are "
                 "rounded away: load the model in float32"
@@ -284,10 +285,10 @@ class Reference:
 
             self.model = prepare_deepspeed(self.model, accelerator)
         elif accelerator.is_fsdp2:
-            from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+            from align.distributed.buffers import prepare_fsdp2
 
             # trl's prepare_fsdp shards what each process holds: zeros where only the main one has read the weights
-            self.model = fsdp2_prepare_model(accelerator, self.model)
+            self.model = prepare_fsdp2(accelerator, self.model)
         elif accelerator.distributed_type == DistributedType.FSDP:
             from trl.models import prepare_fsdp
 

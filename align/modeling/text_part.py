@@ -27,11 +27,20 @@ _LIKE = {
 """Text models without a class of their own that compute, on text, what a model of text does: their positions in time,
 height and width are then one and the same."""
 
+CHOOSING = ("e_score_correction_bias", "expert_bias")
+"""Biases by which a mixture chooses its experts. ERNIE 4.5 and AFMoE have them as parameters without gradient, which
+transformers' loading makes trainable."""
+
 
 def unreached(core: Model) -> dict[str, nn.Module]:
     """The modules of a transformers model that no text reaches (vision and audio towers, projectors), by name; none for
     a model of text alone."""
     return dict(_beside_decoder(core)) if core.config.get_text_config() is not core.config else {}
+
+
+def without_gradient(core: Model) -> dict[str, nn.Module]:
+    """Modules that read text and get no gradient, by name: indexers (DeepSeek V3.2, GLM-5), which choose keys."""
+    return {name: module for name, module in core.named_modules() if type(module).__name__.endswith("Indexer")}
 
 
 def _beside_decoder(core: Model) -> Iterator[tuple[str, nn.Module]]:
@@ -60,16 +69,23 @@ def name_base(core: Model) -> None:
         core.base_model_prefix = "model"
 
 
+def never_trained(core: Model) -> Iterator[nn.Parameter]:
+    for module in (*unreached(core).values(), *without_gradient(core).values()):
+        yield from module.parameters()
+    yield from (parameter for name, parameter in core.named_parameters() if name.endswith(CHOOSING))
+
+
 def freeze_unreached(core: Model) -> None:
     """In place: weights without gradient stop DDP. FSDP2 is left to find the layers that are there: transformers' list
-    of what to shard has those of other vision towers too, which accelerate refuses."""
+    of what to shard has those of other vision towers too (of Gemma 4's text model as well), which accelerate refuses.
+    """
     name_base(core)
+    for parameter in never_trained(core):
+        parameter.requires_grad_(False)
     parts = unreached(core)
-    for module in parts.values():
-        module.requires_grad_(False)
+    there = {type(module).__name__ for module in core.modules()}
+    core._no_split_modules = sorted(there & set(core._no_split_modules or ()))
     if parts:
-        there = {type(module).__name__ for module in core.modules()}
-        core._no_split_modules = sorted(there & set(core._no_split_modules or ()))
         count = sum(p.numel() for module in parts.values() for p in module.parameters())
         logger.info(
             "%s: %s see no text: their %.0fM parameters are not trained, and are saved as they are",
@@ -84,7 +100,7 @@ def adapter_of_text(core: Model, peft_config):
     unfit = unfit_for_adapters(core, every)
     if unfit:
         logger.info("%s get no adapter: they are no linear layers, or not called as such", ", ".join(unfit))
-    parts = [re.escape(name) for name in (*unreached(core), *unfit)]
+    parts = [re.escape(name) for name in (*unreached(core), *without_gradient(core), *unfit)]
     if not parts or not hasattr(peft_config, "exclude_modules"):
         return peft_config
     peft_config, own = copy.deepcopy(peft_config), peft_config.exclude_modules

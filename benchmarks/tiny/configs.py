@@ -208,10 +208,10 @@ def _rotary(default: dict[str, Any]) -> dict[str, Any]:
     return {"rope_parameters": rope}
 
 
-def tiny_model(config: PreTrainedConfig, auto_class: Any) -> torch.nn.Module:
+def tiny_model(config: PreTrainedConfig, auto_class: Any, **options: Any) -> torch.nn.Module:
     """Random weights of one seed, large enough that log-probs depend on what was read."""
     torch.manual_seed(0)
-    model = auto_class.from_config(config, dtype=torch.float32)
+    model = auto_class.from_config(config, dtype=torch.float32, **options)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, torch.nn.Linear | torch.nn.Embedding):

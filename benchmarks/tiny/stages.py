@@ -4,6 +4,7 @@ A stage returns what it measured, lets the `AlignError` of a refusal out, or rai
 """
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def padded(model: Any) -> Tensor:
 def make_model(kind: str, folder: str) -> dict[str, Any]:
     """A folder of the model, which our loader reads as it was."""
     config = tiny_config(kind)
-    model = tiny_model(config, causal_class(config))
+    model = tiny_model(config, causal_class(config), **_with_soft_caps(config))
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     loaded = load_policy(folder)
@@ -150,6 +151,12 @@ def rloo(model: str, out: Path) -> dict[str, Any]:
     return {"losses": logged(trainer, "loss"), "engine": max(gaps)}
 
 
+def _with_soft_caps(config: Any) -> dict[str, str]:
+    """Options with which transformers computes Gemma 2's soft caps, which its own SDPA leaves out."""
+    capped = vars(config.get_text_config()).get("attn_logit_softcapping")
+    return {} if capped is None else {"attn_implementation": "eager"}
+
+
 def _trained(trainer: Any, model: str, out: Path) -> dict[str, Any]:
     """Train and save; the folder, loaded by transformers (and PEFT) and by us, has the log-probs of what is trained."""
     before = alone(load_policy(model))
@@ -159,11 +166,10 @@ def _trained(trainer: Any, model: str, out: Path) -> dict[str, Any]:
     live = alone(trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False))
     if not (live - before).abs().max() > EXACT:
         raise Unlike("two steps have not changed its log-probs")
-    auto = causal_class(pretrained_config(model, "model"))
-    if (out / "adapter_config.json").exists():
-        theirs = PeftModel.from_pretrained(auto.from_pretrained(model), out)
-    else:
-        theirs = auto.from_pretrained(out)
+    config = pretrained_config(model, "model")
+    auto = partial(causal_class(config).from_pretrained, **_with_soft_caps(config))
+    adapter = (out / "adapter_config.json").exists()
+    theirs = PeftModel.from_pretrained(auto(model), out) if adapter else auto(out)
     gaps = [
         agree(f"log-probs of what was trained and of what {who} loads", alone(loaded), live)
         for who, loaded in (("transformers or PEFT", theirs), ("align", load_policy(out)))

@@ -2,13 +2,14 @@
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from align.errors import ConfigError, TrainingError
@@ -18,7 +19,11 @@ logger = logging.getLogger(__name__)
 
 
 class GradientsReachTheWeights(TrainerCallback):
-    """Before the first update of a run: an error if no trainable weight got a gradient, a warning if some did not."""
+    """Before the first update of a run: an error if no trainable weight got a gradient, a warning if some did not.
+    wrapped: gives the model as it is trained; DDP, unless it looks for them, does not go on with such weights."""
+
+    def __init__(self, wrapped: Callable[[], Any]):
+        self.wrapped = wrapped
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.looked = False
@@ -37,6 +42,12 @@ class GradientsReachTheWeights(TrainerCallback):
                 raise TrainingError(
                     f"{found}: nothing would be trained. Something on the way from the loss to the weights has no "
                     "backward pass (a quantised layer in its inference form, a detached output)"
+                )
+            wrapped = self.wrapped()
+            ddp = wrapped if isinstance(wrapped, DistributedDataParallel) else None
+            if ddp is not None and not (ddp.find_unused_parameters or ddp.static_graph):
+                raise TrainingError(
+                    f"{found}, which DDP would wait for: set ddp_find_unused_parameters: true, or train under FSDP2"
                 )
             logger.warning("%s. Unused experts or layers may do without; others would not be trained", found)
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 
+from align.distributed.buffers import prepare_fsdp2
 from align.distributed.shards import reshard
 from align.errors import ConfigError
 from align.modeling.load import release
@@ -56,7 +56,7 @@ class EvaluatesUntrained(TrainerHooks):
                 "it at step 0, or evaluate without DeepSpeed"
             )
         if accelerator.is_fsdp2:  # accelerate's `prepare`, which transformers calls, takes no model without optimiser
-            self.model = self.model_wrapped = fsdp2_prepare_model(accelerator, self.model)
+            self.model = self.model_wrapped = prepare_fsdp2(accelerator, self.model)
             accelerator._models.append(self.model)
         else:
             accelerator.prepare_model(self.model, evaluation_mode=True)

@@ -19,6 +19,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from align.data.endless import EndlessRows
 from align.data.limits import fit_sets
 from align.data.streams import is_stream
+from align.distributed.buffers import prepare_with_buffers
 from align.distributed.checkpoints import checksums, write_manifest
 from align.distributed.disk import writing
 from align.distributed.ranks import by_first, in_all
@@ -91,6 +92,7 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
         check_overlap(self.model)
         check_layers(self.args, self.model)
         check_sharded(self.accelerator)
+        prepare_with_buffers(self.accelerator)
         sum_gradients(self.accelerator, self.args.accelerator_config.gradient_accumulation_kwargs)
         if isinstance(self.args, BaseConfig):  # TRL's, of SFT, adds the loss of a mixture of experts
             self.router_coefficient = router_coefficient(self.model, self.args.router_aux_loss_coef)
@@ -104,7 +106,7 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
         replace_printing(self)
         self.add_callback(LogFile(type(self).__name__.removesuffix("Trainer"), lambda: self.resume_step))
         if not self.is_deepspeed_enabled:  # its gradients are not in `parameter.grad`
-            self.add_callback(guards.GradientsReachTheWeights())
+            self.add_callback(guards.GradientsReachTheWeights(lambda: self.model_wrapped))
         self.add_callback(guards.ProcessesAgree(self.accelerator))
         self._signals = StopOnSignal(self.accelerator)
         self.add_callback(self._signals)

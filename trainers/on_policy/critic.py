@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
+from align.distributed.buffers import prepare_fsdp2
 from align.distributed.shells import copied
 from align.errors import ConfigError, TrainingError
 from align.modeling.load import disable_dropout, load_backbone
@@ -112,7 +112,7 @@ class CriticLearner:
             raise ConfigError(f"the critic of PPO is trained with DDP or FSDP2 or in one process, not under {kind}")
         self.accelerator, self.args, self.recorder = accelerator, args, recorder
         if kind == "FSDP":  # the whole critic never lies on one device
-            self.model = fsdp2_prepare_model(accelerator, critic)
+            self.model = prepare_fsdp2(accelerator, critic)
         else:
             self.model = accelerator.prepare_model(critic.to(accelerator.device))
         self.optimizer = torch.optim.AdamW(

@@ -43,6 +43,12 @@ def test_what_no_text_reaches_is_frozen(model, policy, caplog):
     assert not unreached(text) and text_model(text) is text
 
 
+def test_weights_of_bfloat16_are_trained_in_float32_beside_frozen_towers(model, tmp_path):
+    """Refused before: of weights that the user had frozen."""
+    trainer = trained("dpo", model, tmp_path, model_init_kwargs={"dtype": "bfloat16"})
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+
+
 @pytest.mark.parametrize("own", [None, ["gate_proj"], r".*\.gate_proj"], ids=["none", "names", "pattern"])
 def test_an_adapter_adapts_text_alone(model, own):
     loaded = load_policy(model, peft_config=lora(exclude_modules=own))
