@@ -134,9 +134,10 @@ def reward(model: str, out: Path, **options: Any) -> dict[str, Any]:
     trainer = RewardTrainer(model, args, toy_pairs(16), processing_class=tokenizer())
     trainer.train()
     trainer.save_model()
+    capped = _with_soft_caps(trainer.model.config)
     with torch.no_grad():
         live = trainer.model.eval()(IDS[:1]).logits
-        loaded = AutoModelForSequenceClassification.from_pretrained(out).eval()(IDS[:1]).logits
+        loaded = AutoModelForSequenceClassification.from_pretrained(out, **capped).eval()(IDS[:1]).logits
     gap = agree("scores of what was trained and of what was saved", loaded, live)
     return {"losses": logged(trainer, "loss"), "saved": gap, "why padded": heard.why_padded()}
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.architectures import STAGES, outcome, read
 from benchmarks.quickstart_seeds import table
 
 ROOT = Path(__file__).parents[2]
@@ -94,3 +95,24 @@ def test_what_bfloat16_costs_under_fsdp2():
         assert f"| {shown} | {of['margins']:.3f} | {of['logps']:.2f} | {100 * of['gradient']:.1f} % |" in page
     assert f"margins of rewards are {runs['float32']['margins']:.2f} there" in page
     assert f"differ by {runs['fsdp2 from one process, weights in bfloat16']['logps']:.4f} nats" in page
+
+
+def test_the_architectures_that_train():
+    """By the record: how many types could be made, and of how many each stage ended well."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    found = read(ROOT / "benchmarks" / "results" / "architectures.jsonl")
+    page = (ROOT / "docs" / "training.md").read_text().replace("\n", " ")
+
+    def counts(kinds: list[str]) -> dict[str, int]:
+        made = [kind for kind in kinds if outcome(found[kind], "model") == "ok"]
+        ended = {stage: [kind for kind in made if outcome(found[kind], stage) == "ok"] for stage in STAGES}
+        offline = {*made}.intersection(*(ended[stage] for stage in ("sft", "dpo", "dpo lora", "dpo bf16")))
+        trained = [kind for kind in offline if outcome(found[kind], "dpo padded") in ("ok", "not tried")]
+        return {"types": len(kinds), "made": len(made), "trained": len(trained), **{s: len(ended[s]) for s in STAGES}}
+
+    causal, seeing = ([kind for kind in found if (kind in CAUSAL) == wanted] for wanted in (True, False))
+    c, s = counts(causal), counts(seeing)
+    assert f"of {c['types']} causal ones {c['made']} could be made small, {c['trained']} of these train" in page
+    assert f"{c['rloo']} draw, and {c['reward']} train a reward model" in page
+    assert f"of {s['types']} types of text and images {s['made']} could be made, and {s['trained']} train on" in page
