@@ -34,10 +34,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
 RESULT = ROOT / "benchmarks" / "results" / "architectures.jsonl"
 STAGES = ("model", "sft", "dpo", "dpo padded", "dpo lora", "dpo bf16", "reward", "reward padded", "rloo")
 
@@ -205,5 +202,8 @@ def main() -> None:
     run(args.types or known, args.output, args.again, args.seconds)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # the tests import this file
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    sys.path[0] = str(ROOT)
     main()

@@ -207,6 +207,7 @@ def test_a_set_is_made_anew_when_code_that_makes_ids_changes():
         "collate",
         "dialogue",
         "fingerprint",
+        "limits",
         "rows",
         "streams",
     }  # which make none
