@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from align.data.batching import length_batches
 from align.data.limits import known_tokens, longest_input
+from align.distributed.shells import release
 from align.errors import ConfigError
-from align.modeling.load import release
 from align.modeling.rotary import choose_recorded
 from align.modeling.score_head import reads_end_token
 from align.modeling.types import Model

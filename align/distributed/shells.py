@@ -90,8 +90,22 @@ def copied(model: Model, dtype: torch.dtype | None = None) -> Model:
         elif kind != parameter.dtype or dtype is not None and parameter.is_floating_point():
             weights[id(parameter)] = nn.Parameter(parameter.detach().to(kind, copy=True))
     twin = copy.deepcopy(model, dict(weights))
+    release(twin)
     _own_forward(twin, {id(module) for module in model.modules()})
     return twin
+
+
+def release(model: nn.Module) -> None:
+    """Take off what accelerate has put on a model for another run: its autocast, and the mark by which it would leave
+    the model as it is, in that run's precision and without DDP. Not of one that is sharded."""
+    vars(model).pop("_is_accelerate_prepared", None)
+    for module in model.modules():
+        forward = vars(module).pop("_original_forward", None)
+        if forward is not None:
+            # not accelerate's `unwrap_model`, which takes off the decorators of transformers' `forward` too
+            del module.forward
+            if getattr(forward, "__func__", None) is not type(module).forward:
+                module.forward = forward
 
 
 def _own_forward(twin: nn.Module, originals: set[int]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from align.distributed.shards import is_zero3, zero3_twin
-from align.distributed.shells import copied
+from align.distributed.shells import copied, release
 from align.errors import ConfigError
 from align.modeling.adapters import (
     adapter_base,
@@ -252,19 +252,6 @@ def disable_dropout(model: Model) -> None:
             "(as in TRL); to train with it set disable_dropout: false",
             ", ".join(map(str, sorted(adapters))),
         )
-
-
-def release(model: Model) -> None:
-    """Take off what accelerate has put on a model for another run: its autocast, and the mark by which it would leave
-    the model as it is, in that run's precision and without DDP. Not of one that is sharded."""
-    vars(model).pop("_is_accelerate_prepared", None)
-    for module in model.modules():
-        forward = vars(module).pop("_original_forward", None)
-        if forward is not None:
-            # not accelerate's `unwrap_model`, which takes off the decorators of transformers' `forward` too
-            del module.forward
-            if getattr(forward, "__func__", None) is not type(module).forward:
-                module.forward = forward
 
 
 class Reference:

@@ -5,6 +5,7 @@ import inspect
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -155,7 +156,7 @@ def tiny_config(kind: str, sizes: dict[str, Any] = TEXT) -> PreTrainedConfig:
 def _tiny(kind: str, cls: Any, sizes: dict[str, Any]) -> PreTrainedConfig:
     try:
         default = cls().to_dict()
-    except Exception:  # some have no defaults
+    except (StrictDataclassError, ValueError):  # those of Musicgen and VisionEncoderDecoder have no defaults
         default = {}
     own = OWN.get(kind, {})
     names = {*default, *inspect.signature(cls.__init__).parameters, *getattr(cls, "__dataclass_fields__", {})}

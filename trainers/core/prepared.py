@@ -13,8 +13,8 @@ from torch import nn
 
 from align.distributed.buffers import prepare_fsdp2
 from align.distributed.shards import reshard
+from align.distributed.shells import release
 from align.errors import ConfigError
-from align.modeling.load import release
 from align.trainers.core.guards import check_trainable
 from align.trainers.core.hooks import TrainerHooks
 

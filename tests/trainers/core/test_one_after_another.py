@@ -10,6 +10,7 @@ from align.cli import build
 from align.config.resolve import resolve
 from align.data import toy
 from align.errors import ConfigError
+from align.modeling.load import freeze_copy
 from align.reward_models.base import RewardBatch
 from align.reward_models.classifier import ClassifierReward
 from tests.trainers.core.evaluated_ranks import CASES, compared
@@ -72,6 +73,20 @@ def test_a_model_that_another_trainer_has_trained_has_the_precision_of_this_run(
     fresh = [measured(tiny_model(tokenizer), tiny_model(tokenizer, seed=1), bf16=bf16) for bf16 in (False, True)]
     assert fresh[0] != fresh[1]
     assert [measured(model, reference, bf16=bf16) for bf16 in (True, False, True)] == [fresh[1], fresh[0], fresh[1]]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_copy_of_a_trained_model_is_a_model_of_its_own(bf16, tmp_path):
+    """TRL's SFT puts a function that calls the model in the place of `forward`, and accelerate its autocast around."""
+    model = tiny_model(toy.tokenizer())
+    args = SFTConfig(str(tmp_path), **QUIET, max_steps=1, max_length=32, bf16=bf16)
+    SFTTrainer(model, args, demonstrations(8), processing_class=toy.tokenizer()).train()
+    twin, fresh, ids = freeze_copy(model), copied(model), torch.arange(5, 15)[None]
+    with torch.no_grad():
+        expected = fresh(input_ids=ids).logits
+        for parameter in model.parameters():
+            parameter.zero_()
+        assert twin(input_ids=ids).logits.equal(expected)
 
 
 def test_one_model_is_trained_by_one_trainer_after_another(tmp_path):
