@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from align.config.sections import parse
 from align.config.source import parse_value
 from align.errors import ConfigError, DataError
-from align.evaluation.bootstrap import percentile_interval, resample_weights
+from align.evaluation.bootstrap import percentile_interval, weight_tiles
 from align.evaluation.report import render_page
 from align.evaluation.strict_json import write_json
 from align.reward_models.functions import import_function
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 JSON_NAME, PAGE_NAME, TEMPLATE = "compare.json", "compare.html", "compare.html.j2"
 RIDGE, STEPS, SHOWN = 1e-3, 30, 40
+EXACT = 1e-9  # a step of Newton's method after which the next would be rounding
+WIDTH = 4  # numbers held for a pair in a resample
 
 
 def paired(a: list[dict], b: list[dict]) -> list[tuple[dict, dict]]:
@@ -100,13 +103,17 @@ def summarise(pairs: list[tuple[dict, dict]], preference: np.ndarray, *, seed: i
     """
     rows, index = np.unique([one["row"] for one, _ in pairs], return_inverse=True)
     longer = np.array([len(one["completion"]) - len(other["completion"]) for one, other in pairs], dtype=np.float64)
-    weights = resample_weights(len(rows), seed=seed)[:, index]
-    weights = np.concatenate([np.ones((1, len(pairs))), weights])  # the first row: all as they are
-    weights = weights / weights.sum(1, keepdims=True)
     spread = longer.std()
-    equal = _at_equal_length(preference, np.tanh(longer / spread) if spread else np.zeros_like(longer), weights)
+    length = np.tanh(longer / spread) if spread else np.zeros_like(longer)
+    rates = []
+    as_they_are = [np.ones((1, len(rows)))]
+    for drawn in chain(as_they_are, weight_tiles(len(rows), WIDTH * len(pairs), seed=seed)):
+        weights = drawn[:, index]
+        weights /= weights.sum(1, keepdims=True)
+        rates.append([weights @ preference, _at_equal_length(preference, length, weights)])
+    wins, equal = np.concatenate(rates, axis=1)
     return {
-        "win_rate": _estimate(weights @ preference),
+        "win_rate": _estimate(wins),
         "at_equal_length": _estimate(equal),
         "wins": float(np.mean(preference > 0.5)),
         "ties": float(np.mean(preference == 0.5)),
@@ -129,7 +136,10 @@ def _at_equal_length(preference: np.ndarray, length: np.ndarray, weights: np.nda
         chance = 1 / (1 + np.exp(-theta @ columns.T))
         gradient = (weights * (preference - chance)) @ columns - RIDGE * theta
         curve = (weights * chance * (1 - chance) @ products).reshape(-1, 2, 2) + RIDGE * np.eye(2)
-        theta = theta + np.linalg.solve(curve, gradient[..., None])[..., 0]
+        step = np.linalg.solve(curve, gradient[..., None])[..., 0]
+        theta = theta + step
+        if np.abs(step).max() < EXACT:
+            break
     return 1 / (1 + np.exp(-theta[:, 0]))
 
 

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from align.evaluation.bootstrap import percentile_interval, resample_weights
+from align.evaluation.bootstrap import RESAMPLES, percentile_interval, weight_tiles
 from align.evaluation.strict_json import finite
 
 FORMS = ("bon", "rl")
 MIN_POINTS = 3  # two coefficients and something left to judge them by
+WIDTH = 4  # numbers held for a point of a resampled curve: d, score and the design
 
 
 def gao_bon(d, alpha: float, beta: float):
@@ -91,6 +92,14 @@ def _solve(form: str, d: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.
     return solution[..., 0], solution[..., 1]
 
 
+def _distinct(d: np.ndarray) -> np.ndarray:
+    """[...]: whether d [..., K] has `MIN_POINTS` values above 0 that differ by more than rounding."""
+    high = d.max(-1, keepdims=True)
+    low = np.where(d > 0, d, np.inf).min(-1, keepdims=True)
+    step = 1e-9 * high
+    return ((d > low + step) & (d < high - step)).any(-1)
+
+
 def _peak_d(form: str, alpha: float, beta: float) -> float:
     """d of the fit's maximum: infinity when it never turns down, 0 when it falls from the start."""
     if beta <= 0:
@@ -105,7 +114,7 @@ def fit_gao(form: str, d, score) -> GaoFit | None:
     d, score = np.asarray(d, dtype=np.float64), np.asarray(score, dtype=np.float64)
     used = d > 0
     d, score = d[used], score[used]
-    if len(np.unique(d)) < MIN_POINTS:
+    if len(d) < MIN_POINTS or not _distinct(d):
         return None
     alpha, beta = (float(x) for x in _solve(form, d, score))
     residual = score - FUNCTIONS[form](d, alpha, beta)
@@ -142,22 +151,26 @@ def fit_gao_bootstrap(form: str, kl, gold, unit: float, *, seed: int = 0) -> Gao
     policy. Where kl is per prompt it is resampled along with the gold scores.
     """
     kl, gold = np.asarray(kl, dtype=np.float64), np.asarray(gold, dtype=np.float64)
-    per_prompt_kl = np.broadcast_to(kl[:, None], gold.shape) if kl.ndim == 1 else kl
 
     def curve(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        means = weights @ gold.T
-        return np.sqrt(np.maximum(weights @ per_prompt_kl.T, 0)), (means - means[..., :1]) / unit
+        means, mean_kl = weights @ gold.T, kl if kl.ndim == 1 else weights @ kl.T
+        d = np.broadcast_to(np.sqrt(np.maximum(mean_kl, 0)), means.shape)
+        return d, (means - means[..., :1]) / unit
 
     num_prompts = gold.shape[1]
     fit = fit_gao(form, *curve(np.full(num_prompts, 1 / num_prompts)))
     if fit is None or num_prompts < 2:
         return fit
-    d, score = curve(resample_weights(num_prompts, seed=seed))
-    enough = (d > 0).sum(1) >= MIN_POINTS
-    alphas, betas = _solve(form, d[enough], score[enough])
-    peaks = [_peak_d(form, alpha, beta) for alpha, beta in zip(alphas, betas, strict=True)]
-    samples = np.stack([alphas, betas, peaks], axis=1)
-    low, high = percentile_interval(samples)
+    found = []
+    for weights in weight_tiles(num_prompts, WIDTH * len(gold), seed=seed):
+        d, score = curve(weights)
+        enough = _distinct(d)
+        found.append(np.stack(_solve(form, d[enough], score[enough]), axis=1))
+    coefficients = np.concatenate(found)
+    if len(coefficients) < RESAMPLES / 2:
+        return fit
+    peaks = [_peak_d(form, alpha, beta) for alpha, beta in coefficients]
+    low, high = percentile_interval(np.column_stack([coefficients, peaks]))
     fit.intervals = {name: (finite(low[i]), finite(high[i])) for i, name in enumerate(("alpha", "beta", "peak_d"))}
     return fit
 

@@ -11,7 +11,7 @@ from align.data.collate import right_pad
 from align.data.ending import written_text
 from align.data.limits import longest_of
 from align.errors import ConfigError, DataError
-from align.evaluation.bootstrap import percentile_interval, resample_weights
+from align.evaluation.bootstrap import percentile_interval, resampled_means
 from align.evaluation.front import Front, Point
 from align.evaluation.pareto import dominated_share, non_dominated
 from align.evaluation.scoring import drawn_batch
@@ -161,9 +161,9 @@ def summarise(
     reference_point: [K], from which hypervolumes are measured; default: the worst mean of all policies, per objective.
     The prompts are resampled once for all policies, so that comparisons are paired.
     """
-    weights = resample_weights(len(found[REFERENCE][0].kl), seed=seed)
     means = {name: np.stack([p.scores.mean(0) for p in policies]) for name, policies in found.items()}
-    resampled = {name: np.stack([weights @ p.scores for p in policies], axis=1) for name, policies in found.items()}
+    drawn = {name: _resampled(policies, seed) for name, policies in found.items()}
+    resampled = {name: samples[..., : len(objectives)] for name, samples in drawn.items()}
     given = reference_point is not None
     corner = np.array(reference_point if given else np.concatenate(list(means.values())).min(0))
     runs = {}
@@ -179,7 +179,7 @@ def summarise(
             "hypervolume": {"mean": volume, "low": float(low), "high": float(high)},
             "points": [
                 {
-                    **_policy_entry(policy, objectives, weights),
+                    **_policy_entry(policy, objectives, drawn[name][:, i]),
                     **_point_entry(point),
                     "non_dominated": bool(best[i]),
                     "dominated_share": {other: float(shares[i]) for other, shares in others.items()},
@@ -189,10 +189,10 @@ def summarise(
         }
     return {
         "objectives": objectives,
-        "prompts": len(weights[0]),
+        "prompts": len(found[REFERENCE][0].kl),
         "reference_point": corner.tolist(),
         "reference_point_is": "given" if given else "the worst mean of all policies, per objective",
-        "reference": _policy_entry(found[REFERENCE][0], objectives, weights),
+        "reference": _policy_entry(found[REFERENCE][0], objectives, drawn[REFERENCE][:, 0]),
         "runs": runs,
     }
 
@@ -201,12 +201,22 @@ def _point_entry(point: Point) -> dict:
     return {"name": point.name, "kind": point.kind, "weights": point.weights, "folder": point.folder}
 
 
-def _policy_entry(policy: PolicyScores, objectives: list[str], weights: np.ndarray) -> dict:
-    columns = {**dict(zip(objectives, policy.scores.T, strict=True)), "kl": policy.kl, "length": policy.length}
-    entry = {}
-    for name, values in columns.items():
-        low, high = percentile_interval(weights @ values)
-        entry[name] = {"mean": float(values.mean()), "low": float(low), "high": float(high)}
+def _columns(policy: PolicyScores) -> np.ndarray:
+    """[P, K + 2]: scores, KL, length."""
+    return np.column_stack([policy.scores, policy.kl, policy.length])
+
+
+def _resampled(policies: list[PolicyScores], seed: int) -> np.ndarray:
+    """[resamples, policies, K + 2]: means of `_columns` over the same resamples of the prompts."""
+    return np.stack(resampled_means([_columns(policy) for policy in policies], seed=seed), axis=1)
+
+
+def _policy_entry(policy: PolicyScores, objectives: list[str], samples: np.ndarray) -> dict:
+    means, (low, high) = _columns(policy).mean(0), percentile_interval(samples)
+    entry = {
+        name: {"mean": float(means[i]), "low": float(low[i]), "high": float(high[i])}
+        for i, name in enumerate([*objectives, "kl", "length"])
+    }
     return {"scores": {name: entry[name] for name in objectives}, "kl": entry["kl"], "length": entry["length"]}
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from align.evaluation.bootstrap import percentile_interval, resample_weights
+from align.evaluation.bootstrap import percentile_interval, resampled_means, weight_tiles
 
 MIN_DROP_SHARE = 0.1
 MIN_PROMPTS = 20
@@ -68,23 +68,26 @@ def analyse_peak(proxy, gold, *, seed: int = 0) -> Peak:
         return result
     held_out = _held_out_peaks(gold, seed)
     columns = np.arange(num_prompts)
-    at_peak, weights = gold[held_out, columns], resample_weights(num_prompts, seed=seed)
-    falls, gains = at_peak - gold[end], weights @ (at_peak - gold[0])
+    at_peak = gold[held_out, columns]
+    falls = at_peak - gold[end]
+    changes = [falls, at_peak - gold[0], *(proxy[end] - before for before in (proxy[peak], proxy[0]))]
+    changes.append(proxy[end] - proxy[held_out, columns])
+    drops, gains, proxy_changes, rises, since = resampled_means(changes, seed=seed)
     result.gain_interval = _pair(gains)
     if peak != end:
-        drops = weights @ falls
         result.drop_interval = _pair(drops)
         if drop_share is not None:
             # A resample without a gain has no share: it counts as an unbounded one, of the sign of its fall.
             with np.errstate(divide="ignore", invalid="ignore"):
                 shares = np.where(gains > 0, drops / gains, np.where(drops == 0, 0.0, np.copysign(np.inf, drops)))
             result.drop_share_interval = _pair(shares)
-        result.proxy_change_interval = _pair(weights @ (proxy[end] - proxy[peak]))
-    proxy_rose = _pair(weights @ (proxy[end] - proxy[0]))[0] > 0
-    proxy_fell = _pair(weights @ (proxy[end] - proxy[held_out, columns]))[1] < 0
+        result.proxy_change_interval = _pair(proxy_changes)
+    proxy_rose, proxy_fell = _pair(rises)[0] > 0, _pair(since)[1] < 0
     result.verdict = _verdict(result, falls, proxy_rose, proxy_fell, seed)
     if result.verdict == "over-optimised":
-        result.trusted = int(np.percentile((weights @ gold.T).argmax(1), 2.5, method="lower"))
+        tiles = weight_tiles(num_prompts, len(gold), seed=seed)
+        peaks = np.concatenate([(weights @ gold.T).argmax(1) for weights in tiles])
+        result.trusted = int(np.percentile(peaks, 2.5, method="lower"))
     else:
         result.trusted = {"not over-optimised": end, "never helped": 0}.get(result.verdict)
     return result
@@ -100,7 +103,7 @@ def _verdict(found: Peak, falls: np.ndarray, proxy_rose: bool, proxy_fell: bool,
     if small:
         return "not optimised" if not proxy_rose else "not over-optimised" if gained else "unclear"
     rest = np.delete(falls, falls.argmax())
-    without = _pair(resample_weights(len(rest), seed=seed) @ rest)
+    without = _pair(resampled_means([rest], seed=seed)[0])
     if found.drop_interval is None or min(found.drop_interval[0], without[0]) <= 0:
         return "unclear"
     if proxy_fell:

@@ -20,7 +20,7 @@ import numpy as np
 
 from align.errors import DataError
 from align.evaluation.best_of_n import BonCurve
-from align.evaluation.bootstrap import mean_interval, percentile_interval, resample_weights
+from align.evaluation.bootstrap import mean_intervals, percentile_interval, resampled_means
 from align.evaluation.fits import FORMS, extrapolation_check, fit_gao_bootstrap
 from align.evaluation.peak import RULE, analyse_peak
 from align.evaluation.records import SCORE_KEYS, Run
@@ -211,11 +211,14 @@ def _run_entry(run: Run, axis: str, seed: int) -> dict:
 
 def _columns(values: dict, per_prompt: dict[str, np.ndarray], seed: int) -> dict:
     """Each column, followed by its interval where there are values per prompt."""
+    known = [key for key in values if key in per_prompt and per_prompt[key].shape[1] > 1]
+    found = mean_intervals([per_prompt[key].T for key in known], seed=seed) if known else []
+    intervals = dict(zip(known, found, strict=True))
     columns = {}
     for key, value in values.items():
         columns[key] = value
-        if key in per_prompt and per_prompt[key].shape[1] > 1:
-            columns[f"{key}_low"], columns[f"{key}_high"] = mean_interval(per_prompt[key].T, seed=seed)
+        if key in intervals:
+            columns[f"{key}_low"], columns[f"{key}_high"] = intervals[key]
     return columns
 
 
@@ -275,9 +278,7 @@ def _comparisons(gold: dict[str, np.ndarray | None], seed: int) -> dict:
         return {}
     base, *others = with_gold
     ends = {name: values[-1] for name, values in with_gold.items()}
-    means = {
-        name: resample_weights(len(end), seed=seed + number) @ end for number, (name, end) in enumerate(ends.items())
-    }
+    means = {name: resampled_means([end], seed=seed + number)[0] for number, (name, end) in enumerate(ends.items())}
     result: dict = {"base": base, "end_gold_minus_base": {}}
     for name in others:
         low, high = percentile_interval(means[name] - means[base])

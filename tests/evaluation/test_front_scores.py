@@ -71,7 +71,7 @@ def test_scores_and_figure(world, tmp_path, capsys):
     assert summary["runs"]["run"]["seconds"] == {"margin rewards": 0.5, "training": 3.0}
     for entry in (summary["reference"], *points):
         words = entry["scores"]["words"]
-        assert 0 <= words["low"] <= words["mean"] <= words["high"] <= 5
+        assert 0 <= words["low"] <= words["mean"] <= words["high"] <= 5 + 1e-9
     assert (tmp_path / "front.png").stat().st_size > 10_000
     out = capsys.readouterr().out
     assert "words early" in out  # whose weights the first columns are
