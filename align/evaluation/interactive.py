@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from align.evaluation.fits import gao_bon, gao_rl
+from align.evaluation.thin import kept
 
 AXES = {"kl": "KL (nats)", "kl_k3": "KL (nats, k3 estimate)", "step": "optimiser step"}
 SD = "SD of the initial policy"
@@ -25,20 +26,21 @@ def _plain(values: Any) -> list:
 
 def score_curve(entry: dict, score: str, *, name: str, x: str = "x", scaled: bool = False, **look: Any) -> dict | None:
     """A score of an entry of the summary, with its interval; None where it was not measured. scaled: from 0 at the
-    initial policy, in its standard deviations."""
+    initial policy, in its standard deviations. Of many points those of `kept`."""
     if entry[score][0] is None:
         return None
+    shown = kept(entry[score])
     zero, size = 0.0, 1.0
     if scaled:
         zero, size = entry["unit"][f"{score}_zero"], entry["unit"][f"{score}_sd"] or 1.0
-    curve: dict[str, Any] = {"name": name, "x": _plain(entry[x]), **look}
+    curve: dict[str, Any] = {"name": name, "x": _plain(entry[x][i] for i in shown), **look}
     for key, of in (("y", score), ("low", f"{score}_low"), ("high", f"{score}_high")):
         if of in entry:
-            curve[key] = _plain((value - zero) / size for value in entry[of])
+            curve[key] = _plain((entry[of][i] - zero) / size for i in shown)
     if "n" in entry:
-        curve["labels"] = [f"n = {n}" for n in entry["n"]]
+        curve["labels"] = [f"n = {entry['n'][i]}" for i in shown]
     elif x != "step":
-        curve["labels"] = [f"step {step}" for step in entry["step"]]
+        curve["labels"] = [f"step {entry['step'][i]}" for i in shown]
     return curve
 
 
@@ -87,12 +89,12 @@ def fits(entries: dict[str, dict], fitted: dict[str, dict]) -> list[dict]:
     found = []
     for name, entry in entries.items():
         forms = {form: fit for form, fit in (fitted.get(name) or {}).items() if form in FORMS and fit}
-        measured = score_curve(entry, "gold", name="measured", scaled=True, line=False)
+        kl = entry["kl_k3" if entry["x_of"] == "kl_k3" else "kl"]
+        with_d = {**entry, "d": [math.sqrt(max(value, 0.0)) for value in kl]}
+        measured = score_curve(with_d, "gold", name="measured", x="d", scaled=True, line=False)
         if not forms or measured is None:
             continue
-        kl = entry["kl_k3" if entry["x_of"] == "kl_k3" else "kl"]
-        measured["x"] = [math.sqrt(max(value, 0.0)) for value in kl]
-        d = np.linspace(1e-3, 1.15 * max(measured["x"]), 60)
+        d = np.linspace(1e-3, 1.15 * max(with_d["d"]), 60)
         curves = [measured]
         for form, fit in forms.items():
             title, function = FORMS[form]

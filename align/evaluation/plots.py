@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from align.evaluation.fits import FUNCTIONS
+from align.evaluation.thin import kept
 
 # Okabe and Ito's colours: told apart with any colour vision, and not by colour alone (markers differ too).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#4D4D4D")
@@ -127,8 +128,9 @@ def plot_fits(entries: dict[str, dict], fits: dict[str, dict], kind: str):
             d = np.sqrt(np.maximum(entry["kl_k3" if entry["x_of"] == "kl_k3" else "kl"], 0))
             score = _scaled(entry, "gold", entry["gold"])
             low, high = (_scaled(entry, "gold", entry.get(f"gold_{side}", entry["gold"])) for side in ("low", "high"))
-            errors = np.maximum([score - low, high - score], 0)
-            axis.errorbar(d, score, yerr=errors, fmt="o", color="#333333", markersize=4, linewidth=1, label="measured")
+            errors, some = np.maximum([score - low, high - score], 0), kept(entry["gold"])
+            look: dict[str, Any] = {"fmt": "o", "color": "#333333", "markersize": 4, "linewidth": 1}
+            axis.errorbar(d[some], score[some], yerr=errors[:, some], label="measured", **look)
             for form, colour in (("bon", "#009E73"), ("rl", "#CC79A7")):
                 fit = fits[name][form]
                 if fit is None:
@@ -208,12 +210,12 @@ def _band(
 ) -> None:
     if entry[score][0] is None:
         return
-    keys = [key for key in (score, f"{score}_low", f"{score}_high") if key in entry]
-    values = [_scaled(entry, score, entry[key]) if scaled else np.asarray(entry[key]) for key in keys]
-    every = max(len(values[0]) // 12, 1)  # markers on every point of a long curve hide it
-    axis.plot(entry[x], values[0], line, color=colour, label=label, marker=marker, markersize=4.5, markevery=every)
+    keys, shown = [key for key in (score, f"{score}_low", f"{score}_high") if key in entry], kept(entry[score])
+    values = [(_scaled(entry, score, entry[key]) if scaled else np.asarray(entry[key]))[shown] for key in keys]
+    at, every = np.asarray(entry[x])[shown], max(len(shown) // 12, 1)  # markers on every point of a long curve hide it
+    axis.plot(at, values[0], line, color=colour, label=label, marker=marker, markersize=4.5, markevery=every)
     if len(values) == 3:
-        axis.fill_between(entry[x], values[1], values[2], color=colour, alpha=0.16, linewidth=0)
+        axis.fill_between(at, values[1], values[2], color=colour, alpha=0.16, linewidth=0)
 
 
 def _mark_peak(axis, entry: dict, x: str, colour: str, *, scaled=False, line=False) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 
 from align.evaluation.plots import COLOURS, panels, style
 from align.evaluation.proxy_points import ProxyPoint
+from align.evaluation.thin import kept
 
 
 def plot_proxy_point(found: ProxyPoint):
@@ -24,7 +25,8 @@ def plot_proxy_point(found: ProxyPoint):
 def _curve(axis, found: ProxyPoint) -> None:
     (x,), (name,) = found.axes, found.rewards
     axis.plot(x, np.where(found.allowed, found.surface, np.nan), color=COLOURS[0], label="fit")
-    axis.scatter(found.visited[:, 0], found.visited_gold, s=14, color="#777777", label="evaluations")
+    shown = kept(found.visited_gold.tolist())
+    axis.scatter(found.visited[shown, 0], found.visited_gold[shown], s=14, color="#777777", label="evaluations")
     axis.axvspan(found.low[0], found.high[0], color=COLOURS[1], alpha=0.15, linewidth=0)
     axis.axvline(found.point[0], color=COLOURS[1], label=f"proxy point {found.point[0]:.3g}")
     axis.set(xlabel=name, ylabel="gold")
@@ -41,8 +43,9 @@ def _slice(figure, axis, found: ProxyPoint, i: int, j: int) -> None:
     levels = np.linspace(low, max(high, found.gold), 15)
     drawn = axis.contourf(found.axes[i], found.axes[j], surface.T, levels=levels, cmap="viridis", extend="min")
     figure.colorbar(drawn, ax=axis, label="gold")
-    colours = {"c": found.visited_gold, "cmap": "viridis", "vmin": levels[0], "vmax": levels[-1]}
-    axis.scatter(found.visited[:, i], found.visited[:, j], s=18, edgecolor="white", linewidth=0.6, **colours)
+    shown = kept(found.visited_gold.tolist())
+    colours = {"c": found.visited_gold[shown], "cmap": "viridis", "vmin": levels[0], "vmax": levels[-1]}
+    axis.scatter(found.visited[shown, i], found.visited[shown, j], s=18, edgecolor="white", linewidth=0.6, **colours)
     spread = [[[found.point[k] - found.low[k]], [found.high[k] - found.point[k]]] for k in (i, j)]
     axis.errorbar(
         found.point[i], found.point[j], xerr=np.maximum(spread[0], 0), yerr=np.maximum(spread[1], 0),

@@ -15,25 +15,26 @@ import numpy as np
 from numpy.polynomial import legendre
 
 from align.errors import ConfigError, DataError
-from align.evaluation.bootstrap import percentile_interval, resample_weights
+from align.evaluation.bootstrap import TILE, percentile_interval, resample_weights
 from align.evaluation.records import Run
 
 RIDGES = np.logspace(-6, 2, 25)
 GRID = {1: 401, 2: 101, 3: 31}
 MOST_RESAMPLES = 200
+MOST_DENSITIES = 5000
 
 
 @dataclass
 class Points:
-    """n evaluations of d rewards. values: per prompt, a list of [P, d + 1] arrays (gold last); run: its number [n]."""
+    """n evaluations of d rewards. per_prompt: [n, P, d + 1], gold last; run: its number [n]."""
 
     rewards: list[str]
-    per_prompt: list[np.ndarray]
+    per_prompt: np.ndarray
     run: np.ndarray
 
     def means(self, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Rewards [n, d] and gold [n]; weights: of the prompts, [P], for the bootstrap."""
-        found = np.array([v.mean(0) if weights is None else weights @ v for v in self.per_prompt])
+        found = self.per_prompt.mean(1) if weights is None else np.tensordot(self.per_prompt, weights, (1, 0))
         return found[:, :-1], found[:, -1]
 
 
@@ -58,7 +59,7 @@ def collect(runs: Sequence[Run], rewards: Sequence[str] | None = None) -> Points
     if len(prompts) > 1:
         raise DataError(f"the runs were evaluated on different numbers of prompts: {sorted(prompts)}")
     keys = [*(f"rewards/{name}" for name in names), "gold"]
-    per_prompt = [np.stack([r.per_prompt[key][i] for key in keys], axis=-1) for r in runs for i in range(len(r))]
+    per_prompt = np.concatenate([np.stack([run.per_prompt[key] for key in keys], axis=-1) for run in runs])
     return Points(names, per_prompt, np.repeat(np.arange(len(runs)), [len(r) for r in runs]))
 
 
@@ -125,8 +126,12 @@ def cross_validate(points: np.ndarray, gold: np.ndarray, folds: np.ndarray, degr
 def density(at: np.ndarray, points: np.ndarray) -> np.ndarray:
     """Gaussian kernel density of points [n, d] at [m, d], up to a constant; Scott's bandwidth per dimension."""
     bandwidth = points.std(0, ddof=1) * len(points) ** (-1 / (points.shape[1] + 4))
-    gaps = (at[:, None, :] - points[None]) / bandwidth
-    return np.exp(-0.5 * np.square(gaps).sum(-1)).mean(-1)
+    rows = max(1, TILE // points.size)
+    found = np.empty(len(at))
+    for start in range(0, len(at), rows):
+        gaps = (at[start : start + rows, None, :] - points[None]) / bandwidth
+        found[start : start + rows] = np.exp(-0.5 * np.square(gaps).sum(-1)).mean(-1)
+    return found
 
 
 @dataclass
@@ -197,13 +202,14 @@ def find_proxy_point(
     axes = [np.linspace(a, b, GRID[values.shape[1]]) for a, b in zip(values.min(0), values.max(0), strict=True)]
     grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1)
     flat = grid.reshape(-1, len(axes))
-    allowed = density(flat, values) >= np.quantile(density(values, values), mask_quantile)
+    some = values[:: max(1, len(values) // MOST_DENSITIES)]  # enough for a quantile
+    allowed = density(flat, values) >= np.quantile(density(some, values), mask_quantile)
     surface = fit_surface(values, gold, degree=degree, ridge=ridge)
     design = features(scaled(flat, surface.low, surface.high), degree)
     predicted = design @ surface.coefficients
     top = int(np.argmax(np.where(allowed, predicted, -np.inf)))
     peaks = []
-    for weights in resample_weights(len(points.per_prompt[0]), resamples=resamples, seed=seed):
+    for weights in resample_weights(points.per_prompt.shape[1], resamples=resamples, seed=seed):
         again, gold_again = points.means(weights)
         again = solve(features(scaled(again, surface.low, surface.high), degree), gold_again, ridge)
         peaks.append(flat[np.argmax(np.where(allowed, design @ again, -np.inf))])

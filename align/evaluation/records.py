@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "align.overoptimization/2"
 UNCHECKED = "align.overoptimization/1"
+CHECKSUM = b', "crc32": '
 FILE_NAME = "overoptimization.jsonl"
 HEADER_KEYS = ("format", "name", "method", "proxy", "gold", "seed", "started", "config")
 SCORE_KEYS = ("kl", "kl_k3", "proxy", "gold", "length")
@@ -126,7 +128,7 @@ class EvalWriter:
             logger.warning("resuming at step %d, but %s does not exist: its curve starts here", resume_step, self.path)
             self.header["starts_after"] = resume_step
             return [_dump(self.header, self.path)]
-        header, records = _read_lines(self.path)
+        header, *records = _read_lines(self.path)
         for key in ("name", "method", "proxy", "gold"):
             if header[key] != self.header[key]:
                 raise ConfigError(
@@ -210,7 +212,12 @@ def read_run(path: str | Path) -> Run:
         path = path / FILE_NAME
     if not path.exists():
         raise NoEvaluation(f"{path} does not exist: give a run's folder, or its {FILE_NAME}")
-    header, records = _read_lines(path)
+    lines = _read_lines(path)
+    header, records = next(lines), []
+    for number, record in enumerate(lines, start=2):  # as arrays at once: lists of numbers take four times their memory
+        where = f"{path}: line {number}"
+        record["per_prompt"] = {key: _array(v, key, where) for key, v in record["per_prompt"].items()}
+        records.append(record)
     if not records:
         raise NoEvaluation(f"{path} holds no evaluation yet (only its header)")
 
@@ -220,6 +227,7 @@ def read_run(path: str | Path) -> Run:
     known = {"step", "per_prompt", "samples", *SCORE_KEYS}
     extra_keys = sorted({key for record in records for key in record} - known)
     shared = set.intersection(*(set(record["per_prompt"]) for record in records))
+    reward_order = [key for key in records[0]["per_prompt"] if key.startswith("rewards/")]
     return Run(
         name=header["name"],
         method=header["method"],
@@ -235,45 +243,69 @@ def read_run(path: str | Path) -> Run:
         gold=None if header["gold"] is None else column("gold"),
         length=column("length"),
         extras={key: column(key) for key in extra_keys},
-        per_prompt={key: np.array([r["per_prompt"][key] for r in records]) for key in sorted(shared)},
+        per_prompt={key: np.stack([r["per_prompt"].pop(key) for r in records]) for key in sorted(shared)},
         samples=[record["samples"] for record in records],
-        reward_order=[key for key in records[0]["per_prompt"] if key.startswith("rewards/")],
+        reward_order=reward_order,
         path=path,
     )
 
 
-def _read_lines(path: Path) -> tuple[dict, list[dict]]:
-    """The header and the records of a file, checked; a partial last line is dropped with a warning."""
-    raw = path.read_bytes().split(b"\n")
-    rest = raw.pop()  # what follows the last newline: nothing, or the start of a line that was never finished
-    if rest:
-        logger.warning("%s: line %d is incomplete (a process was killed while writing it): dropped", path, len(raw) + 1)
-    lines = []
-    for number, line in enumerate(raw, start=1):
-        try:
-            value = json.loads(line.decode(), parse_constant=_refuse_constant)
-        except ValueError as error:
-            raise DataError(f"{path}: line {number} is not valid JSON ({error}): the file is damaged there") from error
-        if not isinstance(value, dict):
-            raise DataError(f"{path}: line {number} is not a JSON object")
-        lines.append(value)
-    if not lines or lines[0].get("format") not in (FORMAT, UNCHECKED):
-        found = lines[0].get("format") if lines else None
-        raise DataError(f"{path}: line 1 is not the header of an evaluation file (format {FORMAT!r}, found {found!r})")
-    if lines[0]["format"] == FORMAT:
-        for number, entry in enumerate(lines, start=1):
-            if entry.pop("crc32", None) != _crc32(entry):
-                raise DataError(
-                    f"{path}: line {number} is not as it was written (its crc32 is another): restore the file"
-                )
-    missing = [key for key in HEADER_KEYS if key not in lines[0]]
+def _read_lines(path: Path) -> Iterator[dict]:
+    """The header of a file and its records, checked; a partial last line is dropped with a warning."""
+    header, previous = None, None
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            where = f"{path}: line {number}"
+            if not line.endswith(b"\n"):  # the start of a line that was never finished
+                logger.warning("%s is incomplete (a process was killed while writing it): dropped", where)
+                break
+            entry = _parsed(line, where)
+            if header is None and entry.get("format") not in (FORMAT, UNCHECKED):
+                found = entry.get("format")
+                raise DataError(f"{where} is not the header of an evaluation file (format {FORMAT!r}, found {found!r})")
+            if (header or entry)["format"] == FORMAT and not _as_written(line, entry):
+                raise DataError(f"{where} is not as it was written (its crc32 is another): restore the file")
+            if header is None:
+                header = entry
+                _check_header(header, path)
+            else:
+                _check_record(entry, header, previous, where)
+                previous = entry
+            yield entry
+    if header is None:
+        raise DataError(f"{path}: line 1 is not the header of an evaluation file (format {FORMAT!r}, found None)")
+
+
+def _parsed(line: bytes, where: str) -> dict:
+    try:
+        value = json.loads(line.decode(), parse_constant=_refuse_constant)
+    except ValueError as error:
+        raise DataError(f"{where} is not valid JSON ({error}): the file is damaged there") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{where} is not a JSON object")
+    return value
+
+
+def _as_written(line: bytes, entry: dict) -> bool:
+    """Whether the checksum, which is taken out of the entry, is that of the other keys."""
+    expected = entry.pop("crc32", None)
+    text = line.rpartition(CHECKSUM)[0] + b"}"  # as `_dump` puts it; another text may say the same
+    return expected == zlib.crc32(text) or expected == _crc32(entry)
+
+
+def _check_header(header: dict, path: Path) -> None:
+    missing = [key for key in HEADER_KEYS if key not in header]
     if missing:
         raise DataError(f"{path}: the header (line 1) lacks {', '.join(missing)}")
-    if not isinstance(lines[0]["config"], dict):
+    if not isinstance(header["config"], dict):
         raise DataError(f"{path}: config of the header (line 1) is no object of settings by name")
-    for number, record in enumerate(lines[1:], start=2):
-        _check_record(record, lines[0], lines[number - 2] if number > 2 else None, f"{path}: line {number}")
-    return lines[0], lines[1:]
+
+
+def _array(values: list, key: str, where: str) -> np.ndarray:
+    array = np.array(values, dtype=np.float64) if {type(x) for x in values} <= {int, float} else np.array([np.nan])
+    if not np.isfinite(array).all():
+        raise DataError(f"{where}: {key} of per_prompt holds something that is no finite number")
+    return array
 
 
 def _check_record(record: dict, header: dict, previous: dict | None, where: str) -> None:
@@ -292,11 +324,17 @@ def _check_record(record: dict, header: dict, previous: dict | None, where: str)
         lengths["the line before"] = len(previous["per_prompt"]["kl"])
     if len(set(lengths.values())) > 1:
         raise DataError(f"{where} has different numbers of prompts: {lengths}")
+    if not any(lengths.values()):
+        raise DataError(f"{where} has no prompt: its lists per prompt are empty")
 
 
 def _check_kinds(record: dict, where: str) -> None:
     if isinstance(record["step"], bool) or not isinstance(record["step"], int):
         raise DataError(f"{where}: step is {record['step']!r:.80}, no whole number")
+    for key in record.keys() - {"step", "per_prompt", "samples"}:
+        value = record[key]
+        if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
+            raise DataError(f"{where}: {key} is {value!r:.80}, no finite number")
     per_prompt, samples = record["per_prompt"], record["samples"]
     if not isinstance(per_prompt, dict) or not all(isinstance(values, list) for values in per_prompt.values()):
         raise DataError(f"{where}: per_prompt must hold a list of numbers by name")

@@ -74,3 +74,8 @@ def thin(x: list, y: list) -> ThinCurve:
     for one, value in zip(x, y, strict=True):
         curve.add(one, value)
     return curve
+
+
+def kept(values: list) -> list[int]:
+    """The indices of the points of `thin`, in order."""
+    return [int(index) for index in thin(list(range(len(values))), values).points()[0]]
