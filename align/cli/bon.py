@@ -128,6 +128,7 @@ def ensemble_scores(members: list, rule: str):
     import numpy as np
     import torch
 
+    from align.evaluation.rounding import deviation
     from align.objectives.ensemble import aggregate
 
     kind, _, number = rule.partition(":")
@@ -138,7 +139,7 @@ def ensemble_scores(members: list, rule: str):
     if len(members) < 2:
         raise ConfigError(f"--ensemble {rule} needs at least two proxies")
     scores = np.stack(members)
-    spread = scores.std(axis=1, keepdims=True)
+    spread = np.array([[deviation(member)] for member in members])
     if not spread.all():
         raise ConfigError(f"--ensemble {rule}: proxy number {int(np.argmin(spread)) + 1} has one score for all answers")
     standardised = (scores - scores.mean(axis=1, keepdims=True)) / spread

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from align.errors import DataError
+from align.evaluation.rounding import deviation
 from align.objectives.best_of_n import bon_expected, bon_kl
 
 
@@ -55,13 +56,17 @@ def bon_curve(
         selection, gold: one float array per prompt (or a [P, N] array), the same answers in the same order in both.
         ns: values of n; default `n_grid` of the smallest number of answers that a prompt has. 1 is always among them.
         min_answers: leave out the prompts with fewer answers, so that a few short ones do not limit n.
-    Raises DataError when an n exceeds the answers of a prompt, or nothing is left.
+    Raises DataError when an n exceeds the answers of a prompt, nothing is left, or gold is one score.
     """
     if len(selection) != len(gold) or any(len(s) != len(g) for s, g in zip(selection, gold, strict=False)):
         raise DataError(f"{name}: selection and gold scores must have the same prompts and the same answers")
     keep, grid, notes = _choose(np.array([len(scores) for scores in selection]), ns, min_answers, name)
     selection = [np.asarray(selection[p], dtype=np.float64) for p in keep]
     gold = [np.asarray(gold[p], dtype=np.float64) for p in keep]
+    if (gold_sd := deviation(np.concatenate(gold))) == 0:
+        raise DataError(
+            f"{name}: the gold score {gold_name} is {gold[0][0]:g} for every answer: it cannot judge a choice"
+        )
     counts = np.array([len(scores) for scores in selection])
     per_prompt = {"proxy": np.empty((len(grid), keep.size)), "gold": np.empty((len(grid), keep.size))}
     for count in np.unique(counts):
@@ -85,8 +90,8 @@ def bon_curve(
         proxy=per_prompt["proxy"].mean(1),
         gold=per_prompt["gold"].mean(1),
         per_prompt=per_prompt,
-        proxy_sd=float(np.concatenate(selection).std()),
-        gold_sd=float(np.concatenate(gold).std()),
+        proxy_sd=deviation(np.concatenate(selection)),
+        gold_sd=gold_sd,
         answers=(int(counts.min()), int(counts.max())),
         notes=notes,
     )

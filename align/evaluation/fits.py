@@ -93,10 +93,10 @@ def _solve(form: str, d: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def _distinct(d: np.ndarray) -> np.ndarray:
-    """[...]: whether d [..., K] has `MIN_POINTS` values above 0 that differ by more than rounding."""
+    """[...]: whether d [..., K] has `MIN_POINTS` values above 0 that differ by more than the precision of a fit."""
     high = d.max(-1, keepdims=True)
     low = np.where(d > 0, d, np.inf).min(-1, keepdims=True)
-    step = 1e-9 * high
+    step = 1e-5 * high
     return ((d > low + step) & (d < high - step)).any(-1)
 
 

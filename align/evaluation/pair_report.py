@@ -13,6 +13,7 @@ from align.evaluation.pair_sample import PairSample
 from align.evaluation.pair_scores import PairScores
 from align.evaluation.pairs import Pairs, prompt_keys, text_length
 from align.evaluation.rewrite_sample import example
+from align.evaluation.rounding import deviation
 from align.evaluation.strict_json import finite
 
 HISTOGRAM_BINS = 40
@@ -159,9 +160,9 @@ def score_entry(scores: PairScores) -> dict:
     return {
         "mean_chosen": scores.chosen.mean(),
         "mean_rejected": scores.rejected.mean(),
-        "sd": scores.both.std(),
+        "sd": deviation(scores.both),
         "mean_margin": scores.margins.mean(),
-        "sd_margin": scores.margins.std(),
+        "sd_margin": deviation(scores.margins),
         "edges": edges,
         "chosen": np.histogram(scores.chosen, edges)[0],
         "rejected": np.histogram(scores.rejected, edges)[0],

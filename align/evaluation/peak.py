@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from align.evaluation.bootstrap import percentile_interval, resampled_means, weight_tiles
+from align.evaluation.rounding import first_highest, settled, slack
 
 MIN_DROP_SHARE = 0.1
 MIN_PROMPTS = 20
@@ -54,14 +55,15 @@ class Peak:
 def analyse_peak(proxy, gold, *, seed: int = 0) -> Peak:
     """Analyse one curve from proxy and gold scores [K, P] (K evaluations in order of KL or step, P prompts).
 
-    The peak is the evaluation with the highest mean gold score (the first of equals). The rule of the verdict is
-    `RULE`.
+    The peak is the evaluation with the highest mean gold score (the first of equals, up to rounding). The rule of the
+    verdict is `RULE`.
     """
     proxy, gold = np.asarray(proxy, dtype=np.float64), np.asarray(gold, dtype=np.float64)
     means, end, num_prompts = gold.mean(1), len(gold) - 1, gold.shape[1]
-    peak = int(means.argmax())
-    gain, drop = float(means[peak] - means[0]), float(means[peak] - means[end])
-    proxy_change = float(proxy[end].mean() - proxy[peak].mean())
+    of_gold, of_proxy = slack(gold), slack(proxy)
+    peak = int(first_highest(means, of_gold))
+    gain, drop = (float(settled(means[peak] - means[at], of_gold)) for at in (0, end))
+    proxy_change = float(settled(proxy[end].mean() - proxy[peak].mean(), of_proxy))
     drop_share = drop / gain if gain > 0 else None
     result = Peak(0, peak, end, gain, drop, None, drop_share, None, proxy_change, None, "too little data")
     if end == 0 or num_prompts < 2:
@@ -69,10 +71,10 @@ def analyse_peak(proxy, gold, *, seed: int = 0) -> Peak:
     held_out = _held_out_peaks(gold, seed)
     columns = np.arange(num_prompts)
     at_peak = gold[held_out, columns]
-    falls = at_peak - gold[end]
-    changes = [falls, at_peak - gold[0], *(proxy[end] - before for before in (proxy[peak], proxy[0]))]
-    changes.append(proxy[end] - proxy[held_out, columns])
-    drops, gains, proxy_changes, rises, since = resampled_means(changes, seed=seed)
+    falls, rises = (settled(at_peak - gold[at], of_gold) for at in (end, 0))
+    before = (proxy[peak], proxy[0], proxy[held_out, columns])
+    changes = [falls, rises, *(settled(proxy[end] - of, of_proxy) for of in before)]
+    drops, gains, proxy_changes, proxy_rises, since = resampled_means(changes, seed=seed)
     result.gain_interval = _pair(gains)
     if peak != end:
         result.drop_interval = _pair(drops)
@@ -82,11 +84,11 @@ def analyse_peak(proxy, gold, *, seed: int = 0) -> Peak:
                 shares = np.where(gains > 0, drops / gains, np.where(drops == 0, 0.0, np.copysign(np.inf, drops)))
             result.drop_share_interval = _pair(shares)
         result.proxy_change_interval = _pair(proxy_changes)
-    proxy_rose, proxy_fell = _pair(rises)[0] > 0, _pair(since)[1] < 0
+    proxy_rose, proxy_fell = _pair(proxy_rises)[0] > 0, _pair(since)[1] < 0
     result.verdict = _verdict(result, falls, proxy_rose, proxy_fell, seed)
     if result.verdict == "over-optimised":
         tiles = weight_tiles(num_prompts, len(gold), seed=seed)
-        peaks = np.concatenate([(weights @ gold.T).argmax(1) for weights in tiles])
+        peaks = np.concatenate([first_highest(weights @ gold.T, of_gold) for weights in tiles])
         result.trusted = int(np.percentile(peaks, 2.5, method="lower"))
     else:
         result.trusted = {"not over-optimised": end, "never helped": 0}.get(result.verdict)
@@ -117,7 +119,7 @@ def _held_out_peaks(gold: np.ndarray, seed: int) -> np.ndarray:
     fold = np.random.default_rng(seed).permutation(num_prompts) % min(FOLDS, num_prompts)
     peaks = np.empty(num_prompts, dtype=np.int64)
     for k in np.unique(fold):
-        peaks[fold == k] = gold[:, fold != k].mean(1).argmax()
+        peaks[fold == k] = first_highest(gold[:, fold != k].mean(1), slack(gold))
     return peaks
 
 

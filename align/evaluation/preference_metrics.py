@@ -181,6 +181,8 @@ def ranks(values: np.ndarray) -> np.ndarray:
 
 def pearson(a: np.ndarray, b: np.ndarray) -> float | None:
     """The correlation, or None where one of the two does not vary."""
+    if np.ptp(a) == 0 or np.ptp(b) == 0:  # their deviations from the mean may be rounding, and not 0
+        return None
     a, b = a - a.mean(), b - b.mean()
     scale = np.sqrt((a**2).sum() * (b**2).sum())
     return float((a * b).sum() / scale) if scale > 0 else None

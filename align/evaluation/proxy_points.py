@@ -17,6 +17,7 @@ from numpy.polynomial import legendre
 from align.errors import ConfigError, DataError
 from align.evaluation.bootstrap import TILE, percentile_interval, resample_weights
 from align.evaluation.records import Run
+from align.evaluation.rounding import slack
 
 RIDGES = np.logspace(-6, 2, 25)
 GRID = {1: 401, 2: 101, 3: 31}
@@ -194,7 +195,8 @@ def find_proxy_point(
     values, gold = points.means()
     if len(values) < 2 * values.shape[1] + 4:
         raise DataError(f"{len(values)} evaluations are too few for a surface over {', '.join(points.rewards)}")
-    still = [name for name, spread in zip(points.rewards, np.ptp(values, axis=0), strict=True) if spread == 0]
+    columns = zip([*points.rewards, "gold"], [*values.T, gold], strict=True)
+    still = [name for name, means in columns if np.ptp(means) <= slack(means)]
     if still:
         raise DataError(f"{', '.join(still)} never changed in these runs: there is no point to be found")
     folds = np.random.default_rng(seed).permutation(len(values)) % min(10, len(values))

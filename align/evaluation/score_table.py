@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from align.errors import DataError
+from align.evaluation.rounding import deviation
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def read_score_table(
         raise DataError(f"{gold!r} is both a proxy and the gold score: a curve of it against itself shows nothing")
 
     scores = {name: _numbers(frame[name], path) for name in (*proxies, gold)}
-    if scores[gold].std() == 0:
+    if deviation(scores[gold]) == 0:
         raise DataError(f"{path}: column {gold!r} is {scores[gold][0]} in every row: a gold score that never differs")
     keys = _text(frame[prompt], path)
     codes = _codes(keys)

@@ -24,6 +24,7 @@ from align.evaluation.bootstrap import mean_intervals, percentile_interval, resa
 from align.evaluation.fits import FORMS, extrapolation_check, fit_gao_bootstrap
 from align.evaluation.peak import RULE, analyse_peak
 from align.evaluation.records import SCORE_KEYS, Run
+from align.evaluation.rounding import deviation
 from align.evaluation.strict_json import finite, plain, refuse_non_finite, write_json
 from align.evaluation.task import of_the_task, task_note
 
@@ -194,9 +195,9 @@ def _run_entry(run: Run, axis: str, seed: int) -> dict:
         "prompts": per_prompt["proxy"].shape[1],
         "unit": {
             "proxy_zero": run.proxy[0],
-            "proxy_sd": per_prompt["proxy"][0].std(),
+            "proxy_sd": deviation(per_prompt["proxy"][0]),
             "gold_zero": None if run.gold is None else run.gold[0],
-            "gold_sd": per_prompt["gold"][0].std() if has_gold else None,
+            "gold_sd": deviation(per_prompt["gold"][0]) if has_gold else None,
         },
         "extras": {key: [None if math.isnan(x) else x for x in value.tolist()] for key, value in run.extras.items()},
         "peak": _peak_entry("step", run.step, run.kl, getattr(run, axis), per_prompt, seed) if has_gold else None,
@@ -204,7 +205,7 @@ def _run_entry(run: Run, axis: str, seed: int) -> dict:
         "config": run.config,
     }
     end = len(run) - 1
-    peak = end if run.gold is None else int(np.argmax(run.gold))
+    peak = entry["peak"]["peak"]["index"] if has_gold else end
     entry["samples"] = _samples({"start": run.samples[0], "peak": run.samples[peak], "end": run.samples[end]})
     return entry
 
