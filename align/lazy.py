@@ -17,6 +17,12 @@ def load(path: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
+def defined_again(before: Any, now: Any) -> bool:
+    """Whether `now` is the user's `before`, a function or class, whose file was read, or whose cell was run, again."""
+    places = [(getattr(one, "__module__", None), getattr(one, "__qualname__", None)) for one in (before, now)]
+    return places[0] == places[1] and None not in places[0] and not str(places[0][0]).startswith("align.")
+
+
 def imported(path: str, what: str) -> Callable:
     """The user's function or class at "package.module:name" or "file.py:name". Modules are looked for in the current
     folder too. what: what it is, for errors. Raises `ConfigError`."""

@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from align.lazy import imported
 from align.reward_models.kinds import Count, RewardSpec, register_reward
 
 
@@ -61,9 +62,7 @@ class JudgeSpec(Judging):
     def judge(self):
         """The function of (prompts, first, second)."""
         if self.function is not None:
-            from align.reward_models.functions import import_function
-
-            return import_function(self.function) if isinstance(self.function, str) else self.function
+            return imported(self.function, "judge") if isinstance(self.function, str) else self.function
         from align.reward_models.judge_server import ServerJudge
 
         options = self.options("function", "swap", "tie_margin", "max_error_share")

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field
 
 from align.config.sections import Kinds, Section
 from align.errors import ConfigError
+from align.lazy import defined_again
 
 if TYPE_CHECKING:
     from align.reward_models.base import Reward
@@ -78,7 +79,7 @@ def register_reward(name: str) -> Callable[[Spec], Spec]:
     """Class decorator: `{type: name, ...}` in a configuration is this kind of reward."""
 
     def register(cls: Spec) -> Spec:
-        if name in REWARDS.kinds:
+        if name in REWARDS.kinds and not defined_again(REWARDS.kinds[name], cls):
             raise ConfigError(f"there is a reward of type {name!r} already: {REWARDS.kinds[name].__qualname__}")
         cls.kind, cls.label = name, f"{'an' if name[0] in 'aeiou' else 'a'} {name} reward"
         REWARDS.kinds[name] = cls

@@ -13,6 +13,7 @@ import align.reward_models.judge_specs  # noqa: F401  (registers its kinds)
 from align.config.sections import parse, parse_list, plain
 from align.config.server_key import KEY_VARIABLE, VLLM_KEY_VARIABLE, read_key
 from align.errors import ConfigError, RewardError
+from align.lazy import imported
 from align.reward_models.function_specs import RuleSpec
 from align.reward_models.kinds import REWARDS as REWARDS
 from align.reward_models.kinds import Count, PathText, RewardSpec, TorchName
@@ -73,9 +74,7 @@ def _check_ranks(spec: Mapping, key: str) -> None:
 
 def _imported(kind: str, key: str) -> type[RewardSpec]:
     """The kind at "package.module:Class" or "path/file.py:Class"."""
-    from align.reward_models.functions import import_function
-
-    cls = import_function(kind)
+    cls = imported(kind, "reward type")
     if not (isinstance(cls, type) and issubclass(cls, RewardSpec)):
         raise ConfigError(f"{key}: type {kind} is no subclass of align.RewardSpec", key=f"{key}.type")
     cls.kind, cls.label = kind, f"a {kind} reward"

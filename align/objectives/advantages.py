@@ -8,6 +8,7 @@ from torch import Tensor
 from align.errors import ConfigError
 from align.objectives.kl import k1
 from align.objectives.returns import reward_to_go
+from align.objectives.shapes import check_per_row, check_same
 
 KLMode = Literal["one_step", "to_go", "none"]
 
@@ -44,6 +45,8 @@ def remax_token_weights(
     """
     if kl_mode not in ("one_step", "to_go", "none"):
         raise ConfigError(f"kl_mode must be one_step, to_go or none, got {kl_mode!r}")
+    check_same(2, logps=logps, ref_logps=ref_logps, mask=mask)
+    check_per_row(mask, rewards=rewards, greedy_rewards=greedy_rewards)
     valid = mask.bool()
     advantage = (rewards - greedy_rewards).detach()
     if reward_clip is not None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from align.errors import ConfigError
+from align.objectives.shapes import check_same
 
 DIRECTIONS = ("at_least", "at_most", "equal")
 FORMS = ("sigmoid", "tanh", "softplus")
@@ -77,6 +78,7 @@ def constraint_value(scores: Tensor, lengths: Tensor, estimator: Literal["episod
     episode_mean is the mean score. token_mean is what the released code computes, the mean over tokens of the
     undiscounted reward-to-go: with a reward on the last token that weighs every episode by its length.
     """
+    check_same(1, scores=scores, lengths=lengths)
     if estimator == "episode_mean":
         return scores.mean().item()
     if estimator == "token_mean":
@@ -89,6 +91,7 @@ def sat_weights(values: Tensor, thresholds: Tensor, coefficients: Tensor) -> Ten
 
     -2 a_i (v_i - theta_i), with v_i the mean reward of the batch. `sat_reward_released` penalises each episode instead.
     """
+    check_same(1, values=values, thresholds=thresholds, coefficients=coefficients)
     return -2 * coefficients * (values - thresholds)
 
 
@@ -98,4 +101,5 @@ def sat_reward_released(rewards: Tensor, thresholds: Tensor, coefficients: Tenso
     Pitfall: for a reward of 0 or 1 the expectation is linear in p = E[r] with slope 2 theta - 1, so it pushes p to 0
     (theta < 0.5) or to 1, never to theta.
     """
+    check_same(1, one_row_of_rewards=rewards[0], thresholds=thresholds, coefficients=coefficients)
     return -(coefficients * rewards - thresholds).square().sum(-1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from align.errors import ConfigError, TrainingError
+from align.objectives.shapes import check_same
 
 Scale = Literal["group", "batch", "none"]
 
@@ -25,6 +26,7 @@ def centred(scores: Tensor, kept: Tensor | None = None) -> Tensor:
 
 def _above_mean(scores: Tensor, kept: Tensor | None) -> Tensor:
     """`centred` in float64."""
+    check_same(scores=scores, kept=kept)
     scores = scores.detach().double()
     kept = torch.ones_like(scores, dtype=torch.bool) if kept is None else kept
     # Counted from the lowest: that is exactly 0 for equal scores, and rounds nothing away where the mean is large.

@@ -3,6 +3,8 @@ is known, and the policy's implicit reward is regressed to it."""
 
 from torch import Tensor
 
+from align.objectives.shapes import check_detached, check_same
+
 
 def implicit_reward_loss(
     logps: Tensor, ref_logps: Tensor, scores: Tensor | float, *, beta: float
@@ -24,5 +26,8 @@ def implicit_reward_loss(
         scores: [N] or one number, the given rewards r in [0, 1]; 1 for demonstrations.
         beta: above 0; the paper has 0.01.
     """
+    scored = scores if isinstance(scores, Tensor) else None
+    check_same(1, logps=logps, ref_logps=ref_logps, scores=scored)
+    check_detached(ref_logps=ref_logps)
     rewards = beta * (logps - ref_logps)
     return (rewards.sigmoid() - scores) ** 2, rewards

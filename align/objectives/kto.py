@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from align.objectives.shapes import check_same
+
 ADVISED = (1.0, 4 / 3)
 """What the paper advises for lambda_D n_D / (lambda_U n_U), the weights times the numbers of rows."""
 
@@ -59,6 +61,9 @@ def kto_losses(
             APO-zero (arXiv 2408.06266).
         desirable_weight, undesirable_weight: lambda_D and lambda_U.
     """
+    check_same(1, ratios=ratios, labels=labels)
+    if isinstance(reference_point, Tensor):
+        check_same(0, reference_point=reference_point)
     distance = beta * (ratios - reference_point)
     return torch.where(
         labels.bool(),

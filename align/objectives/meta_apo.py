@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, logsigmoid
 
+from align.objectives.shapes import check_same
+
 
 def meta_weight(
     offline_delta: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor
@@ -27,4 +29,5 @@ def meta_mixture(offline: Tensor, online: Tensor, weight: Tensor) -> Tensor:
     weight: w of `meta_weight`, [B]. The policy's step detaches it; the meta step has losses without gradient instead,
     whose gradient to w is L_off - L_on: h learns to give weight to the pair with the smaller loss.
     """
+    check_same(1, offline=offline, online=online, weight=weight)
     return weight * offline + (1 - weight) * online

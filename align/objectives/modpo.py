@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from align.errors import ConfigError
+from align.errors import ConfigError, TrainingError
+from align.objectives.shapes import check_same
 
 LOSS_TYPES = ("sigmoid", "hinge")
 
@@ -28,6 +29,13 @@ def modpo_rewards(
     Raises ConfigError for w_k <= 0: the loss divides by it.
     """
     check_weight(weight)
+    check_same(1, logps=logps, ref_logps=ref_logps)
+    check_same(1, margin_weights=margin_weights)
+    if margin_rewards.shape != (len(logps), len(margin_weights)):
+        raise TrainingError(
+            f"margin_rewards {list(margin_rewards.shape)}: must be [{len(logps)}, {len(margin_weights)}], a row per "
+            "completion and a column per other objective"
+        )
     margins = margin_rewards.detach().to(logps.dtype) @ margin_weights.to(logps)
     return (beta * (logps - ref_logps.detach()) - margins) / weight
 
@@ -38,6 +46,7 @@ def modpo_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, loss_type: str 
     sigmoid: -log sigmoid(h); hinge: max(0, 1 - h); h: the chosen one's reward less the rejected one's. Without other
     objectives (w_k = 1) this is DPO.
     """
+    check_same(1, chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards)
     h = chosen_rewards - rejected_rewards
     if loss_type == "sigmoid":
         return -logsigmoid(h)

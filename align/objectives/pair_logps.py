@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from align.errors import TrainingError
+from align.objectives.shapes import check_detached, check_pairs, check_same
 
 
 @dataclass
@@ -39,6 +40,13 @@ class PairLogps:
     chosen_nll: Tensor | None = None
     mean_chosen_length: Tensor | None = None
     divergence: Callable[[Tensor], Tensor] | None = None
+
+    def __post_init__(self):
+        others = {
+            n: getattr(self, n) for n in self.__dataclass_fields__ if n not in ("mean_chosen_length", "divergence")
+        }
+        check_same(1, **others)
+        check_detached(ref_chosen=self.ref_chosen, ref_rejected=self.ref_rejected)
 
     @property
     def chosen_ratio(self) -> Tensor:
@@ -98,12 +106,14 @@ def pair_logps(
         ld_alpha: weight in [0, 1] of the tokens beyond the length of the pair's shorter completion (LD-DPO,
             arXiv 2409.06411); None is 1. It weighs log-probs, not lengths and not the KL.
     """
+    check_pairs(logps=logps, mask=mask, ref_logps=ref_logps, kl=kl)
     real = mask.bool()
     lengths = real.sum(-1)
     chosen_length, rejected_length = lengths.chunk(2)
 
     def sums(values: Tensor) -> Sequence[Tensor]:
-        return values.masked_fill(~real, 0).sum(-1).chunk(2)
+        wide = torch.promote_types(values.dtype, torch.float32)  # a sum of -300 nats has steps of 2 in bfloat16
+        return values.masked_fill(~real, 0).sum(-1, dtype=wide).chunk(2)
 
     chosen_nll = None
     if ld_alpha is not None:
@@ -132,6 +142,7 @@ def length_weights(mask: Tensor, ld_alpha: float) -> Tensor:
 
     1 on the first min(|y_w|, |y_l|) tokens of both completions, ld_alpha on those beyond; mask: [2B, L].
     """
+    check_pairs(mask=mask)
     count = mask.bool().cumsum(-1)
     shared = torch.minimum(*count[:, -1].chunk(2)).repeat(2)
     beyond = count > shared[:, None]
@@ -148,6 +159,7 @@ def wpo_weights(logps: Tensor, log_sum_sq_probs: Tensor, mask: Tensor) -> Tensor
         logps, log_sum_sq_probs: [2B, L], the two logarithms above, in nats; rows: B chosen, then B rejected.
         mask: [2B, L], non-zero at completion tokens.
     """
+    check_pairs(logps=logps, log_sum_sq_probs=log_sum_sq_probs, mask=mask)
     real = mask.bool()
     aligned = (logps - log_sum_sq_probs).detach().masked_fill(~real, 0)
     chosen, rejected = (aligned.sum(-1) / real.sum(-1)).chunk(2)

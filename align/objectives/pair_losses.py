@@ -3,7 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+from align.errors import TrainingError
 
 
 class RowLosses(Protocol):
@@ -47,3 +50,33 @@ class PairLosses:
             "rewards/accuracies": chosen > rejected,
             **{name: values.detach() for name, values in self.metrics.items()},
         }
+
+
+def check_losses(found: object, count: int, what: str) -> None:
+    """TrainingError where the losses of `count` pairs that `what` returned, or their further numbers, would be
+    broadcast, or have no gradient to train by."""
+    losses = getattr(found, "losses", None)
+    if losses is None:
+        raise TrainingError(
+            f"{what} must return align.objectives.pair_losses.PairLosses(losses, chosen_rewards, rejected_rewards), "
+            f"got {type(found).__name__}"
+        )
+    check_rows(f"{what}, the losses", losses, count, "pair")
+    if torch.is_grad_enabled() and not losses.requires_grad:
+        raise TrainingError(f"{what}: the losses have no gradient; do not detach the policy's log-probs")
+    if isinstance(found, PairLosses):
+        rewards = {"chosen_rewards": found.chosen_rewards, "rejected_rewards": found.rejected_rewards}
+        for name, values in (rewards | found.metrics).items():
+            check_rows(f"{what}, {name}", values, count, "pair")
+
+
+def check_rows(what: str, values: object, count: int, row: str = "row") -> None:
+    """TrainingError unless `values`, which `what` returned, is a tensor [count]: any other would be broadcast against
+    what has a number per row. row: what a row is, a pair say."""
+    if not isinstance(values, Tensor):
+        raise TrainingError(f"{what}: expected a tensor with one number per {row}, got {type(values).__name__}")
+    if values.shape != (count,):
+        mean = " (not a mean: that is taken over all of them)" if not values.dim() else ""
+        raise TrainingError(
+            f"{what}: expected one number per {row}, a tensor of shape [{count}]{mean}, got {list(values.shape)}"
+        )

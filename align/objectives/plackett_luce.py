@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from align.objectives.pair_losses import PairLosses
+from align.objectives.shapes import check_detached, check_same
 
 
 def plackett_luce(rewards: Tensor, listed: Tensor) -> Tensor:
@@ -19,6 +20,7 @@ def plackett_luce(rewards: Tensor, listed: Tensor) -> Tensor:
     rewards: [B, K], the best answer first. listed: [B, K], non-zero where the list has an answer, at its beginning;
     what stands behind is not looked at.
     """
+    check_same(2, rewards=rewards, listed=listed)
     listed = listed.bool()
     rewards = rewards.masked_fill(~listed, 0.0)
     places = torch.arange(rewards.shape[1], device=rewards.device)
@@ -35,6 +37,8 @@ def listwise_losses(logps: Tensor, ref_logps: Tensor, listed: Tensor, *, beta: f
     rejected one the mean of the others; the accuracy is the share of the list's pairs that the rewards order as it
     does.
     """
+    check_same(2, logps=logps, ref_logps=ref_logps, listed=listed)
+    check_detached(ref_logps=ref_logps)
     rewards = beta * (logps - ref_logps)
     kept, found = listed.bool(), rewards.detach()
     others = kept.clone()

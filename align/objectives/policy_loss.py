@@ -13,6 +13,7 @@ from torch import Tensor
 
 from align.errors import ConfigError
 from align.objectives.kl import masked_mean, masked_sum
+from align.objectives.shapes import check_detached, check_same
 
 RatioLevel = Literal["token", "sequence", "sequence_mean"]
 AGGREGATIONS = ("token_mean", "sequence_sum", "sequence_mean", "constant")
@@ -29,6 +30,11 @@ class PolicyLoss:
     clipped: Tensor
     dual_clipped: Tensor
     approx_kl: Tensor
+
+
+def _check_inputs(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor) -> None:
+    check_same(2, logps=logps, old_logps=old_logps, advantages=advantages, mask=mask)
+    check_detached(old_logps=old_logps, advantages=advantages)
 
 
 def clipped_policy_loss(
@@ -53,6 +59,7 @@ def clipped_policy_loss(
     """
     if dual_clip is not None and dual_clip <= 1:
         raise ConfigError(f"dual_clip must be above 1, got {dual_clip}")
+    _check_inputs(logps, old_logps, advantages, mask)
     valid = mask.bool()
     token_log_ratio = torch.where(valid, logps - old_logps, torch.zeros_like(logps))
     log_ratio = token_log_ratio
@@ -82,6 +89,7 @@ def cispo_policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask
     The importance weight is cut and not differentiated, so that no token is without gradient. logps (with gradient),
     old_logps, advantages, mask: [B, T]. high: the largest weight, 5 in ScaleRL (arXiv 2510.13786).
     """
+    _check_inputs(logps, old_logps, advantages, mask)
     valid = mask.bool()
     log_ratio = torch.where(valid, logps.detach() - old_logps, torch.zeros_like(logps))
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
@@ -98,6 +106,7 @@ def sapo_policy_loss(
     logps (with gradient), old_logps, advantages, mask: [B, T]. above, below: tau of tokens whose advantage is above 0
     and of the others; the larger, the sooner a ratio away from 1 loses its gradient.
     """
+    _check_inputs(logps, old_logps, advantages, mask)
     valid = mask.bool()
     log_ratio = torch.where(valid, logps - old_logps, torch.zeros_like(logps))
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
@@ -126,10 +135,12 @@ def vespo_policy_loss(
     least 0 and of the others. correction: log of the tokens' importance weights against the engine, [B, T],
     which then belong to w.
     """
+    _check_inputs(logps, old_logps, advantages, mask)
     valid = mask.bool()
     log_ratio = torch.where(valid, logps.detach() - old_logps, torch.zeros_like(logps))
     log_w = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).sum(-1, keepdim=True)
     if correction is not None:
+        check_same(2, correction=correction, mask=mask)
         log_w = log_w + torch.where(valid, correction.clamp(VESPO_LOWEST, MAX_LOG_RATIO), 0.0).sum(-1, keepdim=True)
     log_w = log_w.clamp(VESPO_LOWEST, MAX_LOG_RATIO)
     k = torch.where(advantages >= 0, torch.tensor(above[0]).to(log_w), torch.tensor(below[0]).to(log_w))
@@ -144,6 +155,7 @@ def vespo_policy_loss(
 def off_policy_kept(advantages: Tensor, logps: Tensor, sampling_logps: Tensor, mask: Tensor, limit: float) -> Tensor:
     """DeepSeek-V3.2's off-policy sequence mask (arXiv 2512.02556, eq. 9), [B, T]: False on tokens of negative advantage
     in sequences whose mean of log pi_sampling - log pi is above `limit` (nats per token). All tensors: [B, T]."""
+    check_same(2, advantages=advantages, logps=logps, sampling_logps=sampling_logps, mask=mask)
     gap = masked_sum(sampling_logps - logps.detach(), mask, dim=-1) / mask.sum(-1).clamp(min=1)
     return (advantages >= 0) | (gap <= limit)[:, None]
 
@@ -156,6 +168,9 @@ def value_losses(
     values (with gradient), old_values, returns, mask: [B, T] (or [B, T, H] with H heads, mask [B, T, 1]). clip None:
     the plain squared error.
     """
+    check_same(values=values, old_values=old_values, returns=returns)
+    check_same(values_of_one_head=values[..., :1] if values.dim() == 3 else values, mask=mask)
+    check_detached(old_values=old_values, returns=returns)
     valid = mask.bool().expand(values.shape)
     losses = (values - returns).square()
     clipped = torch.zeros_like(valid)
@@ -179,6 +194,7 @@ def aggregate_tokens(losses: Tensor, mask: Tensor, how: str, normalizer: float |
     """
     if how not in AGGREGATIONS:
         raise ConfigError(f"loss aggregation must be one of {', '.join(AGGREGATIONS)}, got {how!r}")
+    check_same(2, losses=losses, mask=mask)
     sums = masked_sum(losses, mask)
     if how == "sequence_mean":
         sums = sums / mask.bool().sum(-1).clamp(min=1)

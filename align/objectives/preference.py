@@ -12,6 +12,7 @@ from functools import partial
 from torch import Tensor
 
 from align.errors import ConfigError
+from align.lazy import defined_again
 from align.objectives import beta_dpo, dpo, reference_free, tdpo
 from align.objectives.pair_logps import PairLogps, pair_logps
 
@@ -130,7 +131,7 @@ def register_loss(
             across_pairs=across_pairs,
             modifiers=modifiers,
         )
-    if name in LOSSES:
+    if name in LOSSES and not defined_again(LOSSES[name].function, function):
         raise ConfigError(f"there is a loss {name!r} already: give yours another name")
     _check_signature(name, function)
     unknown = [modifier for modifier in modifiers if modifier not in MODIFIERS]

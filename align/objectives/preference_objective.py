@@ -11,11 +11,11 @@ from operator import add
 import torch
 from torch import Tensor
 
-from align.errors import ConfigError
+from align.errors import ConfigError, TrainingError
 from align.objectives.beta_dpo import PRESETS, BetaDraw
 from align.objectives.f_divergences import F_DIVERGENCES, f_divergence
 from align.objectives.pair_logps import PairLogps, pair_logps
-from align.objectives.pair_losses import PairLosses
+from align.objectives.pair_losses import PairLosses, check_rows
 from align.objectives.preference import LOSSES, MODIFIERS, PreferenceLoss, implicit_rewards, keyword_options
 
 ABOVE_ZERO = (lambda value: 0 < value < math.inf, "> 0")
@@ -118,7 +118,7 @@ class PreferenceObjective:
     def parts(self, pairs: PairLogps, draws: dict[str, BetaDraw] | None = None) -> dict[str, Tensor]:
         """The losses [B] by name, without the weights. draws: of `draw`; None in evaluations."""
         draws = draws or {}
-        return {
+        found = {
             term.name: term.loss.function(
                 pairs,
                 **accepted(term.loss.function, term.options),
@@ -126,6 +126,11 @@ class PreferenceObjective:
             )
             for term in self.terms
         }
+        for name, losses in found.items():
+            check_rows(f"loss {name!r}", losses, len(pairs.chosen), "pair")
+            if pairs.chosen.requires_grad and torch.is_grad_enabled() and not losses.requires_grad:
+                raise TrainingError(f"loss {name!r} has no gradient: it detaches the policy's log-probs")
+        return found
 
     def __call__(
         self, pairs: PairLogps, weights: Tensor | None = None, draws: dict[str, BetaDraw] | None = None

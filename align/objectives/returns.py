@@ -5,6 +5,7 @@ from torch import Tensor
 
 from align.errors import ConfigError, TrainingError
 from align.objectives.kl import masked_mean
+from align.objectives.shapes import check_per_row, check_same
 
 
 def token_rewards(scores: Tensor, log_ratios: Tensor | None, mask: Tensor, *, beta: float) -> Tensor:
@@ -14,6 +15,8 @@ def token_rewards(scores: Tensor, log_ratios: Tensor | None, mask: Tensor, *, be
     mask: [B, T], 1 on response tokens including the end-of-sequence token. The score is on the last of them; outside
     the mask the reward is 0.
     """
+    check_same(2, log_ratios=log_ratios, mask=mask)
+    check_per_row(mask, scores=scores)
     valid = mask.bool()
     rewards = torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device)
     if beta:
@@ -34,6 +37,7 @@ def reward_to_go(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
 
     s - t counts tokens of the mask, so a hole (a tool's output) neither adds a reward nor discounts.
     """
+    check_same(2, rewards=rewards, mask=mask)
     valid = mask.bool()
     rewards = torch.where(valid, rewards, torch.zeros_like(rewards))
     if gamma == 1.0:
@@ -63,8 +67,9 @@ def gae(
     Tokens outside the mask are passed over: the token before a hole looks at the value and the
     advantage after it. The advantages are not whitened; both results are 0 outside the mask.
     """
-    if values.shape != rewards.shape:
-        raise TrainingError(f"values {tuple(values.shape)} and rewards {tuple(rewards.shape)} differ in shape")
+    check_same(3 if rewards.dim() == 3 else 2, rewards=rewards, values=values)
+    check_same(2, mask=mask, rewards=rewards[..., 0] if rewards.dim() == 3 else rewards)
+    check_same(last_values=last_values, values_at_one_token=values[:, 0])
     valid = mask.bool()
     if rewards.dim() == 3:
         valid = valid[..., None]
@@ -88,6 +93,7 @@ def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True, ddof: int =
     give exactly 0 (plus the mean), not the mean's rounding divided by sqrt(eps). A mask of fewer than ddof + 1 tokens
     is an error, because its variance is not defined.
     """
+    check_same(values=values, mask=mask)
     valid = mask.bool()
     if int(valid.sum()) <= ddof:
         raise TrainingError(f"{int(valid.sum())} tokens cannot be whitened: their variance needs more than {ddof}")

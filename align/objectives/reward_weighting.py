@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from align.objectives.shapes import check_per_row
+
 
 def hypervolume(points: Sequence[Sequence[float]], reference: Sequence[float]) -> float:
     """Volume that the points dominate above the reference, all objectives maximised. points: n of d numbers.
@@ -61,5 +63,6 @@ def gradient_weights(weights: Tensor, gradients: Tensor, *, learning_rate: float
 
     weights: [n], positive, summing to 1. gradients: [n, parameters], each objective's policy gradient; j includes i.
     """
+    check_per_row(gradients, weights=weights)
     influence = gradients @ gradients.sum(0)
     return torch.softmax(weights.log() + learning_rate / mu * influence, dim=0)

@@ -12,6 +12,7 @@ from torch import Tensor
 from align.errors import ConfigError
 from align.objectives.kl import masked_mean, masked_sum
 from align.objectives.policy_loss import MAX_LOG_RATIO, RatioLevel
+from align.objectives.shapes import check_same
 
 LEVELS = get_args(RatioLevel)
 Outside = Literal["truncate", "mask"]
@@ -19,6 +20,7 @@ Outside = Literal["truncate", "mask"]
 
 def log_ratios(old_logps: Tensor, rollout_logps: Tensor, mask: Tensor) -> Tensor:
     """l_t, [B, T], 0 outside the mask. old_logps: the trainer's, before the update; rollout_logps: the engine's."""
+    check_same(2, old_logps=old_logps, rollout_logps=rollout_logps, mask=mask)
     valid = mask.bool()
     return torch.where(valid, old_logps - rollout_logps, torch.zeros_like(old_logps)).detach()
 
@@ -43,6 +45,7 @@ def importance_weights(
         raise ConfigError(f"rollout correction: level is one of {', '.join(LEVELS)} and outside truncate or mask")
     if not high > 0 or (low is not None and not 0 <= low < high):
         raise ConfigError(f"rollout correction: needs 0 <= low < high, got low {low}, high {high}")
+    check_same(2, log_ratio=log_ratio, mask=mask)
     valid = mask.bool()
     summed = log_ratio
     if level != "token":
@@ -65,6 +68,7 @@ def mismatch(log_ratio: Tensor, mask: Tensor) -> dict[str, float]:
     kl and kl_k3: KL(engine || trainer) per token in nats (k1 and k3). chi2_token, chi2_sequence: mean of rho^2 - 1, of
     tokens and of whole sequences. effective_sample_size: share of the tokens, 1 / mean of (rho / mean rho)^2.
     """
+    check_same(2, log_ratio=log_ratio, mask=mask)
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     sequence = masked_sum(log_ratio, mask).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     mean = masked_mean(ratio, mask)

@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from align.objectives.shapes import check_same
+
 
 def excess_loss(logps: Tensor, ref_logps: Tensor) -> Tensor:
     """L_delta(x_i) = L_theta(x_i) - L_ref(x_i) = log p_ref(x_i | x_<i) - log p_theta(x_i | x_<i), in nats (eq. 3).
@@ -9,6 +11,7 @@ def excess_loss(logps: Tensor, ref_logps: Tensor) -> Tensor:
     logps, ref_logps: of the same tokens under the policy and under the reference, any one shape. Large where the
     reference, which was trained on text as it should be, knows the token and the policy does not yet.
     """
+    check_same(logps=logps, ref_logps=ref_logps)
     return ref_logps - logps
 
 

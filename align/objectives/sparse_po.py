@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from align.objectives.shapes import check_same
+
 
 @dataclass
 class MaskedSums:
@@ -29,6 +31,9 @@ class MaskedSums:
     l1_u: Tensor
     l1_d: Tensor
 
+    def __post_init__(self):
+        check_same(1, **vars(self))
+
 
 def masked_sums(
     log_ratios: Tensor, kl: Tensor, mask: Tensor, m_u: Tensor | None = None, m_d: Tensor | None = None
@@ -41,6 +46,7 @@ def masked_sums(
         mask: [N, L], non-zero at completion tokens; nothing outside counts.
         m_u, m_d: [N, L], weights >= 0 of the two terms; None is weight 1 (the term is not masked).
     """
+    check_same(2, log_ratios=log_ratios, kl=kl, mask=mask, m_u=m_u, m_d=m_d)
     real = mask.to(log_ratios.dtype)
     m_u = real if m_u is None else m_u * real
     m_d = real if m_d is None else m_d * real
@@ -57,6 +63,7 @@ def sparse_po_loss(
     l1_u, l1_d: lambda_u and lambda_d. For a common mask, where both norms are those of one mask, the authors halve both
     before they get here (see `align.trainers.sparsepo`).
     """
+    check_same(1, chosen=chosen.u, rejected=rejected.u)
     logits = (chosen.u - rejected.u) - (rejected.d - chosen.d)
     losses = -F.logsigmoid(beta * logits)
     if l1_u:
@@ -76,5 +83,6 @@ def implicit_rewards(sums: MaskedSums, beta: float) -> Tensor:
 
 def sparsity(weights: Tensor, mask: Tensor) -> Tensor:
     """Share of the tokens of each completion whose weight is exactly 0, [N]. weights, mask: [N, L]."""
+    check_same(2, weights=weights, mask=mask)
     real = mask.bool()
     return ((weights == 0) & real).sum(-1) / real.sum(-1)

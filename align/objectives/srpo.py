@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from align.objectives.pair_losses import PairLosses
+from align.objectives.shapes import check_same
 
 
 @dataclass
@@ -38,6 +39,9 @@ class RevisionRatios:
     rejected_after_chosen: Tensor
     chosen_after_rejected: Tensor
     rejected_again: Tensor
+
+    def __post_init__(self):
+        check_same(1, **vars(self))
 
     @property
     def after_rejected(self) -> Tensor:

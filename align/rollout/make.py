@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from align.config.sections import Kinds, Section
 from align.errors import ConfigError
-from align.lazy import imported, load
+from align.lazy import defined_again, imported, load
 from align.rollout.engine import RolloutEngine
 from align.rollout.options import RolloutOptions, VLLMOptions
 from align.rollout.server.options import ServerOptions
@@ -71,7 +71,7 @@ def register_engine(
         options: a subclass of `RolloutOptions` that declares further options, with their ranges.
         package, install: a package that has to be importable, and the command that installs it, for the error message.
     """
-    if name in backend_names():
+    if name in backend_names() and not (name in BACKENDS and defined_again(BACKENDS[name].factory, factory)):
         raise ConfigError(f"there is a rollout backend {name!r} already: give yours another name")
     BACKENDS[name] = EngineBackend(name, factory, options, package, install)
 

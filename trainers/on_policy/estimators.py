@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from align.errors import ConfigError
+from align.lazy import defined_again, imported
 from align.rollout.types import SamplingParams
 from align.trainers.core.ranks import Ranks
 from align.trainers.on_policy.pipeline import ScoredRollout
@@ -65,7 +66,7 @@ def register_estimator(name: str, estimator: type[Estimator] | None = None) -> A
     """Adds an estimator of yours to the table, as a call or as a decorator; the option `estimator` knows its name."""
     if estimator is None:
         return lambda cls: register_estimator(name, cls)
-    if name in ESTIMATORS:
+    if name in ESTIMATORS and not defined_again(ESTIMATORS[name], estimator):
         raise ConfigError(f"there is an estimator {name!r} already: give yours another name")
     if not (isinstance(estimator, type) and issubclass(estimator, Estimator)):
         raise ConfigError(f"estimator {name!r} must be a subclass of Estimator, got {estimator!r}")
@@ -90,11 +91,9 @@ def _find(name: str) -> type[Estimator]:
     if name in ESTIMATORS:
         return ESTIMATORS[name]
     if ":" in name:  # where it is: "package.module:Class" or "path/file.py:Class"
-        from align.reward_models.functions import import_function
-
-        found = import_function(name)
+        found = imported(name, "estimator")
         if not (isinstance(found, type) and issubclass(found, Estimator)):
-            raise ConfigError(f"estimator: {name} is no subclass of Estimator")
+            raise ConfigError(f"estimator: {name} is no subclass of align.trainers.on_policy.estimators.Estimator")
         return found
     near = get_close_matches(name, ESTIMATORS, n=1)
     raise ConfigError(

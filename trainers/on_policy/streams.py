@@ -1,11 +1,13 @@
 """Streams of scores, and their advantages: the input of an estimator, and what is done with its output."""
 
 from dataclasses import dataclass
+from math import isfinite, nan
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from align.errors import RewardError
+from align.errors import RewardError, TrainingError
 from align.trainers.core.ranks import Ranks
 from align.trainers.on_policy.pipeline import ScoredRollout
 from align.trainers.on_policy.samples import Sample, completion_masks, completion_matrix, sampling_logps, scatter
@@ -96,6 +98,12 @@ def stream_scores(sample: Sample, weighting: Weighting) -> dict[str, float]:
             "return a number, or use fixed reward_weights"
         )
     scores = weighting.scores(sample.rewards)
+    missing = [stream.name for stream in weighting.streams if not isfinite(scores.get(stream.name, nan))]
+    if missing:
+        raise TrainingError(
+            f"weighting {type(weighting).__name__}: scores gives no finite number for the streams {', '.join(missing)}: "
+            f"{scores} of the rewards {sample.rewards}"
+        )
     if sample.bootstrap is not None:
         scores = dict.fromkeys(scores, 0.0)
     if sample.penalty:
@@ -117,7 +125,7 @@ def estimate_advantages(
     streams: list[Stream], estimator, weighting: Weighting, ranks: Ranks
 ) -> tuple[Tensor, Tensor | None, dict]:
     """Advantages of every stream, [N, L, S], their returns likewise (None without a critic), and metrics."""
-    found = [estimator.estimate(stream, ranks) for stream in streams]
+    found = [checked(estimator.estimate(stream, ranks), stream, estimator) for stream in streams]
     advantages = [one.advantages for one in found]
     if weighting.standardize:
         advantages = [ranks.whiten(a, stream.mask) for a, stream in zip(advantages, streams, strict=True)]
@@ -126,6 +134,27 @@ def estimate_advantages(
     returns = None if found[0].returns is None else torch.stack([one.returns for one in found], dim=-1)
     metrics = {name: values for one in found for name, values in one.metrics.items()}
     return torch.stack(advantages, dim=-1), returns, metrics
+
+
+def checked(estimate: Any, stream: Stream, estimator: Any) -> Any:
+    """The `Estimate`; TrainingError for one that would be broadcast to tokens that it is not of, or is not finite."""
+    here, shape = f"estimator {type(estimator).__name__}, stream {stream.name!r}", stream.mask.shape
+    if not hasattr(estimate, "advantages"):
+        raise TrainingError(f"{here}: estimate must return an Estimate, got {type(estimate).__name__}")
+    for name in ("advantages", "returns"):
+        values = getattr(estimate, name)
+        if values is None and name == "returns":
+            continue
+        if not isinstance(values, Tensor) or values.shape != shape:
+            got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise TrainingError(
+                f"{here}: {name} must be a tensor [samples, tokens], here {list(shape)}, got {got}; a number per "
+                "sample a is a[:, None] * stream.mask"
+            )
+        wrong = (~values.isfinite() & stream.mask.bool()).any(-1).nonzero().flatten().tolist()
+        if wrong:
+            raise TrainingError(f"{here}: {name} are not finite for samples {wrong[:10]}; look at what divides by 0")
+    return estimate
 
 
 def scaled(advantages: list[Tensor], weighting: Weighting, mask: Tensor, ranks: Ranks) -> list[Tensor]:

@@ -27,7 +27,7 @@ from align.data.sets import of_each
 from align.data.streams import is_stream, sample_of
 from align.errors import TrainingError
 from align.modeling.types import Model
-from align.objectives.pair_losses import RowLosses
+from align.objectives.pair_losses import RowLosses, check_losses
 from align.trainers.core.experts import with_router_loss
 from align.trainers.core.micro_batches import MicroBatchLists, in_lists
 from align.trainers.pairs.config import PairConfig
@@ -139,12 +139,18 @@ class PairTrainer(MicroBatchLists, Trainer):
 
     @with_router_loss(lambda batch, args: len(batch["row"]))
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        found = self.pair_losses(model, inputs)
+        found = self._checked_losses(model, inputs)
         values = found.values()
         self._step_losses.append((inputs["row"], values.pop("loss")))
         self.add_to_log(values)
         # The count is of all ranks, and DDP averages the gradients over them.
         return found.losses.sum() * self.accelerator.num_processes / num_items_in_batch
+
+    def _checked_losses(self, model: nn.Module, batch: dict[str, Tensor]) -> RowLosses:
+        """`pair_losses`; a TrainingError for numbers that are not one per pair."""
+        found = self.pair_losses(model, batch)
+        check_losses(found, len(batch["row"]), f"{type(self).__name__}.losses")
+        return found
 
     def add_to_log(self, values: dict[str, Tensor]) -> None:
         """What a micro-batch measured, a number per pair [B] by metric."""
@@ -199,7 +205,7 @@ class PairTrainer(MicroBatchLists, Trainer):
             batch["mean_chosen_length"] = torch.tensor(self._eval_mean_length, dtype=torch.float32)
             batch = self._prepare_inputs(batch)
             with torch.no_grad():
-                values = self.pair_losses(model, batch).values()
+                values = self._checked_losses(model, batch).values()
             check_finite(batch["row"], values["loss"], "evaluation")
             tables.append(self.evaluator.columns(values))
             order += indices

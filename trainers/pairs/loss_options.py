@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 
 from align.errors import ConfigError
+from align.lazy import imported
+from align.objectives.preference import LOSSES, register_loss
 from align.objectives.preference_objective import PreferenceObjective, preference_objective
 from align.trainers.core.hooks import TrainingSettings
 
@@ -18,7 +20,10 @@ class PairLossOptions(TrainingSettings):
 
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
-        metadata={"help": "One loss or several (docs/losses.md): sigmoid, ipo, robust, cdpo, simpo, orpo, tdpo2 ..."},
+        metadata={
+            "help": "One loss or several (docs/losses.md): sigmoid, ipo, robust, cdpo, simpo, orpo, tdpo2 ..., or "
+            "path/file.py:function of your own."
+        },
     )
     loss_weights: list[float] | None = loss_option("One weight per loss of loss_type. Default: 1 each.")
     beta: float | None = loss_option("Strength of the KL constraint. Default: the loss's, for sigmoid 0.1.")
@@ -58,8 +63,25 @@ class PairLossOptions(TrainingSettings):
         if twice:
             raise ConfigError(f"loss_options: {', '.join(twice)} are keys of their own")
         return preference_objective(
-            self.loss_type, self.loss_weights, {**options, **(self.loss_options or {})}, seed=self.seed
+            [known_name(name) for name in self.loss_type],
+            self.loss_weights,
+            {**options, **(self.loss_options or {})},
+            seed=self.seed,
         )
+
+
+def known_name(loss_type: str) -> str:
+    """The name in the table of losses of one that may be named by its place ("package.module:function" or
+    "path/file.py:function"): the function's own, under which it is added if it was not registered there."""
+    if ":" not in loss_type:
+        return loss_type
+    function = imported(loss_type, "loss_type")
+    for name, loss in LOSSES.items():
+        if loss.function is function:
+            return name
+    name = getattr(function, "__name__", loss_type)
+    register_loss(name, function)
+    return name
 
 
 OPTIONS = tuple(name for name in PairLossOptions.__annotations__ if name not in ("loss_type", "loss_weights"))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from align.config.sections import Section
 from align.errors import ConfigError
+from align.lazy import defined_again
 from align.trainers.weighting.sections import DYNAMIC_WEIGHTS, GradientSection, HypervolumeSection
 
 TASK = "task"
@@ -150,7 +151,7 @@ def register_weighting(name: str, weighting: Any = None) -> Any:
     further keys as its options (`section`)."""
     if weighting is None:
         return lambda cls: register_weighting(name, cls)
-    if name in DYNAMIC_WEIGHTS.kinds:
+    if name in DYNAMIC_WEIGHTS.kinds and not defined_again(OWN.get(DYNAMIC_WEIGHTS.kinds[name]), weighting):
         raise ConfigError(f"there is a weighting {name!r} already: give yours another name")
     if not (isinstance(weighting, type) and issubclass(weighting, Weighting)):
         raise ConfigError(f"weighting {name!r} must be a subclass of Weighting, got {weighting!r}")

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from align.config.sections import Kinds, Section, parse, parse_list
+from align.lazy import imported
 
 
 class ConstraintSection(Section):
@@ -168,10 +169,9 @@ def parse_dynamic_weights(value: Any, key: str) -> Section:
     """The section; `type: "file.py:Class"` is a weighting of the user's, which is imported."""
     kind = value.get("type") if isinstance(value, Mapping) else None
     if isinstance(kind, str) and ":" in kind and kind not in DYNAMIC_WEIGHTS.kinds:
-        from align.reward_models.functions import import_function
         from align.trainers.weighting.base import register_weighting
 
-        register_weighting(kind, import_function(kind))
+        register_weighting(kind, imported(kind, "weighting"))
     return DYNAMIC_WEIGHTS.parse(value, key)
 
 
