@@ -42,10 +42,7 @@ class PairLogps:
     divergence: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self):
-        others = {
-            n: getattr(self, n) for n in self.__dataclass_fields__ if n not in ("mean_chosen_length", "divergence")
-        }
-        check_same(1, **others)
+        check_same(1, **{k: v for k, v in vars(self).items() if k not in ("mean_chosen_length", "divergence")})
         check_detached(ref_chosen=self.ref_chosen, ref_rejected=self.ref_rejected)
 
     @property

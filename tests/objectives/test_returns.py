@@ -57,7 +57,7 @@ def test_heads_are_computed_side_by_side():
     for head in range(3):
         alone = gae(rewards[..., head], values[..., head], MASK)
         assert torch.equal(together[0][..., head], alone[0]) and torch.equal(together[1][..., head], alone[1])
-    with pytest.raises(TrainingError, match="differ in shape"):
+    with pytest.raises(TrainingError, match="must have one shape"):
         gae(rewards, values[..., 0], MASK)
 
 

@@ -14,6 +14,7 @@ from align.data.limits import check_reads, known_tokens, longest_of
 from align.errors import ConfigError
 from align.modeling.load import Reference
 from align.modeling.rotary import choose_factors
+from align.objectives.policy_loss import PolicyLoss
 from align.reward_models.base import Reward
 from align.trainers.core.identity import mark_of
 from align.trainers.core.micro_batches import MicroBatchLists
@@ -37,6 +38,7 @@ from align.trainers.on_policy.evaluation import EvaluationFile, PolicyEvaluator,
 from align.trainers.on_policy.forward import ForwardPasses
 from align.trainers.on_policy.kl_coefficient import KLCoefficient
 from align.trainers.on_policy.metrics import OnPolicyMetrics
+from align.trainers.on_policy.objective import policy_objective
 from align.trainers.on_policy.pipeline import RolloutPipeline
 from align.trainers.on_policy.reward_funcs import rewards_given
 from align.trainers.on_policy.rewards import RewardColumns, gold_columns
@@ -151,6 +153,17 @@ class OnPolicyBase(MicroBatchLists, Trainer):
         )
         if self.untrained and self.check_start and self.args.beta:
             check_same_start(logps, batch["ref_logps"], batch["completion_mask"], tolerance)
+
+    def token_losses(self, logps: Tensor, advantages: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, PolicyLoss]:
+        """The loss of every token [B, L], with gradient and with the KL where that is in the loss, and the surrogate
+        for the log. A policy loss of your own overrides it.
+
+        logps: of the policy that is trained, at the run's temperature, [B, L]. advantages: mixed, [B, L]. batch:
+        `completion_mask`, `engine_logps`, `ref_logps` where there is a reference, `old_logps` where several steps are
+        made from a rollout (with one the policy is its own), each [B, L].
+        """
+        coefficient = self.kl.value * self.weighting.kl_weight
+        return policy_objective(logps, advantages, batch, self.args, kl_coefficient=coefficient)
 
     @property
     def entropy_coef(self) -> float:

@@ -93,7 +93,7 @@ def _find(name: str) -> type[Estimator]:
     if ":" in name:  # where it is: "package.module:Class" or "path/file.py:Class"
         found = imported(name, "estimator")
         if not (isinstance(found, type) and issubclass(found, Estimator)):
-            raise ConfigError(f"estimator: {name} is no subclass of align.trainers.on_policy.estimators.Estimator")
+            raise ConfigError(f"estimator: {name} is no subclass of Estimator")
         return found
     near = get_close_matches(name, ESTIMATORS, n=1)
     raise ConfigError(

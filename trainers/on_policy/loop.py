@@ -58,7 +58,7 @@ from align.trainers.on_policy.evaluation import Curve, EvaluationFile, PolicyEva
 from align.trainers.on_policy.forward import ForwardPasses
 from align.trainers.on_policy.kl_coefficient import KLCoefficient
 from align.trainers.on_policy.metrics import OnPolicyMetrics
-from align.trainers.on_policy.objective import kept_lengths, loss_count, policy_objective
+from align.trainers.on_policy.objective import kept_lengths, loss_count
 from align.trainers.on_policy.pipeline import RolloutPipeline, ScoredRollout
 from align.trainers.on_policy.refill import DynamicSampling
 from align.trainers.on_policy.samples import Sample, fit_prompts
@@ -314,8 +314,7 @@ class OnPolicyTrainer(OnPolicyBase):
         if self.state.global_step % args.steps_per_rollout == 0:
             self.check_logps(logps.detach(), inputs)
         advantages = mix(inputs["advantages"], self.weighting)
-        coefficient = self.kl.value * self.weighting.kl_weight
-        losses, policy = policy_objective(logps, advantages, inputs, args, kl_coefficient=coefficient)
+        losses, policy = self.token_losses(logps, advantages, inputs)
         self.metrics.update(logps.detach(), entropy.detach(), inputs)
         if args.steps_per_rollout > 1:
             self.metrics.surrogate(policy, mask)

@@ -101,8 +101,8 @@ def stream_scores(sample: Sample, weighting: Weighting) -> dict[str, float]:
     missing = [stream.name for stream in weighting.streams if not isfinite(scores.get(stream.name, nan))]
     if missing:
         raise TrainingError(
-            f"weighting {type(weighting).__name__}: scores gives no finite number for the streams {', '.join(missing)}: "
-            f"{scores} of the rewards {sample.rewards}"
+            f"weighting {type(weighting).__name__}: scores gives no finite number for {', '.join(missing)}: {scores} "
+            f"of the rewards {sample.rewards}"
         )
     if sample.bootstrap is not None:
         scores = dict.fromkeys(scores, 0.0)

@@ -1,0 +1,113 @@
+"""Estimators, weightings and policy losses of users: what is wrong is refused and named, and is not broadcast."""
+
+import pytest
+import torch
+
+from align.errors import ConfigError, TrainingError
+from align.objectives.policy_loss import clipped_policy_loss
+from align.trainers.core.ranks import Ranks
+from align.trainers.on_policy import estimators
+from align.trainers.on_policy.estimators import Estimate, make_estimator, register_estimator
+from align.trainers.on_policy.streams import Stream, estimate_advantages, stream_scores
+from align.trainers.rloo import RLOOTrainer
+from align.trainers.weighting.base import TASK, FixedWeights, Weighting, register_weighting
+from align.trainers.weighting.sections import DYNAMIC_WEIGHTS
+from tests.trainers.tiny_runs import logged, on_policy, prompts, wanted_words
+
+MASK = torch.tensor([[1, 1], [1, 0], [1, 1]])
+STREAM = Stream(TASK, torch.tensor([1.0, 2.0, 4.0]), None, 0.0, torch.zeros(3, 2), torch.zeros(3, 2), MASK)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (Estimate(STREAM.scores), r"advantages must be a tensor \[samples, tokens\], here \[3, 2\], got \[3\]"),
+        (Estimate(STREAM.scores[:, None]), r"got \[3, 1\]; a number per sample a is a\[:, None\] \* stream.mask"),
+        (Estimate([1.0, 2.0, 4.0]), "got list"),
+        (STREAM.scores[:, None] * MASK, "estimate must return an Estimate, got Tensor"),
+        (Estimate(STREAM.scores[:, None] / 0 * MASK), r"advantages are not finite for samples \[0, 1, 2\]"),
+        (Estimate(1.0 * MASK, returns=STREAM.scores), r"returns must be .*got \[3\]"),
+    ],
+)
+def test_an_estimate_of_another_shape_is_refused(returned, message):
+    """Advantages [N] became a column that was broadcast over the tokens, and were trained."""
+    estimator = type("Mine", (), {"estimate": lambda self, stream, ranks: returned})()
+    with pytest.raises(TrainingError, match=f"estimator Mine, stream 'task': .*{message}"):
+        estimate_advantages([STREAM], estimator, FixedWeights(["a"], [1.0]), Ranks())
+
+
+@pytest.mark.parametrize("scores", [{}, {TASK: float("nan")}, {"other": 1.0}])
+def test_a_weighting_without_a_score_for_its_stream_is_refused(scores):
+    class Mine(Weighting):
+        def scores(self, rewards):
+            return scores
+
+    sample = type("Sample", (), {"left_out": False, "rewards": {"a": 1.0}, "bootstrap": None, "penalty": 0.0})()
+    with pytest.raises(TrainingError, match="weighting Mine: scores gives no finite number for task"):
+        stream_scores(sample, Mine(["a"], [1.0]))
+
+
+ESTIMATOR = """
+from dataclasses import dataclass
+from align.trainers.on_policy.estimators import Estimate, Estimator, register_estimator
+
+@register_estimator("again")
+@dataclass
+class Again(Estimator):
+    def estimate(self, stream, ranks):
+        return Estimate(stream.scores[:, None] * stream.mask)
+"""
+
+
+def test_a_registered_estimator_is_named_by_its_place_too(tmp_path, monkeypatch):
+    """Its file is read more than once in a run: "there is an estimator 'again' already" was the end of it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(estimators, "ESTIMATORS", dict(estimators.ESTIMATORS))
+    (tmp_path / "mine.py").write_text(ESTIMATOR)
+    for _ in range(2):
+        args = on_policy("rloo", tmp_path, estimator="mine.py:Again")[1]
+        assert type(make_estimator(args)).__name__ == "Again"
+    with pytest.raises(ConfigError, match=r"estimator 'none.py:X': no file"):
+        on_policy("rloo", tmp_path, estimator="none.py:X")
+    with pytest.raises(ConfigError, match=r"weighting 'none.py:X': no file"):
+        on_policy("rloo", tmp_path, dynamic_weights={"type": "none.py:X"})
+
+
+def test_cells_that_are_run_again(monkeypatch):
+    monkeypatch.setattr(estimators, "ESTIMATORS", dict(estimators.ESTIMATORS))
+    monkeypatch.setitem(DYNAMIC_WEIGHTS.kinds, "mine", None)  # taken out afterwards
+    del DYNAMIC_WEIGHTS.kinds["mine"]
+    for _ in range(2):
+        names = {"__name__": "__main__"}
+        exec(ESTIMATOR, names)
+        exec("from align.trainers.weighting.base import FixedWeights\nclass Mine(FixedWeights): ...", names)
+        register_weighting("mine", names["Mine"])
+    with pytest.raises(ConfigError, match="there is an estimator 'again' already"):
+        register_estimator("again", estimators.ESTIMATORS["rloo"])
+
+
+def test_a_policy_loss_of_one_s_own(policy, tmp_path):
+    class Asymmetric(RLOOTrainer):
+        """Tokens of a negative advantage count half."""
+
+        def token_losses(self, logps, advantages, batch):
+            mask, old_logps = batch["completion_mask"], batch.get("old_logps", logps.detach())
+            found = clipped_policy_loss(logps, old_logps, advantages, mask)
+            return found.losses * torch.where(advantages < 0, 0.5, 1.0), found
+
+    def run(cls):
+        args = on_policy("rloo", tmp_path, max_steps=1)[1]
+        trainer = cls(policy, wanted_words, args, prompts(16))
+        trainer.train()
+        trainer.close()
+        return logged(trainer, "grad_norm")
+
+    assert run(Asymmetric) != run(RLOOTrainer)
+
+    class Wrong(RLOOTrainer):
+        def token_losses(self, logps, advantages, batch):
+            losses, found = super().token_losses(logps, advantages, batch)
+            return losses.sum(-1), found
+
+    with pytest.raises(TrainingError, match=r"losses \[\d+\], mask \[\d+, \d+\]: must have one shape"):
+        run(Wrong)
