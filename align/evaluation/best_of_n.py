@@ -78,9 +78,8 @@ def bon_curve(
     tied = times[times > 1].sum()
     if tied:
         share = tied / counts.sum()
-        notes.append(
-            f"{100 * share:.0f} % of the answers tie with another of their prompt: the true KL is below the formula's"
-        )
+        percent = f"{100 * share:.0f}" if share > 0.01 else "under 1"
+        notes.append(f"{percent} % of the answers tie with another of their prompt: the true KL is below the formula's")
     return BonCurve(
         name=name,
         proxy_name=proxy_name or name,

@@ -140,8 +140,9 @@ def plot_fits(entries: dict[str, dict], fits: dict[str, dict], kind: str):
                 values = FUNCTIONS[form](curve, fit["alpha"], fit["beta"])
                 width = 2.4 if form == own else 1.4
                 label = f"{FORM_LABELS[form]}{' (this kind)' if form == own else ''}"
-                axis.plot(curve[inside], values[inside], color=colour, linewidth=width, label=label)
-                axis.plot(curve[~inside], values[~inside], ":", color=colour, linewidth=width)
+                line: dict[str, Any] = {"color": colour, "linewidth": width, "zorder": 4}  # above many measured points
+                axis.plot(curve[inside], values[inside], label=label, **line)
+                axis.plot(curve[~inside], values[~inside], ":", **line)
                 if fit["peak_d"] is not None and fit["peak_d"] <= curve[-1]:
                     axis.plot(fit["peak_d"], fit["peak_score"], "*", color=colour, markersize=11, zorder=5)
             axis.axhline(0, color="#BBBBBB", linewidth=1, zorder=0)

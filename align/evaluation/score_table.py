@@ -143,6 +143,8 @@ def _text(column, path: Path) -> list[str]:
     missing = np.flatnonzero(column.isna().to_numpy())
     if missing.size:
         raise DataError(f"{path}: column {column.name!r} is missing in {_rows(missing)}")
+    if column.dtype.kind in "iu":  # numbers of prompts or answers, and many of them
+        return list(map(str, column.tolist()))
     if column.map(lambda value: isinstance(value, str)).all():
         return column.tolist()
     # Conversational columns: lists of messages, one text form per conversation.

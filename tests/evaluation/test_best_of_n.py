@@ -69,6 +69,13 @@ def test_ties_are_said_and_do_not_depend_on_order():
     assert one.gold[-1] == pytest.approx(2.0) and any("75 % of the answers tie" in note for note in one.notes)
 
 
+def test_few_ties_are_not_0_percent():
+    scores = np.random.default_rng(0).normal(size=(2, 500))
+    scores[0, 1] = scores[0, 0]
+    (note,) = bon_curve(scores, scores).notes
+    assert note.startswith("under 1 % of the answers tie")
+
+
 def test_a_note_names_the_curves_that_it_is_about():
     gold, short = [np.arange(4.0), np.arange(5.0)], "prompts have 4 to 5 answers: n stops at 4"
     selections = {"a": [np.array([0.0, 1.0, 1.0, 2.0]), np.arange(5.0)], "b": gold, "c": gold}

@@ -86,6 +86,10 @@ def test_pictures_draw_few_points_of_a_long_run(summary):
     assert max(len(band.vertices) for band in bands) <= 2 * POINTS + 3  # a band is once around
     peaks = [line for line in lines if len(line.get_xdata()) > 100 and line.get_ydata().max() > 8]
     assert peaks
+    fits = [line for line in drawn[-1].axes[0].lines if line.get_label().startswith("d(")]
+    measured = [line for line in drawn[-1].axes[0].lines if line.get_label() not in [fit.get_label() for fit in fits]]
+    bars = drawn[-1].axes[0].collections
+    assert len(fits) == 2 and min(fit.zorder for fit in fits) > max(of.zorder for of in [measured[0], *bars])
 
 
 def test_the_files_of_a_long_report_stay_small(summary, tmp_path):
