@@ -60,6 +60,16 @@ table.tHead.rows[0].cells[1].click(); const up = order();
 table.tHead.rows[0].cells[1].click();
 return [up, order()];
 """
+MEMBERS = """
+const figure = document.createElement("div"), members = [0, 1, 2, 3, 4, 5, 6];
+document.body.append(figure);
+const y = k => [0.6 * ((k + 0.5) / 7 - 0.5)];
+const one = k => ({name: "member " + k, line: false, x: [0.5], xlow: [0.4], xhigh: [0.6], y: y(k)});
+drawCurves(figure, {x: "accuracy", y: "", y_names: ["all pairs"], curves: members.map(one)});
+const heights = Array.from(figure.querySelectorAll("circle")).map(circle => +circle.getAttribute("cy"));
+figure.remove();
+return heights.slice(1).map((y, k) => y - heights[k]);
+"""
 FIGURES = {"overopt": 8, "bon": 7, "reward_eval": 7, "reward_bon": 1, "compare": 0, "data": 0, "masks": 0,
            "runs": 7, "watch": 7, "front": 2}  # fmt: skip
 
@@ -69,8 +79,8 @@ def seen(tmp_path_factory):
     """What there is of every page by (name, width), and the console's messages."""
     folder = tmp_path_factory.mktemp("pages")
     pages = [(page, width) for page in write_pages(folder) for width in (DESK, PHONE)]
-    look = f"const look = () => {{{LOOK}}}, sort = () => {{{SORT}}}; const seen = look(); "
-    look += "if (typeof makeSortable === 'function') seen.order = sort(); return seen;"
+    look = f"const look = () => {{{LOOK}}}, sort = () => {{{SORT}}}, rows = () => {{{MEMBERS}}}; const seen = look(); "
+    look += "if (typeof makeSortable === 'function') { seen.order = sort(); seen.apart = rows(); } return seen;"
     found, console = ask_all(folder, pages, look, folder / "profile")
     return {(key.split(".")[0], int(key.split("@")[1])): value for key, value in found.items()}, console
 
@@ -96,6 +106,13 @@ def test_a_page(seen, name, width):
         assert found["log"] < found["before"]  # KL 0 has no place there
     if name in ("overopt", "compare", "data", "front", "reward_eval"):
         assert found["sorted"] >= 1
+
+
+@needs_chromium
+def test_estimates_of_many_members_do_not_cover_each_other(seen):
+    for width in (DESK, PHONE):
+        gaps = seen[0]["reward_eval", width]["apart"]
+        assert len(gaps) == 6 and min(gaps) >= 8  # a dot is 8 wide
 
 
 @needs_chromium
