@@ -17,6 +17,7 @@ from align.distributed.checkpoints import damage, newest_whole
 from align.distributed.ranks import by_first, shared
 from align.errors import TrainingError
 from align.trainers.core.identity import check_same_run, read_identity
+from align.trainers.core.resumed import check_optimizer_change
 from align.trainers.core.zero import LATEST, check_processes
 
 logger = logging.getLogger(__name__)
@@ -148,6 +149,7 @@ def _chosen(
         logger.warning("%s does not say which run it is of: nothing can be compared", folder)
     else:
         changed = check_same_run(before, identity, changes, folder)
+        check_optimizer_change(changed, folder, deepspeed=layout == LAYOUTS[LATEST])
         for name, (old_value, new_value) in changed.items():
             logger.warning("going on from %s with %s %r instead of %r", folder, name, new_value, old_value)
     logger.info("resuming from %s", folder)

@@ -16,6 +16,7 @@ OVERRIDDEN = (
     "_issue_warnings_after_load",
     "_load_best_model",
     "_load_from_checkpoint",
+    "_load_optimizer_and_scheduler",
     "_prepare_input",
     "_save",
     "_save_checkpoint",

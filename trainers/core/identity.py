@@ -127,6 +127,11 @@ def read_identity(folder: str | Path) -> dict | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
+def learning_rate_of(folder: str | Path) -> float | None:
+    """Of the run that wrote a checkpoint."""
+    return ((read_identity(folder) or {}).get("settings") or {}).get("learning_rate")
+
+
 def differences(before: dict, now: dict, above: str = "") -> dict[str, tuple[Any, Any]]:
     """{name: (before, now)} of all that differs; nested settings by dotted names."""
     found: dict[str, Any] = {}

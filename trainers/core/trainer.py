@@ -42,6 +42,7 @@ from align.trainers.core.lock import holding
 from align.trainers.core.options import BaseConfig, RunOptions, check_dispatch
 from align.trainers.core.processes import check_layers
 from align.trainers.core.recorder import Recorder
+from align.trainers.core.resumed import follow, own_settings
 from align.trainers.core.signals import REQUEUE, StopOnSignal
 from align.trainers.core.sums import sum_gradients
 from align.trainers.core.zero import UnderDeepSpeed
@@ -266,6 +267,15 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self._load_stacked(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.is_deepspeed_enabled:  # which has loaded them with the weights
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        new_rate = identity.learning_rate_of(checkpoint) not in (None, self.args.learning_rate)
+        with own_settings(self.optimizer, rate=new_rate):
+            super()._load_optimizer_and_scheduler(checkpoint)
+        follow(self.lr_scheduler)
 
     def _load_best_model(self) -> None:
         reshard(self.model_wrapped)  # after an evaluation, whose gathered weights cannot be loaded into

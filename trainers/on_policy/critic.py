@@ -24,6 +24,7 @@ from align.objectives.kl import masked_mean
 from align.objectives.policy_loss import aggregate_tokens, value_losses
 from align.trainers.core.hooks import TrainingSettings
 from align.trainers.core.recorder import Recorder
+from align.trainers.core.resumed import own_settings
 
 CRITIC_FILE = "critic.pt"
 
@@ -170,13 +171,14 @@ class CriticLearner:
         if not path.exists():
             raise TrainingError(f"{folder} has no {CRITIC_FILE}: it is not a checkpoint of PPO")
         state = torch.load(path, weights_only=True, map_location="cpu")
-        set_state_dict(
-            self.model,
-            self.optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-            options=StateDictOptions(full_state_dict=True),
-        )
+        with own_settings(self.optimizer):
+            set_state_dict(
+                self.model,
+                self.optimizer,
+                model_state_dict=state["model"],
+                optim_state_dict=state["optimizer"],
+                options=StateDictOptions(full_state_dict=True),
+            )
 
 
 class CriticStep(TrainerCallback):

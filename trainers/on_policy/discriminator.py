@@ -20,6 +20,7 @@ from align.objectives.reward_model import bradley_terry_loss
 from align.reward_models.classifier import ClassifierReward
 from align.rollout.seeds import derive_seed
 from align.trainers.core.recorder import Recorder
+from align.trainers.core.resumed import own_settings
 from align.trainers.on_policy.rewards import RewardColumns
 from align.trainers.on_policy.samples import Sample
 
@@ -207,7 +208,8 @@ class Discriminator:
         state = torch.load(path, weights_only=True, map_location="cpu")
         for name, parameter in self.parameters.items():
             parameter.data.copy_(state["weights"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        with own_settings(self.optimizer):
+            self.optimizer.load_state_dict(state["optimizer"])
         self.spent = state["spent"]
 
     def save_model(self, folder: Path) -> None:

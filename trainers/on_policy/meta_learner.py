@@ -13,6 +13,7 @@ from align.distributed.disk import open_to_others
 from align.errors import TrainingError
 from align.objectives.meta_apo import meta_mixture, meta_weight
 from align.trainers.core.recorder import Recorder
+from align.trainers.core.resumed import own_settings
 
 FILE = "meta_learner.safetensors"
 HIDDEN = 100
@@ -80,7 +81,8 @@ class MetaLearner:
 
     def load_state_dict(self, state: dict) -> None:
         self._set(state["weights"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        with own_settings(self.optimizer):
+            self.optimizer.load_state_dict(state["optimizer"])
         self.pairs, self._own = state["pairs"], []
 
     def save(self, folder: Path) -> None:

@@ -1,11 +1,13 @@
 """A checkpoint knows its run: another one is refused with what differs; what does not change the result may change."""
 
 import pytest
+import torch
 from datasets import Dataset
 from peft import LoraConfig
 
 from align.errors import TrainingError
 from align.trainers.core.identity import rows_digest
+from align.trainers.core.resumed import own_settings
 from align.trainers.dpo import DPOTrainer
 from align.trainers.reward import RewardTrainer
 from align.trainers.sft import SFTTrainer
@@ -105,6 +107,53 @@ def test_a_change_is_allowed_by_name(policy, folder_of, caplog):
         resume_from_checkpoint=True
     )
     assert "with learning_rate 0.0001 instead of 0.001" in caplog.text
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "remax"])
+def test_an_allowed_change_of_the_optimiser_or_the_schedule_holds(method, policy, folder_of):
+    """The loaded states have the settings of the run that wrote them, which took the place of the allowed ones."""
+    changes = {"learning_rate": 1e-4, "weight_decay": 0.3, "adam_beta1": 0.5, "adam_epsilon": 1e-3}
+    options = {**changes, "max_steps": 4, "logging_steps": 1, "save_strategy": "no"}
+    trainer = make(method, policy, folder_of(method), **options, resume_changes=[*changes])
+    trainer.train(resume_from_checkpoint=str(folder_of(method) / "checkpoint-1"))
+    rates = [line["learning_rate"] for line in trainer.state.log_history if "learning_rate" in line]
+    assert len(rates) == 4 and 0 < max(rates[1:]) <= 1e-4
+    group = trainer.optimizer.param_groups[0]
+    assert (group["weight_decay"], group["betas"][0], group["eps"]) == (0.3, 0.5, 1e-3)
+
+
+def test_the_first_step_of_a_longer_run_has_the_rate_of_its_own_schedule(policy, folder_of):
+    """That of the finished run was 0, and a step's rows were lost."""
+    schedule = {"lr_scheduler_type": "linear"}
+    folder, options = folder_of("sft", **schedule), {"max_steps": 2, "logging_steps": 1, "save_strategy": "no"}
+    trainer = make("sft", policy, folder, **schedule, **options)
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+    assert trainer.state.log_history[-2]["learning_rate"] == pytest.approx(0.5e-3)
+
+
+@pytest.mark.parametrize(
+    "change", [{"optim": "sgd"}, {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "no"}]
+)
+def test_a_state_that_nothing_can_be_done_with_is_refused(change, policy, folder_of):
+    """It ended in torch's KeyError: 'momentum'."""
+    name = next(iter(change))
+    run = make("sft", policy, folder_of("sft"), max_steps=2, resume_changes=[name])
+    setattr(run.args, name, change[name])
+    with pytest.raises(TrainingError, match=f"{name}: .* holds a state of .*, with which .* cannot go on"):
+        run.train(resume_from_checkpoint=True)
+
+
+def test_a_loaded_state_leaves_the_settings_of_an_optimiser():
+    """Of the critic, the discriminator and MetaAPO's h, which have optimisers of their own."""
+    weights = [torch.nn.Parameter(torch.ones(2))]
+    before = torch.optim.AdamW(weights, lr=0.5, weight_decay=0.1)
+    weights[0].grad = torch.ones(2)
+    before.step()
+    now = torch.optim.AdamW(weights, lr=0.25, weight_decay=0.0)
+    with own_settings(now):
+        now.load_state_dict(before.state_dict())
+    assert (now.param_groups[0]["lr"], now.param_groups[0]["weight_decay"]) == (0.25, 0.0)
+    assert now.state[weights[0]]["step"] == 1
 
 
 def test_the_digest_of_rows_is_of_their_content():
