@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from align.config.arguments import resume_from
 from align.config.secrets import Secret, expand
 from align.errors import ConfigError
 from align.methods import get_method
@@ -101,10 +102,3 @@ def save_settings(values: dict, output_dir: Path) -> None:
 
     output_dir.mkdir(parents=True, exist_ok=True)
     write_settings(values, output_dir / SETTINGS_FILE)
-
-
-def resume_from(value: str | None) -> str | bool | None:
-    """What `Trainer.train` takes: True for the newest whole checkpoint, "auto" for that if there is one (for jobs that
-    are requeued), a folder, or None to start from the beginning."""
-    word = value.lower() if value is not None else "false"
-    return {"true": True, "false": None, "auto": "auto"}.get(word, value)

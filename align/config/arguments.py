@@ -136,3 +136,10 @@ def init_fields(cls: type) -> dict[str, dataclasses.Field]:
 @cache
 def hints(cls: type) -> dict[str, Any]:
     return get_type_hints(cls)
+
+
+def resume_from(value: str | None) -> str | bool | None:
+    """What `Trainer.train` takes: True for the newest whole checkpoint, "auto" for that if there is one (for jobs that
+    are requeued), a folder, or None to start from the beginning."""
+    word = value.lower() if value is not None else "false"
+    return {"true": True, "false": None, "auto": "auto"}.get(word, value)

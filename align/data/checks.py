@@ -8,7 +8,7 @@ from typing import Any
 
 from align.data.bad_rows import BadRow
 from align.data.formats import DataFormat
-from align.data.messages import check_calls, tools_of
+from align.data.messages import OTHER_CALLS, check_calls, tools_of
 
 Text = Any  # a string, or a list of messages where `DataFormat.conversational`: the format decides, not the type
 
@@ -258,6 +258,11 @@ def _message(message: Any, name: str) -> dict[str, Any]:
             raise BadRow(f"{name} has a malformed message (no {key})")
         if not isinstance(message[key], str):
             raise BadRow(f"{name} has a malformed message ({key} is {type(message[key]).__name__} instead of text)")
+    if message["role"] == OTHER_CALLS:
+        raise BadRow(
+            f"{name} has a message of the role {OTHER_CALLS}, which would not be trained: write the call into "
+            "tool_calls of an assistant message"
+        )
     # Arrow fills keys that only other rows have with None; templates would take these for given.
     return {key: item for key, item in message.items() if item is not None and not (key == "tool_calls" and not item)}
 

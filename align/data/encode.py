@@ -8,7 +8,7 @@ import numpy as np
 
 from align.data.bad_rows import BadRow
 from align.data.ending import Ending, special_ids, up_to_end
-from align.data.messages import applied, refuse_left_out, refuse_unknown_tools, trained
+from align.data.messages import applied, refuse_dropped, refuse_left_out, refuse_unknown_tools, trained
 from align.errors import DataError
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def render_pair(
     if not drawn:
         for completion, whole in zip(completions, wholes, strict=True):
             refuse_left_out([message for message in completion if trained(message)], whole)
+            refuse_dropped(prompt + completion, whole, tokenizer, options)
     if not all(whole.startswith(start) for whole in wholes):
         asked = _open(render(prompt, tokenizer, options), tokenizer)
         if not start.startswith(asked) or not all(whole.startswith(asked) for whole in wholes):
@@ -152,6 +153,7 @@ def render_conversation(
     refuse_unknown_tools(messages, options.get("tools"), tokenizer)
     text = render(messages, tokenizer, options)
     refuse_left_out([message for message in messages[first:] if trained(message)], text)
+    refuse_dropped(messages, text, tokenizer, options)
     every = all(trained(message) for message in messages if message["role"] == "assistant")
     if first == 0 and every and re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
         marked = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}

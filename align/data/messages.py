@@ -6,6 +6,8 @@ from typing import Any
 
 from align.data.bad_rows import BadRow
 
+OTHER_CALLS = "function_call"
+"""The role of an assistant's call of a tool in ShareGPT's format, as JSON in the text: no chat template knows it."""
 SPEAKERS = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
     "observation": "tool", "function_response": "tool",
@@ -106,6 +108,25 @@ def refuse_left_out(messages: list[dict[str, Any]], text: str) -> None:
                     "them, put them where the template takes thoughts from, or set another chat template, for example "
                     "with trl.get_training_chat_template, which `align sft` does with assistant_only_loss: true"
                 )
+
+
+def refuse_dropped(messages: list[dict[str, Any]], text: str, tokenizer: Any, options: dict[str, Any]) -> None:
+    """BadRow for a message that the chat template has left out of `text` whole, as those of Qwen do with roles that
+    they do not know (`developer`): the row would be trained, or asked, without it."""
+    for index, message in enumerate(messages):
+        if message["content"].strip() in text:
+            continue
+        # what is said may be changed, as earlier thoughts are; would other words of this message be shown?
+        probed = [*messages[:index], {**message, "content": PROBED}, *messages[index + 1 :]]
+        try:
+            shown = PROBED in applied(tokenizer, probed, **options)
+        except BadRow:
+            shown = True
+        if not shown:
+            raise BadRow(
+                f"the chat template leaves out a message of the role {message['role']} (write it with a role, and in a "
+                "place, that the template renders, or set another template)"
+            )
 
 
 def applied(tokenizer: Any, messages: list[dict[str, Any]], *, tokenize: bool = False, **options: Any) -> Any:

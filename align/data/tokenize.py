@@ -28,7 +28,7 @@ from align.data.encode import (
 )
 from align.data.ending import Ending, close, end_ids, ending_of, special_ids
 from align.data.formats import DataFormat, format_for
-from align.data.messages import refuse_calls, trained, with_roles
+from align.data.messages import refuse_calls, refuse_dropped, trained, with_roles
 from align.data.passes import Columns, Note, Recipe, started, tokenized
 from align.data.tokenized import check_room, cut_pair
 from align.errors import DataError
@@ -84,6 +84,8 @@ def tokenize_prompts(
             )
             note_typed("prompt", checks.typed_tokens(prompt, list(controls.values())), note)
         text = render(prompt, tokenizer, options, answer_next=True) if fmt.conversational else prompt
+        if fmt.conversational:
+            refuse_dropped(prompt, text, tokenizer, options)
         return (text, []), {"prompt": prompt}
 
     def finish(encoded: Encoded, note: Note) -> Columns:

@@ -94,7 +94,7 @@ class Checker:
 
     def _train(self, output: Path, keep: bool, **options: Any) -> Result:
         from align.cli import build
-        from align.cli.train import resume_from
+        from align.config.arguments import resume_from
         from align.config.resolve import resolve
 
         run = resolve(self.method, self.config, self.tokens(output, **options))

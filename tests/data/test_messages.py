@@ -77,6 +77,36 @@ def test_what_is_no_tool(tool_tokenizer, change, reason):
         tokenize_completions(rows, tool_tokenizer, max_length=None)
 
 
+def test_a_message_that_the_template_leaves_out(tool_tokenizer):
+    """Qwen's templates pass over roles that they do not know: rows were trained without it."""
+    developer = {"role": "developer", "content": "Answer in one word."}
+    said = "the chat template leaves out a message of the role developer"
+    rows = Dataset.from_list([{"messages": [developer, ASKED, ANSWER], "prompt": [developer, ASKED]}])
+    with pytest.raises(DataError, match=said):
+        tokenize_completions(rows.remove_columns("prompt"), tool_tokenizer, max_length=None)
+    with pytest.raises(DataError, match=said):
+        tokenize_prompts(rows.remove_columns("messages"), tool_tokenizer, max_prompt_length=None)
+    pair = {"prompt": [developer, ASKED], "chosen": [ANSWER], "rejected": [{**ANSWER, "content": "Rain."}]}
+    with pytest.raises(DataError, match=said):
+        tokenize_pairs(Dataset.from_list([pair]), tool_tokenizer, max_length=None)
+    (row,) = tokenize_completions(
+        Dataset.from_list([{"messages": [{**developer, "role": "system"}, ASKED, ANSWER]}]),
+        tool_tokenizer,
+        max_length=None,
+    )
+    assert "Answer in one word." in tool_tokenizer.decode(row["input_ids"])
+
+
+def test_a_call_in_the_format_of_sharegpt_is_refused(chat_tokenizer):
+    """It was context: what the assistant called was not trained."""
+    talk = [("human", "Rome?"), ("function_call", '{"name": "weather"}'), ("observation", "sun"), ("gpt", "Sunny.")]
+    rows = Dataset.from_list([{"conversations": [{"from": who, "value": what} for who, what in talk]}])
+    with pytest.raises(
+        DataError, match="role function_call, which would not be trained: write the call into tool_calls"
+    ):
+        tokenize_completions(rows, chat_tokenizer, max_length=None)
+
+
 def test_tools_that_a_template_would_leave_out(chat_tokenizer):
     rows = Dataset.from_list([{"messages": [ASKED, ANSWER], "tools": TOOLS}])
     with pytest.raises(DataError, match="the chat template renders no tools"):

@@ -27,6 +27,7 @@ class TrainingSettings:
     """Of transformers' `TrainingArguments`, once it has filled in its defaults."""
 
     output_dir: str
+    resume_from_checkpoint: str | None
     run_name: str | None
     report_to: list[str]
     hub_token: str | None
@@ -48,6 +49,8 @@ class TrainingSettings:
     max_steps: int
     metric_for_best_model: str | None
     eval_on_start: bool
+    do_eval: bool
+    eval_strategy: Any
     logging_steps: float
     learning_rate: float
     weight_decay: float

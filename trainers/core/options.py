@@ -49,6 +49,7 @@ NOWHERE = {
     "auto_find_batch_size": "after an out-of-memory error transformers begins again with half the batch, from weights "
     "that are trained in part, and its steps have fewer rows than yours; a smaller per_device_train_batch_size with "
     "more gradient_accumulation_steps trains the same",
+    "do_predict": "training predicts nothing; from Python, trainer.predict(rows) does",
     "enable_jit_checkpoint": "a run ends with a checkpoint at SIGTERM and SIGUSR1 by itself, between two steps",
 }
 # The same of the trainers that build on transformers' Trainer directly.
@@ -251,6 +252,12 @@ class RunOptions(TrainingSettings):
             if isinstance(error, AlignError):
                 raise
             raise ConfigError(one_line(error)) from error
+        if self.do_eval and self.eval_strategy == "no" and not self.eval_on_start:
+            raise ConfigError(
+                "do_eval: nothing is evaluated with eval_strategy: 'no'; set eval_strategy: steps or epoch, or leave "
+                "do_eval out",
+                key="do_eval",
+            )
         if not connected:
             limit_waits(self.ddp_timeout)
         if self.gradient_checkpointing and (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):

@@ -1,4 +1,4 @@
-"""An optimiser that a run goes on with: its moments are the checkpoint's, its settings and the schedule are the run's."""
+"""An optimiser that a run goes on with: its moments are those of the checkpoint, its settings and schedule the run's."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -64,6 +64,11 @@ def check_base(model: Model, output_dir: str | None) -> None:
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind in NOT_TRAINED_SO:
         raise ConfigError(f"an adapter of type {kind} cannot be trained here: {NOT_TRAINED_SO[kind]}. Use LoRA")
+    if vars(config).get("alora_invocation_tokens"):
+        raise ConfigError(
+            "alora_invocation_tokens: an activated adapter looks for these tokens in whole rows that are padded, and "
+            "with the passes of the trainers here it would get no gradient: leave it out"
+        )
     if changes_base(config):
         raise ConfigError(
             f"init_lora_weights: {config.init_lora_weights} changes the frozen weights too, so that the model with its "

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
+from align.config.arguments import resume_from
 from align.data.endless import EndlessRows
 from align.data.limits import fit_sets
 from align.data.streams import is_stream
@@ -345,8 +346,10 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As transformers' `train`; `resume_from_checkpoint=True` takes the newest undamaged checkpoint, "auto" that if
-        there is one."""
+        there is one. None: what the configuration says, which transformers leaves to the script."""
         args = self.args
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = resume_from(args.resume_from_checkpoint)
         check_wandb(args)
         check_early_stopping(args, self.callback_handler.callbacks)
         self._identity = self.identity()

@@ -136,7 +136,7 @@ def _train_one(model: str, args: RewardConfig, folder: Path, index: int, options
     member_args.run_name = f"{args.run_name or folder.parent.name}-{folder.name}"
     logger.info("%s: seed %d", folder, member_args.seed)
     trainer = RewardTrainer(model, member_args, **options)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=False)  # a member that is not whole begins anew
     trainer.save_model()
 
 

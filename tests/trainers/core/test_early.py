@@ -31,6 +31,8 @@ from tests.trainers.tiny_runs import QUIET, logged
         ({"warmup_steps": 0.1}, "warmup_steps: 0.1 has no effect .* constant_with_warmup"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size: after an out-of-memory error"),
         ({"dataloader_persistent_workers": True}, "there are no workers to keep: set dataloader_num_workers"),
+        ({"do_eval": True, "eval_on_start": False}, "do_eval: nothing is evaluated with eval_strategy: 'no'"),
+        ({"do_predict": True}, "do_predict: training predicts nothing"),
         ({"logging_nan_inf_filter": True}, "logging_nan_inf_filter: a loss that is not finite ends the run"),
     ],
 )

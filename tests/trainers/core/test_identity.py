@@ -156,6 +156,16 @@ def test_a_loaded_state_leaves_the_settings_of_an_optimiser():
     assert now.state[weights[0]]["step"] == 1
 
 
+def test_a_checkpoint_named_in_the_configuration_is_resumed(policy, folder_of):
+    """transformers leaves that option to the script, and `train()` began anew."""
+    trainer = make("sft", policy, folder_of("sft"), max_steps=3, save_strategy="no")
+    trainer.args.resume_from_checkpoint = str(folder_of("sft") / "checkpoint-1")
+    trainer.train()
+    assert (trainer.resume_step, trainer.state.global_step) == (1, 3)
+    trainer.train(resume_from_checkpoint=False)
+    assert trainer.resume_step is None
+
+
 def test_the_digest_of_rows_is_of_their_content():
     """Not of how they lie in memory; of their order and every value."""
     rows = [{"ids": [i, i + 1], "text": f"row {i}", "weight": i / 7} for i in range(2500)]

@@ -64,6 +64,13 @@ def test_an_adapter_that_the_trainers_do_not_know_how_to_train_is_refused(method
         make(method, policy, tmp_path, config)
 
 
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_an_activated_adapter_is_refused(method, policy, tmp_path):
+    """Its gradients were 0 in every step, and nothing said so."""
+    with pytest.raises(ConfigError, match="alora_invocation_tokens: .* would get no gradient"):
+        make(method, policy, tmp_path, lora(alora_invocation_tokens=[3]))
+
+
 def test_an_adapter_of_a_reward_model_needs_a_place_for_the_head(policy, tmp_path):
     with pytest.raises(ConfigError, match="TrainableTokensConfig has no modules_to_save"):
         make("reward", policy, tmp_path, TrainableTokensConfig(token_indices=[3]))
