@@ -1,4 +1,4 @@
-"""An optimiser that a run goes on with: its moments are those of the checkpoint, its settings and schedule the run's."""
+"""An optimiser that a run goes on with: its moments are of the checkpoint, its settings and schedule of the run."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
