@@ -69,6 +69,12 @@ class SFTConfig(SupervisedOptions, RunOptions, trl.SFTConfig):
             raise ConfigError(
                 f"{', '.join(changed)}: the loss mask follows from the dataset's format, see docs/data.md"
             )
+        if self.loss_type == "dft" and self.label_smoothing_factor:
+            raise ConfigError(
+                "label_smoothing_factor: loss_type dft takes the probability of each token as it is, without "
+                "smoothing: leave one of the two out",
+                key="label_smoothing_factor",
+            )
         defaults = {item.name: item.default for item in fields(trl.SFTConfig)}
         if self.padding_free and self.eval_packing and not self.packing:
             raise ConfigError(

@@ -52,6 +52,27 @@ class GradientsReachTheWeights(TrainerCallback):
             logger.warning("%s. Unused experts or layers may do without; others would not be trained", found)
 
 
+def check_given_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """ConfigError for an optimiser of the user's that has none of the weights that are trained, as one that was made
+    before an adapter was added: nothing would be trained. A warning where it has some of them."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    without = [name for name, parameter in trainable.items() if id(parameter) not in held]
+    if trainable and len(without) == len(trainable):
+        raise ConfigError(
+            f"optimizers: the optimiser has none of the {len(trainable)} tensors that are trained ({without[0]} ...): "
+            "nothing would be. With peft_config make the PEFT model first and pass that, or leave the optimiser to "
+            "optim and learning_rate"
+        )
+    if without:
+        logger.warning(
+            "optimizers: the optimiser has %d of %d trainable tensors: the others are not trained (%s ...)",
+            len(trainable) - len(without),
+            len(trainable),
+            without[0],
+        )
+
+
 class ProcessesAgree(TrainerCallback):
     """Under DDP, after steps 1, 2, 4, 8 ... and before a checkpoint: an error if the processes have other weights, as
     where something has kept DDP from adding up their gradients. Each would train a model of its own, and that of the

@@ -84,7 +84,7 @@ class TrainerHooks:
     model: Model
     model_wrapped: nn.Module
     accelerator: Accelerator
-    optimizer: torch.optim.Optimizer
+    optimizer: Any
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     processing_class: PreTrainedTokenizerBase
     train_dataset: Any

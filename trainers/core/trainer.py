@@ -92,6 +92,8 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
         self._verify = self._began = False
         super().__init__(*args, **kwargs)
         check_overlap(self.model)
+        if self.optimizer is not None:  # the user's: others are made when training begins
+            guards.check_given_optimizer(self.model, self.optimizer)
         check_layers(self.args, self.model)
         check_sharded(self.accelerator)
         prepare_with_buffers(self.accelerator)

@@ -8,16 +8,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import transformers.trainer
 from huggingface_hub import HfApi
+from peft import LoraConfig
 from transformers import EarlyStoppingCallback
 from trl import RichProgressCallback
 
 import align
 from align.distributed.checkpoints import MANIFEST
 from align.errors import ConfigError, TrainingError
+from align.modeling.load import load_policy, load_tokenizer
 from align.trainers.core import early
 from tests.trainers.core.test_eval_sets import make_trainer, rows_of
+from tests.trainers.pairs.preference_runs import toy_pairs
 from tests.trainers.tiny_runs import QUIET, logged
 
 
@@ -195,3 +199,26 @@ def test_a_checkpoint_is_pushed_when_it_has_all_of_its_files(hub, tmp_path):
     trainer.train()
     checkpoints = [names for names in one.seen if "trainer_state.json" in names]
     assert len(checkpoints) == 2 and all({MANIFEST, "align_run.json"} <= set(names) for names in checkpoints)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "reward"])
+def test_an_optimiser_without_the_weights_that_are_trained_is_refused(method, policy, tmp_path):
+    """It was made of the model, and the adapter that was added later stayed 0."""
+    model = load_policy(policy)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    classes = {
+        "sft": (align.SFTTrainer, align.SFTConfig),
+        "dpo": (align.DPOTrainer, align.DPOConfig),
+        "reward": (align.RewardTrainer, align.RewardConfig),
+    }
+    trainer, config = classes[method]
+    rows, named = toy_pairs(8), {"processing_class": load_tokenizer(policy), "optimizers": (optimizer, None)}
+    args = config(str(tmp_path), report_to="none", max_length=32)
+    with pytest.raises(ConfigError, match="optimizers: the optimiser has none of the .* nothing would be"):
+        adapter = LoraConfig(r=2, target_modules=["q_proj"])
+        trainer(policy if method == "reward" else model, args, rows, rows, peft_config=adapter, **named)
+
+
+def test_smoothing_of_a_loss_that_has_none_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="label_smoothing_factor: loss_type dft takes the probability"):
+        align.SFTConfig(str(tmp_path), loss_type="dft", label_smoothing_factor=0.1)
