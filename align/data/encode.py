@@ -65,6 +65,13 @@ def render(messages: Messages, tokenizer: "PreTrainedTokenizerBase", options: di
     return applied(tokenizer, messages, add_generation_prompt=answer_next, **options)
 
 
+def render_prompt(prompt: Messages, tokenizer: "PreTrainedTokenizerBase", options: dict) -> str:
+    """The text that the policy answers; BadRow where the template leaves out a message of it."""
+    text = render(prompt, tokenizer, options, answer_next=True)
+    refuse_dropped(prompt, text, tokenizer, options)
+    return text
+
+
 def render_pair(
     prompt: Messages,
     completions: list[Messages],

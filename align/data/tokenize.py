@@ -22,13 +22,13 @@ from align.data.encode import (
     check_tokenizer,
     encode,
     encode_conversations,
-    render,
     render_conversation,
     render_pair,
+    render_prompt,
 )
 from align.data.ending import Ending, close, end_ids, ending_of, special_ids
 from align.data.formats import DataFormat, format_for
-from align.data.messages import refuse_calls, refuse_dropped, trained, with_roles
+from align.data.messages import refuse_calls, trained, with_roles
 from align.data.passes import Columns, Note, Recipe, started, tokenized
 from align.data.tokenized import check_room, cut_pair
 from align.errors import DataError
@@ -83,9 +83,7 @@ def tokenize_prompts(
                 "rollouts offer none of the data's tools (docs/environments.md: those of a run)", prompt=prompt
             )
             note_typed("prompt", checks.typed_tokens(prompt, list(controls.values())), note)
-        text = render(prompt, tokenizer, options, answer_next=True) if fmt.conversational else prompt
-        if fmt.conversational:
-            refuse_dropped(prompt, text, tokenizer, options)
+        text = render_prompt(prompt, tokenizer, options) if fmt.conversational else prompt
         return (text, []), {"prompt": prompt}
 
     def finish(encoded: Encoded, note: Note) -> Columns:
