@@ -41,7 +41,8 @@ class RLOO(Estimator):
         if self.normalize_advantages:
             counted = stream.mask.amax(-1) > 0
             of_all = ranks.gather(advantages)[ranks.gather(counted)]
-            advantages = (advantages - of_all.mean()) / (of_all.std() + EPSILON)
+            if len(of_all) > 1:  # an only one has no deviation, and no others to be compared with: its advantage is 0
+                advantages = (advantages - of_all.mean()) / (of_all.std() + EPSILON)
         return Estimate(advantages[:, None] * stream.mask)
 
 

@@ -13,7 +13,7 @@ from align.errors import ConfigError, one_line
 from align.modeling.adapters import (
     CONFIG_FILE,
     adapter_base,
-    check_biases,
+    check_mergeable,
     fit_base,
     is_adapter,
     notes,
@@ -69,7 +69,7 @@ def merge(adapted: Any) -> Model:
     them is adapted: PEFT adds the update to the shared weight, and so to both."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    check_biases(adapted)
+    check_mergeable(adapted)
     core = adapted.get_base_model()
     ends = core.get_input_embeddings(), core.get_output_embeddings()
     layers = [end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends]

@@ -42,6 +42,20 @@ def test_a_bias_of_an_adapter_made_elsewhere_is_refused(policy, tmp_path):
         load_policy(tmp_path / "one")
 
 
+@pytest.mark.parametrize("method", ["sft", "dpo", "remax"])
+def test_an_adapter_on_layers_that_share_a_weight_is_refused(method, policy, tmp_path):
+    """A merge adds the updates of both to it: what was loaded was 0.6 nats from what had been trained."""
+    with pytest.raises(ConfigError, match="share one weight .layer_replication"):
+        make(method, policy, tmp_path, lora(target_modules=["q_proj"], layer_replication=[[0, 2], [0, 2]]))
+
+
+def test_an_adapter_of_replicated_layers_that_was_made_elsewhere_is_refused(policy, tmp_path):
+    config = lora(target_modules=["q_proj"], layer_replication=[[0, 2], [0, 2]], task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(policy), config).save_pretrained(tmp_path / "one")
+    with pytest.raises(ConfigError, match="share one weight"):
+        load_policy(tmp_path / "one")
+
+
 @pytest.mark.parametrize("targets", [["q_proj", "lm_head"], r".*\.q_proj|lm_head"])
 def test_an_adapter_on_the_head_is_refused(targets, policy, tmp_path):
     said = r"target_modules: lm_head is the model's head.*modules_to_save: \[lm_head\]"

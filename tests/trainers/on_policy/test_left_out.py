@@ -29,6 +29,20 @@ def test_baselines_are_of_the_others():
     assert not group_relative(level, kept=kept[:1]).any()
 
 
+@pytest.mark.parametrize("scored", [0, 1, 2])
+def test_advantages_of_few_scored_samples_are_numbers(scored, policy, tmp_path):
+    """RLOO's deviation over a rollout of which one sample was scored was nan, and so was the loss."""
+    sizes = {"max_steps": 1, "per_device_train_batch_size": 2}
+    trainer_class, args = on_policy("rloo", tmp_path, normalize_advantages=True, **sizes)
+
+    def few(completions):
+        return [float(i) if i < scored else None for i in range(len(completions))]
+
+    trainer = trainer_class(policy, few, args, prompts(8))
+    trainer.train()
+    assert (logged(trainer, "grad_norm")[0] > 0) == (scored == 2)
+
+
 @pytest.mark.parametrize("method", ["grpo", "remax", "ppo"])
 def test_what_is_left_out_does_not_matter(method, policy, tmp_path):
     """A sample whose reward failed has another reward's score, which cannot change anything."""
