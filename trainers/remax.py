@@ -77,6 +77,11 @@ class ReMaxConfig(OnPolicyConfig):
         default=None, metadata={"help": "Clip the difference between sampled and greedy reward to +- this."}
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.kl_mode == "one_step" and (self.kl_in == "loss" or not self.beta):
+            raise ConfigError("kl_mode: one_step is of the KL in the reward: set kl_in: reward, and a beta above 0")
+
 
 class ReMaxTrainer(OnPolicyTrainer):
     """One policy, and one more, greedy, completion per prompt."""

@@ -13,7 +13,7 @@ from align.trainers.core.options import BaseConfig
 from align.trainers.core.reference_checks import check_no_noise
 from align.trainers.on_policy.ahead import check_ahead
 from align.trainers.on_policy.estimators import make_estimator
-from align.trainers.on_policy.loss_options import check_loss_options, take_delta
+from align.trainers.on_policy.loss_options import check_loss_options, check_used, take_delta
 from align.trainers.on_policy.loss_types import LOSS_TYPES, resolve_loss_type
 from align.trainers.on_policy.sampling_options import SamplingOptions
 from align.trainers.on_policy.stopping import check_stop, prepare_stop
@@ -268,6 +268,7 @@ class OnPolicyConfig(BatchingOptions, SamplingOptions, BaseConfig):
         check_estimator(self)
         check_penalty(self)
         check_loss_options(self)
+        check_used(self)
         check_ahead(self)
         check_constraints(self)
         check_dynamic_weights(self)

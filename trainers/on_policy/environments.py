@@ -279,6 +279,9 @@ def environments_of(args: EnvironmentOptions, tools: Any, factory: Factory) -> E
     if factory is None and not functions:
         if args.max_turns is not None:
             raise ConfigError("max_turns counts turns with an environment or tools: name one", key="max_turns")
+        for name in ("environment_timeout", "environment_on_error"):
+            if getattr(args, name) != EnvironmentOptions.__dataclass_fields__[name].default:
+                raise ConfigError(f"{name}: only with an environment or tools", key=name)
         return None
     return Environments(factory, functions, args.environment_timeout)
 

@@ -1,6 +1,6 @@
 """Options of the policy's loss beyond the clipped surrogate, by TRL's names."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from align.errors import ConfigError
@@ -104,3 +104,22 @@ def check_loss_options(args: Any) -> None:
         kind = name.partition("_")[0]
         if kind in ("sapo", "vespo") and getattr(args, name) != default and args.loss_type != kind:
             raise ConfigError(f"{name}: only with loss_type: {kind}", key=name)
+
+
+def check_used(args: Any) -> None:
+    """Raises `ConfigError` for options (of `OnPolicyConfig`) that others leave without effect."""
+    corrects, clips = args.rollout_correction != "none", args.loss_type not in ("cispo", "sapo", "vespo")
+    found = {
+        "rollout_correction_high": (corrects, "only with rollout_correction"),
+        "rollout_correction_low": (corrects, "only with rollout_correction"),
+        "kl_horizon": (args.kl_target is not None, "only with kl_target"),
+        "kl_estimator": (args.kl_in == "loss", "only with kl_in: loss; the KL in the reward is k1"),
+        "use_bias_correction_kl": (args.beta != 0, "only with a beta above 0"),
+        "sync_ref_model": (args.beta != 0, "with beta: 0 nothing is trained towards the reference"),
+        "epsilon": (clips, f"loss_type: {args.loss_type} has no clip below 1"),
+        "epsilon_high": (clips or args.loss_type == "cispo", f"loss_type: {args.loss_type} has no clip"),
+    }
+    defaults = {f.name: f.default for f in fields(args)}
+    for name, (used, why) in found.items():
+        if not used and getattr(args, name) != defaults[name]:
+            raise ConfigError(f"{name}: {why}", key=name)

@@ -208,8 +208,27 @@ def test_a_group_without_variance_is_counted(policy, tmp_path):
         ("reinforce_pp", {"group_baseline": True}, "needs at least 2"),
         ("rloo", {"importance_sampling_level": "sequence_sum"}, "set loss_aggregation: sequence_mean"),
         ("rloo", {"multipliers": {"form": "tanh"}}, "there are no constraints"),
+        # what would do nothing
+        ("rloo", {"rollout_correction_high": 2.0}, "only with rollout_correction"),
+        ("ppo", {"rollout_correction_low": 0.5}, "only with rollout_correction"),
+        ("ppo", {"kl_horizon": 50.0}, "only with kl_target"),
+        ("grpo", {"kl_estimator": "k2", "kl_in": "reward"}, "only with kl_in: loss"),
+        ("rloo", {"kl_estimator": "k3"}, "only with kl_in: loss"),
+        ("grpo", {"use_bias_correction_kl": True, "beta": 0.0}, "only with a beta above 0"),
+        ("rloo", {"sync_ref_model": True, "beta": 0.0}, "nothing is trained towards the reference"),
+        ("grpo", {"loss_type": "sapo", "epsilon": 0.1}, "sapo has no clip"),
+        ("rloo", {"loss_type": "vespo", "epsilon_high": 0.3}, "vespo has no clip"),
+        ("grpo", {"loss_type": "cispo", "epsilon": 0.1}, "cispo has no clip below 1"),
+        ("remax", {"kl_mode": "one_step", "kl_in": "loss"}, "is of the KL in the reward"),
+        ("remax", {"kl_mode": "one_step", "beta": 0.0}, "is of the KL in the reward"),
     ],
 )
 def test_options_are_checked(method, options, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         on_policy(method, tmp_path, **options)
+
+
+@pytest.mark.parametrize("options", [{"environment_timeout": 5.0}, {"environment_on_error": "mask"}])
+def test_options_of_an_environment_need_one(options, policy, tmp_path):
+    with pytest.raises(ConfigError, match="only with an environment or tools"):
+        make("rloo", policy, tmp_path, **options)
