@@ -23,13 +23,15 @@ MAX_LOG_RATIO = 20.0  # e^20 is far outside any trust region: beyond it only ove
 @dataclass
 class PolicyLoss:
     """losses: [B, T], with gradient, 0 outside the mask. The rest is detached: ratio [B, T]; clipped and dual_clipped
-    [B, T] bool, tokens whose loss the clip (the dual clip) decides; approx_kl, the mean of k1 of old against new."""
+    [B, T] bool, tokens whose loss the clip (the dual clip) decides; approx_kl, the mean of k1 of old against new;
+    correction, importance weights against the engine, [B, T], None without."""
 
     losses: Tensor
     ratio: Tensor
     clipped: Tensor
     dual_clipped: Tensor
     approx_kl: Tensor
+    correction: Tensor | None = None
 
 
 def _check_inputs(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor) -> None:

@@ -316,6 +316,7 @@ class OnPolicyTrainer(OnPolicyBase):
         advantages = mix(inputs["advantages"], self.weighting)
         losses, policy = self.token_losses(logps, advantages, inputs)
         self.metrics.update(logps.detach(), entropy.detach(), inputs)
+        self.metrics.correction(policy.correction, mask)
         if args.steps_per_rollout > 1:
             self.metrics.surrogate(policy, mask)
         if self.critic is not None:

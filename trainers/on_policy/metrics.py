@@ -113,6 +113,13 @@ class OnPolicyMetrics:
             self.record(name, (values * mask).sum() / tokens, tokens)
         self.record("padding", padding_share(batch), batch["input_ids"].numel())
 
+    def correction(self, weights: Tensor | None, mask: Tensor) -> None:
+        """Of what `rollout_correction` makes of the loss: weights [B, L], 0 where it is dropped; None without."""
+        tokens = mask.sum()
+        if weights is not None and tokens:
+            self.record("rollout/correction_weight", kl.masked_mean(weights, mask), tokens)
+            self.record("rollout/correction_dropped", kl.masked_mean((weights == 0).float(), mask), tokens)
+
     def surrogate(self, policy: PolicyLoss, mask: Tensor) -> None:
         """Of the clipped loss, where several steps are made from a rollout."""
         tokens = mask.sum()

@@ -47,6 +47,7 @@ def policy_objective(
             low=args.rollout_correction_low,
         )
     policy = surrogate(logps, old_logps, advantages, mask, args, weights)
+    policy.correction = weights
     losses = policy.losses
     if args.off_policy_mask_threshold is not None:
         drawn = old_logps if weights is None else batch["engine_logps"]

@@ -180,11 +180,18 @@ def test_correction_and_clip_options_reach_the_loss(policy, tmp_path):
     """bfloat16: the engine rounds differently, so the weights differ from 1, and the loss with them."""
     losses = {}
     for correction in ("none", "token_truncate", "sequence_mask"):
-        options = {"rollout_correction": correction, "rollout_correction_high": 1.0, "bf16": True}
-        trainer = make("grpo", policy, tmp_path / correction, max_steps=1, **options)
+        options = {} if correction == "none" else {"rollout_correction": correction, "rollout_correction_high": 1.0}
+        trainer = make("grpo", policy, tmp_path / correction, max_steps=1, bf16=True, **options)
         trainer.train()
         losses[correction] = logged(trainer, "grad_norm")[0]
         assert 0 < logged(trainer, "rollout/effective_sample_size")[0] <= 1
+        weight, dropped = (logged(trainer, f"rollout/correction_{name}") for name in ("weight", "dropped"))
+        if correction == "none":
+            assert not weight and not dropped
+        elif correction == "token_truncate":
+            assert 0.98 < weight[0] < 1 and dropped == [0.0]
+        else:  # what is above 1 is dropped: about half of the sequences
+            assert 0.2 < dropped[0] < 0.8 and weight[0] == pytest.approx(1 - dropped[0], abs=0.05)
     assert len(set(losses.values())) == 3, losses
 
 
