@@ -1,6 +1,6 @@
 """What a model can take: rows that are too long for it, or have tokens it does not know, are refused at the start."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,13 +28,19 @@ positions that the model was made for. `align.modeling.rotary` chooses for a run
 beyond those of dynamic ones."""
 
 
+def sequences_in(names: Collection[str]) -> list[tuple[str, ...]]:
+    """What a model reads of rows with these columns. `input_ids` beside our `prompt_ids` is a column of the user's."""
+    found = [group for group in SEQUENCES if set(group) <= set(names)]
+    return [group for group in found if group != ("input_ids",) or "prompt_ids" not in names]
+
+
 def check_fits(model: "Model", dataset: "Dataset", what: str, tokenizer: Any = None, name: str = "model") -> None:
     """Raise DataError for tokenised rows with more tokens than the model has positions, or with unknown token ids.
 
     what, name: the dataset's and the model's in the message. Of prompts for rollouts only the prompt is counted.
     """
     limit, known = longest_input(model), known_tokens(model)
-    columns = [group for group in SEQUENCES if set(group) <= set(dataset.column_names)]
+    columns = sequences_in(dataset.column_names)
     for column in {column for group in columns for column in group}:
         _check_tokens(dataset, column, known, what, tokenizer, name)
     if limit is not None:
@@ -120,7 +126,7 @@ def longest_sequence(limit: int | None, sets: Iterable[Any]) -> int:
 
 
 def _longest_row(dataset: "Dataset") -> int:
-    columns = [group for group in SEQUENCES if set(group) <= set(dataset.column_names)]
+    columns = sequences_in(dataset.column_names)
     return max((int(_row_lengths(dataset, group).max(initial=0)) for group in columns), default=0)
 
 
@@ -150,7 +156,7 @@ def row_check(model: "Model", tokenizer: Any = None) -> Callable[[dict[str, Any]
     limit, known = longest_input(model), known_tokens(model)
 
     def check(row: dict[str, Any]) -> None:
-        groups = [group for group in SEQUENCES if set(group) <= row.keys()]
+        groups = sequences_in(row.keys())
         named = f"row {row['row']}" if "row" in row else "a row"
         longest = max(row.get(PACKED) or (sum(len(row[name]) for name in group) for group in groups))
         largest = max(max(row[name], default=0) for group in groups for name in group)

@@ -113,9 +113,16 @@ def tokenized_prompts(
 
 
 def check_lengths(dataset, limit: int) -> None:
-    """DataError for prompts of more than `limit` tokens, in a dataset that came tokenised; a stream is not read."""
+    """DataError for prompts of more than `limit` tokens, in a dataset that came tokenised, and for a column of that
+    name that holds something else; a stream is not read."""
     if is_stream(dataset):
         return
+    kind = dataset.features["prompt_ids"]
+    if "int" not in str(getattr(getattr(kind, "feature", None), "dtype", "")):
+        raise DataError(
+            f"the column prompt_ids is what prompts that are tokenised stand in, as lists of token ids, and here it "
+            f"holds {kind}: rename it"
+        )
     found = np.flatnonzero(lengths_of(dataset, "prompt_ids") > limit)
     if not len(found):
         return

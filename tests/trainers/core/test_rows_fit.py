@@ -39,6 +39,24 @@ def test_tokens_without_an_embedding(method, tokenizer, tmp_path):
         make(method, args, rows, tokenizer, vocab_size=known - 1)
 
 
+@pytest.mark.parametrize("column", [[999_999], list(range(70)), "of another library"])
+def test_a_column_of_the_users_is_no_row_of_tokens(column, tokenizer, tmp_path):
+    """`input_ids` of another tokenizer beside a prompt was refused as tokens that the model does not know."""
+    rows, seen = Dataset.from_list([{"prompt": PAIR["prompt"], "input_ids": column}] * 2), []
+
+    def reward(completions, input_ids):
+        seen.extend(input_ids)
+        return [0.0] * len(completions)
+
+    sizes = {"max_steps": 1, "max_prompt_length": 16, "max_completion_length": 4, "per_device_train_batch_size": 2}
+    args = ReMaxConfig(output_dir=str(tmp_path), rollout="transformers", **sizes, **QUIET)
+    ReMaxTrainer(tiny_model(tokenizer), reward, args, rows, processing_class=tokenizer).train()
+    assert seen == [column] * 4
+    with pytest.raises(DataError, match="the column prompt_ids .* rename it"):
+        named = rows.rename_column("input_ids", "prompt_ids").map(lambda row: {"prompt_ids": "a name"})
+        ReMaxTrainer(tiny_model(tokenizer), wanted_words, args, named, processing_class=tokenizer)
+
+
 @pytest.mark.parametrize("method", ["sft", "dpo", "reward"])
 def test_rows_beyond_the_models_positions(method, tokenizer, tmp_path):
     empty = {**PAIR, "chosen": "", "rejected": ""}  # dropped: rows keep the numbers of the file
