@@ -191,7 +191,7 @@ def check_overlap(model: nn.Module) -> None:
         )
 
 
-def check_mergeable(model: nn.Module) -> None:
+def check_mergeable(model: Any) -> None:
     """ConfigError for an adapter that no merge takes: a bias on a layer that has none, and updates of layers that share
     one weight (`layer_replication`), to which each of them would be added. `merge` parts input and output embeddings.
     """
