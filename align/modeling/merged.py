@@ -13,13 +13,13 @@ from align.errors import ConfigError, one_line
 from align.modeling.adapters import (
     CONFIG_FILE,
     adapter_base,
-    check_mergeable,
     fit_base,
     is_adapter,
     notes,
     read_object,
     read_start,
 )
+from align.modeling.mergeable import check_mergeable
 from align.modeling.pretrained import load_whole, only_errors_from_transformers
 from align.modeling.score_head import draw_head, head_name, read_at_end_token
 from align.modeling.types import Model
