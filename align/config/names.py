@@ -5,7 +5,7 @@ import difflib
 import inspect
 from collections.abc import Iterable
 
-from align.config.other_names import OTHER_NAMES, REMOVED
+from align.config.other_names import ELSEWHERE, OTHER_NAMES, REMOVED
 from align.errors import ConfigError
 
 
@@ -20,8 +20,9 @@ def nearest(name: str, valid: Iterable[str]) -> str | None:
 
 
 def removed(name: str) -> str | None:
-    """What to say of an option that TRL has had, or has for other methods."""
-    return f"TRL's, not here. Instead: {REMOVED[name]}" if name in REMOVED else None
+    """What to say of an option of another library that has no single name here."""
+    instead = REMOVED.get(name) or ELSEWHERE.get(name)
+    return f"no option here. Instead: {instead}" if instead else None
 
 
 def in_python(dotted: str) -> str:

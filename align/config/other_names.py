@@ -1,5 +1,5 @@
-"""Options by the names of other libraries (docs/coming_from_verl.md), or as they would be called without their section,
-for the error about an unknown key."""
+"""Options by the names of other libraries (docs/coming_from_verl.md), as they were called once, or as they would be
+called without their section, for the error about an unknown key."""
 
 OTHER_NAMES = {
     "rollout_dtype": "rollout.dtype",
@@ -63,11 +63,58 @@ OTHER_NAMES = {
     "save_freq": "save_steps",
     "test_freq": "eval_steps",
     "total_epochs": "num_train_epochs",
+    # LLaMA-Factory's and axolotl's
+    "dataset": "dataset_name",
+    "eval_dataset": "eval_dataset_name",
+    "base_model": "model_name_or_path",
+    "ref_model": "ref_model_name_or_path",
+    "reward_model": "rewards",
+    "cutoff_len": "max_length",
+    "sequence_len": "max_length",
+    "micro_batch_size": "per_device_train_batch_size",
+    "num_epochs": "num_train_epochs",
+    "optimizer": "optim",
+    "lr_scheduler": "lr_scheduler_type",
+    "lora_target": "lora_target_modules",
+    "additional_target": "lora_modules_to_save",
+    "pref_beta": "beta",
+    "dpo_beta": "beta",
+    "pref_loss": "loss_type",
+    "dpo_label_smoothing": "label_smoothing",
+    "kto_chosen_weight": "desirable_weight",
+    "kto_rejected_weight": "undesirable_weight",
+    "ppo_target": "kl_target",
+    "sample_packing": "packing",
+    "neat_packing": "packing",
+    "preprocessing_num_workers": "dataset_num_proc",
+    "dataset_processes": "dataset_num_proc",
+    "flash_attn": "attn_implementation",
+    "flash_attention": "attn_implementation",
+    "template": "chat_template_path",
+    "chat_template": "chat_template_path",
+    "wandb_project": "project",
+    "wandb_name": "run_name",
+    # transformers', once
+    "torch_dtype": "dtype",
+    "evaluation_strategy": "eval_strategy",
+    "no_cuda": "use_cpu",
+    "use_flash_attention_2": "attn_implementation",
+    # what one would call them
+    "model": "model_name_or_path",
+    "model_name": "model_name_or_path",
+    "model_id": "model_name_or_path",
+    "train_dataset": "dataset_name",
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
 }
 
 LENGTH = "max_length counts prompt and completion together: prompts are never cut, completions lose their end"
 LOSS_MASK = "leave it out: what is trained follows from the format of the rows (docs/data.md)"
 ADAPTER_OFF = "leave it out: with LoRA the reference is the policy with its adapter off; ref_model is another one"
+ADAPTERS = "leave it out: model_name_or_path takes the folder of an adapter too"
+FULL_OR_LORA = "use_peft: true trains an adapter; without it all weights are trained"
+METHOD = "the method is the command (align dpo), or the key method of a file"
+ROWS = 'a part of the rows: dataset_train_split: "train[:-500]", dataset_test_split: "train[-500:]"'
 EVALUATIONS = "every evaluation shows num_logged_completions; outside of on-policy methods max_new_tokens turns it on"
 
 REMOVED = {
@@ -112,3 +159,33 @@ REMOVED = {
     "vllm_guided_decoding_regex": "a reward of type format: the loss would not know the probabilities of such draws",
 }
 """Options that TRL once had, or has for other methods, and that have no single name here -> what to do instead."""
+
+ELSEWHERE = {
+    "adapter_name_or_path": ADAPTERS,
+    "lora_model_dir": ADAPTERS,
+    "ref_model_adapters": "leave it out: ref_model_name_or_path takes the folder of an adapter too",
+    "reward_model_adapters": "leave it out: the path of a reward may be the folder of an adapter",
+    "adapter": FULL_OR_LORA,
+    "finetuning_type": FULL_OR_LORA,
+    "stage": METHOD,
+    "rl": METHOD,
+    "val_size": ROWS,
+    "val_set_size": ROWS,
+    "max_samples": ROWS,
+    "train_on_prompt": LOSS_MASK,
+    "train_on_inputs": LOSS_MASK,
+    "mask_history": LOSS_MASK,
+    "lora_target_linear": "lora_target_modules: all-linear",
+    "quantization_bit": "load_in_4bit",
+    "pref_ftx": "loss_type: [sigmoid, sft] with loss_weights: [1.0, ...], in which the second is pref_ftx",
+    "plot_loss": "leave it out: `align report RUN` makes a page of curves",
+    "saves_per_epoch": "save_steps, below 1 a share of all steps",
+    "evals_per_epoch": "eval_steps, below 1 a share of all steps",
+    "warmup_ratio": "warmup_steps, below 1 a share of all steps",
+    "group_by_length": "tokens_per_batch fills micro-batches by tokens; train_sampling_strategy: group_by_length (SFT)",
+    "logging_dir": "leave it out: TENSORBOARD_LOGGING_DIR of the environment says where tensorboard's files go",
+    "save_safetensors": "leave it out: weights are saved as safetensors",
+    "tokenizer_name": "leave it out: the model's folder has its tokenizer",
+    "num_gpus": "align launch CONFIG --num-processes N",
+}
+"""The same of LLaMA-Factory's and axolotl's options, and of those that transformers once had."""

@@ -76,6 +76,13 @@ def test_the_type_comes_from_the_field(file, line, part, value):
     [
         ("learing_rate: 0.5", "unknown key learing_rate; nearest valid: learning_rate"),
         ("zzzzz: 1", "unknown key zzzzz; see `align sft --help`"),
+        ("cutoff_len: 512", "unknown key cutoff_len; it is max_length here"),
+        ("torch_dtype: bfloat16", "unknown key torch_dtype; it is dtype here"),
+        ("warmup_ratio: 0.1", "unknown key warmup_ratio; no option here. Instead: warmup_steps, below 1 a share"),
+        (
+            "val_size: 0.1",
+            'unknown key val_size; no option here. Instead: a part of the rows: dataset_train_split: "train[:-500]"',
+        ),
         ("rewards: [x]", "unknown key rewards; an option of modpo, remax, ppo, rloo"),
         ("learning_rate: fast", "learning_rate: input should be a valid number"),
         ("learning_rate: true", "learning_rate: input should be a number"),
