@@ -11,7 +11,8 @@ from torch import Tensor
 from align.distributed.checkpoints import file_crc32
 from align.distributed.disk import writing
 from align.errors import ConfigError, RewardError
-from align.objectives.ensemble import aggregate, check_rule
+from align.lazy import imported
+from align.objectives.ensemble import Rule, aggregate, check_rule, rule_name
 from align.reward_models.base import Reward, RewardBatch, RewardOutput, Steps, together
 from align.reward_models.classifier import ClassifierReward
 from align.reward_models.early import Early, begin_parts
@@ -32,7 +33,8 @@ class RewardEnsemble(Reward):
 
     Args:
         members: rewards of any kind, or `JointMembers`. Classifiers among them must have one vocabulary and chat
-            template. aggregation: "mean", "wco", "uwo", "lcb" or "quantile".
+            template. aggregation: "mean", "wco", "uwo", "lcb", "quantile", or a function of the members' scores [K, B]
+            that returns [B], or where it is ("path/file.py:function").
         lambda_: of uwo (its unit is 1/score) and lcb, required there and refused elsewhere. quantile: likewise.
         ddof: 0 is the paper's population variance, 1 the unbiased one of their released PPO code.
         normalize: classifiers trained on pairs have arbitrary offset and scale, so every rule but the mean refuses a
@@ -42,7 +44,7 @@ class RewardEnsemble(Reward):
     def __init__(
         self,
         members: Sequence[Reward] | JointMembers,
-        aggregation: str = "uwo",
+        aggregation: Rule = "uwo",
         *,
         lambda_: float | None = None,
         ddof: int = 0,
@@ -52,7 +54,7 @@ class RewardEnsemble(Reward):
     ):
         self.name = name
         self.members = members if isinstance(members, JointMembers) else list(members)
-        self.aggregation = aggregation
+        self.aggregation = aggregation = found_rule(aggregation)
         self.options: dict[str, Any] = {"lambda_": lambda_, "ddof": ddof, "quantile": quantile}
         try:
             check_rule(aggregation, len(self.members), **self.options)
@@ -61,7 +63,7 @@ class RewardEnsemble(Reward):
             raise RewardError(f"reward {name!r}: {error}") from error
         if raw and normalize and aggregation != "mean":
             raise RewardError(
-                f"reward {name!r}: {aggregation} compares the members' scores, and {', '.join(raw)} have no "
+                f"reward {name!r}: {rule_name(aggregation)} compares the members' scores, and {', '.join(raw)} have no "
                 "normaliser, so their offsets would decide. Fit one (RewardTrainer does), or set normalize: false if "
                 "they share a scale."
             )
@@ -96,6 +98,13 @@ class RewardEnsemble(Reward):
         if result.variance is not None:
             extras["variance"] = result.variance
         return RewardOutput(result.scores, extras)
+
+
+def found_rule(aggregation: Rule) -> Rule:
+    """The rule; where a text is the place of a function ("path/file.py:function"), that function."""
+    if isinstance(aggregation, str) and ":" in aggregation:
+        return imported(aggregation, "aggregation")
+    return aggregation
 
 
 def _rows(outputs: Iterable[RewardOutput]) -> Tensor:
@@ -194,7 +203,7 @@ def models_held(folder: str | Path) -> list[Path]:
 
 def load_ensemble(
     folder: str | Path,
-    aggregation: str = "uwo",
+    aggregation: Rule = "uwo",
     *,
     lambda_: float | None = None,
     ddof: int = 0,

@@ -3,7 +3,7 @@
 Nothing heavy is imported before a reward is made, so that a configuration is checked at once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -276,7 +276,7 @@ class EnsembleSpec(RewardSpec):
     """Several rewards for the same thing, combined against over-optimisation."""
 
     nested = ("members",)
-    aggregation: str = Field(description="mean, wco, uwo, lcb or quantile.")
+    aggregation: str | Callable = Field(description="mean, wco, uwo, lcb, quantile, or path/file.py:function of yours.")
     members: list[Any] | None = Field(None, min_length=1, description="Specs of any kind.")
     path: PathText | None = Field(None, description="A folder that `align reward` made with `ensemble`.")
     lambda_: float | None = Field(None, alias="lambda", description="Of uwo and lcb.")
@@ -323,10 +323,10 @@ class EnsembleSpec(RewardSpec):
 
     def check(self) -> None:
         from align.objectives.ensemble import check_rule
-        from align.reward_models.ensemble import ensemble_members
+        from align.reward_models.ensemble import ensemble_members, found_rule
 
         count = len(self.members or () if self.path is None else ensemble_members(self.path))
-        check_rule(self.aggregation, count, self.lambda_, self.ddof or 0, self.quantile)
+        check_rule(found_rule(self.aggregation), count, self.lambda_, self.ddof or 0, self.quantile)
         super().check()
 
     def models(self) -> dict[str, bool]:

@@ -1,6 +1,7 @@
 """Aggregation of the scores of several reward models (Coste et al. 2023, "Reward Model Ensembles Help Mitigate
 Overoptimization", arXiv 2310.02743, section 3.2)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from align.errors import RewardError
 
+Rule = str | Callable[[Tensor], Tensor]
+"""A name of RULES, or a function of the members' scores [K, B] that returns one score per completion [B]."""
 RULES = ("mean", "wco", "uwo", "lcb", "quantile")
 WEIGHTED = {"uwo": "the variance (the paper used 0.5 and 0.1)", "lcb": "the standard deviation"}
 
@@ -23,11 +26,15 @@ class Aggregate:
     variance: Tensor | None
 
 
-def check_rule(rule: str, members: int, lambda_: float | None, ddof: int, quantile: float | None = None) -> None:
+def check_rule(rule: Rule, members: int, lambda_: float | None, ddof: int, quantile: float | None = None) -> None:
     """Raise `RewardError` for a rule that does not exist, that cannot be computed with this many members, that lacks
     its parameter, or that has none of the parameters given."""
-    if rule not in RULES:
-        raise RewardError(f"unknown aggregation {rule!r}: one of {', '.join(RULES)}")
+    if callable(rule):
+        rule = rule_name(rule)
+    elif rule not in RULES:
+        raise RewardError(
+            f"unknown aggregation {rule!r}: one of {', '.join(RULES)}, or a function of yours, path/file.py:function"
+        )
     if members < 1:
         raise RewardError("an ensemble needs at least one member")
     if ddof not in (0, 1):
@@ -50,8 +57,13 @@ def check_rule(rule: str, members: int, lambda_: float | None, ddof: int, quanti
         raise RewardError(f"the variance with ddof={ddof} needs more than {members} member(s)")
 
 
+def rule_name(rule: Rule) -> str:
+    """Of a rule, for messages."""
+    return rule if isinstance(rule, str) else f"by {getattr(rule, '__name__', type(rule).__name__)}"
+
+
 def aggregate(
-    scores: Tensor, rule: str, *, lambda_: float | None = None, ddof: int = 0, quantile: float | None = None
+    scores: Tensor, rule: Rule, *, lambda_: float | None = None, ddof: int = 0, quantile: float | None = None
 ) -> Aggregate:
     """Aggregate member scores [K, B] into one score per completion [B].
 
@@ -60,6 +72,7 @@ def aggregate(
         uwo       R = mean_i R_i - lambda * var_i R_i       (uncertainty-weighted; *variance*, not deviation: eq. 5)
         lcb       R = mean_i R_i - lambda * sqrt(var_i R_i) (lower confidence bound)
         quantile  R = the quantile of R_1 .. R_K, interpolated linearly between members; 0 is wco, 0.5 the median
+        function  R = rule(scores), of your own: [K, B] -> [B]
 
     lambda has the unit 1/reward with uwo and none with lcb. Members must be on one scale first. ddof=0 is the paper's
     population variance; their released PPO code used ddof=1, which for K members equals lambda * K/(K-1) here (lcb:
@@ -70,7 +83,15 @@ def aggregate(
     check_rule(rule, scores.shape[0], lambda_, ddof, quantile)
     mean = scores.mean(0)
     variance = torch.var(scores, dim=0, correction=ddof) if scores.shape[0] > 1 else None
-    if rule == "mean":
+    if callable(rule):
+        combined = rule(scores)
+        if not isinstance(combined, Tensor) or combined.shape != scores.shape[1:]:
+            got = list(combined.shape) if isinstance(combined, Tensor) else type(combined).__name__
+            raise RewardError(
+                f"aggregation {rule_name(rule)}: from the scores {list(scores.shape)} it must return one "
+                f"per completion, a tensor of shape [{scores.shape[1]}], got {got}"
+            )
+    elif rule == "mean":
         combined = mean
     elif rule == "wco":
         combined = scores.amin(0)

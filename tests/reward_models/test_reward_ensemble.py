@@ -52,6 +52,24 @@ def test_rules_and_extras():
     assert RewardEnsemble(members, "uwo", lambda_=0.5, ddof=1).score(BATCH).scores.tolist() == [1.0, 0.0, -9.0]
 
 
+def test_a_rule_of_one_s_own(tmp_path, monkeypatch):
+    members = [Fixed(1.0, 0.0, 3.0), Fixed(3.0, 0.0, -3.0), Fixed(9.0, 3.0, 0.0)]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "def middle(scores):\n    return scores.sort(0).values[1:-1].mean(0)\n\ndef one(scores):\n    return scores.mean()\n"
+    )
+    spec = {"type": "ensemble", "aggregation": "mine.py:middle", "members": members}
+    for reward in (build_reward(spec), RewardEnsemble(members, lambda scores: scores.sort(0).values[1])):
+        output = reward.score(BATCH)
+        assert output.scores.tolist() == [3.0, 0.0, 0.0] and len(output.extras["variance"]) == 3
+    with pytest.raises(RewardError, match=r"aggregation by one: from the scores \[3, 3\] .* of shape \[3\], got \[\]"):
+        build_reward(spec | {"aggregation": "mine.py:one"}).score(BATCH)
+    with pytest.raises(ConfigError, match="lambda belongs to uwo and lcb; by middle has none"):
+        build_reward(spec | {"lambda": 0.5})
+    with pytest.raises(ConfigError, match="aggregation 'mine.py:none': no function 'none' there; it has middle, one"):
+        build_reward(spec | {"aggregation": "mine.py:none"})
+
+
 def test_saved_ensemble(saved):
     with pytest.raises(RewardError, match="normalize is true"):
         load_ensemble(saved, "uwo", lambda_=0.5)
