@@ -56,7 +56,8 @@ def test_a_rule_of_one_s_own(tmp_path, monkeypatch):
     members = [Fixed(1.0, 0.0, 3.0), Fixed(3.0, 0.0, -3.0), Fixed(9.0, 3.0, 0.0)]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(
-        "def middle(scores):\n    return scores.sort(0).values[1:-1].mean(0)\n\ndef one(scores):\n    return scores.mean()\n"
+        "def middle(scores):\n    return scores.sort(0).values[1:-1].mean(0)\n"
+        "def one(scores):\n    return scores.mean()\n"
     )
     spec = {"type": "ensemble", "aggregation": "mine.py:middle", "members": members}
     for reward in (build_reward(spec), RewardEnsemble(members, lambda scores: scores.sort(0).values[1])):
