@@ -22,7 +22,8 @@ class UserFunction:
     def __init__(self, function: str | Callable, arguments: dict[str, Any] | None = None):
         self.source = function if isinstance(function, str) else f"{function.__module__}:{_name_of(function)}"
         self.call = import_function(function) if isinstance(function, str) else function
-        self.is_async = inspect.iscoroutinefunction(self.call)
+        of_object = getattr(self.call, "__call__", None)  # noqa: B004  (the method, not whether there is one)
+        self.is_async = inspect.iscoroutinefunction(self.call) or inspect.iscoroutinefunction(of_object)
         self.arguments = dict(arguments or {})
         parameters = inspect.signature(self.call).parameters.values()
         if any(p.kind is p.POSITIONAL_ONLY for p in parameters):

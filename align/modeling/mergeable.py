@@ -21,7 +21,8 @@ def check_mergeable(model: Any) -> None:
             raise ConfigError(
                 f"lora_bias: {name} has no bias that the adapter's could be merged into: train the adapter without it"
             )
-        weight = None if layer in ends else getattr(base, "weight", None)
+        # of the parameters alone: what a property computes has an id that a later one may have again
+        weight = None if layer in ends else base._parameters.get("weight")
         other = None if weight is None else names.setdefault(id(weight), name)
         if other not in (None, name):
             raise ConfigError(

@@ -106,6 +106,15 @@ def test_async_functions_are_awaited_together_up_to_a_limit():
     assert RuleReward(judge).score(RewardBatch([], [])).scores.tolist() == []
 
 
+def test_an_object_whose_call_is_async_is_awaited():
+    class Client:
+        async def __call__(self, completions):
+            await asyncio.sleep(0)
+            return [len(c) for c in completions]
+
+    assert RuleReward(Client(), name="client").score(RewardBatch(["p"], ["abc"])).scores.tolist() == [3.0]
+
+
 def test_async_clients_stay_on_one_loop():
     loops = []
 

@@ -58,6 +58,8 @@ def check_base(model: Model, output_dir: str | None) -> None:
     """Before training an adapter: ConfigError if its folder could not name the model that it adapts. The weights of a
     model that was not loaded by us are compared with those of the folder that it says it came from (samples of each).
     Call it on the main process, before the weights are sharded."""
+    from peft.tuners.lora import LoraLayer
+
     if not is_peft(model):
         return
     core, config = model.get_base_model(), model.peft_config["default"]
@@ -69,6 +71,9 @@ def check_base(model: Model, output_dir: str | None) -> None:
             "alora_invocation_tokens: an activated adapter looks for these tokens in whole rows that are padded, and "
             "with the passes of the trainers here it would get no gradient: leave it out"
         )
+    scales = [s for m in core.modules() if isinstance(m, LoraLayer) for s in m.scaling.values()]
+    if scales and not any(scales):
+        raise ConfigError("lora_alpha: 0 multiplies the adapter by 0, so that nothing would be trained: set it above 0")
     if changes_base(config):
         raise ConfigError(
             f"init_lora_weights: {config.init_lora_weights} changes the frozen weights too, so that the model with its "

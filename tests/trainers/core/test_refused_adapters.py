@@ -56,6 +56,12 @@ def test_an_adapter_of_replicated_layers_that_was_made_elsewhere_is_refused(poli
         load_policy(tmp_path / "one")
 
 
+@pytest.mark.parametrize("method", ["sft", "dpo", "remax"])
+def test_an_adapter_that_is_multiplied_by_nothing_is_refused(method, policy, tmp_path):
+    with pytest.raises(ConfigError, match="lora_alpha: 0 multiplies the adapter by 0"):
+        make(method, policy, tmp_path, lora(target_modules=["q_proj"], lora_alpha=0))
+
+
 @pytest.mark.parametrize("targets", [["q_proj", "lm_head"], r".*\.q_proj|lm_head"])
 def test_an_adapter_on_the_head_is_refused(targets, policy, tmp_path):
     said = r"target_modules: lm_head is the model's head.*modules_to_save: \[lm_head\]"
