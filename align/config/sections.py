@@ -7,6 +7,7 @@ line. Nothing here imports torch, so that a mistake is told at once.
 """
 
 import difflib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar, get_args
@@ -36,6 +37,14 @@ class Section(BaseModel):
         """The options that were set, as a plain mapping that `parse` reads back."""
         names = self.keys().items()
         return {key: plain(getattr(self, name)) for key, name in names if name in self.model_fields_set}
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """In a pickle (`training_args.bin`) a plain mapping, where the class is of a file of the user's and no pickle
+        finds it by its name."""
+        cls = type(self)
+        if getattr(sys.modules.get(cls.__module__), cls.__qualname__, None) is not cls:
+            return dict, (self.given(),)
+        return super().__reduce_ex__(protocol)
 
 
 S = TypeVar("S", bound=Section)

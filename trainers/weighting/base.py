@@ -7,8 +7,9 @@ file). The mixture is weights @ advantages, at every optimiser step with the wei
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import create_model
 from torch import Tensor
 
 from align.config.sections import Section
@@ -155,7 +156,10 @@ def register_weighting(name: str, weighting: Any = None) -> Any:
         raise ConfigError(f"there is a weighting {name!r} already: give yours another name")
     if not (isinstance(weighting, type) and issubclass(weighting, Weighting)):
         raise ConfigError(f"weighting {name!r} must be a subclass of Weighting, got {weighting!r}")
-    section = type(f"{weighting.__name__}Section", (weighting.section,), {"label": f"type {name}"})
+    # with the type as a field, as ours have it: a configuration that is written down has to name the weighting
+    make: Any = create_model  # mypy would read the call as a class statement
+    section = make(f"{weighting.__name__}Section", __base__=weighting.section, type=(Literal[name], ...))
+    section.label = f"type {name}"
     DYNAMIC_WEIGHTS.kinds[name], OWN[section] = section, weighting
     return weighting
 

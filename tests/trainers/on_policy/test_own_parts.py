@@ -111,3 +111,65 @@ def test_a_policy_loss_of_one_s_own(policy, tmp_path):
 
     with pytest.raises(TrainingError, match=r"losses \[\d+\], mask \[\d+, \d+\]: must have one shape"):
         run(Wrong)
+
+
+PARTS = """
+from pydantic import Field
+from align.config.sections import Section
+from align.rollout import RolloutOptions
+from align.rollout.transformers_engine import TransformersEngine
+from align.trainers.weighting.base import FixedWeights
+
+class Options(Section):
+    level: float = 0.0
+
+class Mine(FixedWeights):
+    section = Options
+
+    def __init__(self, names, weights, options):
+        super().__init__(names, weights)
+        self.updates, self.level = 0, options.level
+
+    def update(self, columns, lengths):
+        self.updates += 1
+        return {**super().update(columns, lengths), "mine/updates": self.updates + self.level}
+
+    def state_dict(self):
+        return {"updates": self.updates}
+
+    def load_state_dict(self, state):
+        self.updates = state["updates"]
+
+class EngineOptions(RolloutOptions):
+    flavour: str = Field("plain")
+
+class Engine(TransformersEngine):
+    options_class = EngineOptions
+
+    def __init__(self, *args, flavour, **kwargs):
+        assert flavour == "salty"
+        super().__init__(*args, **kwargs)
+"""
+
+
+def test_a_run_with_parts_of_a_file_is_saved_and_resumed(policy, tmp_path, monkeypatch):
+    """No pickle finds the classes of their options: the first checkpoint, or the end, was a PicklingError."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(PARTS)
+
+    def run(steps, **kwargs):
+        parts = {
+            "dynamic_weights": {"type": "mine.py:Mine", "level": 0.5},
+            "rollout": {"backend": "mine.py:Engine", "flavour": "salty"},
+        }
+        args = on_policy("rloo", tmp_path / "run", max_steps=steps, save_steps=1, save_strategy="steps", **parts)[1]
+        trainer = RLOOTrainer(policy, wanted_words, args, prompts(16))
+        trainer.train(**kwargs)
+        trainer.save_model()
+        trainer.close()
+        return logged(trainer, "mine/updates"), torch.load(tmp_path / "run/training_args.bin", weights_only=False)
+
+    updates, args = run(2)
+    assert updates == [1.5, 2.5]
+    assert args.dynamic_weights == {"type": "mine.py:Mine", "level": 0.5} and args.rollout["flavour"] == "salty"
+    assert run(3, resume_from_checkpoint=True)[0] == [1.5, 2.5, 3.5]
