@@ -144,6 +144,13 @@ def differences(before: dict, now: dict, above: str = "") -> dict[str, tuple[Any
     return found
 
 
+REWARDS = ("rewards.", "gold_reward")
+OF_CODE = (
+    ". A reward counts by its settings, its weights and the whole text of the file of its code: in a file of its own a "
+    "function does not change with the script that trains"
+)
+
+
 def check_same_run(before: dict, now: dict, allowed: list[str], what: str) -> dict[str, tuple[Any, Any]]:
     """Raise `TrainingError` unless two identities are one, but for what is allowed by name; returns the allowed
     differences. Names of settings are given without `settings.`, and those of the batch all mean its size."""
@@ -159,8 +166,9 @@ def check_same_run(before: dict, now: dict, allowed: list[str], what: str) -> di
             f"{name.removeprefix('settings.')}: {a!r:.80} before, {b!r:.80} now" for name, (a, b) in found.items()
         )
         names = ", ".join(name.removeprefix("settings.") for name in found)
+        of_code = any(name.startswith(REWARDS) and None not in values for name, values in found.items())
         raise TrainingError(
             f"{what} is of another run ({shown}). Start as that run did, use another output_dir, or allow the change: "
-            f"resume_changes: [{names}]"
+            f"resume_changes: [{names}]" + OF_CODE * of_code
         )
     return allowed_now

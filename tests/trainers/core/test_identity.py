@@ -6,7 +6,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from align.errors import TrainingError
-from align.trainers.core.identity import rows_digest
+from align.trainers.core.identity import check_same_run, rows_digest
 from align.trainers.core.resumed import own_settings
 from align.trainers.dpo import DPOTrainer
 from align.trainers.reward import RewardTrainer
@@ -82,6 +82,17 @@ def test_another_run_is_refused(method, first, change, named, policy, folder_of)
     with pytest.raises(TrainingError, match=f"is of another run \\(.*{named}") as error:
         make(method, policy, folder_of(method, **first), **change).train(resume_from_checkpoint="auto")
     assert "resume_changes: [" in str(error.value)
+
+
+def test_a_reward_whose_file_has_changed_is_refused_with_the_reason():
+    identity = {"rewards": {"mine": "a" * 32}, "gold_reward": None}
+    with pytest.raises(
+        TrainingError, match=r"resume_changes: \[rewards.mine\]. A reward counts by .* text of the file"
+    ):
+        check_same_run(identity, {**identity, "rewards": {"mine": "b" * 32}}, [], "checkpoint-2")
+    with pytest.raises(TrainingError) as error:
+        check_same_run(identity, {**identity, "rewards": {"other": "b" * 32}}, [], "checkpoint-2")
+    assert "counts by" not in str(error.value)
 
 
 @pytest.mark.parametrize(("before", "now"), [("dpo", "remax"), ("remax", "grpo"), ("reward", "sft")])
