@@ -77,10 +77,10 @@ def one_minibatch_of_xi_ppo(inputs, outputs):
     loss, result = policy_loss(inputs, mixed)
     close(loss, outputs["policy_loss"], **FLOAT32)
     close(result.ratio[:, 0], outputs["ratio"], **FLOAT32)
-    values = t64(inputs["values"])
+    values, returns = t64(inputs["values"])[:, None], t64(inputs["constraint_returns"])[:, None]  # one token each
     one = torch.ones(len(values), 1)
-    heads, _ = value_losses(values[:, :-1], values[:, :-1], t64(inputs["constraint_returns"]), one, clip=None)
-    kl, _ = value_losses(values[:, -1:], values[:, -1:], t64(inputs["kl_returns"])[:, None], one, clip=None)
+    heads, _ = value_losses(values[..., :-1], values[..., :-1], returns, one[..., None], clip=None)
+    kl, _ = value_losses(values[..., -1], values[..., -1], t64(inputs["kl_returns"])[:, None], one, clip=None)
     close(2 * heads.mean(), outputs["constraint_value_loss"], **FLOAT32)  # theirs is the squared error, ours its half
     close(2 * kl.mean(), outputs["kl_value_loss"], **FLOAT32)
     logged = learn(xi, t64(inputs["ep_constraint_reward_togo"]))
