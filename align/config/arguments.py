@@ -138,8 +138,8 @@ def hints(cls: type) -> dict[str, Any]:
     return get_type_hints(cls)
 
 
-def resume_from(value: str | None) -> str | bool | None:
+def resume_from(value: str | bool | None) -> str | bool | None:
     """What `Trainer.train` takes: True for the newest whole checkpoint, "auto" for that if there is one (for jobs that
     are requeued), a folder, or None to start from the beginning."""
-    word = value.lower() if value is not None else "false"
+    word = "false" if value is None else str(value).lower()
     return {"true": True, "false": None, "auto": "auto"}.get(word, value)

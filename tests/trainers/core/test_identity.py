@@ -1,5 +1,7 @@
 """A checkpoint knows its run: another one is refused with what differs; what does not change the result may change."""
 
+import shutil
+
 import pytest
 import torch
 from datasets import Dataset
@@ -167,12 +169,14 @@ def test_a_loaded_state_leaves_the_settings_of_an_optimiser():
     assert now.state[weights[0]]["step"] == 1
 
 
-def test_a_checkpoint_named_in_the_configuration_is_resumed(policy, folder_of):
+def test_a_checkpoint_named_in_the_configuration_is_resumed(policy, folder_of, tmp_path):
     """transformers leaves that option to the script, and `train()` began anew."""
-    trainer = make("sft", policy, folder_of("sft"), max_steps=3, save_strategy="no")
-    trainer.args.resume_from_checkpoint = str(folder_of("sft") / "checkpoint-1")
-    trainer.train()
-    assert (trainer.resume_step, trainer.state.global_step) == (1, 3)
+    shutil.copytree(folder_of("sft") / "checkpoint-1", tmp_path / "checkpoint-1")  # other tests save into folder_of
+    trainer = make("sft", policy, tmp_path, max_steps=3, save_strategy="no")
+    for given in (str(tmp_path / "checkpoint-1"), True, "auto"):
+        trainer.args.resume_from_checkpoint = given
+        trainer.train()
+        assert (trainer.resume_step, trainer.state.global_step) == (1, 3)
     trainer.train(resume_from_checkpoint=False)
     assert trainer.resume_step is None
 
