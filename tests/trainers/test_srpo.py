@@ -93,7 +93,7 @@ def test_the_loss_is_that_of_sequences_one_by_one(batching, policy, tokenizer, t
     def logp(model, weights, prompt, ids):
         whole = torch.tensor([prompt + ids])
         logits = torch.func.functional_call(model, weights, (whole,)).logits[0, len(prompt) - 1 : -1]
-        return logits.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None]).sum()
+        return logits.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None]).sum()[None]  # a batch of one
 
     def ratio(row, context, answer):
         ids = row[f"{answer}_ids"]
@@ -112,7 +112,7 @@ def test_the_loss_is_that_of_sequences_one_by_one(batching, policy, tokenizer, t
             rejected_again=ratio(row, "revise_rejected_ids", "rejected"),
         )
         losses.append(srpo_losses(ratios, beta=0.3, improver_weight=0.3).losses)
-    loss = torch.stack(losses).mean()
+    loss = torch.cat(losses).mean()
     assert logged(trainer, "loss")[0] == pytest.approx(loss.item(), rel=1e-5)
     norm = torch.stack([g.norm() for g in torch.autograd.grad(loss, list(start.values()))]).norm().item()
     assert logged(trainer, "grad_norm")[0] == pytest.approx(norm, rel=1e-4)
