@@ -4,11 +4,15 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+import sysconfig
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from align.errors import ConfigError
+
+INSTALLED = {Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib")}
 
 
 def load(path: str) -> Any:
@@ -26,7 +30,7 @@ def defined_again(before: Any, now: Any) -> bool:
 
 def imported(path: str, what: str) -> Callable:
     """The user's function or class at "package.module:name" or "file.py:name". Modules are looked for in the current
-    folder too. what: what it is, for errors. Raises `ConfigError`."""
+    folder too, and what a file imports beside the file. what: what it is, for errors. Raises `ConfigError`."""
     module_name, _, name = path.rpartition(":")
     if not module_name or not name:
         raise ConfigError(f"{what} {path!r}: expected package.module:name or file.py:name")
@@ -41,16 +45,41 @@ def imported(path: str, what: str) -> Callable:
 
 
 def _import(module_name: str, here: str):
-    folder = str(Path.cwd())
-    sys.path.insert(0, folder)
+    folder = Path.cwd()
     try:
-        return importlib.import_module(module_name)
+        with _on_path(folder):
+            return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the user's module exists and lacks something of its own
         raise ConfigError(f"{here}: no module {error.name!r} in {folder} or on the path") from error
+
+
+@contextmanager
+def _on_path(folder: Path) -> Iterator[None]:
+    """Inside, modules are looked for in the folder first, as by a script that lies in it."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
     finally:
-        sys.path.remove(folder)
+        sys.path.remove(str(folder))
+
+
+@contextmanager
+def _own_siblings(folder: Path) -> Iterator[None]:
+    """Inside, a module that is named as a file of the folder is that file, also where a file of another folder has been
+    imported under the name; after it the name is the other's again. Installed packages keep theirs."""
+    names = {path.stem for path in folder.glob("*.py")} - sys.stdlib_module_names - {"__main__", "__init__"}
+    others = {}
+    for name in names & sys.modules.keys():
+        place = Path(getattr(sys.modules[name], "__file__", None) or folder / name).resolve()
+        if place.parent != folder and not any(place.is_relative_to(installed) for installed in INSTALLED):
+            others[name] = sys.modules.pop(name)
+    try:
+        with _on_path(folder):
+            yield
+    finally:
+        sys.modules.update(others)
 
 
 def _load_file(file: Path, here: str):
@@ -60,17 +89,18 @@ def _load_file(file: Path, here: str):
     if spec is None or spec.loader is None:
         raise ConfigError(f"{here}: {file.resolve()} is no Python file")
     module, name = importlib.util.module_from_spec(spec), file.stem
-    if name in sys.stdlib_module_names:  # it may import that one
-        spec.loader.exec_module(module)
-        return module
-    # Dataclasses and pydantic look their module up while it is executed. It does not stay: another file may have the
-    # same name.
-    before = sys.modules.get(name)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        del sys.modules[name]
-        if before is not None:
-            sys.modules[name] = before
+    with _own_siblings(file.resolve().parent):
+        if name in sys.stdlib_module_names:  # it may import that one
+            spec.loader.exec_module(module)
+            return module
+        # Dataclasses and pydantic look their module up while it is executed. It does not stay: another file may have
+        # the same name.
+        before = sys.modules.get(name)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        finally:
+            del sys.modules[name]
+            if before is not None:
+                sys.modules[name] = before
     return module

@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import torch
+
 from align.errors import RewardError
 from align.reward_models.base import Reward, RewardBatch, RewardOutput, joined
 from align.reward_models.beside import Flight, OnLoop, Threads
@@ -16,6 +19,13 @@ from align.reward_models.failures import Failed, Failures
 from align.reward_models.functions import UserFunction, check_concurrency
 
 TIMEOUT = 600.0  # seconds of a call, unless the spec says otherwise
+
+
+def plain(value: Any) -> Any:
+    """A single number of numpy or torch as Python's; anything else as it is."""
+    if isinstance(value, np.generic | np.ndarray | torch.Tensor) and value.reshape(-1).shape == (1,):
+        return value.item()
+    return value
 
 
 @dataclass
@@ -29,7 +39,7 @@ class Log:
         self.metrics.setdefault(name, []).append(float(value))
 
     def log_extra(self, column: str, values: Sequence) -> None:
-        self.columns[column] = [value if isinstance(value, int | float) else str(value) for value in values]
+        self.columns[column] = [v if isinstance(v, int | float) else str(v) for v in map(plain, values)]
 
 
 @dataclass

@@ -8,7 +8,7 @@ import torch
 
 from align.errors import ConfigError, RewardError
 from align.reward_models.base import RewardBatch, RewardOutput
-from align.reward_models.calls import TIMEOUT, Call, CalledReward, Calls, merged
+from align.reward_models.calls import TIMEOUT, Call, CalledReward, Calls, merged, plain
 from align.reward_models.failures import Failed, Failures
 from align.reward_models.functions import UserFunction
 
@@ -85,6 +85,8 @@ class RuleReward(CalledReward):
 
     def _read(self, scores: Any, call: Call, batch: RewardBatch) -> list[float | None | Failed]:
         scores, count = scores.tolist() if hasattr(scores, "tolist") else scores, len(call.indices)
+        if isinstance(scores, (list, tuple)):
+            scores = [plain(score) for score in scores]
         if not isinstance(scores, (list, tuple)) or len(scores) != count:
             what = f"{len(scores)} values" if isinstance(scores, (list, tuple)) else type(scores).__name__
             raise RewardError(f"reward {self.name!r}: {self.function.source} returned {what} for {count} completions")

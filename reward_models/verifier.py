@@ -4,12 +4,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
 from align.errors import ConfigError, RewardError
 from align.reward_models.base import RewardBatch, RewardOutput
-from align.reward_models.calls import TIMEOUT, Call, CalledReward, Calls, merged
+from align.reward_models.calls import TIMEOUT, Call, CalledReward, Calls, merged, plain
 from align.reward_models.failures import Failed, Failures
 from align.reward_models.functions import UserFunction
 
@@ -107,8 +106,9 @@ class VerifierReward(CalledReward):
         )
 
     def _read(self, outcome: Any, call: Call, batch: RewardBatch) -> list[bool | None]:
-        if outcome is None or isinstance(outcome, (bool, np.bool_)):
-            return [None if outcome is None else bool(outcome)]
+        outcome = plain(outcome)
+        if outcome is None or isinstance(outcome, bool):
+            return [outcome]
         raise RewardError(
             f"reward {self.name!r}: {self.function.source} returned {outcome!r:.80} for "
             f"{batch.row_name(call.indices[0])}; a verifier returns True, False or None (a function that returns "

@@ -1,7 +1,11 @@
 import asyncio
+import sys
 import threading
 
+import numpy as np
+import pandas as pd
 import pytest
+import torch
 
 from align.errors import ConfigError, RewardError
 from align.reward_models.base import RewardBatch
@@ -49,9 +53,43 @@ def test_a_broken_module_of_the_user_shows_its_own_error(tmp_path, monkeypatch):
         import_function("needs_more:f")
 
 
+def test_a_file_imports_what_lies_beside_it(tmp_path):
+    """From any folder, and its own of two helpers of one name."""
+    for folder, score in (("a", 1.0), ("b", 2.0)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "helper_of_tests.py").write_text(f"score = {score}\n")
+        code = "from helper_of_tests import score\ndef f(completions):\n    return [score] * len(completions)\n"
+        (tmp_path / folder / "mine.py").write_text(code)
+    path = list(sys.path)
+    found = [RuleReward(f"{tmp_path}/{folder}/mine.py:f").score(BATCH).scores[0].item() for folder in "aba"]
+    assert found == [1.0, 2.0, 1.0] and sys.path == path
+    assert sys.modules.pop("helper_of_tests").score == 1.0
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        np.array([1, 0], dtype=np.float16),
+        np.array([True, False]),
+        pd.Series([1.0, 0.0]),
+        [np.float32(1), np.int64(0)],
+        [np.bool_(True), np.False_],
+        [np.array(1.0), np.array([0.0])],
+        [torch.tensor(1.0), torch.tensor([0])],
+        (torch.tensor(True), torch.tensor(0.0, requires_grad=True)),
+    ],
+    ids=repr,
+)
+def test_numbers_of_numpy_torch_and_pandas_are_scores(scores):
+    """As with TRL; lists of tensors or of numpy's booleans were refused."""
+    assert RuleReward(lambda completions: scores, name="mine").score(BATCH).scores.tolist() == [1.0, 0.0]
+
+
 @pytest.mark.parametrize(
     ("scores", "message"),
     [
+        (np.array([[1.0], [0.0]]), "returned \\[1.0\\] for rows \\[0, 1\\]"),
+        ([torch.tensor(float("nan")), 1.0], "returned nan for rows \\[0\\]"),
         ([1.0], "returned 1 values for 2 completions"),
         (1.0, "returned float for 2 completions"),
         ([1.0, None], "has no score for rows \\[1\\] .*does not apply there"),

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from accelerate.scheduler import AcceleratedScheduler
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from align.errors import TrainingError
@@ -29,9 +30,11 @@ def own_settings(optimizer: Any, rate: bool = True) -> Iterator[None]:
         group.update(settings)
 
 
-def follow(scheduler: LRScheduler) -> None:
+def follow(scheduler: LRScheduler | AcceleratedScheduler) -> None:
     """Give the optimiser the rate that the run's schedule has at the step that was loaded. The loaded rate is of the
     other run's schedule, as are the rates that this one multiplies."""
+    if isinstance(scheduler, AcceleratedScheduler):  # accelerate's, around that of DeepSpeed's engine
+        scheduler = scheduler.scheduler
     if type(scheduler) is not LambdaLR:  # others have a state of their own, not a function of the step
         return
     groups = scheduler.optimizer.param_groups

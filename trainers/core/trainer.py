@@ -272,11 +272,12 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or self.is_deepspeed_enabled:  # which has loaded them with the weights
+        if checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         new_rate = identity.learning_rate_of(checkpoint) not in (None, self.args.learning_rate)
-        with own_settings(self.optimizer, rate=new_rate):
+        # DeepSpeed has loaded them with the weights
+        with nullcontext() if self.is_deepspeed_enabled else own_settings(self.optimizer, rate=new_rate):
             super()._load_optimizer_and_scheduler(checkpoint)
         follow(self.lr_scheduler)
 

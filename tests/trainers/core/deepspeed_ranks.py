@@ -21,6 +21,7 @@ from tests.trainers.tiny_runs import QUIET, demonstrations, sft_config
 
 CASES = ("sft", "dpo", "dpo, adapter", "reward", "sparsepo", "modpo", "remax", "best", "margins", "schedule")
 RESUMED = {"dpo": "checkpoint-2", "schedule": "checkpoint-4"}
+FROM = {"longer": "schedule/checkpoint-6", "rate": "schedule/checkpoint-4"}  # what goes on from another case
 IN_BFLOAT16 = ("sparsepo, bf16", "reward, adapter, bf16")
 
 
@@ -36,7 +37,7 @@ def makers(policy: str, folder: Path) -> dict:
 
     def schedule(**options):
         slope = {"lr_scheduler_type": "cosine", "warmup_steps": 2, "max_steps": 6, "eval_strategy": "no"}
-        args = sft_config(folder / "schedule", **settings(**slope, **options))
+        args = sft_config(folder / "schedule", **settings(**{**slope, **options}))
         return SFTTrainer(policy, args, demonstrations(48))
 
     def sparse():
@@ -57,6 +58,8 @@ def makers(policy: str, folder: Path) -> dict:
     own = {
         "margins": margins,
         "schedule": schedule,
+        "longer": lambda: schedule(max_steps=8, save_strategy="no"),
+        "rate": lambda: schedule(learning_rate=1e-3, resume_changes=["learning_rate"], save_strategy="no"),
         "sparsepo, bf16": sparse,
         "reward, adapter, bf16": reward,
         "cached, bf16": cached,
@@ -71,7 +74,8 @@ def train(policy: str, folder: Path, cases: list[str]) -> dict[str, dict]:
         case = name.removesuffix(" resumed")
         try:
             trainer = made[case]()
-            trainer.train(None if case == name else folder / case / RESUMED[case])
+            begun = FROM.get(case) if case == name else f"{case}/{RESUMED[case]}"
+            trainer.train(folder / begun if begun else None)
         except AlignError as error:
             found[name] = {"refused": str(error)}
             continue
@@ -117,7 +121,9 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     with under(setup):
         found = train(
-            policy, folder, [*CASES, *IN_BFLOAT16, *(f"{name} resumed" for name in RESUMED), "cached, bf16", "ppo"]
+            policy,
+            folder,
+            [*CASES, *IN_BFLOAT16, *(f"{name} resumed" for name in RESUMED), *FROM, "cached, bf16", "ppo"],
         )
         found["refusals"] = refusals(policy, folder)
     torch.save(found, folder / f"rank{dist.get_rank()}.pt")

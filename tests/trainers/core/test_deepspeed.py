@@ -76,6 +76,19 @@ def test_it_resumes_exactly(runs, folder, setup, case):
 
 
 @pytest.mark.parametrize("setup", SETUPS)
+def test_a_longer_run_goes_on_with_its_own_schedule(runs, setup):
+    """Its first step had the rate that the finished run ended with, which is 0: the step's rows were lost."""
+    found = runs[setup][0]["longer"]["learning_rate"]
+    assert found[6:] == pytest.approx([5e-3 * (1 + math.cos(math.pi * done / 6)) / 2 for done in (4, 5)])
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_another_learning_rate_is_refused(runs, setup):
+    first, second = (run["rate"]["refused"] for run in runs[setup])
+    assert first == second and "learning_rate: DeepSpeed loads the optimiser with its settings" in first
+
+
+@pytest.mark.parametrize("setup", SETUPS)
 @pytest.mark.parametrize("case", IN_BFLOAT16)
 def test_masks_and_heads_train_beside_a_model_in_bfloat16(one, runs, setup, case):
     """ZeRO-3 laid them in one buffer with the model, and ended in an assertion of its own."""
