@@ -132,10 +132,11 @@ class Kinds:
         kind = value.get(self.by)
         cls = self.default if kind is None else self.kinds.get(kind) if isinstance(kind, str) else None
         if cls is None:
-            near = difflib.get_close_matches(str(kind), self.kinds, n=1)
+            names = [name for name in self.kinds if ":" not in name]  # not places in files of an earlier trainer's
+            near = difflib.get_close_matches(str(kind), names, n=1)
             hint = f"; nearest valid: {near[0]}" if near else ""
             place = f"{key}.{self.by}" if self.by in value else key
-            raise ConfigError(f"{key}: {self.by} must be one of {', '.join(self.kinds)}, not {kind!r}{hint}", key=place)
+            raise ConfigError(f"{key}: {self.by} must be one of {', '.join(names)}, not {kind!r}{hint}", key=place)
         if self.by not in cls.model_fields:  # the kind says which class; the class does not repeat it
             value = {name: content for name, content in value.items() if name != self.by}
         for name in value:

@@ -173,3 +173,5 @@ def test_a_run_with_parts_of_a_file_is_saved_and_resumed(policy, tmp_path, monke
     assert updates == [1.5, 2.5]
     assert args.dynamic_weights == {"type": "mine.py:Mine", "level": 0.5} and args.rollout["flavour"] == "salty"
     assert run(3, resume_from_checkpoint=True)[0] == [1.5, 2.5, 3.5]
+    with pytest.raises(ConfigError, match="type must be one of hypervolume, gradient, not 'own'"):  # not mine.py:Mine
+        on_policy("rloo", tmp_path / "run", dynamic_weights={"type": "own"})
