@@ -190,6 +190,10 @@ class KTOTrainer(PreferenceTrainer):
     def summary(self, means: dict[str, float]) -> dict[str, float]:
         return with_margin(means)
 
+    def metrics_of(self, values):
+        of_sides = [f"{what}/{side}" for what in ("rewards", "logps") for side in ("chosen", "rejected")]
+        return ["loss", *of_sides, "rewards/margins", *(["kl"] if self.args.loss_type == "kto" else [])]
+
     def pair_metrics(self, prediction) -> dict[str, float]:
         self.evaluator.means(prediction.predictions)
         found = {name: torch.from_numpy(values).double() for name, values in self.evaluator.values.items()}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from align.data.formats import columns_of
+from align.data.formats import check_tokens, columns_of
 from align.data.ranked import LISTS, RankedCollator, SharedRankedCollator, lists_of_two, tokenize_ranked
 from align.data.sets import rows_of
 from align.errors import ConfigError, DataError
@@ -59,6 +59,7 @@ class ListwiseDPOTrainer(PreferenceTrainer):
         """Ranked lists or pairs -> tokenised lists, all with as many lengths: 0 where there is no further answer."""
         columns = columns_of(dataset)
         if {*LISTS} <= columns:
+            check_tokens(dataset, ("prompt_ids", *LISTS))
             _check_lists(dataset, options["max_length"])
             rows = dataset
         elif {*IDS} <= columns:

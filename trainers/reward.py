@@ -40,6 +40,8 @@ from align.trainers.pairs.micro_batches import MicroBatchPlanner, PaddedPairs, S
 
 logger = logging.getLogger(__name__)
 
+OF_SCORES = ("mean", "std", "min", "max")  # of both answers of an evaluation's pairs
+
 
 @dataclass
 class RewardConfig(TrlRewardOptions, PairConfig):
@@ -170,10 +172,13 @@ class RewardTrainer(PairTrainer):
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
+    def metrics_of(self, values):
+        return [*values, *(f"rewards/{name}" for name in OF_SCORES), "calibration_error"]
+
     def pair_metrics(self, prediction) -> dict[str, float]:
         metrics, values = super().pair_metrics(prediction), self.evaluator.values
         scores = np.concatenate([values[CHOSEN], values[REJECTED]])
-        for name in ("mean", "std", "min", "max"):
+        for name in OF_SCORES:
             metrics[f"rewards/{name}"] = float(getattr(scores, name)())
         if np.isfinite(scores).all():  # else evaluate refuses the means
             metrics["calibration_error"] = self.reliability().ece

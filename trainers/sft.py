@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from align.data.bad_rows import BadRow
 from align.data.checks import SCORE, check_score
 from align.data.collate import IGNORED, TOKENS, cut_rows, labelled, untrained_rows, with_labels
-from align.data.formats import TEXT_COLUMNS, columns_of, format_for
+from align.data.formats import TEXT_COLUMNS, check_tokens, columns_of, format_for
 from align.data.limits import fit_sets, longest_of
 from align.data.sets import of_each
 from align.data.streams import is_stream, mapped, read_whole, sample_of
@@ -130,7 +130,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         if isinstance(args, TrainingArguments) and not isinstance(args, SFTConfig):
             args = with_own_defaults(args)
         args, peft_config = self.options(args, model, train_dataset), by_names(peft_config)
-        self.args, self.formatting_func = args, formatting_func
+        self.args, self.formatting_func, self.user_metrics = args, formatting_func, compute_metrics
         processing_class = tokenizer_of(args, model, processing_class)
         adapter, empty = peft_config is not None, without_weights(args, model)
         named = partial(load_to_train, args, model, quantization_config, processing_class, adapter=adapter)
@@ -238,6 +238,10 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         rows = rows if "labels" in rows.column_names else rows.map(labelled, desc="Labels")
         return super().predict(rows, *args, **kwargs)
 
+    def evaluation_metrics(self):
+        of_experts = ["aux_loss"] if self.aux_loss_enabled else []
+        return ["loss", "entropy", "mean_token_accuracy", "num_tokens", *of_experts]
+
     def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
         """With loss, entropy and accuracy per trained token of the whole set: the means of the batches' means that
         transformers and TRL take depend on how the rows are cut into batches."""
@@ -325,6 +329,7 @@ def tokenized_completions(dataset, tokenizer, args: SFTConfig):
             num_proc=args.dataset_num_proc,
             scored=args.implicit_reward_beta is not None,
         )
+    check_tokens(dataset, [name for name in TOKENS if name in columns])
     if args.implicit_reward_beta is not None and SCORE in columns:
         dataset = _with_checked_scores(dataset)
     limit = None if args.packing else args.max_length

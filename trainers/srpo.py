@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from align.data.formats import columns_of
+from align.data.formats import check_tokens, columns_of
 from align.data.limits import lengths_of
 from align.data.revisions import check_template, revision_prompt
 from align.data.tokenize import tokenize_prompts
@@ -124,6 +124,7 @@ class SRPOTrainer(PreferenceTrainer):
     def read_rows(self, dataset, tokenizer, **options):
         """Pairs -> tokenised pairs with the columns of `REVISIONS`, without those that are too long."""
         if {*IDS, *REVISIONS} <= columns_of(dataset):
+            check_tokens(dataset, REVISIONS)
             rows = numbered_pairs(dataset, tokenizer, **options)
         elif {*IDS} <= columns_of(dataset):
             raise DataError(f"tokenised pairs need the columns {' and '.join(REVISIONS)} too: pass the texts")

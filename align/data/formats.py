@@ -7,9 +7,9 @@ preference (`chosen`, `rejected`, and `prompt` or not: then it is the shared beg
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from align.data.streams import sample_of
 from align.errors import DataError
@@ -149,6 +149,25 @@ def columns_of(dataset: "Dataset", source: str = "", streams: bool = False) -> s
     kind = type(dataset).__name__
     rows = "make one of what yields rows (mappings of text) with datasets.Dataset.from_list([dataset[i] for i in ...])"
     raise DataError(f"{name}: expected a datasets.Dataset, got {kind}: {remedies.get(kind, rows)}.")
+
+
+def check_tokens(dataset: "Dataset", names: Iterable[str], source: str = "") -> None:
+    """DataError where one of these columns, which rows that are tokenised have their tokens (or a 0 or 1 for each) in,
+    holds something else: a column of the user's, in which no trainer would find tokens. Of a stream the first rows are
+    looked at."""
+    features = sample_of(dataset, source).features
+    for name in names:
+        if not holds_tokens(features[name]):
+            raise DataError(
+                f"{source or 'dataset'}: rows that are tokenised have the column {name!r}, with a list of whole "
+                f"numbers in each row, and here it holds {features[name]}: rename or remove it"
+            )
+
+
+def holds_tokens(feature: Any) -> bool:
+    """Whether a column is of lists of whole numbers, or of a 0 or 1 each."""
+    held = str(getattr(getattr(feature, "feature", None), "dtype", ""))
+    return held.startswith(("int", "uint", "bool", "null"))  # null: of empty lists
 
 
 def _is_conversational(dataset: "Dataset", column: str, source: str) -> bool:

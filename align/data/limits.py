@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from align.data.formats import holds_tokens
 from align.errors import ConfigError, DataError
 from align.modeling.rotary import LONG, SHORT, choose_factors, factors_of
 
@@ -28,10 +29,27 @@ positions that the model was made for. `align.modeling.rotary` chooses for a run
 beyond those of dynamic ones."""
 
 
-def sequences_in(names: Collection[str]) -> list[tuple[str, ...]]:
-    """What a model reads of rows with these columns. `input_ids` beside our `prompt_ids` is a column of the user's."""
-    found = [group for group in SEQUENCES if set(group) <= set(names)]
-    return [group for group in found if group != ("input_ids",) or "prompt_ids" not in names]
+def sequences_in(names: Collection[str], tokens: Callable[[str], bool]) -> list[tuple[str, ...]]:
+    """What a model reads of rows with these columns; tokens: whether one of them holds token ids. `input_ids` are read
+    alone with the mask of demonstrations, and beside the `prompt_ids` of others they are a column of the user's."""
+    found = [group for group in SEQUENCES if set(group) <= set(names) and all(map(tokens, group))]
+    whole = ("input_ids",)
+    if whole in found and {"completion_mask", "labels"} & set(names):
+        return [whole]
+    return [group for group in found if group != whole or ("prompt_ids",) not in found]
+
+
+def _sequences_of(dataset: "Dataset") -> list[tuple[str, ...]]:
+    return sequences_in(dataset.column_names, lambda name: holds_tokens(dataset.features[name]))
+
+
+def _are_tokens(value: Any) -> bool:
+    """Of one row of a stream."""
+    return (
+        not isinstance(value, str)
+        and hasattr(value, "__len__")
+        and not isinstance(next(iter(value), 0), str | list | dict)
+    )
 
 
 def check_fits(model: "Model", dataset: "Dataset", what: str, tokenizer: Any = None, name: str = "model") -> None:
@@ -40,7 +58,7 @@ def check_fits(model: "Model", dataset: "Dataset", what: str, tokenizer: Any = N
     what, name: the dataset's and the model's in the message. Of prompts for rollouts only the prompt is counted.
     """
     limit, known = longest_input(model), known_tokens(model)
-    columns = sequences_in(dataset.column_names)
+    columns = _sequences_of(dataset)
     for column in {column for group in columns for column in group}:
         _check_tokens(dataset, column, known, what, tokenizer, name)
     if limit is not None:
@@ -126,7 +144,7 @@ def longest_sequence(limit: int | None, sets: Iterable[Any]) -> int:
 
 
 def _longest_row(dataset: "Dataset") -> int:
-    columns = sequences_in(dataset.column_names)
+    columns = _sequences_of(dataset)
     return max((int(_row_lengths(dataset, group).max(initial=0)) for group in columns), default=0)
 
 
@@ -156,7 +174,7 @@ def row_check(model: "Model", tokenizer: Any = None) -> Callable[[dict[str, Any]
     limit, known = longest_input(model), known_tokens(model)
 
     def check(row: dict[str, Any]) -> None:
-        groups = sequences_in(row.keys())
+        groups = sequences_in(row.keys(), lambda name: _are_tokens(row[name]))
         named = f"row {row['row']}" if "row" in row else "a row"
         longest = max(row.get(PACKED) or (sum(len(row[name]) for name in group) for group in groups))
         largest = max(max(row[name], default=0) for group in groups for name in group)

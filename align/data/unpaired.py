@@ -11,7 +11,7 @@ from align.data.bad_rows import BadRow, BadRows
 from align.data.dialogue import warn_of_dialogues
 from align.data.encode import Encoded, check_tokenizer, encode, render_pair
 from align.data.ending import ending_of
-from align.data.formats import SCORED, columns_of, format_for
+from align.data.formats import SCORED, check_tokens, columns_of, format_for
 from align.data.limits import lengths_of
 from align.data.passes import Columns, Note, Recipe, has_numbers, started, tokenized
 from align.data.rows import source_of
@@ -64,6 +64,8 @@ def tokenize_unpaired(
             f"and 'label' (true or false), or pairs ('chosen' and 'rejected'); found {names}"
         )
     tokenised = {*UNPAIRED} <= columns
+    if tokenised:
+        check_tokens(sample, UNPAIRED[:2], report.source)
     if tokenised and _usable(dataset, max_length):
         return _as_they_are(dataset)
     recipe = _recipe_of_ids(max_length) if tokenised else _recipe_of_text(sample, tokenizer, report.source, max_length)

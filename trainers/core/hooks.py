@@ -18,6 +18,7 @@ OVERRIDDEN = (
     "_load_from_checkpoint",
     "_load_optimizer_and_scheduler",
     "_prepare_input",
+    "_report_to_hp_search",
     "_save",
     "_save_checkpoint",
     "_set_signature_columns_if_needed",

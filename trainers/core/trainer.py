@@ -31,6 +31,7 @@ from align.modeling.adapters import adapter_start, check_overlap, notes, split
 from align.modeling.load import hold_modules_in_float32
 from align.modeling.rotary import LONG, factors_of
 from align.trainers.core import card, guards, identity, saving, trackers
+from align.trainers.core.best_metric import FindsBestMetric
 from align.trainers.core.checkpoints import Resumed, choose_checkpoint, layout_of, read_checkpoint, write_extra_state
 from align.trainers.core.console import LogFile, replace_printing, show_while_there_are_bars
 from align.trainers.core.early import check_early_stopping, check_machine, check_wandb
@@ -56,7 +57,7 @@ logger = logging.getLogger(__name__)
 Options = TypeVar("Options", bound=RunOptions)
 
 
-class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
+class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows, FindsBestMetric):
     """In front of a transformers-style trainer: `class XTrainer(TrainerMixin, Trainer)`. A mix-in, so that a trainer
     built on one of TRL's keeps TRL's code."""
 
@@ -106,7 +107,7 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
             if not self.is_deepspeed_enabled:  # which holds float32 copies of what it trains
                 hold_modules_in_float32(self.model, autocast=self.accelerator.mixed_precision != "no")
         self._check_rows()
-        self._check_best_metric()
+        self._check_sets()
         replace_printing(self)
         self.add_callback(LogFile(type(self).__name__.removesuffix("Trainer"), lambda: self.resume_step))
         if not self.is_deepspeed_enabled:  # its gradients are not in `parameter.grad`
@@ -135,22 +136,6 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
     def check_rows_of(self, model: nn.Module, name: str) -> None:
         """The same for another model that reads the rows, by its name in the error."""
         fit_sets(model, self.longest_row, self.train_dataset, self.eval_dataset, self.processing_class, name)
-
-    def _check_best_metric(self) -> None:
-        """It is looked up after every evaluation. transformers' default for what needs one (load_best_model_at_end,
-        save_strategy: best, a plateau's schedule) is `eval_loss`, which several sets do not have: the run
-        would end in a KeyError after the first."""
-        if self.args.metric_for_best_model is None:
-            return
-        metric = self.args.metric_for_best_model.removeprefix("eval_")
-        if isinstance(self.eval_dataset, dict):
-            names = list(self.eval_dataset)
-            named = max((name for name in names if metric.startswith(f"{name}_")), key=len, default=None)
-            if named is None:
-                raise ConfigError(
-                    f"metric_for_best_model is {metric!r}, and the evaluation sets have "
-                    f"metrics of their own: name one, such as eval_{names[0]}_{metric}"
-                )
 
     def add_callback(self, callback: Any) -> None:
         check_prompts(callback)
@@ -355,6 +340,7 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
             resume_from_checkpoint = resume_from(args.resume_from_checkpoint)
         check_wandb(args)
         check_early_stopping(args, self.callback_handler.callbacks)
+        self.check_best_metric(self.evaluation_metrics())
         self._identity = self.identity()
         if isinstance(self.train_dataset, EndlessRows) and len(set(gather_object([self._identity["data"]]))) > 1:
             raise DataError("the processes read the stream in different orders: give its shuffle a seed")

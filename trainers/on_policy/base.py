@@ -248,6 +248,10 @@ class OnPolicyBase(MicroBatchLists, Trainer):
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
+    def evaluation_metrics(self):
+        learns = type(self.weighting).observe is not Weighting.observe  # and may add what it has learned
+        return None if learns or self.reference is None else ["loss", *self.evaluator.measured]
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Sample from the policy at the training temperature on the evaluation prompts, score, and log the means; the
         loss among them is what the run minimises, `beta` times the KL per sequence less the score.

@@ -7,10 +7,11 @@ import numpy as np
 import torch
 
 from align.data.ending import written_text
-from align.data.formats import columns_of
+from align.data.formats import check_tokens, columns_of
 from align.data.limits import check_reads, lengths_of, longest_input
 from align.data.streams import is_stream
 from align.data.tokenize import tokenize_pairs, tokenize_prompts
+from align.data.tokenized import IDS
 from align.errors import DataError, RolloutError
 from align.modeling.rotary import choose_factors
 from align.objectives.kl import masked_sum
@@ -98,6 +99,7 @@ def tokenized_prompts(
         environments.check(dataset)
         dataset = with_prompts(dataset)
     if "prompt_ids" in columns_of(dataset, streams=True):
+        check_tokens(dataset, ["prompt_ids"])
         check_lengths(dataset, args.max_prompt_length)
         return dataset
     return tokenize_prompts(
@@ -113,16 +115,9 @@ def tokenized_prompts(
 
 
 def check_lengths(dataset, limit: int) -> None:
-    """DataError for prompts of more than `limit` tokens, in a dataset that came tokenised, and for a column of that
-    name that holds something else; a stream is not read."""
+    """DataError for prompts of more than `limit` tokens, in a dataset that came tokenised; a stream is not read."""
     if is_stream(dataset):
         return
-    kind = dataset.features["prompt_ids"]
-    if "int" not in str(getattr(getattr(kind, "feature", None), "dtype", "")):
-        raise DataError(
-            f"the column prompt_ids is what prompts that are tokenised stand in, as lists of token ids, and here it "
-            f"holds {kind}: rename it"
-        )
     found = np.flatnonzero(lengths_of(dataset, "prompt_ids") > limit)
     if not len(found):
         return
@@ -135,7 +130,8 @@ def check_lengths(dataset, limit: int) -> None:
 def tokenized_pairs(dataset, tokenizer, args, tools: list[dict] | None = None, environments=None):
     """The same with an offline pair for each prompt, `chosen_ids` and `rejected_ids`; an answer is cut where those of
     the policy end at the latest. tools, environments: none, as the pairs have no turns of theirs."""
-    if "chosen_ids" in columns_of(dataset, streams=True):
+    if {*IDS} <= columns_of(dataset, streams=True):
+        check_tokens(dataset, IDS)
         check_lengths(dataset, args.max_prompt_length)
         return dataset
     return tokenize_pairs(

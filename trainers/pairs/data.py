@@ -8,7 +8,7 @@ import numpy as np
 
 from align.data.bad_rows import BadRow
 from align.data.checks import check_pair_numbers
-from align.data.formats import columns_of
+from align.data.formats import check_tokens, columns_of
 from align.data.limits import lengths_of
 from align.data.sets import rows_of
 from align.data.streams import is_stream, read_whole, sample_of
@@ -155,10 +155,17 @@ def numbered_pairs(
     options: dict[str, Any] = {"max_length": max_length, "max_bad_share": max_bad_share, "num_proc": num_proc}
     if not set(IDS) <= columns:
         if scored and any({*pair} <= columns for pair in WHOLE) and not {"chosen", "rejected"} <= columns:
+            check_tokens(dataset, next(pair for pair in WHOLE if {*pair} <= columns))
             return limited_pairs(dataset, tokenizer, **options)
+        if turns and (masks := sorted({*MASKS} & columns)):
+            raise DataError(
+                f"the column {masks[0]!r} is of pairs that are tokenised, and would be taken for a 0 or 1 for each "
+                "token: rename or remove it"
+            )
         if turns and calls_tools(sample_of(dataset)):
             return tokenize_turns(dataset, tokenizer, **options)
         return tokenize_pairs(dataset, tokenizer, **options, scored=scored)
+    check_tokens(dataset, (*IDS, *(name for name in MASKS if name in columns)))
     if is_stream(dataset):
         return limited_pairs(dataset, tokenizer, **options)
     lengths = {column: lengths_of(dataset, column) for column in IDS}

@@ -11,7 +11,7 @@ The subclass for preference optimisation is in `pairs.preference`, the one for r
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from itertools import islice
 from typing import Any
 
@@ -141,6 +141,8 @@ class PairTrainer(MicroBatchLists, Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         found = self._checked_losses(model, inputs)
         values = found.values()
+        if self.state.global_step == (self.resume_step or 0):
+            self.check_best_metric(self.metrics_of(values))
         self._step_losses.append((inputs["row"], values.pop("loss")))
         self.add_to_log(values)
         # The count is of all ranks, and DDP averages the gradients over them.
@@ -214,6 +216,10 @@ class PairTrainer(MicroBatchLists, Trainer):
 
     def _gather_max(self, count: int) -> int:
         return int(self._gather_counts(torch.tensor([[count]])).max())
+
+    def metrics_of(self, values: Collection[str]) -> Collection[str]:
+        """Names of what an evaluation of such values of a batch measures: those of `pair_metrics`."""
+        return values
 
     def pair_metrics(self, prediction) -> dict[str, float]:
         """The means of an evaluation; more of them in a subclass."""
