@@ -165,7 +165,9 @@ class KTOTrainer(PreferenceTrainer):
     def _losses(self, model: nn.Module, answers: Batch, point: Tensor | float) -> UnpairedLosses:
         policy = pair_tokens(model, answers, chunk_size=self.args.chunk_size)
         reference = self.reference_tokens(answers)
-        self.check_same_start(model, policy, reference)
+        self.check_same_start(
+            model, policy, reference, lambda: pair_tokens(model, answers, chunk_size=self.args.chunk_size)
+        )
         logps = policy.logps.sum(-1)
         ratios, labels = logps - reference.logps.sum(-1), answers["label"]
         return UnpairedLosses(self._kto(ratios, labels, point), self.args.beta * ratios, logps, labels)

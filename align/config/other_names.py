@@ -106,6 +106,13 @@ ADAPTERS = "leave it out: model_name_or_path takes the folder of an adapter too"
 FULL_OR_LORA = "use_peft: true trains an adapter; without it all weights are trained"
 METHOD = "the method is the command (align dpo), or the key method of a file"
 ROWS = 'a part of the rows: dataset_train_split: "train[:-500]", dataset_test_split: "train[-500:]"'
+END = (
+    "leave it out: a completion ends with an end token (the tokenizer's, or one of the model's generation config, "
+    "whose eos_token_id may be a list) or is cut at max_completion_length. One that a string ended would have no end "
+    "token to learn: let the reward judge the text before the string"
+)
+STOPS = ("stop", "stop_strings", "stop_sequences", "stop_words", "stop_token_ids")
+"""What engines call the strings and tokens that end a completion."""
 EVALUATIONS = "every evaluation shows num_logged_completions; outside of on-policy methods max_new_tokens turns it on"
 
 REMOVED = {
@@ -138,8 +145,8 @@ REMOVED = {
     "local_rollout_forward_batch_size": "forward_tokens_per_batch, which counts tokens",
     "batch_size": "per_device_train_batch_size and gradient_accumulation_steps",
     "mini_batch_size": "num_mini_batches, their number",
-    "stop_token": "leave it out: completions end with the tokenizer's end token; truncated is for those that do not",
-    "stop_token_id": "leave it out: completions end with the tokenizer's end token; truncated is for those that do not",
+    "stop_token": END,
+    "stop_token_id": END,
     "whiten_rewards": "whiten_advantages (PPO), or the method reinforce_pp, which whitens advantages",
     "normalize_reward": "normalize_advantages (RLOO), or the method reinforce_pp",
     "token_level_kl": "kl_in: reward has the KL on every token of the reward, kl_in: loss in the loss",
@@ -152,6 +159,7 @@ REMOVED = {
 """Options that TRL once had, or has for other methods, and that have no single name here -> what to do instead."""
 
 ELSEWHERE = {
+    **dict.fromkeys(STOPS, END),
     "adapter_name_or_path": ADAPTERS,
     "lora_model_dir": ADAPTERS,
     "ref_model_adapters": "leave it out: ref_model_name_or_path takes the folder of an adapter too",

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from align.config.other_names import END, STOPS
 from align.config.secrets import masked
 from align.errors import ConfigError
 
@@ -80,6 +81,7 @@ def _check_names(cls: type[Section], value: Mapping, key: str, label: str) -> No
             continue
         near = difflib.get_close_matches(str(name), valid, n=1)
         hint = f"nearest valid: {near[0]}" if near else f"valid: {', '.join(valid)}"
+        hint = END if name in STOPS else hint
         of = "" if label == key else f" of {label}"
         raise ConfigError(f"unknown key {key}.{name}{of}; {hint}", key=f"{key}.{name}")
     required = [name for name, field_name in valid.items() if cls.model_fields[field_name].is_required()]

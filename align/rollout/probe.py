@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from align.errors import RolloutError
+from align.modeling.load import without_dropout
 from align.modeling.logprobs import language_model, token_logps
 from align.modeling.types import Model
 from align.rollout.types import Completion, Request, SamplingParams
@@ -140,15 +141,3 @@ def rounded_layers(core: Model, dtype: torch.dtype) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def without_dropout(model: Model) -> Iterator[None]:
-    """The model in eval mode, for as long as the context lasts."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -10,6 +10,10 @@ from align.modeling.load import Reference
 from align.modeling.logprobs import language_model
 
 EXACT = 1e-3  # nats, of float32
+DROPOUT = (
+    "the policy is trained with dropout (disable_dropout: false), and so it is not the one that draws completions or "
+    "that the KL is measured to. Leave disable_dropout out"
+)
 
 
 def logp_tolerance(accelerator: Accelerator, model: nn.Module) -> float:
@@ -48,14 +52,19 @@ def check_no_noise(args: TrainingArguments) -> None:
         )
 
 
-def check_same_start(logps: Tensor, ref_logps: Tensor, mask: Tensor, tolerance: float) -> None:
-    """Log-probs of the policy before its first step and of the reference; any shape, the same for the three."""
+def check_same_start(
+    logps: Tensor, ref_logps: Tensor, mask: Tensor, tolerance: float, *, dropout: bool = False
+) -> None:
+    """Log-probs of the policy before its first step and of the reference; any shape, the same for the three. dropout:
+    the policy's are with it."""
     problem = unlike((logps - ref_logps).abs()[mask.bool()], tolerance)
-    if problem is not None:
-        raise TrainingError(
-            f"before the first step the policy and its reference {problem}: the reference is not the model that "
-            "training starts from. Pass ref_model, or merge the adapter that the policy starts with"
-        )
+    if problem is None:
+        return
+    cause = "the reference is not the model that training starts from. Pass ref_model, or merge the adapter that the "
+    raise TrainingError(
+        f"before the first step the policy and its reference {problem}: "
+        + (DROPOUT if dropout else f"{cause}policy starts with")
+    )
 
 
 def reference_probe(reference: Reference, device: torch.device) -> Tensor:

@@ -152,7 +152,8 @@ class OnPolicyBase(MicroBatchLists, Trainer):
             judged=not (self.pipeline.requests[0].penalises or (self.buffer is not None and self.buffer.stale)),
         )
         if self.untrained and self.check_start and self.args.beta:
-            check_same_start(logps, batch["ref_logps"], batch["completion_mask"], tolerance)
+            dropout = self.metrics.dropout
+            check_same_start(logps, batch["ref_logps"], batch["completion_mask"], tolerance, dropout=dropout)
 
     def token_losses(self, logps: Tensor, advantages: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, PolicyLoss]:
         """The loss of every token [B, L], with gradient and with the KL where that is in the loss, and the surrogate

@@ -147,7 +147,7 @@ class OnPolicyTrainer(OnPolicyBase):
             self.make_endless(train_dataset)
         self.rewards.trainer_state = lambda: copy(self.state)  # a reward may write in its inputs
         self.model_accepts_loss_kwargs = True  # the losses are normalised by the global count, not by Trainer
-        self.ranks, self.metrics = Ranks(self.accelerator), OnPolicyMetrics(self.recorder)
+        self.ranks, self.metrics = Ranks(self.accelerator), OnPolicyMetrics(self.recorder, self.model)
         self.shown = ShownCompletions(args)
         self._make_passes()
         self._make_rollouts(engine)

@@ -5,11 +5,14 @@ import logging
 from torch import Tensor
 
 from align.errors import TrainingError
+from align.modeling.load import has_dropout
+from align.modeling.types import Model
 from align.objectives import kl
 from align.objectives.policy_loss import PolicyLoss
 from align.objectives.rollout_correction import log_ratios, mismatch
 from align.rollout.types import Episode
 from align.trainers.core.recorder import Recorder
+from align.trainers.core.reference_checks import DROPOUT
 from align.trainers.on_policy.batches import padding_share
 from align.trainers.on_policy.samples import Sample
 from align.trainers.on_policy.truncation import TruncationRule
@@ -20,7 +23,8 @@ logger = logging.getLogger(__name__)
 class OnPolicyMetrics:
     """Records what they are of: the log shows means over samples, sequences or tokens."""
 
-    def __init__(self, recorder: Recorder):
+    def __init__(self, recorder: Recorder, policy: Model):
+        self.dropout = has_dropout(policy)
         self.record, self.spread = recorder.record, recorder.record_spread
         self.warned = False  # of a gap between engine and trainer
 
@@ -89,9 +93,10 @@ class OnPolicyMetrics:
             f"engine and the trainer (99 % of them by less than {p99:.4f})"
         )
         if judged and not gap <= limits[1]:
+            outside = "Does something change the weights or the logits outside the trainer?"
+            outside += "" if engine == "transformers" else " Compare with rollout.backend: transformers"
             raise TrainingError(
-                f"{found}, and {limits[1]:.4f} is allowed. Does something change the weights or the logits outside the "
-                "trainer?" + ("" if engine == "transformers" else " Compare with rollout.backend: transformers")
+                f"{found}, and {limits[1]:.4f} is allowed" + (f": {DROPOUT}" if self.dropout else f". {outside}")
             )
         if judged and gap > limits[0] and not self.warned:
             self.warned = True

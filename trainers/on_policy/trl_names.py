@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from align.config.other_names import END, STOPS
 from align.errors import ConfigError
 from align.rollout.make import rollout_options
 from align.rollout.options import RolloutOptions
@@ -22,6 +23,14 @@ VLLM = {
 SERVER = "rollout: {backend: server, urls: [...]} (docs/rollouts.md)"
 CORRECTION = "rollout_correction, with rollout_correction_low and rollout_correction_high"
 ENGINE = "rollout: {backend: vllm}, or transformers, whose batches are made here (docs/rollouts.md)"
+
+INSTEAD = {
+    **dict.fromkeys((*STOPS, "eos_token_id", "include_stop_str_in_output", "stopping_criteria"), END),
+    **dict.fromkeys(("max_new_tokens", "max_tokens", "max_length"), "max_completion_length is the option"),
+    **dict.fromkeys(("n", "num_return_sequences"), "num_generations is the option"),
+    "seed": "every draw is seeded by the option seed, the step and the prompt: leave it out",
+}
+"""Of `generation_kwargs` what is no matter of probabilities."""
 
 
 @dataclass
@@ -205,6 +214,9 @@ def take_generation_kwargs(args: Any) -> None:
     given = dict(args.generation_kwargs or {})
     if given.pop("do_sample", True) is not True:
         raise ConfigError("generation_kwargs: do_sample: false gives every sample of a prompt the same completion")
+    for name in given:
+        if name in INSTEAD:
+            raise ConfigError(f"generation_kwargs: {name}: {INSTEAD[name]}", key="generation_kwargs")
     other = sorted(given.keys() - set(DRAWN))
     if other:
         raise ConfigError(

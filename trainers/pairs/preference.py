@@ -22,7 +22,7 @@ from align.data.sets import of_each
 from align.data.streams import is_stream
 from align.distributed.ranks import shared
 from align.errors import ConfigError, TrainingError
-from align.modeling.load import Reference, freeze_copy
+from align.modeling.load import Reference, freeze_copy, has_dropout, without_dropout
 from align.modeling.logprobs import language_model
 from align.modeling.pairs import PairTokens, pair_tokens
 from align.modeling.prefix_support import enable_shared_prefix
@@ -335,12 +335,22 @@ class PreferenceTrainer(PairTrainer):
 
     def pair_losses(self, model: nn.Module, batch: dict[str, Tensor]) -> RowLosses:
         policy, reference = self.forward(model, batch)
-        self.check_same_start(model, policy, reference)
+        self.check_same_start(model, policy, reference, lambda: self.forward(model, batch)[0])
         return self.losses(policy, reference, batch)
 
-    def check_same_start(self, model: nn.Module, policy: PairTokens, reference: PairTokens | None) -> None:
-        """In the first step: a TrainingError where the reference is to be the policy and is not."""
+    def check_same_start(
+        self,
+        model: nn.Module,
+        policy: PairTokens,
+        reference: PairTokens | None,
+        again: Callable[[], PairTokens],
+    ) -> None:
+        """In the first step: a TrainingError where the reference is to be the policy and is not. again: computes the
+        policy's once more, for one that trains with dropout, which its reference does not have."""
         if self.check_start and model.training and self.untrained and reference is not None:
+            if has_dropout(model):
+                with without_dropout(model), torch.no_grad():
+                    policy = again()
             check_same_start(policy.logps.detach(), reference.logps, policy.mask, self.logp_tolerance)
 
     @property

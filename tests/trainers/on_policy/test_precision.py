@@ -42,7 +42,7 @@ def test_the_kl_of_the_reward_is_zero_before_any_update(policy, tmp_path, monkey
 
 
 def test_a_gap_is_a_warning_first_and_an_error_when_it_is_no_rounding(caplog):
-    metrics = OnPolicyMetrics(Recorder())
+    metrics = OnPolicyMetrics(Recorder(), torch.nn.Identity())
     batch = {"completion_mask": torch.ones(2, 50), "engine_logps": torch.zeros(2, 50)}
     logps = torch.full((2, 50), 0.01)
     logps[0, 0] = 5.0  # one token of a hundred: the mean is 0.06

@@ -137,6 +137,10 @@ def test_generation_kwargs_are_the_options_that_they_name(tmp_path):
     assert (args.top_k, args.temperature) == (3, 0.7) and args.drawing["top_k"] == 3
     for given, message in (
         ({"num_beams": 2}, "num_beams would draw from a distribution whose probabilities the loss does not know"),
+        ({"stop": ["###"]}, "stop: leave it out: a completion ends with an end token .* a string ended"),
+        ({"stop_token_ids": [3]}, "generation config, whose eos_token_id may be a list"),
+        ({"max_new_tokens": 64}, "max_new_tokens: max_completion_length is the option"),
+        ({"n": 4}, "n: num_generations is the option"),
         ({"do_sample": False}, "the same completion"),
         ({"top_p": 0.5}, "top_p itself are given"),
         ({"top_p": 1.5}, "top_p"),
@@ -144,6 +148,13 @@ def test_generation_kwargs_are_the_options_that_they_name(tmp_path):
         with pytest.raises(ConfigError, match=message):
             options = {"top_p": 0.9} if "itself" in message else {}
             on_policy_config(RLOOConfig, tmp_path, generation_kwargs=given, **options)
+    for rollout in ({"stop": ["###"]}, {"backend": "vllm", "stop_strings": "###"}):
+        with pytest.raises(
+            ConfigError, match="unknown key rollout.stop.*; leave it out: a completion ends with an end"
+        ):
+            on_policy_config(RLOOConfig, tmp_path, rollout=rollout)
+    with pytest.raises(ConfigError, match="unknown argument stop_strings of .*; no option here.* end token to learn"):
+        on_policy_config(RLOOConfig, tmp_path, stop_strings=["###"])
     masked = on_policy_config(GRPOConfig, tmp_path, mask_truncated_completions=True, delta=4.0)
     assert (masked.truncated, masked.dual_clip) == ("mask", 4.0)
 
