@@ -1,5 +1,6 @@
 """The parts of a run, made from its resolved config: rows, tokenizer, model, adapter, rewards, trainer."""
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -9,9 +10,11 @@ from align.config.resolve import RunConfig
 from align.errors import AlignError, ConfigError
 from align.lazy import load
 
+logger = logging.getLogger(__name__)
 
-def train_rows(run: RunConfig):
-    """The rows to train on, some labels flipped if `label_noise` says so."""
+
+def train_rows(run: RunConfig, *, tell: bool = True):
+    """The rows to train on, some labels flipped if `label_noise` says so. tell: log what a mixture is of."""
     from align.data import load_rows
     from align.data.mixture import load_mixture, parse_mixture
     from align.data.noise import flip_labels
@@ -21,6 +24,8 @@ def train_rows(run: RunConfig):
         rows = load_rows(cast(str, data.dataset_name), data.dataset_train_split, data.dataset_config, data.streaming)
     else:
         rows = load_mixture(parse_mixture(data.datasets), data.mixture_seed)
+        if tell:
+            logger.info("%s", rows.info.description)
     if noise is None or not noise.label_noise:
         return rows
     if data.streaming:

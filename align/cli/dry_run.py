@@ -38,7 +38,7 @@ def dry_run(run: RunConfig, processes: int | None = None) -> int:
     if run.method.data == "prompts":
         check_length(model.config.get_text_config(), build.longest_sequence(run, model))
     _title("data")
-    given = build.train_rows(run)
+    given = build.train_rows(run, tell=False)  # which is printed here
     if run.data.streaming:
         print(f"a stream: its first {LOOKED_AT} rows are looked at, the others when training reaches them")
     if run.data.datasets is not None:

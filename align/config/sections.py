@@ -155,7 +155,7 @@ class Kinds:
 def parse_list(read, values: Any, key: str) -> list:
     """`read(value, key)` of each of a list's values; one value alone is refused with what to write."""
     if not isinstance(values, list | tuple):
-        raise ConfigError(f"{key}: expected a list, not {masked(values)!r:.100}", key=key)
+        raise ConfigError(f"{key}: expected a list, not {masked(values)!r:.100}: put it in brackets, [...]", key=key)
     return [read(value, f"{key}.{i}") for i, value in enumerate(values)]
 
 

@@ -1,6 +1,5 @@
 """Several datasets as one: which rows of each are trained, how often, and in which order."""
 
-import logging
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -13,8 +12,6 @@ from align.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-logger = logging.getLogger(__name__)
 
 
 class MixturePart(Section):
@@ -37,18 +34,33 @@ class MixturePart(Section):
 
 def parse_mixture(value: Any, key: str = "datasets") -> list[MixturePart]:
     """The parts that a list of mappings describes."""
-    parts = parse_list(lambda item, place: parse(MixturePart, item, place), value, key)
+    if isinstance(value, str):
+        raise ConfigError(
+            f"{key}: {value!r:.100} is no list: write dataset_name: {value} for one dataset, and for several "
+            f"{key}: [{{path: {value}}}, ...]",
+            key=key,
+        )
+    parts = parse_list(_part, value, key)
     if not parts:
         raise ConfigError(f"{key}: the list is empty: name a dataset, or leave {key} out", key=key)
     return parts
+
+
+def _part(value: Any, key: str) -> MixturePart:
+    if isinstance(value, str):
+        raise ConfigError(
+            f"{key}: {value!r:.100} is no section: write {{path: {value}}}, with split and weight where it needs them",
+            key=key,
+        )
+    return parse(MixturePart, value, key)
 
 
 def load_mixture(parts: list[MixturePart], seed: int) -> "Dataset":
     """The rows of an epoch of a mixture, in an order drawn with `seed`.
 
     Rows count from 0 through the datasets as they are listed (column `row`), whichever of them are taken: the
-    description of the result (`info.description`), which is logged too, says which numbers are whose. A column that
-    only some of the datasets have is null in the others.
+    description of the result (`info.description`) says which numbers are whose. A column that only some of the datasets
+    have is null in the others.
 
     Raises DataError where the datasets have different formats, or a weight takes no row.
     """
@@ -88,7 +100,6 @@ def mix(loaded: list[tuple["Dataset", MixturePart]], seed: int) -> "Dataset":
     mixed = whole.select(order[np.random.default_rng([seed, len(loaded)]).permutation(len(order))])
     mixed.info.dataset_name = "mixture of " + ", ".join(f"{part.path} x {part.weight:g}" for _, part in loaded)
     mixed.info.description = f"{len(order)} rows per epoch: {'; '.join(lines)}"
-    logger.info("%s", mixed.info.description)
     return mixed
 
 

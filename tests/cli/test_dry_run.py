@@ -90,6 +90,13 @@ def test_rows_to_evaluate_on_are_read_too(tiny_model, pairs, demonstrations, tmp
     assert str(demonstrations) in capsys.readouterr().err
 
 
+def test_a_mixture_is_told_once(tiny_model, pairs, capsys):
+    parts = f"[{{path: {pairs}}}, {{path: {pairs}, weight: 0.5}}]"
+    assert main(["dpo", "--model_name_or_path", str(tiny_model), "--datasets", parts, "--dry-run"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.count("rows per epoch: ") == 1 and "rows per epoch" not in shown.err
+
+
 def test_reward_with_lora(tiny_model, pairs, capsys):
     tokens = ["--model_name_or_path", tiny_model, "--dataset_name", pairs, "--max_length", 64]
     lora = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj"]

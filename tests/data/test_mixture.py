@@ -51,6 +51,22 @@ def test_further_columns_may_differ_and_formats_may_not():
         mixed((rows("a", 4), 0.1))
 
 
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        (
+            "a.jsonl",
+            r"datasets: 'a.jsonl' is no list: write dataset_name: a.jsonl .*datasets: \[\{path: a.jsonl\}, ...\]",
+        ),
+        (["a.jsonl"], r"datasets.0: 'a.jsonl' is no section: write \{path: a.jsonl\}"),
+        ({"path": "a.jsonl"}, "datasets: expected a list, .*: put it in brackets"),
+    ],
+)
+def test_what_is_no_list_of_sections_is_answered_with_what_to_write(value, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        parse_mixture(value)
+
+
 def test_a_run_trains_on_a_mixture(tmp_path):
     rows("a", 6, topic="x").to_json(tmp_path / "a.jsonl")
     rows("b", 6).to_json(tmp_path / "b.jsonl")
