@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 UNPAIRED = ("prompt_ids", "completion_ids", "label")
+DESIRABLE = {"true", "yes", "1", "good", "desirable", "desired", "chosen", "accepted", "preferred", "positive", "pos"}
+DESIRABLE |= {"liked", "like", "up", "thumbs_up", "correct"}
+UNDESIRABLE = {"false", "no", "0", "bad", "undesirable", "undesired", "rejected", "dispreferred", "negative", "neg"}
+UNDESIRABLE |= {"disliked", "dislike", "down", "thumbs_down", "incorrect", "wrong"}
 SEED = 0  # of the order in which answers are mismatched: not the run's, so that runs share cached log-probs
 
 
@@ -42,8 +46,9 @@ def tokenize_unpaired(
     """Labelled answers: columns `prompt_ids`, `completion_ids`, `label` (bool), `row`, and every other column.
 
     Preference pairs serve as well: each is two rows, the chosen answer desirable and the rejected one not, with the
-    pair's number (`unpair`). A row whose `label` is neither true nor false (nor 1 or 0) is bad. The completion is cut
-    as `tokenize_pairs` cuts. Rows that are tokenised already are checked and cut.
+    pair's number (`unpair`). A row whose `label` is neither true nor false (nor 1 or 0) is bad; those of a `ClassLabel`
+    are read by their names. The completion is cut as `tokenize_pairs` cuts. Rows that are tokenised already are checked
+    and cut.
 
     Otherwise as `tokenize_prompts`.
     """
@@ -63,6 +68,7 @@ def tokenize_unpaired(
             f"{report.source} has no column 'label' that says which answers are good: expected 'prompt', 'completion' "
             f"and 'label' (true or false), or pairs ('chosen' and 'rejected'); found {names}"
         )
+    dataset = sample = _by_name(dataset, report.source)
     tokenised = {*UNPAIRED} <= columns
     if tokenised:
         check_tokens(sample, UNPAIRED[:2], report.source)
@@ -71,6 +77,26 @@ def tokenize_unpaired(
     recipe = _recipe_of_ids(max_length) if tokenised else _recipe_of_text(sample, tokenizer, report.source, max_length)
     limits = {"use": "unpaired", "tokenised": tokenised, "max_length": max_length}
     return tokenized(dataset, tokenizer, recipe, limits, report, max_bad_share=max_bad_share, num_proc=num_proc)
+
+
+def _by_name(dataset: "Dataset", source: str) -> "Dataset":
+    """With a label that is true or false where it is a `ClassLabel`, whose numbers are places in a list of names: the
+    second may be "bad". DataError where the names do not say which of them is desirable."""
+    from datasets import ClassLabel, Value
+
+    kind = dataset.features["label"]
+    if not isinstance(kind, ClassLabel):
+        return dataset
+    names = [name.lower().replace("-", "_").replace(" ", "_") for name in kind.names]
+    good = [name in DESIRABLE for name in names]
+    if sorted(good) != [False, True] or names[good.index(False)] not in UNDESIRABLE:
+        raise DataError(
+            f"{source}: the column 'label' is a ClassLabel with the names {', '.join(kind.names)}, which do not say "
+            "what is desirable: name the two rejected and chosen, or make it a column of true (desirable) and false, "
+            "with dataset.cast_column('label', Value('bool')) where 1 is desirable"
+        )
+    labels = [good[label] if label in (0, 1) else None for label in dataset.with_format(None)["label"][:]]
+    return dataset.remove_columns("label").add_column("label", labels, feature=Value("bool"))
 
 
 def _recipe_of_text(sample: "Dataset", tokenizer, source: str, max_length: int | None) -> Recipe:

@@ -5,7 +5,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Value
 from transformers import TrainerCallback
 
 from align.data import toy
@@ -202,6 +202,27 @@ def test_bad_rows_are_named(change, reason):
     with pytest.raises(DataError) as error:
         tokenize_unpaired(Dataset.from_list(rows), toy.tokenizer(), max_length=None)
     assert reason in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "names", [["bad", "good"], ["good", "bad"], ["Chosen", "Rejected"], ["Thumbs-Down", "thumbs up"]]
+)
+@pytest.mark.parametrize("tokenised", [False, True])
+def test_a_class_label_is_read_by_its_names(names, tokenised):
+    rows = [{"prompt": "a ", "completion": f"b{i}", "label": i % 2} for i in range(4)]
+    if tokenised:
+        rows = [{"prompt_ids": [3], "completion_ids": [4 + row["label"]], "label": row["label"]} for row in rows]
+    dataset = Dataset.from_list(rows).cast_column("label", ClassLabel(names=names))
+    read = tokenize_unpaired(dataset, toy.tokenizer(), max_length=32)
+    first = names[0].lower() in ("good", "chosen")
+    assert read["label"][:] == [first, not first] * 2 and read.features["label"] == Value("bool")
+
+
+@pytest.mark.parametrize("names", [["alpha", "beta"], ["good", "better"], ["bad", "neutral", "good"]])
+def test_a_class_label_whose_names_do_not_say_is_refused(names):
+    rows = Dataset.from_list([{"prompt": "a ", "completion": f"b{i}", "label": i % 2} for i in range(4)])
+    with pytest.raises(DataError, match=f"the names {', '.join(names)}, which do not say what is desirable: name"):
+        tokenize_unpaired(rows.cast_column("label", ClassLabel(names=names)), toy.tokenizer(), max_length=32)
 
 
 def test_rows_without_labels_and_streams_are_refused(tmp_path):
