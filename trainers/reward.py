@@ -14,7 +14,8 @@ from align.data.endless import EndlessRows
 from align.data.streams import is_stream
 from align.errors import ConfigError
 from align.evaluation.calibration import Reliability, reliability
-from align.modeling.load import disable_dropout, load_sequence_classifier, train_in_float32
+from align.modeling.dropout import disable_dropout
+from align.modeling.load import load_sequence_classifier, train_in_float32
 from align.modeling.padding import padding_as_saved, with_own_padding
 from align.modeling.prefix_support import SCORES, enable_shared_scores
 from align.modeling.score_head import read_at_end_token

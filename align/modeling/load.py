@@ -2,7 +2,6 @@
 
 import copy
 import logging
-from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import cast
@@ -199,6 +198,7 @@ def train_in_float32(model: Model, *, adapter: bool) -> None:
     """Hold the weights that will be trained in float32, in place: an update of a learning rate as 1e-6 is smaller than
     the gap between two bfloat16 numbers, and most weights would never move. Mixed precision (`bf16`) computes in
     bfloat16 nevertheless. adapter: one will be added, and the weights that are there stay frozen, as they are."""
+    _check_doubles(model)
     if adapter or vars(model).get("is_quantized") or is_zero3(model.parameters()):  # DeepSpeed holds float32 copies
         return
     half = {p.dtype for p in model.parameters() if p.requires_grad and p.dtype in HALF}
@@ -211,6 +211,18 @@ def train_in_float32(model: Model, *, adapter: bool) -> None:
             )
         logger.warning("the model was loaded in %s: its weights are trained, and so held, in float32", half.pop())
         model.float()
+
+
+def _check_doubles(model: Model) -> None:
+    """ConfigError for a model of which a part alone is in float64: torch has no product of two dtypes, and ends the
+    first pass."""
+    of_each: dict[torch.dtype, str] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            of_each.setdefault(parameter.dtype, name)
+    if torch.float64 in of_each and len(of_each) > 1:
+        found = " and ".join(f"{str(dtype).removeprefix('torch.')} ({name})" for dtype, name in of_each.items())
+        raise ConfigError(f"the model has weights in {found}: make them one dtype first, with model.float()")
 
 
 def hold_modules_in_float32(model: Model, *, autocast: bool) -> None:
@@ -231,48 +243,6 @@ def hold_modules_in_float32(model: Model, *, autocast: bool) -> None:
             parameter.data = parameter.data.float()
         if head and not autocast:
             module.register_forward_pre_hook(lambda module, args: tuple(x.to(module.weight.dtype) for x in args))
-
-
-def disable_dropout(model: Model) -> None:
-    """Set every dropout to 0. Dropout makes a policy differ from its rollouts and from its reference."""
-    adapters = set()
-    for name, module, key in list(_dropouts(model)):
-        if isinstance(module, nn.modules.dropout._DropoutNd) and "lora_dropout" in name:
-            adapters.add(module.p)
-        setattr(module, key, 0.0)
-    if adapters:
-        logger.warning(
-            "lora_dropout %s is off: disable_dropout is true, as it is by default, and means an adapter's dropout too "
-            "(as in TRL); to train with it set disable_dropout: false",
-            ", ".join(map(str, sorted(adapters))),
-        )
-
-
-def has_dropout(model: Model) -> bool:
-    return next(_dropouts(model), None) is not None
-
-
-def _dropouts(model: Model) -> Iterator[tuple[str, nn.Module, str]]:
-    """(name, module, attribute) of every dropout above 0: modules, or numbers that a module passes on (`dropout` and
-    `layerdrop` of OPT, `attention_dropout`)."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-            yield name, module, "p"
-        for key, value in vars(module).items():
-            if isinstance(value, float) and "drop" in key and value > 0:
-                yield name, module, key
-
-
-@contextmanager
-def without_dropout(model: Model) -> Iterator[None]:
-    """The model in eval mode, for as long as the context lasts."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 class Reference:

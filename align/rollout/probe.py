@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from align.errors import RolloutError
-from align.modeling.load import without_dropout
+from align.modeling.dropout import without_dropout
 from align.modeling.logprobs import language_model, token_logps
 from align.modeling.types import Model
 from align.rollout.types import Completion, Request, SamplingParams

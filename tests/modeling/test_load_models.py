@@ -128,3 +128,28 @@ def test_scores_read_the_end_token_where_it_is_also_the_padding():
 def test_to_right_padding():
     ids, mask = to_right_padding(torch.tensor([[9, 9, 1, 2], [3, 4, 9, 9]]), torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0]]))
     assert ids[:, :2].tolist() == [[1, 2], [3, 4]] and mask.tolist() == [[1, 1, 0, 0]] * 2
+
+
+@pytest.mark.parametrize("part", ["lm_head", "model.layers.0.mlp", "model.embed_tokens"])
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(r=2, target_modules=["q_proj"])])
+def test_a_model_of_which_a_part_is_in_float64_is_refused(part, peft_config):
+    model = tiny.causal(dtype=torch.float32)
+    model.get_submodule(part).to(torch.float64)
+    with pytest.raises(ConfigError, match=rf"the model has weights in float\d\d \(.*{part}.*: make them one dtype"):
+        load_policy(model, peft_config=peft_config)
+    assert load_policy(model.float(), peft_config=peft_config).dtype == torch.float32
+    policy = tiny.causal(dtype=torch.float32)
+    with pytest.raises(ConfigError, match="make them one dtype first"):
+        reference_of(policy, tiny.causal(dtype=torch.float32).to(torch.float64).apply(_single_norms))
+
+
+def _single_norms(module):
+    if "Norm" in type(module).__name__:
+        module.float()
+
+
+def test_a_classifier_with_a_head_in_float64_is_refused():
+    classifier = tiny.classifier(dtype=torch.float32)
+    classifier.score.to(torch.float64)
+    with pytest.raises(ConfigError, match=r"and float64 \(score.weight\): make them one dtype first, with model.float"):
+        load_sequence_classifier(classifier)

@@ -4,7 +4,7 @@ import transformers as tf
 from peft import LoraConfig, get_peft_model
 
 from align.data import PairCollator
-from align.modeling.load import disable_dropout
+from align.modeling.dropout import disable_dropout
 from align.modeling.pairs import at_completions, completions, pair_tokens
 from tests.modeling import tiny
 

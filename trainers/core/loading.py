@@ -11,7 +11,8 @@ from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from align.errors import ConfigError, one_line
-from align.modeling.load import disable_dropout, load_policy, load_tokenizer, train_in_float32
+from align.modeling.dropout import disable_dropout
+from align.modeling.load import load_policy, load_tokenizer, train_in_float32
 from align.modeling.pretrained import default_dtype, empty_model, pretrained_config
 from align.modeling.rotary import original_positions
 from align.modeling.types import Model

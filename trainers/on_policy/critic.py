@@ -15,7 +15,8 @@ from transformers import TrainerCallback
 from align.distributed.buffers import prepare_fsdp2
 from align.distributed.shells import copied
 from align.errors import ConfigError, TrainingError
-from align.modeling.load import disable_dropout, load_backbone
+from align.modeling.dropout import disable_dropout
+from align.modeling.load import load_backbone
 from align.modeling.logprobs import language_model
 from align.modeling.pairs import pair_inputs
 from align.modeling.text_part import freeze_unreached

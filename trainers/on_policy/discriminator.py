@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from align.data.collate import right_pad
 from align.distributed.disk import open_to_others
 from align.errors import ConfigError, TrainingError
-from align.modeling.load import disable_dropout
+from align.modeling.dropout import disable_dropout
 from align.modeling.score_head import head_name
 from align.modeling.scores import sequence_scores
 from align.objectives.reward_model import bradley_terry_loss

@@ -5,7 +5,7 @@ import logging
 from torch import Tensor
 
 from align.errors import TrainingError
-from align.modeling.load import has_dropout
+from align.modeling.dropout import has_dropout
 from align.modeling.types import Model
 from align.objectives import kl
 from align.objectives.policy_loss import PolicyLoss

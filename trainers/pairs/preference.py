@@ -22,7 +22,8 @@ from align.data.sets import of_each
 from align.data.streams import is_stream
 from align.distributed.ranks import shared
 from align.errors import ConfigError, TrainingError
-from align.modeling.load import Reference, freeze_copy, has_dropout, without_dropout
+from align.modeling.dropout import has_dropout, without_dropout
+from align.modeling.load import Reference, freeze_copy
 from align.modeling.logprobs import language_model
 from align.modeling.pairs import PairTokens, pair_tokens
 from align.modeling.prefix_support import enable_shared_prefix
