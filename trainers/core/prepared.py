@@ -15,11 +15,11 @@ from align.distributed.buffers import prepare_fsdp2
 from align.distributed.shards import reshard
 from align.distributed.shells import release
 from align.errors import ConfigError
+from align.trainers.core.best_metric import FindsBestMetric
 from align.trainers.core.guards import check_trainable
-from align.trainers.core.hooks import TrainerHooks
 
 
-class EvaluatesUntrained(TrainerHooks):
+class EvaluatesUntrained(FindsBestMetric):
     """Of every trainer."""
 
     _trained = False

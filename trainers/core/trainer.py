@@ -31,7 +31,6 @@ from align.modeling.adapters import adapter_start, check_overlap, notes, split
 from align.modeling.load import hold_modules_in_float32
 from align.modeling.rotary import LONG, factors_of
 from align.trainers.core import card, guards, identity, saving, trackers
-from align.trainers.core.best_metric import FindsBestMetric
 from align.trainers.core.checkpoints import Resumed, choose_checkpoint, layout_of, read_checkpoint, write_extra_state
 from align.trainers.core.console import LogFile, replace_printing, show_while_there_are_bars
 from align.trainers.core.early import check_early_stopping, check_machine, check_wandb
@@ -57,7 +56,7 @@ logger = logging.getLogger(__name__)
 Options = TypeVar("Options", bound=RunOptions)
 
 
-class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows, FindsBestMetric):
+class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
     """In front of a transformers-style trainer: `class XTrainer(TrainerMixin, Trainer)`. A mix-in, so that a trainer
     built on one of TRL's keeps TRL's code."""
 
