@@ -52,7 +52,7 @@ def test_a_column_of_the_users_is_no_row_of_tokens(column, tokenizer, tmp_path):
     args = ReMaxConfig(output_dir=str(tmp_path), rollout="transformers", **sizes, **QUIET)
     ReMaxTrainer(tiny_model(tokenizer), reward, args, rows, processing_class=tokenizer).train()
     assert seen == [column] * 4
-    with pytest.raises(DataError, match="the column prompt_ids .* rename it"):
+    with pytest.raises(DataError, match="have the column .prompt_ids., .* rename or remove it"):
         named = rows.rename_column("input_ids", "prompt_ids").map(lambda row: {"prompt_ids": "a name"})
         ReMaxTrainer(tiny_model(tokenizer), wanted_words, args, named, processing_class=tokenizer)
 
