@@ -5,9 +5,10 @@ import importlib.util
 import inspect
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from align.errors import ConfigError
@@ -67,19 +68,30 @@ def _on_path(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _own_siblings(folder: Path) -> Iterator[None]:
-    """Inside, a module that is named as a file of the folder is that file, also where a file of another folder has been
-    imported under the name; after it the name is the other's again. Installed packages keep theirs."""
-    names = {path.stem for path in folder.glob("*.py")} - sys.stdlib_module_names - {"__main__", "__init__"}
-    others = {}
-    for name in names & sys.modules.keys():
-        place = Path(getattr(sys.modules[name], "__file__", None) or folder / name).resolve()
-        if place.parent != folder and not any(place.is_relative_to(installed) for installed in INSTALLED):
-            others[name] = sys.modules.pop(name)
+    """Inside, a module or package that is named as one in the folder is that one, also where one of another folder has
+    been imported under the name; after it the name is the other's again. Installed packages keep theirs."""
+    beside = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/__init__.py")}
+    beside -= {*sys.stdlib_module_names, "align", "__main__", "__init__"}
+    taken = {name for name in beside & sys.modules.keys() if _is_of_another(sys.modules[name], folder / name)}
+    others = _forgotten(taken)
     try:
         with _on_path(folder):
             yield
     finally:
+        _forgotten(taken)
         sys.modules.update(others)
+
+
+def _is_of_another(module: ModuleType, place: Path) -> bool:
+    """Whether a module is the user's and from elsewhere than from this file or package, named without `.py`."""
+    file = Path(getattr(module, "__file__", None) or place.with_suffix(".py")).resolve()
+    own = file in (place.with_suffix(".py"), place / "__init__.py")
+    return not own and not any(file.is_relative_to(installed) for installed in INSTALLED)
+
+
+def _forgotten(names: Collection[str]) -> dict[str, ModuleType]:
+    """These modules and what is inside them, which the next import no longer finds."""
+    return {name: sys.modules.pop(name) for name in [*sys.modules] if name.partition(".")[0] in names}
 
 
 def _load_file(file: Path, here: str):

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from align.cli.main import main
+from align.lazy import load
+from align.methods import METHODS
 from align.objectives.preference import LOSSES
 from align.trainers.on_policy.estimators import ESTIMATORS
 from align.trainers.weighting.sections import DYNAMIC_WEIGHTS
@@ -22,6 +24,8 @@ def blocks(language: str) -> list[str]:
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
     """The variables of the program after its end, run in a folder of its own, where its files are."""
+    for method in METHODS.values():
+        load(method.trainer)  # whose estimators stay in the tables
     tables = LOSSES, ESTIMATORS, DYNAMIC_WEIGHTS.kinds
     before = [dict(table) for table in tables]
     variables: dict = {"__name__": "own_method"}

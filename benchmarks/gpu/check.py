@@ -120,7 +120,12 @@ def run_stage(name: str, args: argparse.Namespace, limit: float, environment: di
     result = {key: value for part in parts for key, value in part.items()}
     running = result.pop(RUNNING, None)
     line = {"stage": name, "status": status(code, result), "seconds": round(time.perf_counter() - start, 1)}
-    line |= {"limit": limit, "device": args.device, "small": args.small, "card": result.pop("card", "unknown")}
+    line |= {
+        "limit": round(limit, 1),
+        "device": args.device,
+        "small": args.small,
+        "card": result.pop("card", "unknown"),
+    }
     line["result"] = result
     if code is None or code != 0:
         line |= {"stopped_in": running, "output_tail": output_tail}

@@ -55,15 +55,34 @@ def test_a_broken_module_of_the_user_shows_its_own_error(tmp_path, monkeypatch):
 
 def test_a_file_imports_what_lies_beside_it(tmp_path):
     """From any folder, and its own of two helpers of one name."""
-    for folder, score in (("a", 1.0), ("b", 2.0)):
+    for folder, score in (("a", 1.0), ("b", 2.0), ("a/c", 3.0)):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "helper_of_tests.py").write_text(f"score = {score}\n")
         code = "from helper_of_tests import score\ndef f(completions):\n    return [score] * len(completions)\n"
         (tmp_path / folder / "mine.py").write_text(code)
     path = list(sys.path)
-    found = [RuleReward(f"{tmp_path}/{folder}/mine.py:f").score(BATCH).scores[0].item() for folder in "aba"]
-    assert found == [1.0, 2.0, 1.0] and sys.path == path
+    found = [
+        RuleReward(f"{tmp_path}/{folder}/mine.py:f").score(BATCH).scores[0].item() for folder in ("a", "b", "a/c", "a")
+    ]
+    assert found == [1.0, 2.0, 3.0, 1.0] and sys.path == path
     assert sys.modules.pop("helper_of_tests").score == 1.0
+
+
+def test_a_file_imports_the_packages_beside_it(tmp_path):
+    """Among them one that is called as a folder of this library; what is inside follows the package."""
+    for folder, score in (("a", 1.0), ("b", 2.0)):
+        for package, inside in (("trainers", f"from .{folder} import score"), ("align", "")):
+            (tmp_path / folder / package).mkdir(parents=True)
+            (tmp_path / folder / package / "__init__.py").write_text(inside)
+        (tmp_path / folder / "trainers" / f"{folder}.py").write_text(f"score = {score}\n")
+        code = "from trainers import score\nfrom align.errors import RewardError\ndef f(completions):\n"
+        (tmp_path / folder / "mine.py").write_text(code + "    return [score] * len(completions)\n")
+    before = {name: sys.modules.pop(name) for name in [*sys.modules] if name.split(".")[0] == "trainers"}
+    found = [RuleReward(f"{tmp_path}/{folder}/mine.py:f").score(BATCH).scores[0].item() for folder in "aba"]
+    left = {name: sys.modules.pop(name) for name in [*sys.modules] if name.split(".")[0] == "trainers"}
+    sys.modules.update(before)
+    assert found == [1.0, 2.0, 1.0] and left.keys() == {"trainers", "trainers.a"}
+    assert sys.modules["align.errors"].RewardError is RewardError
 
 
 @pytest.mark.parametrize(
