@@ -46,6 +46,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
     from align.cli import build
     from align.cli.launch import method_of
     from align.config.resolve import resolve
+    from align.distributed.launchers import forget
     from align.errors import ConfigError
     from align.rollout.make import check_backend
     from align.rollout.server.launch import address, check_free, prepare, serve
@@ -54,9 +55,11 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
         return run_reward(args, extra)
     if args.config is None:
         raise ConfigError("name the run's YAML file, or a reward by --reward")
+    _check_ranges(args)
     check_backend("vllm")
     check_free(args.host, args.port)
     prepare()  # before torch is loaded
+    forget()
     run = resolve(method_of(args), args.config, extra)
     if run.method.data != "prompts":
         raise ConfigError(f"`align {run.method.name}` makes no completions: there is nothing to serve")
@@ -77,6 +80,23 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
         **options,
     )
     return 0
+
+
+def _check_ranges(args: argparse.Namespace) -> None:
+    """Raises `ConfigError` for a number that the file would not take either, or that would count as left out."""
+    from align.errors import ConfigError
+
+    inf = float("inf")
+    for name, least, most in (
+        ("tensor_parallel", 1, inf),
+        ("gpu_memory", 0, 1),
+        ("kv_cache_gib", 0, inf),
+        ("start_timeout", 0, inf),
+    ):
+        value = getattr(args, name)
+        if value is not None and not (least <= value <= most and 0 < value < inf):
+            limits = f"is at least {least}" if least else f"is above 0{'' if most == inf else f', and at most {most}'}"
+            raise ConfigError(f"--{name.replace('_', '-')} {limits}, not {value:g}")
 
 
 def run_reward(args: argparse.Namespace, extra: list[str]) -> int:

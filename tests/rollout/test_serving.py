@@ -13,7 +13,10 @@ from align.config.server_key import own_key, read_key
 from align.config.source import apply_overrides, read_overrides
 from align.errors import ConfigError
 from align.rollout import make, rollout_options
+from align.rollout.server import launch
 from align.rollout.server.launch import address, announce, as_arguments
+from tests.rollout.rollout_models import llama
+from tests.rollout.served import CONFIG
 
 URL = "http://127.0.0.1:8000"
 
@@ -94,6 +97,41 @@ def test_serve_says_in_a_sentence_what_keeps_it_from_starting(tmp_path, monkeypa
     monkeypatch.setattr(make.EngineBackend, "installed", False)
     assert main(["serve", str(tmp_path / "run.yaml")]) == 2
     assert "vllm is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--tensor-parallel=0", "--tensor-parallel is at least 1, not 0"),
+        ("--gpu-memory=1.5", "--gpu-memory is above 0, and at most 1, not 1.5"),
+        ("--kv-cache-gib=-1", "--kv-cache-gib is above 0, not -1"),
+        ("--start-timeout=0", "--start-timeout is above 0, not 0"),
+        ("--start-timeout=nan", "--start-timeout is above 0, not nan"),
+    ],
+)
+def test_numbers_of_the_command_have_the_ranges_of_the_files(option, message, capsys):
+    assert main(["serve", "run.yaml", option]) == 2
+    assert capsys.readouterr().err == f"align: error: {message}\n"
+
+
+def test_a_task_of_srun_serves(tmp_path, monkeypatch):
+    """`align launch --slurm --rollout-gpus` on several nodes starts servers in a step of as many tasks, each of which
+    was refused as a process that would train by itself. A file with `fsdp: true` is of a run of several, too."""
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    llama().save_pretrained(tmp_path / "model")
+    (tmp_path / "run.yaml").write_text(CONFIG.format(folder=tmp_path) + "fsdp: true\n")
+    started = []
+    monkeypatch.setattr(make.EngineBackend, "installed", True)
+    monkeypatch.setattr(launch, "prepare", lambda: None)
+    monkeypatch.setattr(launch, "serve", lambda *args, **options: started.append(options["max_model_len"]))
+    for name, value in {"SLURM_STEP_NUM_TASKS": "2", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("ALIGN_ROLLOUT_KEY", "key")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    assert main(["serve", str(tmp_path / "run.yaml"), "--port", str(port)]) == 0
+    assert started == [256]
 
 
 COMMANDS = [

@@ -12,6 +12,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from align.errors import ConfigError, one_line
+from align.trainers.core.processes import check_several
 
 # Optimisers of transformers that read no `optim_args`.
 WITHOUT_ARGUMENTS = (
@@ -101,6 +102,7 @@ def check_machine(args: Any) -> None:
         raise ConfigError(
             "fp16: accelerate has none on processors and would train in float32: leave it out, or use bf16", key="fp16"
         )
+    check_several(args)
     optimizer = _name(args.optim)
     package = next((package for part, package in PACKAGES.items() if part in optimizer), None)
     if package is not None:

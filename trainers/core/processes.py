@@ -15,13 +15,9 @@ import yaml
 from accelerate.commands.config.config_args import default_config_file
 from torch import nn
 
+from align.distributed.launchers import COUNTS, OF_A_PROCESS, OF_SLURM
 from align.errors import ConfigError, one_line
 
-OF_A_PROCESS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun gives each process beside LOCAL_RANK."""
-OF_SLURM = "SLURM_STEP_NUM_TASKS"
-COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", OF_SLURM)
-"""Where launchers say how many processes they have started: torchrun's, those of MPI, and srun's."""
 HOW = "start them with `align launch`, torchrun, or `accelerate launch --multi_gpu --num_processes N`"
 # Of `fsdp_config`, what transformers reads for FSDP2.
 OF_FSDP = (
@@ -119,6 +115,8 @@ def check_deepspeed(args: Any) -> None:
 
 def check_fsdp_config(args: Any) -> None:
     """ConfigError for entries of `fsdp_config` that nothing would read. Before transformers adds its own."""
+    if str(args.fsdp).lower() in ("true", "false"):  # in files and commands: transformers declares the option as text
+        args.fsdp = str(args.fsdp).lower() == "true" or None
     read_file(args, "fsdp_config")
     given = args.fsdp_config if isinstance(args.fsdp_config, dict) else {}
     if args.fsdp_config and not args.fsdp:
@@ -137,8 +135,6 @@ def check_sharding(args: Any) -> None:
     transformers has read the arguments."""
     if not args.fsdp and not _fsdp_of_launcher():
         return
-    if args.fsdp and args.world_size == 1:
-        raise ConfigError(f"fsdp splits a model over processes, and this is one: leave fsdp out, or {HOW}", key="fsdp")
     if int(_fsdp(args, "version", "FSDP_VERSION", 2 if args.fsdp else 1)) != 2:
         raise ConfigError("fsdp_version: 1: the weights are split by FSDP2 here: write fsdp_version: 2")
     if str(_fsdp(args, "auto_wrap_policy", "FSDP_AUTO_WRAP_POLICY", "")).upper() == "SIZE_BASED_WRAP":
@@ -151,6 +147,13 @@ def check_sharding(args: Any) -> None:
             "fsdp_ignored_modules: gradients of weights that FSDP leaves out would not be summed over the processes: "
             "leave it out"
         )
+
+
+def check_several(args: Any) -> None:
+    """ConfigError for one process that is about to train what `fsdp` splits. A dry run, or a server of its completions,
+    may be one."""
+    if args.fsdp and args.world_size == 1:
+        raise ConfigError(f"fsdp splits a model over processes, and this is one: leave fsdp out, or {HOW}", key="fsdp")
 
 
 def check_layers(args: Any, model: nn.Module) -> None:

@@ -8,9 +8,11 @@ import pytest
 from accelerate.parallelism_config import ParallelismConfig
 
 import align
+from align.config.resolve import resolve
 from align.data import toy
 from align.errors import ConfigError
 from align.trainers.core import processes
+from align.trainers.core.early import check_machine
 from align.trainers.core.processes import check_alone, check_layers, check_sharding
 from tests.trainers.tiny_runs import QUIET, tiny_model
 from tests.warm import run_ranks
@@ -98,7 +100,6 @@ def test_accelerate_starts_one_process_on_processors(given, tmp_path, monkeypatc
     ("given", "problem"),
     [
         ({"fsdp_config": {"version": 2}}, "fsdp_config has no effect without fsdp: true"),
-        ({"fsdp": True}, "fsdp splits a model over processes, and this is one"),
         ({"fsdp": True, "fsdp_config": {"reshrad_after_forward": False}}, "reshrad_after_forward has no effect"),
         ({"fsdp": True, "fsdp_config": {"fsdp_min_num_params": 1000}}, "fsdp_min_num_params has no effect"),
         ({"fsdp": True, "fsdp_config": {"ignored_modules": "lm_head"}}, "ignored_modules has no effect"),
@@ -113,6 +114,23 @@ def test_accelerate_starts_one_process_on_processors(given, tmp_path, monkeypatc
 def test_options_of_splitting(config, given, problem, tmp_path):
     with pytest.raises(ConfigError, match=problem):
         config(str(tmp_path), **QUIET | given)
+
+
+@pytest.mark.parametrize("value", ["true", "false"])
+def test_fsdp_of_a_file_is_a_truth_value(value, tmp_path):
+    """transformers declares the option as text, so that a file's came as the word, and was unknown. A dry run and a
+    server of a run's completions read the file in one process."""
+    (tmp_path / "run.yaml").write_text(f"model_name_or_path: m\ndataset_name: d\noutput_dir: o\nfsdp: {value}\n")
+    run = resolve("dpo", str(tmp_path / "run.yaml"), ["--report_to", "none"])
+    assert bool(run.training.fsdp) is (value == "true")
+    words = ["--model_name_or_path", "m", "--dataset_name", "d", "--fsdp", value]
+    assert bool(resolve("sft", None, words).training.fsdp) is (value == "true")
+
+
+def test_one_process_trains_nothing_that_is_split(tmp_path):
+    args = align.SFTConfig(str(tmp_path), **QUIET | {"fsdp": True})
+    with pytest.raises(ConfigError, match="fsdp splits a model over processes, and this is one"):
+        check_machine(args)
 
 
 def test_deepspeed_that_is_not_installed(tmp_path, monkeypatch):
@@ -177,8 +195,8 @@ import sys
 import torch.distributed as dist
 from align.trainers.core.options import BaseConfig
 
-for own in ({"activation_checkpointing": True, "version": 2}, sys.argv[1]):
-    args = BaseConfig(output_dir="run", report_to="none", fsdp=True, fsdp_config=own)
+for fsdp, own in ((True, {"activation_checkpointing": True, "version": 2}), ("true", sys.argv[1])):
+    args = BaseConfig(output_dir="run", report_to="none", fsdp=fsdp, fsdp_config=own)
     dist.barrier()  # the first holds the store that the second connects by
     print(args.gradient_checkpointing, args.fsdp_config["activation_checkpointing"])
 """
