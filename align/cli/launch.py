@@ -7,6 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from align.cli.serve import START_SECONDS
 from align.config.secrets import masked_tokens
 from align.errors import ConfigError
 from align.methods import get_method
@@ -22,6 +23,7 @@ DEFAULTS = {"main_port": 29500, "rollout_tensor_parallel": 1, "rollout_port": 80
 PARTNERS = {  # an option, and what it does nothing without
     "rollout_tensor_parallel": "--rollout-gpus",
     "rollout_port": "--rollout-gpus",
+    "rollout_start_timeout": "--rollout-gpus",
     "node_addresses": "--rollout-gpus",
     "cpus_per_process": "--slurm",
 }
@@ -50,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rollout-tensor-parallel", type=int, metavar="N", help="of these, GPUs that one server has [1]"
     )
     parser.add_argument("--rollout-port", type=int, metavar="PORT", help="of a machine's first server [8000]")
+    parser.add_argument(
+        "--rollout-start-timeout", type=float, metavar="SECONDS", help="after which a server's start has failed [600]"
+    )
     parser.add_argument("--node-addresses", metavar="A,B", help="of all machines, where they have servers")
     parser.add_argument("--slurm", metavar="FILE", help="write a SLURM batch file and run nothing")
     parser.add_argument("--cpus-per-process", type=int, metavar="N", help="for the SLURM batch file [8]")
@@ -98,7 +103,8 @@ def _with_servers(args: argparse.Namespace, num_processes: int, training: list[s
     own = {} if args.cpu else {"CUDA_VISIBLE_DEVICES": ",".join(gpus[:trainers])}
     trainer = with_servers.Started(_command(args, num_processes, [*training, *named]), own)
     if not args.dry_run:
-        return with_servers.supervise(before, trainer, again=section.on_engine_failure == "wait")
+        again, start = section.on_engine_failure == "wait", args.rollout_start_timeout or START_SECONDS
+        return with_servers.supervise(before, trainer, again=again, start=start)
     for one in (*before, trainer):
         print(one.shown())
     _name_plan([*training, *named], num_processes)
@@ -186,6 +192,8 @@ def _check_ranges(args: argparse.Namespace) -> None:
     ):
         if not 0 < low <= high < 1 << 16:
             raise ConfigError(f"{flag} {low}: ports go from 1 to 65535")
+    if args.rollout_start_timeout is not None and not 0 < args.rollout_start_timeout < float("inf"):
+        raise ConfigError(f"--rollout-start-timeout is a number of seconds above 0, not {args.rollout_start_timeout:g}")
     if args.cpus_per_process < 1:
         raise ConfigError(f"--cpus-per-process counts from 1, not {args.cpus_per_process}")
 
@@ -253,6 +261,7 @@ def _slurm_launch(args: argparse.Namespace, num_processes: int, extra: list[str]
     words += ["--num-processes", str(num_processes), "--nodes", str(args.nodes)]
     words += ["--rollout-gpus", str(args.rollout_gpus), "--rollout-port", str(args.rollout_port)]
     words += ["--rollout-tensor-parallel", str(args.rollout_tensor_parallel), *(["--cpu"] if args.cpu else [])]
+    words += ["--rollout-start-timeout", str(args.rollout_start_timeout)] if args.rollout_start_timeout else []
     node = "--main-port $MAIN_PORT"
     if args.nodes > 1:
         node += " --node-rank $SLURM_NODEID --main-address $MAIN_ADDRESS --node-addresses $ADDRESSES"

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
+from align.cli.serve import START_SECONDS
 from align.config.secrets import masked_tokens
 from align.errors import ConfigError, RolloutError
 
@@ -91,6 +92,7 @@ def servers(args, extra: list[str], devices: list[str]) -> list[Started]:
     started = []
     for number in range(args.rollout_gpus // width):
         own = ["--host", host, "--port", str(args.rollout_port + number), "--tensor-parallel", str(width)]
+        own += ["--start-timeout", str(args.rollout_start_timeout)] if args.rollout_start_timeout else []
         gpus = {} if args.cpu else {"CUDA_VISIBLE_DEVICES": ",".join(devices[number * width : (number + 1) * width])}
         started.append(Started([sys.executable, "-m", "align", "serve", args.config, *method, *own, *extra], gpus))
     return started
@@ -117,18 +119,19 @@ def devices(args, trainers: int) -> list[str]:
     return found[:need]
 
 
-def supervise(before: list[Started], trainer: Started, *, again: bool) -> int:
+def supervise(before: list[Started], trainer: Started, *, again: bool, start: float = START_SECONDS) -> int:
     """Start the servers, then the trainer; its exit status. Signals go to the trainer, and servers end after it.
 
-    again: a server that ends while the trainer runs is started again. Raises `RolloutError` for a server that does not
-    start.
+    again: a server that ends while the trainer runs is started again. start: seconds in which a server serves or ends
+    by itself. Raises `RolloutError` for one that does not start.
     """
     places: list[Place] = []
     try:
         for one in before:
             places.append(Place(Server(one)))
+        end = time.monotonic() + start + GRACE
         for place in places:
-            place.server.wait_ready()
+            place.server.wait_ready(end)
         ended = _train(trainer, places, again)
     finally:
         _end([place.server for place in places])
@@ -193,8 +196,15 @@ class Server:
                 self.ready.set()
         self.ready.set()
 
-    def wait_ready(self) -> None:
-        while not self.ready.wait(BEAT):  # a server ends itself after its --start-timeout
+    def wait_ready(self, end: float) -> None:
+        """end: of the monotonic clock. A server ends itself after its --start-timeout, but not one that is stopped, or
+        whose first imports hang."""
+        while not self.ready.wait(BEAT):
+            if time.monotonic() > end:
+                raise RolloutError(
+                    f"a rollout server neither serves nor ends, {GRACE} seconds after its time to start "
+                    f"(--rollout-start-timeout) is over, and is killed: {self.started.shown()}"
+                )
             if self.process.poll() is not None:  # what it has started may hold the pipe open
                 self.ready.wait(BEAT)
                 break

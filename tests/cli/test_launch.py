@@ -85,10 +85,11 @@ def test_slurm_file(config, capsys, tmp_path, monkeypatch):
     # bash reads it, and what `srun` gets to run is one argument in which the run's own quotes survived
     assert subprocess.run(["bash", "-n", "job.sbatch"]).returncode == 0
     (srun,) = [line for line in lines if line.startswith("srun ")]
-    script = f"srun() {{ printf '%s\\n' \"$@\"; }}; {srun.removesuffix(' &')}"
+    script = f"SLURM_CPUS_PER_TASK=64; srun() {{ printf '%s\\n' \"$@\"; }}; {srun.removesuffix(' &')}"
     shown = subprocess.run(["bash", "-c", script], capture_output=True, text=True).stdout.splitlines()
-    assert shown[:3] == ["--kill-on-bad-exit=1", "bash", "-c"] and len(shown) == 4
-    words = subprocess.run(["bash", "-c", f"printf '%s\\n' {shown[3]}"], capture_output=True, text=True).stdout
+    # which srun of SLURM 22.05 to 23.02 does not take over from the job
+    assert shown[:4] == ["--kill-on-bad-exit=1", "--cpus-per-task=64", "bash", "-c"] and len(shown) == 5
+    words = subprocess.run(["bash", "-c", f"printf '%s\\n' {shown[4]}"], capture_output=True, text=True).stdout
     assert "it's" in words.splitlines()
 
 
@@ -113,6 +114,7 @@ def test_slurm_file_follows_the_given_resume_and_processors(config, capsys):
         (["--num-processes", 2, "--node-rank", 0], "--node-rank is for several --nodes"),
         (["--num-processes", 2, "--main-address", "a"], "--main-address is for several --nodes"),
         (["--num-processes", 2, "--rollout-tensor-parallel", 4], "--rollout-tensor-parallel does nothing without"),
+        (["--num-processes", 2, "--rollout-start-timeout", 9], "--rollout-start-timeout does nothing without"),
         (["--num-processes", 2, "--rollout-port", 9], "--rollout-port does nothing without --rollout-gpus"),
         (["--num-processes", 2, "--node-addresses", "x,y"], "--node-addresses does nothing without --rollout-gpus"),
         (["--num-processes", 2, "--cpus-per-process", 8], "--cpus-per-process does nothing without --slurm"),

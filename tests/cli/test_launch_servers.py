@@ -72,6 +72,16 @@ def test_on_two_machines_every_process_knows_all_servers(config, capsys):
         assert words[-3:] == ["--rollout.urls", "http://n0:8000", "http://n1:8000"]
 
 
+def test_servers_of_a_slow_file_system_have_longer_to_start(config, capsys):
+    options = ["--rollout-gpus", 1, "--num-processes", 1, "--rollout-start-timeout", 900, "--dry-run"]
+    assert launch(config, *options) == 0
+    server, trainer = map(parts, capsys.readouterr().out.splitlines())
+    assert "--tensor-parallel 1 --start-timeout 900.0 " in " ".join(server[1])
+    assert "timeout" not in " ".join(trainer[1])
+    assert launch(config, *options, "--slurm", "-") == 0
+    assert " --rollout-start-timeout 900.0 " in capsys.readouterr().out
+
+
 def test_a_slurm_file_launches_servers_and_trainer_on_every_node(config, capsys):
     options = ["--setup", "fsdp2", "--num-processes", 8, "--rollout-gpus", 4, "--rollout-tensor-parallel", 4]
     options += ["--nodes", 2, "--rollout.transfer_folder", "/my data"]
@@ -83,8 +93,8 @@ def test_a_slurm_file_launches_servers_and_trainer_on_every_node(config, capsys)
     # what a node runs, with its variables, is a command that this one takes
     (addresses,) = [line for line in text.splitlines() if line.startswith("ADDRESSES=")]
     script = f"scontrol() {{ printf 'n0\\nn1\\n'; }}; SLURM_JOB_NODELIST=x; {addresses}; export ADDRESSES\n"
-    script += 'srun() { "$@"; }; export MAIN_PORT=4 MAIN_ADDRESS=n0 SLURM_NODEID=1\n'
-    command = line.removesuffix(" &").replace("--kill-on-bad-exit=1 ", "").replace(sys.executable, 'printf "%s\\n"', 1)
+    script += 'srun() { shift 2; "$@"; }; export SLURM_CPUS_PER_TASK=64 MAIN_PORT=4 MAIN_ADDRESS=n0 SLURM_NODEID=1\n'
+    command = line.removesuffix(" &").replace(sys.executable, 'printf "%s\\n"', 1)
     words = subprocess.run(["bash", "-c", script + command], capture_output=True, text=True).stdout.splitlines()
     assert words[:3] == ["-m", "align", "launch"] and "/my data" in words
     assert launch(*words[3:], "--dry-run") == 0
@@ -100,6 +110,7 @@ TWO = ["--rollout-gpus", 1, "--nodes", 2, "--node-rank", 0, "--main-address", "a
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--rollout-gpus", 1, "--rollout-start-timeout", 0], "--rollout-start-timeout is a number of seconds above 0"),
         (["--rollout-gpus", 3, "--rollout-tensor-parallel", 2], "--rollout-gpus 3 is not a number of servers"),
         (["--rollout-gpus", 0], "--rollout-gpus 0 is not a number"),
         (["--rollout-gpus", 1, "--rollout.timeout", 0], "rollout.timeout: input should be greater than 0"),
@@ -237,4 +248,14 @@ def test_a_server_that_has_failed_is_not_ready_while_its_reader_still_ends(tmp_p
     still.start()
     server.reader = still  # the thread that has set the event has not ended yet
     with pytest.raises(RolloutError, match="did not start"):
-        server.wait_ready()
+        server.wait_ready(time.monotonic() + 60)
+
+
+def test_a_server_that_is_stopped_while_it_starts_is_not_waited_for(tmp_path, signals, monkeypatch):
+    """It ends itself after --start-timeout, unless it is stopped or its first imports hang: nothing ended the wait."""
+    monkeypatch.setattr(with_servers, "BEAT", 0.05)
+    monkeypatch.setattr(with_servers, "GRACE", 0.5)
+    stopped = started(tmp_path, "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)")
+    with pytest.raises(RolloutError, match="a rollout server neither serves nor ends, 0.5 seconds after .* OWN=its"):
+        supervise([stopped], started(tmp_path, TRAINER, "0"), again=False, start=0.2)
+    assert not (tmp_path / "training").exists()
