@@ -15,6 +15,10 @@ Fingerprint = bytes | tuple | str  # str: of `texts`
 Fingerprints = dict[str, list[Fingerprint]]  # by the tensor's name, one for each part of it that the engine keeps
 
 
+WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+SUMMED = 1 << 24  # numbers at a time: torch widens all that it sums to 64 bits, of one embedding gigabytes
+
+
 def fingerprint(tensor: Tensor, sums: bool | None = None) -> Fingerprint:
     """Equal for tensors that are equal bit by bit, and for no others (by chance: 2^-64). All of the tensor is read.
 
@@ -37,12 +41,19 @@ def texts(fingerprints: Fingerprints) -> Fingerprints:
     return {name: [repr(one) for one in each] for name, each in fingerprints.items()}
 
 
-def bit_sums(tensor: Tensor) -> tuple[bytes, bytes]:
-    """Hashes of the sums of a contiguous tensor's bits, read as integers, over rows and over columns."""
-    words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    table = tensor.view(words).reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
-    rows, columns = (table.sum(dim, dtype=torch.int64).cpu() for dim in (0, 1))
-    return xxhash.xxh3_64(memory(rows)).digest(), xxhash.xxh3_64(memory(columns)).digest()
+def bit_sums(tensor: Tensor, dtype: torch.dtype | None = None) -> tuple[bytes, bytes]:
+    """Hashes of the sums of a contiguous tensor's bits, read as integers, over rows and over columns. dtype: of what
+    the tensor is cast to first."""
+    table = tensor.reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
+    rows: list[Tensor] = []
+    columns = torch.zeros(table.shape[1], dtype=torch.int64, device=table.device)
+    for block in table.split(max(1, SUMMED // max(1, table.shape[1]))):
+        block = block.to(dtype or block.dtype)
+        words = block.view(WORDS[block.element_size()])
+        rows.append(words.sum(1, dtype=torch.int64))
+        columns += words.sum(0, dtype=torch.int64)
+    found = (torch.cat(rows).cpu(), columns.cpu())
+    return xxhash.xxh3_64(memory(found[0])).digest(), xxhash.xxh3_64(memory(found[1])).digest()
 
 
 def memory(tensor: Tensor) -> Any:

@@ -24,7 +24,7 @@ from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
 from align.errors import RolloutError
-from align.rollout.identity import Fingerprints, fingerprint
+from align.rollout.identity import Fingerprints, bit_sums, fingerprint
 from align.rollout.views import View
 
 LOAD_FORMAT = "align_placed"
@@ -224,7 +224,9 @@ def storage(tensor: Tensor) -> int:
 
 def outline(parameter: Tensor) -> tuple:
     """Tells whether a parameter was changed, but not from one dtype to another (vLLM widens biases on some CPUs)."""
-    return tuple(parameter.shape), fingerprint(parameter.detach().float())
+    values = parameter.detach()
+    on_cpu = values.device.type == "cpu"
+    return tuple(values.shape), fingerprint(values.float()) if on_cpu else bit_sums(values.contiguous(), torch.float32)
 
 
 @register_model_loader(LOAD_FORMAT)
