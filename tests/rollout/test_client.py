@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from align.errors import RolloutError
-from align.rollout.server.client import Server, session
+from align.rollout.server.client import Server, beside, session
 from align.rollout.server.delivery import locked
 
 
@@ -56,6 +56,18 @@ def test_an_answer_of_another_form_names_the_server(answering, text):
             continue
         with pytest.raises(RolloutError, match=f"{url} answered /.* cannot read .*start it with `align serve` of the"):
             asyncio.run(ask(question))
+
+
+def test_what_this_process_does_itself_has_a_limit_too():
+    """NCCL waits for members that never come, in a call that nothing ends: the run would, and so would its end."""
+    stuck, ended = threading.Event(), []
+    with pytest.raises(RolloutError, match="could not send weights within 0.1 seconds .rollout.timeout."):
+        asyncio.run(beside(stuck.wait, 0.1))
+    stuck.set()
+    asyncio.run(beside(lambda: ended.append(1), 60))
+    assert ended == [1]
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(beside(lambda: 1 / 0, 60))
 
 
 def test_who_waits_for_a_stopped_process_of_the_run_says_so(tmp_path):

@@ -3,9 +3,9 @@
 import asyncio
 import json
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +52,36 @@ class Background:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+async def beside(action: Callable[[], None], seconds: float) -> None:
+    """What this process does while servers answer, in a thread. Raises `RolloutError` after so many seconds: NCCL has
+    no limit where it first meets the others. Then the thread is left behind, and nothing waits for it at the end."""
+    loop = asyncio.get_running_loop()
+    ended = loop.create_future()
+
+    def tell(error: BaseException | None) -> None:
+        if not ended.done():
+            ended.set_result(error)
+
+    def act() -> None:
+        error: BaseException | None = None
+        try:
+            action()
+        except BaseException as raised:
+            error = raised
+        with suppress(RuntimeError):  # the loop was closed meanwhile
+            loop.call_soon_threadsafe(tell, error)
+
+    threading.Thread(target=act, name="align-rollout-transfer", daemon=True).start()
+    try:
+        error = await asyncio.wait_for(ended, seconds)
+    except TimeoutError:
+        raise RolloutError(
+            f"this process could not send weights within {seconds:g} seconds (rollout.timeout): a server takes no part"
+        ) from None
+    if error is not None:
+        raise error
 
 
 def session() -> aiohttp.ClientSession:

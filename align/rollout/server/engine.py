@@ -28,7 +28,7 @@ from align.modeling.logprobs import language_model
 from align.rollout.adapters import A, B, lora_layers, why_merged, with_adapter
 from align.rollout.engine import RolloutEngine
 from align.rollout.identity import Fingerprints, check_identity, texts
-from align.rollout.server import delivery
+from align.rollout.server import client, delivery
 from align.rollout.server.client import Background, Server, ServerLost, session
 from align.rollout.server.completions import Answers, Call, balanced, completed, sockets
 from align.rollout.server.fitting import check_fit
@@ -234,7 +234,7 @@ class ServerEngine(RolloutEngine):
 
         async def step(http: aiohttp.ClientSession) -> None:
             here = [server for server in self.servers if server not in self._behind]
-            own = [asyncio.to_thread(beside)] if beside is not None else []
+            own = [client.beside(beside, self.servers[0].timeout)] if beside is not None else []
             outcomes = await asyncio.gather(*(action(server, http) for server in here), *own, return_exceptions=True)
             for number, outcome in enumerate(outcomes):
                 if isinstance(outcome, ServerLost) and self.waits:

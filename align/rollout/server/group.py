@@ -46,6 +46,7 @@ class Group:
     def __init__(self, backend: str, store: Store, rank: int, size: int, seconds: float, address: str):
         self.backend, self.seconds = backend, seconds
         self._store = store  # lives as long as the group
+        self._inside = False  # a thread is in a call of the backend, and may be left there
         limit = timedelta(seconds=seconds)
         try:
             if backend == "gloo":
@@ -70,6 +71,7 @@ class Group:
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
         end = time.monotonic() + self.seconds
+        self._inside = True
         try:
             work = self._members.broadcast([block], options)
             if self.backend == "gloo":
@@ -83,8 +85,10 @@ class Group:
             work.wait()  # an error of NCCL is raised here
         except RuntimeError as error:
             raise RolloutError(f"weights could not be broadcast over {self.backend}: {error}") from error
+        finally:
+            self._inside = False
 
     def close(self) -> None:
-        if self.backend == "nccl":
+        if self.backend == "nccl" and not self._inside:  # abort would wait for the call
             self._members.abort()
         del self._members, self._store
