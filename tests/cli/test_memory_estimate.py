@@ -252,3 +252,41 @@ def test_long_samples_of_a_large_model_with_and_without_a_budget():
     page = " ".join((Path(__file__).parents[2] / "docs" / "on_policy.md").read_text().split())
     assert f"8 samples of 16,384 tokens take {whole:.1f} GiB in a model of {shape.parameters / 1e9:.1f} billion" in page
     assert f"and {budget:.1f} GiB with `tokens_per_batch: 17408`" in page
+
+
+QWEN_7B = Qwen2Config(
+    vocab_size=152_064, hidden_size=3584, intermediate_size=18_944, num_hidden_layers=28, num_attention_heads=28,
+    num_key_value_heads=4, tie_word_embeddings=False,
+)  # fmt: skip
+LLAMA_70B = LlamaConfig(
+    vocab_size=128_256, hidden_size=8192, intermediate_size=28_672, num_hidden_layers=80, num_attention_heads=64,
+    num_key_value_heads=8, tie_word_embeddings=False,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("column", "config", "dtype", "adapter", "processes", "server"),
+    [
+        (1, QWEN_7B, "float32", None, 4, 1),
+        (2, LLAMA_70B, "bfloat16", LoraConfig(r=16, target_modules="all-linear"), 8, 4),
+    ],
+)
+def test_the_recipes_of_the_page_fit(column, config, dtype, adapter, processes, server):
+    """docs/launching.md, GiB of a GPU of 80 GB: what `--dry-run` counts, and what FSDP2 gathers."""
+    page = (Path(__file__).parents[2] / "docs" / "launching.md").read_text()
+    table = page[page.index("| GiB on one GPU, computed") :].splitlines()[2:7]
+    split, tokens, gathered, weights, left = (int(row.split("|")[column + 1].split()[0]) for row in table)
+    shape = model_shape(config, dtype=dtype, peft_config=adapter)
+    found = estimate(
+        shape, optim="adamw_torch_fused", mixed=True, checkpointing=True, tokens=8 * (512 + 4 * 256), logits=True,
+        reference=adapter is None,
+    )  # fmt: skip
+    whole = sum(part.bytes for part in found.parts if not part.split)
+    assert split == round((found.split(processes) - whole) / GIB) and tokens == round(whole / GIB)
+    outer = 2 * config.vocab_size * config.hidden_size
+    layer = (shape.parameters - (shape.trainable if adapter else 0) - outer) / config.num_hidden_layers
+    assert gathered == round((2 * (outer + 2 * layer) + 4 * (outer + layer) * (adapter is None)) / GIB)
+    card = 80e9 / GIB
+    assert split + tokens + gathered < 0.8 * card
+    assert weights == round(2 * (outer + layer * config.num_hidden_layers) / server / GIB)
+    assert left == round(0.9 * card - weights)

@@ -85,7 +85,9 @@ def serve(
     os.environ[VLLM_KEY_VARIABLE] = key  # not an argument, which every user of the machine can see
     check_supported(model)
     core = text_model(language_model(model))
-    rank = lora_rank(model) if isinstance(model, PeftModel) and why_merged(model) is None else None
+    # of slices of an adapter none could be proved: it is merged, and room for one would slow the kernels for nothing
+    adapts = tensor_parallel_size == 1 and isinstance(model, PeftModel) and why_merged(model) is None
+    rank = lora_rank(model) if adapts else None
     shapes = checkpoint_shapes(model, merged=rank is None)
     own = llm_options(core, shapes, dtype=dtype, rank=rank, **options)
     with tempfile.TemporaryDirectory(prefix="align_serve_") as folder:
