@@ -2,9 +2,11 @@
 
     python benchmarks/gpu/check.py --output gpu.jsonl --summary gpu.md
     python benchmarks/gpu/check.py --stages machine pairs
+    python benchmarks/gpu/check.py --stages several
     python benchmarks/gpu/check.py --device cpu --small
 
-Stages: `machine`, `device_tests`, `rollouts`, `servers`, `pairs`, `on_policy`, `memory` (docs/hardware.md says more).
+Stages: `machine`, `device_tests`, `rollouts`, `servers`, `pairs`, `on_policy`, `memory`, and only where it is named
+`several`, for several GPUs (docs/hardware.md says more).
 Each is a process of its own with a time limit (`TURNS`; `WHOLE` for all; ten times as long on a CPU), so that one
 which fails, hangs or runs out of memory leaves the next alone. Those that prove something run beside each other, for
 most of their time are starts of vLLM on one core; those that time something against a rival run alone. A stage is made
@@ -39,7 +41,9 @@ TURNS = (
 """Stages that run beside each other, and the seconds that each may take on a GPU."""
 WHOLE = 475
 """Seconds of all turns on a GPU. The last stage has what the others left, which is at least 135."""
-STAGES = {name: seconds for turn in TURNS for name, seconds in turn.items()}
+NAMED = {"several": 450}
+"""Stages that run only where they are named: they need several GPUs."""
+STAGES = {name: seconds for turn in (*TURNS, NAMED) for name, seconds in turn.items()}
 CPU_FACTOR = 10
 RUNNING = "running"
 """The key of a part that began, between those of parts that ended."""
@@ -50,7 +54,7 @@ def main() -> int:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny shapes")
     parser.add_argument("--time-factor", type=float, default=1.0, help="times the limits, for a slower card")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=[s for s in STAGES if s not in NAMED])
     parser.add_argument("--output", type=Path, default=Path("gpu_check.jsonl"), help="one line per stage")
     parser.add_argument("--summary", type=Path, help="write a table of the lines to this file (Markdown)")
     parser.add_argument("--logs", type=Path, help="keep what the processes of the stages write in this folder")
@@ -70,7 +74,7 @@ def main() -> int:
     lines = []
     ends = time.monotonic() + WHOLE * factor
     with args.output.open("w") as output:
-        for turn in TURNS:
+        for turn in (*TURNS, NAMED):
             left = max(0.0, ends - time.monotonic())
             limits = {name: min(seconds * factor, left) for name, seconds in turn.items() if name in args.stages}
             for line in run_turn(limits, args, environment):

@@ -7,11 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from benchmarks.gpu import check
-from benchmarks.gpu.common import Setting, run_parts
+from align.cli.main import main
+from benchmarks.gpu import check, several
+from benchmarks.gpu.common import SMALL, Setting, run_parts
 from benchmarks.gpu.summary import table
 
 ROOT = Path(__file__).parents[2]
@@ -19,7 +22,8 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory):
-    """`on_policy`, `rollouts` and `servers` start vLLM and run in .ci/run; `device_tests` is part of this suite."""
+    """Those that start vLLM (`on_policy`, `rollouts`, `servers`, `several`) run in .ci/run; `device_tests` is part of
+    this suite."""
     folder = tmp_path_factory.mktemp("check")
     command = [sys.executable, "benchmarks/gpu/check.py", "--device", "cpu", "--small", "--stages", "pairs", "memory"]
     command += ["--output", str(folder / "check.jsonl"), "--summary", str(folder / "check.md")]
@@ -111,3 +115,22 @@ def test_the_limits_are_what_the_page_says():
     assert f"{check.WHOLE // 60}:{check.WHOLE % 60:02}" in page and "less than 8 minutes" in page
     last = check.WHOLE - sum(max(turn.values()) for turn in check.TURNS[:-1])
     assert f"at least {last} seconds" in page
+
+
+def test_several_gpus(monkeypatch, tmp_path):
+    """Every part is a command that `align launch` takes; what needs more GPUs than there are says so."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(several, "choose_backend", lambda name: "vllm")
+    monkeypatch.setattr(several.torch.cuda, "device_count", lambda: 3)
+    told = dict(several.parts(SimpleNamespace(device="cuda", small=True, first_shape=SMALL, dtype=torch.float32)))
+    assert list(told) == list(several.RUNS)
+    assert [told[name]() for name in told if several.RUNS[name][0] > 3] == ["skipped: needs 4 GPUs"]
+    config = several.write_run(Setting("cpu", True), tmp_path)
+    for gpus, words, options in several.RUNS.values():
+        assert main(["launch", str(config), *words.split(), *options, "--dry-run"]) == 0, (words, gpus)
+
+
+def test_a_run_on_several_gpus_that_fails_says_why(tmp_path):
+    (tmp_path / "run.yaml").write_text("method: rloo\nlearning_rat: 1\n")
+    found = several.launched(tmp_path / "run.yaml", "--cpu --num-processes 1", [])
+    assert "status 2: " in found["failed"] and "learning_rat" in found["failed"]
