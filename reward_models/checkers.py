@@ -8,6 +8,7 @@ import asyncio
 import json
 import os
 import re
+import textwrap
 from decimal import Decimal, InvalidOperation
 
 from align.reward_models.math_check import checkers
@@ -24,9 +25,10 @@ THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d*)?")  # "3,4" is a pair
 def exact_answer(completion, answer) -> bool:
     r"""Whether the completion's final answer is that of the column `answer`.
 
-    The final answer is what follows the last "####" on its line, else what the last \boxed{} holds, else the whole
-    text; of both sides, so that a column with a worked solution serves too. Numbers are compared as numbers (1,000.0 is
-    1000), anything else as text without case, outer punctuation and repeated white space.
+    The final answer is what follows the last "####" on its line, or what the last \boxed{} holds, whichever comes
+    later ("####" is also a heading), else the whole text; of both sides, so that a column with a worked solution serves
+    too. Numbers are compared as numbers (1,000.0 is 1000), anything else as text without case, outer punctuation and
+    repeated white space.
     """
     return _comparable(_final(last_text(completion))) == _comparable(_expected(answer))
 
@@ -43,9 +45,9 @@ def math_answer(completion, answer, seconds: float = 5.0) -> bool | None:
     text, expected = last_text(completion), _expected(answer)
     if exact_answer(text, answer):
         return True
-    marked = "####" in text  # its line alone: of what comes after it math-verify would take the last number
-    final = _written_out(_final(text) if marked else text)
-    return checkers(os.getpid()).equal(final, _written_out(expected), seconds, alone=marked)
+    marked = _mark(text) >= 0  # its line alone: of what comes after it math-verify would take the last number
+    final = _written_out(_final(text) if marked else text, beyond="?")
+    return checkers(os.getpid()).equal(final, _written_out(expected, beyond="??"), seconds, alone=marked)
 
 
 def format_match(completion, pattern: str, anywhere: bool = False) -> bool:
@@ -77,6 +79,9 @@ async def python_tests(completion, tests: str | list, seconds: int = 10, megabyt
         return await asyncio.to_thread(passes_asserts, code, tests, seconds, megabytes)
     if not tests or not all(isinstance(test, dict) and {"input", "output"} <= test.keys() for test in tests):
         raise ValueError('the column tests is neither asserts nor a list of {"input": ..., "output": ...}')
+    for value in (test[side] for test in tests for side in ("input", "output")):
+        if not isinstance(value, str | int | float):  # of a list no program reads or prints what Python writes for it
+            raise ValueError(f"input and output of the column tests are texts, and one is {value!r:.60}")
     for test in tests:
         printed = await asyncio.to_thread(output_of, code, str(test["input"]), seconds, megabytes)
         if printed is None or _lines(printed) != _lines(str(test["output"])):
@@ -86,13 +91,13 @@ async def python_tests(completion, tests: str | list, seconds: int = 10, megabyt
 
 def code_of(text: str) -> str:
     """The last block that is fenced as Python, else the last that is fenced and names no language, else the whole text.
-    A block that is not closed goes to the end of the text."""
+    A block that is not closed goes to the end of the text; one that is indented, as in a list, is moved to the left."""
     found: dict[str, str] = {}
     language: str | None = None
     lines: list[str] = []
     for line in text.replace("\r\n", "\n").split("\n"):  # not where a string has another kind of line break
         if language is not None and "```" in line:
-            found[language] = "\n".join([*lines, line.partition("```")[0]])
+            found[language] = _block([*lines, line.partition("```")[0]])
             language = None
         elif language is not None:
             lines.append(line)
@@ -100,8 +105,13 @@ def code_of(text: str) -> str:
             name = (fence[1] or fence[2] or "").lower()
             language, lines = "python" if name in PYTHON else name, []
     if language is not None:
-        found[language] = "\n".join(lines)
+        found[language] = _block(lines)
     return found.get("python", found.get("", text))
+
+
+def _block(lines: list[str]) -> str:
+    first = next((line for line in lines if line.strip()), "")
+    return textwrap.dedent("\n".join(lines)) if first[:1].isspace() else "\n".join(lines)
 
 
 def length_scores(completions, completion_ids=None, minimum=0, maximum=None, margin=0, unit="tokens") -> list[float]:
@@ -134,20 +144,26 @@ def _expected(answer) -> str:
     return expected
 
 
-def _written_out(text: str) -> str:
-    """Powers of ten as digits, which math-verify reads; it takes 5e9 for 5."""
+def _written_out(text: str, beyond: str) -> str:
+    """Powers of ten as digits, which math-verify reads; it takes 5e9 for 5. beyond: stands for those of too many digits,
+    and is to be another on each side, or two such numbers were equal whatever they are."""
 
     def digits(found: re.Match) -> str:
         mantissa, power = Decimal(found[1]), int(found[2][:9])
-        # beyond: no answer that anyone writes
-        return f"{mantissa.scaleb(power):f}" if abs(power) < 50 and len(found[1]) <= 28 else "?"
+        return f"{mantissa.scaleb(power):f}" if abs(power) < 50 and len(found[1]) <= 28 else beyond
 
     return POWER_OF_TEN.sub(digits, text)
 
 
+def _mark(text: str) -> int:
+    """Where the last "####" is, if that is what the final answer follows; else -1."""
+    place = text.rfind("####")
+    return place if place > text.rfind(r"\boxed{") else -1
+
+
 def _final(text: str) -> str:
-    if "####" in text:
-        return text.rpartition("####")[2].strip().partition("\n")[0].strip()
+    if (mark := _mark(text)) >= 0:
+        return text[mark + len("####") :].strip().partition("\n")[0].strip()
     start = text.rfind(r"\boxed{")
     if start < 0:
         return text.strip()
@@ -165,7 +181,7 @@ def _lines(text: str) -> list[str]:
 
 
 def _comparable(text: str) -> Decimal | str:
-    plain = text.strip().strip(".").replace("$", "").strip()
+    plain = text.strip().rstrip(".").replace("$", "").strip()  # of ".5" the point is the number's
     if THOUSANDS.fullmatch(plain):
         plain = plain.replace(",", "")
     try:

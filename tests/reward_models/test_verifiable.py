@@ -61,6 +61,8 @@ def test_math():
         (r"\boxed{3000/2}", "1.5e3", 1.0),
         (r"\boxed{5e-99999999999999999}", "5", 0.0),
         (r"\boxed{2e}", "2e", 1.0),
+        ("#### 1e400", "1e401", 0.0),
+        ("#### 1e401", "1e401", 1.0),
     ],
 )
 def test_math_reads_powers_of_ten(completion, answer, equal):
@@ -83,6 +85,7 @@ def test_math_reads_powers_of_ten(completion, answer, equal):
         ("#### **12**", "12", 1.0),
         ("#### 12 km/h", "12", 1.0),
         ("#### x^2 + 3", "3", 0.0),
+        ("#### Step 2: take 7\nSo it is \\boxed{\\frac{1}{2}}.", "0.5", 1.0),  # a heading
     ],
 )
 def test_math_takes_what_stands_on_the_line_of_the_mark(completion, answer, equal):

@@ -101,6 +101,12 @@ def test_spec():
         ("#### 8\nDone.", "He has 3 + 5.\n#### 8", True),
         (r"so \boxed{\frac{1}{2}}.", r"\frac{1}{2}", True),
         (r"\boxed{1} or \boxed{2}", "1", False),
+        ("#### Step 2: add\nSo it is \\boxed{5}", "5", True),  # a heading
+        (r"I think \boxed{3}, no" + "\n#### 5", "5", True),
+        (r"#### \boxed{5}", "5", True),
+        ("#### .5", "5", False),
+        ("#### .5", "0.50", True),
+        ("#### 5.", "5", True),
         (" Paris. ", "paris", True),
         ("It is Paris", "Paris", False),
         ("$5", 5, True),
@@ -145,6 +151,9 @@ def test_python_tests():
             run(GOOD, tests)
     with pytest.raises(ValueError, match="tests is empty"):
         run(GOOD, "# none yet")
+    assert run("print(input())", [{"input": 1, "output": 1}]) is True
+    with pytest.raises(ValueError, match=r"input and output of the column tests are texts, and one is \['1'\]"):
+        run("print(input())", [{"input": ["1"], "output": "1"}])
 
 
 @pytest.mark.parametrize(
@@ -154,9 +163,10 @@ def test_python_tests():
         ("```\nb = 1\n```\n\n```text\n1\n```\n", "b = 1\n"),
         ("Cut off:\n```Python3\nc = 1", "c = 1"),
         ("```py\r\nd = 1\r\n```", "d = 1\n"),
-        ("1. so\n   ```python\n   if e:\n       pass```\n", "   if e:\n       pass"),
+        ("1. so\n   ```python\n   if e:\n       pass```\n", "if e:\n    pass"),
         ("Sure: ```python\ng = 1\n```\nIt is one.", "g = 1\n"),
         ("1. ```py\nh = 1\n```", "h = 1\n"),
+        ("- ```py\n\n  for j in x:\n    j\n  ```", "\nfor j in x:\n  j\n"),
         ("It goes between ```.\n```python\ni = 1\n```", "i = 1\n"),
         ("```\nprint('a\u2028b')\n```", "print('a\u2028b')\n"),
         ("say ``` or `x`: f = 1", "say ``` or `x`: f = 1"),
