@@ -173,6 +173,11 @@ class Reward(ABC):
         score together, also one that has nothing to score, in the main thread."""
         return any(part.placed for part in self.parts())
 
+    @property
+    def may_log(self) -> bool:
+        """Whether a function of it asks for `log_metric`, whose names are known when it is called alone."""
+        return any(part.may_log for part in self.parts())
+
     def check_room(self, prompt: int, completion: int, *, conversational: bool) -> None:
         """Raises `ConfigError` where its models take less than a prompt of so many tokens of the policy's with a
         completion of so many."""

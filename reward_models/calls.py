@@ -157,6 +157,10 @@ class CalledReward(Reward):
     failures: Failures
     calls: Calls
 
+    @property
+    def may_log(self) -> bool:
+        return "log_metric" in self.function.accepts
+
     @abstractmethod
     def _pieces(self, count: int) -> list[range]:
         """The indices that each call is about, of so many completions."""

@@ -145,7 +145,7 @@ def _expected(answer) -> str:
 
 
 def _written_out(text: str, beyond: str) -> str:
-    """Powers of ten as digits, which math-verify reads; it takes 5e9 for 5. beyond: stands for those of too many digits,
+    """Powers of ten as digits, which math-verify reads; it takes 5e9 for 5. beyond: stands for those of many digits,
     and is to be another on each side, or two such numbers were equal whatever they are."""
 
     def digits(found: re.Match) -> str:

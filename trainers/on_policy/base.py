@@ -251,7 +251,8 @@ class OnPolicyBase(MicroBatchLists, Trainer):
 
     def evaluation_metrics(self):
         learns = type(self.weighting).observe is not Weighting.observe  # and may add what it has learned
-        return None if learns or self.reference is None else ["loss", *self.evaluator.measured]
+        more = learns or self.reference is None or any(reward.may_log for reward in self.rewards.rewards)
+        return None if more else ["loss", *self.evaluator.measured]
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Sample from the policy at the training temperature on the evaluation prompts, score, and log the means; the
@@ -277,7 +278,7 @@ class OnPolicyBase(MicroBatchLists, Trainer):
         measured = self.evaluator.measured
         means = {name: sum(row[name] for row in rows) / len(rows) for name in measured}
         means["loss"] = (self.args.beta or 0.0) * means["kl"] - means["proxy"]
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        metrics = {f"{metric_key_prefix}_{name}": v for name, v in {**means, **self.evaluator.logged}.items()}
         if own and self.is_in_train:
             learned = self.weighting.observe({n: [row[f"rewards/{n}"] for row in rows] for n in self.rewards.names})
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in learned.items()}

@@ -1,6 +1,7 @@
 """Evaluation of a policy: what it earns from the proxy and the gold reward, and how far it is from the reference."""
 
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +22,7 @@ from align.distributed.ranks import by_first
 from align.errors import ConfigError, RewardError
 from align.evaluation.records import EvalWriter
 from align.modeling.load import Reference
+from align.reward_models.base import joined
 from align.rollout.seeds import derive_seed
 from align.rollout.types import SamplingParams
 from align.trainers.core.ranks import Ranks
@@ -35,6 +37,8 @@ from align.trainers.on_policy.stopping import disagreement_columns
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+logger = logging.getLogger(__name__)
 
 TRAINING = ("learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs", "per_device_train_batch_size")
 METRICS = ("kl", "kl_k3", "entropy", "proxy", "gold", "length")
@@ -108,6 +112,8 @@ class PolicyEvaluator:
         self.args, self.engine, self.tokenizer, self.ranks = args, engine, tokenizer, ranks
         self.rewards, self.gold, self.forward = rewards, gold, forward
         self.ensembles = disagreement_columns(rewards.rewards)
+        self.logged: dict[str, float] = {}  # by the rewards' functions in the newest evaluation (TRL's `log_metric`)
+        self.warned = False  # of a name that is taken
 
     @property
     def measured(self) -> list[str]:
@@ -128,18 +134,34 @@ class PolicyEvaluator:
         # Every process gets the same number, repeating some prompts: sharded models (FSDP2, ZeRO-3) run in step.
         ranks, share = self.ranks, -(-len(prompts) // self.ranks.count)
         indices = [(i * ranks.count + ranks.index) % len(prompts) for i in range(share)]
-        rows = self._rows([prompts[i] for i in indices], indices, model, reference)
-        by_index = {row["index"]: row for part in gather_object([rows]) for row in part}
+        parts = gather_object([self._rows([prompts[i] for i in indices], indices, model, reference)])
+        self.logged = self._free({n: sum(v) / len(v) for n, v in joined(given for _, given in parts).items()})
+        by_index = {row["index"]: row for rows, _ in parts for row in rows}
         return with_means([by_index[i] for i in range(len(prompts))], self.measured)
 
-    def _rows(self, prompts: list[dict], indices: list[int], model, reference) -> list[dict]:
+    def _free(self, given: dict[str, float]) -> dict[str, float]:
+        """Without the names that evaluations have themselves; others than these may be taken while training."""
+        taken = sorted(given.keys() & {*self.measured, "loss"})
+        if taken and not self.warned:
+            self.warned = True
+            logger.warning(
+                "log_metric(%r, ...): an evaluation logs a number of its own by this name, and not the reward's: take "
+                "another",
+                taken[0],
+            )
+        return {name: value for name, value in given.items() if name not in taken}
+
+    def _rows(
+        self, prompts: list[dict], indices: list[int], model, reference
+    ) -> tuple[list[dict], dict[str, list[float]]]:
+        """Of this process's prompts; and what the rewards' functions logged."""
         count = self.args.eval_num_generations
         asked = [prompt for prompt in prompts for _ in range(count)]
         with self._early(self.rewards, len(asked)) as early, self._early(self.gold, len(asked)) as early_gold:
             samples = self._sample(asked, indices, [scores for scores in (early, early_gold) if scores is not None])
             # before the rewards: a sample that they have no score for has a KL and an entropy all the same
             columns: dict[str, Sequence[float | None]] = {**self._kl_and_entropy(samples, model, reference)}
-            self.rewards.fill(samples, early)
+            _, given = self.rewards.fill(samples, early)
             columns["proxy"] = [None if sample.left_out else sample.score for sample in samples]
             if self.gold is not None:
                 columns["gold"] = self.gold.totals(samples, early_gold)
@@ -160,7 +182,7 @@ class PolicyEvaluator:
             }
             means = {name: mean_of(column[own]) for name, column in columns.items()}
             rows.append({"index": index, **means, "sample": first})
-        return rows
+        return rows, given
 
     def _early(self, rewards: RewardColumns | None, count: int) -> AbstractContextManager[EarlyScores | None]:
         """What scores so many completions while others are drawn."""

@@ -332,3 +332,23 @@ def test_completions_are_shown_and_scores_have_a_spread(tmp_path, capsys):
     assert printed.count(">>>> ") == 6 and f"rewards/counting {given[0]:.4g}" in printed
     with pytest.raises(ConfigError, match="only with log_completions: true"):
         on_policy_config(RLOOConfig, tmp_path, num_completions_to_print=3)
+
+
+def test_what_a_reward_logs_is_in_evaluations_too(policy, tmp_path, caplog):
+    """Of each set by its name, and to choose the best model by, which is no name that is known beforehand."""
+
+    def counted(completions, log_metric):
+        log_metric("asked", len(completions))
+        log_metric("length", -1.0)  # which evaluations measure themselves
+        return wanted_words(completions)
+
+    often = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "few_asked", "greater_is_better": True}
+    args = on_policy_config(RLOOConfig, tmp_path, **often, **best, num_generations_eval=2)
+    sets = {"few": prompts(3, seed=1), "more": prompts(4, seed=1)}
+    trainer = RLOOTrainer(policy, [counted, wanted_words], args, prompts(8), sets)
+    trainer.train()
+    logs = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
+    assert (logs["eval_few_asked"], logs["eval_more_asked"], logs["asked"]) == (6, 8, 16)
+    assert logs["eval_few_length"] > 0 and trainer.state.best_metric == 6
+    assert caplog.text.count("log_metric('length', ...): an evaluation logs a number of its own") == 1
