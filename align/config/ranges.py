@@ -83,15 +83,28 @@ def problem_with(name: str, value: Any) -> str | None:
 
 
 def check_ranges(options: Any) -> None:
-    """Every numeric field of a configuration object. ConfigError naming the first that is out of its range, or None
-    where its type has no None."""
+    """Every numeric field of a configuration object. ConfigError naming the first that is out of its range, no whole
+    number where its type is one, or None where its type has no None. Makes 4.0 (of 8 / 2) the whole number it is."""
     for name in (*RANGES, "reward_weights", "loss_weights"):
         value = getattr(options, name, None)
         problem = problem_with(name, value)
+        if not problem and isinstance(value, float) and _is_whole(type(options), name):
+            if value.is_integer():
+                setattr(options, name, int(value))
+            else:
+                problem = f"{name} must be a whole number, got {value:.6g}"
         if value is None and _needs_number(type(options), name):
             problem = f"{name} must be a number, got None"
         if problem:
             raise ConfigError(problem, key=name)
+
+
+def _is_whole(cls: type, name: str) -> bool:
+    """Whether it is a field whose type is int, with or without None."""
+    if name not in init_fields(cls):
+        return False
+    kinds = get_args(hints(cls)[name]) or (hints(cls)[name],)
+    return int in kinds and float not in kinds
 
 
 def _needs_number(cls: type, name: str) -> bool:

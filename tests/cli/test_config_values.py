@@ -101,6 +101,9 @@ def test_python_is_held_to_the_same(tmp_path):
         ({"learning_rate": -1.0}, "learning_rate must be at least 0"),
         ({"weight_decay": math.nan}, "weight_decay must be a finite number"),
         ({"max_prompt_length": None}, "max_prompt_length must be a number, got None"),
+        ({"num_generations": 2.5}, "num_generations must be a whole number, got 2.5"),
+        ({"max_steps": 1.5}, "max_steps must be a whole number, got 1.5"),
+        ({"eval_num_generations": 2, "num_generations_eval": 3}, "num_generations_eval is TRL's name of eval_num"),
         ({"rollout": {"max_num_seqs": 0}}, "rollout.max_num_seqs: "),
         (
             {"constraints": [{"reward": "a", "direction": "up", "threshold": 0}]},
@@ -109,6 +112,8 @@ def test_python_is_held_to_the_same(tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             PPOConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+    args = PPOConfig(output_dir=str(tmp_path), use_cpu=True, num_generations=8 / 2, save_steps=0.5)
+    assert (repr(args.num_generations), args.save_steps) == ("4", 0.5)
 
 
 # ---- secrets --------------------------------------------------------------------------------------------------------

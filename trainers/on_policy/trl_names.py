@@ -147,6 +147,10 @@ def take_engine(args: Any) -> None:
 def take_rollouts(args: Any) -> None:
     """TRL's names for the completions of an evaluation, and for order and size of a rollout."""
     if args.num_generations_eval is not None:
+        if args.eval_num_generations not in (1, args.num_generations_eval):
+            raise ConfigError(
+                "num_generations_eval is TRL's name of eval_num_generations: set one of them", key="num_generations_eval"
+            )
         args.eval_num_generations = args.num_generations_eval
     _take_size(args)
     _take_order(args)
