@@ -95,6 +95,9 @@ class MathSpec(Check):
     column: str = Field("answer", description="Of the dataset, with the right answer.")
     seconds: float = Field(5.0, gt=0, description="Of processor time: what is not computed by then is not the answer.")
     concurrency: Count = Field(1, description="Child processes that compute at a time.")
+    on_none: float | None = Field(
+        None, description="The score where the right answer itself cannot be read, which is an error without it."
+    )
 
     def build(self, tokenizer=None, device=None):
         from align.reward_models.checkers import math_answer

@@ -24,7 +24,7 @@ class VerifierReward(CalledReward):
     Args:
         function: the function, or where it is: "package.module:name" or "path/file.py:name".
         name: in metrics and errors; by default the function's name.
-        on_pass, on_fail: scores of True and False. on_none: of None; without it None is an error.
+        on_pass, on_fail: scores of True and False. on_none: of None; without it None is an error, as `on_error` has it.
         arguments: further keyword arguments, the same in every call. columns: {parameter: column of the dataset} where
             the names differ.
         concurrency: of an async function, calls in flight at most (16); of a plain one, threads (none).
@@ -105,8 +105,10 @@ class VerifierReward(CalledReward):
             f"completion: {str(batch.completions[row])[:200]!r}"
         )
 
-    def _read(self, outcome: Any, call: Call, batch: RewardBatch) -> list[bool | None]:
+    def _read(self, outcome: Any, call: Call, batch: RewardBatch) -> list[bool | None | Failed]:
         outcome = plain(outcome)
+        if outcome is None and self.values[None] is None and not self.failures.stops:
+            return [Failed(f"{self.function.source} could not decide (None)")]
         if outcome is None or isinstance(outcome, bool):
             return [outcome]
         raise RewardError(

@@ -93,6 +93,17 @@ def test_math_takes_what_stands_on_the_line_of_the_mark(completion, answer, equa
     assert reward.score(RewardBatch(["p"], [completion], columns={"answer": [answer]})).scores == equal
 
 
+def test_math_of_a_row_whose_answer_cannot_be_read():
+    batch = RewardBatch(["p"] * 2, ["#### 5"] * 2, columns={"answer": [r"\text{}", "5"]})
+    with pytest.raises(RewardError, match=r"could not decide \(None\) for rows \[0\] .*: set on_none"):
+        build_reward({"type": "math"}).score(batch)
+    assert build_reward({"type": "math", "on_none": -1.0}).score(batch).scores.tolist() == [-1.0, 1.0]
+    output = build_reward({"type": "math", "on_error": "mask"}).score(batch, partial=True)
+    assert output.missing.tolist() == output.failed.tolist() == [True, False]
+    output = build_reward({"type": "math", "on_error": "score", "error_score": 0.5}).score(batch)
+    assert output.scores.tolist() == [0.5, 1.0] and output.extras["failed"].tolist() == [1.0, 0.0]
+
+
 @pytest.mark.parametrize("kind", ["math", "verifier"])
 def test_a_row_without_an_answer_is_no_answer_none(kind):
     spec = {"type": kind} if kind == "math" else {"type": kind, "function": "align.reward_models.checkers:exact_answer"}
