@@ -13,6 +13,7 @@ from align.errors import ConfigError, RewardError
 from align.objectives.judging import members_of, pairs_within, win_rates
 from align.reward_models.base import Reward, RewardBatch, RewardOutput
 from align.reward_models.beside import Flight, Threads
+from align.reward_models.calls import plain
 from align.reward_models.early import Early, EarlyPieces, at_once
 from align.reward_models.failures import Failed, Failures
 from align.reward_models.judge_server import ServerJudge
@@ -48,7 +49,7 @@ def ask(judge: Judge, prompts: list, first: list[str], second: list[str], name: 
 
 
 def _verdicts(found: Sequence[Any], count: int, name: str) -> np.ndarray:
-    values = [WORDS.get(value, value) if isinstance(value, str) else value for value in found]
+    values = [WORDS.get(value, value) if isinstance(value, str) else value for value in map(plain, found)]
     for index, value in enumerate(values):
         if value is None:
             continue

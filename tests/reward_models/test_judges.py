@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -72,6 +73,14 @@ def test_both_orders_take_the_preference_for_a_position_out():
     assert both.scores.tolist() == [0.5, 0.5] and both.metrics["consistent"] == [0.0]
     once = JudgeReward(lazy, name="lazy", swap=False).score(batch_of(["a", "b"]))
     assert once.scores.tolist() == [1, 0] and once.metrics["consistent"] == []
+
+
+@pytest.mark.parametrize("as_given", [torch.tensor, np.float32])
+def test_numbers_of_torch_and_numpy_are_verdicts(as_given):
+    judge = JudgeReward(lambda p, a, b: [as_given(0.75)] * len(a), name="j", swap=False)
+    assert judge.score(batch_of(["a", "b"])).scores.tolist() == [0.75, 0.25]
+    many = JudgeReward(lambda p, a, b: torch.full((len(a),), 0.75), name="j", swap=False)
+    assert many.score(batch_of(["a", "b"])).scores.tolist() == [0.75, 0.25]
 
 
 def test_what_has_no_verdict_counts_for_neither():
