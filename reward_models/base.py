@@ -34,6 +34,7 @@ class RewardBatch:
     groups: in training, one number per prompt of the rollout; completions of the same prompt may be compared. None
     elsewhere, where completions that stand together need not be of one prompt.
     numbers: of a part of a batch, the places of its completions there, for errors.
+    environments: what each completion was a conversation with, the objects themselves; None without.
     trainer_state: transformers' `TrainerState` in training, else None.
     """
 
@@ -46,6 +47,7 @@ class RewardBatch:
     ended: list[bool] | None = None
     groups: list[int] | None = None
     numbers: list[int] | None = None
+    environments: list | None = None
     trainer_state: Any = None
 
     def __len__(self) -> int:
@@ -68,8 +70,9 @@ class RewardBatch:
         return list(indices) if self.numbers is None else [self.numbers[index] for index in indices]
 
     def copied(self) -> "RewardBatch":
-        """A copy with its own lists and messages, which a reward may change."""
-        return self._each(_copied)
+        """A copy with its own lists and messages, which a reward may change. Environments, which may hold connections,
+        are no copies."""
+        return replace(replace(self, environments=None)._each(_copied), environments=self.environments)
 
     def select(self, indices: Sequence[int]) -> "RewardBatch":
         """The completions at `indices`, in that order."""

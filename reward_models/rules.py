@@ -21,7 +21,7 @@ class RuleReward(CalledReward):
     Of `prompts`, `completions`, `prompt_ids`, `completion_ids` and the dataset's columns it gets those among its
     parameters (all of them if it takes `**kwargs`), each a list with one entry per completion, and it returns one
     number per completion, None where it does not apply. Functions written as TRL reward functions work as they are,
-    async ones too; `trainer_state`, `log_extra` and `log_metric` are among the arguments.
+    async ones too; `trainer_state`, `environments`, `log_extra` and `log_metric` are among the arguments.
 
     Args:
         function: the function, or where it is: "package.module:name" or "path/file.py:name".
@@ -73,7 +73,8 @@ class RuleReward(CalledReward):
             available["prompt_ids"] = part.prompt_ids
         if part.completion_ids is not None:
             available["completion_ids"] = part.completion_ids
-        run = {"log_metric": call.log.log_metric, "log_extra": call.log.log_extra}
+        run: dict[str, Any] = {"log_metric": call.log.log_metric, "log_extra": call.log.log_extra}
+        run |= {} if part.environments is None else {"environments": part.environments}
         run |= {} if part.trainer_state is None else {"trainer_state": part.trainer_state}
         call.arguments = self.function.select(available, self.name, run)
         return call

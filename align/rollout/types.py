@@ -1,7 +1,7 @@
 """What goes into a rollout engine and what comes out, the same for every back-end."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from align.errors import ConfigError
@@ -84,6 +84,7 @@ class Episode:
     first answer on. prompt: the row with what the environment added to its prompt. turns: the policy's answers. reward:
     the environment's, None where it has none; failure: why there is none. finished: whether the environment, or an
     answer without a tool call, ended it. calls, failed_calls: of tools. environment: its class, None with tools alone.
+    played: the environment itself, for rewards; None once they have scored, so that it is in no checkpoint.
     """
 
     policy_mask: list[int]
@@ -96,6 +97,7 @@ class Episode:
     calls: int = 0
     failed_calls: int = 0
     environment: str | None = None
+    played: Any = field(default=None, compare=False, repr=False)
 
 
 @dataclass(slots=True)

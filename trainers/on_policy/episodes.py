@@ -89,6 +89,7 @@ class Talk:
             tools.called,
             tools.failed,
             self.session.of.name,
+            self.session.environment,
         )
         logps = None if self.params.greedy else self.logps
         return Completion(self.ids, logps, "length" if self.cut else "stop", episode)

@@ -107,6 +107,9 @@ class RolloutPipeline:
             every = rollout.samples + [sample for group in rollout.extra for sample in group]
             with self.recorder.phase("score"):
                 logged, given = self.rewards.fill(every, early)
+        for sample in every:
+            if sample.episode is not None:
+                sample.episode.played = None
         self.truncation.apply(every)
         for record, metrics in ((self.recorder.record, logged), (self.recorder.record_given, given)):
             for name, values in metrics.items():

@@ -92,6 +92,7 @@ class RewardColumns:
         prompts: dict[int, int] = {}  # the samples of a prompt hold one and the same mapping
         episodes = [sample.episode for sample in samples]
         of_environment: dict[str, list] = {}
+        played = [None if episode is None else episode.played for episode in episodes]
         if episodes[0] is not None:
             of_environment = {
                 REWARD_COLUMN: [None if episode is None else episode.reward for episode in episodes],
@@ -112,6 +113,7 @@ class RewardColumns:
             rows=[sample.prompt["row"] for sample in samples] if "row" in samples[0].prompt else None,
             ended=[not sample.truncated for sample in samples],
             groups=[prompts.setdefault(id(sample.prompt), len(prompts)) for sample in samples],
+            environments=played if any(one is not None for one in played) else None,
             trainer_state=self.trainer_state(),
         )
 

@@ -149,7 +149,8 @@ def take_rollouts(args: Any) -> None:
     if args.num_generations_eval is not None:
         if args.eval_num_generations not in (1, args.num_generations_eval):
             raise ConfigError(
-                "num_generations_eval is TRL's name of eval_num_generations: set one of them", key="num_generations_eval"
+                "num_generations_eval is TRL's name of eval_num_generations: set one of them",
+                key="num_generations_eval",
             )
         args.eval_num_generations = args.num_generations_eval
     _take_size(args)

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from align.trainers.on_policy.objective import kept_lengths, loss_count, policy_
 from align.trainers.on_policy.samples import Sample
 from align.trainers.on_policy.streams import Stream
 from align.trainers.on_policy.turn_tokens import TurnTokens
+from tests.rollout.rollout_models import llama
 from tests.trainers.on_policy.talks import (
     CALLS,
     CHATML,
@@ -28,6 +30,7 @@ from tests.trainers.on_policy.talks import (
     GuessingGame,
     Scripted,
     Sums,
+    babbling_tokenizer,
     double,
     questions,
     rows,
@@ -361,3 +364,37 @@ def test_a_run_goes_on_from_the_middle_of_a_rollout(method, tmp_path):
     again = game(method, tmp_path / "again", tokenizer, **options)
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
     assert_same(parameters(whole.model), parameters(again.model))
+
+
+class Locked(Sums):
+    """As TRL's examples: without a reward of its own, and with what can neither be copied nor saved."""
+
+    get_reward = None
+    given: ClassVar[list] = []
+
+    def reset(self, **row):
+        super().reset(**row)
+        self.lock = (i for i in [])
+
+
+def test_rewards_get_the_environments_as_trls_do(tmp_path):
+    """Those of the completions, in training and evaluations, also in calls about some of them; in no checkpoint."""
+
+    def calls_made(environments, completions, **columns):
+        assert len(environments) == len(completions) == 2 and all(one.lock for one in environments)
+        told = [sum(m["role"] == "tool" for m in talk) for talk in completions]  # less than called where one was cut
+        assert all(one.called >= count for one, count in zip(environments, told, strict=True))
+        Locked.given.extend(environments)
+        return [float(one.called) for one in environments]
+
+    model = llama(3, vocab_size=96)
+    model.generation_config.eos_token_id = list(range(3, 96, 4))
+    several = {"num_iterations": 2, "max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+    trainer_class, args = on_policy("rloo", tmp_path, max_completion_length=60, **several)
+    world = {"environment_factory": Locked, "processing_class": babbling_tokenizer()}
+    reward = {"type": "rule", "function": calls_made, "batch_size": 2}
+    trainer = trainer_class(model, reward, args, questions(32), questions(2), **world)
+    trainer.train()
+    trainer.train(resume_from_checkpoint=tmp_path / "checkpoint-1")  # inside a rollout
+    trainer.close()
+    assert len(set(map(id, Locked.given))) == len(Locked.given)
