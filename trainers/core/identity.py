@@ -40,7 +40,8 @@ CHANGEABLE = {
     "output_dir", "run_name", "num_train_epochs", "max_steps", "do_train", "do_eval", "do_predict", "use_cpu",
     "local_rank", "debug", "average_tokens_across_devices", "accelerator_config", "parallelism_config", "ray_scope",
     "ignore_data_skip", "full_determinism", "remove_unused_columns", "max_bad_share", "num_eval_prompts",
-    "rollout", "batching", "tokens_per_batch", "chunk_size",
+    "rollout", "batching", "tokens_per_batch", "forward_tokens_per_batch", "chunk_size",
+    "num_generations_eval", "steps_per_generation", "generation_batch_size",  # the latter two are num_mini_batches
     "margin_cache_dir", "ref_log_probs_dir", "use_liger_kernel", "prediction_loss_only", "label_names",
     "enable_jit_checkpoint", "stop_at",
     "trust_remote_code", "pad_token", "pad_to_multiple_of", "activation_offloading", "padding_free",

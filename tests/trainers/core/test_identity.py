@@ -112,6 +112,15 @@ def test_what_does_not_change_the_result_may_change(policy, folder_of):
     assert trainer.state.global_step == 2
 
 
+def test_a_rollout_in_other_portions_is_the_same(policy, folder_of):
+    """`forward_tokens_per_batch` follows `tokens_per_batch`; TRL's size of a rollout is that of num_mini_batches."""
+    portions = {"tokens_per_batch": 44, "generation_batch_size": 8, "num_generations_eval": 3}
+    trainer = make("remax", policy, folder_of("remax"), max_steps=2, **portions)
+    trainer.train(resume_from_checkpoint=True)
+    trainer.close()
+    assert trainer.state.global_step == 2 and trainer.args.forward_tokens_per_batch == 176
+
+
 def test_a_change_is_allowed_by_name(policy, folder_of, caplog):
     options = {"learning_rate": 1e-4, "max_steps": 2, "save_strategy": "no"}
     with pytest.raises(TrainingError, match="is of another run .learning_rate"):
