@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -36,9 +37,19 @@ class Log:
     columns: dict[str, list] = field(default_factory=dict)
 
     def log_metric(self, name: str, value: float) -> None:
-        self.metrics.setdefault(name, []).append(float(value))
+        """NaN, the mean of nothing, is no value, as in TRL's logs."""
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError, RuntimeError):  # the latter of a tensor with several
+            number = math.inf
+        if not isinstance(name, str) or math.isinf(number):
+            raise RewardError(f"log_metric({name!r}, {value!r:.80}): it takes a name and a finite number")
+        if not math.isnan(number):
+            self.metrics.setdefault(name, []).append(number)
 
     def log_extra(self, column: str, values: Sequence) -> None:
+        if not isinstance(column, str) or isinstance(values, str) or not hasattr(values, "__iter__"):
+            raise RewardError(f"log_extra({column!r}, {values!r:.80}): it takes a name and one value per completion")
         self.columns[column] = [v if isinstance(v, int | float) else str(v) for v in map(plain, values)]
 
 

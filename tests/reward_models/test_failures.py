@@ -184,6 +184,20 @@ def test_trl_arguments():
         RuleReward(lambda completions, log_extra: log_extra("x", [1]) or [0.0] * 4).score(BATCH)
 
 
+def test_what_a_function_logs_is_a_number_by_a_name():
+    def logs(name, value):
+        reward = RuleReward(lambda completions, log_metric: log_metric(name, value) or [0.0] * 4, name="r")
+        return reward.score(BATCH).given
+
+    assert logs("m", torch.tensor(2)) == {"m": [2.0]} and logs("m", float("nan")) == {}  # the mean of nothing
+    for name, value in (("m", "abc"), ("m", None), ("m", float("inf")), ("m", torch.ones(2)), (5, 1.0)):
+        with pytest.raises(RewardError, match=r"log_metric\(.*\): it takes a name and a finite number"):
+            logs(name, value)
+    for values in (3, "abcd"):
+        with pytest.raises(RewardError, match=r"log_extra\('x', .*\): it takes a name and one value per completion"):
+            RuleReward(lambda completions, log_extra, v=values: log_extra("x", v) or [0.0] * 4).score(BATCH)
+
+
 def test_failures_do_not_change_what_a_reward_is(caplog):
     caplog.set_level(logging.ERROR)
     reward = VerifierReward(fails_on_bad, on_error="mask")
