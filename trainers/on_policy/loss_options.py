@@ -32,7 +32,7 @@ class LossOptions(TrlDefaults):
         default=1.0,
         metadata={
             "help": "Train on this share of the rollout's tokens, those of the highest entropy (arXiv 2506.01939; 0.2 "
-            "there); 1: on all. The KL stays on all."
+            "there); 1: on all. A KL in the loss stays on all."
         },
     )
     entropy_coef: float = field(
