@@ -1,12 +1,15 @@
 """What a server answers that is none of `align serve`, or one of another version."""
 
 import asyncio
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from align.errors import RolloutError
+from align.errors import ConfigError, RolloutError
+from align.rollout.server import folder
 from align.rollout.server.client import Server, beside, session
 from align.rollout.server.delivery import locked
 
@@ -84,3 +87,29 @@ def test_who_waits_for_a_stopped_process_of_the_run_says_so(tmp_path):
 async def again(path):
     async with locked(path, 0.1):
         pass
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from align.rollout.server.folder import new_folder
+(Path(new_folder(Path(sys.argv[1]))) / "weights").touch()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_weights_that_a_killed_run_left_in_memory_are_removed_by_the_next(tmp_path, monkeypatch):
+    """With `on_engine_failure: wait` they are the whole model: each killed run left so much less memory."""
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)])
+    (left,) = tmp_path.iterdir()
+    assert (left / "weights").exists()
+    shared = folder.new_folder(tmp_path)  # of a folder that machines may share, locks say nothing
+    assert left.exists()
+    monkeypatch.setattr(folder, "MEMORY", str(tmp_path))
+    own = folder.new_folder(tmp_path)
+    assert {str(one) for one in tmp_path.iterdir()} == {own, shared}  # those of runs that live
+    folder.remove_folder(own)
+    folder.remove_folder(shared)
+    assert not list(tmp_path.iterdir()) and not folder._kept
+    with pytest.raises(ConfigError, match="transfer_folder: .*nowhere is not a folder that can be written to"):
+        folder.new_folder(tmp_path / "nowhere")

@@ -4,7 +4,6 @@ import asyncio
 import logging
 import secrets
 import shutil
-import tempfile
 import time
 import weakref
 from collections.abc import Awaitable, Callable
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from align.config.addresses import LOOPBACK
 from align.config.server_key import KEY_VARIABLE, read_key
 from align.distributed.ranks import by_first, in_all, is_first, raise_shared, shared
-from align.errors import ConfigError, RolloutError
+from align.errors import RolloutError
 from align.modeling.logprobs import language_model
 from align.rollout.adapters import A, B, lora_layers, why_merged, with_adapter
 from align.rollout.engine import RolloutEngine
@@ -32,6 +31,7 @@ from align.rollout.server import client, delivery
 from align.rollout.server.client import Background, Server, ServerLost, session
 from align.rollout.server.completions import Answers, Call, balanced, completed, sockets
 from align.rollout.server.fitting import check_fit
+from align.rollout.server.folder import new_folder, remove_folder
 from align.rollout.server.group import host_of
 from align.rollout.server.options import MEMORY
 from align.rollout.server.transfer import Transfer, make_transfer
@@ -379,14 +379,4 @@ class ServerEngine(RolloutEngine):
 def clean_up(background: Background, folder: Path, leader: bool) -> None:
     background.close()
     if leader:
-        shutil.rmtree(folder)
-
-
-def new_folder(base: Path) -> str:
-    """A folder for the weights of one run."""
-    try:
-        return tempfile.mkdtemp(prefix="align_weights_", dir=base)
-    except OSError as error:
-        raise ConfigError(
-            f"transfer_folder: {base} is not a folder that can be written to ({error.strerror})", key="transfer_folder"
-        ) from error
+        remove_folder(str(folder))
