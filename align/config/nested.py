@@ -46,7 +46,7 @@ def nested_schema(name: str, nested: Nested, defs: dict[str, Any]) -> dict[str, 
     """The JSON schema of a section, told apart by its discriminator. defs: where what it refers to is put."""
     kinds = nested.kinds
     if isinstance(kinds, Kinds):
-        arms = [_section_schema(cls, defs, kinds, kind) for kind, cls in kinds.kinds.items()]
+        arms = [_section_schema(cls, defs, kinds, kind) for kind, cls in kinds.named.items()]
         if nested.open:
             own = {"type": "object", "properties": {kinds.by: OWN_CLASS}, "required": [kinds.by]}
             arms.append(own)

@@ -169,14 +169,14 @@ def _keys(name: str) -> dict[str, dict[str, str]]:
 
     sections: dict[str, dict[str, Any]] = {
         "datasets": {"": MixturePart},
-        "rewards": REWARDS.kinds,
-        "gold_reward": REWARDS.kinds,
+        "rewards": REWARDS.named,
+        "gold_reward": REWARDS.named,
         "constraints": {"": ConstraintSection},
-        "multipliers": {cls.label: cls for cls in MULTIPLIERS.kinds.values()},
-        "dynamic_weights": DYNAMIC_WEIGHTS.kinds,
+        "multipliers": {cls.label: cls for cls in MULTIPLIERS.named.values()},
+        "dynamic_weights": DYNAMIC_WEIGHTS.named,
         "threshold_search": {"": SearchSection},
         "stop_at": {"": StopSection},
-        "rollout": {f"backend {name}": cls for name, cls in rollout_kinds().kinds.items()},
+        "rollout": {f"backend {name}": cls for name, cls in rollout_kinds().named.items()},
     }
     return {
         kind: {key: cls.model_fields[field].description or "" for key, field in cls.keys().items()}

@@ -125,6 +125,12 @@ class Kinds:
     by: str = "type"
     default: type[Section] | None = field(default=None)
 
+    @property
+    def named(self) -> dict[str, type[Section]]:
+        """Without the kinds that are places in files of the user's, which an earlier trainer of the process may have
+        used: what help and errors may list."""
+        return {kind: cls for kind, cls in self.kinds.items() if ":" not in kind}
+
     def parse(self, value: Any, key: str) -> Section:
         """The section that a mapping describes."""
         if isinstance(value, Section) and type(value) in self.kinds.values():
@@ -134,15 +140,14 @@ class Kinds:
         kind = value.get(self.by)
         cls = self.default if kind is None else self.kinds.get(kind) if isinstance(kind, str) else None
         if cls is None:
-            names = [name for name in self.kinds if ":" not in name]  # not places in files of an earlier trainer's
-            near = difflib.get_close_matches(str(kind), names, n=1)
+            near = difflib.get_close_matches(str(kind), self.named, n=1)
             hint = f"; nearest valid: {near[0]}" if near else ""
             place = f"{key}.{self.by}" if self.by in value else key
-            raise ConfigError(f"{key}: {self.by} must be one of {', '.join(names)}, not {kind!r}{hint}", key=place)
+            raise ConfigError(f"{key}: {self.by} must be one of {', '.join(self.named)}, not {kind!r}{hint}", key=place)
         if self.by not in cls.model_fields:  # the kind says which class; the class does not repeat it
             value = {name: content for name, content in value.items() if name != self.by}
         for name in value:
-            owners = [other for other, options in self.kinds.items() if name in options.keys()]
+            owners = [other for other, options in self.named.items() if name in options.keys()]
             if owners and name not in cls.keys():
                 label = f"{self.by} {kind}" if kind else f"a {key} without {self.by!r}"
                 raise ConfigError(

@@ -14,6 +14,7 @@ from align.config import options
 from align.config.options import FILE, MADE_WITH, json_schema, make, options_of
 from align.config.source import read_file, ready_configs
 from align.methods import METHODS
+from align.rollout import rollout_options
 
 CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 
@@ -33,7 +34,9 @@ def cache_of_their_own(tmp_path_factory):
 
 @pytest.mark.skipif(not TESTED, reason="needs transformers and trl as pinned in constraints.txt, of which the file is")
 def test_the_file_is_current():
-    """After a change of options: python -m align.config.options"""
+    """After a change of options: python -m align.config.options. A class of the user's is an option of their files
+    alone, whatever this process has read before."""
+    rollout_options({"backend": "tests.trainers.on_policy.elsewhere:Elsewhere"})
     assert json.loads(FILE.read_text(encoding="utf-8")) == json.loads(json.dumps(make()))
 
 
