@@ -111,7 +111,7 @@ class KTOTrainer(PreferenceTrainer):
             if advice:
                 logger.warning("%s", advice)
         prompts = flat_column(dataset, "prompt_ids")
-        partners = mismatched(*prompts) if args.loss_type == "kto" else np.arange(len(dataset))
+        partners = mismatched(*prompts, f"{name}: ") if args.loss_type == "kto" else np.arange(len(dataset))
         lengths, ids = flat_column(dataset, "chosen_ids")
         kept = lengths[partners]
         if args.max_length is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from align.data.formats import check_tokens, columns_of
+from align.data.passes import numbered
 from align.data.ranked import LISTS, RankedCollator, SharedRankedCollator, lists_of_two, tokenize_ranked
 from align.data.sets import rows_of
 from align.errors import ConfigError, DataError
@@ -18,7 +19,7 @@ from align.objectives.pair_losses import PairLosses
 from align.objectives.plackett_luce import listwise_losses
 from align.trainers.core.trl_options import TrlDPOOptions
 from align.trainers.pairs.config import PreferenceConfig
-from align.trainers.pairs.data import IDS, numbered_pairs
+from align.trainers.pairs.data import IDS, lengths_above_0, numbered_pairs
 from align.trainers.pairs.micro_batches import PaddedPairs, SharedPrefixPairs
 from align.trainers.pairs.preference import PreferenceTrainer
 
@@ -70,7 +71,7 @@ class ListwiseDPOTrainer(PreferenceTrainer):
         most = max(map(len, lengths))
         padded = [[*own, *[0] * (most - len(own))] for own in lengths]
         rows = rows.remove_columns("lengths").add_column("lengths", padded)
-        return rows if "row" in rows.column_names else rows.add_column("row", list(range(len(rows))))
+        return numbered(rows)
 
     def _check_stream(self) -> None:
         raise ConfigError(
@@ -98,6 +99,7 @@ def answer_logps(logps: Tensor, lengths: Tensor) -> Tensor:
 
 def _check_lists(dataset, max_length: int | None) -> None:
     """DataError for tokenised lists whose lengths are not those of their answers, or that are too long."""
+    lengths_above_0(dataset, ("prompt_ids", *LISTS), "lists")
     for number, row in enumerate(rows_of(dataset, [IDS[0], *LISTS])):
         lengths = [length for length in row["lengths"] if length]
         if len(lengths) < 2 or lengths != row["lengths"][: len(lengths)]:

@@ -12,11 +12,11 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import TrainingArguments
 
-from align.data.bad_rows import BadRow
-from align.data.checks import SCORE, check_score
-from align.data.collate import IGNORED, TOKENS, cut_rows, labelled, untrained_rows, with_labels
-from align.data.formats import TEXT_COLUMNS, check_tokens, columns_of, format_for
-from align.data.limits import fit_sets, longest_of
+from align.data.checks import SCORE
+from align.data.collate import IGNORED, labelled, with_labels
+from align.data.formats import TEXT_COLUMNS, columns_of, format_for
+from align.data.labels import LABELS, MASKS
+from align.data.limits import fit_sets
 from align.data.sets import of_each
 from align.data.streams import is_stream, mapped, read_whole, sample_of
 from align.data.tokenize import tokenize_completions
@@ -39,6 +39,7 @@ from align.trainers.core.trainer import TrainerMixin
 from align.trainers.supervised.implicit import OF_STEP, check_options, for_model, implicit_rewards
 from align.trainers.supervised.options import SupervisedOptions
 from align.trainers.supervised.selection import token_selection
+from align.trainers.supervised.tokenised import tokenised_rows
 from align.trainers.supervised.trained import choose_trained
 
 UNUSED = {  # options of TRL's that what is done here leaves without effect
@@ -195,8 +196,20 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         compute_loss = super().compute_loss
         with outputs_as_computed(model), experts_by_their_usual_name(language_model(model)):
             if self.implicit is not None and OF_STEP in inputs:
-                return self.implicit.loss(compute_loss, model, inputs, num_items_in_batch)
-            return compute_loss(model, for_model(inputs), return_outputs, num_items_in_batch)
+                loss = self.implicit.loss(compute_loss, model, inputs, num_items_in_batch)
+            else:
+                loss = compute_loss(model, for_model(inputs), return_outputs, num_items_in_batch)
+        if self.model.training:
+            self._count_by_token(inputs["labels"])
+        return loss
+
+    def _count_by_token(self, labels) -> None:
+        """Entropy and accuracy of a micro-batch, for their means per trained token: TRL's means of the micro-batches'
+        means depend on how a step is cut."""
+        tokens = labels[..., 1:].ne(IGNORED).sum().item()
+        for name in ("entropy", "mean_token_accuracy"):
+            for value in self._metrics["train"].pop(name, ()):
+                self.record(name, value, tokens)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -310,10 +323,9 @@ def with_own_defaults(args: TrainingArguments) -> SFTConfig:
 
 
 def tokenized_completions(dataset, tokenizer, args: SFTConfig):
-    """Rows as TRL's trainer takes them, a stream lazily. A dataset that is tokenised already is taken as it is, unless
-    it has a row without a trained token: TRL would drop that without a word."""
+    """Rows as TRL's trainer takes them, a stream lazily; those that are tokenised already are checked."""
     columns = columns_of(dataset, streams=True)
-    tokenised = "input_ids" in columns and (columns & {"completion_mask", "labels"} or not columns & {*TEXT_COLUMNS})
+    tokenised = "input_ids" in columns and (columns & {*MASKS, LABELS} or not columns & {*TEXT_COLUMNS})
     if not tokenised:
         if args.assistant_only_loss and not format_for(sample_of(dataset), "completions").conversational:
             raise ConfigError(
@@ -329,21 +341,12 @@ def tokenized_completions(dataset, tokenizer, args: SFTConfig):
             num_proc=args.dataset_num_proc,
             scored=args.implicit_reward_beta is not None,
         )
-    check_tokens(dataset, [name for name in TOKENS if name in columns])
-    if args.implicit_reward_beta is not None and SCORE in columns:
-        dataset = _with_checked_scores(dataset)
-    limit = None if args.packing else args.max_length
-    if limit is not None and cut_before(args):
-        if is_stream(dataset):
-            dataset = mapped(dataset, partial(_cut, limit))
-        elif longest_of(dataset, "input_ids") > limit:
-            dataset = cut_rows(dataset, limit)
-    if is_stream(dataset):
-        return mapped(dataset, partial(_trained, limit))
-    empty = untrained_rows(dataset, limit)
-    if len(empty):
-        raise DataError(f"{len(empty)} tokenised rows train no token: rows {empty[:10].tolist()}")
-    return dataset
+    return tokenised_rows(
+        dataset,
+        limit=None if args.packing else args.max_length,
+        cut=cut_before(args),
+        scored=args.implicit_reward_beta is not None,
+    )
 
 
 def _text_of(function: Callable[[dict], str], row: dict) -> dict[str, str]:
@@ -351,37 +354,3 @@ def _text_of(function: Callable[[dict], str], row: dict) -> dict[str, str]:
     if not isinstance(text, str):
         raise DataError(f"formatting_func gave {type(text).__name__} instead of the text of one row: {text!r:.100}")
     return {"text": text, **({SCORE: row[SCORE]} if SCORE in row else {})}
-
-
-def _with_checked_scores(dataset):
-    """Tokenised rows; DataError where a `score` is none."""
-    if is_stream(dataset):
-        return mapped(dataset, _scored)
-    for number, score in enumerate(dataset[SCORE][:]):  # a column without [:] is read row by row
-        _scored({SCORE: score}, number)
-    return dataset
-
-
-def _scored(row: dict, number: int) -> dict:
-    try:
-        check_score(row)
-    except BadRow as problem:
-        raise DataError(f"row {number} of the tokenised rows: {problem}, got {row[SCORE]!r}") from None
-    return row
-
-
-def _trains(row: dict, limit: int | None) -> bool:
-    """Whether a tokenised row has a trained token among its first `limit`; the first token is predicted by none."""
-    if row.get("completion_mask") is not None and not any(row["completion_mask"][1:limit]):
-        return False
-    return row.get("labels") is None or any(label != IGNORED for label in row["labels"][1:limit])
-
-
-def _cut(limit: int, row: dict, number: int | None = None) -> dict:
-    return row | {name: row[name][:limit] for name in TOKENS if row.get(name) is not None}
-
-
-def _trained(limit: int | None, row: dict, number: int) -> dict:
-    if not _trains(row, limit):
-        raise DataError(f"row {number} of the tokenised stream trains no token")
-    return row

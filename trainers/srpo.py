@@ -23,7 +23,7 @@ from align.objectives.pair_losses import PairLosses
 from align.objectives.srpo import RevisionRatios, srpo_losses
 from align.trainers.core.trl_options import TrlDPOOptions
 from align.trainers.pairs.config import PreferenceConfig
-from align.trainers.pairs.data import IDS, numbered_pairs
+from align.trainers.pairs.data import IDS, lengths_above_0, numbered_pairs
 from align.trainers.pairs.micro_batches import PaddedPairs, Rows, SharedPrefixPairs
 from align.trainers.pairs.preference import PreferenceTrainer
 
@@ -125,6 +125,7 @@ class SRPOTrainer(PreferenceTrainer):
         """Pairs -> tokenised pairs with the columns of `REVISIONS`, without those that are too long."""
         if {*IDS, *REVISIONS} <= columns_of(dataset):
             check_tokens(dataset, REVISIONS)
+            lengths_above_0(dataset, REVISIONS)
             rows = numbered_pairs(dataset, tokenizer, **options)
         elif {*IDS} <= columns_of(dataset):
             raise DataError(f"tokenised pairs need the columns {' and '.join(REVISIONS)} too: pass the texts")

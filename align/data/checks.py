@@ -82,6 +82,11 @@ def _check_speaker(answer: Text, name: str, fmt: DataFormat) -> None:
             f"{name} has a message of the role {others[0]}, which would be trained as the policy's (put the turns "
             "before the last answer into prompt)"
         )
+    if fmt.conversational and any(message.get("weight") == 0 for message in answer):
+        raise BadRow(
+            f"{name} has a message of weight 0, which would be trained as all of an answer is (leave the weight out, "
+            "or put the turns before the last answer into prompt)"
+        )
 
 
 def _check_dialogue(prompt: Text, answer: Text, name: str) -> None:

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from align.data.labels import IGNORED
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
-TOKENS = ("input_ids", "completion_mask", "labels")
-IGNORED = -100  # the label that torch.nn.functional.cross_entropy leaves out
+TOKENS = ("input_ids", "completion_mask", "assistant_masks", "labels")
 
 
 def left_pad(ids: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -134,10 +135,10 @@ def _labels_of(batch: Any) -> Any:
 
 
 def untrained_rows(dataset: "Dataset", limit: int | None) -> np.ndarray:
-    """The numbers of tokenised rows without a trained token among their first `limit`, by `completion_mask` and
+    """The numbers of tokenised rows without a trained token among their first `limit`, by their masks and
     `labels`, where they have them; the first token is predicted by none."""
     trains = np.ones(len(dataset), bool)
-    for name, context in (("completion_mask", 0), ("labels", IGNORED)):
+    for name, context in (("completion_mask", 0), ("assistant_masks", 0), ("labels", IGNORED)):
         if name in dataset.column_names:
             trains &= _has_another(dataset, name, context, limit)
     return np.flatnonzero(~trains)

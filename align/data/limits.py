@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from align.data.formats import holds_tokens
+from align.data.labels import IGNORED, LABELS, MASKS
 from align.errors import ConfigError, DataError
 from align.modeling.rotary import LONG, SHORT, choose_factors, factors_of
 
@@ -34,7 +35,7 @@ def sequences_in(names: Collection[str], tokens: Callable[[str], bool]) -> list[
     alone with the mask of demonstrations, and beside the `prompt_ids` of others they are a column of the user's."""
     found = [group for group in SEQUENCES if set(group) <= set(names) and all(map(tokens, group))]
     whole = ("input_ids",)
-    if whole in found and {"completion_mask", "labels"} & set(names):
+    if whole in found and {*MASKS, LABELS} & set(names):
         return [whole]
     return [group for group in found if group != whole or ("prompt_ids",) not in found]
 
@@ -59,7 +60,8 @@ def check_fits(model: "Model", dataset: "Dataset", what: str, tokenizer: Any = N
     """
     limit, known = longest_input(model), known_tokens(model)
     columns = _sequences_of(dataset)
-    for column in {column for group in columns for column in group}:
+    labels = {LABELS} & {*dataset.column_names} if ("input_ids",) in columns else set()
+    for column in {column for group in columns for column in group} | labels:
         _check_tokens(dataset, column, known, what, tokenizer, name)
     if limit is not None:
         for group in columns:
@@ -84,15 +86,24 @@ def check_reads(model: "Model", name: str, *, tokens: int, length: int) -> None:
 
 def _check_tokens(dataset: "Dataset", column: str, known: int, what: str, tokenizer: Any, name: str) -> None:
     for start, values in parts_of(dataset, column):
-        ids = values.flatten().to_numpy()
-        if len(ids) and ids.max() >= known:
-            row = next(row for row, own in enumerate(values.to_pylist()) if own and max(own) >= known)
-            token = int(max(values[row].as_py()))
+        flat = values.flatten()
+        ids = (flat.cast("int64").fill_null(-1) if flat.null_count else flat).to_numpy(zero_copy_only=False)
+        if len(ids) and (wrong_token(ids.min(), column, known) or ids.max() >= known):
+            found = ((row, token) for row, own in enumerate(values.to_pylist()) for token in own or ())
+            row, token = next(pair for pair in found if wrong_token(pair[1], column, known))
             named = _named(dataset, [start + row])
             raise DataError(_unknown(f"{named} of the {what} data", token, known, tokenizer, name))
 
 
-def _unknown(row: str, token: int, known: int, tokenizer: Any, name: str = "model") -> str:
+def wrong_token(token: int | None, column: str, known: int) -> bool:
+    """Whether a column has something else there than a token that the model knows, or of labels the mark of what is not
+    trained."""
+    return token is None or token >= known or (token < 0 and not (column == LABELS and token == IGNORED))
+
+
+def _unknown(row: str, token: int | None, known: int, tokenizer: Any, name: str = "model") -> str:
+    if token is None or token < 0:
+        return f"{row} has {token} among its tokens, which count from 0"
     written = "" if tokenizer is None else f" ({tokenizer.convert_ids_to_tokens(token)})"
     return (
         f"{row} has token {token}{written}, and the {name} has embeddings for {known} tokens: the tokenizer is not "
@@ -177,9 +188,12 @@ def row_check(model: "Model", tokenizer: Any = None) -> Callable[[dict[str, Any]
         groups = sequences_in(row.keys(), lambda name: _are_tokens(row[name]))
         named = f"row {row['row']}" if "row" in row else "a row"
         longest = max(row.get(PACKED) or (sum(len(row[name]) for name in group) for group in groups))
-        largest = max(max(row[name], default=0) for group in groups for name in group)
-        if largest >= known:
-            raise DataError(_unknown(f"{named} of the stream", largest, known, tokenizer))
+        read = {name for group in groups for name in group}
+        for name in read | ({LABELS} & row.keys() if ("input_ids",) in groups else set()):
+            values = row[name]
+            if None in values or max(values, default=0) >= known or min(values, default=0) < 0:
+                for token in (token for token in values if wrong_token(token, name, known)):
+                    raise DataError(_unknown(f"{named} of the stream", token, known, tokenizer))
         if limit is not None and longest > limit:
             raise DataError(
                 f"{named} of the stream has {longest} tokens and the model takes {limit}: set max_length: {limit}"

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from align.data.bad_rows import BadRow, BadRows
 from align.data.cache import cached
 from align.data.fingerprint import code_digest, rows_digest, text_digest, tokenizer_digest
@@ -153,11 +155,11 @@ def _make(dataset: "Dataset", recipe: Recipe, num_proc: int | None, folder: Path
 def _map(dataset: "Dataset", recipe: Recipe, tell: Callable[[Found], None], source: str, **options) -> "Dataset":
     """tell: gets what was found, on the process that found it."""
     features = recipe.features(dataset.features)
-    numbered = has_numbers(dataset)
+    own = has_numbers(dataset)
 
     def tokenize_batch(batch: Columns, indices: list[int]) -> Columns:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        rows = [{**row, "row": row["row"] if numbered else i} for i, row in zip(indices, rows, strict=True)]
+        rows = [{**row, "row": row["row"] if own else i} for i, row in zip(indices, rows, strict=True)]
         kept, found = recipe.batch(rows)
         tell(found)
         return {name: [row[name] for row in kept] for name in features}
@@ -180,7 +182,16 @@ def has_numbers(dataset: "Dataset") -> bool:
     from datasets import Value
 
     numbers = dataset.features.get("row")
-    return isinstance(numbers, Value) and numbers.dtype.startswith("int")
+    return isinstance(numbers, Value) and numbers.dtype.startswith("int") and not dataset.data["row"].null_count
+
+
+def numbered(dataset: "Dataset") -> "Dataset":
+    """Rows that are taken as they are, with their numbers: their own, or counted from 0 in the place of a column `row`
+    that has others."""
+    if has_numbers(dataset):
+        return dataset
+    others = [name for name in dataset.column_names if name != "row"]
+    return dataset.select_columns(others).add_column("row", np.arange(len(dataset)))
 
 
 def _append(folder: Path, found: Found) -> None:

@@ -13,7 +13,7 @@ from align.data.encode import Encoded, check_tokenizer, encode, render_pair
 from align.data.ending import ending_of
 from align.data.formats import SCORED, check_tokens, columns_of, format_for
 from align.data.limits import lengths_of
-from align.data.passes import Columns, Note, Recipe, has_numbers, started, tokenized
+from align.data.passes import Columns, Note, Recipe, numbered, started, tokenized
 from align.data.rows import source_of
 from align.data.tokenize import check_inside, check_prompt, closed, controls_of, note_typed, tokenize_pairs
 from align.data.tokenized import check_room
@@ -142,9 +142,7 @@ def _as_they_are(dataset: "Dataset") -> "Dataset":
     """With labels that are true or false, and the rows' numbers."""
     from datasets import Value
 
-    if not has_numbers(dataset):
-        others = [name for name in dataset.column_names if name != "row"]
-        dataset = dataset.select_columns(others).add_column("row", np.arange(len(dataset)))
+    dataset = numbered(dataset)
     return dataset if dataset.features["label"] == Value("bool") else dataset.cast_column("label", Value("bool"))
 
 
@@ -200,13 +198,13 @@ def unpair(pairs: "Dataset", source: str = "") -> "Dataset":
     return concatenate_datasets(sides)
 
 
-def mismatched(lengths: np.ndarray, ids: np.ndarray) -> np.ndarray:
+def mismatched(lengths: np.ndarray, ids: np.ndarray, what: str = "") -> np.ndarray:
     """For each row the number of another one whose prompt differs, [rows]. lengths: of the prompts, [rows]; ids: of
     their tokens, row after row.
 
     The rows are put in a fixed random order, and each gets the next one there with another prompt: so nearly every
     answer is given away once, and which row gets which follows from the rows alone, not from how they are cut into
-    batches. DataError where all prompts are the same.
+    batches. DataError where all prompts are the same; what: the beginning of its message.
     """
     known: dict[bytes, int] = {}
     ends = np.cumsum(lengths)
@@ -214,8 +212,8 @@ def mismatched(lengths: np.ndarray, ids: np.ndarray) -> np.ndarray:
     groups = np.array([known.setdefault(prompt, len(known)) for prompt in prompts])
     if len(known) < 2:
         raise DataError(
-            "all rows have the same prompt, and KTO's reference point needs answers to other prompts: add rows with "
-            "other prompts, or set loss_type: apo_zero_unpaired, which has no reference point"
+            f"{what}all rows have the same prompt, and KTO's reference point needs answers to other prompts: add rows "
+            "with other prompts, or set loss_type: apo_zero_unpaired, which has no reference point"
         )
     order = np.random.default_rng(SEED).permutation(len(groups))
     twice = np.concatenate([order, order])

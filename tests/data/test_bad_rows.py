@@ -94,8 +94,11 @@ def test_bad_messages(chat_tokenizer):
         {**good, "chosen": [user("hi"), assistant("yes")]},
         {**good, "rejected": [assistant("yes ")]},
         {**good, "chosen": None},
+        {**good, "chosen": [{**assistant("yes"), "weight": 0}]},
+        {**good, "chosen": [{**assistant("yes"), "weight": 1}]},
     ]
     found = reasons(tokenize_pairs, rows, chat_tokenizer)
+    assert found.pop(11).startswith("chosen has a message of weight 0, which would be trained")
     assert found.pop(8).startswith("chosen repeats the prompt (drop the column prompt")
     assert found == {
         1: "prompt is empty",

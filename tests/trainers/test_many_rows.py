@@ -16,7 +16,8 @@ from align.trainers.kto import KTOConfig, KTOTrainer
 from align.trainers.listwise_dpo import ListwiseDPOTrainer
 from align.trainers.on_policy.samples import check_lengths
 from align.trainers.pairs.data import numbered_pairs, with_score_margins
-from align.trainers.sft import SFTTrainer, _trains
+from align.trainers.sft import SFTTrainer
+from align.trainers.supervised.tokenised import trains
 from tests.trainers.tiny_runs import QUIET, sft_config, tiny_model
 
 
@@ -79,6 +80,8 @@ def test_pairs_and_lists(in_bulk):
         numbered_pairs(tokenised_pairs(12, margin=[1.0] * 7 + [np.inf] * 5), None, max_length=16, max_bad_share=0)
     scored = with_score_margins(tokenised_pairs(12, chosen_score=[3] * 12, rejected_score=[1] * 12), "train", scale=2)
     assert with_score_margins(scored, "train", scale=2)["margin"][:] == [4.0] * 12
+    with pytest.raises(DataError, match="train: score_margin needs numbers, and chosen_score holds .*string"):
+        with_score_margins(tokenised_pairs(2, chosen_score=["good"] * 2, rejected_score=[1] * 2), "train", scale=2)
     read = ListwiseDPOTrainer.read_rows
     rows = read(tokenised_pairs(12), None, max_length=16, max_bad_share=0.0)
     assert read(rows, None, max_length=16)["lengths"][:] == [[3, 2]] * 12
@@ -109,7 +112,7 @@ def test_rows_that_train_nothing_are_those_of_the_rule_for_one_row(kind, limit):
                 rows[-1][name] = None
     data = Dataset.from_list(rows, Features({"completion_mask": kind, "labels": List(Value("int64"))}))
     for part in (data, data.select(range(0, 400, 3)), data.select(range(100, 200)), data.select([])):
-        assert untrained_rows(part, limit).tolist() == [n for n, row in enumerate(part) if not _trains(row, limit)]
+        assert untrained_rows(part, limit).tolist() == [n for n, row in enumerate(part) if not trains(row, limit)]
     if limit is not None:
         cut = cut_rows(data, limit)
         assert cut.features == data.features

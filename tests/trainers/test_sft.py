@@ -140,6 +140,16 @@ def test_evaluations_are_per_token(policy, tmp_path):
     assert losses == pytest.approx(logged(trainer, "loss") * 3, rel=1e-5)
 
 
+def test_what_a_step_logs_is_per_token(policy, tmp_path):
+    data, logs = demonstrations(6, seed=1), []
+    for size in (6, 3, 1):
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 6 // size, "max_steps": 1}
+        trainer = SFTTrainer(policy, sft_config(tmp_path, **options), data)
+        trainer.train()
+        logs.append([logged(trainer, name)[0] for name in ("loss", "entropy", "mean_token_accuracy")])
+    assert logs[1] == pytest.approx(logs[0], rel=1e-5) and logs[2] == pytest.approx(logs[0], rel=1e-5)
+
+
 def test_several_evaluation_sets_by_name(policy, tmp_path):
     data = demonstrations(8, seed=1)
     sets = {"some": data.select(range(3)), "rest": data.select(range(3, 8))}

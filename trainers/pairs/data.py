@@ -1,6 +1,6 @@
 """Datasets of pairs as the loop takes them: tokenised, numbered, with the columns that a method needs."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from align.data.bad_rows import BadRow
 from align.data.checks import check_pair_numbers
 from align.data.formats import check_tokens, columns_of
 from align.data.limits import lengths_of
+from align.data.passes import numbered
 from align.data.sets import rows_of
 from align.data.streams import is_stream, read_whole, sample_of
 from align.data.tokenize import tokenize_pairs
@@ -87,7 +88,11 @@ def with_score_margins(dataset, name: str, *, scale: float):
             f"{name}: score_margin needs the columns chosen_score and rejected_score, or completions with scores; "
             f"there is no {' and no '.join(missing)}"
         )
-    chosen, rejected = (np.array(dataset[column][:], dtype=np.float64) for column in SCORE_COLUMNS)  # None becomes NaN
+    try:
+        chosen, rejected = (np.array(dataset[column][:], dtype=np.float64) for column in SCORE_COLUMNS)  # None: NaN
+    except (ValueError, TypeError) as error:
+        held = " and ".join(f"{column} holds {dataset.features[column]}" for column in SCORE_COLUMNS)
+        raise DataError(f"{name}: score_margin needs numbers, and {held}") from error
     bad = np.flatnonzero(~(chosen >= rejected) | ~np.isfinite(chosen - rejected))
     if len(bad):
         rows = [dataset[int(index)]["row"] for index in bad[:10]]
@@ -168,18 +173,25 @@ def numbered_pairs(
     check_tokens(dataset, (*IDS, *(name for name in MASKS if name in columns)))
     if is_stream(dataset):
         return limited_pairs(dataset, tokenizer, **options)
-    lengths = {column: lengths_of(dataset, column) for column in IDS}
-    for column in IDS:
-        empty = np.flatnonzero(lengths[column] == 0)
-        if len(empty):
-            raise DataError(f"{len(empty)} tokenised pairs have an empty {column}: rows {empty[:10].tolist()}")
+    lengths = lengths_above_0(dataset, IDS)
     longest = lengths["prompt_ids"] + np.maximum(lengths["chosen_ids"], lengths["rejected_ids"])
     if {*MASKS} & columns:
         check_masks(dataset)
     if max_length is not None and longest.max(initial=0) > max_length:
         return limited_pairs(dataset, tokenizer, **options)
     _check_numbers(dataset)
-    return dataset if "row" in dataset.column_names else dataset.add_column("row", np.arange(len(dataset)))
+    return numbered(dataset)
+
+
+def lengths_above_0(dataset, columns: Sequence[str], rows: str = "pairs") -> dict[str, np.ndarray]:
+    """The tokens of each row of these columns, [rows]; DataError where one has none, a prompt's too: its first answer
+    token would be predicted at the end of the row above. rows: what they are."""
+    lengths = {column: lengths_of(dataset, column) for column in columns}
+    for column, own in lengths.items():
+        empty = np.flatnonzero(own == 0)
+        if len(empty):
+            raise DataError(f"{len(empty)} tokenised {rows} have an empty {column}: rows {empty[:10].tolist()}")
+    return lengths
 
 
 def check_masks(dataset) -> None:

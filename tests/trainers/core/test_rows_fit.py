@@ -6,7 +6,9 @@ from transformers import LlamaForSequenceClassification
 
 from align import DPOConfig, DPOTrainer, ReMaxConfig, ReMaxTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from align.errors import ConfigError, DataError
+from align.trainers.listwise_dpo import ListwiseDPOConfig, ListwiseDPOTrainer
 from align.trainers.ppo import PPOConfig, PPOTrainer
+from align.trainers.srpo import SRPOConfig, SRPOTrainer
 from tests.trainers.tiny_runs import QUIET, tiny_model, wanted_words
 
 PAIR = {"prompt": "describe the garden : ", "chosen": "rose soil", "rejected": "wave"}
@@ -37,6 +39,49 @@ def test_tokens_without_an_embedding(method, tokenizer, tmp_path):
     known = tokenizer.convert_tokens_to_ids("garden")
     with pytest.raises(DataError, match=r"row 1 of the training data has token \d+ \(.*resize_token_embeddings"):
         make(method, args, rows, tokenizer, vocab_size=known - 1)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_numbers_that_are_no_tokens(stream, tokenizer, tmp_path):
+    args = {"output_dir": str(tmp_path), "max_steps": 1, "per_device_train_batch_size": 2, **QUIET}
+    pair, whole = {"prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [7]}, {"input_ids": [5, 6], "labels": [5, 6]}
+    for method, good, change, said in (
+        ("dpo", pair, {"rejected_ids": [-1]}, "row 1 .* has -1 among its tokens, which count from 0"),
+        ("dpo", pair, {"rejected_ids": [7, None]}, "row 1 .* among its tokens, which count from 0"),
+        ("sft", whole, {"input_ids": [5, -6]}, "row.* has -6 among its tokens"),
+        ("sft", whole, {"labels": [-100, 999_999]}, "row.* has token 999999 "),
+    ):
+        rows = Dataset.from_list([good, {**good, **change}])
+        with pytest.raises(DataError, match=said):
+            make(method, args, rows.to_iterable_dataset() if stream else rows, tokenizer).train()
+
+
+SRPO_PAIR = {"prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [7], "revise_chosen_ids": [5, 6]}
+LIST = {"prompt_ids": [5, 6], "chosen_ids": [7, 1], "rejected_ids": [8, 1, 9, 1], "lengths": [2, 2, 2]}
+
+
+@pytest.mark.parametrize(
+    "trainer, config, good, change",
+    [
+        (SRPOTrainer, SRPOConfig, {**SRPO_PAIR, "revise_rejected_ids": [5, 7]}, {"revise_rejected_ids": []}),
+        (ListwiseDPOTrainer, ListwiseDPOConfig, LIST, {"prompt_ids": []}),
+        (ListwiseDPOTrainer, ListwiseDPOConfig, LIST, {"lengths": None}),
+        (DPOTrainer, DPOConfig, SRPO_PAIR, {"prompt_ids": []}),
+    ],
+)
+def test_a_tokenised_answer_to_no_prompt(trainer, config, good, change, tokenizer, tmp_path):
+    """Its first token was predicted at the end of the row above, in silence."""
+    rows, args = Dataset.from_list([good, {**good, **change}]), config(output_dir=str(tmp_path), **QUIET)
+    with pytest.raises(DataError, match=rf"1 tokenised .* have an empty {next(iter(change))}: rows \[1\]"):
+        trainer(tiny_model(tokenizer), args, rows, processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("own", ["a", None])
+def test_a_column_row_that_is_no_number_is_not_the_rows_number(own, tokenizer, tmp_path):
+    ids = {"prompt_ids": [3], "chosen_ids": [5], "rejected_ids": [4]}
+    rows = Dataset.from_list([{**ids, "row": "b" if own else 7}, {**ids, "row": own}])
+    trainer = make("dpo", {"output_dir": str(tmp_path), **QUIET}, rows, tokenizer)
+    assert trainer.train_dataset["row"][:] == [0, 1]
 
 
 @pytest.mark.parametrize("column", [[999_999], list(range(70)), "of another library"])
