@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -297,12 +298,19 @@ def _check_header(header: dict, path: Path) -> None:
     missing = [key for key in HEADER_KEYS if key not in header]
     if missing:
         raise DataError(f"{path}: the header (line 1) lacks {', '.join(missing)}")
+    for key in ("name", "method", "proxy", "gold"):
+        if not isinstance(header[key], str) and (key != "gold" or header[key] is not None):
+            raise DataError(f"{path}: {key} of the header (line 1) is {header[key]!r:.80}, no text")
     if not isinstance(header["config"], dict):
         raise DataError(f"{path}: config of the header (line 1) is no object of settings by name")
 
 
 def _array(values: list, key: str, where: str) -> np.ndarray:
-    array = np.array(values, dtype=np.float64) if {type(x) for x in values} <= {int, float} else np.array([np.nan])
+    kinds = {type(x) for x in values}
+    try:
+        array = np.array(values, dtype=np.float64) if kinds <= {int, float} else np.array([np.nan])
+    except OverflowError:  # a whole number of hundreds of digits
+        array = np.array([np.inf])
     if not np.isfinite(array).all():
         raise DataError(f"{where}: {key} of per_prompt holds something that is no finite number")
     return array
@@ -329,11 +337,11 @@ def _check_record(record: dict, header: dict, previous: dict | None, where: str)
 
 
 def _check_kinds(record: dict, where: str) -> None:
-    if isinstance(record["step"], bool) or not isinstance(record["step"], int):
+    if type(record["step"]) is not int or not -(2**63) <= record["step"] < 2**63:
         raise DataError(f"{where}: step is {record['step']!r:.80}, no whole number")
     for key in record.keys() - {"step", "per_prompt", "samples"}:
         value = record[key]
-        if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
+        if value is not None and not _is_finite(value):
             raise DataError(f"{where}: {key} is {value!r:.80}, no finite number")
     per_prompt, samples = record["per_prompt"], record["samples"]
     if not isinstance(per_prompt, dict) or not all(isinstance(values, list) for values in per_prompt.values()):
@@ -345,6 +353,14 @@ def _check_kinds(record: dict, where: str) -> None:
             value = sample.get(key) if isinstance(sample, dict) else None
             if not isinstance(value, str) and not (isinstance(value, list) and value and all(map(_is_message, value))):
                 raise DataError(f"{where}: sample {number} has no {key}: a text, or messages with role and content")
+        for key in ("proxy", "gold"):
+            if sample.get(key) is not None and not _is_finite(sample[key]):
+                raise DataError(f"{where}: {key} of sample {number} is {sample[key]!r:.80}, no finite number")
+
+
+def _is_finite(value) -> bool:
+    """Whether this is a number that float64 holds; JSON's whole numbers have no end."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _is_message(value) -> bool:

@@ -8,7 +8,10 @@ ROUNDING = 1e-12  # of the largest score: less is no difference
 def deviation(values: np.ndarray) -> float:
     """The standard deviation; 0 of equal values, of which numpy's may be 1e-17."""
     values = np.asarray(values)
-    return 0.0 if (values == values.flat[0]).all() else float(values.std())
+    if (values == values.flat[0]).all():
+        return 0.0
+    _, exponent = np.frexp(np.abs(values).max())  # scaled by it, exactly: squares of 1e200 and 1e-200 do not exist
+    return float(np.ldexp(np.ldexp(values, -exponent).std(), exponent))
 
 
 def slack(scores: np.ndarray) -> float:

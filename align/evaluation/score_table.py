@@ -7,9 +7,12 @@ scores.
 
 import json
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 PROMPT_COLUMNS = ("prompt_id", "prompt")
 ID_COLUMNS = ("completion_id",)
+COMPLETION = "completion"
 CONFLICT_SD = 0.1  # scores of one text may differ by this share of the column's SD: batching changes the last digits
 
 
@@ -46,15 +50,16 @@ def read_score_table(
     proxies: Sequence[str],
     gold: str,
     prompt: str | None = None,
-    completion: str = "completion",
+    completion: str = COMPLETION,
     id_column: str | None = None,
 ) -> ScoreTable:
     """Read a .parquet, .csv, .jsonl or .json (list of objects) table and check every row that is used.
 
     prompt: the column that says which rows share a prompt; default `prompt_id`, else `prompt`. completion: read if
-    there. id_column: an identifier of the answer within its prompt, which may not repeat; default `completion_id` if
-    there. Raises DataError naming the rows (numbered from 0, a header not counted) on missing or non-finite scores,
-    repeated identifiers, one text with two different scores, or a table that holds every row more than once.
+    there; under another name than the default it must be. id_column: an identifier of the answer within its prompt,
+    which may not repeat; default `completion_id` if there. Raises DataError naming the rows (numbered from 0, a header
+    not counted) on missing or non-finite scores, repeated identifiers, one text with two different scores, or a table
+    that holds every row more than once.
     """
     path = Path(path)
     frame = load_table(path)
@@ -65,6 +70,7 @@ def read_score_table(
         gold: "gold",
         prompt: "prompt",
         id_column: "id",
+        **({completion: "completion"} if completion != COMPLETION else {}),
     }
     wanted.pop(None, None)
     if prompt is None:
@@ -112,21 +118,57 @@ def load_table(path: Path):
             from pyarrow import csv
 
             table = csv.read_csv(path, parse_options=csv.ParseOptions(newlines_in_values=True))
+            odd = [field.name for field in table.schema if pa.types.is_binary(field.type)]
+            if odd:
+                raise DataError(f"{path}: {', '.join(map(repr, odd))} is not text in UTF-8: convert the file")
         elif path.suffix == ".jsonl":
-            with open(path, encoding="utf-8") as file:
-                table = pa.Table.from_pylist([json.loads(line) for line in file if line.strip()])
+            table = _table_of(list(_json_lines(path)), path)
         elif path.suffix == ".json":
-            table = pa.Table.from_pylist(json.loads(path.read_text(encoding="utf-8")))
+            table = _table_of(json.loads(path.read_text(encoding="utf-8")), path)
         else:
             raise DataError(f"{path}: unknown kind of table {path.suffix!r}; give .parquet, .csv, .jsonl or .json")
     except (pa.ArrowException, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as {path.suffix}: {error}") from error
-    return table.to_pandas()
+    twice = sorted(name for name, times in Counter(table.column_names).items() if times > 1)
+    if twice:
+        raise DataError(f"{path} has several columns named {', '.join(map(repr, twice))}: rename or remove all but one")
+    # A frame that pandas has written carries row labels of its own; here a row is known by its place in the file.
+    return table.to_pandas(ignore_metadata=True)
+
+
+def _json_lines(path: Path) -> Iterator[Any]:
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise DataError(f"{path}: line {number} is not valid JSON ({error.msg})") from error
+
+
+def _table_of(rows: Any, path: Path):
+    """The table of a list of objects. A column is there if any row has it: pyarrow alone goes by the first row."""
+    import pyarrow as pa
+
+    if not isinstance(rows, list):
+        raise DataError(f"{path} is a JSON {type(rows).__name__}, not a list of objects, one per completion")
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: row {number} is {row!r:.80}, not an object with the columns' names as keys")
+    columns = {}
+    for name in dict.fromkeys(chain.from_iterable(rows)):
+        try:
+            columns[name] = pa.array([row.get(name) for row in rows])
+        except (pa.ArrowException, OverflowError) as error:
+            raise DataError(f"{path}: column {name!r} does not hold values of one kind: {error}") from error
+    return pa.table(columns)
 
 
 def _numbers(column, path: Path) -> np.ndarray:
     import pandas as pd
 
+    if column.dtype.kind in "mM":
+        raise DataError(f"{path}: column {column.name!r} holds times, not scores")
     values = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64)
     missing = np.flatnonzero(column.isna().to_numpy())
     if missing.size:
@@ -134,7 +176,7 @@ def _numbers(column, path: Path) -> np.ndarray:
     bad = np.flatnonzero(~np.isfinite(values))
     if bad.size:
         raise DataError(
-            f"{path}: column {column.name!r} is not a finite number in {_rows(bad)}; the first is {column[bad[0]]}"
+            f"{path}: column {column.name!r} is not a finite number in {_rows(bad)}; the first is {column.iloc[bad[0]]}"
         )
     return values
 
@@ -148,7 +190,7 @@ def _text(column, path: Path) -> list[str]:
     if column.map(lambda value: isinstance(value, str)).all():
         return column.tolist()
     # Conversational columns: lists of messages, one text form per conversation.
-    return [v if isinstance(v, str) else json.dumps(_plain(v), ensure_ascii=False) for v in column]
+    return [v if isinstance(v, str) else json.dumps(_plain(v), ensure_ascii=False, default=str) for v in column]
 
 
 def _plain(value):

@@ -20,6 +20,7 @@ SAME = np.full(30, 0.1)
 def test_numpys_deviation_of_equal_scores_is_not_zero():
     assert SAME.std() > 0 and deviation(SAME) == 0
     assert deviation(np.array([1.0, 2.0])) == 0.5
+    assert deviation(np.array([1e-200, 2e-200])) == 0.5e-200 and deviation(np.array([0.0, 1e200])) == 0.5e200
     assert first_highest(np.array([[0.3, 0.1 + 0.2, 0.2], [0.0, 1.0, 1.0]]), 1e-12).tolist() == [0, 1]
 
 

@@ -236,3 +236,27 @@ def test_missing_and_empty_files_are_named(tmp_path):
 def test_records_needs_no_torch():
     code = "import sys, align.evaluation.records; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("line", "keys", "value", "said"),
+    [
+        (0, ["name"], ["a"], "name of the header .line 1. is .'a'., no text"),
+        (0, ["proxy"], None, "proxy of the header .line 1. is None, no text"),
+        (1, ["step"], 10**30, "line 2: step is 1000"),
+        (1, ["kl"], 10**400, "line 2: kl is 1000"),
+        (1, ["per_prompt", "gold", 0], 10**400, "line 2: gold of per_prompt holds something that is no finite number"),
+        (1, ["samples", 0, "proxy"], "high", "line 2: proxy of sample 0 is 'high', no finite number"),
+    ],
+)
+def test_values_of_another_kind_are_named(tmp_path, line, keys, value, said):
+    """Of files that other programs write: such values ended inside numpy, or in the report."""
+    write(writer(tmp_path), 0)
+    lines = [json.loads(text) for text in without_checksums(tmp_path / FILE_NAME)]
+    place = lines[line]
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    (tmp_path / FILE_NAME).write_text("".join(json.dumps(entry) + "\n" for entry in lines))
+    with pytest.raises(DataError, match=said):
+        read_run(tmp_path)

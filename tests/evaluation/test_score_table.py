@@ -113,7 +113,7 @@ def test_columns_and_files_that_are_not_there(tmp_path):
     with pytest.raises(DataError, match="cannot be read as .csv"):
         read(tmp_path / "torn.csv")
     (tmp_path / "torn.jsonl").write_text(json.dumps({"prompt": "a"}) + '\n{"prompt": ')
-    with pytest.raises(DataError, match="cannot be read as .jsonl"):
+    with pytest.raises(DataError, match="torn.jsonl: line 2 is not valid JSON"):
         read(tmp_path / "torn.jsonl")
 
 
@@ -140,3 +140,46 @@ def test_numbers_of_prompts_are_read_as_numbers(tmp_path, monkeypatch):
     table = read_score_table(path, proxies=["rm"], gold="gold")
     assert [rows.tolist() for rows in table.rows] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
     assert table.prompts[3] == "1"
+
+
+def test_row_labels_of_pandas_are_no_rows(tmp_path):
+    table = frame(rm=[0.1, 0.2, float("inf"), 0.4, 0.5])
+    table.index = [10, 20, 30, 40, 50]
+    with pytest.raises(DataError, match="'rm' is not a finite number in rows 2; the first is inf"):
+        read(save(table, tmp_path / "t.parquet"))
+    labelled = frame().set_index("prompt")  # a column all the same
+    assert [rows.tolist() for rows in read(save(labelled, tmp_path / "t.parquet")).rows] == [[0, 1, 3], [2, 4]]
+
+
+def test_a_column_that_the_first_row_lacks_is_there(tmp_path):
+    rows = frame(prompt_id=[None, 7, 8, 7, 8]).to_dict("records")
+    del rows[0]["prompt_id"]
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match="'prompt_id' is missing in rows 0"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.json", b'{"rm": 1}', "is a JSON dict, not a list of objects"),
+        ("t.json", b'["a"]', "row 0 is 'a', not an object"),
+        ("t.jsonl", b'{"rm": 1}\nnull\n', "row 1 is None, not an object"),
+        ("t.jsonl", b'{"rm": 1}\n\n{"rm": 1, "go', "line 3 is not valid JSON"),
+        ("t.jsonl", b'{"rm": 1}\n{"rm": "x"}\n', "column 'rm' does not hold values of one kind"),
+        ("t.jsonl", b'{"rm": 1' + b"0" * 30 + b"}\n", "column 'rm' does not hold values of one kind"),
+        ("t.csv", b"prompt,rm,rm,gold\n1,2,3,4\n", "several columns named 'rm'"),
+        ("t.csv", b"prompt,rm,gold\n\xe4,2,3\n\xe4,3,4\n", "'prompt' is not text in UTF-8"),
+    ],
+)
+def test_files_that_are_no_table(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read(path)
+
+
+def test_times_are_no_scores(tmp_path):
+    with pytest.raises(DataError, match="'gold' holds times, not scores"):
+        read(save(frame(gold=pd.date_range("2020-01-01", periods=5)), tmp_path / "t.parquet"))
