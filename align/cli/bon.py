@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from align.cli.option_types import add_seed, at_least, set_options
 from align.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -21,12 +22,10 @@ INTRO = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("table", nargs="?", metavar="TABLE", help="completions: .parquet, .csv, .jsonl or .json")
-    add = parser.add_argument_group("columns of the table").add_argument
-    add("--proxy", action="append", default=[], metavar="COLUMN", help="a proxy score (repeatable)")
-    add("--gold", default="gold", metavar="COLUMN", help="the gold score [gold]")
-    add("--prompt_column", metavar="COLUMN", help="rows of one prompt share it [prompt_id, else prompt]")
-    add("--completion_column", default="completion", metavar="COLUMN", help="the text [completion]")
-    add("--id_column", metavar="COLUMN", help="identifies an answer of a prompt [completion_id if there]")
+    group = parser.add_argument_group("columns of the table")
+    group.add_argument("--proxy", action="append", default=[], metavar="COLUMN", help="a proxy score (repeatable)")
+    group.add_argument("--gold", default="gold", metavar="COLUMN", help="the gold score [gold]")
+    _add_columns(group)
 
     add = parser.add_argument_group("scoring first").add_argument
     add(
@@ -43,18 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the table's texts are a user's and an assistant's message, for reward models that learned from messages",
     )
 
-    add = parser.add_argument_group("drawing the completions first (instead of TABLE)").add_argument
-    add("--model", metavar="PATH", help="folder or hub name of the policy")
-    add("--prompts", metavar="DATA", help="a dataset with prompts: a file, a folder or a hub name")
-    add("--split", default="train", help="its split [train]")
-    add("--num_prompts", type=int, default=128, metavar="N", help="the first so many prompts [128]")
-    add("--max_prompt_length", type=int, default=512, metavar="N", help="longer prompts are an error [512]")
-    add("--max_completion_length", type=int, default=256, metavar="N", help="[256]")
-    add("--temperature", type=float, default=1.0, metavar="T", help="[1.0]")
-    add("--top_p", type=float, default=1.0, metavar="P", help="[1.0]")
-    add("--backend", default="auto", metavar="NAME", help="vllm, transformers or file.py:Class [auto]")
+    group = parser.add_argument_group("drawing the completions first (instead of TABLE)")
+    group.add_argument("--model", metavar="PATH", help="folder or hub name of the policy")
+    _add_drawing(group)
 
-    add = parser.add_argument_group("curves and report").add_argument
+    group = parser.add_argument_group("curves and report")
+    add = group.add_argument
     add(
         "--ensemble",
         action="append",
@@ -63,11 +56,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="choose by all proxies together: mean, wco, uwo:LAMBDA, lcb:LAMBDA or quantile:SHARE (repeatable; "
         "members are standardised first)",
     )
-    add("--n", type=int, metavar="N", help="the largest n [what every prompt has]; with --model, draws per prompt [64]")
-    add("--min_answers", type=int, metavar="N", help="leave out prompts with fewer completions")
+    add(
+        "--n",
+        type=int,
+        metavar="N",
+        help="the largest n [what every prompt has]; with --model, draws per prompt [64]",
+    )
+    add("--min_answers", type=at_least(1), metavar="N", help="leave out prompts with fewer completions")
     add("--output_dir", default="outputs/bon", metavar="DIR", help="[%(default)s]")
     add("--title", default="Best-of-n", help="title of the report")
-    add("--seed", type=int, default=0, help="of the bootstrap, and of drawing [0]")
+    add_seed(group, "of the bootstrap, and of drawing")
+
+
+def _add_columns(group) -> None:
+    add = group.add_argument
+    add("--prompt_column", metavar="COLUMN", help="rows of one prompt share it [prompt_id, else prompt]")
+    add("--completion_column", default="completion", metavar="COLUMN", help="the text [completion]")
+    add("--id_column", metavar="COLUMN", help="identifies an answer of a prompt [completion_id if there]")
+
+
+def _add_drawing(group) -> None:
+    add = group.add_argument
+    add("--prompts", metavar="DATA", help="a dataset with prompts: a file, a folder or a hub name")
+    add("--split", default="train", help="its split [train]")
+    add("--num_prompts", type=at_least(1), default=128, metavar="N", help="the first so many prompts [128]")
+    add("--max_prompt_length", type=at_least(1), default=512, metavar="N", help="longer prompts are an error [512]")
+    add("--max_completion_length", type=at_least(1), default=256, metavar="N", help="[256]")
+    add("--temperature", type=float, default=1.0, metavar="T", help="[1.0]")
+    add("--top_p", type=float, default=1.0, metavar="P", help="[1.0]")
+    add("--backend", default="auto", metavar="NAME", help="vllm, transformers or file.py:Class [auto]")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -100,6 +117,10 @@ def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     selections = {name: table.scores[name] for name in proxies}
     for rule in args.ensemble:
+        if rule in selections:
+            raise ConfigError(
+                f"two curves would be named {rule!r}: --ensemble {rule} and a proxy, or the same rule twice"
+            )
         selections[rule] = ensemble_scores([table.scores[name] for name in proxies], rule)
     gold = table.by_prompt(args.gold)
     curves = {
@@ -161,10 +182,17 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.chat and (args.model or not args.rewards):
         raise ConfigError("--chat says how --rewards read the texts of a table; there is no such table")
+    twice = [name for name in args.proxy if args.proxy.count(name) > 1]
+    if twice:
+        raise ConfigError(f"--proxy {twice[0]} is given twice: an ensemble would count it twice")
     if not args.proxy and not args.rewards:
         raise ConfigError("give the proxy score's column: --proxy COLUMN, or --rewards to score the completions first")
     if args.n is not None and args.n < 2:
         raise ConfigError(f"--n must be at least 2, got {args.n}")
+    if args.model is None and (given := set_options(args, _add_drawing)):
+        raise ConfigError(f"{', '.join(given)} says how completions are drawn, and those of {args.table} are there")
+    if args.model is not None and (given := set_options(args, _add_columns)):
+        raise ConfigError(f"{', '.join(given)} names a column of a table; with --model, align names them itself")
 
 
 def _score(args: argparse.Namespace) -> tuple[Path, list[str]]:

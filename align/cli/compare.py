@@ -3,6 +3,7 @@
 import argparse
 
 from align.cli.generate import add_drawing
+from align.cli.option_types import set_options
 
 HELP = "win rate of A over B by rewards or judges, at equal length too, with the texts side by side on a page"
 
@@ -37,6 +38,12 @@ def run(args: argparse.Namespace) -> int:
     check_backend(args.backend)
     if not args.rewards and not args.judge:
         raise ConfigError("name who decides: --rewards REWARD..., --judge file.py:function, or both")
+    drawn = [name for name in (args.a, args.b) if Path(name).suffix != ".jsonl"]
+    given = set_options(args, add_drawing, but=("seed",)) + (["--prompts"] if args.prompts else [])
+    if given and not drawn:
+        raise ConfigError(
+            f"{', '.join(given)} says how answers are drawn, and those of {args.a} and {args.b} are there"
+        )
     rewards = build_rewards(args.rewards, None, gold_name="")
     judges = compare.build_judges(args.judge, rewards)
     folder, sides = Path(args.output_dir), []

@@ -5,6 +5,7 @@ import logging
 import time
 from pathlib import Path
 
+from align.cli.option_types import add_seed, at_least
 from align.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -17,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--prompts", required=True, metavar="DATA", help="a dataset with prompts: a file, a folder or a hub name")
     add("--split", default="train", help="its split [train]")
-    add("--num_prompts", type=int, default=128, metavar="N", help="the first so many prompts [128]")
+    add("--num_prompts", type=at_least(1), default=128, metavar="N", help="the first so many prompts [128]")
     add(
         "--rewards",
         nargs="+",
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--names", nargs="+", metavar="NAME", help="names of the runs, in order [their folders']")
     add("--reference", metavar="MODEL", help="the policy that training started from [what the sweeps say]")
-    add("--n", type=int, default=4, metavar="N", help="completions per prompt [4]")
+    add("--n", type=at_least(1), default=4, metavar="N", help="completions per prompt [4]")
     add("--max_prompt_length", type=int, default=512, metavar="N", help="longer prompts are an error [512]")
     add("--max_completion_length", type=int, default=256, metavar="N", help="[256]")
     add("--temperature", type=float, default=1.0, metavar="T", help="[1.0]")
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="hypervolumes are measured from here, one number per reward [the worst mean of all policies]",
     )
     add("--output_dir", default="outputs/front", metavar="DIR", help="[%(default)s]")
-    add("--seed", type=int, default=0, help="of drawing and of the bootstrap [0]")
+    add_seed(parser, "of drawing and of the bootstrap")
 
 
 def run(args: argparse.Namespace) -> int:

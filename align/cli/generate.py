@@ -2,6 +2,8 @@
 
 import argparse
 
+from align.cli.option_types import add_seed, at_least
+
 HELP = "answers to a file of prompts, by a run or a model; resumable, and scored by rewards"
 
 
@@ -19,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_drawing(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--split", default="train", help="of the prompts [train]")
-    add("--num_prompts", type=int, metavar="N", help="the first so many [all]")
+    add("--num_prompts", type=at_least(1), metavar="N", help="the first so many [all]")
     add(
         "--chat",
         action=argparse.BooleanOptionalAction,
@@ -27,7 +29,7 @@ def add_drawing(parser: argparse.ArgumentParser) -> None:
         help="plain text is a user's message [yes if the model has a chat template]",
     )
     add("--system", metavar="TEXT", help="a system message before every conversation that has none")
-    add("--n", type=int, default=1, metavar="N", help="answers to every prompt [1]")
+    add("--n", type=at_least(1), default=1, metavar="N", help="answers to every prompt [1]")
     add("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy [1.0]")
     add("--top_p", type=float, default=1.0, metavar="P", help="[1.0]")
     add("--top_k", type=int, default=0, metavar="K", help="0: all tokens [0]")
@@ -36,7 +38,7 @@ def add_drawing(parser: argparse.ArgumentParser) -> None:
     add("--max_bad_share", type=float, default=0.0, metavar="X", help="share of prompts that may be left out [0]")
     add("--backend", default="auto", metavar="NAME", help="vllm, transformers or file.py:Class [auto]")
     add("--dtype", metavar="DTYPE", help="of the weights [as saved on a GPU, float32 on a CPU]")
-    add("--seed", type=int, default=0, help="[0]")
+    add_seed(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -14,7 +14,8 @@ import traceback
 
 from align.cli import terminal
 from align.config.secrets import masked_text
-from align.errors import AlignError
+from align.distributed.disk import reason
+from align.errors import AlignError, ConfigError
 from align.methods import METHODS
 
 TOOLS = {
@@ -37,6 +38,9 @@ TOOLS = {
     "proxy-points": "align.cli.proxy_points",
     "front": "align.cli.front",
 }
+
+OUTPUTS = ("output_dir", "output", "to")
+"""The options of tools that name what is written."""
 
 AFTER_FIRST = 15.0
 """Seconds that the other processes of a launch keep an error back. The launcher ends them as soon as the first one has
@@ -79,9 +83,26 @@ def _no_further_tokens(run, parser: argparse.ArgumentParser):
     def checked(args: argparse.Namespace, extra: list[str]) -> int:
         if extra:
             parser.error(f"unrecognized arguments: {' '.join(extra)}")
-        return run(args)
+        output = next((found for name in OUTPUTS if isinstance(found := vars(args).get(name), str)), None)
+        try:
+            return run(args)
+        except OSError as error:
+            why = reason(error, output) if output is not None else None
+            if why is None or not _in_the_way(error.filename, output):
+                raise
+            raise ConfigError(
+                f"{error.filename} cannot be written: {why}. Name another place for the output"
+            ) from error
 
     return checked
+
+
+def _in_the_way(failed: str | None, output: str | None) -> bool:
+    """Whether a path is in the output, or above it."""
+    if not failed or not output:
+        return False
+    failed, output = os.path.abspath(failed), os.path.abspath(output)
+    return failed.startswith(output) or output.startswith(failed)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,6 +4,7 @@ import argparse
 import time
 from pathlib import Path
 
+from align.cli.option_types import add_seed
 from align.errors import ConfigError, DataError
 
 HELP = "curves, fits and a report of runs: proxy and gold score against KL"
@@ -18,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--names", nargs="+", metavar="NAME", help="names of the runs, in order [their own]")
     parser.add_argument("--output_dir", default="outputs/overoptimization", metavar="DIR", help="[%(default)s]")
     parser.add_argument("--title", default="Over-optimisation of training runs", help="title of the report")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap [0]")
+    add_seed(parser, "of the bootstrap")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from align.cli.option_types import add_seed, at_least
+
 HELP = "thresholds for constraints: up to where gold still rises with each proxy, from runs of one reward each"
 
 
@@ -10,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or its overoptimization.jsonl")
     add = parser.add_argument
     add("--rewards", nargs="+", metavar="NAME", help="names of the rewards, at most three [all that the runs share]")
-    add("--degree", type=int, default=4, metavar="N", help="total degree of the surface [4]; the paper has 10")
+    add("--degree", type=at_least(1), default=4, metavar="N", help="total degree of the surface [4]; the paper has 10")
     add(
         "--mask_quantile",
         type=float,
@@ -19,16 +21,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave out where points are less dense than around this share of the evaluations [0.05]",
     )
     add("--output_dir", default="outputs/proxy_points", metavar="DIR", help="[%(default)s]")
-    add("--seed", type=int, default=0, help="of the folds and the bootstrap [0]")
+    add_seed(parser, "of the folds and the bootstrap")
 
 
 def run(args: argparse.Namespace) -> int:
+    from align.errors import ConfigError
     from align.evaluation.plots import save_figure
     from align.evaluation.proxy_point_plot import plot_proxy_point
     from align.evaluation.proxy_points import find_proxy_point
     from align.evaluation.records import read_run
     from align.evaluation.strict_json import write_json
 
+    folders = [Path(path).resolve() for path in args.runs]
+    for path, folder in zip(args.runs, folders, strict=True):
+        if folders.count(folder) > 1:
+            raise ConfigError(f"{path} is given twice: its evaluations would count twice")
     runs = [read_run(path) for path in args.runs]
     found = find_proxy_point(runs, args.rewards, degree=args.degree, mask_quantile=args.mask_quantile, seed=args.seed)
     folder = Path(args.output_dir)

@@ -3,6 +3,7 @@
 import argparse
 from dataclasses import replace
 
+from align.cli.option_types import at_least
 from align.errors import ConfigError
 
 HELP = "the whole way on a toy world or a real chat model: reward ensemble, best-of-n, ReMax, report"
@@ -10,7 +11,9 @@ HELP = "the whole way on a toy world or a real chat model: reward ensemble, best
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", default=None, help="default: runs/quickstart-seed<seed>, or -real-seed<seed>")
-    parser.add_argument("--seed", type=int, default=0, help="of the world, the models and the sampling (default 0)")
+    parser.add_argument(
+        "--seed", type=at_least(0), default=0, help="of the world, the models and the sampling (default 0)"
+    )
     parser.add_argument("--small", action="store_true", help="a smaller version that only shows that everything runs")
     parser.add_argument(
         "--backend",

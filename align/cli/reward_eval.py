@@ -2,6 +2,8 @@
 
 import argparse
 
+from align.cli.option_types import add_seed, at_least
+
 HELP = "evaluate rewards: accuracy, RewardBench, rewrites, length bias, calibration, agreement, best-of-n"
 
 
@@ -22,24 +24,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="make plain texts into a user's and an assistant's message [for RewardBench's subsets]",
     )
-    add("--max_pairs", type=int, metavar="N", help="a random sample of so many pairs [all]")
+    add("--max_pairs", type=at_least(1), metavar="N", help="a random sample of so many pairs [all]")
     add("--max_bad_share", type=float, default=0.0, metavar="X", help="share of the rows that may be left out [0]")
 
     add = parser.add_argument_group("rewrites that keep the meaning").add_argument
     add("--rewrites", nargs="+", default=["all"], metavar="NAME", help="their names, or all, or none [all]")
-    add("--rewrite_pairs", type=int, default=500, metavar="N", help="a random sample of so many pairs [500]")
+    add("--rewrite_pairs", type=at_least(1), default=500, metavar="N", help="a random sample of so many pairs [500]")
 
     add = parser.add_argument_group("best-of-n against gold").add_argument
     add("--completions", metavar="TABLE", help="several completions per prompt, with a gold score")
     add("--gold", default="gold", metavar="COLUMN", help="the gold score [gold]")
     add("--prompt_column", metavar="COLUMN", help="rows of one prompt share it [prompt_id, else prompt]")
     add("--completion_column", default="completion", metavar="COLUMN", help="the text [completion]")
-    add("--min_answers", type=int, metavar="N", help="leave out prompts with fewer completions")
+    add("--min_answers", type=at_least(1), metavar="N", help="leave out prompts with fewer completions")
 
-    add = parser.add_argument_group("output").add_argument
+    group = parser.add_argument_group("output")
+    add = group.add_argument
     add("--output_dir", default="outputs/reward_eval", metavar="DIR", help="[%(default)s]")
     add("--title", default="Evaluation of reward models", help="title of the page")
-    add("--seed", type=int, default=0, help="of samples, rewrites and the bootstrap [0]")
+    add_seed(group, "of samples, rewrites and the bootstrap")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -24,12 +24,12 @@ def writing(what: str | Path):
     try:
         yield
     except Exception as error:  # the libraries that write have no class in common
-        reason = _reason(error, str(what))
-        if reason is None:
+        why = reason(error, str(what))
+        if why is None:
             raise
         path = getattr(error, "filename", None) or what
         raise TrainingError(
-            f"{path} cannot be written: {reason}. When that is mended, start again: with resume_from_checkpoint: auto "
+            f"{path} cannot be written: {why}. When that is mended, start again: with resume_from_checkpoint: auto "
             "a run goes on from its newest whole checkpoint"
         ) from error
 
@@ -48,7 +48,7 @@ def open_to_others(folder: str | Path) -> None:
             path.chmod(0o666 & ~umask())
 
 
-def _reason(error: Exception, what: str) -> str | None:
+def reason(error: Exception, what: str) -> str | None:
     """What the disk said; None for what is no error of writing."""
     if getattr(error, "__notes__", None):  # of a function of the user's, which it says
         return None

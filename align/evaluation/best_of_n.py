@@ -110,6 +110,8 @@ def _choose(
 ) -> tuple[np.ndarray, list[int], list[str]]:
     """Which prompts, by their numbers of answers [P], and which values of n; notes for the reader."""
     notes = []
+    if min_answers is not None and min_answers < 1:
+        raise DataError(f"{name}: min_answers must be at least 1, got {min_answers}")
     keep = np.flatnonzero(counts >= (min_answers or 1))
     if keep.size == 0:
         raise DataError(

@@ -56,6 +56,8 @@ def collect(runs: Sequence[Run], rewards: Sequence[str] | None = None) -> Points
     if len(names) > max(GRID):
         raise ConfigError(f"a surface over {len(names)} rewards ({', '.join(names)}) needs more points than there are: "
                           f"name at most {max(GRID)} with --rewards")  # fmt: skip
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--rewards {' '.join(names)}: a reward is named twice, and a surface has one axis for each")
     prompts = {run.per_prompt["gold"].shape[1] for run in runs}
     if len(prompts) > 1:
         raise DataError(f"the runs were evaluated on different numbers of prompts: {sorted(prompts)}")
@@ -191,6 +193,10 @@ def find_proxy_point(
     this share of the evaluations are left out. The intervals are of a bootstrap over the evaluation prompts: they hold
     the noise of the evaluations, not the spread between training runs.
     """
+    if degree < 1:
+        raise ConfigError(f"degree must be at least 1, got {degree}: a constant has no maximum")
+    if not 0 <= mask_quantile < 1:
+        raise ConfigError(f"mask_quantile is a share of the evaluations in [0, 1), got {mask_quantile}")
     points = collect(runs, rewards)
     values, gold = points.means()
     if len(values) < 2 * values.shape[1] + 4:

@@ -1,6 +1,7 @@
 """Aggregation of the scores of several reward models (Coste et al. 2023, "Reward Model Ensembles Help Mitigate
 Overoptimization", arXiv 2310.02743, section 3.2)."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
@@ -42,8 +43,8 @@ def check_rule(rule: Rule, members: int, lambda_: float | None, ddof: int, quant
     if rule in WEIGHTED:
         if lambda_ is None:
             raise RewardError(f"aggregation {rule} needs lambda, the weight of {WEIGHTED[rule]}")
-        if not lambda_ >= 0:
-            raise RewardError(f"lambda must be >= 0 (it is subtracted times the spread), got {lambda_}")
+        if not 0 <= lambda_ < math.inf:
+            raise RewardError(f"lambda must be finite and >= 0 (it is subtracted times the spread), got {lambda_}")
         if members == 1:
             raise RewardError(f"aggregation {rule} needs at least two members: one member has no variance")
     elif lambda_ is not None:

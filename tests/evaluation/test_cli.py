@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from align.cli import bon, overoptimization
+from align.cli.main import main
 from align.errors import AlignError, ConfigError, DataError
 from align.evaluation.records import FILE_NAME
 from align.evaluation.strict_json import write_json
@@ -117,6 +118,17 @@ def test_overoptimization_mistakes(tmp_path):
         (["T", "--proxy", "rm0", "--gold", "truth", "--n", "1"], "--n must be at least 2"),
         (["T", "--proxy", "rm0", "--gold", "truth", "--n", "64"], "n=64 needs as many answers"),
         (["T", "--proxy", "rm0"], "no column 'gold'"),
+        (["T", "--proxy", "rm0", "--temperature", "0.5", "--split", "test"], "--split, --temperature says how"),
+        (
+            ["--model", "m", "--prompts", "p", "--rewards", "r", "--gold_reward", "g", "--id_column", "i"],
+            "--id_column nam",
+        ),
+        (["T", "--proxy", "rm0", "--proxy", "rm0", "--gold", "truth", "--ensemble", "mean"], "rm0 is given twice"),
+        (
+            ["T", "--proxy", "rm0", "--gold", "truth", "--completion_column", "text"],
+            "no column 'text' for the completion",
+        ),
+        (["T", "--proxy", "rm0", "--proxy", "rm1", "--gold", "truth", "--ensemble", "uwo:inf"], "must be finite"),
         (["T", "--proxy", "rm0", "--gold", "truth", "--ensemble", "wco"], "needs at least two proxies"),
         (["T", "--proxy", "rm0", "--proxy", "rm1", "--gold", "truth", "--ensemble", "uwo"], "uwo needs lambda"),
         (["T", "--proxy", "rm0", "--proxy", "rm1", "--gold", "truth", "--ensemble", "uwo:x"], "'x' is not a number"),
@@ -129,6 +141,32 @@ def test_bon_mistakes_are_errors_with_a_remedy(table, tmp_path, argv, message):
     with pytest.raises(AlignError, match=message):
         call(bon, *argv, "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_ensemble_takes_no_proxys_place(table, tmp_path):
+    """A column named mean was replaced by the mean of all, under its name."""
+    path = tmp_path / "t.csv"
+    pd.read_csv(table).rename(columns={"rm0": "mean"}).to_csv(path, index=False)
+    argv = ["--proxy", "mean", "--proxy", "rm1", "--gold", "truth", "--output_dir", tmp_path / "out"]
+    with pytest.raises(ConfigError, match="two curves would be named 'mean'"):
+        call(bon, path, *argv, "--ensemble", "mean")
+    with pytest.raises(ConfigError, match="two curves would be named 'wco'"):
+        call(bon, path, *argv, "--ensemble", "wco", "--ensemble", "wco")
+
+
+@pytest.mark.parametrize("command", ["bon", "overoptimization", "proxy-points", "reward-eval", "compare", "front"])
+def test_a_seed_counts_from_0(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "a", "b", "--seed", "-1"])
+    assert "--seed: needs a whole number of 0 or more, not '-1'" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_a_sentence(table, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "out"):
+        assert main(["bon", str(table), "--proxy", "rm0", "--gold", "truth", "--output_dir", str(folder)]) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith(f"align: error: {tmp_path}/file") and "cannot be written" in said
 
 
 RULES = """

@@ -75,6 +75,8 @@ def test_mistakes(tmp_path, capsys):
     assert "the two have answers to other rows: 2 and 1" in capsys.readouterr().err
     assert main(["compare", a, "model", "--rewards", "align.data.toy:gold"]) == 2
     assert "name --prompts for it" in capsys.readouterr().err
+    assert main(["compare", a, a, "--rewards", "align.data.toy:gold", "--temperature", "0.3", "--prompts", "p"]) == 2
+    assert "--temperature, --prompts says how answers are drawn" in capsys.readouterr().err
     for change, said in (
         ({"row": None}, "answers of A lack row or sample"),
         ({}, "two answers of A have the same row"),

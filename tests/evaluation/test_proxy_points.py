@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from align.cli import proxy_points
-from align.errors import DataError
+from align.cli.main import main
+from align.errors import ConfigError, DataError
 from align.evaluation.proxy_points import (
     RIDGES,
     border,
@@ -189,3 +190,17 @@ def test_the_density_has_scotts_bandwidth_in_every_dimension(dimensions):
         for a in at
     ]
     assert density(at, points) == pytest.approx(wanted)
+
+
+def test_what_would_count_twice_or_is_no_share_is_refused(folders, capsys):
+    runs = [str(folder) for folder in folders]
+    for argv, said in (
+        ([runs[0], runs[0]], "is given twice"),
+        ([*runs, "--rewards", "polite", "polite"], "a reward is named twice"),
+        ([*runs, "--mask_quantile", "2"], "mask_quantile is a share"),
+        ([*runs, "--mask_quantile", "nan"], "mask_quantile is a share"),
+    ):
+        assert main(["proxy-points", *argv]) == 2
+        assert said in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="degree must be at least 1"):
+        find_proxy_point([], degree=0)
