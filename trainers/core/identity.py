@@ -57,13 +57,15 @@ BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps", "rows_per
 
 
 def settings_of(args) -> dict[str, Any]:
-    """The settings that change the result, as JSON holds them; the three of the batch as rows per optimiser step."""
+    """The settings that change the result, as JSON holds them; the three of the batch as rows per optimiser step, and
+    `dataloader_drop_last` as the rows of a batch, of which an epoch has whole ones alone."""
     found = {
         f.name: getattr(args, f.name)
         for f in fields(args)
         if f.name not in CHANGEABLE and not f.name.startswith(CHANGEABLE_PREFIXES) and instead_of(f) is None
     }
     found["rows_per_step"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    found["dataloader_drop_last"] = args.dataloader_drop_last and args.per_device_train_batch_size * args.world_size
     return json.loads(json.dumps(found, default=_plain))
 
 

@@ -361,6 +361,11 @@ class PreferenceTrainer(PairTrainer):
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
+    def further_identity(self) -> dict:
+        """With `across_pairs` the pairs of a micro-batch decide the loss, and not the step's alone."""
+        pairs = {"per_device_train_batch_size": self.args.per_device_train_batch_size} if self.across_pairs else {}
+        return super().further_identity() | pairs
+
     def extra_state(self) -> dict:
         """What tells the reference of this run from another: its log-probs of fixed tokens, or of the cached ones the
         mark."""
