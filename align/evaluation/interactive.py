@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from align.evaluation.fits import gao_bon, gao_rl
+from align.evaluation.rounding import settled, slack
 from align.evaluation.thin import kept
 
 AXES = {"kl": "KL (nats)", "kl_k3": "KL (nats, k3 estimate)", "step": "optimiser step"}
@@ -36,7 +37,8 @@ def score_curve(entry: dict, score: str, *, name: str, x: str = "x", scaled: boo
     curve: dict[str, Any] = {"name": name, "x": _plain(entry[x][i] for i in shown), **look}
     for key, of in (("y", score), ("low", f"{score}_low"), ("high", f"{score}_high")):
         if of in entry:
-            curve[key] = _plain((entry[of][i] - zero) / size for i in shown)
+            values = np.array([entry[of][i] for i in shown], dtype=np.float64)
+            curve[key] = _plain((settled(values - zero, slack(values)) if scaled else values) / size)
     if "n" in entry:
         curve["labels"] = [f"n = {entry['n'][i]}" for i in shown]
     elif x != "step":

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from align.evaluation.fits import FUNCTIONS
+from align.evaluation.rounding import settled, slack
 from align.evaluation.thin import kept
 
 # Okabe and Ito's colours: told apart with any colour vision, and not by colour alone (markers differ too).
@@ -171,8 +172,8 @@ def with_gold(entries: dict[str, dict]) -> dict[str, dict]:
 
 def _scaled(entry: dict, score: str, values) -> np.ndarray:
     """Scores from zero at the initial policy, in its standard deviations (unscaled where that is zero)."""
-    unit = entry["unit"]
-    return (np.asarray(values, dtype=np.float64) - unit[f"{score}_zero"]) / (unit[f"{score}_sd"] or 1.0)
+    unit, values = entry["unit"], np.asarray(values, dtype=np.float64)
+    return settled(values - unit[f"{score}_zero"], slack(values)) / (unit[f"{score}_sd"] or 1.0)
 
 
 def panels(count: int, *, sharey=False, above: float, width: float | None = None, height: float = 2.8):

@@ -177,6 +177,8 @@ def _happened(peak: dict, kind: str) -> str:
         return (
             f"The gold score rose from {number(start['gold'])} to {number(end['gold'])}, its highest value, at the end."
         )
+    if peak["drop_share"] is None and peak["drop"] == 0:
+        return f"The gold score is {number(end['gold'])} at the start and at the end, and was never higher."
     if peak["drop_share"] is None:
         return f"The gold score fell from the start, from {number(start['gold'])} to {number(end['gold'])}."
     change = peak["proxy_change"]

@@ -24,7 +24,7 @@ from align.evaluation.bootstrap import mean_intervals, percentile_interval, resa
 from align.evaluation.fits import FORMS, extrapolation_check, fit_gao_bootstrap
 from align.evaluation.peak import RULE, analyse_peak
 from align.evaluation.records import SCORE_KEYS, Run
-from align.evaluation.rounding import deviation
+from align.evaluation.rounding import deviation, slack
 from align.evaluation.strict_json import finite, plain, refuse_non_finite, write_json
 from align.evaluation.task import of_the_task, task_note
 
@@ -219,7 +219,9 @@ def _columns(values: dict, per_prompt: dict[str, np.ndarray], seed: int) -> dict
     for key, value in values.items():
         columns[key] = value
         if key in intervals:
-            columns[f"{key}_low"], columns[f"{key}_high"] = intervals[key]
+            rounding = slack(per_prompt[key])  # an interval of equal scores is their value, not 1e-17 beside it
+            low, high = (np.where(np.abs(end - value) <= rounding, value, end) for end in intervals[key])
+            columns[f"{key}_low"], columns[f"{key}_high"] = low, high
     return columns
 
 

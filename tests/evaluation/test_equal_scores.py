@@ -6,10 +6,12 @@ import pytest
 from align.cli.bon import ensemble_scores
 from align.errors import ConfigError, DataError
 from align.evaluation.best_of_n import bon_curve
+from align.evaluation.interactive import proxy_and_gold
 from align.evaluation.peak import analyse_peak
 from align.evaluation.preference_metrics import pearson
 from align.evaluation.proxy_points import find_proxy_point
 from align.evaluation.records import EvalWriter, read_run
+from align.evaluation.report import sentence
 from align.evaluation.rounding import deviation, first_highest
 from align.evaluation.score_table import read_score_table
 from align.evaluation.summary import build_summary
@@ -31,6 +33,25 @@ def test_a_proxy_that_tells_nothing_apart_optimises_nothing(score):
     peak = analyse_peak(curve.per_prompt["proxy"], curve.per_prompt["gold"])
     assert (peak.peak, peak.gain, peak.drop, peak.verdict) == (0, 0.0, 0.0, "not optimised")
     assert curve.proxy_sd == 0
+
+
+def test_a_page_draws_equal_scores_as_a_line(tmp_path):
+    """Not as a band 1e-16 wide that fills the figure, nor as a gold score that fell from 0.1 to 0.1."""
+    writer = EvalWriter(tmp_path, name="r", method="m", proxy="rm", gold="checker", seed=0, config={})
+    for step in range(4):
+        writer.write(step, kl=SAME * step, kl_k3=SAME * step, proxy=SAME, gold=SAME, length=SAME)
+    gold = np.random.default_rng(0).normal(size=(30, 8))
+    curve = bon_curve(np.full(gold.shape, 0.1), gold)
+    summary = build_summary(runs={"r": read_run(tmp_path)}, best_of_n={"c": curve})
+    run = summary["runs"]["r"]
+    for score in ("gold", "proxy"):
+        assert run[f"{score}_low"] == run[f"{score}_high"] == run[score]
+    scaled = [c for kind in ("runs", "best_of_n") for c in proxy_and_gold(summary[kind])[0]["curves"]]
+    for drawn in (scaled[0], scaled[1], scaled[3]):
+        assert {*drawn["y"], *drawn["low"], *drawn["high"]} == {0.0}
+    assert sentence(run, "runs").startswith(
+        "The gold score is 0.100 at the start and at the end, and was never higher."
+    )
 
 
 def test_equal_peaks_are_the_first_of_them_also_in_resamples():
