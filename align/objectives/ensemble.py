@@ -44,7 +44,7 @@ def check_rule(rule: Rule, members: int, lambda_: float | None, ddof: int, quant
         if lambda_ is None:
             raise RewardError(f"aggregation {rule} needs lambda, the weight of {WEIGHTED[rule]}")
         if not 0 <= lambda_ < math.inf:
-            raise RewardError(f"lambda must be finite and >= 0 (it is subtracted times the spread), got {lambda_}")
+            raise RewardError(f"lambda must be >= 0 and finite (it is subtracted times the spread), got {lambda_}")
         if members == 1:
             raise RewardError(f"aggregation {rule} needs at least two members: one member has no variance")
     elif lambda_ is not None:

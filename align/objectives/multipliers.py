@@ -75,6 +75,8 @@ class Multipliers:
         self.learning_rate, self.momentum, self.max_grad_norm = learning_rate, momentum, max_grad_norm
         self.bounds, self.warmup, self.pid = bounds, warmup, pid
         start = torch.as_tensor(initial, dtype=torch.float64)
+        if start.numel() not in (1, len(self.constraints)):
+            raise ConfigError(f"initial has {start.numel()} raw values for {len(self.constraints)} constraints")
         self.raw = start.expand(len(self.constraints)).clone().clamp(*bounds)
         self.velocity: torch.Tensor | None = None
         self.integral = torch.zeros_like(self.raw)

@@ -49,6 +49,7 @@ def test_one_member():
         (SCORES[:1], {"rule": "lcb", "lambda_": 0.1}, "at least two members"),
         (SCORES, {"rule": "lcb"}, "lcb needs lambda, the weight of the standard deviation"),
         (SCORES, {"rule": "uwo", "lambda_": float("nan")}, "must be >= 0"),
+        (SCORES, {"rule": "lcb", "lambda_": float("inf")}, "must be >= 0 and finite"),
         (SCORES, {"rule": "quantile"}, "needs quantile"),
         (SCORES, {"rule": "quantile", "quantile": 1.5}, "in \\[0, 1\\], got 1.5"),
         (SCORES, {"rule": "quantile", "quantile": 0.2, "lambda_": 0.5}, "quantile has none"),

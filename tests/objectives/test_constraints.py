@@ -207,3 +207,10 @@ def test_the_gradient_of_all_multipliers_is_clipped_together(norm, moved):
     multipliers = Multipliers(held, "sigmoid", learning_rate=0.1, max_grad_norm=norm)
     multipliers.update({"a": 3.0, "b": 4.0})
     assert multipliers.raw.tolist() == pytest.approx(moved, rel=1e-5)
+
+
+def test_initial_is_one_value_or_one_for_each_constraint():
+    held = [Constraint("a", "at_least", 0.0), Constraint("b", "at_least", 0.0)]
+    assert Multipliers(held, "sigmoid", initial=[0.5, -0.5]).raw.tolist() == [0.5, -0.5]
+    with pytest.raises(ConfigError, match="initial has 3 raw values for 2 constraints"):
+        Multipliers(held, "sigmoid", initial=[0.0, 1.0, 2.0])
