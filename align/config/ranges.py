@@ -84,9 +84,16 @@ def problem_with(name: str, value: Any) -> str | None:
 
 def check_ranges(options: Any) -> None:
     """Every numeric field of a configuration object. ConfigError naming the first that is out of its range, no whole
-    number where its type is one, or None where its type has no None. Makes 4.0 (of 8 / 2) the whole number it is."""
+    number where its type is one, no number, or None where its type has no None. Makes 4.0 (of 8 / 2) the whole number
+    it is, and one of numpy or torch Python's."""
     for name in (*RANGES, "reward_weights", "loss_weights"):
-        value = getattr(options, name, None)
+        value: Any = getattr(options, name, None)
+        if _is_number(type(options), name):
+            if type(value) not in (int, float, bool) and getattr(value, "ndim", None) == 0:
+                value = value.item()
+                setattr(options, name, value)
+            if value is not None and not isinstance(value, int | float):
+                raise ConfigError(f"{name} must be a number, got {value!r:.40} ({type(value).__name__})", key=name)
         problem = problem_with(name, value)
         if not problem and isinstance(value, float) and _is_whole(type(options), name):
             if value.is_integer():
@@ -97,6 +104,14 @@ def check_ranges(options: Any) -> None:
             problem = f"{name} must be a number, got None"
         if problem:
             raise ConfigError(problem, key=name)
+
+
+def _is_number(cls: type, name: str) -> bool:
+    """Whether it is a field that holds a number, or None, and nothing else."""
+    if name not in init_fields(cls):
+        return False
+    kinds = get_args(hints(cls)[name]) or (hints(cls)[name],)
+    return {*kinds} <= {int, float, type(None)}
 
 
 def _is_whole(cls: type, name: str) -> bool:

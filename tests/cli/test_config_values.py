@@ -5,6 +5,7 @@ import math
 import pickle
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 
@@ -96,12 +97,21 @@ def test_rollout_options_of_a_file_and_a_command_line_are_one_section(file, tmp_
     assert resolve("remax", path, ["--rollout", "transformers"]).training.rollout.backend == "transformers"
 
 
+@pytest.mark.parametrize("number", [np.int64(3), np.float32(3), torch.tensor(3)])
+def test_numbers_of_numpy_and_torch_are_pythons(number, tmp_path):
+    args = DPOConfig(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=number, learning_rate=number)
+    assert (type(args.per_device_train_batch_size), args.per_device_train_batch_size) == (int, 3)
+    assert type(args.learning_rate) in (int, float) and args.learning_rate == 3
+
+
 def test_python_is_held_to_the_same(tmp_path):
     for options, message in (
         ({"learning_rate": -1.0}, "learning_rate must be at least 0"),
         ({"weight_decay": math.nan}, "weight_decay must be a finite number"),
         ({"max_prompt_length": None}, "max_prompt_length must be a number, got None"),
         ({"num_generations": 2.5}, "num_generations must be a whole number, got 2.5"),
+        ({"learning_rate": "1e-4"}, "learning_rate must be a number, got '1e-4' .str."),
+        ({"per_device_train_batch_size": []}, "per_device_train_batch_size must be a number, got .. .list."),
         ({"max_steps": 1.5}, "max_steps must be a whole number, got 1.5"),
         ({"eval_num_generations": 2, "num_generations_eval": 3}, "num_generations_eval is TRL's name of eval_num"),
         ({"rollout": {"max_num_seqs": 0}}, "rollout.max_num_seqs: "),
