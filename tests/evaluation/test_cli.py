@@ -128,7 +128,10 @@ def test_overoptimization_mistakes(tmp_path):
             ["T", "--proxy", "rm0", "--gold", "truth", "--completion_column", "text"],
             "no column 'text' for the completion",
         ),
-        (["T", "--proxy", "rm0", "--proxy", "rm1", "--gold", "truth", "--ensemble", "uwo:inf"], "must be >= 0 and finite"),
+        (
+            ["T", "--proxy", "rm0", "--proxy", "rm1", "--gold", "truth", "--ensemble", "uwo:inf"],
+            "must be >= 0 and finite",
+        ),
         (["T", "--proxy", "rm0", "--gold", "truth", "--ensemble", "wco"], "needs at least two proxies"),
         (["T", "--proxy", "rm0", "--proxy", "rm1", "--gold", "truth", "--ensemble", "uwo"], "uwo needs lambda"),
         (["T", "--proxy", "rm0", "--proxy", "rm1", "--gold", "truth", "--ensemble", "uwo:x"], "'x' is not a number"),
