@@ -65,7 +65,8 @@ def settings_of(args) -> dict[str, Any]:
         if f.name not in CHANGEABLE and not f.name.startswith(CHANGEABLE_PREFIXES) and instead_of(f) is None
     }
     found["rows_per_step"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    found["dataloader_drop_last"] = args.dataloader_drop_last and args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last:
+        found["dataloader_drop_last"] = args.per_device_train_batch_size * args.world_size
     return json.loads(json.dumps(found, default=_plain))
 
 

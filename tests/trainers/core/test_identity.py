@@ -67,7 +67,7 @@ BOTH = {"reward": [wanted_words, word_count], "constraints": CONSTRAINTS}
         ("sft", {}, {"learning_rate": 1e-5}, "learning_rate: 0.001 before, 1e-05 now"),
         ("sft", {}, {"seed": 6}, "seed: 5 before, 6 now"),
         ("sft", {}, {"per_device_train_batch_size": 4}, "rows_per_step: 8 before, 4 now"),
-        ("sft", {}, {"dataloader_drop_last": True}, "dataloader_drop_last: False before, 8 now"),
+        ("sft", {}, {"dataloader_drop_last": True}, "dataloader_drop_last: None before, 8 now"),
         (
             "dpo",
             {"loss_type": "aot"},
