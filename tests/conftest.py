@@ -70,7 +70,7 @@ def freeze_what_stays():
 
 def freeze():
     """A trainer looks for garbage when it starts to train. In what was imported there is none, and looking through it
-    takes half a second each time: more than most of the trainings here, two fifths of the time of all tests."""
+    takes half a second each time: more than most of the trainings here."""
     gc.collect()
     gc.freeze()
 

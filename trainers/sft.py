@@ -13,9 +13,9 @@ from torch import nn
 from transformers import TrainingArguments
 
 from align.data.checks import SCORE
-from align.data.collate import IGNORED, labelled, with_labels
+from align.data.collate import labelled, with_labels
 from align.data.formats import TEXT_COLUMNS, columns_of, format_for
-from align.data.labels import LABELS, MASKS
+from align.data.labels import IGNORED, LABELS, MASKS
 from align.data.limits import fit_sets
 from align.data.sets import of_each
 from align.data.streams import is_stream, mapped, read_whole, sample_of

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from align.cli.option_types import at_least
+from align.cli.option_types import add_seed
 
 HELP = "talk to a run or a model in the terminal, beside another one, with scores"
 COMMANDS = """/reset            forget the conversation
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top_p", type=float, default=1.0, metavar="P", help="[1.0]")
     add("--max_tokens", type=int, default=512, metavar="N", help="of an answer [512]")
     add("--dtype", metavar="DTYPE", help="of the weights [as saved on a GPU, float32 on a CPU]")
-    add("--seed", type=at_least(0), default=0, help="[0]")
+    add_seed(parser)
 
 
 def run(args: argparse.Namespace) -> int:

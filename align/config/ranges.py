@@ -88,14 +88,15 @@ def check_ranges(options: Any) -> None:
     it is, and one of numpy or torch Python's."""
     for name in (*RANGES, "reward_weights", "loss_weights"):
         value: Any = getattr(options, name, None)
-        if _is_number(type(options), name):
+        kinds = _kinds(type(options), name)
+        if kinds and kinds <= {int, float, type(None)}:
             if type(value) not in (int, float, bool) and getattr(value, "ndim", None) == 0:
                 value = value.item()
                 setattr(options, name, value)
             if value is not None and not isinstance(value, int | float):
                 raise ConfigError(f"{name} must be a number, got {value!r:.40} ({type(value).__name__})", key=name)
         problem = problem_with(name, value)
-        if not problem and isinstance(value, float) and _is_whole(type(options), name):
+        if not problem and isinstance(value, float) and int in kinds and float not in kinds:
             if value.is_integer():
                 setattr(options, name, int(value))
             else:
@@ -106,20 +107,11 @@ def check_ranges(options: Any) -> None:
             raise ConfigError(problem, key=name)
 
 
-def _is_number(cls: type, name: str) -> bool:
-    """Whether it is a field that holds a number, or None, and nothing else."""
+def _kinds(cls: type, name: str) -> set[Any]:
+    """What the type of a field takes: {int, NoneType} of `int | None`. Empty for what is no field."""
     if name not in init_fields(cls):
-        return False
-    kinds = get_args(hints(cls)[name]) or (hints(cls)[name],)
-    return {*kinds} <= {int, float, type(None)}
-
-
-def _is_whole(cls: type, name: str) -> bool:
-    """Whether it is a field whose type is int, with or without None."""
-    if name not in init_fields(cls):
-        return False
-    kinds = get_args(hints(cls)[name]) or (hints(cls)[name],)
-    return int in kinds and float not in kinds
+        return set()
+    return set(get_args(hints(cls)[name]) or (hints(cls)[name],))
 
 
 def _needs_number(cls: type, name: str) -> bool:

@@ -15,8 +15,7 @@ LORA = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0)
 
 @pytest.fixture(scope="module")
 def short_pairs(chat_pairs, precision):
-    """The two shortest pairs; in bfloat16, whose products take a CPU without instructions for it 30 times as long, a
-    pair of a few words."""
+    """The two shortest pairs; in bfloat16, slow on a CPU without instructions for it, a pair of a few words."""
     if precision["bf16"]:
         said = lambda role, content: [{"role": role, "content": content}]  # noqa: E731
         prompt = said("system", "Be kind.") + said("user", "Hi")

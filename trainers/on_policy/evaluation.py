@@ -135,11 +135,11 @@ class PolicyEvaluator:
         ranks, share = self.ranks, -(-len(prompts) // self.ranks.count)
         indices = [(i * ranks.count + ranks.index) % len(prompts) for i in range(share)]
         parts = gather_object([self._rows([prompts[i] for i in indices], indices, model, reference)])
-        self.logged = self._free({n: sum(v) / len(v) for n, v in joined(given for _, given in parts).items()})
+        self.logged = self._without_taken({n: sum(v) / len(v) for n, v in joined(given for _, given in parts).items()})
         by_index = {row["index"]: row for rows, _ in parts for row in rows}
         return with_means([by_index[i] for i in range(len(prompts))], self.measured)
 
-    def _free(self, given: dict[str, float]) -> dict[str, float]:
+    def _without_taken(self, given: dict[str, float]) -> dict[str, float]:
         """Without the names that evaluations have themselves; others than these may be taken while training."""
         taken = sorted(given.keys() & {*self.measured, "loss"})
         if taken and not self.warned:

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from align.data.checks import SCORE
-from align.data.collate import IGNORED
+from align.data.labels import IGNORED
 from align.distributed.shards import reshard
 from align.errors import ConfigError
 from align.modeling.types import Model

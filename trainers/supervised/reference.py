@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from trl.trainer.utils import add_fused_lm_head
 
-from align.data.collate import IGNORED
+from align.data.labels import IGNORED
 from align.data.limits import check_fits
 from align.data.streams import is_stream
 from align.distributed.shards import outputs_as_computed

@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from align.data.collate import IGNORED
+from align.data.labels import IGNORED
 from align.distributed.shards import reshard
 from align.errors import ConfigError, TrainingError
 from align.modeling.types import Model

@@ -4,9 +4,9 @@ from functools import partial
 
 from align.data.bad_rows import BadRow
 from align.data.checks import SCORE, check_score
-from align.data.collate import IGNORED, TOKENS, cut_rows, untrained_rows
+from align.data.collate import TOKENS, cut_rows, untrained_rows
 from align.data.formats import check_tokens, columns_of
-from align.data.labels import MASKS, check_labels, label_problem
+from align.data.labels import IGNORED, MASKS, check_labels, label_problem
 from align.data.limits import longest_of
 from align.data.streams import is_stream, mapped
 from align.errors import DataError
