@@ -152,19 +152,29 @@ def ensemble_scores(members: list, rule: str):
     from align.evaluation.rounding import deviation
     from align.objectives.ensemble import aggregate
 
-    kind, _, number = rule.partition(":")
-    try:
-        options: dict[str, Any] = {"quantile" if kind == "quantile" else "lambda_": float(number)} if number else {}
-    except ValueError as error:
-        raise ConfigError(f"--ensemble {rule}: {number!r} is not a number; the form is uwo:0.5") from error
-    if len(members) < 2:
-        raise ConfigError(f"--ensemble {rule} needs at least two proxies")
+    kind, options = _read_rule(rule, len(members))
     scores = np.stack(members)
     spread = np.array([[deviation(member)] for member in members])
     if not spread.all():
         raise ConfigError(f"--ensemble {rule}: proxy number {int(np.argmin(spread)) + 1} has one score for all answers")
     standardised = (scores - scores.mean(axis=1, keepdims=True)) / spread
     return aggregate(torch.from_numpy(standardised), kind, **options).scores.numpy()
+
+
+def _read_rule(rule: str, members: int) -> tuple[str, dict[str, Any]]:
+    """The name of a `--ensemble` of so many proxies, and its parameter as `aggregate` takes it."""
+    from align.objectives.ensemble import check_rule
+
+    kind, _, number = rule.partition(":")
+    try:
+        value = float(number) if number else None
+    except ValueError as error:
+        raise ConfigError(f"--ensemble {rule}: {number!r} is not a number; the form is uwo:0.5") from error
+    if members < 2:
+        raise ConfigError(f"--ensemble {rule} needs at least two proxies")
+    options = {"quantile" if kind == "quantile" else "lambda_": value}
+    check_rule(kind, members, ddof=0, **{"lambda_": None, **options})
+    return kind, options
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -187,12 +197,23 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--proxy {twice[0]} is given twice: an ensemble would count it twice")
     if not args.proxy and not args.rewards:
         raise ConfigError("give the proxy score's column: --proxy COLUMN, or --rewards to score the completions first")
+    _check_ensembles(args)
     if args.n is not None and args.n < 2:
         raise ConfigError(f"--n must be at least 2, got {args.n}")
     if args.model is None and (given := set_options(args, _add_drawing)):
         raise ConfigError(f"{', '.join(given)} says how completions are drawn, and those of {args.table} are there")
     if args.model is not None and (given := set_options(args, _add_columns)):
         raise ConfigError(f"{', '.join(given)} names a column of a table; with --model, align names them itself")
+
+
+def _check_ensembles(args: argparse.Namespace) -> None:
+    """Before completions are drawn and scored, which may take hours."""
+    if args.ensemble:
+        from align.evaluation.scoring import reward_specs
+
+        members = len(args.proxy) + sum(len(reward_specs(words)) for words in args.rewards)
+        for rule in args.ensemble:
+            _read_rule(rule, members)
 
 
 def _score(args: argparse.Namespace) -> tuple[Path, list[str]]:

@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _no_further_tokens(run, parser: argparse.ArgumentParser):
     def checked(args: argparse.Namespace, extra: list[str]) -> int:
         if extra:
-            parser.error(f"unrecognized arguments: {' '.join(extra)}")
+            parser.error(f"unrecognized arguments: {' '.join(extra)}{_repeat(parser, args, extra)}")
         output = next((found for name in OUTPUTS if isinstance(found := vars(args).get(name), str)), None)
         try:
             return run(args)
@@ -95,6 +95,18 @@ def _no_further_tokens(run, parser: argparse.ArgumentParser):
             ) from error
 
     return checked
+
+
+def _repeat(parser: argparse.ArgumentParser, args: argparse.Namespace, extra: list[str]) -> str:
+    """What to write if these are more values for an option that takes one at a time."""
+    given = [
+        a.option_strings[0]
+        for a in parser._actions
+        if isinstance(a.default, list) and not a.nargs and vars(args)[a.dest]
+    ]
+    if not given or extra[0].startswith("-"):
+        return ""
+    return f" ({' and '.join(given)} take one value each time: {given[0]} A {given[0]} B)"
 
 
 def _in_the_way(failed: str | None, output: str | None) -> bool:

@@ -14,6 +14,7 @@ from align.errors import RewardError
 Rule = str | Callable[[Tensor], Tensor]
 """A name of RULES, or a function of the members' scores [K, B] that returns one score per completion [B]."""
 RULES = ("mean", "wco", "uwo", "lcb", "quantile")
+NAMED = "mean, wco (the worst case), uwo (uncertainty-weighted), lcb, quantile"
 WEIGHTED = {"uwo": "the variance (the paper used 0.5 and 0.1)", "lcb": "the standard deviation"}
 
 
@@ -34,7 +35,7 @@ def check_rule(rule: Rule, members: int, lambda_: float | None, ddof: int, quant
         rule = rule_name(rule)
     elif rule not in RULES:
         raise RewardError(
-            f"unknown aggregation {rule!r}: one of {', '.join(RULES)}, or a function of yours, path/file.py:function"
+            f"unknown aggregation {rule!r}: one of {NAMED}, or a function of yours, path/file.py:function"
         )
     if members < 1:
         raise RewardError("an ensemble needs at least one member")

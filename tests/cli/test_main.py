@@ -45,7 +45,11 @@ def test_unknown_commands_and_options(capsys):
     assert stop.value.code == 2 and "invalid choice: 'stf' (choose from 'sft', " in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         main(["overoptimization", "run", "--no_such_option", "1"])
-    assert stop.value.code == 2 and "unrecognized arguments: --no_such_option" in capsys.readouterr().err
+    assert stop.value.code == 2 and "unrecognized arguments: --no_such_option 1\n" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["bon", "scores.csv", "--proxy", "rm0", "rm1", "--ensemble", "wco"])
+    error = capsys.readouterr().err
+    assert "unrecognized arguments: rm1 (--proxy and --ensemble take one value each time: --proxy A --proxy B)" in error
 
 
 def failing(error: BaseException):

@@ -10,7 +10,7 @@ import pytest
 
 from align.cli import bon, overoptimization
 from align.cli.main import main
-from align.errors import AlignError, ConfigError, DataError
+from align.errors import AlignError, ConfigError, DataError, RewardError
 from align.evaluation.records import FILE_NAME
 from align.evaluation.strict_json import write_json
 from align.evaluation.summary import read_summary
@@ -155,6 +155,13 @@ def test_an_ensemble_takes_no_proxys_place(table, tmp_path):
         call(bon, path, *argv, "--ensemble", "mean")
     with pytest.raises(ConfigError, match="two curves would be named 'wco'"):
         call(bon, path, *argv, "--ensemble", "wco", "--ensemble", "wco")
+
+
+def test_bon_knows_its_ensembles_before_it_draws_and_scores():
+    """A rule that does not exist ended a run of hours after everything was scored."""
+    rewards = ["--rewards", "no_such_folder", "other.py:function", "--gold_reward", "gold.py:function"]
+    with pytest.raises(RewardError, match=r"unknown aggregation 'worst': one of mean, wco \(the worst case\), uwo"):
+        call(bon, "--model", "no_such_model", "--prompts", "none.jsonl", *rewards, "--ensemble", "worst")
 
 
 @pytest.mark.parametrize("command", ["bon", "overoptimization", "proxy-points", "reward-eval", "compare", "front"])

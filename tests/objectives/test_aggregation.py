@@ -45,7 +45,7 @@ def test_one_member():
         (SCORES, {"rule": "uwo"}, "needs lambda"),
         (SCORES, {"rule": "uwo", "lambda_": -1.0}, "must be >= 0"),
         (SCORES, {"rule": "mean", "lambda_": 0.5}, "would be ignored"),
-        (SCORES, {"rule": "median"}, "one of mean, wco, uwo, lcb, quantile"),
+        (SCORES, {"rule": "median"}, "one of mean, wco .the worst case., uwo"),
         (SCORES[:1], {"rule": "lcb", "lambda_": 0.1}, "at least two members"),
         (SCORES, {"rule": "lcb"}, "lcb needs lambda, the weight of the standard deviation"),
         (SCORES, {"rule": "uwo", "lambda_": float("nan")}, "must be >= 0"),
