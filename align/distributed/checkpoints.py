@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import zlib
 from pathlib import Path
 
@@ -90,13 +91,34 @@ def _lists_files(manifest) -> bool:
     )
 
 
-def newest_whole(output_dir: str | Path) -> Path | None:
-    """The newest undamaged checkpoint below `output_dir`; every damaged one that is passed over is warned about."""
-    folders = {
+def _by_step(output_dir: str | Path) -> dict[int, Path]:
+    return {
         int(match.group(1)): path
         for path in Path(output_dir).glob("checkpoint-*")
         if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
     }
+
+
+def remove_older(output_dir: str | Path, step: int, limit: int | None, best: str | None) -> None:
+    """Delete checkpoints until `limit` are left. step: of the one that was just written, which stays, as does `best`.
+
+    Age is by steps, and not by times of files: a clock that is set back would make the new one the oldest. Those of
+    later steps go first: an earlier run, or one that went on from here before, has left them.
+    """
+    folders = _by_step(output_dir)
+    if not limit or limit < 1:
+        return
+    kept = {folders[step].resolve()} | (set() if best is None else {Path(best).resolve()})
+    surplus = len(folders) - max(limit, len(kept))
+    for other in sorted(folders, key=lambda other: (other <= step, other if other <= step else -other)):
+        if surplus > 0 and folders[other].resolve() not in kept:
+            shutil.rmtree(folders[other], ignore_errors=True)
+            surplus -= 1
+
+
+def newest_whole(output_dir: str | Path) -> Path | None:
+    """The newest undamaged checkpoint below `output_dir`; every damaged one that is passed over is warned about."""
+    folders = _by_step(output_dir)
     for step in sorted(folders, reverse=True):
         problem = damage(folders[step])
         if problem is None:

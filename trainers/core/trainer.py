@@ -14,14 +14,13 @@ from accelerate.utils import gather_object
 from peft import PeftModel, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import rotate_checkpoints
 
 from align.config.arguments import resume_from
 from align.data.endless import EndlessRows
 from align.data.limits import fit_sets
 from align.data.streams import is_stream
 from align.distributed.buffers import prepare_with_buffers
-from align.distributed.checkpoints import checksums, write_manifest
+from align.distributed.checkpoints import checksums, remove_older, write_manifest
 from align.distributed.disk import writing
 from align.distributed.ranks import by_first, in_all
 from align.distributed.shards import reshard
@@ -324,9 +323,7 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
         shares = gather_object([checksums(folder, **self._place)])
         if args.should_save:
             write_manifest(folder, {name: entry for share in shares for name, entry in share.items()})
-            rotate_checkpoints(
-                run_dir, save_total_limit=limit, best_model_checkpoint=self.state.best_model_checkpoint, use_mtime=True
-            )
+            remove_older(run_dir, step, limit, self.state.best_model_checkpoint)
         if push:
             self._push_from_checkpoint(str(folder))
         self.accelerator.wait_for_everyone()
