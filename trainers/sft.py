@@ -276,7 +276,8 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         self._leave_out_repeated(inputs)
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         tokens = inputs["labels"][..., 1:].ne(IGNORED).sum().item()
-        self._eval_batches.append((loss.item() * tokens, tokens))
+        # a batch of repeated rows alone has none; its mean is 0 / 0 with label smoothing
+        self._eval_batches.append((loss.item() * tokens if tokens else 0.0, tokens))
         return loss, logits, labels
 
     def _leave_out_repeated(self, inputs: dict[str, Any]) -> None:

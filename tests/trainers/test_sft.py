@@ -7,6 +7,7 @@ from peft import LoraConfig
 from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
 from align.data.collate import labelled
+from align.data.labels import IGNORED
 from align.data.tokenize import tokenize_completions
 from align.errors import ConfigError, DataError, TrainingError
 from align.modeling.load import load_policy
@@ -138,6 +139,21 @@ def test_evaluations_are_per_token(policy, tmp_path):
     assert others[1] == pytest.approx(others[0], rel=1e-5) and others[2] == pytest.approx(others[0], rel=1e-5)
     trainer.train()
     assert losses == pytest.approx(logged(trainer, "loss") * 3, rel=1e-5)
+
+
+def test_a_batch_of_repeated_rows_alone_is_no_loss_to_evaluate(policy, tmp_path, monkeypatch):
+    """As the last processes have where the rows end before them: with smoothing the mean of no token is nan."""
+    rows = demonstrations(3, seed=1)
+    args = sft_config(tmp_path, per_device_eval_batch_size=2, label_smoothing_factor=0.1)
+    trainer = SFTTrainer(policy, args, rows, rows)
+    expected = trainer.evaluate(rows.select(range(2)))["eval_loss"]
+
+    def leave_out(inputs):
+        if len(inputs["labels"]) == 1:
+            inputs["labels"][:] = IGNORED
+
+    monkeypatch.setattr(trainer, "_leave_out_repeated", leave_out)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected)
 
 
 def test_what_a_step_logs_is_per_token(policy, tmp_path):
