@@ -26,6 +26,7 @@ from align.trainers.core.processes import (
     check_compiler,
     check_deepspeed,
     check_fsdp_config,
+    check_optimizer_of_shards,
     check_parallelism,
     check_sharding,
     check_variables,
@@ -266,6 +267,7 @@ class RunOptions(TrainingSettings):
                 self.ddp_find_unused_parameters = False
         check_alone(self.world_size)
         check_sharding(self)
+        check_optimizer_of_shards(self)
         check_parallelism(self)
         check_batches(self.accelerator_config)
         check_schedule(self)

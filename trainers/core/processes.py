@@ -24,6 +24,11 @@ OF_FSDP = (
     *("version", "auto_wrap_policy", "transformer_layer_cls_to_wrap", "reshard_after_forward", "cpu_offload"),
     *("cpu_ram_efficient_loading", "state_dict_type", "activation_checkpointing"),
 )
+OF_WHOLE_WEIGHTS = {
+    "adafactor": "it adds shards to whole tensors, which torch refuses at the first step",
+    "adagrad": "it makes its state before the weights are split, and torch does not find them again",
+}
+INSTEAD = "adamw_torch, adamw_torch_fused and rmsprop run there"
 ADDED = ("min_num_params", "xla", "xla_fsdp_v2", "xla_fsdp_grad_ckpt")
 """What transformers adds to `fsdp_config`, with values that ask for nothing."""
 WITHIN = {"tp_size": "tensor", "cp_size": "context", "sp_size": "sequence"}
@@ -146,6 +151,24 @@ def check_sharding(args: Any) -> None:
         raise ConfigError(
             "fsdp_ignored_modules: gradients of weights that FSDP leaves out would not be summed over the processes: "
             "leave it out"
+        )
+
+
+def check_optimizer_of_shards(args: Any) -> None:
+    """ConfigError for an optimiser of transformers that does not go with FSDP2. After transformers has read the
+    arguments."""
+    if not args.fsdp and not _fsdp_of_launcher():
+        return
+    name, saves = (str(getattr(value, "value", value)) for value in (args.optim, args.save_strategy))
+    if name in OF_WHOLE_WEIGHTS:
+        raise ConfigError(f"optim: {name} does not run under FSDP2: {OF_WHOLE_WEIGHTS[name]}. {INSTEAD}", key="optim")
+    whole = str(_fsdp(args, "state_dict_type", "FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")).upper() == "FULL_STATE_DICT"
+    if name == "sgd" and "momentum=" not in (args.optim_args or "") and saves != "no" and whole:
+        raise ConfigError(
+            "optim: sgd without momentum has no state, and torch loads none into FSDP2's shards: no checkpoint could "
+            "be resumed. Write optim_args: momentum=0.9, fsdp_state_dict_type: SHARDED_STATE_DICT in accelerate's "
+            f"file, or save_strategy: 'no'. {INSTEAD}",
+            key="optim",
         )
 
 
