@@ -9,7 +9,7 @@ scaled to [-1, 1], the ridge penalty is cross-validated, and the mask is a quant
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.polynomial import legendre
@@ -32,6 +32,15 @@ class Points:
     rewards: list[str]
     per_prompt: np.ndarray
     run: np.ndarray
+
+    def scale(self) -> np.ndarray:
+        """Divide each reward, and gold, by the power of two above its largest number; returns the exponents [d + 1].
+
+        Squares of 1e200 do not exist; a power of two changes no digit, and the fit is the same in every unit.
+        """
+        _, exponents = np.frexp(np.abs(self.per_prompt).max((0, 1)))
+        np.ldexp(self.per_prompt, -exponents, out=self.per_prompt)
+        return exponents
 
     def means(self, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Rewards [n, d] and gold [n]; weights: of the prompts, [P], for the bootstrap."""
@@ -198,13 +207,9 @@ def find_proxy_point(
     if not 0 <= mask_quantile < 1:
         raise ConfigError(f"mask_quantile is a share of the evaluations in [0, 1), got {mask_quantile}")
     points = collect(runs, rewards)
+    exponents = points.scale()
     values, gold = points.means()
-    if len(values) < 2 * values.shape[1] + 4:
-        raise DataError(f"{len(values)} evaluations are too few for a surface over {', '.join(points.rewards)}")
-    columns = zip([*points.rewards, "gold"], [*values.T, gold], strict=True)
-    still = [name for name, means in columns if np.ptp(means) <= slack(means)]
-    if still:
-        raise DataError(f"{', '.join(still)} never changed in these runs: there is no point to be found")
+    _check(points.rewards, values, gold)
     folds = np.random.default_rng(seed).permutation(len(values)) % min(10, len(values))
     ridge, explained = cross_validate(values, gold, folds, degree)
     axes = [np.linspace(a, b, GRID[values.shape[1]]) for a, b in zip(values.min(0), values.max(0), strict=True)]
@@ -222,7 +227,7 @@ def find_proxy_point(
         again = solve(features(scaled(again, surface.low, surface.high), degree), gold_again, ridge)
         peaks.append(flat[np.argmax(np.where(allowed, design @ again, -np.inf))])
     low, high = percentile_interval(np.array(peaks))
-    return ProxyPoint(
+    found = ProxyPoint(
         rewards=points.rewards,
         point=flat[top],
         low=low,
@@ -237,6 +242,31 @@ def find_proxy_point(
         allowed=allowed.reshape(grid.shape[:-1]),
         visited=values,
         visited_gold=gold,
+    )
+    return _in_units(found, exponents)
+
+
+def _check(rewards: list[str], values: np.ndarray, gold: np.ndarray) -> None:
+    """DataError for evaluations, rewards [n, d] and gold [n], that no surface can be fitted to."""
+    if len(values) < 2 * values.shape[1] + 4:
+        raise DataError(f"{len(values)} evaluations are too few for a surface over {', '.join(rewards)}")
+    columns = zip([*rewards, "gold"], [*values.T, gold], strict=True)
+    still = [name for name, means in columns if np.ptp(means) <= slack(means)]
+    if still:
+        raise DataError(f"{', '.join(still)} never changed in these runs: there is no point to be found")
+
+
+def _in_units(found: ProxyPoint, exponents: np.ndarray) -> ProxyPoint:
+    """What was found with scaled numbers (`Points.scale`), in the units of the runs."""
+    units, of_gold = exponents[:-1], exponents[-1]
+    per_reward = {name: np.ldexp(getattr(found, name), units) for name in ("point", "low", "high", "visited")}
+    return replace(
+        found,
+        **per_reward,
+        axes=[np.ldexp(axis, unit) for axis, unit in zip(found.axes, units, strict=True)],
+        gold=float(np.ldexp(found.gold, of_gold)),
+        surface=np.ldexp(found.surface, of_gold),
+        visited_gold=np.ldexp(found.visited_gold, of_gold),
     )
 
 

@@ -204,3 +204,19 @@ def test_what_would_count_twice_or_is_no_share_is_refused(folders, capsys):
         assert said in capsys.readouterr().err
     with pytest.raises(ConfigError, match="degree must be at least 1"):
         find_proxy_point([], degree=0)
+
+
+@pytest.mark.parametrize("factor", [2.0**-600, 2.0**660])
+def test_scores_in_any_unit_have_the_same_point(folders, factor):
+    """Gold of 1e200 ended in an IndexError, of 1e-180 in a ridge of NaN: squares of it do not exist."""
+    runs = [read_run(folder) for folder in folders]
+    wanted = find_proxy_point(runs, resamples=50)
+    for run in runs:
+        for name in ("gold", "rewards/polite"):
+            run.per_prompt[name] = run.per_prompt[name] * factor
+    found = find_proxy_point(runs, resamples=50)
+    units = [1.0, factor]
+    assert found.gold == wanted.gold * factor and found.ridge == wanted.ridge and found.explained == wanted.explained
+    for name in ("point", "low", "high", "visited"):
+        assert (getattr(found, name) == getattr(wanted, name) * units).all(), name
+    assert (found.surface == wanted.surface * factor).all() and (found.axes[1] == wanted.axes[1] * factor).all()
