@@ -316,7 +316,7 @@ def read_answers(path: str | Path) -> list[dict[str, Any]]:
         for number, line in enumerate(file, start=1):
             row = _parsed(line, f"{path}, line {number}")
             prompt = row.get("prompt")
-            messages = isinstance(prompt, list) and prompt and all(map(_is_message, prompt))
+            messages = isinstance(prompt, list) and prompt and all(map(is_message, prompt))
             if not (isinstance(prompt, str) or messages) or not isinstance(row.get("completion"), str):
                 raise DataError(f"{path}, line {number}: an answer has a prompt and a completion, which are texts")
             found.append(row)
@@ -325,7 +325,7 @@ def read_answers(path: str | Path) -> list[dict[str, Any]]:
     return found
 
 
-def _is_message(value: Any) -> bool:
+def is_message(value: Any) -> bool:
     return isinstance(value, dict) and value.keys() >= {"role", "content"}
 
 

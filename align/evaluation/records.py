@@ -26,6 +26,7 @@ import numpy as np
 
 from align.distributed.disk import writing
 from align.errors import ConfigError, DataError, TrainingError
+from align.evaluation.answers import is_message
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ CHECKSUM = b', "crc32": '
 FILE_NAME = "overoptimization.jsonl"
 HEADER_KEYS = ("format", "name", "method", "proxy", "gold", "seed", "started", "config")
 SCORE_KEYS = ("kl", "kl_k3", "proxy", "gold", "length")
+ROUNDED = 1e-3  # of the largest number per prompt: a program that writes few digits has such means
 SAMPLE_KEYS = ("prompt", "completion", "proxy", "gold")
 
 
@@ -218,6 +220,7 @@ def read_run(path: str | Path) -> Run:
     for number, record in enumerate(lines, start=2):  # as arrays at once: lists of numbers take four times their memory
         where = f"{path}: line {number}"
         record["per_prompt"] = {key: _array(v, key, where) for key, v in record["per_prompt"].items()}
+        _check_means(record, where)
         records.append(record)
     if not records:
         raise NoEvaluation(f"{path} holds no evaluation yet (only its header)")
@@ -316,6 +319,14 @@ def _array(values: list, key: str, where: str) -> np.ndarray:
     return array
 
 
+def _check_means(record: dict, where: str) -> None:
+    """DataError where a mean is not that of its numbers per prompt."""
+    for key, values in record["per_prompt"].items():
+        mean, stated = float((values / values.size).sum()), record.get(key)
+        if stated is not None and abs(stated - mean) > ROUNDED * np.abs(values).max():
+            raise DataError(f"{where}: {key} is {stated:.6g}, and its numbers per prompt have the mean {mean:.6g}")
+
+
 def _check_record(record: dict, header: dict, previous: dict | None, where: str) -> None:
     missing = [key for key in ("step", *SCORE_KEYS, "per_prompt", "samples") if key not in record]
     if missing:
@@ -351,7 +362,7 @@ def _check_kinds(record: dict, where: str) -> None:
     for number, sample in enumerate(samples):
         for key in ("prompt", "completion"):
             value = sample.get(key) if isinstance(sample, dict) else None
-            if not isinstance(value, str) and not (isinstance(value, list) and value and all(map(_is_message, value))):
+            if not isinstance(value, str) and not (isinstance(value, list) and value and all(map(is_message, value))):
                 raise DataError(f"{where}: sample {number} has no {key}: a text, or messages with role and content")
         for key in ("proxy", "gold"):
             if sample.get(key) is not None and not _is_finite(sample[key]):
@@ -361,10 +372,6 @@ def _check_kinds(record: dict, where: str) -> None:
 def _is_finite(value) -> bool:
     """Whether this is a number that float64 holds; JSON's whole numbers have no end."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
-
-
-def _is_message(value) -> bool:
-    return isinstance(value, dict) and value.keys() >= {"role", "content"}
 
 
 def _refuse_constant(name: str):

@@ -260,3 +260,21 @@ def test_values_of_another_kind_are_named(tmp_path, line, keys, value, said):
     (tmp_path / FILE_NAME).write_text("".join(json.dumps(entry) + "\n" for entry in lines))
     with pytest.raises(DataError, match=said):
         read_run(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["gold", "kl", "rewards/r"])
+def test_a_mean_that_its_numbers_do_not_have_is_named(tmp_path, key):
+    """Of files without checksums: the figure showed the one, its band the other."""
+    writer(tmp_path).write(0, kl=[0.1, 0.3], kl_k3=[0, 0], proxy=[1, 2], gold=[1, 2], length=3, **{"rewards/r": [1, 2]})
+    lines = [json.loads(text) for text in without_checksums(tmp_path / FILE_NAME)]
+    rounded = dict(lines[1], kl=0.2001)  # of a program that writes few digits
+    for record, said in (
+        (rounded, None),
+        (dict(lines[1], **{key: 4}), f"line 2: {key} is 4, and its numbers per prompt"),
+    ):
+        (tmp_path / FILE_NAME).write_text(json.dumps(lines[0]) + "\n" + json.dumps(record) + "\n")
+        if said is None:
+            assert read_run(tmp_path).kl == [0.2001]
+            continue
+        with pytest.raises(DataError, match=said):
+            read_run(tmp_path)
