@@ -1,12 +1,32 @@
 """The kinds of rewards that compare the completions of a prompt with each other."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 from pydantic import Field, model_validator
 
+from align.errors import ConfigError
 from align.lazy import imported
 from align.reward_models.kinds import Count, RewardSpec, register_reward
+
+
+def judge_function(function: str | Callable) -> Callable:
+    """The user's judge, or the one at "file.py:name". ConfigError for one that cannot be called with three lists."""
+    found = imported(function, "judge") if isinstance(function, str) else function
+    try:
+        signature = inspect.signature(found)
+    except ValueError:  # of a function in C that does not say
+        return found
+    try:
+        signature.bind([], [], [])
+    except TypeError as error:
+        name = function if isinstance(function, str) else getattr(function, "__name__", type(function).__name__)
+        raise ConfigError(
+            f"judge {name}{signature}: {error}. It is called with three lists, (prompts, first, second): one entry per "
+            "pair, the prompt and the two answers"
+        ) from error
+    return found
 
 
 class Judging(RewardSpec):
@@ -62,7 +82,7 @@ class JudgeSpec(Judging):
     def judge(self):
         """The function of (prompts, first, second)."""
         if self.function is not None:
-            return imported(self.function, "judge") if isinstance(self.function, str) else self.function
+            return judge_function(self.function)
         from align.reward_models.judge_server import ServerJudge
 
         options = self.options("function", "swap", "tie_margin", "max_error_share")

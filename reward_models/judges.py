@@ -1,7 +1,7 @@
 """Judges of pairs: functions, servers and the policy itself, asked in both orders; and the reward that they make."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, cast
@@ -49,6 +49,8 @@ def ask(judge: Judge, prompts: list, first: list[str], second: list[str], name: 
 
 
 def _verdicts(found: Sequence[Any], count: int, name: str) -> np.ndarray:
+    if not isinstance(found, Iterable):
+        raise RewardError(f"judge {name!r} returned {type(found).__name__}, not a list with a verdict for each pair")
     values = [WORDS.get(value, value) if isinstance(value, str) else value for value in map(plain, found)]
     for index, value in enumerate(values):
         if value is None:

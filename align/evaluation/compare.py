@@ -14,8 +14,7 @@ from align.errors import ConfigError, DataError
 from align.evaluation.bootstrap import percentile_interval, weight_tiles
 from align.evaluation.report import render_page
 from align.evaluation.strict_json import write_json
-from align.lazy import imported
-from align.reward_models.judge_specs import JudgeSpec
+from align.reward_models.judge_specs import JudgeSpec, judge_function
 from align.reward_models.judges import Judge, ask
 
 logger = logging.getLogger(__name__)
@@ -73,7 +72,7 @@ def build_judges(words: Sequence[str], rewards: Collection[str]) -> dict[str, Ju
     """The judges that command-line words name: file.py:function, or the mapping of a `judge` reward."""
     specs = {word: parse(JudgeSpec, parse_value(word), "--judge") for word in words if word.lstrip().startswith("{")}
     names = judge_names(words, rewards, {word: spec.stated_name for word, spec in specs.items()})
-    return {name: specs[word].judge() if word in specs else imported(word, "judge") for name, word in names.items()}
+    return {name: specs[word].judge() if word in specs else judge_function(word) for name, word in names.items()}
 
 
 def judge_names(

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from align.cli.main import main
-from align.errors import DataError, RewardError
+from align.errors import ConfigError, DataError, RewardError
 from align.evaluation.answers import _resume
 from align.evaluation.compare import by_judge, paired, summarise
+from align.reward_models.build import build_reward
 
 
 def answers(path, texts, samples=1) -> str:
@@ -87,6 +88,24 @@ def test_mistakes(tmp_path, capsys):
     assert halves == [0.5] and alike == 1
     with pytest.raises(RewardError, match="'j', pair 0: expected 'first', 'second', 'tie' or a probability, got 2"):
         by_judge(pairs_of(["x"], ["y"]), lambda prompts, first, second: [2], "j")
+
+
+def test_what_is_no_judge_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.py").write_text(
+        "def two(prompts, first): ...\ndef four(prompts, first, second, model): ...\ndef nothing(*lists): ...\n"
+    )
+    command = ["compare", answers(tmp_path / "a.jsonl", ["x"]), answers(tmp_path / "b.jsonl", ["y"]), "--judge"]
+    for judge, said in (
+        ("my.py:two", "my.py:two(prompts, first): too many positional arguments. It is called with three lists"),
+        ("my.py:four", "my.py:four(prompts, first, second, model): missing a required argument: 'model'"),
+        ("{function: my.py:two}", "my.py:two(prompts, first): too many positional arguments"),
+        ("my.py:nothing", "judge 'nothing' returned NoneType, not a list with a verdict for each pair"),
+    ):
+        assert main([*command, judge]) == 2
+        assert said in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(ConfigError, match=r"<lambda>\(prompts\): too many positional"):
+        build_reward({"type": "judge", "function": lambda prompts: []})
 
 
 def test_judges_of_one_name_are_told_apart(tmp_path, monkeypatch, capsys):
