@@ -229,8 +229,7 @@ def _score(args: argparse.Namespace) -> tuple[Path, list[str]]:
         return rewards
 
     if args.model is None:
-        prompt = args.prompt_column or "prompt"
-        columns = {"prompt": prompt, "completion": args.completion_column}
+        columns = {"prompt": args.prompt_column, "completion": args.completion_column}
         return score_table(args.table, rewards_of(), output, **columns, chat=args.chat), names
     args.n = args.n or 64
     path = sample_table(

@@ -82,9 +82,10 @@ def _fault_in(part: bytes, file: Path, first: int, known: Shape) -> str | None:
     for number, line in enumerate(part.split(b"\n"), start=first):
         if line.strip():
             where = f"{file}, line {number}"
-            row = _row(line, where)
-            if isinstance(row, str):
-                return row
+            try:
+                row = row_of(line, where)
+            except DataError as error:
+                return str(error)
             if known and (odd := _odd(_kinds(row), known)):
                 return f"{where}: {odd}. Make all lines alike."
     return None
@@ -100,16 +101,16 @@ def are_lines(file: Path) -> bool:
         return file.suffix.lower() == ".jsonl" and not first.lstrip().startswith(b"[")
 
 
-def _row(line: bytes, where: str) -> dict | str:
-    """The row, or what is wrong with its line."""
+def row_of(line: bytes, where: str) -> dict[str, Any]:
+    """The row that a line holds. where: file and line, for errors. DataError for a line without one."""
     try:
         row = json.loads(line.decode("utf-8-sig").rstrip())
     except UnicodeDecodeError as error:
-        return f"{where}: not UTF-8 text (byte {error.start} of the line: {error.reason})."
+        raise DataError(f"{where}: not UTF-8 text (byte {error.start} of the line: {error.reason}).") from error
     except json.JSONDecodeError as error:
-        return f"{where}: not valid JSON: {error.msg} (character {error.pos} of the line)."
+        raise DataError(f"{where}: not valid JSON: {error.msg} (character {error.pos} of the line).") from error
     if not isinstance(row, dict):
-        return f"{where}: {type(row).__name__} instead of an object with the columns."
+        raise DataError(f"{where}: {type(row).__name__} instead of an object with the columns.")
     return row
 
 

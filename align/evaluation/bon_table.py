@@ -28,8 +28,14 @@ class BonTable:
     def score(self, reward) -> None:
         """Add the scores of one more reward."""
         source = self.scored if self.names else self.source
-        columns = {"prompt": self.prompt or "prompt", "completion": self.completion}
-        score_table(source, {reward.name: reward}, self.scored, **columns, chat=self.chat)
+        score_table(
+            source,
+            {reward.name: reward},
+            self.scored,
+            prompt=self.prompt,
+            completion=self.completion,
+            chat=self.chat,
+        )
         self.names.append(reward.name)
 
     def describe(self, result: dict, seed: int) -> None:

@@ -8,7 +8,7 @@ scores.
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from align.data.json_lines import row_of
 from align.errors import DataError
 from align.evaluation.rounding import deviation
 
@@ -103,8 +104,25 @@ def read_score_table(
     return ScoreTable(path, rows, scores, texts, completions)
 
 
-def load_table(path: Path):
-    """The table as a pandas frame, types as pyarrow infers them (so that the text "NA" stays text)."""
+def text_column(columns: Collection[str], prompt: str | None) -> str:
+    """The column with the prompts' texts: `prompt` where there is one, as the column that says which rows share a
+    prompt may hold their numbers."""
+    return "prompt" if prompt is None or "prompt" in columns else prompt
+
+
+def check_texts(column, path: Path, why: str) -> None:
+    """DataError unless each row of this column has a text, or messages."""
+    _refuse_missing(column, path)
+    if len(column) and column.dtype.kind != "O":
+        raise DataError(
+            f"{path}: column {column.name!r} holds numbers ({column.dtype}), and {why} as a text or as messages"
+        )
+
+
+def load_table(path: Path, *, texts: Sequence[str] = ()):
+    """The table as a pandas frame, types as pyarrow infers them (so that the text "NA" stays text).
+
+    texts: columns that stay text in a .csv whose every row has a number there, such as answers to sums."""
     import pyarrow as pa
 
     if not path.is_file():
@@ -117,7 +135,11 @@ def load_table(path: Path):
         elif path.suffix == ".csv":
             from pyarrow import csv
 
-            table = csv.read_csv(path, parse_options=csv.ParseOptions(newlines_in_values=True))
+            table = csv.read_csv(
+                path,
+                parse_options=csv.ParseOptions(newlines_in_values=True),
+                convert_options=csv.ConvertOptions(column_types=dict.fromkeys(texts, pa.string())),
+            )
             odd = [field.name for field in table.schema if pa.types.is_binary(field.type)]
             if odd:
                 raise DataError(f"{path}: {', '.join(map(repr, odd))} is not text in UTF-8: convert the file")
@@ -136,14 +158,11 @@ def load_table(path: Path):
     return table.to_pandas(ignore_metadata=True)
 
 
-def _json_lines(path: Path) -> Iterator[Any]:
-    with open(path, encoding="utf-8") as file:
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{path}: line {number} is not valid JSON ({error.msg})") from error
+                yield row_of(line, f"{path}, line {number}")
 
 
 def _table_of(rows: Any, path: Path):
@@ -181,10 +200,14 @@ def _numbers(column, path: Path) -> np.ndarray:
     return values
 
 
-def _text(column, path: Path) -> list[str]:
+def _refuse_missing(column, path: Path) -> None:
     missing = np.flatnonzero(column.isna().to_numpy())
     if missing.size:
         raise DataError(f"{path}: column {column.name!r} is missing in {_rows(missing)}")
+
+
+def _text(column, path: Path) -> list[str]:
+    _refuse_missing(column, path)
     if column.dtype.kind in "iu":  # numbers of prompts or answers, and many of them
         return list(map(str, column.tolist()))
     if column.map(lambda value: isinstance(value, str)).all():

@@ -48,27 +48,36 @@ def named_rewards(specs: list, *, reserved: str | None = None, tokenizer=None) -
     return rewards
 
 
+def _tokenizers(reward) -> list:
+    """Those of the models that a reward is, or is made of."""
+    own = vars(reward).get("tokenizer")
+    return [*([] if own is None else [own]), *(found for part in reward.parts() for found in _tokenizers(part))]
+
+
 def has_chat_template(reward) -> bool:
     """Whether a reward is, or is made of, a model that reads messages through a chat template of its own."""
-    own = vars(reward).get("tokenizer")
-    return bool(own is not None and own.chat_template) or any(map(has_chat_template, reward.parts()))
+    return any(tokenizer.chat_template for tokenizer in _tokenizers(reward))
 
 
 def score_table(
-    path: str | Path, rewards: dict, output: str | Path, *, prompt: str, completion: str, chat: bool = False
+    path: str | Path, rewards: dict, output: str | Path, *, prompt: str | None, completion: str, chat: bool = False
 ) -> Path:
     """Score the completions of a table; write it with one more column per reward to `output` (parquet).
 
-    chat: rewards get text as a user's and an assistant's message, so that a model sees its chat template. A column
-    `finish_reason` says which completions were cut (`length`): these have no end token to be read at.
+    prompt: the column that says which rows share a prompt, and has its text unless a column `prompt` has. chat: rewards
+    get text as a user's and an assistant's message, so that a model sees its chat template. A column `finish_reason`
+    says which completions were cut (`length`): these have no end token to be read at.
     """
-    from align.evaluation.score_table import load_table
+    from align.evaluation.score_table import check_texts, load_table, text_column
     from align.reward_models.base import RewardBatch
 
-    frame = load_table(Path(path))
-    for column in (prompt, completion):
+    frame = load_table(Path(path), texts=(completion,))
+    prompt = text_column(frame, prompt)
+    for name, column in (("prompt", prompt), ("completion", completion)):
         if column not in frame:
             raise DataError(f"{path} has no column {column!r} (columns: {', '.join(frame)})")
+        if name == "completion" or any(map(_tokenizers, rewards.values())):  # a function may do without the prompt
+            check_texts(frame[column], Path(path), f"rewards read the {name}")
     taken = [name for name in rewards if name in frame]
     if taken:
         raise ConfigError(

@@ -113,7 +113,7 @@ def test_columns_and_files_that_are_not_there(tmp_path):
     with pytest.raises(DataError, match="cannot be read as .csv"):
         read(tmp_path / "torn.csv")
     (tmp_path / "torn.jsonl").write_text(json.dumps({"prompt": "a"}) + '\n{"prompt": ')
-    with pytest.raises(DataError, match="torn.jsonl: line 2 is not valid JSON"):
+    with pytest.raises(DataError, match="torn.jsonl, line 2: not valid JSON: Expecting value .character 10 "):
         read(tmp_path / "torn.jsonl")
 
 
@@ -165,8 +165,9 @@ def test_a_column_that_the_first_row_lacks_is_there(tmp_path):
     [
         ("t.json", b'{"rm": 1}', "is a JSON dict, not a list of objects"),
         ("t.json", b'["a"]', "row 0 is 'a', not an object"),
-        ("t.jsonl", b'{"rm": 1}\nnull\n', "row 1 is None, not an object"),
-        ("t.jsonl", b'{"rm": 1}\n\n{"rm": 1, "go', "line 3 is not valid JSON"),
+        ("t.jsonl", b'{"rm": 1}\nnull\n', "t.jsonl, line 2: NoneType instead of an object"),
+        ("t.jsonl", b'{"rm": 1}\n\n{"rm": 1, "go', "t.jsonl, line 3: not valid JSON"),
+        ("t.jsonl", b'{"rm": 1}\n{"rm": "\xff"}\n', "t.jsonl, line 2: not UTF-8 text"),
         ("t.jsonl", b'{"rm": 1}\n{"rm": "x"}\n', "column 'rm' does not hold values of one kind"),
         ("t.jsonl", b'{"rm": 1' + b"0" * 30 + b"}\n", "column 'rm' does not hold values of one kind"),
         ("t.csv", b"prompt,rm,rm,gold\n1,2,3,4\n", "several columns named 'rm'"),

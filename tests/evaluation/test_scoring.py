@@ -4,9 +4,11 @@ import json
 import logging
 
 import pandas as pd
+import pytest
 import torch
 
 from align.data import toy
+from align.errors import DataError
 from align.evaluation.scoring import sample_table, score_table
 from align.reward_models.base import Reward, RewardBatch, RewardOutput
 from align.reward_models.build import build_reward
@@ -75,3 +77,25 @@ def test_a_model_that_reads_messages_gets_them_with_chat_and_warns_without(tmp_p
         said = [record.message for record in caplog.records if "say --chat" in record.message]
         assert len(said) == len(warned) and all(f" {name} is" in text for name, text in zip(warned, said, strict=True))
     assert (model.score(talks).scores - model.score(texts).scores).abs().min() > 1e-3
+
+
+def test_rewards_read_the_prompts_and_not_their_numbers(tmp_path):
+    """`--prompt_column` says which rows share a prompt; where the table has texts too, these are scored."""
+    watch, path = Watch(), tmp_path / "table.csv"
+    path.write_text("id,prompt,completion,gold\n1,2 + 2,4,1\n1,2 + 2,007,0\n")
+    score_table(path, {"watch": watch}, tmp_path / "scored.parquet", prompt="id", completion="completion")
+    assert watch.seen[0].prompts == ["2 + 2", "2 + 2"] and watch.seen[0].columns["id"] == [1, 1]
+    assert watch.seen[0].completions == ["4", "007"]  # numbers are texts here
+    model = build_reward({"type": "classifier", "path": str(worlds.reward_folder(tmp_path / "rm")), "normalize": False})
+    path.write_text("id,completion,gold\n1,w4,1\n1,w5,0\n")
+    options = {"prompt": "id", "completion": "completion"}
+    score_table(path, {"watch": watch}, tmp_path / "scored.parquet", **options)  # a function may do without prompts
+    with pytest.raises(DataError, match=r"column 'id' holds numbers \(int64\), and rewards read the prompt as a text"):
+        score_table(path, {"rm": model}, tmp_path / "scored.parquet", **options)
+    pd.DataFrame({"prompt": ["w1", "w2"], "completion": [1, 2]}).to_parquet(tmp_path / "t.parquet")
+    options = {"prompt": None, "completion": "completion"}
+    with pytest.raises(DataError, match="column 'completion' holds numbers"):
+        score_table(tmp_path / "t.parquet", {"watch": watch}, tmp_path / "scored.parquet", **options)
+    pd.DataFrame({"prompt": ["w1", "w2"], "completion": ["x", None]}).to_parquet(tmp_path / "t.parquet")
+    with pytest.raises(DataError, match="column 'completion' is missing in rows 1"):
+        score_table(tmp_path / "t.parquet", {"watch": watch}, tmp_path / "scored.parquet", **options)
