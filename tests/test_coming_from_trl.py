@@ -6,8 +6,8 @@ from pathlib import Path
 
 import trl
 
+from align.config.arguments import instead_of
 from align.config.other_names import REMOVED
-from align.trainers.core.trl_options import instead_of
 from align.trainers.dpo import DPOConfig
 from align.trainers.reward import RewardConfig
 from align.trainers.sft import OWNED, UNUSED, SFTConfig

@@ -34,7 +34,7 @@ from align.trainers.core.loading import (
     with_template,
     without_weights,
 )
-from align.trainers.core.options import RunOptions, read_mapping
+from align.trainers.core.options import RunOptions
 from align.trainers.core.trainer import TrainerMixin
 from align.trainers.supervised.implicit import OF_STEP, check_options, for_model, implicit_rewards
 from align.trainers.supervised.options import SupervisedOptions
@@ -63,7 +63,6 @@ class SFTConfig(SupervisedOptions, RunOptions, trl.SFTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        read_mapping(self, "model_init_kwargs")
         check_options(self)
         changed = [name for name, default in OWNED.items() if not self._neutral(name, default)]
         if changed:

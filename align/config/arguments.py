@@ -11,6 +11,7 @@ from align.lazy import load
 from align.methods import Method
 
 REWARD_SECTIONS = ("rewards", "gold_reward")
+INSTEAD = ". Instead: "
 
 
 @dataclass
@@ -135,7 +136,21 @@ def init_fields(cls: type) -> dict[str, dataclasses.Field]:
 
 @cache
 def hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)
+    """The types of a class's fields. Of a class of the user's whose annotations name what only its function knows, the
+    types of its own fields are `Any`."""
+    try:
+        return get_type_hints(cls)
+    except NameError:
+        above = {
+            name: hint for base in reversed(cls.__mro__[1:]) if base is not object for name, hint in hints(base).items()
+        }
+        return {**above, **dict.fromkeys(cls.__dict__.get("__annotations__", {}), Any)}
+
+
+def instead_of(option: dataclasses.Field) -> str | None:
+    """What to do instead of a field that is another library's name without effect here, None of others. It stands in
+    the help alone: TRL's parser gives all of a field's metadata to argparse, which takes no words of ours."""
+    return str(option.metadata.get("help", "")).partition(INSTEAD)[2].removesuffix(".") or None
 
 
 def resume_from(value: str | bool | None) -> str | bool | None:

@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from align.config.arguments import hints, init_fields, option_classes, own_fields, reward_sections
 from align.config.nested import nested_options, nested_schema
+from align.config.types import choices_of
 from align.methods import METHODS, Method
 
 FILE = Path(__file__).with_name("options.json")
@@ -133,7 +134,7 @@ def _record(group: str, cls: type, field: dataclasses.Field) -> dict[str, Any]:
     if get_origin(hint) is Literal:
         arms = list(dict.fromkeys(type(value) for value in arms))
     enums = [arm for arm in arms if isinstance(arm, type) and issubclass(arm, Enum)]
-    choices = list(field.metadata.get("choices") or [member.value for enum in enums for member in enum])
+    choices = choices_of(cls, field.name)
     plain = [arm for arm in arms if arm in _JSON_TYPES]
     kind = "NAME" if enums else arms[0].__name__.upper() if plain == arms else "YAML"
     default = field.default.value if isinstance(field.default, Enum) else field.default

@@ -7,7 +7,7 @@ in no range. What depends on two options is checked where they meet.
 import math
 from typing import Any, get_args
 
-from align.config.arguments import hints, init_fields, own_fields
+from align.config.arguments import hints, init_fields
 from align.errors import ConfigError
 
 _HUGE = 10**12  # steps, tokens, bytes: beyond it nobody means it
@@ -54,7 +54,7 @@ _TABLE = {
         "alphapo_alpha beta_dpo_alpha beta_dpo_filter beta_dpo_momentum cpo_alpha discopop_tau f_alpha_divergence_coef "
         "interpolate label_smoothing ld_alpha mask_dropout mask_l1_kl mask_l1_reward mask_learning_rate mask_mlp_size "
         "mask_weight_decay rpo_coef rpo_eta simpo_gamma sweep_points tdpo_alpha ensemble ensemble_member "
-        "ensemble_upper_layers ref_model_mixup_alpha ref_model_sync_steps"
+        "ensemble_upper_layers ref_model_mixup_alpha ref_model_sync_steps reward_weights loss_weights"
     ),
 }
 RANGES = {name: limits for limits, names in _TABLE.items() for name in names.split()}
@@ -83,26 +83,17 @@ def problem_with(name: str, value: Any) -> str | None:
 
 
 def check_ranges(options: Any) -> None:
-    """Every numeric field of a configuration object. ConfigError naming the first that is out of its range, no whole
-    number where its type is one, no number, or None where its type has no None. Makes 4.0 (of 8 / 2) the whole number
-    it is, and one of numpy or torch Python's."""
-    for name in (*RANGES, "reward_weights", "loss_weights"):
+    """Every numeric field of a configuration object. ConfigError naming the first that is out of its range, or no whole
+    number where its type is one. Makes 4.0 (of 8 / 2) the whole number it is."""
+    for name in RANGES:
         value: Any = getattr(options, name, None)
         kinds = _kinds(type(options), name)
-        if kinds and kinds <= {int, float, type(None)}:
-            if type(value) not in (int, float, bool) and getattr(value, "ndim", None) == 0:
-                value = value.item()
-                setattr(options, name, value)
-            if value is not None and not isinstance(value, int | float):
-                raise ConfigError(f"{name} must be a number, got {value!r:.40} ({type(value).__name__})", key=name)
         problem = problem_with(name, value)
         if not problem and isinstance(value, float) and int in kinds and float not in kinds:
             if value.is_integer():
                 setattr(options, name, int(value))
             else:
                 problem = f"{name} must be a whole number, got {value:.6g}"
-        if value is None and _needs_number(type(options), name):
-            problem = f"{name} must be a number, got None"
         if problem:
             raise ConfigError(problem, key=name)
 
@@ -112,12 +103,3 @@ def _kinds(cls: type, name: str) -> set[Any]:
     if name not in init_fields(cls):
         return set()
     return set(get_args(hints(cls)[name]) or (hints(cls)[name],))
-
-
-def _needs_number(cls: type, name: str) -> bool:
-    """Whether it is a field of ours, or of TRL's, whose default is a number and whose type has no None; transformers
-    itself takes None for some of its own."""
-    field = init_fields(cls).get(name)
-    if field is None or not isinstance(field.default, int | float):
-        return False
-    return name in own_fields(cls) and type(None) not in get_args(hints(cls)[name])

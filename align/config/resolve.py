@@ -26,6 +26,7 @@ from align.config.ranges import problem_with
 from align.config.secrets import MASK, masked, masked_text
 from align.config.sections import Section
 from align.config.source import COMMAND_LINE, Entry, apply_overrides, one_line, read_file, read_overrides
+from align.config.types import check_options, choices_of, not_among
 from align.errors import AlignError, ConfigError
 from align.methods import METHODS, Method, get_method
 
@@ -83,6 +84,7 @@ def resolve(method_name: str, config_file: str | None, tokens: list[str], *, els
     built = {part: _build(cls, arguments[part], entries, config_file) for part, cls in classes.items()}
     run = RunConfig(method=method, **built, **nested, entries=entries, given=given)
     _check_required(run, config_file)
+    _check_unread(entries)
     return run
 
 
@@ -162,17 +164,21 @@ def _typed(key: str, entry: Entry, cls: type) -> Any:
     from pydantic import ValidationError
 
     hint = hints(cls)[key]
-    choices = list(init_fields(cls)[key].metadata.get("choices") or [])
-    enums = [arm for arm in get_args(hint) if isinstance(arm, type) and issubclass(arm, Enum)]
-    if enums:  # transformers writes `Enum | str`: any text would pass here and fail later, without its line
-        choices = [member.value for member in enums[0]]
+    choices = choices_of(cls, key)
     if isinstance(entry.value, dict) and any(
         isinstance(arm, type) and issubclass(arm, Section) for arm in get_args(hint)
     ):
         return entry.value  # the configuration's own class reads it
+    for arm in get_args(hint):
+        if isinstance(arm, type) and dataclasses.is_dataclass(arm) and isinstance(entry.value, dict):
+            try:
+                check_options(arm, entry.value, key)  # pydantic leaves out what it does not know
+            except ConfigError as error:
+                raise ConfigError(f"{entry.where}: {error}", key=key) from error
     adapter = _adapter(cls, key)
     # a word that YAML reads as a number or a truth value may be meant as text; one item may be meant as a list
-    candidates = [entry.value] if entry.text is None else [entry.value, entry.text, [entry.text]]
+    alone = entry.text is None or entry.value is None
+    candidates = [entry.value] if alone else [entry.value, entry.text, [entry.text]]
     problem = ""
     for candidate in candidates:
         try:
@@ -184,9 +190,7 @@ def _typed(key: str, entry: Entry, cls: type) -> Any:
             problem = "Input should be a number"
             continue
         if choices and value is not None and _plain(value) not in choices:
-            near = nearest(str(value), choices) if len(choices) > 12 else None
-            valid = f"nearest valid: {near}" if near else f"valid: {', '.join(choices[:12])}"
-            raise ConfigError(f"{entry.where}: {key} cannot be {_plain(value)!r}; {valid}")
+            raise ConfigError(f"{entry.where}: {key} {not_among(_plain(value), choices)}", key=key)
         outside = problem_with(key, value)
         if outside:
             raise ConfigError(f"{entry.where}: {outside}", key=key)
@@ -234,6 +238,25 @@ def _check_required(run: RunConfig, config_file: str | None) -> None:
     if missing:
         place = f"in {config_file} or on the command line" if config_file else "on the command line or in a --config"
         raise ConfigError(f"`align {run.method.name}` needs {' and '.join(missing)}, to be set {place}")
+
+
+_READ_WITH = {
+    "use_peft": (("lora_", "use_rslora", "use_dora"), "train an adapter", "train all weights"),
+    "load_in_4bit": (("bnb_4bit_", "use_bnb_nested_quant"), "hold the weights in 4 bits", "hold them as they are"),
+}
+"""Options of trl.ModelConfig that say what others mean: the names of those, and what true and false do."""
+
+
+def _check_unread(entries: dict[str, Entry]) -> None:
+    """ConfigError for options that nothing reads where the one that they belong to is not said at all."""
+    for switch, (names, on, off) in _READ_WITH.items():
+        given = [key for key in entries if key.startswith(names)]
+        if given and switch not in entries:
+            raise ConfigError(
+                f"{entries[given[0]].where}: {given[0]} is not read without {switch}: set {switch}: true to {on}, or "
+                f"{switch}: false to {off}",
+                key=given[0],
+            )
 
 
 def settings(run: RunConfig) -> dict[str, Any]:

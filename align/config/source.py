@@ -89,12 +89,14 @@ for _tag in ("str", "seq", "map"):
 
 
 def parse_value(text: str) -> Any:
-    """A command-line value as YAML; text that is no YAML, or refers to an anchor (which might hold itself), stands for
-    itself."""
+    """A command-line value as YAML; text that is no YAML, refers to an anchor (which might hold itself) or has what
+    would begin a comment (`runs/try #3`) stands for itself."""
     try:
         if "*" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, _CoreLoader)):
             return text
-        return yaml.load(text, _CoreLoader)  # noqa: S506  (a SafeLoader)
+        value = yaml.load(text, _CoreLoader)  # noqa: S506  (a SafeLoader)
+        written = isinstance(value, str | None) and " #" in f" {text}" and text.strip()[0] not in "'\""
+        return text.strip() if written else value
     except (yaml.YAMLError, RecursionError):
         return text
 

@@ -35,7 +35,7 @@ def refusal(method, path, *tokens) -> str:
 
 def test_command_line_over_file_over_default(file):
     path = file("learning_rate: 1e-5\nseed: 7\n")
-    run = resolve("sft", path, ["--learning_rate", "5e-7", "--lora-r", "8"])
+    run = resolve("sft", path, ["--learning_rate", "5e-7", "--use_peft", "--lora-r", "8"])
     assert (run.training.learning_rate, run.training.seed, run.model.lora_r) == (5e-7, 7, 8)
     assert run.training.max_grad_norm == 1.0
     assert (run.where("learning_rate"), run.where("seed")) == ("command line", f"{path}, line 4")
@@ -57,8 +57,8 @@ def test_command_line_over_file_over_default(file):
         ("report_to: none", "training", []),
         ("report_to: [wandb, tensorboard]", "training", ["wandb", "tensorboard"]),
         ("lr_scheduler_kwargs: {last_epoch: -1}", "training", {"last_epoch": -1}),
-        ("lora_target_modules: all-linear", "model", "all-linear"),
-        ("lora_target_modules: [q_proj, v_proj]", "model", ["q_proj", "v_proj"]),
+        ("lora_target_modules: all-linear\nuse_peft: true", "model", "all-linear"),
+        ("lora_target_modules: [q_proj, v_proj]\nuse_peft: true", "model", ["q_proj", "v_proj"]),
         ("resume_from_checkpoint: true", "training", "true"),
         ("dtype: bfloat16", "model", "bfloat16"),
         ("disable_tqdm: null", "training", False),

@@ -39,6 +39,10 @@ def values(entries):
         ("rewards.py:fn", "rewards.py:fn"),
         ("[unclosed", "[unclosed"),
         ("@odd", "@odd"),
+        ("runs/try #3", "runs/try #3"),
+        ("#3", "#3"),
+        ("'runs/try #3'", "runs/try #3"),
+        ("[a, b] # c", ["a", "b"]),
     ],
 )
 def test_scalars_follow_yaml_1_2(text, value):

@@ -10,14 +10,13 @@ import pytest
 import torch
 
 from align.cli.main import main
-from align.config.arguments import hints, option_classes
+from align.config.arguments import hints, instead_of, option_classes
 from align.config.ranges import RANGES
 from align.config.resolve import resolve, settings, write_settings
 from align.config.secrets import MASK, Secret, expand, masked, masked_text
 from align.errors import ConfigError
 from align.methods import METHODS
 from align.rollout import VLLMOptions
-from align.trainers.core.trl_options import instead_of
 from align.trainers.dpo import DPOConfig
 from align.trainers.ppo import PPOConfig
 
@@ -108,10 +107,13 @@ def test_python_is_held_to_the_same(tmp_path):
     for options, message in (
         ({"learning_rate": -1.0}, "learning_rate must be at least 0"),
         ({"weight_decay": math.nan}, "weight_decay must be a finite number"),
-        ({"max_prompt_length": None}, "max_prompt_length must be a number, got None"),
+        (
+            {"max_prompt_length": None},
+            "max_prompt_length must be a whole number, got None: leave it out for its default",
+        ),
         ({"num_generations": 2.5}, "num_generations must be a whole number, got 2.5"),
         ({"learning_rate": "1e-4"}, "learning_rate must be a number, got '1e-4' .str."),
-        ({"per_device_train_batch_size": []}, "per_device_train_batch_size must be a number, got .. .list."),
+        ({"per_device_train_batch_size": []}, "per_device_train_batch_size must be a whole number, got .. .list."),
         ({"max_steps": 1.5}, "max_steps must be a whole number, got 1.5"),
         ({"eval_num_generations": 2, "num_generations_eval": 3}, "num_generations_eval is TRL's name of eval_num"),
         ({"rollout": {"max_num_seqs": 0}}, "rollout.max_num_seqs: "),

@@ -6,7 +6,9 @@ beside this file tells the type checker what the classes have that come behind t
 
 from importlib.metadata import version
 
+from align.config.arguments import init_fields
 from align.config.names import check_arguments
+from align.config.types import check_types
 from align.errors import ConfigError
 
 OVERRIDDEN = (
@@ -82,8 +84,9 @@ def check_overridden(base: type) -> None:
 class TrainingSettings:
     """Base of a mix-in for a `TrainingArguments`."""
 
-    def __new__(cls, *_args, **given):
+    def __new__(cls, *values, **given):
         check_arguments(cls, given)
+        check_types(cls, {**dict(zip(init_fields(cls), values, strict=False)), **given})
         return super().__new__(cls)
 
 

@@ -15,6 +15,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from align.config.arguments import instead_of
 from align.data.endless import EndlessRows
 from align.data.fingerprint import rows_digest
 from align.data.streams import LOOKED_AT
@@ -22,7 +23,6 @@ from align.distributed.shards import is_zero3, whole
 from align.errors import RewardError, TrainingError
 from align.modeling.adapters import PREFIX
 from align.modeling.fingerprint import fingerprint
-from align.trainers.core.trl_options import instead_of
 
 FILE_NAME = "align_run.json"
 SAMPLES = 64

@@ -4,7 +4,6 @@
 that a trainer built on one of TRL's keeps TRL's defaults.
 """
 
-import json
 import logging
 import os
 from dataclasses import MISSING, dataclass, field, fields
@@ -14,10 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from align.config.ranges import check_ranges
 from align.config.secrets import Secret, masked
 from align.config.sections import plain
+from align.config.types import check_options, take_types
 from align.errors import AlignError, ConfigError, one_line
 from align.trainers.core.early import check_optimizer, check_schedule, check_workers
 from align.trainers.core.hooks import TrainingSettings
@@ -30,6 +31,7 @@ from align.trainers.core.processes import (
     check_parallelism,
     check_sharding,
     check_variables,
+    read_file,
 )
 
 logger = logging.getLogger(__name__)
@@ -90,6 +92,13 @@ def check_batches(accelerator_config: Any) -> None:
             "per_device_train_batch_size by the number of processes",
             key="accelerator_config",
         )
+
+
+def check_accelerator(args: Any) -> None:
+    """ConfigError for entries of `accelerator_config` that accelerate does not have. Before transformers reads it."""
+    read_file(args, "accelerator_config")
+    if isinstance(args.accelerator_config, dict):
+        check_options(AcceleratorConfig, args.accelerator_config, "accelerator_config")
 
 
 def check_dispatch(args: Any, stream: bool) -> None:
@@ -160,16 +169,6 @@ def take_recomputation(args: Any) -> None:
     )
 
 
-def read_mapping(args: Any, name: str) -> None:
-    """An option that may be JSON, as transformers' parser leaves it, as what it says. ConfigError for other text."""
-    value = getattr(args, name)
-    if isinstance(value, str):
-        try:
-            setattr(args, name, dict(json.loads(value)))
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"{name}: {value!r} is no mapping; write it as '{{\"key\": 1}}'", key=name) from error
-
-
 def limit_waits(seconds: float) -> None:
     """Of the processes' group on processors: transformers gives `ddp_timeout` to that on GPUs alone."""
     if dist.is_initialized() and dist.get_backend() == "gloo":
@@ -212,9 +211,12 @@ class RunOptions(TrainingSettings):
     )
 
     def __post_init__(self):
+        take_types(self)
+        self.report_to = self.report_to or ["none"]
         check_variables()
         check_deepspeed(self)
         check_fsdp_config(self)
+        check_accelerator(self)
         ranks_on_processors()
         cuda = machine_has_cuda() and not self.use_cpu
         take_precision(self)
@@ -294,7 +296,6 @@ class BaseConfig(RunOptions, TrainingArguments):
     )
 
     def __post_init__(self):
-        read_mapping(self, "model_init_kwargs")
         super().__post_init__()
         if self.torch_compile:
             raise ConfigError(

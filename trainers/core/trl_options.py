@@ -4,14 +4,13 @@ a rule TRL's default), nothing else.
 A value that asks for something is refused with what to do instead; it is never ignored.
 """
 
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+from align.config.arguments import INSTEAD, instead_of
 from align.errors import ConfigError
 from align.trainers.core.hooks import TrainingSettings
 from align.trainers.core.moving_reference import MovingReferenceOptions
-
-INSTEAD = ". Instead: "
 
 
 def of_trl(default: Any, instead: str) -> Any:
@@ -22,12 +21,6 @@ def of_trl(default: Any, instead: str) -> Any:
 def without_effect(default: Any, instead: str, why: str) -> Any:
     """As `of_trl`; why: for the help."""
     return field(default=default, metadata={"help": f"{why}{INSTEAD}{instead}."})
-
-
-def instead_of(option: Field) -> str | None:
-    """What to do instead of a field that was made here, None of others. It stands in the help alone: TRL's parser gives
-    all of a field's metadata to argparse, which takes no words of ours."""
-    return option.metadata.get("help", "").partition(INSTEAD)[2].removesuffix(".") or None
 
 
 @dataclass

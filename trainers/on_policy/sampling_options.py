@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from align.config.types import take_types
 from align.errors import ConfigError
 from align.rollout.types import SamplingParams
-from align.trainers.core.options import read_mapping
 from align.trainers.on_policy.environments import EnvironmentOptions
 from align.trainers.on_policy.trl_names import DRAWN, TrlOnPolicyOptions, take_generation_kwargs, take_turns
 
@@ -22,7 +22,7 @@ class SamplingOptions(EnvironmentOptions, TrlOnPolicyOptions):
         default=1.0, metadata={"help": "Draw from the smallest set of tokens that has this probability; 1: off."}
     )
     top_k: int = field(default=0, metadata={"help": "Draw from the so many most likely tokens; 0: off."})
-    min_p: float = field(
+    min_p: float | None = field(
         default=0.0,
         metadata={"help": "Draw no token less likely than this share of the most likely one's probability; 0: off."},
     )
@@ -70,8 +70,7 @@ class SamplingOptions(EnvironmentOptions, TrlOnPolicyOptions):
         return {"max_tokens": self.max_completion_length, **{name: getattr(self, name) for name in DRAWN}}
 
     def __post_init__(self):
-        for name in ("generation_kwargs", "chat_template_kwargs"):
-            read_mapping(self, name)
+        take_types(self)  # generation_kwargs may be JSON
         take_generation_kwargs(self)
         take_turns(self)
         super().__post_init__()

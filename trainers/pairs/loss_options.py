@@ -51,8 +51,6 @@ class PairLossOptions(TrainingSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        if isinstance(self.loss_type, str):
-            self.loss_type = [self.loss_type]
         self.objective()
 
     def objective(self) -> PreferenceObjective:
@@ -61,7 +59,7 @@ class PairLossOptions(TrainingSettings):
         options = {name: getattr(self, name) for name in names}
         twice = sorted(set(names) & set(self.loss_options or ()))
         if twice:
-            raise ConfigError(f"loss_options: {', '.join(twice)} are keys of their own")
+            raise ConfigError(f"loss_options: {', '.join(twice)} are keys of their own", key="loss_options")
         return preference_objective(
             [known_name(name) for name in self.loss_type],
             self.loss_weights,

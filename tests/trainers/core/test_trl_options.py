@@ -184,7 +184,7 @@ def test_assistant_only_loss_is_what_messages_have_anyway(tmp_path):
         ("SFTConfig", {"fp16_full_eval": True}, "fp16_full_eval: transformers leaves the weights rounded"),
         ("SFTConfig", {"enable_jit_checkpoint": True}, "enable_jit_checkpoint: a run ends with a checkpoint"),
         ("SFTConfig", {"accelerator_config": {"even_batches": False}}, "accelerator_config: without even_batches"),
-        ("SFTConfig", {"accelerator_config": {"evenbatches": True}}, "unexpected keyword argument 'evenbatches'"),
+        ("SFTConfig", {"accelerator_config": {"evenbatches": True}}, "unknown key evenbatches; nearest valid: even_b"),
         ("DPOConfig", {"accelerator_config": "nowhere.json"}, "No such file or directory: 'nowhere.json'"),
         (
             "PPOConfig",
