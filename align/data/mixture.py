@@ -7,6 +7,7 @@ from pydantic import Field
 
 from align.config.sections import Section, parse, parse_list
 from align.data.formats import SCORED, TEXT_COLUMNS
+from align.data.messages import HOLDERS, with_roles
 from align.data.rows import load_rows
 from align.errors import ConfigError, DataError
 
@@ -79,6 +80,7 @@ def mix(loaded: list[tuple["Dataset", MixturePart]], seed: int) -> "Dataset":
             if missing:
                 raise DataError(f"{names[index]} has no column {missing[0]!r}; it has: {', '.join(rows.column_names)}")
             rows = rows.select_columns(part.columns)
+        rows = _with_roles(rows)
         drawn = _drawn(len(rows), part.weight, np.random.default_rng([seed, index]))
         if not len(drawn):
             raise DataError(f"{names[index]}: weight {part.weight:g} of {len(rows)} rows takes no row")
@@ -101,6 +103,16 @@ def mix(loaded: list[tuple["Dataset", MixturePart]], seed: int) -> "Dataset":
     mixed.info.dataset_name = "mixture of " + ", ".join(f"{part.path} x {part.weight:g}" for _, part in loaded)
     mixed.info.description = f"{len(order)} rows per epoch: {'; '.join(lines)}"
     return mixed
+
+
+def _with_roles(rows: "Dataset") -> "Dataset":
+    """Rows of ShareGPT's format with the columns and keys of the others, beside which they may stand."""
+    talks = [name for name in HOLDERS if name in rows.column_names]
+    features = {name: str(rows.features[name]) for name in talks}
+    if not any("'from'" in feature for feature in features.values()):
+        return rows
+    renamed = ["conversations"] if "conversations" in talks and "messages" not in talks else []
+    return rows.map(with_roles).remove_columns(renamed)
 
 
 def _drawn(count: int, weight: float, generator: np.random.Generator) -> np.ndarray:

@@ -51,6 +51,14 @@ def test_further_columns_may_differ_and_formats_may_not():
         mixed((rows("a", 4), 0.1))
 
 
+@pytest.mark.parametrize("column", ["conversations", "messages"])
+def test_sharegpt_stands_beside_messages(column):
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    both = mixed((Dataset.from_list([{column: turns, "id": 1}]), 1), (Dataset.from_list([{"messages": chat}]), 1))
+    assert list(both["messages"]) == [chat, chat] and sorted(both.column_names) == ["id", "messages", "row"]
+
+
 @pytest.mark.parametrize(
     ("value", "sentence"),
     [
