@@ -119,6 +119,16 @@ def check_dispatch(args: Any, stream: bool) -> None:
         args.accelerator_config.dispatch_batches = False
 
 
+def read_given(args: Any) -> None:
+    """Values as those of their types, and files as what stands in them."""
+    take_types(args)
+    args.report_to = args.report_to or ["none"]
+    check_variables()
+    check_deepspeed(args)
+    check_fsdp_config(args)
+    check_accelerator(args)
+
+
 def machine_has_cuda() -> bool:
     return torch.cuda.is_available()
 
@@ -211,12 +221,7 @@ class RunOptions(TrainingSettings):
     )
 
     def __post_init__(self):
-        take_types(self)
-        self.report_to = self.report_to or ["none"]
-        check_variables()
-        check_deepspeed(self)
-        check_fsdp_config(self)
-        check_accelerator(self)
+        read_given(self)
         ranks_on_processors()
         cuda = machine_has_cuda() and not self.use_cpu
         take_precision(self)
