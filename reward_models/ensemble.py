@@ -13,7 +13,7 @@ from align.distributed.disk import writing
 from align.errors import ConfigError, RewardError
 from align.lazy import imported
 from align.objectives.ensemble import Rule, aggregate, check_rule, rule_name
-from align.reward_models.base import Reward, RewardBatch, RewardOutput, Steps, together
+from align.reward_models.base import Reward, RewardBatch, RewardOutput, Steps, joined, together
 from align.reward_models.classifier import ClassifierReward
 from align.reward_models.early import Early, begin_parts
 from align.reward_models.joint import JointMembers, check_tokenizers, load_joint
@@ -32,9 +32,10 @@ class RewardEnsemble(Reward):
     The extras of each score are `member/<i>`, `mean` and, with two members or more, `variance`.
 
     Args:
-        members: rewards of any kind, or `JointMembers`. Classifiers among them must have one vocabulary and chat
-            template. aggregation: "mean", "wco", "uwo", "lcb", "quantile", or a function of the members' scores [K, B]
-            that returns [B], or where it is ("path/file.py:function").
+        members: rewards of any kind, or `JointMembers`. Classifiers among them may have any vocabulary and chat
+            template: each reads the same messages in its own way.
+        aggregation: "mean", "wco", "uwo", "lcb", "quantile", or a function of the members' scores [K, B] that returns
+            [B], or where it is ("path/file.py:function").
         lambda_: of uwo (its unit is 1/score) and lcb, required there and refused elsewhere. quantile: likewise.
         ddof: 0 is the paper's population variance, 1 the unbiased one of their released PPO code.
         normalize: classifiers trained on pairs have arbitrary offset and scale, so every rule but the mean refuses a
@@ -58,7 +59,7 @@ class RewardEnsemble(Reward):
         self.options: dict[str, Any] = {"lambda_": lambda_, "ddof": ddof, "quantile": quantile}
         try:
             check_rule(aggregation, len(self.members), **self.options)
-            raw = _check_members(self.members)
+            raw = _without_normalizer(self.members)
         except (RewardError, ConfigError) as error:
             raise RewardError(f"reward {name!r}: {error}") from error
         if raw and normalize and aggregation != "mean":
@@ -84,12 +85,17 @@ class RewardEnsemble(Reward):
     def _steps(self, batch: RewardBatch) -> Steps[RewardOutput]:
         if isinstance(self.members, JointMembers):
             scores = yield from self.members.steps(batch)
-        else:
-            scores = _rows((yield from together(self.members, batch)))
-        return self._combined(scores) if len(batch) else RewardOutput(torch.empty(0))
+            return self._combined(scores) if len(batch) else RewardOutput(torch.empty(0))
+        outputs = yield from together(self.members, batch)
+        return self._of_members(outputs) if len(batch) else RewardOutput(torch.empty(0))
 
     def _of_members(self, outputs: Sequence[RewardOutput]) -> RewardOutput:
-        return self._combined(_rows(outputs))
+        """What members log beside their scores stays: under `member/<i>`, as two of them may have one name."""
+        combined = self._combined(_rows(outputs))
+        combined.metrics = {f"member/{i}/{key}": v for i, one in enumerate(outputs) for key, v in one.metrics.items()}
+        combined.given = joined(one.given for one in outputs)
+        combined.columns = {f"member/{i}/{key}": v for i, one in enumerate(outputs) for key, v in one.columns.items()}
+        return combined
 
     def _combined(self, scores: Tensor) -> RewardOutput:
         """scores: [members, B]."""
@@ -111,13 +117,11 @@ def _rows(outputs: Iterable[RewardOutput]) -> Tensor:
     return torch.stack([output.scores.float() for output in outputs])
 
 
-def _check_members(members: Sequence[Reward] | JointMembers) -> list[str]:
-    """Names of the members without a normaliser. Raises `ConfigError` for classifiers of different tokenizers."""
+def _without_normalizer(members: Sequence[Reward] | JointMembers) -> list[str]:
+    """Names of the classifiers among the members without a normaliser."""
     if isinstance(members, JointMembers):
         return [] if members.normalizers is not None else members.names
     classifiers = [member for member in members if isinstance(member, ClassifierReward | VllmReward)]
-    if classifiers:
-        check_tokenizers([member.name for member in classifiers], [member.tokenizer for member in classifiers])
     return [member.name for member in classifiers if not member.normalized]
 
 
@@ -223,6 +227,8 @@ def load_ensemble(
     members: list[ClassifierReward] | JointMembers
     if saved["kind"] == "separate":
         members = [ClassifierReward(m, name=m.name, normalize=normalize, **classifier_options) for m in folders]
+        # trained as one, so that another tokenizer is a mistake; members of a list may be of any families
+        check_tokenizers([m.name for m in members], [m.tokenizer for m in members])
     else:
         members = load_joint(Path(folder), saved, folders, name=name, normalize=normalize, **classifier_options)
     return RewardEnsemble(

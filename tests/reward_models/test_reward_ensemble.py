@@ -8,6 +8,7 @@ from align.reward_models.classifier import ClassifierReward
 from align.reward_models.ensemble import RewardEnsemble, ensemble_members, load_ensemble, save_ensemble
 from align.reward_models.normalizer import Normalizer
 from align.reward_models.rules import RuleReward
+from align.reward_models.steps import in_step
 from tests.reward_models import worlds
 
 BATCH = RewardBatch(["w1 w2 ", "w3 ", "w4 "], ["w7", "w8 w9", "w2 w2"])
@@ -38,6 +39,27 @@ def normalise(folder):
     for member in ensemble_members(folder):
         scores = ClassifierReward(str(member), normalize=False).score(BATCH).scores
         Normalizer.fit(scores, "the three").save(member)
+
+
+def test_what_members_log_is_not_lost():
+    """log_metric of a function, the share of checks that failed: as of the same reward outside an ensemble."""
+
+    class Logs(Fixed):
+        def _score(self, batch):
+            return RewardOutput(
+                self.scores,
+                metrics={"tries": [self.scores[0].item()]},
+                given={"asked": [1.0]},
+                columns={"said": ["x"] * 3},
+            )
+
+    ensemble = RewardEnsemble([Fixed(1.0, 0.0, 3.0), Logs(3.0, 0.0, -3.0), Logs(5.0, 0.0, 0.0)], "mean")
+    output = ensemble.score(BATCH)
+    assert output.metrics == {"member/1/tries": [3.0], "member/2/tries": [5.0]} and output.given == {
+        "asked": [1.0, 1.0]
+    }
+    assert output.columns == {"member/1/said": ["x"] * 3, "member/2/said": ["x"] * 3}
+    assert in_step(ensemble.steps(BATCH)).metrics == output.metrics
 
 
 def test_rules_and_extras():
