@@ -42,6 +42,21 @@ class Constraint:
         return abs(self.slack(value)) if self.direction == "equal" else max(0.0, -self.slack(value))
 
 
+def check_together(constraints: Sequence[Constraint]) -> None:
+    """ConfigError for constraints that say the same thing twice, or that no value can meet."""
+    kinds = [f"{c.reward} {c.direction}" for c in constraints]
+    double = sorted({kind for kind in kinds if kinds.count(kind) > 1})
+    if double:
+        raise ConfigError(f"a reward is constrained twice in the same direction: {', '.join(double)}")
+    ceilings = {c.reward: c.threshold for c in constraints if c.direction == "at_most"}
+    for c in constraints:
+        if c.direction == "at_least" and c.threshold > ceilings.get(c.reward, math.inf):
+            raise ConfigError(
+                f"no value of {c.reward} is at least {c.threshold:g} and at most {ceilings[c.reward]:g}: in a band "
+                "at_least has the lower threshold"
+            )
+
+
 def squash(raw: Tensor, form: str) -> Tensor:
     """The multiplier of a raw value: sigmoid in (0, 1), tanh in (-1, 1), softplus above 0."""
     if form not in FORMS:

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 import torch
 
 from align.errors import ConfigError, TrainingError
-from align.objectives.constraints import FORMS, Constraint, applied_weights, squash, squash_slope
+from align.objectives.constraints import (
+    FORMS,
+    Constraint,
+    applied_weights,
+    check_together,
+    squash,
+    squash_slope,
+)
 
 SATURATED = 0.1  # of the largest slope: from there on a multiplier takes ten times as long to come back
 STEEPEST = {"sigmoid": 0.25, "tanh": 1.0, "softplus": 1.0}
@@ -22,6 +29,22 @@ class PID:
     ki: float = 0.1
     kd: float = 0.0
     integral_bound: float = 10.0
+
+
+def _check_form(form: str, constraints: Sequence[Constraint]) -> None:
+    """ConfigError for a form that cannot hold some of the constraints."""
+    wrong = [c.reward for c in constraints if (c.direction == "equal") != (form == "tanh")]
+    if not wrong:
+        return
+    if 0 < sum(c.direction == "equal" for c in constraints) < len(constraints):
+        raise ConfigError(
+            "constraints that are equal do not go together with at_least and at_most: their multipliers have other "
+            "forms. Write an equality as a band, at_least and at_most with (nearly) the same threshold"
+        )
+    raise ConfigError(
+        f"multiplier form {form!r} does not fit {', '.join(wrong)}: equal takes tanh (its multiplier may be "
+        "negative), at_least and at_most take sigmoid or softplus"
+    )
 
 
 class Multipliers:
@@ -59,16 +82,8 @@ class Multipliers:
             raise ConfigError("there is no constraint to hold")
         if form not in FORMS:
             raise ConfigError(f"multiplier form must be one of {', '.join(FORMS)}, got {form!r}")
-        kinds = [f"{c.reward} {c.direction}" for c in self.constraints]
-        double = sorted({kind for kind in kinds if kinds.count(kind) > 1})
-        if double:
-            raise ConfigError(f"a reward is constrained twice in the same direction: {', '.join(double)}")
-        wrong = [c.reward for c in self.constraints if (c.direction == "equal") != (form == "tanh")]
-        if wrong:
-            raise ConfigError(
-                f"multiplier form {form!r} does not fit {', '.join(wrong)}: equal takes tanh (its multiplier may be "
-                "negative), at_least and at_most take sigmoid or softplus"
-            )
+        check_together(self.constraints)
+        _check_form(form, self.constraints)
         bounds = BOUNDS[form] if bounds is None else bounds
         if not bounds[0] < bounds[1]:
             raise ConfigError(f"multiplier bounds must rise, got {bounds}")
@@ -77,6 +92,9 @@ class Multipliers:
         start = torch.as_tensor(initial, dtype=torch.float64)
         if start.numel() not in (1, len(self.constraints)):
             raise ConfigError(f"initial has {start.numel()} raw values for {len(self.constraints)} constraints")
+        outside = start[(start < bounds[0]) | (start > bounds[1])].tolist()
+        if any(outside):  # 0, where none is given, moves into bounds that do not hold it
+            raise ConfigError(f"initial has raw values outside the bounds {list(bounds)}: {outside}")
         self.raw = start.expand(len(self.constraints)).clone().clamp(*bounds)
         self.velocity: torch.Tensor | None = None
         self.integral = torch.zeros_like(self.raw)

@@ -110,6 +110,8 @@ def test_what_cannot_work_is_refused():
         ([equal], "sigmoid", "does not fit r"),
         ([at_least], "tanh", "does not fit r"),
         ([at_least, Constraint("r", "at_least", 0.7)], "sigmoid", "constrained twice"),
+        ([at_least, Constraint("r", "at_most", 0.4)], "softplus", "no value of r is at least 0.5 and at most 0.4"),
+        ([at_least, Constraint("s", "equal", 0.4)], "sigmoid", "do not go together .* Write an equality as a band"),
     ):
         with pytest.raises(ConfigError, match=message):
             Multipliers(constraints, form)
@@ -214,3 +216,6 @@ def test_initial_is_one_value_or_one_for_each_constraint():
     assert Multipliers(held, "sigmoid", initial=[0.5, -0.5]).raw.tolist() == [0.5, -0.5]
     with pytest.raises(ConfigError, match="initial has 3 raw values for 2 constraints"):
         Multipliers(held, "sigmoid", initial=[0.0, 1.0, 2.0])
+    with pytest.raises(ConfigError, match=r"outside the bounds \[-6.0, 6.0\]: \[7.0\]"):  # it was moved in silence
+        Multipliers(held, "sigmoid", initial=[7.0, 1.0])
+    assert Multipliers(held, "sigmoid", bounds=(1.0, 2.0)).raw.tolist() == [1.0, 1.0]

@@ -192,4 +192,12 @@ def make_weighting(reward_weights: dict[str, float], args: Any) -> Weighting:
     if options.task_apart:
         return RewardStreams(names, weights, options)
     forms = {"squared": SatisficingWeights, "squared_per_episode": SatisficingPerEpisode}
-    return forms.get(options.form, ConstrainedWeights)(names, weights, options)
+    if options.form in forms:
+        return forms[options.form](names, weights, options)
+    held = ConstrainedWeights(names, weights, options)
+    if not held.task and not args.beta:
+        held.messages.append(
+            "every reward is constrained, and beta is 0: there is no task beside the constraints, and nothing keeps "
+            "the policy near the reference once they hold. Set beta above 0, or name task_rewards"
+        )
+    return held

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from align.errors import ConfigError
-from align.objectives.constraints import Constraint
+from align.objectives.constraints import Constraint, check_together
 from align.objectives.multipliers import PID, Multipliers
 from align.trainers.weighting.sections import (
     ConstraintSection,
@@ -53,7 +53,10 @@ def check_constraints(args: Any) -> ConstraintOptions | None:
             "multipliers.standardize changes nothing here: the method whitens every stream itself",
             key="multipliers.standardize",
         )
+    if isinstance(args.task_rewards, str):
+        raise ConfigError(f"task_rewards is a list of names: [{args.task_rewards}]", key="task_rewards")
     if isinstance(section, SquaredSection | SquaredPerEpisodeSection):
+        check_together(held)
         options.coefficients = _coefficients(section.coefficients, held)
     else:
         given = {name: getattr(section, name) for name in section.model_fields_set}

@@ -27,9 +27,9 @@ class ConstraintSection(Section):
 class PIDSection(Section):
     """Gains of a PID controller instead of gradient descent."""
 
-    kp: float = 1.0
-    ki: float = 0.1
-    kd: float = 0.0
+    kp: float = Field(1.0, ge=0)
+    ki: float = Field(0.1, ge=0)
+    kd: float = Field(0.0, ge=0)
     integral_bound: float = Field(10.0, gt=0)
 
 

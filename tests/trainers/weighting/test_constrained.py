@@ -188,6 +188,12 @@ def test_a_reward_without_variance_is_reported(policy, tmp_path, caplog):
     assert len(found) == 1 and found[0].startswith("step 10: reward 'constant' gave all 16 completions")
 
 
+def test_constraints_without_a_task_are_reported(policy, tmp_path):
+    """Every reward is held and no KL counts: mu-PPO with GRPO's usual beta of 0."""
+    said = [make("rloo", policy, tmp_path, constraints=AT_LEAST, beta=b).weighting.messages for b in (0.0, 0.1)]
+    assert "nothing keeps the policy near the reference" in said[0][0] and said[1] == []
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -212,6 +218,9 @@ def test_a_reward_without_variance_is_reported(policy, tmp_path, caplog):
             "multipliers.pid is an option of form sigmoid and tanh and softplus, not of form squared",
         ),
         ({"constraints": EQUAL, "multipliers": {"form": "squared", "coefficients": [1, 2]}}, "one per constraint"),
+        ({"constraints": EQUAL * 2, "multipliers": {"form": "squared"}}, "polite equal"),
+        ({"constraints": EQUAL, "multipliers": {"pid": {"kp": -1}}}, "kp: input should be greater than or equal to 0"),
+        ({"constraints": EQUAL, "task_rewards": "polite"}, r"task_rewards is a list of names: \[polite\]"),
         ({"multipliers": {"form": "tanh"}}, "multipliers is set, and there are no constraints"),
         ({"task_rewards": ["polite"]}, "task_rewards is set, and there are no constraints"),
         ({"constraints": EQUAL, "task_rewards": ["words"]}, "task_rewards name words, and the rewards are polite"),
