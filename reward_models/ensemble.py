@@ -29,7 +29,7 @@ KINDS = ("separate", "lora", "shared_trunk")
 class RewardEnsemble(Reward):
     """One score from those of several members (`align.objectives.ensemble.aggregate`).
 
-    The extras of each score are `member/<i>`, `mean` and, with two members or more, `variance`.
+    The extras of each score are `member/<i>`, `members_mean` and, with two members or more, `variance`.
 
     Args:
         members: rewards of any kind, or `JointMembers`. Classifiers among them may have any vocabulary and chat
@@ -100,7 +100,7 @@ class RewardEnsemble(Reward):
     def _combined(self, scores: Tensor) -> RewardOutput:
         """scores: [members, B]."""
         result = aggregate(scores, self.aggregation, **self.options)
-        extras = {**{f"member/{i}": row for i, row in enumerate(scores)}, "mean": result.mean}
+        extras = {**{f"member/{i}": row for i, row in enumerate(scores)}, "members_mean": result.mean}
         if result.variance is not None:
             extras["variance"] = result.variance
         return RewardOutput(result.scores, extras)

@@ -84,7 +84,7 @@ def check(ensemble, raw, alone):
         normalised = ensemble.score(BATCH).extras[f"member/{i}"]
         torch.testing.assert_close(normalised, (expected - 0.5 * i) / (1 + i), rtol=0, atol=1e-5)
     output = ensemble.score(BATCH)
-    torch.testing.assert_close(output.scores, output.extras["mean"] - 0.5 * output.extras["variance"])
+    torch.testing.assert_close(output.scores, output.extras["members_mean"] - 0.5 * output.extras["variance"])
 
 
 def test_a_shared_trunk(trunk):
@@ -169,7 +169,7 @@ def test_from_a_configuration(adapters):
     folder, _ = adapters
     spec = {"type": "ensemble", "path": str(folder), "aggregation": "lcb", "lambda": 1.0, "ddof": 1}
     output = build_reward(spec, tokenizer=worlds.tokenizer(), device="cpu").score(BATCH)
-    torch.testing.assert_close(output.scores, output.extras["mean"] - output.extras["variance"].sqrt())
+    torch.testing.assert_close(output.scores, output.extras["members_mean"] - output.extras["variance"].sqrt())
     check_reward(spec)
     with pytest.raises(ConfigError, match="quantile belongs to aggregation quantile; lcb has none"):
         build_reward({**spec, "quantile": 0.1})

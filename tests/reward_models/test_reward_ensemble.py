@@ -67,7 +67,7 @@ def test_rules_and_extras():
     output = RewardEnsemble(members, "uwo", lambda_=0.5).score(BATCH)
     assert output.scores.tolist() == [1.5, 0.0, -4.5]
     assert output.extras["variance"].tolist() == [1.0, 0.0, 9.0]
-    assert output.extras["mean"].tolist() == [2.0, 0.0, 0.0]
+    assert output.extras["members_mean"].tolist() == [2.0, 0.0, 0.0]
     assert output.extras["member/1"].tolist() == [3.0, 0.0, -3.0]
     assert RewardEnsemble(members, "wco").score(BATCH).scores.tolist() == [1.0, 0.0, -3.0]
     assert RewardEnsemble(members, "mean").score(BATCH).scores.tolist() == [2.0, 0.0, 0.0]
@@ -104,7 +104,7 @@ def test_saved_ensemble(saved):
     assert ensemble.name == saved.name and len(ensemble.members) == 3
     for i in range(3):
         assert output.extras[f"member/{i}"].mean().abs() < 1e-5
-    torch.testing.assert_close(output.scores, output.extras["mean"] - 0.5 * output.extras["variance"])
+    torch.testing.assert_close(output.scores, output.extras["members_mean"] - 0.5 * output.extras["variance"])
 
 
 def test_classifiers_on_no_common_scale_are_refused(saved):

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from align.errors import ConfigError
+from align.errors import ConfigError, RewardError
 from align.reward_models.base import Reward, RewardBatch, joined, score_together
 from align.reward_models.judges import JudgeReward
 from align.trainers.on_policy.environments import CLASS_COLUMN, FAILURE_COLUMN, REWARD_COLUMN, EnvironmentReward
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from align.trainers.on_policy.early_scores import EarlyScores
 
 logger = logging.getLogger(__name__)
+
+OF_SCORES = ("mean", "std")  # of a reward, as `Recorder.record_spread` logs them
 
 
 class RewardColumns:
@@ -58,6 +60,11 @@ class RewardColumns:
                 if not missing:
                     sample.rewards[name] = score
             for key, values in output.extras.items():
+                if key in OF_SCORES:
+                    raise RewardError(
+                        f"reward {name!r} has a number (or a part of a composite) called {key!r}, and "
+                        f"rewards/{name}/{key} is logged of its scores: rename it"
+                    )
                 for sample, value in zip(samples, values.tolist(), strict=True):
                     if not math.isnan(value):  # of a part that does not apply
                         sample.extras[f"{name}/{key}"] = value

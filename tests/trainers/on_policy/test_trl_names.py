@@ -10,7 +10,10 @@ from datasets import Dataset
 from transformers import LlamaForSequenceClassification, TrainerCallback
 
 from align.data import toy
-from align.errors import ConfigError, DataError
+from align.errors import ConfigError, DataError, RewardError
+from align.reward_models.composite import CompositeReward
+from align.reward_models.ensemble import RewardEnsemble
+from align.reward_models.rules import RuleReward
 from align.trainers.core.ranks import Ranks
 from align.trainers.core.trl_options import instead_of
 from align.trainers.grpo import GRPOConfig
@@ -332,6 +335,22 @@ def test_completions_are_shown_and_scores_have_a_spread(tmp_path, capsys):
     assert printed.count(">>>> ") == 6 and f"rewards/counting {given[0]:.4g}" in printed
     with pytest.raises(ConfigError, match="only with log_completions: true"):
         on_policy_config(RLOOConfig, tmp_path, num_completions_to_print=3)
+
+
+def test_the_mean_of_an_ensemble_is_of_its_scores(policy, tmp_path):
+    """What the members' mean was logged as too, so that mean and deviation were of both together."""
+    members = [RuleReward(lambda completions, k=k: [k * len(c) for c in completions], name=f"m{k}") for k in (1.0, 3.0)]
+    reward = RewardEnsemble(members, "wco", name="rm")
+    args = on_policy_config(RLOOConfig, tmp_path, num_generations=2, max_steps=1, logging_steps=1)
+    trainer = RLOOTrainer(policy, reward, args, prompts(8))
+    trainer.train()
+    (log,) = [entry for entry in trainer.state.log_history if "reward" in entry]
+    assert log["rewards/rm/mean"] == log["rewards/rm"] == log["rewards/rm/member/0"] > 0
+    assert log["rewards/rm/members_mean"] == pytest.approx(2 * log["rewards/rm"])
+    assert log["rewards/rm/std"] ** 2 == pytest.approx(log["rewards/rm/variance"] - log["rewards/rm"] ** 2, rel=1e-4)
+    named = CompositeReward([RuleReward(lambda completions: [0.0] * len(completions), name="mean")], name="sum")
+    with pytest.raises(RewardError, match="a part of a composite. called 'mean', and rewards/sum/mean is logged"):
+        RLOOTrainer(policy, named, args, prompts(8)).train()
 
 
 def test_what_a_reward_logs_is_in_evaluations_too(policy, tmp_path, caplog):

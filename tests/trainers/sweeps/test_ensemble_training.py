@@ -91,7 +91,7 @@ def test_saved_and_loaded(kind, trunk, tmp_path):
     folder = train_reward_ensemble(trunk, args, pairs(160), pairs(60, seed=1), members=3, kind=kind, **options)
     ensemble = load_ensemble(folder, "uwo", lambda_=0.5, device="cpu")
     output = ensemble.score(BATCH)
-    assert {f"member/{i}" for i in range(3)} | {"mean", "variance"} == set(output.extras) and output.extras[
+    assert {f"member/{i}" for i in range(3)} | {"members_mean", "variance"} == set(output.extras) and output.extras[
         "variance"
     ].all()
     good = ensemble.score(RewardBatch(["w7 "] * 2, ["w1 w2 w3", "w20 w21"])).scores
