@@ -53,8 +53,6 @@ def check_constraints(args: Any) -> ConstraintOptions | None:
             "multipliers.standardize changes nothing here: the method whitens every stream itself",
             key="multipliers.standardize",
         )
-    if isinstance(args.task_rewards, str):
-        raise ConfigError(f"task_rewards is a list of names: [{args.task_rewards}]", key="task_rewards")
     if isinstance(section, SquaredSection | SquaredPerEpisodeSection):
         check_together(held)
         options.coefficients = _coefficients(section.coefficients, held)
