@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field
 
@@ -16,10 +16,18 @@ if TYPE_CHECKING:
 
 PathText = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
 # torch.bfloat16 and torch.device("cpu") as well as their names
-TorchName = Annotated[str, BeforeValidator(lambda value: str(value).removeprefix("torch."))]
+TorchName = Annotated[str, BeforeValidator(lambda value: torch_name(value))]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16", "float64"], BeforeValidator(lambda value: torch_name(value))
+]
 Count = Annotated[int, Field(ge=1)]
 
 REWARDS = Kinds("reward", {})
+
+
+def torch_name(value: Any) -> Any:
+    """The name of one of torch's own objects; anything else as it is."""
+    return str(value).removeprefix("torch.") if type(value).__module__ == "torch" or isinstance(value, str) else value
 
 
 class RewardSpec(Section):

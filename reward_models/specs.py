@@ -16,7 +16,7 @@ from align.errors import ConfigError, RewardError
 from align.lazy import imported
 from align.reward_models.function_specs import RuleSpec
 from align.reward_models.kinds import REWARDS as REWARDS
-from align.reward_models.kinds import Count, PathText, RewardSpec, TorchName
+from align.reward_models.kinds import Count, Dtype, PathText, RewardSpec, TorchName
 from align.reward_models.kinds import register_reward as register_reward
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class OfModel(RewardSpec):
     max_length: MaxLength = None
     batch_tokens: Count | None = Field(None, description="Padded tokens per forward pass.")
     device: int | TorchName | None = Field(None, description="Default: a GPU if there is one.")
-    dtype: TorchName | None = Field(None, description="Default: as saved on a GPU, float32 on a CPU.")
+    dtype: Dtype | None = Field(None, description="Default: as saved on a GPU, float32 on a CPU.")
     offload: bool = Field(False, description="On the GPU only while it scores; else in the host's memory.")
     ranks: Ranks = None
 

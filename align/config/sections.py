@@ -10,7 +10,7 @@ import difflib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -92,7 +92,10 @@ def _check_names(cls: type[Section], value: Mapping, key: str, label: str) -> No
 
 
 def _arms(annotation: Any) -> set:
-    return {arm for arm in (get_args(annotation) or (annotation,)) if arm is not type(None)}
+    """The types of a field, without None and without what is noted beside them."""
+    arms = get_args(annotation) or (annotation,)
+    bare = [get_args(arm)[0] if get_origin(arm) is Annotated else arm for arm in arms]
+    return {arm for arm in bare if arm is not type(None)}
 
 
 def _one_line(error: ValidationError, key: str, label: str, value: Mapping) -> ConfigError:

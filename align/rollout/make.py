@@ -107,8 +107,9 @@ def rollout_options(value: Any, key: str = "rollout") -> RolloutOptions:
         value = {"backend": value}
     elif isinstance(value, RolloutOptions):
         value = value.given()
-    if isinstance(value, Mapping) and ":" in str(name := value.get("backend")) and name not in BACKENDS:
-        _register_place(str(name), key)
+    name = value.get("backend") if isinstance(value, Mapping) else None
+    if isinstance(name, str) and ":" in name and name not in BACKENDS:
+        _register_place(name, key)
     return cast(RolloutOptions, rollout_kinds().parse(value, key))
 
 

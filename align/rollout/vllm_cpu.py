@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 GIB = 1 << 30
 CPU_BLOCK = 32  # tokens per block of the key-value cache on CPUs; prompts share whole blocks, so the smallest is best
 CPU_MEMORY_SHARE = 0.25  # of the free memory, at most, for the key-value cache
-USE_TRANSFORMERS = "set rollout.backend: transformers"
+USE_TRANSFORMERS = "set rollout.backend: transformers (of commands that only draw: --backend transformers)"
 
 
 def draw_by_row(worker) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from align import DPOConfig, RewardConfig, RLOOConfig, SFTConfig
 from align.config.arguments import hints, init_fields, instead_of
+from align.config.nested import nested_options
 from align.config.resolve import resolve
 from align.config.types import check_types
 from align.errors import ConfigError
@@ -110,6 +111,27 @@ def test_of_a_file(line, message, tmp_path):
     (tmp_path / "run.yaml").write_text(f"model_name_or_path: a/b\ndataset_name: a.jsonl\nuse_cpu: true\n{line}\n")
     with pytest.raises(ConfigError, match=f"run.yaml, line 4: {message}"):
         resolve("dpo", str(tmp_path / "run.yaml"), [])
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "message"),
+    [
+        ("rewards", [{"type": "classifier", "path": "a", "dtype": ["float32"]}], "rewards.0.dtype: input should be"),
+        ("rewards", [{"type": "classifier", "path": "a", "dtype": "floot32"}], "rewards.0.dtype: input should be"),
+        ("rewards", [{"type": "implicit", "path": "a", "device": 0.5}], "rewards.0.device: input should be"),
+        ("rewards", [{"type": "length", "maximum": True}], "rewards.0.maximum: input should be a number, not True"),
+        ("rollout", {"backend": {"vllm": 1}}, "rollout: backend must be one of auto, vllm, "),
+    ],
+)
+def test_of_a_section(section, value, message):
+    with pytest.raises(ConfigError, match=message):
+        nested_options()[section].read(value, section)
+
+
+def test_the_names_of_torchs_objects():
+    spec = {"type": "classifier", "path": "a", "dtype": torch.bfloat16, "device": torch.device("cpu")}
+    (read,) = nested_options()["rewards"].read([spec], "rewards")
+    assert (read.dtype, read.device) == ("bfloat16", "cpu")
 
 
 def test_what_was_meant_is_taken(tmp_path):
