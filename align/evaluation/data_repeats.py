@@ -61,9 +61,14 @@ def leakage(rows: Digests, other: Digests) -> dict[str, int]:
     """How many rows of another split are among these, whole or by their prompt."""
     return {
         "of": len(other.whole),
-        "rows": int(np.isin(other.whole, rows.whole).sum()),
-        "prompts": int(np.isin(other.prompts, rows.prompts).sum()),
+        "rows": _among(other.whole, rows.whole),
+        "prompts": _among(other.prompts, rows.prompts),
     }
+
+
+def _among(digests: np.ndarray, others: np.ndarray) -> int:
+    # sorted: of few numbers above 2^63 that lie close, numpy 2.0 makes a table, and ends in an OverflowError
+    return int(np.isin(digests, others, kind="sort").sum())
 
 
 def _repeated(digests: np.ndarray) -> int:

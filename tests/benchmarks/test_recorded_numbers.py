@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import transformers
 
 from benchmarks.architectures import STAGES, outcome, read
 from benchmarks.quickstart_seeds import table
@@ -102,6 +103,8 @@ def test_the_architectures_that_train():
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
     found = read(ROOT / "benchmarks" / "results" / "architectures.jsonl")
+    if {line["transformers"] for line in found.values()} != {transformers.__version__}:
+        pytest.skip("the record is of another transformers, which has other causal types")
     page = (ROOT / "docs" / "training.md").read_text().replace("\n", " ")
 
     def counts(kinds: list[str]) -> dict[str, int]:
