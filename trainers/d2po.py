@@ -49,14 +49,6 @@ class D2POConfig(OnlineDPOConfig):
         metadata={"help": "Rank of an adapter that is trained, with the head, instead of all of its weights."},
     )
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.gold_label_choice not in CHOICES:
-            raise ConfigError(
-                f"gold_label_choice must be {' or '.join(CHOICES)}, got {self.gold_label_choice!r}",
-                key="gold_label_choice",
-            )
-
 
 class D2POTrainer(OnlineDPOTrainer):
     """Arguments as those of `OnlineDPOTrainer`. `reward` is the discriminator: one reward of type classifier, which is

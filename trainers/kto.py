@@ -50,8 +50,6 @@ class KTOConfig(TrlDPOOptions, PreferenceConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.loss_type not in LOSSES:
-            raise ConfigError(f"loss_type must be {' or '.join(LOSSES)}, got {self.loss_type!r}", key="loss_type")
         if self.batching == "shared_prefix":
             raise ConfigError(
                 "batching: shared_prefix has the answers of a prompt in one row, and KTO's rows have one answer each: "

@@ -100,8 +100,6 @@ class MODPOConfig(WeightOptions, PreferenceConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.loss_type not in LOSS_TYPES:
-            raise ConfigError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {self.loss_type!r}")
         self.check_weights()
 
     @property

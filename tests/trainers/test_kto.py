@@ -230,7 +230,7 @@ def test_rows_without_labels_and_streams_are_refused(tmp_path):
         tokenize_unpaired(answers(3).remove_columns("label"), toy.tokenizer(), max_length=None)
     with pytest.raises(ConfigError, match="the rows are a stream"):
         kto(tmp_path, rows=answers(8).to_iterable_dataset())
-    with pytest.raises(ConfigError, match="loss_type must be kto or apo_zero_unpaired"):
+    with pytest.raises(ConfigError, match="loss_type cannot be 'bco'; valid: kto, apo_zero_unpaired"):
         KTOConfig(loss_type="bco", use_cpu=True)
 
 

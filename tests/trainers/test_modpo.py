@@ -172,7 +172,7 @@ def test_a_saved_policy_is_the_trained_one(policy, tokenizer, tmp_path):
         ({"weights": "all"}, "mapping from objective to weight, or `sweep`"),
         ({"sweep_points": 5}, "only for `weights: sweep`"),
         ({"objective": "letters"}, "name of the pairs' own objective and of another"),
-        ({"loss_type": "ipo"}, "loss_type must be one of sigmoid, hinge"),
+        ({"loss_type": "ipo"}, "loss_type cannot be 'ipo'; valid: sigmoid, hinge"),
         ({"weights": {"strength": math.nan, "letters": 1.0}}, "must be finite"),
         ({"weights": "sweep", "sweep_min_weight": 1.0}, "sweep_min_weight must be from 0 to below 1"),
     ],

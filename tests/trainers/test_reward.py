@@ -161,7 +161,7 @@ def test_answers_that_share_their_prompt_train_as_padded_ones(trunk, encoder, tm
     assert isinstance(RewardTrainer(encoder, config(tmp_path), pairs(8)).planner.layout, PairCollator)
     with pytest.raises(ConfigError, match="shared_prefix cannot be used with this model: its scores of a pair"):
         RewardTrainer(encoder, config(tmp_path, batching="shared_prefix"), pairs(8))
-    with pytest.raises(ConfigError, match="auto, shared_prefix or padded, got 'packed'"):
+    with pytest.raises(ConfigError, match="batching cannot be 'packed'; valid: auto, shared_prefix, padded"):
         config(tmp_path, batching="packed")
 
 

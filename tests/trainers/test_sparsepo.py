@@ -362,7 +362,7 @@ def test_options_of_learned_masks_are_errors_with_mapo(name, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"variant": "sparse"}, "variant must be one of common, independent, mapo, got 'sparse'"),
+        ({"variant": "sparse"}, "variant cannot be 'sparse'; valid: common, independent, mapo"),
         ({"mask_activations": "mlp"}, "mask_activations: variant common would ignore this"),
         ({"variant": "mapo", "mask_activations": "head"}, "no activations 'head'"),
         ({"mask_on_reward": False, "mask_on_kl": False}, "both false: that is TDPO1"),

@@ -29,11 +29,6 @@ class BatchingOptions(TrainingSettings):
         },
     )
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.batching not in BATCHINGS:
-            raise ConfigError(f"batching must be auto, shared_prefix or padded, got {self.batching!r}")
-
 
 def resolve_layout(batching: str, obstacles: Iterable[str | None]) -> bool:
     """Whether batches have shared prefixes (`align.modeling.shared_prefix`) or are padded.

@@ -70,8 +70,6 @@ class MaskOptions(TrainingSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.variant not in VARIANTS:
-            raise ConfigError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
         foreign = LEARNED if self.variant == "mapo" else ("mask_activations",)
         ignored = [name for name in foreign if getattr(self, name) is not None]
         if ignored:

@@ -49,7 +49,7 @@ def test_the_option_is_checked():
         pass
 
     assert Config().went_on and Config().batching == "auto"
-    with pytest.raises(ConfigError, match="auto, shared_prefix or padded, got 'packed'"):
+    with pytest.raises(ConfigError, match="batching cannot be 'packed'; valid: auto, shared_prefix, padded"):
         Config(batching="packed")
 
 

@@ -190,7 +190,7 @@ def test_what_is_refused(policy, discriminator, tmp_path):
     for options, message in (
         ({"gold_labels": 0}, "gold_labels must be at least 1"),
         ({"gold_label_every": 0}, "gold_label_every must be at least 1"),
-        ({"gold_label_choice": "any"}, "gold_label_choice must be uncertain or random"),
+        ({"gold_label_choice": "any"}, "gold_label_choice cannot be 'any'; valid: uncertain, random"),
         ({"discriminator_learning_rate": -1.0}, "discriminator_learning_rate must be at least 0"),
         ({"rollouts_ahead": 1}, "rollouts_ahead: 1 has no effect here"),
     ):

@@ -146,7 +146,7 @@ def test_options_that_would_be_ignored_are_errors(policy, pairs, tmp_path):
         dpo_config(tmp_path, ref_log_probs_dir="x")
     with pytest.raises(ConfigError, match="named twice"):
         DPOTrainer(policy, dpo_config(tmp_path, ref_model_name_or_path=policy), pairs, ref_model=policy)
-    with pytest.raises(ConfigError, match="batching must be auto, shared_prefix or padded"):
+    with pytest.raises(ConfigError, match="batching cannot be 'packed'; valid: auto, shared_prefix, padded"):
         dpo_config(tmp_path, batching="packed")
     for name in ("tokens_per_batch", "chunk_size", "precompute_ref_batch_size"):
         with pytest.raises(ConfigError, match=f"{name} must be at least 1"):
