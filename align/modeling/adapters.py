@@ -155,12 +155,15 @@ def check_stack(model: Model, config) -> None:
     start: Start | None = vars(model).get("adapter_start")
     if start is None:
         return
-    problem = start.problem or not_plain(config)
+    problem, second, merge = start.problem, not_plain(config), "Merge it first"
+    if problem is None and second is not None:
+        problem = f"that one is more than a low-rank sum ({second})"
+        merge = "Leave this out, or merge the first one"
     if vars(model).get("is_quantized") or getattr(model, "is_loaded_in_4bit", False):
         problem = "merging it into quantised weights rounds most of it away"
     if problem:
         raise ConfigError(
-            f"the adapter {start.folder} cannot be trained on with a second one: {problem}. Merge it first "
+            f"the adapter {start.folder} cannot be trained on with a second one: {problem}. {merge} "
             f"(`align export {start.folder} --to DIR`), and start from that folder"
         )
 

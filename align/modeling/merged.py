@@ -92,14 +92,14 @@ def _grafted(folder: str, options: dict, head_seed: int | None) -> nn.Module:
         raise ConfigError(f"{folder} is no reward model: it is the adapter of a language model")
     options = {key: value for key, value in options.items() if key != "num_labels"}
     policy = load_merged(AutoModelForCausalLM, folder, options)
-    config = copy.deepcopy(policy.config)
+    config = policy.config
     config.num_labels, config.architectures = 1, None
-    attention = policy.config._attn_implementation
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(
-            config, dtype=policy.dtype, attn_implementation=attention
+            copy.deepcopy(config), dtype=policy.dtype, attn_implementation=config._attn_implementation
         )
     setattr(model, model.base_model_prefix, policy.base_model)
+    model.config = config  # that of the trunk's layers, which read in it which attention they compute
     name = head_name(model)
     head = model.get_submodule(name).to_empty(device=policy.device)
     draw_head(head, head_seed)

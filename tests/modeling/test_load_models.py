@@ -68,6 +68,24 @@ def test_adapter_folder_is_merged(tmp_path):
         load_policy(loaded.get_base_model(), peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
 
 
+def test_a_classifier_on_the_trunk_of_a_policys_adapter(tmp_path):
+    """Its layers read the attention in a config of their own: soft caps were left out, and prompts never shared."""
+    base = tiny.causal("gemma2", dtype=torch.float32)
+    base.config.attn_logit_softcapping = 0.5
+    base.save_pretrained(tmp_path / "base")
+    adapted = load_policy(str(tmp_path / "base"), peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    ids, mask = tiny.rows()
+    scores = {}
+    for attention in (None, "eager"):
+        model = load_sequence_classifier(tmp_path / "adapter", attn_implementation=attention, pad_token_id=tiny.PAD)
+        assert model.config is model.model.config is model.model.layers[0].self_attn.config
+        scores[attention] = sequence_scores(model.eval(), ids, mask)
+    torch.testing.assert_close(scores[None], scores["eager"], rtol=0, atol=1e-5)
+    model.set_attn_implementation("sdpa")  # transformers' own, without the cap
+    assert not torch.allclose(sequence_scores(model, ids, mask), scores["eager"], atol=1e-3)
+
+
 def test_the_policy_is_not_its_own_reference():
     policy = tiny.causal()
     with pytest.raises(ConfigError, match="ref_model is the policy itself.*leave it out"):
