@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 import torch
 
@@ -135,6 +137,15 @@ def test_damaged_folders(saved, tmp_path):
 
 
 # ---- build_reward
+
+
+def test_a_member_that_is_listed_twice_is_reported(saved, caplog):
+    """A path that was copied and not changed makes the members agree."""
+    logging.getLogger("align").propagate = True
+    members = [str(saved / name) for name in ("member_0", "member_1", "member_1")]
+    build_reward({"type": "ensemble", "aggregation": "mean", "members": members})
+    (said,) = [record.getMessage() for record in caplog.records if "agrees with itself" in record.getMessage()]
+    assert said.startswith(members[1])
 
 
 def test_build(saved):
