@@ -1,7 +1,7 @@
 """Supervised fine-tuning: TRL's SFTTrainer on rows that `align.data` has checked and tokenised."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
@@ -193,7 +193,8 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         compute_loss = super().compute_loss
-        with outputs_as_computed(model), experts_by_their_usual_name(language_model(model)):
+        counted = counted_on_all(self.accelerator) if self.model.training else nullcontext()
+        with outputs_as_computed(model), experts_by_their_usual_name(language_model(model)), counted:
             if self.implicit is not None and OF_STEP in inputs:
                 loss = self.implicit.loss(compute_loss, model, inputs, num_items_in_batch)
             else:
@@ -292,6 +293,17 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
             inputs["labels"][:, sum(map(len, rows)) :] = IGNORED
         else:
             inputs["labels"][own:] = IGNORED
+
+
+@contextmanager
+def counted_on_all(accelerator: Any) -> Iterator[None]:
+    """Tokens of a step are those of all processes. TRL takes `gather_for_metrics`, which leaves processes out in the
+    last step of an epoch whose rows do not fill it, and these have trained rows from the epoch's start."""
+    accelerator.gather_for_metrics = accelerator.gather
+    try:
+        yield
+    finally:
+        del accelerator.gather_for_metrics
 
 
 @contextmanager

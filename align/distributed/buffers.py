@@ -1,5 +1,8 @@
-"""Buffers under FSDP2: what a model saves and does not train, such as the biases by which mixtures of experts choose
-(DeepSeek V3, GLM 4, LFM2, Nemotron-H) and the scales of Gemma 4's layers."""
+"""What accelerate does not do for models under FSDP2.
+
+Buffers: what a model saves and does not train, such as the biases by which mixtures of experts choose (DeepSeek V3, GLM
+4, LFM2, Nemotron-H) and the scales of Gemma 4's layers. Layers: those of a second model of another architecture.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +15,8 @@ from torch import nn
 
 
 def prepare_fsdp2(accelerator: Accelerator, model: nn.Module) -> Any:
-    """accelerate's function, with the model's buffers."""
-    with sent_buffers(accelerator, model):
+    """accelerate's function, with the model's buffers and by its layers."""
+    with sent_buffers(accelerator, model), own_layers(accelerator, model):
         return fsdp2_prepare_model(accelerator, model)
 
 
@@ -24,7 +27,8 @@ def prepare_with_buffers(accelerator: Accelerator) -> None:
     prepare = accelerator.prepare
 
     def prepare_all(*objects: Any, **options: Any) -> Any:
-        with sent_buffers(accelerator, *(one for one in objects if isinstance(one, nn.Module))):
+        models = [one for one in objects if isinstance(one, nn.Module)]
+        with sent_buffers(accelerator, *models), own_layers(accelerator, *models):
             return prepare(*objects, **options)
 
     accelerator.prepare = prepare_all
@@ -49,3 +53,18 @@ def sent_buffers(accelerator: Accelerator, *models: nn.Module) -> Iterator[None]
     finally:
         for module, name in hidden:
             module._non_persistent_buffers_set.discard(name)
+
+
+@contextmanager
+def own_layers(accelerator: Accelerator, *models: nn.Module) -> Iterator[None]:
+    """A model is split by its own layers. accelerate keeps the classes of the first one that it splits, or those that
+    its file names, and ends in a ValueError where another (a reference, a critic) has none of them."""
+    plugin = accelerator.state.fsdp_plugin
+    asked = plugin.transformer_cls_names_to_wrap
+    classes = {type(module).__name__ for model in models for module in model.modules()}
+    if asked is not None and classes.isdisjoint(asked):
+        plugin.transformer_cls_names_to_wrap = None
+    try:
+        yield
+    finally:
+        plugin.transformer_cls_names_to_wrap = asked

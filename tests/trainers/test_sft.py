@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
@@ -164,6 +165,19 @@ def test_what_a_step_logs_is_per_token(policy, tmp_path):
         trainer.train()
         logs.append([logged(trainer, name)[0] for name in ("loss", "entropy", "mean_token_accuracy")])
     assert logs[1] == pytest.approx(logs[0], rel=1e-5) and logs[2] == pytest.approx(logs[0], rel=1e-5)
+
+
+def test_tokens_of_a_step_are_those_of_all_processes(policy, tmp_path, monkeypatch):
+    """In the last step of an epoch accelerate's gathering for metrics leaves out processes with repeated rows."""
+    data = demonstrations(8)
+    expected = SFTTrainer(policy, sft_config(tmp_path, max_steps=1), data)
+    expected.train()
+    monkeypatch.setattr(Accelerator, "gather_for_metrics", lambda self, values: torch.zeros_like(values))
+    trainer = SFTTrainer(policy, sft_config(tmp_path, max_steps=1), data)
+    trainer.train()
+    for name in ("num_tokens", "entropy"):
+        assert logged(trainer, name) == logged(expected, name) and logged(trainer, name)[0] > 0
+    assert trainer.evaluate(data)["eval_entropy"] == 0  # evaluations leave repeated rows out by it
 
 
 def test_several_evaluation_sets_by_name(policy, tmp_path):

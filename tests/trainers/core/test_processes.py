@@ -6,14 +6,18 @@ from types import SimpleNamespace
 
 import pytest
 from accelerate.parallelism_config import ParallelismConfig
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 
 import align
 from align.config.resolve import resolve
 from align.data import toy
+from align.distributed.buffers import own_layers
 from align.errors import ConfigError
 from align.trainers.core import processes
 from align.trainers.core.early import check_machine
 from align.trainers.core.processes import check_alone, check_layers, check_sharding
+from tests.modeling import tiny
 from tests.trainers.tiny_runs import QUIET, tiny_model
 from tests.warm import run_ranks
 
@@ -178,6 +182,21 @@ def test_fsdp_as_accelerate_or_the_run_asks_for_it(variables, own, problem, monk
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=problem):
         check(None, None)
+
+
+@pytest.mark.parametrize("named", [None, ["LlamaDecoderLayer"]])
+def test_each_model_is_split_by_its_own_layers(named):
+    """A reference or critic of another architecture ended in accelerate's "Could not find the layer class"."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=named
+    )
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+    for model in (tiny_model(toy.tokenizer()), tiny.causal("gpt2"), tiny_model(toy.tokenizer())):
+        with own_layers(accelerator, model):
+            plugin.set_auto_wrap_policy(model)
+            chosen = [m for m in model.modules() if fsdp2_prepare_auto_wrap_policy(plugin, model)(m)]
+        assert chosen == list(getattr(model.base_model, "layers", None) or model.base_model.h)
+        assert plugin.transformer_cls_names_to_wrap == named
 
 
 @pytest.mark.parametrize(
