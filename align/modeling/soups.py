@@ -4,7 +4,9 @@ theta(w) = base + sum_k w_k (theta_k - base)      (rewarded soups, Rame et al. 2
 """
 
 import logging
+import math
 from collections.abc import Sequence
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -30,6 +32,9 @@ def make_soup(folders: Sequence[str | Path], weights: Sequence[float], output_di
         raise ConfigError(
             f"a soup needs one weight per policy, got {len(policies)} policies and {len(weights)} weights"
         )
+    weights = [weight.item() if isinstance(weight, Tensor) else weight for weight in weights]
+    if not all(isinstance(weight, Real) and math.isfinite(weight) for weight in weights):
+        raise ConfigError(f"the weights of a soup are finite numbers, got {list(weights)}")
     are_adapters = {is_adapter(folder) for folder in policies}
     if len(are_adapters) > 1:
         raise ConfigError(f"a soup is of adapters or of whole models, not of both: {', '.join(map(str, policies))}")

@@ -1,5 +1,7 @@
 """Soups add up what their members have learnt, exactly."""
 
+import math
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -88,6 +90,8 @@ def test_a_soup_of_whole_models_is_their_average(world, tmp_path):
     [
         (["adapter_0", "model_0"], (0.5, 0.5), "not of both"),
         (["model_0", "model_1"], (0.5, 0.6), "sum to 1"),
+        (["model_0", "model_1"], (math.nan, 1.0), "finite numbers, got .nan, 1.0."),
+        (["model_0", "model_1"], ("0.5", 0.5), "finite numbers"),
         (["adapter_0"], (0.5, 0.5), "one weight per policy"),
         (["adapter_0", "dora"], (0.5, 0.5), "use_dora, which has no exact soup"),
         (["adapter_0", "fewer"], (0.5, 0.5), "different layers"),
