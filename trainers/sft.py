@@ -22,7 +22,7 @@ from align.data.streams import is_stream, mapped, read_whole, sample_of
 from align.data.tokenize import tokenize_completions
 from align.distributed.shards import outputs_as_computed
 from align.errors import ConfigError, DataError
-from align.modeling.adapters import by_names
+from align.modeling.adapters import adding_lora, by_names
 from align.modeling.experts import experts_by_their_usual_name
 from align.modeling.logprobs import language_model, soft_cap_by_its_usual_name
 from align.trainers.core.eval_completions import show_completions
@@ -90,6 +90,14 @@ class SFTConfig(SupervisedOptions, RunOptions, trl.SFTConfig):
         return getattr(self, name) in NEUTRAL.get(name, (default,))
 
 
+@contextmanager
+def around_trl(policy, args: SFTConfig) -> Iterator[None]:
+    """What TRL's trainer is made in."""
+    with soft_cap_by_its_usual_name(policy), without_what_is_done(args), without_missing_loss(policy, args):
+        with adding_lora(policy, said="arget module"):
+            yield
+
+
 class SFTTrainer(TrainerMixin, trl.SFTTrainer):
     """Fine-tune on prompt-completion or language-modeling rows; of preference rows, on the chosen completions.
 
@@ -147,7 +155,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         with args.main_process_first(desc="labels"):
             labelled_rows = train_rows if is_stream(train_rows) else with_labels(train_rows)
             labelled_eval = of_each(eval_rows, with_labels)
-        with soft_cap_by_its_usual_name(policy), without_what_is_done(args), without_missing_loss(policy, args):
+        with around_trl(policy, args):
             super().__init__(
                 model=policy,
                 args=args,

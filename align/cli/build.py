@@ -85,7 +85,12 @@ def peft_config(run: RunConfig):
 
     from align.modeling.adapters import by_names
 
-    config = by_names(get_peft_config(run.model))
+    try:
+        config = by_names(get_peft_config(run.model))
+    except ValueError as error:
+        given = [key for key in run.given if key.startswith("lora_")]
+        place = f"{run.where(given[0])}: " if given else ""
+        raise ConfigError(f"{place}{', '.join(given) or 'use_peft'}: PEFT takes no such adapter: {error}") from error
     # TRL's default would be switched off, with a warning about an option that nobody has set
     if config is not None and "lora_dropout" not in run.given and getattr(run.training, "disable_dropout", False):
         config.lora_dropout = 0.0

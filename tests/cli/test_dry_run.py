@@ -68,6 +68,9 @@ def test_a_target_that_the_model_has_not(tiny_model, pairs, capsys):
     assert "LoRA cannot be added to Qwen2ForCausalLM: Target modules" in error and "query_key_value" in error
     layers = "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
     assert f"Its linear layers are {layers}" in error and error.endswith("q_proj v_proj, or all-linear)")
+    assert main(["dpo", *map(str, tokens), "--lora_task_type", "CAUSAL"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "command line: lora_task_type: PEFT takes no such adapter: Invalid task type: 'CAUSAL'" in error
 
 
 def test_rows_to_evaluate_on_are_read_too(tiny_model, pairs, demonstrations, tmp_path, capsys):

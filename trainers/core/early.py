@@ -62,10 +62,10 @@ def check_schedule(args: Any) -> None:
     if name in WITHOUT_OPTIONS and options:
         raise ConfigError(f"lr_scheduler_kwargs: {name} has no options: leave it out", key="lr_scheduler_kwargs")
     try:
-        optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
         steps = args.max_steps if args.max_steps > 0 else 1
         get_scheduler(name, optimizer, args.get_warmup_steps(steps), steps, options)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ZeroDivisionError) as error:
         given = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[args.lr_scheduler_type]).parameters
         own = [n for n in given if n not in ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")]
         raise ConfigError(
@@ -82,6 +82,29 @@ def check_workers(args: Any) -> None:
             "dataloader_persistent_workers: there are no workers to keep: set dataloader_num_workers, or leave it out",
             key="dataloader_persistent_workers",
         )
+    if args.dataloader_multiprocessing_context is not None and not args.dataloader_num_workers:
+        raise ConfigError(
+            "dataloader_multiprocessing_context: there are no workers: set dataloader_num_workers, or leave it out",
+            key="dataloader_multiprocessing_context",
+        )
+
+
+def check_recomputation(args: Any) -> None:
+    """ConfigError for what torch's checkpoints do not take, which ends the run in the first backward pass."""
+    valid: dict[str, type] = {"use_reentrant": bool, "preserve_rng_state": bool, "debug": bool, "early_stop": bool}
+    valid |= {"determinism_check": str, "context_fn": object}
+    for name, value in (args.gradient_checkpointing_kwargs or {}).items():
+        if name not in valid:
+            raise ConfigError(
+                f"gradient_checkpointing_kwargs: unknown key {name}; valid: {', '.join(valid)}",
+                key="gradient_checkpointing_kwargs",
+            )
+        if not isinstance(value, valid[name]):
+            kind = "True or False" if valid[name] is bool else "text"
+            raise ConfigError(
+                f"gradient_checkpointing_kwargs: {name} must be {kind}, got {value!r:.40} ({type(value).__name__})",
+                key="gradient_checkpointing_kwargs",
+            )
 
 
 def check_early_stopping(args: Any, callbacks: list) -> None:

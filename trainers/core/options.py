@@ -20,7 +20,7 @@ from align.config.secrets import Secret, masked
 from align.config.sections import plain
 from align.config.types import check_options, take_types
 from align.errors import AlignError, ConfigError, one_line
-from align.trainers.core.early import check_optimizer, check_schedule, check_workers
+from align.trainers.core.early import check_optimizer, check_recomputation, check_schedule, check_workers
 from align.trainers.core.hooks import TrainingSettings
 from align.trainers.core.processes import (
     check_alone,
@@ -127,6 +127,7 @@ def read_given(args: Any) -> None:
     check_deepspeed(args)
     check_fsdp_config(args)
     check_accelerator(args)
+    check_recomputation(args)
 
 
 def machine_has_cuda() -> bool:

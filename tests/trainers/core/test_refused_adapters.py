@@ -123,3 +123,9 @@ def test_an_adapter_over_its_own_base_is_refused(policy, tmp_path):
     shutil.copytree(policy, tmp_path / "base")
     with pytest.raises(ConfigError, match="is the folder of the base model"):
         make("sft", str(tmp_path / "base"), tmp_path / "base", lora())
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_layers_that_are_not_there_are_named_with_those_that_are(method, policy, tmp_path):
+    with pytest.raises(ConfigError, match="LoRA cannot be added to .*q_prj.* Its linear layers are .*q_proj"):
+        make(method, policy, tmp_path, lora(target_modules=["q_prj"]))
