@@ -133,6 +133,8 @@ class JsonServer:
 
     def remedy(self, status: int) -> str:
         """What to do about an answer of another status than 200."""
+        if status in (401, 403):
+            return "Its key is missing or wrong: api_key_file names its file, or headers has it"
         return "Look into its log"
 
     def _send(self, content: dict | None, url: str) -> requests.Response:

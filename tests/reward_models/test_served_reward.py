@@ -63,7 +63,7 @@ def test_a_served_reward_gives_the_scores_of_the_reward(tmp_path, monkeypatch):
 def test_who_has_not_the_key_and_what_is_no_batch(monkeypatch):
     monkeypatch.setenv("ALIGN_ROLLOUT_KEY", "another")
     with served({"type": "rule", "function": lambda completions: [float(len(c)) for c in completions]}) as url:
-        with pytest.raises(RewardError, match="answered 401"):
+        with pytest.raises(RewardError, match="answered 401.*key is missing or wrong: api_key_file"):
             build_reward({"type": "remote", "url": url, "api_key_file": "unused"}).score(RewardBatch(["p"], ["abc"]))
         assert requests.get(url, timeout=5).status_code == 401
         own = {"Authorization": "Bearer a key"}
