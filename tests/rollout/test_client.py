@@ -1,33 +1,42 @@
 """What a server answers that is none of `align serve`, or one of another version."""
 
 import asyncio
+import json
 import subprocess
 import sys
 import threading
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
+from transformers import LlamaConfig
 
 from align.errors import ConfigError, RolloutError
+from align.rollout.engine import RolloutEngine
 from align.rollout.server import folder
 from align.rollout.server.client import Server, beside, session
-from align.rollout.server.delivery import locked
+from align.rollout.server.delivery import Parcel, locked
+from align.rollout.server.engine import ServerEngine
 
 
 @pytest.fixture
 def answering():
-    """A server on this machine that answers everything with one text, and its address."""
+    """A server on this machine that answers everything with one text, or as `answers` says, and its address."""
 
     class Handler(BaseHTTPRequestHandler):
         text = b""
 
+        def answers(self, body):
+            return self.text
+
         def do_POST(self):
-            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            text = self.answers(self.rfile.read(int(self.headers.get("Content-Length", 0))))
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(self.text)))
+            self.send_header("Content-Length", str(len(text)))
             self.end_headers()
-            self.wfile.write(self.text)
+            self.wfile.write(text)
 
         do_GET = do_POST
 
@@ -59,6 +68,43 @@ def test_an_answer_of_another_form_names_the_server(answering, text):
             continue
         with pytest.raises(RolloutError, match=f"{url} answered /.* cannot read .*start it with `align serve` of the"):
             asyncio.run(ask(question))
+
+
+def test_a_server_that_comes_back_as_another_one_is_named(answering, tmp_path):
+    """Before it is given weights, of which it would say in words of its own that they do not fit."""
+    Handler, url = answering
+    worker = {"reason": None, "parts": {"other": []}, "max_num_seqs": 1, "adapters": [], "dtype": "float32"}
+    known = {"align_label": "", "align_describe": {**worker, "device": "cpu", "gpu": None}}
+    Handler.answers = lambda self, body: json.dumps({"results": [known[json.loads(body)["method"]]]}).encode()
+    engine = object.__new__(ServerEngine)
+    engine._folder, engine._run, engine._pushes, engine.wait_limit = tmp_path, "run", 1, 5.0
+    engine._needs = {"names": ["weight"], "dtype": torch.float32, "longest": 8, "config": None}
+    with pytest.raises(RolloutError, match=f"{url} was started for another model"):
+        asyncio.run(engine._with_session(partial(engine._come_back, Server(url, "key", 5.0))))
+
+
+def test_a_server_that_was_started_anew_is_probed_at_the_next_push(answering, tmp_path, monkeypatch):
+    """Weights and shapes are right where the configuration is another one."""
+    Handler, url = answering
+    worker = {"reason": None, "parts": {"weight": []}, "max_num_seqs": 1, "adapters": [], "dtype": "float32"}
+    worker |= {"device": "cpu", "gpu": None}
+
+    def answers(self, body):
+        asked = json.loads(body) if body else {}
+        found = worker if asked.get("method") == "align_describe" else (asked.get("args") or [""])[0]
+        return json.dumps({"results": [found], "data": [{"max_model_len": 8}]}).encode()
+
+    Handler.answers, probed = answers, []
+    engine = object.__new__(ServerEngine)
+    engine._folder, engine._run, engine._pushes, engine.wait_limit = tmp_path, "run", 1, 5.0
+    engine._needs = {"names": ["weight"], "dtype": torch.float32, "longest": 8, "config": LlamaConfig()}
+    engine._parcel, engine._sent, engine._anew, engine.weight_version = Parcel("run:1", whole=True), {}, False, 1
+    monkeypatch.setattr(RolloutEngine, "push", lambda *args: "report")
+    engine.probe = probed.append
+    assert engine.push("model", 2) == "report" and not probed
+    asyncio.run(engine._with_session(partial(engine._come_back, Server(url, "key", 5.0))))
+    engine.push("model", 3)
+    assert engine.push("model", 4) == "report" and probed == ["model"]
 
 
 def test_what_this_process_does_itself_has_a_limit_too():

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from align.config.addresses import LOOPBACK
 from align.config.server_key import KEY_VARIABLE, read_key
-from align.distributed.ranks import by_first, in_all, is_first, raise_shared, shared
+from align.distributed.ranks import anywhere, by_first, in_all, is_first, raise_shared, shared
 from align.errors import RolloutError
 from align.modeling.logprobs import language_model
 from align.rollout.adapters import A, B, lora_layers, why_merged, with_adapter
@@ -90,6 +90,7 @@ class ServerEngine(RolloutEngine):
         self.generation_limit, self.waits, self.wait_limit = generation_limit, on_engine_failure == "wait", wait_limit
         self._asked = self.servers  # for completions; one alone while it is probed
         self._behind: list[Server] = []  # lost during the push that is under way
+        self._anew = False  # a server was started anew, and has not been probed since
         self._transfer: Transfer | None = None  # of the leader
         self._run, self._pushes = shared(secrets.token_hex(4)), 0
         self._sent: Fingerprints = {}
@@ -112,9 +113,13 @@ class ServerEngine(RolloutEngine):
         """Raises `RolloutError` for servers that do not answer, or were not started for this run."""
         self._background.run(self._with_session(lambda http: self._each(http, partial(self._described, http=http))))
         self._adapts = self._takes_adapter(model)
-        names = checkpoint_shapes(model, merged=not self._adapts).keys()
-        fit = partial(check_fit, self.servers, names, self.dtype, self.max_model_len, language_model(model).config)
-        self._background.run(self._with_session(fit))
+        self._needs: dict[str, Any] = {  # of `check_fit`
+            "names": checkpoint_shapes(model, merged=not self._adapts).keys(),
+            "dtype": self.dtype,
+            "longest": self.max_model_len,
+            "config": language_model(model).config,
+        }
+        self._background.run(self._with_session(lambda http: check_fit(self.servers, http=http, **self._needs)))
         if self._leader:
             seconds = SOONER * self.servers[0].timeout
             device = next(model.parameters()).device
@@ -293,6 +298,15 @@ class ServerEngine(RolloutEngine):
             self._asked = self.servers
         return probe
 
+    def push(self, model, version):
+        """As for every engine. A server that was started anew since the last push is probed: the proof is of weights,
+        and says nothing of a configuration (rotary base, epsilon of norms) that is not the run's."""
+        report = super().push(model, version)
+        if anywhere(self._anew):
+            self._anew = False
+            self.probe(model)
+        return report
+
     # ---- a server that was lost --------------------------------------------------------------------------------------
 
     async def _come_back(self, server: Server, http: aiohttp.ClientSession) -> None:
@@ -303,8 +317,10 @@ class ServerEngine(RolloutEngine):
                 async with delivery.locked(self._folder / "lock", self.wait_limit):
                     if await server.label(http) != self._label:
                         await server.describe(http)
+                        await check_fit([server], http=http, **self._needs)
                         files = sorted(self._folder.glob("*.safetensors"))
                         await delivery.deliver(server, http, files, replace(self._parcel, whole=True))
+                        self._anew = True
                     if self._sent:
                         await self._check(self._sent, server, http)
                 logger.warning("the rollout server %s is back, with weight version %d", server.url, self.weight_version)
