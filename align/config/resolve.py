@@ -145,6 +145,7 @@ def _placed(
     head = key.partition(".")[0]
     place = entries[head].place(key) if head in entries else config_file or COMMAND_LINE
     kind = "" if isinstance(error, ValueError | AlignError) else f"{type(error).__name__}: "
+    kind = f"{head}: {kind}" if head in entries and head not in str(error) else kind  # a library's may not name it
     return ConfigError(one_line(masked_text(f"{place}: {kind}{error}")), key=key or None)
 
 

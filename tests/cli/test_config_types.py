@@ -198,3 +198,10 @@ def test_a_configuration_of_a_function_with_types_of_its_own():
 
 def test_a_folder_may_be_a_path(tmp_path):
     assert DPOConfig(Path(tmp_path), use_cpu=True).output_dir == str(tmp_path)
+
+
+def test_an_error_of_a_library_is_said_with_its_option():
+    with pytest.raises(ConfigError, match="command line: pad_to_multiple_of: invalid literal for int.. with base 10"):
+        resolve(
+            "sft", None, ["--model_name_or_path=a/b", "--dataset_name=a.jsonl", "--use_cpu", "--pad_to_multiple_of=abc"]
+        )
