@@ -20,7 +20,7 @@ from align.data.limits import fit_sets
 from align.data.sets import of_each
 from align.data.streams import is_stream, mapped, read_whole, sample_of
 from align.data.tokenize import tokenize_completions
-from align.distributed.shards import outputs_as_computed
+from align.distributed.shards import head_as_a_layer, outputs_as_computed
 from align.errors import ConfigError, DataError
 from align.modeling.adapters import adding_lora, by_names
 from align.modeling.experts import experts_by_their_usual_name
@@ -202,7 +202,8 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         compute_loss = super().compute_loss
         counted = counted_on_all(self.accelerator) if self.model.training else nullcontext()
-        with outputs_as_computed(model), experts_by_their_usual_name(language_model(model)), counted:
+        core = language_model(model)
+        with outputs_as_computed(model), experts_by_their_usual_name(core), head_as_a_layer(core), counted:
             if self.implicit is not None and OF_STEP in inputs:
                 loss = self.implicit.loss(compute_loss, model, inputs, num_items_in_batch)
             else:

@@ -68,6 +68,24 @@ def outputs_as_computed(model: Model):
             hook.remove()
 
 
+@contextmanager
+def head_as_a_layer(core: Model):
+    """Inside, FSDP2 gathers the head's weight after the trunk's pass, for code that takes it without calling the head
+    (TRL's losses). A head that accelerate splits by itself (trained in full beside an adapter; that of a model whose
+    last norm it does not find) such code gathers by `full_tensor`, whose gradient is of this process's rows alone."""
+    head = core.get_output_embeddings()
+    if not isinstance(head, FSDPModule):
+        yield
+        return
+    hook = core.base_model.register_forward_hook(lambda *_: head.unshard())
+    try:
+        yield
+    finally:
+        hook.remove()
+        if not torch.is_grad_enabled():  # else the backward pass does
+            head.reshard()
+
+
 def zero3_twin(model: Model) -> Model:
     """A transformers model with the weights of one that ZeRO-3 has split while it loaded it: split likewise, and filled
     tensor by tensor."""

@@ -145,6 +145,14 @@ def makers(policy: str, folder: Path) -> dict:
             policy, folder / "sparsepo", **settings(mask_dropout=0.0, eval_strategy="no")
         ),
         "sft, without padding": lambda: without_padding(policy, folder / "sft, without padding"),
+        # which accelerate splits by itself, and TRL's loss does not call
+        "sft, head beside an adapter": lambda: SFTTrainer(
+            policy,
+            sft_config(folder / "sft, head beside an adapter", **settings()),
+            demonstrations(24),
+            demonstrations(5, seed=1),
+            peft_config=LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"),
+        ),
         "half of it": lambda: SFTTrainer(
             policy,
             sft_config(folder / "half of it", half_finetuning=1, **settings(eval_strategy="no")),

@@ -11,6 +11,7 @@ METHODS = (
     *(
         "sft",
         "sft, without padding",
+        "sft, head beside an adapter",
         "half of it",
         "selected tokens",
         "implicit rewards",
