@@ -117,6 +117,13 @@ def without_padding(policy: str, folder: Path):
     return SFTTrainer(policy, args, demonstrations(24), demonstrations(5, seed=1))
 
 
+def with_head(policy: str, folder: Path):
+    """A head that accelerate splits by itself, and that TRL's loss does not call."""
+    adapter = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    args = sft_config(folder, **settings())
+    return SFTTrainer(policy, args, demonstrations(24), demonstrations(5, seed=1), peft_config=adapter)
+
+
 def makers(policy: str, folder: Path) -> dict:
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     pairs, eval_pairs = toy_pairs(24), toy_pairs(8, seed=1)
@@ -145,14 +152,7 @@ def makers(policy: str, folder: Path) -> dict:
             policy, folder / "sparsepo", **settings(mask_dropout=0.0, eval_strategy="no")
         ),
         "sft, without padding": lambda: without_padding(policy, folder / "sft, without padding"),
-        # which accelerate splits by itself, and TRL's loss does not call
-        "sft, head beside an adapter": lambda: SFTTrainer(
-            policy,
-            sft_config(folder / "sft, head beside an adapter", **settings()),
-            demonstrations(24),
-            demonstrations(5, seed=1),
-            peft_config=LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"),
-        ),
+        "sft, head beside an adapter": lambda: with_head(policy, folder / "sft, head beside an adapter"),
         "half of it": lambda: SFTTrainer(
             policy,
             sft_config(folder / "half of it", half_finetuning=1, **settings(eval_strategy="no")),
