@@ -80,6 +80,8 @@ class Checker:
         own |= {"dataset_name": self.work / "rows.parquet", "dataset_train_split": "train", "streaming": "false"}
         own |= {key: value for key, value in OF_ROWS.items() if key in self.run.given}
         own |= {key: 0 for key in WITHOUT_DROPOUT} | options
+        if not self.run.model.use_peft:
+            del own["lora_dropout"]  # which is refused without an adapter
         return [*self.given, *(f"--{key}={value}" for key, value in own.items() if key in known)]
 
     def made(self, name: str, *, keep: bool = False, **options: Any) -> Result:
