@@ -178,7 +178,8 @@ def constrained(path, weights=None):
     lines[0]["config"] |= {"constraints": [{"reward": "short"}], "reward_weights": weights}
     for record in lines[1:]:
         for name in ("good", "short"):
-            record[f"rewards/{name}"], record["per_prompt"][f"rewards/{name}"] = 1.0, record["per_prompt"]["proxy"]
+            key = f"rewards/{name}"
+            record[key], record["per_prompt"][key] = record["proxy"], record["per_prompt"]["proxy"]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 

@@ -8,6 +8,7 @@ import pytest
 from datasets import Dataset
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 from align.data import describe_example, tokenize_completions, tokenize_pairs, tokenize_prompts
 from align.data.ending import end_ids, ending_of, written_text
@@ -129,6 +130,8 @@ def test_the_line_break_after_a_marked_answer_is_not_trained(name):
 
 
 THOUGHT = {"role": "assistant", "content": "<think>\nLet me see.\n</think>\n\nYes."}
+ANY_KEY = hasattr(chat_template_utils, "_REASONING_FIELDS")
+"""Whether this transformers gives a template the thoughts under the key that it reads, whatever their own."""
 CHANNEL = {"role": "assistant", "content": "<|channel>thought\nLet me see.\n<channel|>Yes."}
 
 
@@ -141,10 +144,10 @@ def thinking(key):
     [
         ("gemma", thinking("reasoning_content"), False),
         ("qwen3", thinking("reasoning_content"), True),
-        ("qwen3", thinking("thinking"), False),
+        ("qwen3", thinking("thinking"), ANY_KEY),
         ("qwen3", THOUGHT, True),
         ("gptoss", thinking("thinking"), True),
-        ("gptoss", thinking("reasoning_content"), False),
+        ("gptoss", thinking("reasoning_content"), ANY_KEY),
         ("deepseek_r1_distill", THOUGHT, False),
         ("deepseek_r1_distill_training", THOUGHT, True),
         ("gemma4_v5", thinking("reasoning"), True),
