@@ -60,6 +60,7 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
     built on one of TRL's keeps TRL's code."""
 
     args: RunOptions
+    _total_loss_scalar: float  # transformers' sum of the losses of `train`
     # The attribute and the tags of its methods are TRL's, by which the hub finds them.
     _tag_names: ClassVar[list[str]] = ["align"]
     paper: ClassVar[str | None] = None  # of the method, for the model card
@@ -153,18 +154,18 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
         if not any(key.startswith("eval_") for key in logs):
             logs.update(self.summary(self.recorder.take(logs)))
             if "train_loss" in logs:
-                logs["train_loss"] = self._mean_loss(logs["train_loss"])
+                logs["train_loss"] = self._mean_loss()
             if self.args.fp16 and not math.isfinite(logs.get("grad_norm", 0.0)):
                 del logs["grad_norm"]  # the loss scaler skipped this step and lowers its scale, as it should
         guards.check_metrics(logs, step, output_dir)
         super().log(logs, start_time)
         guards.check_metrics(self.state.log_history[-1], step, output_dir)  # with what TRL has added
 
-    def _mean_loss(self, loss: float) -> float:
-        """Over the steps of this call of `train`. transformers' `train_loss` divides the sum of their losses (of which
-        the last are this process's alone) by all steps of the run, those before a checkpoint included."""
-        step, losses = self.state.global_step, gather_object([loss])
-        return sum(losses) / len(losses) * step / max(1, step - (self.resume_step or 0))
+    def _mean_loss(self) -> float:
+        """Over the steps of this call of `train`, from the sum of their losses, of which the last are this process's
+        alone. transformers' `train_loss` divides it, in releases before 5.24, by the steps before a checkpoint too."""
+        losses = gather_object([self._total_loss_scalar])
+        return sum(losses) / len(losses) / max(1, self.state.global_step - (self.resume_step or 0))
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
         """What is logged, from the means over all processes since the last log."""
