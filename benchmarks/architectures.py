@@ -39,11 +39,12 @@ RESULT = ROOT / "benchmarks" / "results" / "architectures.jsonl"
 STAGES = ("model", "sft", "dpo", "dpo padded", "dpo lora", "dpo bf16", "reward", "reward padded", "rloo")
 
 
-def all_types() -> list[str]:
-    """Model types of causal classes, and those of text and images that our loader takes."""
+def all_types() -> dict[str, bool]:
+    """Model types of causal classes, and those of text and images that our loader takes; true for the former."""
     from transformers.models.auto import modeling_auto as auto
 
-    return sorted({*auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
+    causal = set(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    return {kind: kind in causal for kind in sorted({*causal, *auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})}
 
 
 def read(path: Path) -> dict[str, dict]:
@@ -120,7 +121,12 @@ def try_type(kind: str, folder: Path, seconds: float) -> dict[str, Any]:
     from benchmarks.tiny import stages
 
     tries, model = Tries(kind, folder, seconds), str(folder / kind)
-    entry = {"type": kind, "transformers": version("transformers"), "stages": tries.found}
+    entry = {
+        "type": kind,
+        "causal": all_types()[kind],
+        "transformers": version("transformers"),
+        "stages": tries.found,
+    }
     if tries.run("model", partial(stages.make_model, kind, model)) is None:
         return entry
     tries.run("sft", partial(stages.sft, model, folder / "sft"))

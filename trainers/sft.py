@@ -94,7 +94,7 @@ class SFTConfig(SupervisedOptions, RunOptions, trl.SFTConfig):
 def around_trl(policy, args: SFTConfig) -> Iterator[None]:
     """What TRL's trainer is made in."""
     with soft_cap_by_its_usual_name(policy), without_what_is_done(args), without_missing_loss(policy, args):
-        with adding_lora(policy, said="arget module"):
+        with adding_lora(policy, said="target module"):
             yield
 
 

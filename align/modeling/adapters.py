@@ -311,13 +311,13 @@ def by_names(config):
 
 @contextmanager
 def adding_lora(model: nn.Module, said: str = "") -> Iterator[None]:
-    """What PEFT refuses inside is a ConfigError with the names of the model's linear layers. said: what PEFT's errors
-    have in them, where others may come from inside too."""
+    """What PEFT refuses inside is a ConfigError with the names of the model's linear layers. said: what its errors say
+    in lower case, where other ValueErrors may come from inside too."""
     names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     try:
         yield
     except ValueError as error:
-        if said not in str(error):
+        if said not in str(error).lower():
             raise
         raise ConfigError(
             f"LoRA cannot be added to {type(model).__name__}: {error} Its linear layers are {', '.join(sorted(names))} "

@@ -263,7 +263,7 @@ class Reference:
 
             self.model = prepare_deepspeed(self.model, accelerator)
         elif accelerator.is_fsdp2:
-            from align.distributed.buffers import prepare_fsdp2
+            from align.distributed.fsdp2 import prepare_fsdp2
 
             # trl's prepare_fsdp shards what each process holds: zeros where only the main one has read the weights
             self.model = prepare_fsdp2(accelerator, self.model)

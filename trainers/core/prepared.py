@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from align.distributed.buffers import prepare_fsdp2
+from align.distributed.fsdp2 import prepare_fsdp2
 from align.distributed.shards import reshard
 from align.distributed.shells import release
 from align.errors import ConfigError

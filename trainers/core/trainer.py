@@ -19,9 +19,9 @@ from align.config.arguments import resume_from
 from align.data.endless import EndlessRows
 from align.data.limits import fit_sets
 from align.data.streams import is_stream
-from align.distributed.buffers import prepare_with_buffers
 from align.distributed.checkpoints import checksums, remove_older, write_manifest
 from align.distributed.disk import writing
+from align.distributed.fsdp2 import patch_prepare
 from align.distributed.ranks import by_first, in_all
 from align.distributed.shards import reshard
 from align.distributed.shells import check_sharded
@@ -96,7 +96,7 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
             guards.check_given_optimizer(self.model, self.optimizer)
         check_layers(self.args, self.model)
         check_sharded(self.accelerator)
-        prepare_with_buffers(self.accelerator)
+        patch_prepare(self.accelerator)
         sum_gradients(self.accelerator, self.args.accelerator_config.gradient_accumulation_kwargs)
         if isinstance(self.args, BaseConfig):  # TRL's, of SFT, adds the loss of a mixture of experts
             self.router_coefficient = router_coefficient(self.model, self.args.router_aux_loss_coef)
@@ -163,7 +163,7 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
 
     def _mean_loss(self) -> float:
         """Over the steps of this call of `train`, from the sum of their losses, of which the last are this process's
-        alone. transformers' `train_loss` divides it, in releases before 5.24, by the steps before a checkpoint too."""
+        alone. Older transformers (5.17) divide it by the steps before a checkpoint too, newer (5.24) do not."""
         losses = gather_object([self._total_loss_scalar])
         return sum(losses) / len(losses) / max(1, self.state.global_step - (self.resume_step or 0))
 

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from align.distributed.buffers import prepare_fsdp2
+from align.distributed.fsdp2 import prepare_fsdp2
 from align.distributed.shells import copied
 from align.errors import ConfigError, TrainingError
 from align.modeling.dropout import disable_dropout

@@ -12,7 +12,7 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 import align
 from align.config.resolve import resolve
 from align.data import toy
-from align.distributed.buffers import own_layers
+from align.distributed.fsdp2 import own_layers
 from align.errors import ConfigError
 from align.trainers.core import processes
 from align.trainers.core.early import check_machine

@@ -20,8 +20,8 @@ def prepare_fsdp2(accelerator: Accelerator, model: nn.Module) -> Any:
         return fsdp2_prepare_model(accelerator, model)
 
 
-def prepare_with_buffers(accelerator: Accelerator) -> None:
-    """In place: the same for whatever models `accelerator.prepare` is given later."""
+def patch_prepare(accelerator: Accelerator) -> None:
+    """In place: `accelerator.prepare` does the same for whatever models it is given."""
     if not accelerator.is_fsdp2:
         return
     prepare = accelerator.prepare
