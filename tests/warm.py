@@ -10,6 +10,7 @@ import faulthandler
 import gc
 import json
 import os
+import re
 import runpy
 import signal
 import socket
@@ -40,6 +41,7 @@ def run_ranks(module: str, *arguments: str, logs: Path, count: int = 2) -> list[
     server.stdin.flush()
     answer = server.stdout.readline()
     printed = [(logs / f"rank{rank}.txt").read_text(errors="replace") for rank in range(count)]
+    printed = [re.sub(r"\nExtension modules: .*", "", text) for text in printed]  # after the stacks of a crash: pages
     ended = json.loads(answer) if answer else "the process that starts them has ended"
     assert ended == [0] * count, f"{module} ended with {ended}\n" + "\n".join(text[-6000:] for text in printed)
     return printed
@@ -106,6 +108,7 @@ def _fork(request: dict, rank: int, port: int) -> int:
     try:
         out = os.open(Path(request["logs"]) / f"rank{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
         os.dup2(out, 1), os.dup2(out, 2), os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        faulthandler.enable(file=out)  # where one that crashes is, all threads
         faulthandler.dump_traceback_later(SECONDS - 10, file=out)  # where one that hangs is, before it is ended
         module, size = request["module"], str(request["count"])
         os.environ.clear()
