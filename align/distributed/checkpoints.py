@@ -4,8 +4,12 @@ transformers writes a `checkpoint-<step>` folder file by file, so a killed job l
 checkpoint. A manifest (name, size and CRC-32 of every file) is written to a temporary name and renamed as the very
 last act: a folder without it, or that does not match it, is not a checkpoint. This works for every back-end (FSDP and
 DeepSpeed write their shards themselves), which renaming the whole folder does not.
+
+The system writes files to the disk when it likes, up to minutes later. A power loss may cost a checkpoint of which
+older ones are left; before one is deleted, the new one is flushed to the disk.
 """
 
+import errno
 import json
 import logging
 import os
@@ -27,16 +31,32 @@ def file_crc32(path: Path) -> int:
     return crc
 
 
-def checksums(folder: str | Path, *, rank: int = 0, processes: int = 1) -> dict[str, dict[str, int]]:
+def flush(path: Path) -> None:
+    """Return when a file, or the names in a folder, are on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:  # some file systems cannot, for folders or for anything
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(opened)
+
+
+def checksums(
+    folder: str | Path, *, rank: int = 0, processes: int = 1, flushed: bool = False
+) -> dict[str, dict[str, int]]:
     """Size and CRC-32 of this process's share of the files of `folder`, by relative name: the files by size, in turn,
-    so that all processes read about as much. Call it when everything is written."""
+    so that all processes read about as much. Call it when everything is written. flushed: the files are on the disk
+    then."""
     folder = Path(folder)
     paths = [p for p in folder.rglob("*") if p.is_file() and p.name not in (MANIFEST, MANIFEST + ".tmp")]
     paths.sort(key=lambda path: (-path.stat().st_size, str(path)))
-    return {
-        str(path.relative_to(folder)): {"size": path.stat().st_size, "crc32": file_crc32(path)}
-        for path in paths[rank::processes]
-    }
+    paths = paths[rank::processes]
+    found = {str(path.relative_to(folder)): {"size": path.stat().st_size, "crc32": file_crc32(path)} for path in paths}
+    for path in paths if flushed else []:  # meanwhile the system has begun to
+        flush(path)
+    return found
 
 
 def write_manifest(folder: str | Path, files: dict[str, dict[str, int]] | None = None) -> None:
@@ -99,21 +119,32 @@ def _by_step(output_dir: str | Path) -> dict[int, Path]:
     }
 
 
-def remove_older(output_dir: str | Path, step: int, limit: int | None, best: str | None) -> None:
-    """Delete checkpoints until `limit` are left. step: of the one that was just written, which stays, as does `best`.
+def surplus(output_dir: str | Path, step: int, limit: int | None, best: str | None) -> list[Path]:
+    """Checkpoints to delete, so that `limit` are left. step: of the one that was just written, which stays, as does
+    `best`.
 
     Age is by steps, and not by times of files: a clock that is set back would make the new one the oldest. Those of
     later steps go first: an earlier run, or one that went on from here before, has left them.
     """
     folders = _by_step(output_dir)
     if not limit or limit < 1:
-        return
+        return []
     kept = {folders[step].resolve()} | (set() if best is None else {Path(best).resolve()})
-    surplus = len(folders) - max(limit, len(kept))
-    for other in sorted(folders, key=lambda other: (other <= step, other if other <= step else -other)):
-        if surplus > 0 and folders[other].resolve() not in kept:
-            shutil.rmtree(folders[other], ignore_errors=True)
-            surplus -= 1
+    by_age = sorted(folders, key=lambda other: (other <= step, other if other <= step else -other))
+    others = [folders[other] for other in by_age if folders[other].resolve() not in kept]
+    return others[: max(0, len(folders) - max(limit, len(kept)))]
+
+
+def remove_older(output_dir: str | Path, step: int, limit: int | None, best: str | None) -> None:
+    """Delete what `surplus` names. The files of the new checkpoint are on the disk (`checksums`); here their names get
+    there first."""
+    older = surplus(output_dir, step, limit, best)
+    if older:
+        new = _by_step(output_dir)[step]
+        for folder in (*(path for path in new.rglob("*") if path.is_dir()), new, Path(output_dir)):
+            flush(folder)
+    for folder in older:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def newest_whole(output_dir: str | Path) -> Path | None:

@@ -19,10 +19,10 @@ from align.config.arguments import resume_from
 from align.data.endless import EndlessRows
 from align.data.limits import fit_sets
 from align.data.streams import is_stream
-from align.distributed.checkpoints import checksums, remove_older, write_manifest
+from align.distributed.checkpoints import checksums, remove_older, surplus, write_manifest
 from align.distributed.disk import writing
 from align.distributed.fsdp2 import patch_prepare
-from align.distributed.ranks import by_first, in_all
+from align.distributed.ranks import by_first, in_all, shared
 from align.distributed.shards import reshard
 from align.distributed.shells import check_sharded
 from align.errors import ConfigError, DataError, TrainingError
@@ -321,10 +321,12 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
         if args.should_save:
             identity.write_identity(folder, self._identity)
         self.accelerator.wait_for_everyone()
-        shares = gather_object([checksums(folder, **self._place)])
+        rotated = run_dir, step, limit, self.state.best_model_checkpoint
+        flushed = shared(by_first(lambda: bool(surplus(*rotated))))
+        shares = gather_object([checksums(folder, flushed=flushed, **self._place)])
         if args.should_save:
             write_manifest(folder, {name: entry for share in shares for name, entry in share.items()})
-            remove_older(run_dir, step, limit, self.state.best_model_checkpoint)
+            remove_older(*rotated)
         if push:
             self._push_from_checkpoint(str(folder))
         self.accelerator.wait_for_everyone()

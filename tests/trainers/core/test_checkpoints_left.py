@@ -1,13 +1,16 @@
-"""Which checkpoints `save_total_limit` leaves."""
+"""Which checkpoints `save_total_limit` leaves, and what must be on the disk before one is deleted."""
 
+import errno
 import os
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 from transformers import TrainerCallback
 
-from align.distributed.checkpoints import newest_whole, remove_older
+from align.distributed.checkpoints import checksums, damage, newest_whole, remove_older, write_manifest
+from align.errors import TrainingError
 from align.trainers.sft import SFTTrainer
 from tests.trainers.tiny_runs import demonstrations, sft_config
 
@@ -44,3 +47,88 @@ def test_age_is_by_steps_and_the_best_is_known_by_any_path(step, limit, best, le
         Path(f"run/checkpoint-{number}").mkdir(parents=True)
     remove_older(tmp_path / "run", step, limit, best and f"run/checkpoint-{best}")
     assert sorted(path.name for path in Path("run").iterdir()) == [f"checkpoint-{number}" for number in left]
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """What was flushed to the disk, by inode, and for each folder that was deleted, what was not by then of the newest
+    checkpoint: its files, its folders and the folder that it is in."""
+    flushed, missing, fsync, rmtree = set(), {}, os.fsync, shutil.rmtree
+
+    def flush(opened):
+        fsync(opened)
+        flushed.add(os.fstat(opened).st_ino)
+
+    def delete(path, **options):
+        new = newest_whole(path.parent)
+        needed = [path.parent, new, *new.rglob("*")]
+        missing[path.name] = [str(one) for one in needed if one.stat().st_ino not in flushed]
+        rmtree(path, **options)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(shutil, "rmtree", delete)
+    return flushed, missing
+
+
+def test_a_checkpoint_is_on_the_disk_before_an_older_one_is_deleted(policy, tmp_path, disk):
+    """Else a power loss could leave none that is whole."""
+    args = sft_config(tmp_path, save_strategy="steps", save_steps=1, max_steps=4, save_total_limit=2)
+    SFTTrainer(policy, args, demonstrations(22)).train()
+    assert disk[1] == {"checkpoint-1": [], "checkpoint-2": []}
+
+
+def test_all_processes_flush_and_folders_too(tmp_path, disk):
+    """Shards are in folders of their own."""
+    for step in (1, 2):
+        folder = tmp_path / f"checkpoint-{step}"
+        (folder / "optimizer_0").mkdir(parents=True)
+        for number in range(5):
+            (folder / "optimizer_0" / f"{number}.distcp").write_text("shard")
+        shares = [checksums(folder, rank=rank, processes=2, flushed=True) for rank in (0, 1)]
+        write_manifest(folder, shares[0] | shares[1])
+    remove_older(tmp_path, 2, 1, None)
+    assert disk[1] == {"checkpoint-1": []}
+
+
+def test_no_run_waits_for_the_disk_while_nothing_is_deleted(policy, tmp_path, disk):
+    args = sft_config(tmp_path, save_strategy="steps", save_steps=1, max_steps=2, save_total_limit=2)
+    SFTTrainer(policy, args, demonstrations(22)).train()
+    weights = (tmp_path / "checkpoint-2" / "model.safetensors").stat().st_ino
+    assert weights not in disk[0] and not disk[1]
+
+
+def test_a_disk_that_fails_then_leaves_the_older_one(policy, tmp_path, monkeypatch):
+    """Some systems say only there that it is full."""
+    fsync, failing = os.fsync, []
+
+    def flush(opened):
+        if failing and os.fstat(opened).st_size > 1000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(opened)
+
+    class Full(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            failing.append(state.global_step)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    args = sft_config(tmp_path, save_strategy="steps", save_steps=1, max_steps=4, save_total_limit=1)
+    with pytest.raises(TrainingError, match="checkpoint-2 cannot be written: No space left"):
+        SFTTrainer(policy, args, demonstrations(22), callbacks=[Full()]).train()
+    assert damage(tmp_path / "checkpoint-1") is None
+    monkeypatch.undo()
+    args = sft_config(tmp_path, save_strategy="steps", save_steps=1, max_steps=4, save_total_limit=1)
+    SFTTrainer(policy, args, demonstrations(22)).train("auto")
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+def test_a_disk_that_cannot_flush_is_no_error(tmp_path, monkeypatch):
+    def flush(opened):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    for step in (1, 2):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "file").write_text("content")
+    monkeypatch.setattr(os, "fsync", flush)
+    assert checksums(tmp_path / "checkpoint-2", flushed=True)
+    remove_older(tmp_path, 2, 1, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
