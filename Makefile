@@ -28,7 +28,8 @@ test-lowest test-highest: test-%: .venv-%/.installed
 # The short form, for every change: what leans on transformers, with its newest release laid over the environment.
 test-newest: $(VENV)/.installed build/newest/.installed
 	PYTHONPATH=build/newest OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not vllm" $(ARGS) \
-		tests/modeling tests/rollout/test_generation.py tests/trainers/core/test_fsdp2.py tests/trainers/test_remax.py
+		tests/modeling tests/rollout/test_generation.py tests/trainers/test_remax.py \
+		$(addprefix tests/trainers/core/test_,fsdp2.py checkpoints.py further_methods.py)
 
 build/newest/.installed: requirements/highest.txt
 	$(BIN)/pip install -q --upgrade --target $(@D) -c $< transformers
