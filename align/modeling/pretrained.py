@@ -94,7 +94,9 @@ def causal_class(config):
 
 def load_whole(auto_class, source: str, options: dict, **head) -> Model:
     if not head:
-        return from_pretrained(auto_class, source, "model", **options)
+        model, report = from_pretrained(auto_class, source, "model", output_loading_info=True, **options)
+        _check_output_layer(model, source, set(report["missing_keys"]))
+        return model
     with only_errors_from_transformers():  # a missing head is expected; what else is missing is said below
         model, report = from_pretrained(auto_class, source, "model", output_loading_info=True, **options)
     name, missing = head_name(model), set(report["missing_keys"])
@@ -109,6 +111,28 @@ def load_whole(auto_class, source: str, options: dict, **head) -> Model:
     if others:
         logger.warning("%s holds no weights for %s: they are new, drawn at random", source, ", ".join(others))
     return model
+
+
+def check_is_causal(config, source: str) -> None:
+    """ConfigError for the config of a reward model, of which transformers makes a language model with an output layer
+    that is drawn at random, or is the embeddings, and warns."""
+    made = config.architectures or ()
+    if made and all(name.endswith(("ForSequenceClassification", "ForTokenClassification")) for name in made):
+        raise ConfigError(
+            f"{source} holds a reward model or another classifier ({', '.join(made)}), and a language model is needed "
+            "here: name the model that it was trained from, or another that answers"
+        )
+
+
+def _check_output_layer(model: Model, source: str, missing: set[str]) -> None:
+    check_is_causal(model.config, source)
+    layer = model.get_output_embeddings()
+    names = [name for name, module in model.named_modules() if module is layer and f"{name}.weight" in missing]
+    if names and not are_sent_weights():
+        raise ConfigError(
+            f"{source} holds no weights for its output layer ({names[0]}.weight), which would be drawn at random: it "
+            "is the trunk of a model or a classifier, and a language model is needed here"
+        )
 
 
 def pretrained_config(name: str, what: str, **options):
@@ -130,6 +154,8 @@ def empty_model(name: str, *, classifier: bool = False, **options) -> Model:
     if classifier:
         check_has_classifier(config)
         made, config.num_labels = AutoModelForSequenceClassification, 1
+    else:
+        check_is_causal(config, name)
     with torch.device("meta"):
         model = made.from_config(config, trust_remote_code=options.get("trust_remote_code", False))
         if is_adapter(name):

@@ -5,6 +5,7 @@ from peft import LoraConfig
 from align.errors import ConfigError
 from align.modeling.load import load_policy, load_sequence_classifier, load_tokenizer, reference_of
 from align.modeling.logprobs import token_logps
+from align.modeling.pretrained import empty_model
 from align.modeling.score_head import head_name
 from align.modeling.scores import sequence_scores, to_right_padding
 from tests.modeling import tiny
@@ -22,6 +23,27 @@ def test_policy_from_a_folder_and_from_memory(tmp_path):
         load_policy(f"{tmp_path}/nowhere")
     with pytest.raises(ConfigError, match="not loaded from anywhere"):
         load_tokenizer(tiny.causal())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_reward_model_is_no_policy(tied, tmp_path):
+    """transformers draws an output layer, or takes the embeddings for it, and warns."""
+    tiny.classifier(tie_word_embeddings=tied).save_pretrained(tmp_path)
+    for load in (load_policy, empty_model):
+        with pytest.raises(ConfigError, match="holds a reward model .*ForSequenceClass.*: name the model that"):
+            load(str(tmp_path))
+    tiny.causal(tie_word_embeddings=tied).save_pretrained(tmp_path)
+    assert load_policy(tmp_path).get_output_embeddings() is not None and empty_model(str(tmp_path)) is not None
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_trunk_is_a_policy_only_where_its_embeddings_are_its_output_layer(tied, tmp_path):
+    tiny.causal(tie_word_embeddings=tied).base_model.save_pretrained(tmp_path)
+    if tied:
+        assert load_policy(tmp_path).get_output_embeddings() is not None
+    else:
+        with pytest.raises(ConfigError, match=r"holds no weights for its output layer \(lm_head.weight\)"):
+            load_policy(tmp_path)
 
 
 def test_reference_copy_and_adapter():
