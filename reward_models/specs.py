@@ -3,7 +3,6 @@
 Nothing heavy is imported before a reward is made, so that a configuration is checked at once.
 """
 
-import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -19,11 +18,10 @@ from align.reward_models.function_specs import RuleSpec
 from align.reward_models.kinds import REWARDS as REWARDS
 from align.reward_models.kinds import Count, Dtype, PathText, RewardSpec, TorchName
 from align.reward_models.kinds import register_reward as register_reward
+from align.reward_models.repeats import warn_of_repeats
 
 if TYPE_CHECKING:
     from align.reward_models.base import Reward
-
-logger = logging.getLogger(__name__)
 
 
 def parse_reward(spec: Any, key: str = "reward") -> "RewardSpec | Reward":
@@ -317,11 +315,7 @@ class EnsembleSpec(RewardSpec):
                 models |= {"policy_tokenizer": tokenizer, "device": device}
                 return load_ensemble(self.path, **rule, **models, name=self.name)
             members = list(self.members or ())
-            listed = [member.path for member in members if isinstance(member, ClassifierSpec)]
-            for path in sorted({path for path in listed if listed.count(path) > 1}):
-                logger.warning(
-                    "%s is several members of one ensemble: it counts as often, and agrees with itself", path
-                )
+            warn_of_repeats(members)
             if not self.normalize:
                 members = [_raw(member) for member in members]
             built = [build_reward(member, tokenizer=tokenizer, device=device) for member in members]

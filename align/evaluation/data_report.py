@@ -91,7 +91,7 @@ def data_report(
 
 def _use_of(dataset: "Dataset") -> str:
     kinds = {"preference": "pairs", "prompt_only": "prompts"}
-    kind = detect_format(dataset).kind
+    kind = detect_format(dataset, source_of(dataset)).kind
     if kind == "prompt_completion" and "label" in dataset.column_names:
         return "unpaired"
     return kinds.get(kind, "completions")
@@ -102,7 +102,8 @@ def _labels(labels: Sequence[bool]) -> str:
 
 
 def _format(dataset: "Dataset", use: str) -> DataFormat:
-    return detect_format(dataset) if use == "unpaired" else format_for(dataset, use)
+    source = source_of(dataset)
+    return detect_format(dataset, source) if use == "unpaired" else format_for(dataset, use, source)
 
 
 def _sample(dataset: "Dataset", count: int | None) -> "Dataset":

@@ -142,3 +142,11 @@ def test_the_command_of_the_documentation(tmp_path, monkeypatch, capsys):
     html = Path("outputs/my_pairs.html").read_text()
     found = data_report(load_rows("my_pairs.jsonl"), toy.tokenizer(), limits=[16, 48])
     assert f'<td>16</td><td class="r">{found["limits"][16]["dropped"]}</td>' in html and "trained |" in html
+
+
+def test_a_file_of_no_known_format_is_named(tmp_path, capsys):
+    (tmp_path / "scores.jsonl").write_text('{"a": 1}\n')
+    toy.tokenizer().save_pretrained(tmp_path / "m")
+    for use in ([], ["--use", "pairs"]):
+        assert main(["data", "show", str(tmp_path / "scores.jsonl"), "--tokenizer", str(tmp_path / "m"), *use]) == 2
+        assert f"{tmp_path / 'scores.jsonl'} has no " in capsys.readouterr().err

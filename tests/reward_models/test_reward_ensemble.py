@@ -148,6 +148,31 @@ def test_a_member_that_is_listed_twice_is_reported(saved, caplog):
     assert said.startswith(members[1])
 
 
+def three(completions, more=0):
+    return [3.0 + more] * len(completions)
+
+
+@pytest.mark.parametrize(
+    ("members", "named"),
+    [
+        ([two, two, three], "two"),
+        ([{"type": "rule", "function": two, "name": "a"}, {"type": "rule", "function": two, "name": "b"}], "a"),
+        ([f"{__name__}:two", f"{__name__}:two"], "two"),
+        ([{"type": "length", "maximum": 4, "margin": 4}] * 2, "length"),
+        ([Fixed(1.0, name="mine")] * 2, "mine"),
+        ([{"type": "remote", "url": "http://127.0.0.1:1/", "name": name} for name in "ab"], "a"),
+        ([two, three, {"type": "rule", "function": three, "arguments": {"more": 1}}], None),
+        ([Fixed(1.0, name="mine"), Fixed(1.0, name="mine")], None),
+        ([{"type": "remote", "url": f"http://127.0.0.1:{port}/"} for port in (1, 2)], None),
+    ],
+)
+def test_members_of_any_kind_that_are_one_reward_are_reported(members, named, caplog):
+    logging.getLogger("align").propagate = True
+    build_reward({"type": "ensemble", "aggregation": "mean", "members": members})
+    said = [record.getMessage() for record in caplog.records if "agrees with itself" in record.getMessage()]
+    assert [text.split(" is several")[0] for text in said] == ([] if named is None else [named])
+
+
 def test_build(saved):
     normalise(saved)
     member = str(saved / "member_0")

@@ -1,0 +1,47 @@
+"""Members of an ensemble that are one reward several times."""
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from align.reward_models.judge_specs import Judging
+from align.reward_models.kinds import RewardSpec
+
+if TYPE_CHECKING:
+    from align.reward_models.base import Reward
+
+logger = logging.getLogger(__name__)
+
+# What changes no score, or, of a model, no more than its scale or its memory.
+UNIMPORTANT = (
+    *("name", "device", "dtype", "offload", "ranks", "batch_size", "batch_tokens", "max_length", "normalize", "beta"),
+    *("concurrency", "timeout", "retries", "backoff"),
+)
+
+
+def warn_of_repeats(members: Sequence["RewardSpec | Reward"]) -> None:
+    """Judges may be asked several times on purpose: what they say is drawn."""
+    seen: dict[str, list[str]] = {}
+    for member in members:
+        if not isinstance(member, Judging):
+            seen.setdefault(_same(member), []).append(_shown(member))
+    for names in seen.values():
+        if len(names) > 1:
+            logger.warning(
+                "%s is several members of one ensemble: it counts as often, and agrees with itself. Name each reward "
+                "once",
+                names[0],
+            )
+
+
+def _same(member: "RewardSpec | Reward") -> str:
+    """What two members have in common that are one."""
+    if not isinstance(member, RewardSpec):
+        return f"object {id(member)}"
+    return repr(sorted(item for item in member.given().items() if item[0] not in UNIMPORTANT))
+
+
+def _shown(member: "RewardSpec | Reward") -> str:
+    if not isinstance(member, RewardSpec):
+        return member.name
+    return str(getattr(member, "path", None) or member.stated_name or member.kind)
