@@ -1,11 +1,12 @@
 """Loading objects by name: our own, so that importing `align` costs nothing until something is used, and the user's."""
 
+import ast
 import importlib
 import importlib.util
 import inspect
 import sys
 import sysconfig
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -32,17 +33,55 @@ def defined_again(before: Any, now: Any) -> bool:
 def imported(path: str, what: str) -> Callable:
     """The user's function or class at "package.module:name" or "file.py:name". Modules are looked for in the current
     folder too, and what a file imports beside the file. what: what it is, for errors. Raises `ConfigError`."""
-    module_name, _, name = path.rpartition(":")
-    if not module_name or not name:
-        raise ConfigError(f"{what} {path!r}: expected package.module:name or file.py:name")
+    module_name, name = _parts(path, what)
     here = f"{what} {path!r}"
     module = _load_file(Path(module_name), here) if module_name.endswith(".py") else _import(module_name, here)
     found = getattr(module, name, None)
     if not callable(found):
         kinds = {k: v for k, v in vars(module).items() if inspect.isfunction(v) or inspect.isclass(v)}
-        defined = sorted(k for k, v in kinds.items() if v.__module__ == module.__name__ and not k.startswith("_"))
-        raise ConfigError(f"{here}: no function {name!r} there; it has {', '.join(defined) or 'none'}")
+        raise _no_function(here, name, [k for k, v in kinds.items() if v.__module__ == module.__name__])
     return found
+
+
+def check_place(path: str, what: str) -> None:
+    """Raise the `ConfigError` of `imported`, as far as that can be told without running the user's code, which may
+    import torch: of a text that is no place, a file or package that is not there, a name that a file has nowhere."""
+    module_name, name = _parts(path, what)
+    here = f"{what} {path!r}"
+    if not module_name.endswith(".py"):
+        package = module_name.partition(".")[0]
+        with _on_path(Path.cwd()):
+            if package not in sys.modules and importlib.util.find_spec(package) is None:
+                raise ConfigError(f"{here}: no module {package!r} in {Path.cwd()} or on the path")
+        return
+    file = _existing(Path(module_name), here)
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError) as error:
+        raise ConfigError(f"{here}: {file.resolve()} cannot be read as Python: {error}") from error
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name):
+            names.add(node.id)
+        elif isinstance(node, ast.alias):
+            names.add((node.asname or node.name).partition(".")[0])
+    if name not in names and not names & {"*", "globals", "__getattr__"}:  # by which a name may come from elsewhere
+        own = [n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
+        raise _no_function(here, name, own)
+
+
+def _parts(path: str, what: str) -> tuple[str, str]:
+    module_name, _, name = path.rpartition(":")
+    if not module_name or not name:
+        raise ConfigError(f"{what} {path!r}: expected package.module:name or file.py:name")
+    return module_name, name
+
+
+def _no_function(here: str, name: str, defined: Iterable[str]) -> ConfigError:
+    known = ", ".join(sorted(found for found in defined if not found.startswith("_"))) or "none"
+    return ConfigError(f"{here}: no function {name!r} there; it has {known}")
 
 
 def _import(module_name: str, here: str):
@@ -94,10 +133,14 @@ def _forgotten(names: Collection[str]) -> dict[str, ModuleType]:
     return {name: sys.modules.pop(name) for name in [*sys.modules] if name.partition(".")[0] in names}
 
 
-def _load_file(file: Path, here: str):
+def _existing(file: Path, here: str) -> Path:
     if not file.is_file():
         raise ConfigError(f"{here}: no file {file.resolve()}")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
+    return file
+
+
+def _load_file(file: Path, here: str):
+    spec = importlib.util.spec_from_file_location(file.stem, _existing(file, here))
     if spec is None or spec.loader is None:
         raise ConfigError(f"{here}: {file.resolve()} is no Python file")
     module, name = importlib.util.module_from_spec(spec), file.stem

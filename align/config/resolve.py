@@ -19,6 +19,7 @@ from align.config.arguments import (
     option_classes,
     own_fields,
 )
+from align.config.early_checks import early_checks
 from align.config.names import name_here, nearest, removed
 from align.config.nested import nested_options
 from align.config.options import options_of
@@ -102,6 +103,12 @@ def read_entries(method: Method, config_file: str | None, tokens: list[str]) -> 
     for key, entry in entries.items():
         if MASK in str(entry.value):
             raise ConfigError(f"{entry.where}: {key} was masked when this was written: give it again, as ${{NAME}}")
+    for key, check in early_checks(options_of(method.name)).items():
+        if key in entries:
+            try:
+                check(entries[key].value)
+            except ConfigError as error:
+                raise _placed(error, entries, config_file) from error
     return entries, _read_nested(entries, config_file)
 
 

@@ -52,6 +52,8 @@ def test_the_file_is_current():
         (["ppo", "--constraints.0.treshold", "1"], 2),
         (["ppo", "--rewards.0", "{type: remote, url: x, tiemout: 1}"], 2),
         (["ppo", "--dynamic_weights.type", "gradiant"], 2),
+        (["ppo", "--environment", "align.objectives.kl.py:k1"], 2),
+        (["ppo", "--tools", "align.no_such:name", "--resume_changes", "sed"], 2),
     ],
 )
 def test_help_and_mistakes_import_no_torch(tokens, status):

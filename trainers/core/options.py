@@ -15,6 +15,7 @@ import torch.distributed as dist
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from align.config.early_checks import check_output_dir
 from align.config.ranges import check_ranges
 from align.config.secrets import Secret, masked
 from align.config.sections import plain
@@ -237,6 +238,8 @@ class RunOptions(TrainingSettings):
                 setattr(self, name, getattr(self, old))
         if not cuda:
             self.dataloader_pin_memory = False
+        if self.output_dir is not None:
+            check_output_dir(self.output_dir)
         check_ranges(self)
         check_optimizer(self)
         check_workers(self)

@@ -15,7 +15,8 @@ from peft import PeftModel, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from align.config.arguments import resume_from
+from align.config.arguments import init_fields, resume_from
+from align.config.early_checks import COMPARED, check_resume_changes
 from align.data.endless import EndlessRows
 from align.data.limits import fit_sets
 from align.data.streams import is_stream
@@ -341,6 +342,8 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
         check_early_stopping(args, self.callback_handler.callbacks)
         self.check_best_metric(self.evaluation_metrics())
         self._identity = self.identity()
+        options: Any = type(args)
+        check_resume_changes(args.resume_changes, {*init_fields(options), *COMPARED, *self._identity})
         if isinstance(self.train_dataset, EndlessRows) and len(set(gather_object([self._identity["data"]]))) > 1:
             raise DataError("the processes read the stream in different orders: give its shuffle a seed")
         checkpoint = choose_checkpoint(

@@ -19,6 +19,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from align.config.early_checks import check_environment, check_tools
 from align.data.formats import columns_of
 from align.data.streams import is_stream
 from align.errors import ConfigError
@@ -72,6 +73,8 @@ class EnvironmentOptions(TrainingSettings):
             )
         if isinstance(self.tools, str):
             self.tools = [self.tools]
+        check_environment(self.environment)
+        check_tools(self.tools)
 
 
 @dataclass

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
-from align.errors import TrainingError
+from align.errors import ConfigError, TrainingError
 from align.trainers.core.identity import check_same_run, rows_digest
 from align.trainers.core.resumed import own_settings
 from align.trainers.dpo import DPOTrainer
@@ -126,6 +126,17 @@ def test_a_rollout_in_other_portions_is_the_same(policy, folder_of):
     trainer.train(resume_from_checkpoint=True)
     trainer.close()
     assert trainer.state.global_step == 2 and trainer.args.forward_tokens_per_batch == 176
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("learnig_rate", "nearest valid: learning_rate"), ("reward.mine", "nearest valid: rewards"), ("", "valid are ")],
+)
+def test_a_change_of_what_no_run_has_is_refused(name, hint, policy, folder_of):
+    """At once, not when the run is resumed after days and the change is not allowed."""
+    with pytest.raises(ConfigError, match=f"resume_changes: '{name}' is no option of this run; {hint}") as error:
+        make("sft", policy, folder_of("sft"), resume_changes=["adapter.r", "data", name]).train()
+    assert error.value.key == "resume_changes"
 
 
 def test_a_change_is_allowed_by_name(policy, folder_of, caplog):
