@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,6 +33,26 @@ def writing(what: str | Path):
             f"{path} cannot be written: {why}. When that is mended, start again: with resume_from_checkpoint: auto "
             "a run goes on from its newest whole checkpoint"
         ) from error
+
+
+def replace(path: Path, lines: Iterable[str]) -> None:
+    """Write a whole text file: a kill, a full disk or a power loss leaves the old one or the new one, never a part."""
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    with writing(path):
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+
+def no_room(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came of, is a full disk's: libraries raise their own on top of it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def umask() -> int:

@@ -10,11 +10,12 @@ checkpoint, and a line counts when it is whole.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from align.distributed.disk import replace, writing
 from align.errors import DataError
+from align.evaluation.records import set_aside
 
 FORMAT = "align.completions/1"
 FILE_NAME = "completions.jsonl"
@@ -29,15 +30,19 @@ class CompletionsWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept: list[dict[str, Any]] = []
         if resume_step is not None and self.path.exists():
-            kept = [record for record in read_completions(self.path) if record["step"] <= resume_step]
+            kept = self._kept(resume_step)
         self.last_step: int | None = kept[-1]["step"] if kept else None
-        temporary = self.path.with_suffix(".jsonl.tmp")
-        lines = [json.dumps(line) + "\n" for line in ({"format": FORMAT}, *kept)]
-        temporary.write_text("".join(lines), encoding="utf-8")
-        os.replace(temporary, self.path)
+        replace(self.path, (json.dumps(line) + "\n" for line in ({"format": FORMAT}, *kept)))
+
+    def _kept(self, resume_step: int) -> list[dict[str, Any]]:
+        try:
+            return [record for record in read_completions(self.path) if record["step"] <= resume_step]
+        except DataError as error:  # a log must not keep a run from being resumed
+            set_aside(self.path, f"cannot be gone on with, the answers start anew ({error})")
+            return []
 
     def write(self, step: int, samples: list[dict[str, Any]]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "samples": samples}) + "\n")
         self.last_step = step
 
@@ -56,7 +61,11 @@ def read_completions(path: str | Path) -> list[dict[str, Any]]:
         if number == 1:
             if not isinstance(value, dict) or value.get("format") != FORMAT:
                 raise DataError(f"{path}: line 1 is not the header of a file of completions (format {FORMAT!r})")
-        elif not isinstance(value, dict) or not isinstance(value.get("samples"), list) or "step" not in value:
+        elif (
+            not isinstance(value, dict)
+            or not isinstance(value.get("samples"), list)
+            or not isinstance(value.get("step"), int)
+        ):
             raise DataError(f"{path}: line {number} is not an evaluation, with a step and samples")
         else:
             found.append(value)

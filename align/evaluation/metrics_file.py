@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from align.distributed.disk import replace, writing
 from align.errors import DataError
 from align.evaluation.records import set_aside
 from align.evaluation.thin import ThinCurve
@@ -47,10 +48,7 @@ class MetricsWriter:
                 set_aside(self.path)
             else:
                 header, logs = self._resumed(header, resume_step)
-        temporary = self.path.with_suffix(".jsonl.tmp")
-        lines = [json.dumps(_named(header), allow_nan=False) + "\n", *map(_line, logs)]
-        temporary.write_text("".join(lines), encoding="utf-8")
-        os.replace(temporary, self.path)
+        replace(self.path, [json.dumps(_named(header), allow_nan=False) + "\n", *map(_line, logs)])
 
     def _resumed(self, header: dict[str, Any], resume_step: int) -> tuple[dict[str, Any], list]:
         """The new header with those before it, and the logs that stay."""
@@ -64,7 +62,7 @@ class MetricsWriter:
         return header, [log for log in before.logs if _step(log) <= resume_step]
 
     def write(self, log: dict[str, float]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(_line(log))
 
 

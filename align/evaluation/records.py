@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from align.distributed.disk import writing
+from align.distributed.disk import replace, writing
 from align.errors import ConfigError, DataError, TrainingError
 from align.evaluation.answers import is_message
 
@@ -117,14 +117,7 @@ class EvalWriter:
             lines = self._kept_lines(resume_step, evaluated)
         elif self.path.exists():
             set_aside(self.path)
-        # The whole file is replaced at once, so that a kill here leaves the old file or the new one, never half of one.
-        temporary = self.path.with_suffix(".jsonl.tmp")
-        with writing(self.path):
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.writelines(lines)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path)
+        replace(self.path, lines)
 
     def _kept_lines(self, resume_step: int, evaluated: int | None) -> list[str]:
         if not self.path.exists():

@@ -1,6 +1,7 @@
 """Reference log-probs while they are computed: each process appends its rows to a file of its own, so that what a
 killed run had done is not done again, by itself or by another run on the same folder."""
 
+import errno
 import os
 import shutil
 import struct
@@ -54,7 +55,9 @@ class ReferenceShards:
                 # a name of its own, and no buffer: what is written outlives the process
                 self._file = (self.folder / f"{self.rank}-{os.urandom(6).hex()}.shard").open("x+b", buffering=0)
             self._shard[row], self._start[row] = len(self._shards), self._file.tell()
-            self._file.write(record + CHECK.pack(zlib.crc32(record)))
+            record += CHECK.pack(zlib.crc32(record))
+            if self._file.write(record) < len(record):  # the last bytes that there was room for, without an error
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
         """The rows that were appended can be read now."""

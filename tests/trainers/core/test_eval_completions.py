@@ -1,12 +1,15 @@
 """`num_logged_completions` of SFT, DPO and KTO: what the policy answers at evaluations, shown and kept."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 
-from align.errors import ConfigError
+from align.errors import ConfigError, TrainingError
 from align.evaluation.completions_file import FILE_NAME, CompletionsWriter, read_completions
+from align.evaluation.metrics_file import MetricsWriter
 from align.evaluation.watch import snapshot
 from align.trainers.dpo import DPOTrainer
 from align.trainers.kto import KTOConfig, KTOTrainer
@@ -103,6 +106,24 @@ def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):
     assert [record["step"] for record in read_completions(tmp_path)] == [2, 4]
     CompletionsWriter(tmp_path, None)
     assert read_completions(tmp_path) == []
+
+
+@pytest.mark.parametrize("line", ["\0\0\0\n", '{"step": null, "samples": []}\n'])
+def test_a_damaged_file_keeps_no_run_from_being_resumed(line, tmp_path, caplog):
+    writer = CompletionsWriter(tmp_path, None)
+    writer.write(2, [])
+    with open(writer.path, "a") as file:
+        file.write(line)
+    assert CompletionsWriter(tmp_path, 4).last_step is None
+    assert read_completions(tmp_path) == [] and (tmp_path / "completions.1.old.jsonl").exists()
+    assert "line 3 is not" in caplog.text
+
+
+def test_a_full_disk_is_said_with_the_file(tmp_path):
+    for writer, values in ((CompletionsWriter(tmp_path, None), (2, [])), (MetricsWriter(tmp_path, {}, None), ({},))):
+        writer.path = Path("/dev/full")
+        with pytest.raises(TrainingError, match="/dev/full cannot be written: No space left"):
+            writer.write(*values)
 
 
 def test_what_has_no_prompts_is_refused(policy, tmp_path):

@@ -293,6 +293,18 @@ def test_the_cache_computes_once_per_dataset_reference_and_precision(tokenised, 
     assert len(computed) == 3 and len(list(tmp_path.glob("train-*.arrow"))) == 3
 
 
+def test_a_row_for_which_the_disk_has_room_in_part_is_an_error(tmp_path):
+    """The system writes what there is room for and says no error of it."""
+    shards, row = ReferenceShards(tmp_path, 0, 7), np.zeros(3, np.float32)
+    shards.append(0, row, row)
+    whole = shards._file
+    shards._file = SimpleNamespace(tell=whole.tell, write=lambda record: whole.write(record[:-1]))
+    with pytest.raises(TrainingError, match="cannot be written: No space left"):
+        shards.append(1, row, row)
+    whole.close()
+    assert ReferenceShards(tmp_path, 0, 7).find().tolist() == [True] + 6 * [False]
+
+
 def test_what_a_killed_run_had_computed_is_not_computed_again(tokenised, tmp_path):
     """By itself or by another run on the folder, whatever is torn or damaged in its shard."""
     model, whole, passes = tiny_model(toy.tokenizer()), ReferenceShards(tmp_path / "whole", 0, 7), []
