@@ -5,6 +5,7 @@ what was found in the rows. The key is a digest of all that the set follows from
 in there is ever out of date, and any of it may be deleted at any time.
 """
 
+import errno
 import fcntl
 import json
 import logging
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from align.data.bad_rows import BadRows
 from align.data.fingerprint import file_digest
-from align.distributed.disk import umask
+from align.distributed.disk import no_room, umask
 from align.errors import DataError
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ MADE = "made.json"
 PATIENCE = 600.0
 """Seconds that one process waits for another that makes a set and writes nothing."""
 
+CACHE_ELSEWHERE = "Set HF_DATASETS_CACHE to a folder with room"
+WITHOUT_CACHE = "call datasets.disable_caching() to keep them for this run only"
+
 Make = Callable[[Path, BadRows], "Dataset"]
 
 
@@ -40,6 +44,19 @@ def root() -> Path:
     import datasets
 
     return Path(datasets.config.HF_DATASETS_CACHE).expanduser() / FOLDER
+
+
+@contextmanager
+def room_in(folder: Path | None, what: str, advice: str = CACHE_ELSEWHERE):
+    """`DataError` where the disk of `folder` is full: `datasets` says then that the data cannot be read, or speaks of a
+    closed file. None: the cache of `datasets`."""
+    try:
+        yield
+    except Exception as error:
+        if not no_room(error):
+            raise
+        where, said = folder or root().parent, os.strerror(errno.ENOSPC)
+        raise DataError(f"{what} cannot be written in {where}: {said}. {advice}") from error
 
 
 def cached(key: str, make: Make, report: BadRows) -> "Dataset":
@@ -54,16 +71,17 @@ def cached(key: str, make: Make, report: BadRows) -> "Dataset":
     if dataset is not None:
         return dataset
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _turn(folder):
-            dataset = _read(folder, report)  # another process may just have made it
-            if dataset is None:
-                _make(folder, make, report)
-                dataset = _read(folder, report)
+        with room_in(folder.parent, "tokenised rows", f"{CACHE_ELSEWHERE}, or {WITHOUT_CACHE}"):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with _turn(folder):
+                dataset = _read(folder, report)  # another process may just have made it
+                if dataset is None:
+                    _make(folder, make, report)
+                    dataset = _read(folder, report)
     except OSError as error:
         raise DataError(
-            f"tokenised rows cannot be written in {folder.parent}: {error.strerror or error}. Set HF_DATASETS_CACHE to "
-            "a folder with room, or call datasets.disable_caching() to keep them for this run only"
+            f"tokenised rows cannot be written in {folder.parent}: {error.strerror or error}. {CACHE_ELSEWHERE}, or "
+            f"{WITHOUT_CACHE}"
         ) from error
     if dataset is None:
         raise DataError(f"{folder} does not hold what was just written there: look at the disk")

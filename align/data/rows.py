@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from align.data.cache import room_in
 from align.data.fingerprint import file_digest, text_digest
 from align.data.formats import TEXT_COLUMNS
 from align.data.hub import not_found, offline_if_unreachable
@@ -54,7 +55,8 @@ def load_rows(
     if not path.exists():
         if _looks_local(name):
             raise DataError(f"there is no file or folder {name!r}.{_nearest(path)}")
-        return _load_hub(name, split, config, streaming)
+        with room_in(None, f"the rows of {name}"):
+            return _load_hub(name, split, config, streaming)
     if config is not None:
         raise DataError(f"{name} is local, so config {config!r} has no meaning; name the file or folder itself.")
     if streaming and "[" in split:
@@ -64,7 +66,8 @@ def load_rows(
         if streaming:
             dataset = dataset.to_iterable_dataset()
     else:
-        dataset = _load_files(path, split, streaming)
+        with room_in(None, f"the rows of {name}"):
+            dataset = _load_files(path, split, streaming)
     dataset.info.dataset_name = _named(name, split)
     return dataset
 

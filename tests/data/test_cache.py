@@ -1,10 +1,12 @@
 """Tokenised rows on disk: the same as in memory, made once, never out of date, made again when damaged."""
 
+import errno
 import fcntl
 import json
 import multiprocessing
 import os
 import re
+import resource
 import time
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import datasets
 import pytest
 from datasets import Dataset
 
-from align.data import BadRows, fingerprint, passes, tokenize_completions, tokenize_pairs, tokenize_prompts
+from align.data import BadRows, fingerprint, load_rows, passes, tokenize_completions, tokenize_pairs, tokenize_prompts
 from align.data import cache as cache_module
 from align.data.cache import cached, root
 from align.data.fingerprint import tokenizer_digest
@@ -185,9 +187,50 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
         cached("key", slow_make, BadRows())
 
 
-def test_a_file_rewritten_with_its_old_time_gives_the_new_rows(tmp_path):
-    from align.data import load_rows
+@pytest.fixture
+def full_disk():
+    """No file may have more than a page, which the system says as it says that a disk is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_a_disk_that_is_full_while_rows_are_tokenised_is_named(caching, tokenizer, on_disk, full_disk):
+    rows = Dataset.from_list([{"prompt": "a cat", "completion": "a dog " * 9}] * 2000)
+    (datasets.enable_caching if caching else datasets.disable_caching)()
+    advice = "HF_DATASETS_CACHE" if caching else "TMPDIR"
+    try:
+        with pytest.raises(
+            DataError, match=f"tokenised rows cannot be written in .*: .*{advice} to a folder with room"
+        ):
+            tokenize_completions(rows, tokenizer, max_length=64)
+    finally:
+        datasets.enable_caching()
+
+
+def test_a_full_disk_is_known_behind_another_error():
+    def make(folder, report):
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:  # as the writer of Arrow files
+            raise ValueError("I/O operation on closed file")
+
+    with pytest.raises(DataError, match="tokenised rows cannot be written in .*: No space left"):
+        cached("key", make, BadRows())
+
+
+def test_a_disk_that_is_full_while_rows_are_read_is_named(tmp_path, request):
+    """And not the data, which was said to be unreadable."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"cat {i}", "completion": "dog"}) + "\n" for i in range(2000)))
+    request.getfixturevalue("full_disk")
+    with pytest.raises(DataError, match=f"the rows of .*jsonl cannot be written in {root().parent}: .*DATASETS_CACHE"):
+        load_rows(path)
+
+
+def test_a_file_rewritten_with_its_old_time_gives_the_new_rows(tmp_path):
     path = tmp_path / "rows.jsonl"
     for text in ("one", "two"):
         path.write_text(json.dumps({"prompt": text}) + "\n")
