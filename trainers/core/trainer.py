@@ -324,7 +324,8 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
         self.accelerator.wait_for_everyone()
         rotated = run_dir, step, limit, self.state.best_model_checkpoint
         flushed = shared(by_first(lambda: bool(surplus(*rotated))))
-        shares = gather_object([checksums(folder, flushed=flushed, **self._place)])
+        share = writing(folder)(partial(checksums, folder, flushed=flushed, **self._place))
+        shares = gather_object([in_all(share)])
         if args.should_save:
             write_manifest(folder, {name: entry for share in shares for name, entry in share.items()})
             remove_older(*rotated)

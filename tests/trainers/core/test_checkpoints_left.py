@@ -13,6 +13,7 @@ from align.distributed.checkpoints import checksums, damage, newest_whole, remov
 from align.errors import TrainingError
 from align.trainers.sft import SFTTrainer
 from tests.trainers.tiny_runs import demonstrations, sft_config
+from tests.trainers.two_processes import run_on_two
 
 
 class ClockSetBack(TrainerCallback):
@@ -119,6 +120,13 @@ def test_a_disk_that_fails_then_leaves_the_older_one(policy, tmp_path, monkeypat
     args = sft_config(tmp_path, save_strategy="steps", save_steps=1, max_steps=4, save_total_limit=1)
     SFTTrainer(policy, args, demonstrations(22)).train("auto")
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+def test_a_disk_that_is_full_for_one_process_ends_all(policy, tmp_path):
+    """The others waited for its checksums until it was gone, and named the network."""
+    for said in run_on_two("tests.trainers.core.full_disk_ranks", tmp_path, policy):
+        assert "checkpoint-2 cannot be written: No space left" in said
+    assert newest_whole(tmp_path / "run").name == "checkpoint-1"
 
 
 def test_a_disk_that_cannot_flush_is_no_error(tmp_path, monkeypatch):
