@@ -195,6 +195,19 @@ def check_rewards(run: RunConfig) -> None:
         _of_each_reward(run, key, check_reward)
 
 
+def episodes(run: RunConfig, tokenizer):
+    """What the conversations of an on-policy run are with, made as the trainer makes it; None where there are none."""
+    if run.method.data != "prompts":
+        return None
+    from align.trainers.on_policy.episodes import make_episodes
+
+    try:
+        return make_episodes(run.training, None, None, tokenizer)
+    except ConfigError as error:
+        key = error.key or ("environment" if run.training.environment is not None else "tools")
+        raise ConfigError(f"{run.where(key)}: {error}", key=key) from error
+
+
 def reward_models(run: RunConfig, sections: Sequence[str] = ("rewards", "gold_reward")) -> dict[str, bool]:
     """Folders and hub names of the models that the rewards need; True for those with a score head."""
     from align.reward_models.build import model_paths

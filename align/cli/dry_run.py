@@ -34,6 +34,7 @@ def dry_run(run: RunConfig, processes: int | None = None) -> int:
     _title("one step")
     print(step_text(run, processes))
     tokenizer = build.tokenizer(run)
+    episodes = build.episodes(run, tokenizer)
     model = build.empty_model(run)
     if run.method.data == "prompts":
         check_length(model.config.get_text_config(), build.longest_sequence(run, model))
@@ -43,13 +44,13 @@ def dry_run(run: RunConfig, processes: int | None = None) -> int:
         print(f"a stream: its first {LOOKED_AT} rows are looked at, the others when training reaches them")
     if run.data.datasets is not None:
         print(given.info.description)
-    rows, report = tokenize(run, sample_of(given), tokenizer)
+    rows, report = tokenize(run, sample_of(given), tokenizer, episodes=episodes)
     print(report.summary())
     if run.method.data != "prompts":
         choose_factors(model, longest_sequence(run.training.max_length, [rows]))
     check_fits(model, rows, "training", tokenizer)
     if (evaluated := build.eval_rows(run)) is not None:
-        rows_there, report_there = tokenize(run, evaluated, tokenizer, evaluation=True)
+        rows_there, report_there = tokenize(run, evaluated, tokenizer, evaluation=True, episodes=episodes)
         print(f"evaluation: {report_there.summary()}")
         check_fits(model, rows_there, "evaluation", tokenizer)
     if (note := unused_template(sample_of(given), tokenizer)) is not None:
@@ -94,10 +95,11 @@ LENGTH_LIMIT = {
 
 
 def tokenize(
-    run: RunConfig, rows, tokenizer, max_bad_share: float | None = None, evaluation: bool = False
+    run: RunConfig, rows, tokenizer, max_bad_share: float | None = None, evaluation: bool = False, episodes=None
 ) -> tuple[Any, Any]:
     """The tokenised rows and what was found in them (`align.data.BadRows`): the trainers' own functions and options.
-    max_bad_share: in the place of the run's. evaluation: of rows to evaluate on, prompts beside offline pairs."""
+    max_bad_share: in the place of the run's. evaluation: of rows to evaluate on, prompts beside offline pairs.
+    episodes: that the prompts are for (`build.episodes`)."""
     import align.data
 
     training, report = run.training, align.data.BadRows()
@@ -107,6 +109,14 @@ def tokenize(
     options = {limit: getattr(training, limit), "max_bad_share": share, "num_proc": training.dataset_num_proc}
     if run.method.offline_pairs and not evaluation:
         options["max_length"] = training.max_prompt_length + training.max_completion_length
+    if kind == "prompts":
+        tools = {"tools": episodes.schemas} if episodes is not None and episodes.schemas else {}
+        options["template_options"] = {**(training.chat_template_kwargs or {}), **tools} or None
+        if episodes is not None:
+            from align.trainers.on_policy.environments import with_prompts
+
+            episodes.environments.check(rows)
+            rows, tokenizer, options["completed"] = with_prompts(rows), episodes.tokenizer, True
     if vars(training).get("implicit_reward_beta") is not None:  # of SFT
         options["scored"] = True
     return function(rows, tokenizer, report=report, **options), report

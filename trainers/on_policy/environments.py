@@ -22,7 +22,7 @@ from datasets import Dataset
 from align.config.early_checks import check_environment, check_tools
 from align.data.formats import columns_of
 from align.data.streams import is_stream
-from align.errors import ConfigError
+from align.errors import ConfigError, one_line
 from align.lazy import imported
 from align.reward_models.base import Reward, RewardBatch, RewardOutput
 from align.reward_models.deadlines import call_within
@@ -104,7 +104,14 @@ class Kind:
 
     def __init__(self, factory: Callable[[], Any] | None, tools: list[Callable], timeout: float):
         self.factory, self.functions, self.timeout = factory, tools, timeout
-        probe = self.made()
+        try:
+            probe = self.made()
+        except Exception as error:  # the user's code raises anything
+            name = getattr(factory, "__qualname__", repr(factory))
+            raise ConfigError(
+                f"environment {name} cannot be made, for which it is called without arguments: {one_line(error)}",
+                key="environment",
+            ) from error
         self.name = None if probe is None else type(probe).__name__
         self.steps = probe is not None and callable(getattr(probe, "step", None))
         if probe is not None and not callable(getattr(probe, "reset", None)):

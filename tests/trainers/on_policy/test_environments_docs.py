@@ -30,7 +30,10 @@ def test_the_commands_and_the_class_of_the_page():
     assert [session.reply(answer).done for answer in ("6", "7")] == [False, True] and session.finish() == 1.0
 
 
-def test_several_environments_in_a_file(tmp_path):
+def test_several_environments_in_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the environments are looked for when the file is read
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "my_env.py").write_text("class OtherGame: ...\n")
     (block,) = re.findall(r"```yaml\n(.*?)```", DOCS, re.DOTALL)
     text = (configs_dir() / "environment.yaml").read_text()
     text = re.sub(r"^environment: .*$", "", text, flags=re.MULTILINE)
