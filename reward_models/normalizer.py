@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from align.distributed.disk import replace
 from align.errors import RewardError
 
 FILE_NAME = "reward_normalizer.json"
@@ -44,7 +45,7 @@ class Normalizer:
 
     def save(self, folder: str | Path) -> Path:
         path = Path(folder) / FILE_NAME
-        path.write_text(json.dumps(asdict(self) | {CHECK: self._crc32()}, indent=2) + "\n")
+        replace(path, [json.dumps(asdict(self) | {CHECK: self._crc32()}, indent=2) + "\n"])
         return path
 
     def _crc32(self) -> int:

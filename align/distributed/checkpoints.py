@@ -43,6 +43,13 @@ def flush(path: Path) -> None:
         os.close(opened)
 
 
+def flush_files(folder: str | Path) -> None:
+    """Return when the files of a folder are on the disk: before one is written that says that they are whole."""
+    for path in Path(folder).iterdir():
+        if path.is_file() and os.access(path, os.R_OK):
+            flush(path)
+
+
 def checksums(
     folder: str | Path, *, rank: int = 0, processes: int = 1, flushed: bool = False
 ) -> dict[str, dict[str, int]]:

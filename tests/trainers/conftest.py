@@ -1,3 +1,6 @@
+import os
+from pathlib import Path
+
 import pytest
 
 from align.data import toy
@@ -28,3 +31,23 @@ def wandb_offline(tmp_path, monkeypatch):
     yield tmp_path
     wandb.finish()
     wandb.teardown()
+
+
+@pytest.fixture
+def unflushed(monkeypatch):
+    """By the name of each file that was put in its place: weights in its folder that were not on the disk by then."""
+    flushed, found, fsync, replace = set(), {}, os.fsync, os.replace
+
+    def flush(opened):
+        fsync(opened)
+        flushed.add(os.fstat(opened).st_ino)
+
+    def put(source, target, **options):
+        weights = Path(target).parent.glob("*.safetensors")
+        missing = [path.name for path in weights if path.stat().st_ino not in flushed]
+        found.setdefault(Path(target).name, []).extend(missing)
+        replace(source, target, **options)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "replace", put)
+    return found

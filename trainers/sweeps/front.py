@@ -160,7 +160,8 @@ def train_points(
 
 def train_point(make_trainer: Callable[[Any], Any], args: Any, settings: dict, resume: bool) -> dict:
     """Train and save one policy; then write point.json, which says that it is complete and how it was trained."""
-    from align.distributed.checkpoints import newest_whole
+    from align.distributed.checkpoints import flush_files, newest_whole
+    from align.distributed.disk import replace
 
     started, folder = time.perf_counter(), Path(args.output_dir)
     (folder / POINT_FILE).unlink(missing_ok=True)
@@ -170,9 +171,8 @@ def train_point(make_trainer: Callable[[Any], Any], args: Any, settings: dict, r
     reference = language_model(trainer.model).config.name_or_path
     done = {"settings": settings, "reference": reference, "seconds": time.perf_counter() - started}
     if args.process_index == 0:
-        temporary = folder / f"{POINT_FILE}.tmp"
-        temporary.write_text(json.dumps(done, indent=2) + "\n")
-        temporary.replace(folder / POINT_FILE)
+        flush_files(folder)
+        replace(folder / POINT_FILE, [json.dumps(done, indent=2) + "\n"])
     trainer.accelerator.wait_for_everyone()
     del trainer  # before the next one is loaded
     gc.collect()

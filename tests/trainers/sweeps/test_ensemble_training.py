@@ -243,6 +243,12 @@ def test_separate_members(trunk, tmp_path, caplog):
     assert Normalizer.load(folder / "member_1") is not None
 
 
+def test_weights_are_on_the_disk_before_a_member_counts_as_whole(trunk, tmp_path, unflushed):
+    """Else a power loss could leave the mark of a whole member without its weights."""
+    train_reward_ensemble(trunk, config(tmp_path, max_steps=1), pairs(48), pairs(20, seed=1), members=1)
+    assert unflushed["reward_normalizer.json"] == []
+
+
 def test_a_member_of_an_earlier_ensemble_is_not_this_ones(trunk, tmp_path):
     """Members that are jobs of their own: one whose training broke off is missing, whatever was there before."""
 

@@ -196,6 +196,11 @@ def test_a_margin_policy_that_is_no_optimum_of_the_sweep_is_no_point(policy, mar
     assert margin_policy([build_reward(spec)], policy, args, lora) is None
 
 
+def test_weights_are_on_the_disk_before_a_point_counts_as_complete(policy, tmp_path, unflushed):
+    sweep(policy, tmp_path, sweep_points=2, max_steps=1)
+    assert unflushed[POINT_FILE] == []
+
+
 def test_what_is_refused(policy, tmp_path):
     with pytest.raises(ConfigError, match="interpolate is for two objectives"):
         from tests.trainers.test_modpo import vowels
