@@ -64,6 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, extra: list[str]) -> int:
     from align.config.resolve import read_entries
 
+    files = [token for token in extra if token.endswith((".yaml", ".yml")) and Path(token).is_file()]
+    if files and not Path(args.config).exists():  # the value of an option before the file was taken for the file
+        raise ConfigError(f"write the run's options after the config file: align launch {files[0]} --OPTION VALUE ...")
     method = method_of(args)
     _check(args)
     num_processes = args.num_processes or _count_gpus() - (args.rollout_gpus or 0)

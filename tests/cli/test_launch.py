@@ -174,3 +174,8 @@ def test_accelerate_reads_every_setup(setup):
         assert loaded.fsdp_config["fsdp_version"] == 2
     if kind == "DEEPSPEED":
         assert written["deepspeed_config"]["zero_stage"] == int(setup[-1])
+
+
+def test_options_of_the_run_before_its_file_are_told_their_place(config, capsys):
+    assert main(["launch", "--learning_rate", "1e-5", str(config), "--num-processes", "2", "--dry-run"]) == 2
+    assert f"after the config file: align launch {config} --OPTION" in capsys.readouterr().err
