@@ -67,6 +67,10 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
     files = [token for token in extra if token.endswith((".yaml", ".yml")) and Path(token).is_file()]
     if files and not Path(args.config).exists():  # the value of an option before the file was taken for the file
         raise ConfigError(f"write the run's options after the config file: align launch {files[0]} --OPTION VALUE ...")
+    own = {_flag(name) for name in vars(args)}
+    for word in (token.partition("=")[0] for token in extra):
+        if "_" in word and word.replace("_", "-") in own:  # as accelerate and torchrun take them
+            raise ConfigError(f"{word} is {word.replace('_', '-')} here")
     method = method_of(args)
     _check(args)
     num_processes = args.num_processes or _count_gpus() - (args.rollout_gpus or 0)

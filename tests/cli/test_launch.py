@@ -122,6 +122,8 @@ def test_slurm_file_follows_the_given_resume_and_processors(config, capsys):
         (["--num-processes", 2, "--slurm", "x", "--main-port", 1234], "--main-port is found by the batch file"),
         (["--num-processes", 2, "--main-port", 70000], "--main-port 70000: ports go from 1 to 65535"),
         (["--num-processes", 2, "--slurm", "x", "--learning_rat", 1], "unknown key --learning_rat; nearest valid: --"),
+        (["--num_processes=2"], "--num_processes is --num-processes here"),
+        (["--num-processes", 2, "--dry_run"], "--dry_run is --dry-run here"),
         (["--num-processes", 2, "--method", "remax"], "line 1: the file is for 'sft', --method says 'remax'"),
     ],
 )
