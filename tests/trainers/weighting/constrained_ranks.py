@@ -1,4 +1,7 @@
-"""Runs whose weightings learn, with one global batch of 8, on one process or two. Run as a script: policy, folder."""
+"""Runs whose weightings learn, with one global batch of 8, on one process or two, with DDP and with FSDP2.
+
+Run as a script: policy, folder.
+"""
 
 import sys
 from pathlib import Path
@@ -7,9 +10,11 @@ import torch
 import torch.distributed as dist
 
 from align.data import toy
-from tests.trainers.tiny_runs import on_policy, parameters, prompts, wanted_words
+from align.distributed.shards import whole
+from tests.trainers.accelerate_setups import under
+from tests.trainers.tiny_runs import on_policy, prompts, wanted_words
 
-LEARNED = ("loss", "grad_norm", "constraints/", "dynamic_weights/", "eval_")
+LEARNED = ("loss", "grad_norm", "kl", "reward", "entropy", "constraints/", "dynamic_weights/", "eval_")
 HELD = [
     {"reward": "polite", "direction": "at_least", "threshold": 0.6},
     {"reward": "wanted_words", "direction": "at_most", "threshold": 0.1},
@@ -30,17 +35,18 @@ RUNS = {
         },
     ),
 }
+SHARDED = {f"{name}, fsdp2": RUNS[name] for name in ("multipliers", "pid, tokens, standardised")}
 
 
 def polite(completions, **columns) -> list[float]:
     return [float(any(word in toy.POLITE for word in text.split())) for text in completions]
 
 
-def train(policy: str, folder: Path, world: int) -> dict[str, dict]:
+def train(policy: str, folder: Path, world: int, runs: dict = RUNS) -> dict[str, dict]:
     found = {}
-    for name, (method, options) in RUNS.items():
+    for name, (method, options) in runs.items():
         kind, args = on_policy(
-            method, folder / name.split(",")[0], per_device_train_batch_size=4 // world, gradient_accumulation_steps=2,
+            method, folder / name, per_device_train_batch_size=4 // world, gradient_accumulation_steps=2,
             num_mini_batches=2, num_generations=2, max_steps=4, learning_rate=5e-3, kl_in="reward",
             eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=2, **options,
         )  # fmt: skip
@@ -48,12 +54,17 @@ def train(policy: str, folder: Path, world: int) -> dict[str, dict]:
         trainer = kind(policy, [polite, wanted_words], args, *data, gold_reward="align.data.toy:gold")
         trainer.train()
         logs = [{k: v for k, v in entry.items() if k.startswith(LEARNED)} for entry in trainer.state.log_history]
-        found[name] = {"logs": logs, "weights": parameters(trainer.model)}
+        weights = {name: whole(p).clone() for name, p in trainer.model.named_parameters()}
+        found[name] = {"logs": logs, "weights": weights}
         trainer.close()
     return found
 
 
 if __name__ == "__main__":
-    found = train(sys.argv[1], Path(sys.argv[2]), 2)
-    torch.save(found, Path(sys.argv[2]) / f"rank{dist.get_rank()}.pt")
+    policy, folder = sys.argv[1], Path(sys.argv[2])
+    dist.init_process_group("gloo")
+    found = train(policy, folder, 2)
+    with under("fsdp2"):
+        found |= train(policy, folder, 2, SHARDED)
+    torch.save(found, folder / f"rank{dist.get_rank()}.pt")
     dist.destroy_process_group()

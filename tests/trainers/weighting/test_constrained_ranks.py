@@ -1,11 +1,11 @@
-"""Two processes (gloo) learn the multipliers, weights and thresholds that one learns."""
+"""Two processes (gloo), with DDP and with FSDP2, learn the multipliers, weights and thresholds that one learns."""
 
 import pytest
 import torch
 
 from tests.trainers.tiny_runs import assert_same
 from tests.trainers.two_processes import run_on_two
-from tests.trainers.weighting.constrained_ranks import RUNS, train
+from tests.trainers.weighting.constrained_ranks import RUNS, SHARDED, train
 
 
 @pytest.fixture(scope="module")
@@ -15,9 +15,9 @@ def runs(policy, tmp_path_factory):
     return one, *run_on_two("tests.trainers.weighting.constrained_ranks", folder / "two", policy)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [*RUNS, *SHARDED])
 def test_two_processes_learn_what_one_learns(runs, name):
-    one, first, second = (run[name] for run in runs)
+    one, first, second = (run[n] for run, n in zip(runs, (name.removesuffix(", fsdp2"), name, name), strict=True))
     assert_same(first["weights"], second["weights"])
     assert len(one["logs"]) == len(first["logs"]) > 4
     learned = 0
