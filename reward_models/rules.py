@@ -90,7 +90,10 @@ class RuleReward(CalledReward):
             scores = [plain(score) for score in scores]
         if not isinstance(scores, (list, tuple)) or len(scores) != count:
             what = f"{len(scores)} values" if isinstance(scores, (list, tuple)) else type(scores).__name__
-            raise RewardError(f"reward {self.name!r}: {self.function.source} returned {what} for {count} completions")
+            raise RewardError(
+                f"reward {self.name!r}: {self.function.source} returned {what} for {count} completions: return a list "
+                "with one score for each, in their order"
+            )
         bad = set(not_numbers([0.0 if score is None else score for score in scores]))
         if bad and self.failures.stops:
             first = min(bad)

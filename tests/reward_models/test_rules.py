@@ -110,7 +110,7 @@ def test_numbers_of_numpy_torch_and_pandas_are_scores(scores):
         (np.array([[1.0], [0.0]]), "returned \\[1.0\\] for rows \\[0, 1\\]"),
         ([torch.tensor(float("nan")), 1.0], "returned nan for rows \\[0\\]"),
         ([1.0], "returned 1 values for 2 completions"),
-        (1.0, "returned float for 2 completions"),
+        (1.0, "returned float for 2 completions: return a list with one score for each"),
         ([1.0, None], "has no score for rows \\[1\\] .*does not apply there"),
         ([1.0, 10**400], "returned 1000.* for rows \\[1\\]"),
         ([1.0, -(10**400)], "returned -1000.* for rows \\[1\\]"),
