@@ -320,7 +320,9 @@ def _set_nested(container: Any, parts: list[str], value: Any, what: str) -> None
         if place == len(container):
             container.append(_empty(rest))
     elif not isinstance(container, dict):
-        raise ConfigError(one_line(f"{what}: there is nothing below {container!r:.100} to set {part!r} in"))
+        raise ConfigError(
+            one_line(f"{what}: there is nothing below {container!r:.100} to set {part!r} in: give all of it anew")
+        )
     if not rest:
         container[place] = value
         return

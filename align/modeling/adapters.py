@@ -54,6 +54,15 @@ def is_adapter(folder: str | Path) -> bool:
     return (Path(folder) / CONFIG_FILE).exists()
 
 
+def task_of(folder: str | Path) -> str | None:
+    return read_object(Path(folder) / CONFIG_FILE).get("task_type")
+
+
+def check_answers(folder: str | Path) -> None:
+    if task_of(folder) == "SEQ_CLS":
+        raise ConfigError(f"{folder} is the adapter of a reward model, and a language model is needed here")
+
+
 def adapter_base(folder: str | Path) -> str:
     """Folder or hub name of the model that an adapter's folder adapts. ConfigError if another model lies there now."""
     base = read_object(Path(folder) / CONFIG_FILE).get("base_model_name_or_path")

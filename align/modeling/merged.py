@@ -2,7 +2,6 @@
 
 import copy
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,15 +9,7 @@ from torch import Tensor, nn
 
 from align.distributed.shells import fill
 from align.errors import ConfigError, one_line
-from align.modeling.adapters import (
-    CONFIG_FILE,
-    adapter_base,
-    fit_base,
-    is_adapter,
-    notes,
-    read_object,
-    read_start,
-)
+from align.modeling.adapters import adapter_base, check_answers, fit_base, is_adapter, notes, read_start, task_of
 from align.modeling.mergeable import check_mergeable
 from align.modeling.pretrained import load_whole, only_errors_from_transformers
 from align.modeling.score_head import draw_head, head_name, read_at_end_token
@@ -29,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 def load_merged(auto_class, folder: str, options: dict, **head) -> Model:
     """The model that an adapter's folder stands for, trainable, with `adapter_start` set. head: as for `load_whole`."""
-    if head and _task(folder) != "SEQ_CLS":  # an adapter of a language model under a new head
+    if head and task_of(folder) != "SEQ_CLS":  # an adapter of a language model under a new head
         return _grafted(folder, options, head["head_seed"])
     adapted, base = load_unmerged(auto_class, folder, options, **head)
     logger.info("%s holds an adapter of %s: it is merged into it", folder, base)
@@ -48,8 +39,8 @@ def load_unmerged(auto_class, folder: str, options: dict, **head) -> tuple[Model
 
     base = adapter_base(folder)
     load = load_merged if is_adapter(base) else load_whole
-    if not head and _task(folder) == "SEQ_CLS":
-        raise ConfigError(f"{folder} is the adapter of a reward model, and a language model is needed here")
+    if not head:
+        check_answers(folder)
     with only_errors_from_transformers():  # a head that the base lacks is the adapter's
         model = load(auto_class, base, options, **({"head_seed": 0, "of_adapter": True} if head else {}))
         fill(model)  # the adapter is added to it
@@ -78,10 +69,6 @@ def merge(adapted: Any) -> Model:
         layers[1].weight = nn.Parameter(layers[1].weight.detach().clone(), requires_grad=False)
         core.config.get_text_config().tie_word_embeddings = core.config.tie_word_embeddings = False
     return adapted.merge_and_unload()
-
-
-def _task(folder: str) -> str | None:
-    return read_object(Path(folder) / CONFIG_FILE).get("task_type")
 
 
 def _grafted(folder: str, options: dict, head_seed: int | None) -> nn.Module:

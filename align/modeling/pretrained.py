@@ -10,7 +10,7 @@ import torch
 from align.data.hub import not_found, offline_if_unreachable
 from align.distributed.shells import ShellsForZeros, are_sent_weights, fill, shells_for_weights
 from align.errors import ConfigError, one_line
-from align.modeling.adapters import adapter_base, fit_base, is_adapter
+from align.modeling.adapters import adapter_base, check_answers, fit_base, is_adapter
 from align.modeling.score_head import draw_head, head_name
 from align.modeling.types import Model
 
@@ -156,6 +156,8 @@ def empty_model(name: str, *, classifier: bool = False, **options) -> Model:
         made, config.num_labels = AutoModelForSequenceClassification, 1
     else:
         check_is_causal(config, name)
+        if is_adapter(name):
+            check_answers(name)
     with torch.device("meta"):
         model = made.from_config(config, trust_remote_code=options.get("trust_remote_code", False))
         if is_adapter(name):

@@ -164,7 +164,7 @@ def test_a_file_extends_another_and_every_value_knows_its_file(tmp_path):
         (["extends: base/pars\n"], "line 1: extends: there is no ready config 'base/pars'; nearest: base/pairs"),
         (["extends: [a.yaml]\n"], "line 1: extends names one config"),
         (["extends: 1.yaml\n", "a: 1\na: 2\n"], "1.yaml, line 2: key 'a' is already set on line 1"),
-        (["extends: 1.yaml\na.b: 1\n", "a: 1\n"], "0.yaml, line 2: a.b: there is nothing below 1 to set 'b' in"),
+        (["extends: 1.yaml\na.b: 1\n", "a: 1\n"], "0.yaml, line 2: a.b: there is nothing below 1 to set 'b' in: give"),
     ],
 )
 def test_extending_what_cannot_be_extended(tmp_path, texts, message):

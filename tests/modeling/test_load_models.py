@@ -36,6 +36,17 @@ def test_a_reward_model_is_no_policy(tied, tmp_path):
     assert load_policy(tmp_path).get_output_embeddings() is not None and empty_model(str(tmp_path)) is not None
 
 
+def test_the_adapter_of_a_reward_model_is_no_policy(tmp_path):
+    """On a base that is a policy, whose config says nothing of it."""
+    tiny.causal().save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS")
+    load_sequence_classifier(tmp_path / "base", peft_config=config).save_pretrained(tmp_path / "adapter")
+    for load in (load_policy, empty_model):
+        with pytest.raises(ConfigError, match="/adapter is the adapter of a reward model, and a language model is nee"):
+            load(str(tmp_path / "adapter"))
+    assert empty_model(str(tmp_path / "adapter"), classifier=True) is not None
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_trunk_is_a_policy_only_where_its_embeddings_are_its_output_layer(tied, tmp_path):
     tiny.causal(tie_word_embeddings=tied).base_model.save_pretrained(tmp_path)

@@ -125,7 +125,8 @@ class Episodes:
                 "use a model whose template does, such as Qwen's or Hermes', or an environment that reads the calls "
                 "itself"
             )
-        if not stops and not all(kind.scores for kind in environments.kinds.values()):
+        self.maskable = all(kind.scores for kind in environments.kinds.values())
+        if not stops and not self.maskable:
             raise ConfigError("environment_on_error: mask is for environments with a reward of their own")
 
     @property
@@ -258,9 +259,10 @@ class Episodes:
     def _failed(self, talk: Talk, failure: EnvironmentFailure) -> None:
         talk.failure = str(failure)
         if self.stops:
+            masks = ". environment_on_error: mask leaves such completions out" if self.maskable else ""
             raise RolloutError(
                 f"environment {talk.session.of.name}, row {talk.prompt.get('row')} of the dataset, after "
-                f"{talk.turns} answers: {failure}"
+                f"{talk.turns} answers: {failure}{masks}"
             ) from failure
 
 

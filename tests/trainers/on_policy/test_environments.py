@@ -230,7 +230,7 @@ class Broken(Echo):
 )
 def test_an_environment_that_fails(answer, message):
     tokenizer = talking_tokenizer()
-    with pytest.raises(RolloutError, match=f"environment Broken, row 0.*after 1 answers.*{message}"):
+    with pytest.raises(RolloutError, match=f"environment Broken, row 0.*after 1 answers.*{message}.*on_error: mask"):
         talk(Scripted(tokenizer, answer), Environments(Broken, [], 0.2))
     (found,) = talk(Scripted(tokenizer, answer), Environments(Broken, [], 0.2), stops=False)
     assert message in found.completions[0].episode.failure and found.completions[0].episode.reward is None
