@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from align.distributed.checkpoints import file_crc32
-from align.distributed.disk import writing
+from align.distributed.disk import write_whole
 from align.errors import ConfigError, RewardError
 from align.lazy import imported
 from align.objectives.ensemble import Rule, aggregate, check_rule, rule_name
@@ -139,10 +139,7 @@ def save_ensemble(
     saved["files"] = {
         str(name.relative_to(path.parent)): file_crc32(name) for name in _model_files(path.parent, members)
     }
-    temporary = path.with_suffix(".tmp")
-    with writing(path):
-        temporary.write_text(json.dumps(saved, indent=2) + "\n")
-        temporary.replace(path)
+    write_whole(path, [json.dumps(saved, indent=2) + "\n"])
     return path
 
 

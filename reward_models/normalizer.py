@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from align.distributed.disk import replace
+from align.distributed.disk import write_whole
 from align.errors import RewardError
 
 FILE_NAME = "reward_normalizer.json"
@@ -45,7 +45,7 @@ class Normalizer:
 
     def save(self, folder: str | Path) -> Path:
         path = Path(folder) / FILE_NAME
-        replace(path, [json.dumps(asdict(self) | {CHECK: self._crc32()}, indent=2) + "\n"])
+        write_whole(path, [json.dumps(asdict(self) | {CHECK: self._crc32()}, indent=2) + "\n"])
         return path
 
     def _crc32(self) -> int:

@@ -64,11 +64,14 @@ def check_resume_changes(names: Any, known: Collection[str]) -> None:
             raise ConfigError(f"resume_changes: {name!r} is no option of this run; {hint}", key="resume_changes")
 
 
-def early_checks(options: Collection[str]) -> dict[str, Callable[[Any], None]]:
-    """The check of each option that has one. options: names of the method's."""
-    return {
+def early_checks(options: Collection[str], *, resumed: bool) -> dict[str, Callable[[Any], None]]:
+    """The check of each option that has one. options: names of the method's. resumed: from a checkpoint, which may be
+    of an older version with options that are gone: the run looks into it."""
+    checks: dict[str, Callable[[Any], None]] = {
         "output_dir": check_output_dir,
         "environment": check_environment,
         "tools": check_tools,
-        "resume_changes": lambda names: check_resume_changes(names, {*options, *COMPARED}),
     }
+    if not resumed:
+        checks["resume_changes"] = lambda names: check_resume_changes(names, {*options, *COMPARED})
+    return checks

@@ -103,7 +103,7 @@ def read_entries(method: Method, config_file: str | None, tokens: list[str]) -> 
     for key, entry in entries.items():
         if MASK in str(entry.value):
             raise ConfigError(f"{entry.where}: {key} was masked when this was written: give it again, as ${{NAME}}")
-    for key, check in early_checks(options_of(method.name)).items():
+    for key, check in early_checks(options_of(method.name), resumed="resume_from_checkpoint" in entries).items():
         if key in entries:
             try:
                 check(entries[key].value)

@@ -35,7 +35,7 @@ def writing(what: str | Path):
         ) from error
 
 
-def replace(path: Path, lines: Iterable[str]) -> None:
+def write_whole(path: Path, lines: Iterable[str]) -> None:
     """Write a whole text file: a kill, a full disk or a power loss leaves the old one or the new one, never a part."""
     temporary = path.with_suffix(path.suffix + ".tmp")
     with writing(path):

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from align.distributed.disk import replace, writing
+from align.distributed.disk import write_whole, writing
 from align.errors import DataError
 from align.evaluation.records import set_aside
 
@@ -32,7 +32,7 @@ class CompletionsWriter:
         if resume_step is not None and self.path.exists():
             kept = self._kept(resume_step)
         self.last_step: int | None = kept[-1]["step"] if kept else None
-        replace(self.path, (json.dumps(line) + "\n" for line in ({"format": FORMAT}, *kept)))
+        write_whole(self.path, (json.dumps(line) + "\n" for line in ({"format": FORMAT}, *kept)))
 
     def _kept(self, resume_step: int) -> list[dict[str, Any]]:
         try:

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from align.distributed.disk import write_whole
 from align.errors import DataError
 
 FILE_NAME = "front.json"
@@ -36,9 +37,7 @@ class Front:
 
 def write_front(front: Front, folder: str | Path) -> Path:
     path = Path(folder) / FILE_NAME
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(asdict(front), indent=2) + "\n")
-    temporary.replace(path)
+    write_whole(path, [json.dumps(asdict(front), indent=2) + "\n"])
     return path
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.distributed.disk import replace, writing
+from align.distributed.disk import write_whole, writing
 from align.errors import DataError
 from align.evaluation.records import set_aside
 from align.evaluation.thin import ThinCurve
@@ -48,7 +48,7 @@ class MetricsWriter:
                 set_aside(self.path)
             else:
                 header, logs = self._resumed(header, resume_step)
-        replace(self.path, [json.dumps(_named(header), allow_nan=False) + "\n", *map(_line, logs)])
+        write_whole(self.path, [json.dumps(_named(header), allow_nan=False) + "\n", *map(_line, logs)])
 
     def _resumed(self, header: dict[str, Any], resume_step: int) -> tuple[dict[str, Any], list]:
         """The new header with those before it, and the logs that stay."""

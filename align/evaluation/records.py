@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from align.distributed.disk import replace, writing
+from align.distributed.disk import write_whole, writing
 from align.errors import ConfigError, DataError, TrainingError
 from align.evaluation.answers import is_message
 
@@ -117,7 +117,7 @@ class EvalWriter:
             lines = self._kept_lines(resume_step, evaluated)
         elif self.path.exists():
             set_aside(self.path)
-        replace(self.path, lines)
+        write_whole(self.path, lines)
 
     def _kept_lines(self, resume_step: int, evaluated: int | None) -> list[str]:
         if not self.path.exists():

@@ -55,10 +55,12 @@ def is_adapter(folder: str | Path) -> bool:
 
 
 def task_of(folder: str | Path) -> str | None:
+    """PEFT's name for what an adapter is for: "SEQ_CLS" of a reward model."""
     return read_object(Path(folder) / CONFIG_FILE).get("task_type")
 
 
 def check_answers(folder: str | Path) -> None:
+    """ConfigError for an adapter that scores, where one of a language model is needed."""
     if task_of(folder) == "SEQ_CLS":
         raise ConfigError(f"{folder} is the adapter of a reward model, and a language model is needed here")
 

@@ -14,7 +14,7 @@ from align.data.ending import generation_with_ends
 from align.data.limits import positions
 from align.distributed.disk import open_to_others
 from align.errors import ConfigError, TrainingError
-from align.modeling.adapters import CONFIG_FILE, adapter_base, is_adapter
+from align.modeling.adapters import CONFIG_FILE, adapter_base, is_adapter, task_of
 from align.modeling.load import load_tokenizer
 from align.modeling.logprobs import language_model, token_logps
 from align.modeling.merged import load_unmerged, merge
@@ -61,11 +61,10 @@ class Exported:
 
 def is_reward_model(source: str | Path) -> bool:
     """Whether a model's folder (an adapter's too) or hub name is a classifier. ConfigError if it holds no model."""
-    from peft import PeftConfig
     from transformers import AutoConfig
 
     if is_adapter(source):
-        return PeftConfig.from_pretrained(str(source)).task_type == "SEQ_CLS"
+        return task_of(source) == "SEQ_CLS"
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").exists():
         found = sorted(

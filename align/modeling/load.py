@@ -21,6 +21,7 @@ from align.modeling.adapters import (
     fit_base,
     is_adapter,
     split,
+    task_of,
 )
 from align.modeling.logprobs import language_model, token_logps
 from align.modeling.merged import load_merged
@@ -124,9 +125,7 @@ def load_backbone(source: str | Path, *, dtype: str | torch.dtype = "float32", s
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     if is_adapter(source):
-        from peft import PeftConfig
-
-        if PeftConfig.from_pretrained(str(source)).task_type != "SEQ_CLS":
+        if task_of(source) != "SEQ_CLS":
             whole = load_merged(AutoModelForCausalLM, str(source), {"dtype": dtype, "sharded": sharded})
         else:
             options = {"dtype": dtype, "num_labels": 1, "sharded": sharded}

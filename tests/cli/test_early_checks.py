@@ -61,6 +61,7 @@ def test_what_may_be_right_is_taken(read):
     """`import *` and names that a file makes as it runs cannot be known without running it."""
     read("environment: {game: mine.py:Game, other: mine.py:Other, math: 'math:floor'}\ntools: [mine.py:lower]\n")
     read("environment: null\ntools: null\nresume_changes: [rewards.mine, data, learning_rate, rows_per_step]\n")
+    read("resume_from_checkpoint: auto\nresume_changes: [option_of_an_older_version]\n")  # the checkpoint's, perhaps
     with open("mine.py", "a") as file:
         file.write("globals().update(made=print)\n")
     read("environment: mine.py:made\n")

@@ -131,6 +131,12 @@ def read_identity(folder: str | Path) -> dict | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
+def names_in(folder: str | Path | None) -> set[str]:
+    """What the run of a checkpoint was compared by, settings among it that were options in an older version alone."""
+    before = {} if folder is None else read_identity(folder) or {}
+    return {*before, *before.get("settings", {})}
+
+
 def learning_rate_of(folder: str | Path) -> float | None:
     """Of the run that wrote a checkpoint."""
     return ((read_identity(folder) or {}).get("settings") or {}).get("learning_rate")

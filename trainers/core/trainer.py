@@ -343,13 +343,13 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
         check_early_stopping(args, self.callback_handler.callbacks)
         self.check_best_metric(self.evaluation_metrics())
         self._identity = self.identity()
-        options: Any = type(args)
-        check_resume_changes(args.resume_changes, {*init_fields(options), *COMPARED, *self._identity})
         if isinstance(self.train_dataset, EndlessRows) and len(set(gather_object([self._identity["data"]]))) > 1:
             raise DataError("the processes read the stream in different orders: give its shuffle a seed")
         checkpoint = choose_checkpoint(
             resume_from_checkpoint, args.output_dir, self._identity, args.resume_changes or [], layout_of(self)
         )
+        options: Any = type(args)
+        check_resume_changes(args.resume_changes, {*init_fields(options), *COMPARED, *identity.names_in(checkpoint)})
         self.resumed = None
         if checkpoint is not None:
             self.resumed = in_all(partial(read_checkpoint, checkpoint, **self._place))

@@ -161,7 +161,7 @@ def train_points(
 def train_point(make_trainer: Callable[[Any], Any], args: Any, settings: dict, resume: bool) -> dict:
     """Train and save one policy; then write point.json, which says that it is complete and how it was trained."""
     from align.distributed.checkpoints import flush_files, newest_whole
-    from align.distributed.disk import replace
+    from align.distributed.disk import write_whole
 
     started, folder = time.perf_counter(), Path(args.output_dir)
     (folder / POINT_FILE).unlink(missing_ok=True)
@@ -172,7 +172,7 @@ def train_point(make_trainer: Callable[[Any], Any], args: Any, settings: dict, r
     done = {"settings": settings, "reference": reference, "seconds": time.perf_counter() - started}
     if args.process_index == 0:
         flush_files(folder)
-        replace(folder / POINT_FILE, [json.dumps(done, indent=2) + "\n"])
+        write_whole(folder / POINT_FILE, [json.dumps(done, indent=2) + "\n"])
     trainer.accelerator.wait_for_everyone()
     del trainer  # before the next one is loaded
     gc.collect()

@@ -7,8 +7,11 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
+from align.config.early_checks import COMPARED
+from align.config.options import options_of
 from align.errors import ConfigError, TrainingError
-from align.trainers.core.identity import check_same_run, rows_digest
+from align.trainers.core import identity
+from align.trainers.core.identity import check_same_run, rows_digest, settings_of
 from align.trainers.core.resumed import own_settings
 from align.trainers.dpo import DPOTrainer
 from align.trainers.reward import RewardTrainer
@@ -137,6 +140,26 @@ def test_a_change_of_what_no_run_has_is_refused(name, hint, policy, folder_of):
     with pytest.raises(ConfigError, match=f"resume_changes: '{name}' is no option of this run; {hint}") as error:
         make("sft", policy, folder_of("sft"), resume_changes=["adapter.r", "data", name]).train()
     assert error.value.key == "resume_changes"
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "reward", "remax"])
+def test_all_that_runs_are_compared_by_can_be_named(method, policy, folder_of):
+    gold = {"gold": word_count} if method == "remax" else {}
+    trainer = make(method, policy, folder_of(method), **gold)
+    assert set(trainer.identity()) <= {*COMPARED, "settings"}
+    assert {*settings_of(trainer.args)} <= {*COMPARED, *options_of(method)}
+
+
+def test_an_option_that_is_gone_can_be_allowed(policy, tmp_path, monkeypatch):
+    """transformers removes some; that of the checkpoint differs from none."""
+    with monkeypatch.context() as older:
+        older.setattr(identity, "settings_of", lambda args: settings_of(args) | {"fp16_backend": "auto"})
+        make("sft", policy, tmp_path).train()
+    with pytest.raises(TrainingError, match=r"or allow the change: resume_changes: \[fp16_backend\]"):
+        make("sft", policy, tmp_path).train(resume_from_checkpoint=True)
+    trainer = make("sft", policy, tmp_path, resume_changes=["fp16_backend"], max_steps=2)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 2
 
 
 def test_a_change_is_allowed_by_name(policy, folder_of, caplog):
