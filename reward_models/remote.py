@@ -23,6 +23,7 @@ from align.reward_models.rules import not_numbers
 
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # answers that may be another one soon
 LONGEST_WAIT = 30  # seconds between two attempts
+WORDS = 2000  # characters of a server's own error that are shown
 
 
 class Asking(TypedDict, total=False):
@@ -120,7 +121,7 @@ class JsonServer:
         if answer.status_code != 200:
             again = f", and so it did {self.retries + 1} times" if answer.status_code in PASSING else ""
             raise RewardError(
-                f"{where}: the server answered {answer.status_code} {answer.reason}{again}: {answer.text[:200]!r}. "
+                f"{where}: the server answered {answer.status_code} {answer.reason}{again}: {said(answer)}. "
                 f"{self.remedy(answer.status_code)}"
             )
         try:
@@ -161,6 +162,17 @@ class JsonServer:
             return f"the answer broke off, {tried}. Look into the server's log: it may have died or been restarted"
         reason = masked_text(str(getattr(error.args[0], "reason", error.args[0]) if error.args else error))
         return f"no connection, {tried} ({reason}). Start the server, or fix the url"
+
+
+def said(answer: requests.Response) -> str:
+    """What a server says of its failure: the `error` of a JSON object, as `align serve --reward` and vLLM give it and
+    as whole as it may be read, else the beginning of the answer."""
+    try:
+        error = answer.json()["error"]
+        error = error["message"] if isinstance(error, dict) else error
+    except (ValueError, LookupError, TypeError, RecursionError):
+        error = None
+    return repr(error[:WORDS] if isinstance(error, str) and error else answer.text[:200])
 
 
 def check_whole(what: str, **given: tuple[int, int]) -> None:

@@ -46,6 +46,7 @@ class RewardServer(ThreadingHTTPServer):
             with self.scoring:
                 return 200, {"scores": self.reward.score(batch).scores.tolist()}
         except AlignError as error:
+            logger.warning("reward %r refused a batch: %s", self.reward.name, error)
             return 422, {"error": str(error)}
         except Exception as error:  # the process lives on; whoever asked hears of it
             logger.exception("reward %r failed", self.reward.name)

@@ -100,6 +100,22 @@ def test_what_the_reward_refuses_is_said_to_who_asked():
             build_reward(remote).score(RewardBatch(["p"], ["a"]))
 
 
+def test_a_member_that_a_served_ensemble_cannot_ask_is_named_with_what_to_do(caplog):
+    """In the run, and in the server's log; a long error of a server is not cut off before its remedy."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    member = {"type": "remote", "name": "strict", "url": f"http://127.0.0.1:{port}/{'long/' * 40}", "retries": 0}
+    fine = {"type": "rule", "function": lambda completions: [1.0] * len(completions)}
+    with served({"type": "ensemble", "aggregation": "mean", "members": [fine, member]}) as url:
+        remote = {"type": "remote", "name": "all", "url": url, "headers": {"Authorization": "Bearer a key"}}
+        with pytest.raises(
+            RewardError, match="'all' at .*'strict' at .*no connection.*Start the server, or fix the ur"
+        ):
+            build_reward(remote).score(RewardBatch(["p"], ["a"]))
+    assert re.search("refused a batch: reward 'strict' at", caplog.text)
+
+
 @pytest.mark.parametrize(
     "words, message",
     [

@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 
 from align.errors import RolloutError
 from align.rollout import SamplingParams
+from align.rollout.server.fitting import takes_adapter
 from tests.rollout.rollout_models import llama, never_ending, own_logps, prompts
 from tests.rollout.served import connected
 
@@ -48,9 +49,10 @@ def test_an_adapter_goes_as_one_beside_a_broadcast(served, monkeypatch, caplog):
                     parameter.normal_(std=0.1)
         assert engine.push(model, 1).proved_tensors == 2 * 14 + 1
         assert_drawn_from(engine, model)
-        assert engine._takes_adapter(model)
+        known = engine.servers, engine._folder, engine.dtype
+        assert takes_adapter(model, *known)
         monkeypatch.setattr(engine.servers[1], "url", "http://there:8000")
-        assert not engine._takes_adapter(model)
+        assert not takes_adapter(model, *known)
         assert "adapters go through files, and http://there:8000 shares no transfer_folder" in caplog.text
 
 

@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import signal
-import threading
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,7 +24,14 @@ from align.rollout.engine import end_tokens
 from align.rollout.seeds import derive_seed
 from align.rollout.server import delivery
 from align.rollout.server.client import Server
-from tests.rollout import server_limits, server_transfers, test_generation, test_push, test_reproducibility
+from tests.rollout import (
+    server_limits,
+    server_restarts,
+    server_transfers,
+    test_generation,
+    test_push,
+    test_reproducibility,
+)
 from tests.rollout.rollout_models import is_greedy, llama, needs_vllm, never_ending, own_logps, prompts
 from tests.rollout.served import KEY, Served, connected
 from tests.trainers.on_policy.talks import babbling_tokenizer, talking_run
@@ -99,6 +105,10 @@ test_proof = server_limits.test_the_proof_is_made_as_the_servers_make_theirs
 test_lost_in_the_proof = server_limits.test_a_server_that_is_lost_during_the_proof_is_waited_for
 test_started_anew = server_limits.test_a_server_that_was_started_anew_is_known_by_its_empty_label
 test_not_there_yet = server_limits.test_a_server_that_is_not_there_yet_is_waited_for_but_not_for_ever
+# Servers that were started anew, or frozen for a while.
+test_comes_back = server_restarts.test_a_server_that_comes_back_gets_the_weights_again
+test_adapter_after_a_restart = server_restarts.test_an_adapter_goes_to_no_server_without_what_it_lies_on
+test_push_after_a_restart = server_restarts.test_a_server_that_was_started_anew_before_a_push_is_learned_anew
 # Weights without files.
 test_broadcast = server_transfers.test_weights_are_broadcast_to_all_workers
 test_broadcast_with_adapter = server_transfers.test_an_adapter_goes_as_one_beside_a_broadcast
@@ -358,30 +368,6 @@ def test_keys_are_made_once_and_kept_from_others(tmp_path, monkeypatch):
     file.chmod(0o644)
     with pytest.raises(ConfigError, match="chmod 600"):
         read_key("ALIGN_ROLLOUT_KEY", str(file))
-
-
-def test_a_server_that_comes_back_gets_the_weights_again(served):
-    """It is frozen for longer than the deadline, and then has other weights and the label of a fresh server."""
-    model, ids = never_ending(llama(1)), prompts([4, 30, 100, 7])
-    with connected(served, llama(0), on_engine_failure="wait", timeout=4) as engine:
-        engine.push(model, 5)
-        state = engine.state_dict()
-        expected = drawn(engine, ids)
-        with connected(served, llama(2), urls=served.urls[1:]):
-            pass  # pushes other weights
-        own = {"Authorization": f"Bearer {KEY}"}
-        body = {"method": "align_label", "args": [""]}
-        requests.post(f"{served.urls[1]}/collective_rpc", json=body, headers=own, timeout=30).raise_for_status()
-        members = served.members(1)
-        for member in members:
-            member.suspend()
-        back = threading.Timer(6, lambda: [member.resume() for member in members])
-        back.start()
-        engine.load_state_dict(state)
-        again = engine.generate(ids, SAMPLED)
-        back.join()
-    assert [[(c.token_ids, c.logprobs) for c in r.completions] for r in again] == expected
-    assert {rollout.weight_version for rollout in again} == {5}
 
 
 def test_a_server_that_dies_stops_the_run(served):

@@ -77,7 +77,11 @@ async def check_label(server: Server, http: aiohttp.ClientSession, label: str, s
         return
     run = label.partition(":")[0]
     if not found or found.startswith(run):
-        why = "a push did not reach it whole" if found else "it was started anew"
+        why = (
+            "a push did not reach it whole"
+            if found
+            else "it was started anew; with rollout.on_engine_failure: wait a run gives them to it again"
+        )
         raise ServerLost(f"the rollout server {server.url} has not got the weights of this run: {why}")
     raise RolloutError(
         f"the rollout server {server.url} has the weights of another run ({found.partition(':')[0]}): "

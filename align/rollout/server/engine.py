@@ -14,25 +14,22 @@ from typing import Any
 
 import aiohttp
 import torch
-from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from align.config.addresses import LOOPBACK
 from align.config.server_key import KEY_VARIABLE, read_key
 from align.distributed.ranks import anywhere, by_first, in_all, is_first, raise_shared, shared
 from align.errors import RolloutError
 from align.modeling.logprobs import language_model
-from align.rollout.adapters import A, B, lora_layers, why_merged, with_adapter
+from align.rollout.adapters import A, B, with_adapter
 from align.rollout.engine import RolloutEngine
 from align.rollout.identity import Fingerprints, check_identity, texts
 from align.rollout.server import client, delivery
 from align.rollout.server.client import Background, Server, ServerLost, session
-from align.rollout.server.completions import Answers, Call, balanced, completed, sockets
-from align.rollout.server.fitting import check_fit
+from align.rollout.server.completions import Answers, Call, balanced, check_label, completed, sockets
+from align.rollout.server.fitting import check_fit, takes_adapter
 from align.rollout.server.folder import new_folder, remove_folder
-from align.rollout.server.group import host_of
 from align.rollout.server.options import MEMORY
 from align.rollout.server.transfer import Transfer, make_transfer
 from align.rollout.types import Completion, OnDone, Request
@@ -42,10 +39,6 @@ from align.rollout.weights import check_supported, checkpoint_shapes, checkpoint
 logger = logging.getLogger(__name__)
 
 SOONER = 0.8  # of the time that a server has for an answer: a group gives up before, and the server says why
-MERGED = (
-    "the adapter is merged into the weights at each push, in float32, then cast to %s (%s). rollout/arrived_share says "
-    "how much of it that leaves"
-)
 
 
 class ServerEngine(RolloutEngine):
@@ -112,7 +105,7 @@ class ServerEngine(RolloutEngine):
     def _reach(self, model, transfer: str) -> None:
         """Raises `RolloutError` for servers that do not answer, or were not started for this run."""
         self._background.run(self._with_session(lambda http: self._each(http, partial(self._described, http=http))))
-        self._adapts = self._takes_adapter(model)
+        self._adapts = takes_adapter(model, self.servers, self._folder, self.dtype)
         self._needs: dict[str, Any] = {  # of `check_fit`
             "names": checkpoint_shapes(model, merged=not self._adapts).keys(),
             "dtype": self.dtype,
@@ -144,20 +137,6 @@ class ServerEngine(RolloutEngine):
             raise lost
         if time.monotonic() > end:
             raise RolloutError(f"{lost}; it did not come back in {self.wait_limit:g} seconds") from lost
-
-    def _takes_adapter(self, model) -> bool:
-        """Whether the model's adapter goes to the servers as an adapter; else it is merged, which is said."""
-        if not isinstance(model, PeftModel):
-            return False
-        layers = [name for name, _, _ in lora_layers(model)] if (reason := why_merged(model)) is None else []
-        for server in self.servers:
-            if missing := [name for name in layers if name not in server.adapters]:
-                reason = f"the rollout server {server.url} was started without room for adapters on {missing[0]}"
-            if layers and self._folder.parent == Path(MEMORY) and host_of(server.url) not in LOOPBACK:
-                reason = f"adapters go through files, and {server.url} shares no transfer_folder with this machine"
-        if reason is not None:
-            logger.warning(MERGED, self.dtype, reason)
-        return reason is None
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 
@@ -211,6 +190,8 @@ class ServerEngine(RolloutEngine):
         parcel, self._behind = self._parcel, []
         for old in self._folder.glob("*.safetensors") if parcel.whole else ():
             old.unlink()
+        if self._pushes > 1:
+            self._step(partial(self._recognise, whole=parcel.whole))
         if parcel.whole:
             transfer.meet(self.servers, self._form)
         self._step(partial(delivery.begin, parcel=parcel))
@@ -226,6 +207,22 @@ class ServerEngine(RolloutEngine):
         for old in self._folder.glob("adapter_*"):
             if old != parcel.adapter:
                 shutil.rmtree(old)
+
+    async def _recognise(self, server: Server, http: aiohttp.ClientSession, whole: bool) -> None:
+        """Before a push: a server that was started anew since the last one is learned anew. Raises `ServerLost` where
+        it would get an adapter without what that lies on, which the proof of one frozen tensor need not find."""
+        own = (await server.label(http)).startswith(self._run)
+        if not whole and (self.waits or not own):
+            await check_label(server, http, f"{self._run}:{self._pushes - 1}")
+        elif not own:
+            await self._learn(server, http)
+            if self._transfer is not None:
+                self._transfer.close()  # of a group that has lost it
+
+    async def _learn(self, server: Server, http: aiohttp.ClientSession) -> None:
+        await server.describe(http)
+        await check_fit([server], http=http, **self._needs)
+        self._anew = True
 
     def _form(self, info: delivery.Told, beside: Callable[[], None]) -> None:
         self._step(partial(delivery.meet, told=info), beside)
@@ -316,11 +313,9 @@ class ServerEngine(RolloutEngine):
             try:
                 async with delivery.locked(self._folder / "lock", self.wait_limit):
                     if await server.label(http) != self._label:
-                        await server.describe(http)
-                        await check_fit([server], http=http, **self._needs)
+                        await self._learn(server, http)
                         files = sorted(self._folder.glob("*.safetensors"))
                         await delivery.deliver(server, http, files, replace(self._parcel, whole=True))
-                        self._anew = True
                     if self._sent:
                         await self._check(self._sent, server, http)
                 logger.warning("the rollout server %s is back, with weight version %d", server.url, self.weight_version)

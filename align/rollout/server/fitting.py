@@ -1,14 +1,28 @@
 """What servers must have in common with the run that asks them, and with each other."""
 
+import logging
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import torch
+from peft import PeftModel
 
+from align.config.addresses import LOOPBACK
 from align.errors import RolloutError
 from align.modeling.rotary import factors_for
+from align.rollout.adapters import lora_layers, why_merged
 from align.rollout.server.client import Server
+from align.rollout.server.group import host_of
+from align.rollout.server.options import MEMORY
+
+logger = logging.getLogger(__name__)
+
+MERGED = (
+    "the adapter is merged into the weights at each push, in float32, then cast to %s (%s). rollout/arrived_share says "
+    "how much of it that leaves"
+)
 
 
 async def check_fit(
@@ -48,3 +62,19 @@ async def check_fit(
                 f"the rollout server {server.url} takes {most} tokens and LongRoPE's factors for {theirs} sequences, "
                 f"this run {longest} and those for {ours} ones: start it with the config of this run"
             )
+
+
+def takes_adapter(model, servers: list[Server], folder: Path, dtype: torch.dtype) -> bool:
+    """Whether the model's adapter goes to the servers as an adapter, through `folder`; else it is merged, which is
+    said."""
+    if not isinstance(model, PeftModel):
+        return False
+    layers = [name for name, _, _ in lora_layers(model)] if (reason := why_merged(model)) is None else []
+    for server in servers:
+        if missing := [name for name in layers if name not in server.adapters]:
+            reason = f"the rollout server {server.url} was started without room for adapters on {missing[0]}"
+        if layers and folder.parent == Path(MEMORY) and host_of(server.url) not in LOOPBACK:
+            reason = f"adapters go through files, and {server.url} shares no transfer_folder with this machine"
+    if reason is not None:
+        logger.warning(MERGED, dtype, reason)
+    return reason is None
