@@ -30,8 +30,26 @@ class AdaptiveKL:
         if kl != kl:
             raise TrainingError("the measured KL is not a number: the KL coefficient cannot follow it")
         error = min(max(kl / self.target - 1, -self.clip), self.clip)
-        self.value *= 1 + error * (episodes / self.horizon if self.gain is None else self.gain)
+        self.value *= 1 + error * self.share(episodes)
         return self.value
+
+    def share(self, episodes: int) -> float:
+        """What the error is multiplied by after so many episodes. ConfigError where that could take beta to 0 or below,
+        which would reward the distance from the reference."""
+        share = episodes / self.horizon if self.gain is None else self.gain
+        if share * self.clip < 1:
+            return share
+        what = (
+            f"kl_horizon is {self.horizon:g}, and a rollout has {episodes} episodes, so that"
+            if self.gain is None
+            else f"kl_gain is {self.gain:g}:"
+        )
+        usual = f"kl_horizon: {10 * episodes}, a gain of 0.1," if self.gain is None else "0.1"
+        raise ConfigError(
+            f"{what} beta could move by {share * self.clip:.0%} after one rollout, to 0 or below, where the distance "
+            f"from the reference is rewarded: {usual} is usual",
+            key="kl_horizon" if self.gain is None else "kl_gain",
+        )
 
     def state_dict(self) -> dict:
         return asdict(self)

@@ -5,6 +5,7 @@ from typing import Any
 
 from align.config.sections import plain
 from align.errors import ConfigError
+from align.objectives.controllers import AdaptiveKL
 from align.objectives.policy_loss import AGGREGATIONS
 from align.rollout import RolloutOptions, rollout_options
 from align.rollout.types import SamplingParams
@@ -316,6 +317,9 @@ def check_kl(args: OnPolicyConfig) -> None:
         raise ConfigError(f"kl_gain needs kl_target and a value above 0, got {args.kl_gain}", key="kl_gain")
     if args.kl_gain is not None and args.kl_horizon != 10_000:
         raise ConfigError("kl_gain takes the place of kl_horizon: set one of them", key="kl_gain")
+    if args.kl_target is not None:
+        controller = AdaptiveKL(args.beta, args.kl_target, args.kl_horizon, gain=args.kl_gain)
+        controller.share(args.prompts_per_rollout * args.num_generations)
 
 
 def check_estimator(args: OnPolicyConfig) -> None:

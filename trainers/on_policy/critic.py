@@ -188,8 +188,16 @@ class CriticStep(TrainerCallback):
     def __init__(self, critic: CriticLearner):
         self.critic = critic
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, lr_scheduler=None, **kwargs):
-        self.critic.step(lr_scheduler.get_last_lr()[0] / args.learning_rate if args.learning_rate else 1.0)
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.critic.step(share_of_start(optimizer))
         if state.global_step < args.critic_warmup_steps:
             for parameter in model.parameters():
                 parameter.grad = None  # an optimiser passes over what has no gradient, decay included
+
+
+def share_of_start(optimizer: Any) -> float:
+    """Where a schedule is: the learning rate now over the one that it began from, which is the optimiser's own (a
+    user's has another than `learning_rate`)."""
+    group = optimizer.param_groups[0]
+    start = group.get("initial_lr", optimizer.defaults["lr"])  # the first of a schedule, which a plateau's is not
+    return float(group["lr"] / start) if start else 1.0

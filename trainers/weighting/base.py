@@ -77,7 +77,7 @@ class Weighting(ABC):
 
     def update(self, columns: dict[str, Tensor], lengths: Tensor) -> dict[str, float]:
         """Learn from the rewards of the global batch, by name [B] (NaN where one does not apply), of completions of so
-        many tokens [B]; returns what to log."""
+        many tokens of the policy's [B]; returns what to log."""
         for name, column in columns.items():
             column = column[~column.isnan()]
             if not len(column):
@@ -165,7 +165,20 @@ def register_weighting(name: str, weighting: Any = None) -> Any:
 
 
 def make_weighting(reward_weights: dict[str, float], args: Any) -> Weighting:
-    """The weighting that a configuration (`OnPolicyConfig`) asks for."""
+    """The weighting that a configuration (`OnPolicyConfig`) asks for. ConfigError for two streams of one name, of which
+    one would have the scores of the other."""
+    weighting = _made(reward_weights, args)
+    names = [stream.name for stream in weighting.streams]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(
+            f"a reward is called {twice[0]}, as another stream of {type(weighting).__name__} is: give the reward "
+            "another name"
+        )
+    return weighting
+
+
+def _made(reward_weights: dict[str, float], args: Any) -> Weighting:
     from align.trainers.weighting.constrained import (
         ConstrainedWeights,
         RewardStreams,

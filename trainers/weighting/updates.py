@@ -23,7 +23,7 @@ class WeightingUpdates:
         names = list(self.weighting.reward_weights)
         none = float("nan")
         rows = self.ranks.gather(
-            torch.tensor([[*(s.rewards.get(name, none) for name in names), s.length, s.left_out] for s in samples])
+            torch.tensor([[*(s.rewards.get(name, none) for name in names), s.written, s.left_out] for s in samples])
         )
         rows = rows[rows[:, -1] == 0][:, :-1]
         if not len(rows):

@@ -32,7 +32,7 @@ from align.trainers.ppo import PPO, PPOConfig
 from align.trainers.reinforce_pp import ReinforcePP
 from align.trainers.remax import ReMax, ReMaxConfig
 from align.trainers.rloo import RLOO, RLOOConfig
-from align.trainers.weighting.base import FixedWeights, StreamSpec
+from align.trainers.weighting.base import FixedWeights, StreamSpec, make_weighting
 from align.trainers.weighting.constrained import ConstrainedWeights
 from align.trainers.weighting.dynamic import GradientWeights
 from align.trainers.weighting.options import ConstraintOptions
@@ -169,9 +169,14 @@ def test_the_kl_coefficient_follows_by_share_or_by_gain(tmp_path):
         ({"kl_gain": 0.1}, "kl_gain needs kl_target"),
         ({"kl_gain": 0.0, "kl_target": 1.0}, "kl_gain must be above 0"),
         ({"kl_gain": 0.1, "kl_target": 1.0, "kl_horizon": 50}, "takes the place of kl_horizon"),
+        # 8 prompts, 2 samples: 20 % of 5 times the horizon is all of beta, of more it would be below 0
+        ({"kl_target": 1.0, "kl_horizon": 16 / 5}, "a rollout has 16 episodes, so that beta could move by 100%"),
+        ({"kl_target": 1.0, "kl_gain": 6.0}, "kl_gain is 6: beta could move by 120% after one rollout, to 0 or below"),
     ):
         with pytest.raises(ConfigError, match=message):
             on_policy_config(RLOOConfig, tmp_path, **options)
+    with pytest.raises(ConfigError, match="kl_horizon is 10, and a rollout has 50 episodes"):
+        KLCoefficient(1.0, 1.0, horizon=10).update(far)
 
 
 # ---- rollouts -------------------------------------------------------------------------------------------------------
@@ -334,6 +339,13 @@ def test_a_weighting_says_its_streams_and_scores():
     assert not weighting.needs_gradients
     by_gradients = GradientWeights(["a", "c"], [1.0, 3.0], GradientSection(type="gradient", parameters="head"))
     assert by_gradients.needs_gradients == ("a", "c") and by_gradients.gradient_parameters == "head"
+
+
+def test_a_reward_by_the_name_of_another_stream_is_refused(tmp_path):
+    """Its scores would be those of the KL's stream too, which has weight 1."""
+    args = on_policy_config(RLOOConfig, tmp_path, dynamic_weights={"type": "gradient"})
+    with pytest.raises(ConfigError, match="a reward is called task, as another stream of GradientWeights is"):
+        make_weighting({"task": 1.0, "b": 1.0}, args)
 
 
 def test_streams_of_a_rollout_and_their_mixture(engine, tokenizer):
