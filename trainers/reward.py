@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from torch import Tensor, nn
 
 from align.data.endless import EndlessRows
@@ -211,12 +211,16 @@ class RewardTrainer(PairTrainer):
     def score_pairs(self) -> str:
         """Fill the evaluator with the scores that normalisers are fitted on; returns a description of the pairs."""
         given, what = self.eval_dataset, "evaluation"
-        pairs = concatenate_datasets(list(given.values())) if isinstance(given, dict) else given
-        if pairs is None:
-            pairs, what = self._some_training_pairs(), "training"
-            logger.warning("no evaluation set: the normaliser is fitted on %d training pairs", len(pairs))
-        self.predict(pairs)
-        return f"both answers of {len(pairs)} {what} pairs"
+        if given is None:
+            given, what = self._some_training_pairs(), "training"
+            logger.warning("no evaluation set: the normaliser is fitted on %d training pairs", len(given))
+        found = []
+        for pairs in given.values() if isinstance(given, dict) else [given]:  # sets may have other columns
+            self.predict(pairs)
+            found.append(self.evaluator.values)
+        shared = set.intersection(*map(set, found))
+        self.evaluator.values = {name: np.concatenate([values[name] for values in found]) for name in shared}
+        return f"both answers of {len(self.evaluator.values[CHOSEN])} {what} pairs"
 
     def _some_training_pairs(self) -> Dataset:
         if isinstance(self.train_dataset, EndlessRows):

@@ -4,12 +4,13 @@ import json
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from align.errors import ConfigError, DataError
 from align.modeling.padding import with_own_padding
 from align.reward_models.base import RewardBatch
 from align.reward_models.classifier import ClassifierReward
+from align.trainers.pairs.evaluation import CHOSEN, REJECTED
 from align.trainers.reward import RewardTrainer, pair_data, reliability_figure
 from tests.reward_models import worlds
 from tests.trainers.test_reward import config, encoder, logged, pairs, trunk  # noqa: F401
@@ -39,6 +40,18 @@ def test_a_label_of_zero_is_the_pair_turned_round(trunk, tmp_path):  # noqa: F81
         trainer.train()
         losses.append(logged(trainer, "loss")[0])
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_the_normaliser_is_fitted_on_evaluation_sets_with_other_columns(trunk, tmp_path):  # noqa: F811
+    """Soft labels in one of them. The run ended in a TypeError once it was trained."""
+    soft, hard = pairs(5, seed=1, chosen_prob=0.7), pairs(3, seed=2)
+    trainer = RewardTrainer(trunk, config(tmp_path, max_steps=1), pairs(16), {"soft": soft, "hard": hard})
+    trainer.train()
+    both = concatenate_datasets([soft.remove_columns("chosen_prob"), hard])
+    assert trainer.normalizer.fitted_on == "both answers of 8 evaluation pairs"
+    trainer.predict(both)
+    scores = np.concatenate([trainer.evaluator.values[side] for side in (CHOSEN, REJECTED)])
+    assert trainer.normalizer.mean == pytest.approx(scores.mean(), abs=1e-6)
 
 
 def test_metrics_of_the_scores(trunk, tmp_path):  # noqa: F811
