@@ -1,6 +1,5 @@
 """The critic of PPO: a separate value network with its own optimiser and its own file in checkpoints."""
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from align.distributed.fsdp2 import prepare_fsdp2
@@ -23,6 +21,7 @@ from align.modeling.text_part import freeze_unreached
 from align.modeling.types import Model
 from align.objectives.kl import masked_mean
 from align.objectives.policy_loss import aggregate_tokens, value_losses
+from align.trainers.core import beside
 from align.trainers.core.hooks import TrainingSettings
 from align.trainers.core.recorder import Recorder
 from align.trainers.core.resumed import own_settings
@@ -142,7 +141,7 @@ class CriticLearner:
         if not torch.isfinite(loss):
             raise TrainingError(f"the critic's loss is {loss.item()}: lower critic_learning_rate")
         with self.recorder.phase("critic"):
-            loss.backward()
+            beside.backward(loss, self.accelerator)
 
     def record(self, losses: Tensor, clipped: Tensor, values: Tensor, mask: Tensor) -> None:
         tokens = mask.sum()
@@ -154,11 +153,9 @@ class CriticLearner:
         """One optimiser step at `scale` times the learning rate."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.args.critic_learning_rate * scale
-        # 0 is no limit, as transformers has it for the policy; torch would make all gradients 0
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm or math.inf)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.recorder.record("critic/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        norm = beside.step(self.model.parameters(), self.optimizer, self.accelerator, self.args.max_grad_norm)
+        if norm is not None:
+            self.recorder.record("critic/grad_norm", norm)
 
     def save(self, folder: Path) -> None:
         """All processes must call it; the main one writes."""

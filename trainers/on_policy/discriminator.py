@@ -1,6 +1,5 @@
 """A reward model that learns while it ranks: D2PO's discriminator, from a few pairs of each cycle with gold labels."""
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
 from align.data.collate import right_pad
 from align.distributed.disk import open_to_others
@@ -19,6 +18,7 @@ from align.modeling.scores import sequence_scores
 from align.objectives.reward_model import bradley_terry_loss
 from align.reward_models.classifier import ClassifierReward
 from align.rollout.seeds import derive_seed
+from align.trainers.core import beside
 from align.trainers.core.recorder import Recorder
 from align.trainers.core.resumed import own_settings
 from align.trainers.on_policy.rewards import RewardColumns
@@ -188,10 +188,8 @@ class Discriminator:
         loss = bradley_terry_loss(better, worse).mean()
         if not torch.isfinite(loss):
             raise TrainingError(f"the discriminator's loss is {loss.item()}: lower discriminator_learning_rate")
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters.values(), self.args.max_grad_norm or math.inf)  # 0 is no limit
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        beside.backward(loss, self.accelerator)
+        beside.step(self.parameters.values(), self.optimizer, self.accelerator, self.args.max_grad_norm)
         self.recorder.record("discriminator/loss", loss.detach())
 
     # ---- files ------------------------------------------------------------------------------------------------------

@@ -403,7 +403,7 @@ def test_the_critics_loss_is_the_mean_over_its_heads():
         recorder=Recorder(),
         values=lambda batch: values,
         args=SimpleNamespace(value_clip=None, loss_aggregation="token_mean"),
-        accelerator=SimpleNamespace(num_processes=1),
+        accelerator=SimpleNamespace(num_processes=1, scaler=None),
         record=lambda losses, *_: found.append(losses),
     )
     found: list[torch.Tensor] = []

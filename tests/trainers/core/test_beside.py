@@ -1,0 +1,54 @@
+"""Steps of what is trained beside the policy."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from align.trainers.core import beside
+
+
+def plain_step(scaler, dtype, size):
+    """The gradients of a small network whose loss is divided by `size`, its weights after a step, and the norm."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+    optimizer, seen = torch.optim.SGD(model.parameters(), lr=1.0), {}
+    optimizer.register_step_pre_hook(lambda *_: seen.update({n: p.grad.clone() for n, p in model.named_parameters()}))
+    accelerator = SimpleNamespace(scaler=scaler)
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        loss = model(torch.linspace(-1, 1, 32).view(4, 8)).float().square().sum() / size
+    beside.backward(loss, accelerator)
+    norm = beside.step(model.parameters(), optimizer, accelerator, 0.0)
+    assert all(p.grad is None for p in model.parameters())
+    return seen, [p.detach().clone() for p in model.parameters()], norm
+
+
+def test_gradients_in_float16_are_scaled():
+    """Of a million tokens they are below what float16 holds, as those of the policy would be."""
+    exact, _, norm = plain_step(None, None, 1e6)
+    scaled, _, same_norm = plain_step(torch.amp.GradScaler("cpu"), torch.float16, 1e6)
+    assert same_norm == pytest.approx(norm.item(), rel=2e-2)
+    for name, gradient in exact.items():
+        torch.testing.assert_close(scaled[name], gradient, rtol=5e-2, atol=1e-3 * gradient.abs().max().item())
+    unscaled, _, _ = plain_step(None, torch.float16, 1e6)
+    assert not torch.allclose(unscaled["0.weight"], exact["0.weight"], rtol=0.1, atol=0)
+
+
+def test_a_scale_that_is_too_large_makes_no_step():
+    taken, weights, norm = plain_step(torch.amp.GradScaler("cpu", init_scale=2.0**60), torch.float16, 1.0)
+    _, moved, _ = plain_step(None, None, 1.0)
+    torch.manual_seed(0)
+    start = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+    assert norm is None and not taken
+    assert all(torch.equal(a, b) for a, b in zip(weights, start.parameters(), strict=True))
+    assert not torch.equal(moved[0], weights[0])
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.5])
+def test_a_limit_of_0_is_none(limit):
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer, accelerator = torch.optim.SGD([weight], lr=1.0), SimpleNamespace(scaler=None)
+    beside.backward((weight * torch.tensor([3.0, 4.0])).sum(), accelerator)
+    assert beside.step([weight], optimizer, accelerator, limit).item() == 5
+    assert weight.norm().item() == pytest.approx(limit or 5.0, rel=1e-5)
