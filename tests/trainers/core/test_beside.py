@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from align.modeling.load import load_policy
 from align.trainers.core import beside
+from align.trainers.on_policy.critic import share_of_start
+from tests.trainers.tiny_runs import on_policy, prompts, wanted_words
 
 
 def plain_step(scaler, dtype, size):
@@ -52,3 +55,19 @@ def test_a_limit_of_0_is_none(limit):
     beside.backward((weight * torch.tensor([3.0, 4.0])).sum(), accelerator)
     assert beside.step([weight], optimizer, accelerator, limit).item() == 5
     assert weight.norm().item() == pytest.approx(limit or 5.0, rel=1e-5)
+
+
+def test_the_critic_follows_the_schedule_of_a_users_optimizer(policy, tmp_path):
+    """Which starts from a rate of its own, here a thousand times `learning_rate`."""
+    trainer_class, args = on_policy(
+        "ppo", tmp_path, max_steps=2, num_iterations=1, lr_scheduler_type="linear", learning_rate=1e-6
+    )
+    model, rates = load_policy(policy), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    trainer = trainer_class(model, wanted_words, args, prompts(16), optimizers=(optimizer, None))
+    trainer.critic.optimizer.register_step_pre_hook(lambda own, *_: rates.append(own.param_groups[0]["lr"]))
+    trainer.train()
+    assert rates == pytest.approx([1e-5, 5e-6])
+    plateau = torch.optim.SGD(model.parameters(), lr=1e-3)
+    torch.optim.lr_scheduler.ReduceLROnPlateau(plateau, patience=0, factor=0.5).step(1.0)
+    assert share_of_start(plateau) == 1.0

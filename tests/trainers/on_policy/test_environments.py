@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,7 +13,6 @@ from align.errors import ConfigError, RolloutError
 from align.rollout import make_engine
 from align.rollout.types import Episode, SamplingParams
 from align.trainers.core.ranks import Ranks
-from align.trainers.core.recorder import Recorder
 from align.trainers.on_policy.batches import collate
 from align.trainers.on_policy.buffer import RolloutBuffer
 from align.trainers.on_policy.environments import Environments
@@ -24,8 +22,6 @@ from align.trainers.on_policy.objective import kept_lengths, loss_count, policy_
 from align.trainers.on_policy.samples import Sample
 from align.trainers.on_policy.streams import Stream
 from align.trainers.on_policy.turn_tokens import TurnTokens
-from align.trainers.weighting.base import FixedWeights
-from align.trainers.weighting.updates import WeightingUpdates
 from tests.rollout.rollout_models import llama
 from tests.trainers.on_policy.talks import (
     CALLS,
@@ -83,20 +79,6 @@ def test_the_tokens_of_an_environment_are_in_no_loss(shared, tmp_path):
     assert kept_lengths(batch["completion_mask"]) == [sample(MASK).written, 6] == [4, 6]
     args.loss_aggregation = "token_mean"
     assert loss_count([4, 6], args) == 10
-
-
-def test_a_constraint_weighs_completions_by_the_policys_tokens():
-    """With `estimator: token_mean`."""
-    seen = []
-
-    class Weighing(FixedWeights):
-        def update(self, columns, lengths):
-            seen.append(lengths.tolist())
-            return {}
-
-    updates = WeightingUpdates(Weighing(["r"], [1.0]), Ranks(), Recorder())
-    updates.learn([replace(sample(mask), rewards={"r": 1.0}) for mask in (MASK, None)], step=1)
-    assert seen == [[4, 6]]
 
 
 def test_a_mask_of_ones_changes_no_bit():

@@ -5,8 +5,6 @@ import torch
 from peft import LoraConfig
 
 from align.errors import ConfigError, TrainingError
-from align.modeling.load import load_policy
-from align.trainers.on_policy.critic import share_of_start
 from tests.trainers.tiny_runs import assert_same, logged, needs_vllm, on_policy, parameters, prompts, wanted_words
 
 METHODS = ("ppo", "rloo", "grpo", "reinforce_pp")
@@ -122,22 +120,6 @@ def test_a_critic_whose_gradients_are_not_clipped_learns(policy, tmp_path):
     head = trainer.critic.model.head.weight.detach().clone()
     trainer.train()
     assert not torch.equal(trainer.critic.model.head.weight, head)
-
-
-def test_the_critic_follows_the_schedule_of_a_users_optimizer(policy, tmp_path):
-    """Which starts from a rate of its own, here a thousand times `learning_rate`."""
-    trainer_class, args = on_policy(
-        "ppo", tmp_path, max_steps=2, num_iterations=1, lr_scheduler_type="linear", learning_rate=1e-6
-    )
-    model, rates = load_policy(policy), []
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    trainer = trainer_class(model, wanted_words, args, prompts(16), optimizers=(optimizer, None))
-    trainer.critic.optimizer.register_step_pre_hook(lambda own, *_: rates.append(own.param_groups[0]["lr"]))
-    trainer.train()
-    assert rates == pytest.approx([1e-5, 5e-6])
-    plateau = torch.optim.SGD(model.parameters(), lr=1e-3)
-    torch.optim.lr_scheduler.ReduceLROnPlateau(plateau, patience=0, factor=0.5).step(1.0)
-    assert share_of_start(plateau) == 1.0
 
 
 def test_the_critic_learns_the_return(policy, tmp_path):
