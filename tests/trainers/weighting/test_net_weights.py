@@ -7,14 +7,19 @@ from align.config import configs_dir
 from align.config.resolve import resolve
 from align.errors import ConfigError
 from align.objectives.constraints import Constraint
+from align.objectives.controllers import AdaptiveKL
+from align.rollout.types import Episode
 from align.trainers.core.ranks import Ranks
+from align.trainers.core.recorder import Recorder
 from align.trainers.on_policy.pipeline import ScoredRollout
 from align.trainers.on_policy.samples import Sample
 from align.trainers.on_policy.streams import fill_advantages, mix
-from align.trainers.ppo import PPO
-from align.trainers.weighting.base import make_weighting
+from align.trainers.ppo import PPO, PPOConfig
+from align.trainers.weighting.base import FixedWeights, make_weighting
 from align.trainers.weighting.constrained import ConstrainedWeights, RewardStreams
 from align.trainers.weighting.options import ConstraintOptions
+from align.trainers.weighting.updates import WeightingUpdates
+from tests.trainers.tiny_runs import on_policy_config
 
 RAW = [0.4, -0.7]
 S1, S2 = torch.sigmoid(torch.tensor(RAW, dtype=torch.float64)).tolist()
@@ -103,3 +108,40 @@ def test_a_reward_without_a_constraint_and_one_outside_the_task():
     assert streams.weights() == pytest.approx([S1, 3 * (1 - S1)])
     assert [stream.kl for stream in streams.streams] == [0.0, 1.0]
     assert streams.scores({"a": 0.1, "b": 0.2}) == {"a": 0.1, "b": 0.2}
+
+
+def test_a_reward_by_the_name_of_another_stream_is_refused(tmp_path):
+    """Its scores would be those of the KL's stream too, which has weight 1."""
+    args = on_policy_config(PPOConfig, tmp_path, dynamic_weights={"type": "gradient"})
+    with pytest.raises(ConfigError, match="a reward is called task, as another stream of GradientWeights is"):
+        make_weighting({"task": 1.0, "b": 1.0}, args)
+
+
+def test_a_constraint_weighs_completions_by_the_policys_tokens():
+    """With `estimator: token_mean`, in conversations with an environment too."""
+    seen = []
+
+    class Weighing(FixedWeights):
+        def update(self, columns, lengths):
+            seen.append(lengths.tolist())
+            return {}
+
+    talk = Episode([1, 1, 0, 0, 1, 1], [], {}, 2)
+    samples = [Sample({}, [5] * 6, "", [], False, 0, rewards={"r": 1.0}, episode=one) for one in (talk, None)]
+    WeightingUpdates(Weighing(["r"], [1.0]), Ranks(), Recorder()).learn(samples, step=1)
+    assert seen == [[4, 6]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        # 8 prompts: 20 % of five times the horizon are all of beta, and of more it would be below 0
+        ({"kl_horizon": 8 / 5}, "a rollout has 8 episodes, so that beta could move by 100%"),
+        ({"kl_gain": 6.0}, "kl_gain is 6: beta could move by 120% after one rollout, to 0 or below"),
+    ],
+)
+def test_beta_cannot_adapt_to_0_or_below(options, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        on_policy_config(PPOConfig, tmp_path, kl_target=1.0, **options)
+    with pytest.raises(ConfigError, match="kl_horizon is 10, and a rollout has 50 episodes"):
+        AdaptiveKL(1.0, 1.0, horizon=10).update(0.0, 50)
