@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.distributed.checkpoints import file_crc32
+from align.distributed.checkpoints import file_crc32, flush
 from align.distributed.disk import write_whole
 from align.errors import ConfigError, RewardError
 from align.lazy import imported
@@ -18,6 +18,7 @@ from align.reward_models.classifier import ClassifierReward
 from align.reward_models.early import Early, begin_parts
 from align.reward_models.joint import JointMembers, check_tokenizers, load_joint
 from align.reward_models.normalizer import FILE_NAME as NORMALIZER_FILE
+from align.reward_models.repeats import warn_of_repeats
 from align.reward_models.vllm_server import VllmReward
 
 FILE_NAME = "ensemble.json"
@@ -136,9 +137,10 @@ def save_ensemble(
         raise RewardError(f"{path.parent} has no folder {', '.join(absent)}")
     saved: dict[str, Any] = {"format": FORMAT, "kind": kind, "members": list(members)}
     saved |= {"upper_layers": upper_layers} if upper_layers else {}
-    saved["files"] = {
-        str(name.relative_to(path.parent)): file_crc32(name) for name in _model_files(path.parent, members)
-    }
+    files = _model_files(path.parent, members)
+    saved["files"] = {str(name.relative_to(path.parent)): file_crc32(name) for name in files}
+    for name in files:  # a joint ensemble that has this file is taken for whole
+        flush(name)
     write_whole(path, [json.dumps(saved, indent=2) + "\n"])
     return path
 
@@ -220,6 +222,8 @@ def load_ensemble(
     """
     saved, folders = read_ensemble(folder)
     _check_files(Path(folder) / FILE_NAME, saved.get("files"))
+    if saved["kind"] != "shared_trunk":  # whose members are told by their number; their folders hold normalisers alone
+        warn_of_repeats(folders)
     name = name or Path(folder).name
     members: list[ClassifierReward] | JointMembers
     if saved["kind"] == "separate":

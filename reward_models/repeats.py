@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from align.reward_models.judge_specs import Judging
@@ -19,8 +20,9 @@ UNIMPORTANT = (
 )
 
 
-def warn_of_repeats(members: Sequence["RewardSpec | Reward"]) -> None:
-    """Judges may be asked several times on purpose: what they say is drawn."""
+def warn_of_repeats(members: Sequence["RewardSpec | Reward | Path"]) -> None:
+    """members: paths are folders of a saved ensemble. Judges may be asked several times on purpose: what they say is
+    drawn."""
     seen: dict[str, list[str]] = {}
     for member in members:
         if not isinstance(member, Judging):
@@ -34,14 +36,18 @@ def warn_of_repeats(members: Sequence["RewardSpec | Reward"]) -> None:
             )
 
 
-def _same(member: "RewardSpec | Reward") -> str:
+def _same(member: "RewardSpec | Reward | Path") -> str:
     """What two members have in common that are one."""
+    if isinstance(member, Path):
+        return str(member.resolve())
     if not isinstance(member, RewardSpec):
         return f"object {id(member)}"
     return repr(sorted(item for item in member.given().items() if item[0] not in UNIMPORTANT))
 
 
-def _shown(member: "RewardSpec | Reward") -> str:
+def _shown(member: "RewardSpec | Reward | Path") -> str:
+    if isinstance(member, Path):
+        return str(member)
     if not isinstance(member, RewardSpec):
         return member.name
     return str(getattr(member, "path", None) or member.stated_name or member.kind)

@@ -148,6 +148,15 @@ def test_a_member_that_is_listed_twice_is_reported(saved, caplog):
     assert said.startswith(members[1])
 
 
+def test_a_folder_that_ensemble_json_names_twice_is_reported(saved, caplog):
+    logging.getLogger("align").propagate = True
+    normalise(saved)
+    save_ensemble(saved, ["member_0", "member_1", "member_0"])
+    build_reward({"type": "ensemble", "aggregation": "wco", "path": str(saved)})
+    (said,) = [record.getMessage() for record in caplog.records if "agrees with itself" in record.getMessage()]
+    assert said.startswith(str(saved / "member_0"))
+
+
 def three(completions, more=0):
     return [3.0 + more] * len(completions)
 

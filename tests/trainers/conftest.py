@@ -35,7 +35,8 @@ def wandb_offline(tmp_path, monkeypatch):
 
 @pytest.fixture
 def unflushed(monkeypatch):
-    """By the name of each file that was put in its place: weights in its folder that were not on the disk by then."""
+    """By the name of each file that was put in its place: weights in its folder, or a member's, that were not on the
+    disk by then."""
     flushed, found, fsync, replace = set(), {}, os.fsync, os.replace
 
     def flush(opened):
@@ -43,7 +44,8 @@ def unflushed(monkeypatch):
         flushed.add(os.fstat(opened).st_ino)
 
     def put(source, target, **options):
-        weights = Path(target).parent.glob("*.safetensors")
+        folder = Path(target).parent
+        weights = [*folder.glob("*.safetensors"), *folder.glob("member_*/*.safetensors")]
         missing = [path.name for path in weights if path.stat().st_ino not in flushed]
         found.setdefault(Path(target).name, []).extend(missing)
         replace(source, target, **options)

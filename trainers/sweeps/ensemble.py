@@ -63,9 +63,8 @@ def train_reward_ensemble(
     columns_of(train_dataset)  # no stream: every member goes through the same rows
     processing_class = tokenizer_of(args, model, processing_class)
     data = pair_data(processing_class, args)
-    eval_dataset = of_each(eval_dataset, lambda rows: data.prepare(rows, "eval"))
-    given = {"train_dataset": data.prepare(train_dataset, "train"), "eval_dataset": eval_dataset}
-    given |= {"processing_class": processing_class, "callbacks": callbacks}
+    given = {"train_dataset": data.prepare(train_dataset, "train"), "processing_class": processing_class}
+    given |= {"eval_dataset": of_each(eval_dataset, lambda rows: data.prepare(rows, "eval")), "callbacks": callbacks}
     folder, names = Path(args.output_dir), [f"member_{i}" for i in range(members)]
     if kind == "separate":
         given |= {"peft_config": peft_config, "quantization_config": quantization_config}
@@ -77,6 +76,7 @@ def train_reward_ensemble(
         logger.info("%s holds a trained ensemble, which is kept", folder)
         return folder
     else:
+        _unmark(args, folder / FILE_NAME)
         joint = _joint_model(str(model), args, processing_class, members, kind, upper_layers, train_trunk, peft_config)
         trainer = JointRewardTrainer(joint, _of_loaded(args), **given)
         trainer.train(resume_from_checkpoint=resume and newest_whole(folder) is not None)
@@ -120,6 +120,12 @@ def _check_separate(member: int | None, members: int, kind: str, quantization_co
         raise ConfigError(f"there is no member {member} among {members}, which are numbered from 0")
 
 
+def _unmark(args: RewardConfig, mark: Path) -> None:
+    """What was trained here before is not what is trained now, should that break off."""
+    if args.process_index == 0:
+        mark.unlink(missing_ok=True)
+
+
 def _whole(folder: Path) -> bool:
     return (folder / NORMALIZER_FILE).exists()  # the last file of a reward model to be written
 
@@ -128,8 +134,7 @@ def _train_one(model: str, args: RewardConfig, folder: Path, index: int, options
     if resume and _whole(folder):
         logger.info("%s is complete and kept", folder)
         return
-    if args.process_index == 0:  # a member of an earlier ensemble is not this one's, should this training break off
-        (folder / NORMALIZER_FILE).unlink(missing_ok=True)
+    _unmark(args, folder / NORMALIZER_FILE)
     member_args = copy.deepcopy(args)
     member_args.output_dir = str(folder)
     member_args.seed = member_args.data_seed = args.seed + index

@@ -249,6 +249,22 @@ def test_weights_are_on_the_disk_before_a_member_counts_as_whole(trunk, tmp_path
     assert unflushed["reward_normalizer.json"] == []
 
 
+@pytest.mark.parametrize("kind", ["lora", "shared_trunk"])
+def test_a_joint_ensemble_counts_as_whole_once_it_is_on_the_disk(kind, trunk, tmp_path, unflushed):
+    """And one that was there before does not while this one trains: `resume` would have kept it."""
+
+    class Looks(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            seen.append((tmp_path / "ensemble.json").exists())
+
+    seen = []
+    (tmp_path / "ensemble.json").write_text("{}")
+    own = {"peft_config": LORA} if kind == "lora" else {"upper_layers": 1}
+    args = config(tmp_path, max_steps=1)
+    train_reward_ensemble(trunk, args, pairs(16), members=2, kind=kind, callbacks=[Looks()], **own)
+    assert unflushed["ensemble.json"] == [] and seen == [False]
+
+
 def test_a_member_of_an_earlier_ensemble_is_not_this_ones(trunk, tmp_path):
     """Members that are jobs of their own: one whose training broke off is missing, whatever was there before."""
 
