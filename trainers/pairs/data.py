@@ -69,12 +69,30 @@ class PairData:
             return dataset
         if self.further is not None:
             dataset = self.further(dataset, name)
+        _check_columns(dataset, self.columns, name)
         return dataset.select_columns(self.kept(dataset.column_names))
 
     def kept(self, names: Collection[str]) -> list[str]:
         """The columns that the loop takes, of a dataset with these."""
         optional = (*self.optional, *(MASKS if self.turns else ()))
         return [*IDS, "row", *self.columns, *(column for column in optional if column in names)]
+
+
+def _check_columns(dataset, columns: Collection[str], name: str) -> None:
+    """DataError unless the columns that a method names are there, with numbers in every row (lists of them too)."""
+    missing = [column for column in columns if column not in dataset.column_names]
+    if missing:
+        raise DataError(f"{name}: the method's `columns` name {', '.join(missing)}, which the data set does not have")
+    for column in columns:
+        values = dataset.features[column]
+        while (inner := getattr(values, "feature", None)) is not None:
+            values = inner
+        if not str(getattr(values, "dtype", "")).startswith(("int", "uint", "float", "double", "bool")):
+            raise DataError(f"{name}: the column {column} must hold numbers, and holds {dataset.features[column]}")
+        empty = dataset.select_columns([column]).with_format("arrow")[:][column].is_null().to_numpy()
+        if empty.any():
+            rows = [dataset[int(index)]["row"] for index in np.flatnonzero(empty)[:10]]
+            raise DataError(f"{name}: the column {column} has no number in {int(empty.sum())} pairs: rows {rows}")
 
 
 def with_score_margins(dataset, name: str, *, scale: float):

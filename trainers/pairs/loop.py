@@ -228,6 +228,8 @@ class PairTrainer(MicroBatchLists, Trainer):
             return metrics
         rewards = np.stack([values[CHOSEN], values[REJECTED]], axis=-1)
         own = self.user_metrics(EvalPrediction(predictions=rewards, label_ids=np.zeros(len(rewards), dtype=np.int64)))
+        if not isinstance(own, dict):
+            raise TrainingError(f"compute_metrics must return numbers by name (a dict), got {type(own).__name__}")
         return metrics | own
 
     def log_pairs(self, name: str | None) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from align.config.resolve import resolve
-from align.errors import ConfigError, TrainingError
+from align.errors import ConfigError, DataError, TrainingError
 from align.objectives.pair_losses import PairLosses
 from align.objectives.preference import LOSSES, register_loss
 from align.trainers.dpo import DPOTrainer
@@ -84,6 +84,28 @@ def test_what_is_no_loss_per_pair_is_refused(returned, message, table, policy, t
     trainer = DPOTrainer(policy, dpo_config(tmp_path, loss_type="wrong"), toy_pairs(8))
     with pytest.raises(TrainingError, match=f"loss 'wrong'.*{message}"):
         trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (None, "train: the method's `columns` name gap, which the data set does not have"),
+        (["a"] * 8, "train: the column gap must hold numbers, and holds Value.'string'"),
+        ([1.0, None] * 4, r"train: the column gap has no number in 4 pairs: rows \[1, 3, 5, 7\]"),
+    ],
+)
+def test_columns_that_a_method_names_hold_numbers(values, message, policy, tmp_path):
+    """Else there was an error of datasets, or of torch at the first step."""
+    rows = toy_pairs(8) if values is None else toy_pairs(8).add_column("gap", values)
+    with pytest.raises(DataError, match=message):
+        type("Own", (DPOTrainer,), {"columns": ("gap",)})(policy, dpo_config(tmp_path), rows)
+
+
+def test_metrics_of_an_evaluation_have_names(policy, tmp_path):
+    args = dpo_config(tmp_path)
+    trainer = DPOTrainer(policy, args, toy_pairs(8), toy_pairs(8), compute_metrics=lambda prediction: 1.0)
+    with pytest.raises(TrainingError, match="compute_metrics must return numbers by name .a dict., got float"):
+        trainer.evaluate()
 
 
 class Own(PreferenceTrainer):
