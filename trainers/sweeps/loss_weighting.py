@@ -8,6 +8,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -85,10 +86,12 @@ class LossWeightingTrainer(PreferenceTrainer):
 
 
 def tokenized_sets(datasets: dict, tokenizer, args: PreferenceConfig) -> dict:
-    return {
-        name: numbered_pairs(dataset, tokenizer, max_length=args.max_length, max_bad_share=args.max_bad_share)
-        for name, dataset in datasets.items()
+    options: dict[str, Any] = {
+        "max_length": args.max_length,
+        "max_bad_share": args.max_bad_share,
+        "num_proc": args.dataset_num_proc,
     }
+    return {name: numbered_pairs(dataset, tokenizer, **options) for name, dataset in datasets.items()}
 
 
 def mix(datasets: dict, weights: dict[str, float]):

@@ -9,6 +9,7 @@ from peft import LoraConfig
 from align.errors import ConfigError
 from align.evaluation.front import read_front
 from align.modeling.load import load_policy
+from align.trainers.sweeps import loss_weighting
 from align.trainers.sweeps.loss_weighting import (
     LossWeightingConfig,
     LossWeightingTrainer,
@@ -71,6 +72,13 @@ def test_a_front_and_its_soups(policy, tmp_path):
     assert soups.seconds == {"a": front.points[0].seconds, "b": front.points[-1].seconds}
     with pytest.raises(ConfigError, match="weights are given for"):
         soup_front(ends, [{"a": 1.0}], tmp_path / "soups", policy)
+
+
+def test_the_sets_are_tokenised_as_those_of_other_methods(monkeypatch, tmp_path):
+    given = {}
+    monkeypatch.setattr(loss_weighting, "numbered_pairs", lambda rows, tokenizer, **options: given.update(options))
+    loss_weighting.tokenized_sets({"a": None}, None, config(tmp_path, dataset_num_proc=2, max_bad_share=0.1))
+    assert given == {"max_length": 32, "max_bad_share": 0.1, "num_proc": 2}
 
 
 def test_a_set_of_weight_zero_is_left_out(policy, tmp_path):
