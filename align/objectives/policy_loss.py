@@ -34,9 +34,12 @@ class PolicyLoss:
     correction: Tensor | None = None
 
 
-def _check_inputs(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor) -> None:
+def _inside(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(mask as booleans, advantages with 0 outside): a NaN there, times a gradient of 0, would be one."""
     check_same(2, logps=logps, old_logps=old_logps, advantages=advantages, mask=mask)
     check_detached(old_logps=old_logps, advantages=advantages)
+    valid = mask.bool()
+    return valid, torch.where(valid, advantages, torch.zeros_like(advantages))
 
 
 def clipped_policy_loss(
@@ -61,8 +64,7 @@ def clipped_policy_loss(
     """
     if dual_clip is not None and dual_clip <= 1:
         raise ConfigError(f"dual_clip must be above 1, got {dual_clip}")
-    _check_inputs(logps, old_logps, advantages, mask)
-    valid = mask.bool()
+    valid, advantages = _inside(logps, old_logps, advantages, mask)
     token_log_ratio = torch.where(valid, logps - old_logps, torch.zeros_like(logps))
     log_ratio = token_log_ratio
     if ratio_level != "token":
@@ -91,8 +93,7 @@ def cispo_policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask
     The importance weight is cut and not differentiated, so that no token is without gradient. logps (with gradient),
     old_logps, advantages, mask: [B, T]. high: the largest weight, 5 in ScaleRL (arXiv 2510.13786).
     """
-    _check_inputs(logps, old_logps, advantages, mask)
-    valid = mask.bool()
+    valid, advantages = _inside(logps, old_logps, advantages, mask)
     log_ratio = torch.where(valid, logps.detach() - old_logps, torch.zeros_like(logps))
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     losses = torch.where(valid, -ratio.clamp(max=high) * advantages * logps, torch.zeros_like(logps))
@@ -108,8 +109,7 @@ def sapo_policy_loss(
     logps (with gradient), old_logps, advantages, mask: [B, T]. above, below: tau of tokens whose advantage is above 0
     and of the others; the larger, the sooner a ratio away from 1 loses its gradient.
     """
-    _check_inputs(logps, old_logps, advantages, mask)
-    valid = mask.bool()
+    valid, advantages = _inside(logps, old_logps, advantages, mask)
     log_ratio = torch.where(valid, logps - old_logps, torch.zeros_like(logps))
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     tau = torch.where(advantages > 0, torch.tensor(above).to(ratio), torch.tensor(below).to(ratio))
@@ -137,8 +137,7 @@ def vespo_policy_loss(
     least 0 and of the others. correction: log of the tokens' importance weights against the engine, [B, T],
     which then belong to w.
     """
-    _check_inputs(logps, old_logps, advantages, mask)
-    valid = mask.bool()
+    valid, advantages = _inside(logps, old_logps, advantages, mask)
     log_ratio = torch.where(valid, logps.detach() - old_logps, torch.zeros_like(logps))
     log_w = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).sum(-1, keepdim=True)
     if correction is not None:
@@ -174,6 +173,7 @@ def value_losses(
     check_same(values_of_one_head=values[..., :1] if values.dim() == 3 else values, mask=mask)
     check_detached(old_values=old_values, returns=returns)
     valid = mask.bool().expand(values.shape)
+    values, old_values, returns = (torch.where(valid, x, torch.zeros_like(x)) for x in (values, old_values, returns))
     losses = (values - returns).square()
     clipped = torch.zeros_like(valid)
     if clip is not None:

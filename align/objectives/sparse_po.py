@@ -12,6 +12,7 @@ weights. With m_u = m_d = 1 this is TDPO1 (arXiv 2404.11999).
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -47,9 +48,11 @@ def masked_sums(
         m_u, m_d: [N, L], weights >= 0 of the two terms; None is weight 1 (the term is not masked).
     """
     check_same(2, log_ratios=log_ratios, kl=kl, mask=mask, m_u=m_u, m_d=m_d)
-    real = mask.to(log_ratios.dtype)
-    m_u = real if m_u is None else m_u * real
-    m_d = real if m_d is None else m_d * real
+    real, ones = mask.bool(), torch.ones_like(log_ratios)
+    m_u, m_d, log_ratios, kl = (  # what is outside may be NaN, which 0 does not take away
+        torch.where(real, values, 0.0)
+        for values in (ones if m_u is None else m_u, ones if m_d is None else m_d, log_ratios, kl)
+    )
     return MaskedSums(
         u=(m_u * log_ratios).sum(-1), d=(m_d * kl).sum(-1), l1_u=m_u.abs().sum(-1), l1_d=m_d.abs().sum(-1)
     )

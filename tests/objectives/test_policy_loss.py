@@ -8,7 +8,16 @@ import torch
 
 from align.errors import ConfigError, TrainingError
 from align.objectives.groups import Scale, best_only, centred, group_relative, leave_one_out
-from align.objectives.policy_loss import AGGREGATIONS, aggregate_tokens, clipped_policy_loss, value_losses
+from align.objectives.policy_loss import (
+    AGGREGATIONS,
+    PolicyLoss,
+    aggregate_tokens,
+    cispo_policy_loss,
+    clipped_policy_loss,
+    sapo_policy_loss,
+    value_losses,
+    vespo_policy_loss,
+)
 from align.objectives.rollout_correction import importance_weights, log_ratios, mismatch
 
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
@@ -64,6 +73,24 @@ def test_values_outside_the_mask_do_not_matter():
     assert torch.equal(result.losses, reference.losses) and result.approx_kl == reference.approx_kl
     result.losses.sum().backward()
     assert broken.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        *(partial(clipped_policy_loss, ratio_level=level) for level in ("token", "sequence", "sequence_mean")),
+        partial(cispo_policy_loss, high=5.0),
+        sapo_policy_loss,
+        vespo_policy_loss,
+        lambda *given: PolicyLoss(value_losses(*given)[0], *[None] * 4),
+    ],
+)
+def test_nothing_outside_the_mask_makes_the_gradient_nan(loss):
+    given = [draw(3, 4, seed=seed).masked_fill(MASK == 0, float("nan")) for seed in range(3)]
+    clean = [values.nan_to_num(0.0) for values in given]
+    given[0].requires_grad_(), clean[0].requires_grad_()
+    loss(*given, MASK).losses.sum().backward(), loss(*clean, MASK).losses.sum().backward()
+    assert torch.equal(given[0].grad, clean[0].grad)
 
 
 @pytest.mark.parametrize("how", AGGREGATIONS)

@@ -105,3 +105,14 @@ def test_extreme_ratios_stay_finite():
     other = MaskedSums(*(torch.tensor([v], dtype=torch.float64) for v in (-1e6, 0.0, 0.0, 0.0)))
     assert sparse_po_loss(sums, other, beta=1.0).item() == 0
     assert sparse_po_loss(other, sums, beta=1.0).item() == pytest.approx(2e6)
+
+
+def test_nothing_outside_the_completion_counts_be_it_nan():
+    """Nor does the size of the mask's numbers. A weight or log-ratio that was NaN there made the sums NaN."""
+    ratios, kl, mask, m_u, m_d = values()
+    expected = vars(masked_sums(ratios, kl, mask, m_u, m_d))
+    broken = [one.masked_fill(~mask, float("nan")).requires_grad_() for one in (ratios, kl, m_u, m_d)]
+    found = masked_sums(broken[0], broken[1], mask * 3, broken[2], broken[3])
+    assert all(torch.equal(value, expected[name]) for name, value in vars(found).items())
+    loss(broken[0], broken[1], mask, broken[2], broken[3], l1_u=0.1).sum().backward()
+    assert all(one.grad.isfinite().all() for one in broken)

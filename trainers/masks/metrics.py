@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from align.objectives.kl import masked_sum
 from align.objectives.sparse_po import sparsity
 
 
@@ -15,7 +16,7 @@ def mask_metrics(name: str, weights: Tensor | None, mask: Tensor) -> dict[str, T
     """Mean weight, share of exact zeros and L1 norm (a sum over tokens) of every completion."""
     if weights is None:
         return {}
-    norms = (weights.abs() * mask).sum(-1)
+    norms = masked_sum(weights.abs(), mask)
     return {
         **by_side(f"{name}_mean", norms / mask.sum(-1)),
         **by_side(f"{name}_sparsity", sparsity(weights, mask)),

@@ -65,7 +65,7 @@ from align.trainers.on_policy.samples import Sample, fit_prompts
 from align.trainers.on_policy.self_judges import bind_judges, room_of_judges
 from align.trainers.on_policy.shown import ShownCompletions
 from align.trainers.on_policy.stopping import make_stop, name_best_metric
-from align.trainers.on_policy.streams import fill_advantages, mix
+from align.trainers.on_policy.streams import checked_losses, fill_advantages, mix
 from align.trainers.on_policy.truncation import TruncationRule
 from align.trainers.weighting.gradients import gradient_parameters, stream_gradients
 from align.trainers.weighting.search import make_search
@@ -314,7 +314,7 @@ class OnPolicyTrainer(OnPolicyBase):
         if self.state.global_step % args.steps_per_rollout == 0:
             self.check_logps(logps.detach(), inputs)
         advantages = mix(inputs["advantages"], self.weighting)
-        losses, policy = self.token_losses(logps, advantages, inputs)
+        losses, policy = checked_losses(self.token_losses(logps, advantages, inputs), self)
         self.metrics.update(logps.detach(), entropy.detach(), inputs)
         self.metrics.correction(policy.correction, mask)
         if args.steps_per_rollout > 1:

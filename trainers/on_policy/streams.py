@@ -141,6 +141,9 @@ def checked(estimate: Any, stream: Stream, estimator: Any) -> Any:
     here, shape = f"estimator {type(estimator).__name__}, stream {stream.name!r}", stream.mask.shape
     if not hasattr(estimate, "advantages"):
         raise TrainingError(f"{here}: estimate must return an Estimate, got {type(estimate).__name__}")
+    for name, metric in estimate.metrics.items():
+        if not isinstance(metric, list | tuple) and getattr(metric, "ndim", 0) != 1:
+            raise TrainingError(f"{here}: metrics must be lists of numbers, and {name} is {type(metric).__name__}")
     for name in ("advantages", "returns"):
         values = getattr(estimate, name)
         if values is None and name == "returns":
@@ -168,4 +171,25 @@ def scaled(advantages: list[Tensor], weighting: Weighting, mask: Tensor, ranks: 
 
 def mix(advantages: Tensor, weighting: Weighting) -> Tensor:
     """The advantages that the policy is trained on: each stream's times its weight now. [B, L, S] -> [B, L]."""
-    return advantages @ torch.tensor(weighting.weights()).to(advantages)
+    weights, streams = weighting.weights(), advantages.shape[-1]
+    try:
+        numbers = [float(weight) for weight in weights]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) != streams or not all(map(isfinite, numbers)):
+        raise TrainingError(
+            f"weighting {type(weighting).__name__}: weights must give {streams} finite numbers, one per stream, got "
+            f"{weights}"
+        )
+    return advantages @ torch.tensor(numbers).to(advantages)
+
+
+def checked_losses(returned: Any, trainer: Any) -> Any:
+    """What `token_losses` of a trainer returns: the losses, whose shape is looked at where they are summed, and a
+    `PolicyLoss`."""
+    here = f"{type(trainer).__name__}.token_losses"
+    if not isinstance(returned, tuple) or len(returned) != 2 or not isinstance(returned[0], Tensor):
+        raise TrainingError(f"{here} must return the losses of the tokens and a PolicyLoss, for the log")
+    if torch.is_grad_enabled() and not returned[0].requires_grad:
+        raise TrainingError(f"{here}: the losses have no gradient: logps were detached")
+    return returned

@@ -4,6 +4,7 @@ import logging
 
 import torch
 
+from align.errors import TrainingError
 from align.trainers.core.ranks import Ranks
 from align.trainers.core.recorder import Recorder
 from align.trainers.on_policy.samples import Sample
@@ -29,7 +30,11 @@ class WeightingUpdates:
         if not len(rows):
             return
         columns = dict(zip(names, rows[:, :-1].unbind(1), strict=True))
-        self._log(self.weighting.update(columns, rows[:, -1]))
+        metrics = self.weighting.update(columns, rows[:, -1])
+        if not isinstance(metrics, dict):
+            who = type(self.weighting).__name__
+            raise TrainingError(f"weighting {who}: update must return metrics by name, got {type(metrics).__name__}")
+        self._log(metrics)
         for message in self.weighting.messages if self.ranks.index == 0 else ():
             logger.warning("step %d: %s", step, message)
         self.weighting.messages.clear()

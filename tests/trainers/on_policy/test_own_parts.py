@@ -1,5 +1,7 @@
 """Estimators, weightings and policy losses of users: what is wrong is refused and named, and is not broadcast."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -8,10 +10,11 @@ from align.objectives.policy_loss import clipped_policy_loss
 from align.trainers.core.ranks import Ranks
 from align.trainers.on_policy import estimators
 from align.trainers.on_policy.estimators import Estimate, make_estimator, register_estimator
-from align.trainers.on_policy.streams import Stream, estimate_advantages, stream_scores
+from align.trainers.on_policy.streams import Stream, checked_losses, estimate_advantages, mix, stream_scores
 from align.trainers.rloo import RLOOTrainer
 from align.trainers.weighting.base import TASK, FixedWeights, Weighting, register_weighting
 from align.trainers.weighting.sections import DYNAMIC_WEIGHTS
+from align.trainers.weighting.updates import WeightingUpdates
 from tests.trainers.tiny_runs import logged, on_policy, prompts, wanted_words
 
 MASK = torch.tensor([[1, 1], [1, 0], [1, 1]])
@@ -27,6 +30,7 @@ STREAM = Stream(TASK, torch.tensor([1.0, 2.0, 4.0]), None, 0.0, torch.zeros(3, 2
         (STREAM.scores[:, None] * MASK, "estimate must return an Estimate, got Tensor"),
         (Estimate(STREAM.scores[:, None] / 0 * MASK), r"advantages are not finite for samples \[0, 1, 2\]"),
         (Estimate(1.0 * MASK, returns=STREAM.scores), r"returns must be .*got \[3\]"),
+        (Estimate(1.0 * MASK, metrics={"mine": 1.0}), "metrics must be lists of numbers, and mine is float"),
     ],
 )
 def test_an_estimate_of_another_shape_is_refused(returned, message):
@@ -34,6 +38,34 @@ def test_an_estimate_of_another_shape_is_refused(returned, message):
     estimator = type("Mine", (), {"estimate": lambda self, stream, ranks: returned})()
     with pytest.raises(TrainingError, match=f"estimator Mine, stream 'task': .*{message}"):
         estimate_advantages([STREAM], estimator, FixedWeights(["a"], [1.0]), Ranks())
+
+
+@pytest.mark.parametrize("weights", [[], [1.0, 2.0], [float("nan")], ["a"], None])
+def test_weights_that_are_not_one_per_stream_are_refused(weights):
+    """There was an error of a matrix product, or a loss that is nan."""
+    weighting = type("Mine", (FixedWeights,), {"weights": lambda self: weights})(["a"], [1.0])
+    with pytest.raises(TrainingError, match="weighting Mine: weights must give 1 finite numbers, one per stream, got"):
+        mix(torch.zeros(3, 2, 1), weighting)
+
+
+def test_a_weighting_that_returns_no_metrics_is_refused():
+    weighting = type("Mine", (FixedWeights,), {"update": lambda self, columns, lengths: None})(["a"], [1.0])
+    sample = SimpleNamespace(left_out=False, rewards={"a": 1.0}, written=1)
+    with pytest.raises(TrainingError, match="weighting Mine: update must return metrics by name, got NoneType"):
+        WeightingUpdates(weighting, Ranks(), None).learn([sample], 1)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (torch.ones(2, 2), "must return the losses of the tokens and a PolicyLoss"),
+        ((1.0, None), "must return the losses of the tokens and a PolicyLoss"),
+        ((torch.ones(2, 2), None), "the losses have no gradient"),
+    ],
+)
+def test_token_losses_that_are_none_are_refused(returned, message):
+    with pytest.raises(TrainingError, match=f"RLOOTrainer.token_losses.*{message}"):
+        checked_losses(returned, object.__new__(RLOOTrainer))
 
 
 @pytest.mark.parametrize("scores", [{}, {TASK: float("nan")}, {"other": 1.0}])
