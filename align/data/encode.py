@@ -184,13 +184,14 @@ def encode_conversations(
         )
     out = tokenizer([row.text for row in rows], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     encoded: list[tuple[list[int], Any]] = []
+    special = special_ids(tokenizer)
     for row, ids, offsets in zip(rows, out["input_ids"], out["offset_mapping"], strict=True):
         if row.ids is not None and row.mask is not None:
             ids, places = row.ids, np.flatnonzero(row.mask)
             answers = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)
         else:
             starts, ends = np.array(offsets).reshape(-1, 2).T
-            answers = [np.flatnonzero((ends > start) & (starts < end)) for start, end in row.spans]
+            answers = [_places(row.text, ids, starts, ends, span, special) for span in row.spans]
         mask = [0] * len(ids)
         for inside in (answer.tolist() for answer in answers):
             answer = [ids[index] for index in inside]
@@ -198,6 +199,20 @@ def encode_conversations(
                 mask[index] = 1
         encoded.append((ids, mask))
     return encoded
+
+
+def _places(text: str, ids: list[int], starts: Any, ends: Any, span: tuple[int, int], special: set[int]) -> Any:
+    """Where the tokens of a span of the text are, with those that reach over its edges: a space of the prompt that its
+    first word takes, or the line break of the next turn that its last full stop takes. But a token that has only white
+    space of the span is the next turn's (Mistral's " [" of " [INST]"), and a special token, which may have taken the
+    white space after it, is in the turn in which it begins."""
+    start, end = span
+    inside = np.flatnonzero((ends > start) & (starts < end))
+    if len(inside) and starts[inside[0]] < start and ids[inside[0]] in special:
+        inside = inside[1:]
+    if len(inside) and ends[inside[-1]] > end and not text[starts[inside[-1]] : end].strip():
+        inside = inside[:-1]
+    return inside
 
 
 def _answers(messages: Messages, text: str, tokenizer, options: dict, first: int) -> list[tuple[int, int]]:

@@ -1,9 +1,12 @@
 """Conversations: what a chat template adds, whose turns are trained, and rows that cannot be meant."""
 
 import json
+from itertools import compress
 
 import pytest
 from datasets import Dataset
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from align.data import tokenize_completions, tokenize_pairs, tokenize_prompts
 from align.errors import DataError
@@ -302,3 +305,47 @@ def test_a_generation_block_that_leaves_eos_out_is_noted(make_tokenizer, marked_
     tokenizer = make_tokenizer(eos="<|im_end|>", template=template)
     noted = notes_of(tokenize_completions, CONVERSATION[0], tokenizer, max_length=99)
     assert noted == ["the end token of the last answer is not trained: the template's generation block ends before it"]
+
+
+MISTRAL = (  # of 7B-Instruct-v0.1: a space after </s>
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+    "{% else %}{{ m['content'] + eos_token + ' ' }}{% endif %}{% endfor %}"
+)
+
+
+def test_a_token_that_reaches_into_the_next_turn_is_not_trained():
+    alphabet = ["<unk>", "▁", *map(chr, range(33, 127)), "▁["]
+    raw = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, [("▁", "[")], unk_token="<unk>"))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.Metaspace(split=False), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=MISTRAL
+    )
+    (row,) = tokenize_completions(Dataset.from_list([{"messages": USER + YES + USER + NO}]), tokenizer, max_length=99)
+    assert "▁[" in tokenizer.convert_ids_to_tokens(row["input_ids"])
+    assert tokenizer.decode(list(compress(row["input_ids"], row["completion_mask"]))) == "yes</s>no</s>"
+
+
+def test_a_special_token_that_takes_the_space_of_an_answer_is_not_trained(make_tokenizer):
+    template = CHATML.replace("<|im_start|>assistant\n", "<|assistant|>")
+    template = template.replace("<|im_start|>{{ message['role'] }}\n", "<|{{ message['role'] }}|>")
+    tokenizer = make_tokenizer(template=template, eos="<|im_end|>")
+    tokenizer.add_special_tokens({"extra_special_tokens": [AddedToken("<|assistant|>", rstrip=True, normalized=False)]})
+    talk = [*USER, {"role": "assistant", "content": " yes"}]
+    (row,) = tokenize_completions(Dataset.from_list([{"messages": talk}]), tokenizer, max_length=99)
+    assert tokenizer.decode(list(compress(row["input_ids"], row["completion_mask"]))) == "yes<|im_end|>"
+
+
+def test_an_answers_last_token_that_takes_the_next_turns_line_break_is_trained():
+    alphabet = ["<unk>", "▁", "\n", *map(chr, range(33, 127)), ".\n"]
+    raw = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, [(".", "\n")], unk_token="<unk>"))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.Metaspace(split=False), decoders.Metaspace()
+    template = (
+        "{{ bos_token }}{% for m in messages %}{{ '' if loop.first else '\n' }}{{ m['role'] }}:{{ m['content'] }}"
+    )
+    template += "{% endfor %}{% if add_generation_prompt %}{{ '\nassistant:' }}{% endif %}"
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, chat_template=template, **special)
+    talk = [*USER, {"role": "assistant", "content": "yes."}, *USER, *YES]
+    (row,) = tokenize_completions(Dataset.from_list([{"messages": talk}]), tokenizer, max_length=99)
+    trained = list(compress(row["input_ids"], row["completion_mask"]))
+    assert tokenizer.decode(trained[:4]) == "yes.\n"
