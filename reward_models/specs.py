@@ -18,7 +18,7 @@ from align.reward_models.function_specs import RuleSpec
 from align.reward_models.kinds import REWARDS as REWARDS
 from align.reward_models.kinds import Count, Dtype, PathText, RewardSpec, TorchName
 from align.reward_models.kinds import register_reward as register_reward
-from align.reward_models.repeats import warn_of_repeats
+from align.reward_models.repeats import check_served, warn_of_repeats
 
 if TYPE_CHECKING:
     from align.reward_models.base import Reward
@@ -57,7 +57,9 @@ def parse_reward(spec: Any, key: str = "reward") -> "RewardSpec | Reward":
         for name in parsed.nested
         if getattr(parsed, name) is not None
     }
-    return parsed.model_copy(update=parts)
+    parsed = parsed.model_copy(update=parts)
+    check_served(parsed.parts(), key)
+    return parsed
 
 
 def _check_ranks(spec: Mapping, key: str) -> None:

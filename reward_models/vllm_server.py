@@ -1,5 +1,6 @@
 """Rewards that a classifier gives on a vLLM server."""
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 from urllib.parse import urlsplit
@@ -18,6 +19,8 @@ from align.reward_models.sequences import SequenceEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 REMEDIES = {
     401: "Its key is missing or wrong: set api_key_file, or headers",
@@ -65,7 +68,7 @@ class VllmReward(ScoreServer):
             )
         check_one_label(str(path), {})
         config = from_pretrained(AutoConfig, str(path), "reward model")
-        self.model, self.connected = model, False
+        self.path, self.model, self.connected = str(path), model, False
         self.normalizer = choose_normalizer(self.name, str(path), normalize)
         self.tokenizer = load_tokenizer(path)
         self.encoder = SequenceEncoder(
@@ -90,7 +93,8 @@ class VllmReward(ScoreServer):
         if self.connected:
             return
         where = f"reward {self.name!r} at {self.shown}"
-        lengths = served_lengths(self.ask(None, where, self.listing), where)
+        cards = served_models(self.ask(None, where, self.listing), where)
+        lengths = {name: card.get("max_model_len") for name, card in cards.items()}  # unknown of adapters
         if self.model is None and len(lengths) == 1:
             (self.model,) = lengths
         if self.model is None or self.model not in lengths:
@@ -101,6 +105,14 @@ class VllmReward(ScoreServer):
             raise RewardError(
                 f"{where}: max_length is {given}, and the server takes {longest} tokens: lower it, or start the server "
                 "with a larger --max-model-len"
+            )
+        served = str(cards[self.model].get("root"))
+        if Path(served).is_dir() and Path(self.path).is_dir() and not Path(served).samefile(self.path):
+            logger.warning(
+                "%s: the server's model is %s, and `path` is %s: unless that is a copy, correct the url or the path",
+                where,
+                served,
+                self.path,
             )
         self.encoder.longest, self.connected = longest, True
 
@@ -131,9 +143,9 @@ class VllmReward(ScoreServer):
         return REMEDIES.get(status) or super().remedy(status)
 
 
-def served_lengths(answer: Any, where: str) -> dict[str, int | None]:
-    """What vLLM's /v1/models lists: names, with the tokens that each takes (unknown of adapters)."""
+def served_models(answer: Any, where: str) -> dict[str, dict]:
+    """What vLLM's /v1/models says of each model, by its name."""
     cards = answer.get("data") if isinstance(answer, dict) else None
     if not isinstance(cards, list) or not all(isinstance(card, dict) and "id" in card for card in cards):
         raise RewardError(f"{where}: the answer of /v1/models lists no models, fix the url: {str(answer)[:200]!r}")
-    return {str(card["id"]): card.get("max_model_len") for card in cards}
+    return {str(card["id"]): card for card in cards}

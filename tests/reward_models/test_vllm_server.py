@@ -21,6 +21,7 @@ from align.modeling.score_head import read_at_end_token
 from align.reward_models.base import RewardBatch
 from align.reward_models.build import build_reward, check_reward
 from align.reward_models.normalizer import Normalizer
+from align.reward_models.specs import parse_reward
 from align.reward_models.vllm_server import VllmReward
 from tests.modeling import tiny
 from tests.reward_models import worlds
@@ -149,6 +150,13 @@ class TestServed:
             build_reward(spec, tokenizer=worlds.tokenizer()).check_room(30, 35, conversational=False)
         build_reward(spec, tokenizer=worlds.tokenizer()).check_room(30, 34, conversational=False)
 
+    def test_a_path_that_the_server_does_not_serve(self, spec, tmp_path, caplog):
+        build_reward(spec).score(TEXT)
+        assert "`path` is" not in caplog.text
+        other = reward_folder(tmp_path / "other")
+        build_reward({**spec, "path": other}).score(TEXT)
+        assert f"server's model is {spec['path']}, and `path` is {other}: unless that is a copy" in caplog.text
+
     def test_another_model_and_another_route(self, spec):
         with pytest.raises(RewardError, match="the server has the models helpful, and `model` names 'harmless'"):
             build_reward({**spec, "model": "harmless"}).score(TEXT)
@@ -201,3 +209,23 @@ def test_what_the_folder_says(tmp_path):
     for path, message in ((tmp_path / "adapter", "is an adapter, and vLLM serves"), (two, "classifies into 2 labels")):
         with pytest.raises(ConfigError, match=message):
             check_reward({"type": "vllm", "url": "http://x", "path": str(path)})
+
+
+def test_two_models_of_one_server_s_only_one_are_refused():
+    """A url copied from one reward to the next: both would have the scores of one model."""
+
+    def served(path: str, port: int, **options) -> dict:
+        return {"type": "vllm", "path": path, "url": f"http://127.0.0.1:{port}", **options}
+
+    def ensemble(*members: dict) -> dict:
+        return {"type": "ensemble", "aggregation": "mean", "members": list(members)}
+
+    first = served("models/a", 1)
+    parse_reward(ensemble(first, served("models/b", 2)))
+    parse_reward(ensemble(first, served("models/b", 1, model="b")))
+    nested = {"type": "composite", "rewards": [{**first, "url": first["url"] + "/"}, ensemble(served("models/b", 1))]}
+    for spec in (ensemble(first, served("models/b", 1)), nested):
+        with pytest.raises(
+            ConfigError, match="a and b are other models .*both ask http://127.0.0.1:1 for its only mod"
+        ):
+            parse_reward(spec)
