@@ -21,6 +21,7 @@ NOT_A_PREFIX = (
     "unknown (set another chat template, for example with trl.get_training_chat_template, which `align sft` does with "
     "assistant_only_loss: true)"
 )
+ONE_ANSWER = "or train one answer per row: the earlier turns in `prompt`, or weight: 0 on the earlier answers"
 APART = "prompt and completion would merge into one token, so the completion is tokenised apart"
 PARTED = (
     "the template's generation prompt is not how it renders this answer (a rollout would start after <think>, say), so "
@@ -233,7 +234,7 @@ def _answers(messages: Messages, text: str, tokenizer, options: dict, first: int
         if not text.startswith(through):
             through = _open(through, tokenizer)
         if not (before.startswith(asked) and text.startswith(through)):
-            raise BadRow(NOT_A_PREFIX)
+            raise BadRow(f"{NOT_A_PREFIX}; {ONE_ANSWER}")
         spans.append((len(before), len(through)))
     return spans
 

@@ -18,6 +18,7 @@ THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 TAGS = re.compile(r"</?think>|<\|channel>(?:thought)?|<channel\|>")
 """What stands around thoughts in the text of an answer."""
 PROBED = "probe_7319"
+SYSTEM_APART = "; where it takes no system message, put that text at the start of the first user message"
 PROBED_CALL = {"type": "function", "function": {"name": PROBED, "arguments": {}}}
 HOLDERS = ("prompt", "completion", "chosen", "rejected", "messages", "conversations")
 
@@ -123,9 +124,10 @@ def refuse_dropped(messages: list[dict[str, Any]], text: str, tokenizer: Any, op
         except BadRow:
             shown = True
         if not shown:
+            hint = SYSTEM_APART if message["role"] == "system" else ""
             raise BadRow(
                 f"the chat template leaves out a message of the role {message['role']} (write it with a role, and in a "
-                "place, that the template renders, or set another template)"
+                f"place, that the template renders, or set another template){hint}"
             )
 
 
@@ -138,7 +140,8 @@ def applied(tokenizer: Any, messages: list[dict[str, Any]], *, tokenize: bool = 
         return tokenizer.apply_chat_template(messages, tokenize=tokenize, **options)
     except _refusals() as error:
         kind = "" if isinstance(error, _refusals()[0]) else f"{type(error).__name__}: "
-        raise BadRow(f"the chat template refuses the messages ({kind}{error})") from error
+        hint = SYSTEM_APART if any(message["role"] == "system" for message in messages) else ""
+        raise BadRow(f"the chat template refuses the messages ({kind}{error}){hint}") from error
 
 
 def _takes_parts(tokenizer: Any) -> bool:
