@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from align.config.secrets import masked_text
 from align.errors import ConfigError
 from align.reward_models.judge_specs import Judging
 from align.reward_models.kinds import RewardSpec
@@ -37,24 +38,25 @@ def warn_of_repeats(members: Sequence["RewardSpec | Reward | Path"]) -> None:
             )
 
 
-def check_served(parts: Sequence, key: str) -> None:
-    """ConfigError where rewards of several models ask one vLLM server for one model: all but one would have the scores
-    of another's model, which a server that knows it by a name of its own cannot tell."""
+def check_served(parts: Sequence["RewardSpec | Reward"], key: str) -> None:
+    """ConfigError, with `key` as the place, where rewards of several models ask one vLLM server for one model: all but
+    one would have the scores of another's model, which a server that knows it by a name of its own cannot tell."""
     seen: dict[tuple, Any] = {}
     for spec in _leaves(parts):
         if isinstance(spec, RewardSpec) and spec.kind == "vllm":
             url, model, path = (getattr(spec, name) for name in ("url", "model", "path"))
             other = seen.setdefault((url.rstrip("/"), model), spec)
             if other.path != path:
-                asked = "its only model" if model is None else f"its model {model}"
+                asked = f"{masked_text(url)} for " + ("its only model" if model is None else f"its model {model}")
                 raise ConfigError(
                     f"{key}: {other.stated_name} and {spec.stated_name} are other models ({other.path}, {path}) and "
-                    f"both ask {url} for {asked}: give each the url of its own server, or the name there as `model`",
+                    f"both ask {asked}: give each the url of its own server, or the name there as `model`",
                     key=key,
                 )
 
 
-def _leaves(parts: Sequence) -> list:
+def _leaves(parts: Sequence["RewardSpec | Reward"]) -> list:
+    """The rewards that they are made of, at any depth."""
     leaves = []
     for part in parts:
         inner = part.parts() if isinstance(part, RewardSpec) else []

@@ -86,7 +86,10 @@ def _imported(kind: str, key: str) -> type[RewardSpec]:
 
 def parse_rewards(specs: Any, key: str = "rewards") -> "list[RewardSpec | Reward]":
     """The specs of a section, one or a list of them."""
-    return parse_list(parse_reward, specs, key) if isinstance(specs, list | tuple) else [parse_reward(specs, key)]
+    several = isinstance(specs, list | tuple)
+    parsed = parse_list(parse_reward, specs, key) if several else [parse_reward(specs, key)]
+    check_served(parsed, key)
+    return parsed
 
 
 def as_written(spec: "RewardSpec | Reward") -> Any:

@@ -22,7 +22,7 @@ from align.evaluation.strict_json import plain, refuse_non_finite
 from align.evaluation.summary import package_versions
 from align.reward_models.base import Reward
 from align.reward_models.build import build_reward
-from align.reward_models.specs import parse_reward
+from align.reward_models.specs import parse_rewards
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -171,8 +171,7 @@ def check_specs(specs: list, taken: list[str]) -> None:
     if not specs:
         raise ConfigError("there is no reward to evaluate")
     names: list[str] = []
-    for spec in specs:
-        parsed = parse_reward(spec)
+    for parsed in parse_rewards(specs):
         name = parsed.name if isinstance(parsed, Reward) else parsed.stated_name
         if not isinstance(parsed, Reward):
             parsed.check()

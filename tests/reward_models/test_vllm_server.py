@@ -16,12 +16,13 @@ import yaml
 from peft import LoraConfig
 
 from align.errors import ConfigError, RewardError
+from align.evaluation.reward_eval import check_specs
 from align.modeling.load import load_sequence_classifier
 from align.modeling.score_head import read_at_end_token
 from align.reward_models.base import RewardBatch
 from align.reward_models.build import build_reward, check_reward
 from align.reward_models.normalizer import Normalizer
-from align.reward_models.specs import parse_reward
+from align.reward_models.specs import parse_reward, parse_rewards
 from align.reward_models.vllm_server import VllmReward
 from tests.modeling import tiny
 from tests.reward_models import worlds
@@ -215,7 +216,7 @@ def test_two_models_of_one_server_s_only_one_are_refused():
     """A url copied from one reward to the next: both would have the scores of one model."""
 
     def served(path: str, port: int, **options) -> dict:
-        return {"type": "vllm", "path": path, "url": f"http://127.0.0.1:{port}", **options}
+        return {"type": "vllm", "path": path, "url": f"http://127.0.0.1:{port}"} | options
 
     def ensemble(*members: dict) -> dict:
         return {"type": "ensemble", "aggregation": "mean", "members": list(members)}
@@ -225,7 +226,10 @@ def test_two_models_of_one_server_s_only_one_are_refused():
     parse_reward(ensemble(first, served("models/b", 1, model="b")))
     nested = {"type": "composite", "rewards": [{**first, "url": first["url"] + "/"}, ensemble(served("models/b", 1))]}
     for spec in (ensemble(first, served("models/b", 1)), nested):
-        with pytest.raises(
-            ConfigError, match="a and b are other models .*both ask http://127.0.0.1:1 for its only mod"
-        ):
+        with pytest.raises(ConfigError, match="a and b are other models .*both ask http://127.0.0.1:1/? for its only "):
             parse_reward(spec)
+    secret = served("models/a", 1)["url"].replace("//", "//user:secret@")
+    for parse in (parse_rewards, lambda specs: check_specs(specs, [])):  # of a run, of `align evaluate rewards`
+        with pytest.raises(ConfigError, match="^rewards: a and b are other models") as refused:
+            parse([served(f"models/{name}", 1, url=secret) for name in "ab"])
+        assert "secret" not in str(refused.value)
