@@ -28,7 +28,8 @@ from align.reward_models.base import Reward, RewardBatch, RewardOutput
 from align.reward_models.deadlines import call_within
 from align.reward_models.failures import Failed, Failures
 from align.trainers.core.hooks import TrainingSettings
-from align.trainers.on_policy.tools import Tools, awaited, readable
+from align.trainers.on_policy.tool_calls import readable
+from align.trainers.on_policy.tools import Tools, awaited
 
 REWARD_COLUMN, FAILURE_COLUMN = "environment_reward", "environment_failure"  # what other rewards may name
 CLASS_COLUMN = "environment_class"

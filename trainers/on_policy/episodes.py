@@ -29,6 +29,7 @@ from align.trainers.on_policy.environments import (
     Session,
     environments_of,
 )
+from align.trainers.on_policy.tool_calls import reader_for
 from align.trainers.on_policy.turn_tokens import TurnTokens
 
 if TYPE_CHECKING:
@@ -119,12 +120,9 @@ class Episodes:
         self.turn_tokens = TurnTokens(tokenizer, environments.roles)
         # of all prompts; with several environments each prompt is written when its conversation starts
         self.schemas = [] if environments.several else environments.kinds[None].tools.schemas
-        if "tool" in environments.roles and "<tool_call>" not in tokenizer.get_chat_template():
-            raise ConfigError(
-                "tool calls are read as <tool_call>{...}</tool_call>, and this chat template does not ask for them: "
-                "use a model whose template does, such as Qwen's or Hermes', or an environment that reads the calls "
-                "itself"
-            )
+        for kind in environments.kinds.values():
+            if kind.tools.schemas:
+                kind.tools.read = reader_for(tokenizer, kind.tools.schemas)
         self.maskable = all(kind.scores for kind in environments.kinds.values())
         if not stops and not self.maskable:
             raise ConfigError("environment_on_error: mask is for environments with a reward of their own")

@@ -1,10 +1,6 @@
-"""Functions that a policy may call, and how its calls are read: `<tool_call>{"name", "arguments"}</tool_call>`.
-
-That is how Qwen and Hermes write them, and what their chat templates ask for; other forms are refused at the start.
-"""
+"""Functions that a policy may call."""
 
 import functools
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +10,7 @@ from transformers.utils.chat_template_utils import DocstringParsingException, Ty
 from align.errors import ConfigError
 from align.reward_models.beside import OnLoop, run_all
 from align.reward_models.deadlines import DeadlineExceeded, call_within
-
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
+from align.trainers.on_policy.tool_calls import Call, Reader, read_json, readable, written_calls
 
 
 class Tools:
@@ -24,10 +19,13 @@ class Tools:
     Args:
         functions: with type hints and a docstring in Google's style, from which the schema is made. timeout: seconds
             of a call.
+
+    `read` reads their calls, as the run's chat template writes them.
     """
 
     def __init__(self, functions: list[Callable], timeout: float):
         self.timeout, self.schemas = timeout, [schema_of(function) for function in functions]
+        self.read: Reader = read_json
         self._take(functions)
 
     def _take(self, functions: list[Callable]) -> None:
@@ -39,15 +37,16 @@ class Tools:
     def bound(self, functions: list[Callable]) -> "Tools":
         """The same tools for one conversation, some of them methods of its environment."""
         other = object.__new__(Tools)
-        other.timeout, other.schemas = self.timeout, self.schemas
+        other.timeout, other.schemas, other.read = self.timeout, self.schemas, self.read
         other._take(functions)
         return other
 
-    def calls(self, answer: str) -> list[dict | str]:
+    def calls(self, answer: str) -> list[Call]:
         """The calls in an answer, in order; a text is what could not be read as one."""
-        return [read_call(found) for found in written_calls(answer)] if self.functions else []
+        schemas = {schema["function"]["name"]: schema["function"]["parameters"] for schema in self.schemas}
+        return [self.read(found, schemas) for found in written_calls(answer)] if self.functions else []
 
-    def answer(self, call: dict | str) -> dict:
+    def answer(self, call: Call) -> dict:
         """The tool message that answers a call. What went wrong is told in it, as TRL does."""
         self.called += 1
         if isinstance(call, str):
@@ -84,30 +83,3 @@ def schema_of(function: Callable) -> dict:
         return get_json_schema(function)
     except (DocstringParsingException, TypeHintParsingException) as error:
         raise ConfigError(f"tool {function.__qualname__}: {error}") from error
-
-
-def written_calls(answer: str) -> list[str]:
-    """What stands between the marks, in order. Not by a regular expression, which takes hours for a mark and the few
-    thousand blanks that a policy may write after it."""
-    found, place = [], 0
-    while (start := answer.find(OPEN, place)) >= 0 and (end := answer.find(CLOSE, start)) >= 0:
-        found.append(answer[start + len(OPEN) : end].strip())
-        place = end + len(CLOSE)
-    return found
-
-
-def read_call(text: str) -> dict[str, Any] | str:
-    """A call's name and arguments; a text that says why it is none."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:  # the latter for a thousand brackets
-        return f"the tool call is no JSON: {error}"
-    arguments = found.get("arguments", {}) if isinstance(found, dict) else None
-    if not (isinstance(arguments, dict) and isinstance(found.get("name"), str)):
-        return 'a tool call is {"name": ..., "arguments": {...}}'
-    return {"name": readable(found["name"]), "arguments": arguments}
-
-
-def readable(text: str) -> str:
-    """Without halves of surrogate pairs, which JSON can name and no tokenizer reads."""
-    return text.encode("utf-8", "replace").decode("utf-8")

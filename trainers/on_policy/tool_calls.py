@@ -1,0 +1,138 @@
+"""How a policy writes calls of tools, between `<tool_call>` and `</tool_call>`, and how they are read.
+
+Of three forms a run reads the one in which the chat template itself writes a call:
+
+    {"name": "weather", "arguments": {"city": "Rome"}}                      Qwen 2.5 and 3, Hermes
+    <function=weather><parameter=city>Rome</parameter></function>           Qwen 3.5 and later, Qwen3-Coder, Nemotron 3
+    weather<arg_key>city</arg_key><arg_value>Rome</arg_value>               GLM-4 MoE
+"""
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+from align.data.bad_rows import BadRow
+from align.data.encode import render
+from align.data.ending import ASKED
+from align.errors import ConfigError
+
+OPEN, CLOSE, THOUGHT = "<tool_call>", "</tool_call>", "</think>"
+NAME = re.compile(r"[\w.:/-]+")
+PROBED = "probe_7319"
+PROBED_CALL = {"name": PROBED, "arguments": {"first": "of two", "second": "more"}}
+OTHERS = {"True": True, "False": False, "None": None}
+"""Values that templates do not write as JSON does."""
+
+Call = dict[str, Any] | str
+"""A call's name and arguments; a text that says why it is none."""
+Reader = Callable[[str, dict[str, dict]], Call]
+"""Reads what stands between the marks. Its second argument: the parameters of the functions by name, JSON schemas."""
+
+
+def written_calls(answer: str) -> list[str]:
+    """What stands between the marks after the thoughts, in order. Not by a regular expression, which takes hours for a
+    mark and the few thousand blanks that a policy may write after it."""
+    found, place = [], answer.find(THOUGHT) + 1
+    while (start := answer.find(OPEN, place)) >= 0 and (end := answer.find(CLOSE, start)) >= 0:
+        found.append(answer[start + len(OPEN) : end].strip())
+        place = end + len(CLOSE)
+    return found
+
+
+def read_json(text: str, schemas: dict[str, dict]) -> Call:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:  # the latter for a thousand brackets
+        return f"the tool call is no JSON: {error}"
+    arguments = found.get("arguments", {}) if isinstance(found, dict) else None
+    if not (isinstance(arguments, dict) and isinstance(found.get("name"), str)):
+        return 'a tool call is {"name": ..., "arguments": {...}}'
+    return {"name": readable(found["name"]), "arguments": arguments}
+
+
+def read_function(text: str, schemas: dict[str, dict]) -> Call:
+    name, named, inside = text.removeprefix("<function=").removesuffix("</function>").partition(">")
+    marked = text.startswith("<function=") and text.endswith("</function>") and named
+    values = _marked(inside, ("<parameter=", ">"), ("", "</parameter>")) if marked else None
+    if values is None or not NAME.fullmatch(name.strip()):
+        return "a tool call is <function=NAME>, for each argument <parameter=NAME>VALUE</parameter>, </function>"
+    # the template writes a value on lines of its own
+    own = {key: value.removeprefix("\n").removesuffix("\n") for key, value in values.items()}
+    return {"name": name.strip(), "arguments": _typed(own, schemas.get(name.strip(), {}))}
+
+
+def read_keys(text: str, schemas: dict[str, dict]) -> Call:
+    name, mark, inside = text.partition("<arg_key>")
+    values = _marked(mark + inside, ("<arg_key>", "</arg_key>"), ("<arg_value>", "</arg_value>"))
+    if values is None or not NAME.fullmatch(name.strip()):
+        return "a tool call is NAME, for each argument <arg_key>NAME</arg_key> and <arg_value>VALUE</arg_value>"
+    return {"name": name.strip(), "arguments": _typed(values, schemas.get(name.strip(), {}))}
+
+
+def _marked(text: str, key: tuple[str, str], value: tuple[str, str]) -> dict[str, str] | None:
+    """The arguments' texts, each key and value between two marks; None where anything else stands there."""
+    found: dict[str, str] = {}
+    while text := text.lstrip():
+        parts = []
+        for before, after in (key, value):
+            text = text.lstrip() if before else text
+            part, closed, rest = text[len(before) :].partition(after)
+            if not (text.startswith(before) and closed):
+                return None
+            parts.append(part)
+            text = rest
+        found[parts[0].strip()] = parts[1]
+    return found
+
+
+def _typed(values: dict[str, str], schema: dict) -> dict[str, Any]:
+    """Arguments that were written without quotes: texts where the function takes a text, else what JSON reads."""
+    kinds = schema.get("properties", {})
+    return {
+        name: text if kinds.get(name, {}).get("type") == "string" else _value(text) for name, text in values.items()
+    }
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return OTHERS.get(text.strip(), text)
+
+
+def reader_for(tokenizer, schemas: list[dict]) -> Reader:
+    """What reads calls as the chat template writes them. schemas: of the tools. ConfigError where nothing here does,
+    or where the template leaves the tools out."""
+    template = tokenizer.get_chat_template(tools=schemas)
+    others = "use a model whose template does, or an environment that reads the calls itself"
+    if OPEN not in template:
+        raise ConfigError(
+            "tool calls are read as <tool_call>...</tool_call>, and this chat template does not ask for them: "
+            f"{others} (Qwen, GLM-4, Nemotron 3 and Hermes have such templates)"
+        )
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": PROBED_CALL}]}
+    written = _rendered(tokenizer, [ASKED, call], schemas)
+    if not all(schema["function"]["name"] in _rendered(tokenizer, [ASKED], schemas) for schema in schemas):
+        raise ConfigError(f"the chat template leaves tools out, so that the policy would not see them: {others}")
+    if PROBED not in written:
+        return read_json  # it knows calls as what the policy wrote alone, and asks for JSON
+    for reader in (read_json, read_function, read_keys):
+        if [reader(found, {}) for found in written_calls(written)][-1:] == [PROBED_CALL]:
+            return reader
+    raise ConfigError(
+        "tool calls are read as JSON with name and arguments, as <function=NAME><parameter=NAME> and as NAME<arg_key>, "
+        f"between <tool_call> and </tool_call>, and this chat template writes them in another way: {others}"
+    )
+
+
+def _rendered(tokenizer, messages: list[dict], schemas: list[dict]) -> str:
+    try:
+        return render(messages, tokenizer, {"tools": schemas})
+    except BadRow:
+        return ""
+
+
+def readable(text: str) -> str:
+    """Without halves of surrogate pairs, which JSON can name and no tokenizer reads."""
+    return text.encode("utf-8", "replace").decode("utf-8")
