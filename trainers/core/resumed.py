@@ -7,7 +7,7 @@ from typing import Any
 from accelerate.scheduler import AcceleratedScheduler
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from align.errors import TrainingError
+from align.errors import ConfigError, TrainingError
 
 RATE = ("lr",)
 SETTINGS = ("initial_lr", "weight_decay", "betas", "eps")
@@ -43,6 +43,16 @@ def follow(scheduler: LRScheduler | AcceleratedScheduler) -> None:
     scheduler._last_lr = [base * factor(scheduler.last_epoch) for base, factor in factors]
     for group, rate in zip(groups, scheduler._last_lr, strict=True):
         group["lr"] = rate
+
+
+def rewind(scheduler: LRScheduler) -> None:
+    """Back to the first step of a schedule, which is a function of the step. ConfigError for another."""
+    if type(scheduler) is not LambdaLR:
+        raise ConfigError(
+            f"a {type(scheduler).__name__} cannot begin again: leave the schedule to lr_scheduler_type, or use LambdaLR"
+        )
+    scheduler.last_epoch = 0
+    follow(scheduler)
 
 
 def check_optimizer_change(changed: dict[str, tuple[Any, Any]], what: str, deepspeed: bool) -> None:

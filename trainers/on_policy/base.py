@@ -46,6 +46,7 @@ from align.trainers.on_policy.samples import Sample, tokenized_prompts
 from align.trainers.on_policy.shown import ShownCompletions
 from align.trainers.on_policy.stopping import StopRule
 from align.trainers.weighting.base import Weighting, make_weighting
+from align.trainers.weighting.search import StartPolicy, ThresholdSearch
 
 
 class OnPolicyBase(MicroBatchLists, Trainer):
@@ -73,7 +74,7 @@ class OnPolicyBase(MicroBatchLists, Trainer):
     metrics: OnPolicyMetrics
     moving: MovingReference | None
     ranks: Ranks
-    search: Any
+    search: ThresholdSearch | None
     shown: ShownCompletions
     stop: StopRule | None
     tokenize: Callable
@@ -215,6 +216,16 @@ class OnPolicyBase(MicroBatchLists, Trainer):
     def finished(self) -> bool:
         """As in TrainerMixin, and where `stop_at` ends the run."""
         return super().finished or (self.stop is not None and self.stop.reason is not None)
+
+    def start_policy(self) -> StartPolicy:
+        """What a search of thresholds goes back to."""
+        beside = [] if self.critic is None else [(self.critic.model, self.critic.optimizer)]
+        return StartPolicy(self.model, self.engine.forget, beside=beside, controllers=[self.kl, self.entropy])
+
+    @property
+    def start_step(self) -> int:
+        """The step at which the policy was the first one: 0, but in a search that restores it."""
+        return 0 if self.search is None else self.search.start_step
 
     # ---- log-probs of a rollout --------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """The critic of PPO: a separate value network with its own optimiser and its own file in checkpoints."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -180,14 +181,15 @@ class CriticLearner:
 
 
 class CriticStep(TrainerCallback):
-    """Steps the critic with the policy; while the critic warms up, the policy is not updated."""
+    """Steps the critic with the policy; while the critic warms up, the policy is not updated. began: the step at which
+    both were new."""
 
-    def __init__(self, critic: CriticLearner):
-        self.critic = critic
+    def __init__(self, critic: CriticLearner, began: Callable[[], int]):
+        self.critic, self.began = critic, began
 
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         self.critic.step(share_of_start(optimizer))
-        if state.global_step < args.critic_warmup_steps:
+        if state.global_step - self.began() < args.critic_warmup_steps:
             for parameter in model.parameters():
                 parameter.grad = None  # an optimiser passes over what has no gradient, decay included
 

@@ -160,10 +160,9 @@ class OnPolicyTrainer(OnPolicyBase):
         self.search = make_search(
             args,
             self.weighting,
-            self.model,
             has_gold=has_gold and isinstance(self.eval_dataset, Dataset),
             sharded=self.ranks.sharded,
-            on_restore=self.engine.forget,
+            start=self.start_policy,
         )
         if self.search is not None:
             self.add_callback(self.search)
@@ -186,7 +185,7 @@ class OnPolicyTrainer(OnPolicyBase):
             if shared:
                 shared = resolve_layout(args.batching, [enable_trunk(critic.backbone, self.model, longest)])
             self.critic = CriticLearner(critic, self.accelerator, args, self.recorder)
-            self.add_callback(CriticStep(self.critic))
+            self.add_callback(CriticStep(self.critic, lambda: self.start_step))
         self.entropy = EntropyBonus(args, self.ranks, self.record)
         if self.entropy.on:
             self.add_callback(self.entropy)

@@ -7,7 +7,7 @@ evaluation set must be a validation set: the search selects on it, and only othe
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from align.distributed.disk import write_whole
 from align.errors import ConfigError
 from align.objectives.nelder_mead import NelderMead, random_simplex
+from align.trainers.core.resumed import PLATEAU, rewind
 from align.trainers.weighting.base import Weighting
 from align.trainers.weighting.sections import SearchSection
 
@@ -54,33 +56,75 @@ def _does_not_fit(args: Any, options: SearchSection) -> str | None:
             f"threshold_search.steps is {options.steps} and eval_steps {args.eval_steps:g}: a stretch of training ends "
             "at an evaluation"
         )
-    if options.restore and args.eval_steps % args.steps_per_rollout:
+    return _cannot_restore(args, options) if options.restore else None
+
+
+def _cannot_restore(args: Any, options: SearchSection) -> str | None:
+    if args.eval_steps % args.steps_per_rollout:
         return (
             f"threshold_search.restore: eval_steps must be a multiple of the {args.steps_per_rollout} steps of a "
             "rollout, or the first policy would be trained on another's rollout"
         )
+    warmup = vars(args).get("critic_warmup_steps", 0)
+    if warmup >= options.steps:
+        return (
+            f"threshold_search.restore: every stretch starts with the {warmup} steps of critic_warmup_steps, and has "
+            f"{options.steps}: the policy would not be trained"
+        )
+    kept = {
+        "sync_ref_model": args.sync_ref_model,
+        f"lr_scheduler_type: {PLATEAU}": args.lr_scheduler_type == PLATEAU,
+        "a schedule_free optimiser": "schedule_free" in str(args.optim),
+    }
+    for what, found in kept.items():
+        if found:
+            return f"threshold_search.restore cannot put back what {what} has learned: leave one of them out"
     return None
 
 
 class StartPolicy:
-    """The trained weights of a policy as they are when this is made, to go back to.
+    """The trained weights of a policy as they are when this is made, and the state of what follows it, to go back to.
 
     Args:
         on_restore: called after the weights have changed: copies (in the rollout engine) are out of date.
+        beside: further models that are trained (a critic), each with its optimiser.
+        controllers: what else learns from the policy (its KL, its entropy), each with `state_dict` and
+            `load_state_dict`.
     """
 
-    def __init__(self, model: nn.Module, on_restore: Callable[[], None]):
-        self.weights = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
+    def __init__(
+        self,
+        model: nn.Module,
+        on_restore: Callable[[], None],
+        *,
+        beside: Sequence[tuple[nn.Module, torch.optim.Optimizer]] = (),
+        controllers: Sequence[Any] = (),
+    ):
+        self.weights, self.beside = _trained(model), [(other, _trained(other), own) for other, own in beside]
+        self.controllers = [(controller, controller.state_dict()) for controller in controllers]
         self.on_restore = on_restore
 
-    @torch.no_grad()
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Back to the start, with a fresh optimiser."""
-        for name, parameter in model.named_parameters():
-            if name in self.weights:
-                parameter.copy_(self.weights[name])
-        optimizer.state.clear()
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any = None) -> None:
+        """Back to the start, with fresh optimisers and at the first step of the schedule."""
+        for trained, weights, own in ((model, self.weights, optimizer), *self.beside):
+            _put_back(trained, weights)
+            own.state.clear()
+        for controller, state in self.controllers:
+            controller.load_state_dict(state)
+        if scheduler is not None:
+            rewind(scheduler)
         self.on_restore()
+
+
+def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def _put_back(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        if name in weights:
+            parameter.copy_(weights[name])
 
 
 @dataclass
@@ -105,7 +149,7 @@ class ThresholdSearch(TrainerCallback):
         weighting: whose thresholds are moved.
         seed: of the first simplex.
         folder: where threshold_search.json is written; None on a process that writes and logs nothing.
-        start: with `restore`, what every stretch but the first goes back to; the critic of PPO goes on.
+        start: with `restore`, what every stretch begins with.
     """
 
     def __init__(
@@ -138,7 +182,12 @@ class ThresholdSearch(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         self.training = False
 
-    def on_evaluate(self, args, state, control, metrics, model=None, optimizer=None, **kwargs):
+    @property
+    def start_step(self) -> int:
+        """The step at which the policy was the first one."""
+        return 0 if self.start is None else self.began
+
+    def on_evaluate(self, args, state, control, metrics, model=None, optimizer=None, lr_scheduler=None, **kwargs):
         if not self.training or "eval_gold" not in metrics:
             return  # called by the user, or without gold
         values = {name: metrics[f"eval_rewards/{name}"] for name in self.options.start}
@@ -158,8 +207,8 @@ class ThresholdSearch(TrainerCallback):
                     "its score is not theirs; give stretches more steps, or a wider tolerance (%s has the values)",
                     self.folder / FILE_NAME,
                 )
-        elif self.start is not None and self.stretches:
-            self.start.restore(model, optimizer)
+        elif self.start is not None and state.global_step:  # after steps of another stretch, or before the first
+            self.start.restore(model, optimizer, lr_scheduler)
             self.weighting.restart()
 
     def _tell(self, stretch: Stretch) -> None:
@@ -180,7 +229,7 @@ class ThresholdSearch(TrainerCallback):
             "stretches": [asdict(s) for s in self.stretches],
         }
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / FILE_NAME).write_text(json.dumps(content, indent=2) + "\n")
+        write_whole(self.folder / FILE_NAME, [json.dumps(content, indent=2), "\n"])
 
     def _met(self, thresholds: dict[str, float]) -> bool:
         return any(stretch.met for stretch in self.stretches if stretch.thresholds == thresholds)
@@ -205,18 +254,16 @@ class ThresholdSearch(TrainerCallback):
 def make_search(
     args: Any,
     weighting: Weighting,
-    model: nn.Module,
     *,
     has_gold: bool,
     sharded: bool,
-    on_restore: Callable[[], None],
+    start: Callable[[], StartPolicy],
 ) -> ThresholdSearch | None:
     """The search that a configuration (`OnPolicyConfig`) asks for, None without; ConfigError where it cannot be run.
 
     Args:
-        model: the policy before its first step.
         has_gold: whether evaluations measure a gold score. sharded: whether no process holds whole weights.
-        on_restore: as `StartPolicy` takes it.
+        start: makes what `restore` goes back to.
     """
     options = check_search(args)
     if options is None:
@@ -232,7 +279,7 @@ def make_search(
         weighting,
         seed=args.seed,
         folder=Path(args.output_dir) if args.process_index == 0 else None,
-        start=StartPolicy(model, on_restore) if options.restore else None,
+        start=start() if options.restore else None,
     )
 
 

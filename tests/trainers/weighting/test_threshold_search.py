@@ -26,14 +26,14 @@ def moderate(completions, **columns) -> list[float]:
     return [1.0 - abs(sum(word in toy.POLITE for word in text.split()) - 1) for text in completions]
 
 
-def make(policy, folder, gold=moderate, search=SEARCH, **options):
+def make(policy, folder, gold=moderate, search=SEARCH, method="rloo", **options):
     settings = {
         "constraints": HELD, "multipliers": {"pid": {"kp": 4.0, "ki": 0.5}}, "threshold_search": search, "beta": 0.1,
         "per_device_train_batch_size": 16, "num_generations": 4, "max_completion_length": 4, "learning_rate": 5e-3,
         "max_steps": 60, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 64,
         "eval_num_generations": 4, **options,
     }  # fmt: skip
-    kind, args = on_policy("rloo", folder, **settings)
+    kind, args = on_policy(method, folder, **settings)
     return kind(policy, polite, args, prompts(64), prompts(32, seed=1), gold_reward=gold)
 
 
@@ -125,15 +125,40 @@ def test_a_search_needs_no_trainer(tmp_path):
     assert optimizer.state[model.weight]["step"] == 2  # Adam's, begun anew with the last stretch
 
 
-def test_a_search_resumes_exactly(policy, tmp_path):
+FOLLOWED = {
+    "method": "ppo", "search": {**SEARCH, "restore": True, "budget": 3, "steps": 4}, "kl_target": 1.0, "kl_gain": 0.5,
+    "critic_learning_rate": 0.01, "critic_warmup_steps": 2, "use_adaptive_entropy": True, "entropy_target": 9.0,
+    "lr_scheduler_type": "linear", "multipliers": None, "num_generations": 1, "num_iterations": 1,
+    "num_mini_batches": 1, "eval_on_start": False,
+}  # fmt: skip
+"""What follows the policy: beta, the entropy's coefficient, the critic with its warm-up, and the schedule."""
+
+
+def test_a_stretch_starts_with_what_follows_the_policy_as_it_was(policy, tmp_path):
+    """Otherwise a stretch's score would be that of the stretches before it too."""
+    trainer = make(policy, tmp_path, **FOLLOWED)
+    trainer.train()
+    assert [s["steps"] for s in found(tmp_path)["stretches"]] == [4, 4, 4]
+    for key in ("beta", "entropy_coef", "learning_rate"):
+        values = logged(trainer, key)[2:]  # after a first evaluation
+        assert values[:4] == values[4:8] == values[8:] and len(set(values[:4])) == 4, key
+    values, distances = logged(trainer, "critic/value")[2:], logged(trainer, "kl")[2:]
+    assert values[0] == values[4] == values[8] == 0 and values[1] != values[5]
+    assert all(distances[i] == 0 for i in range(12) if i % 4 < 3) and all(distances[i] > 0 for i in (3, 7, 11))
+
+
+@pytest.mark.parametrize(
+    ("options", "step"), [({}, 6), ({**FOLLOWED, "search": {**FOLLOWED["search"], "budget": 2}}, 8)]
+)
+def test_a_search_resumes_exactly(options, step, policy, tmp_path):
     def run(resume):
-        trainer = make(policy, tmp_path, save_strategy="steps", save_steps=6)
-        trainer.train(tmp_path / "checkpoint-6" if resume else None)
+        trainer = make(policy, tmp_path, **options, save_strategy="steps", save_steps=step)
+        trainer.train(tmp_path / f"checkpoint-{step}" if resume else None)
         return parameters(trainer.model), found(tmp_path), trainer.state.global_step
 
     whole, resumed = run(False), run(True)
     assert_same(whole[0], resumed[0])
-    assert whole[1:] == resumed[1:] and len(whole[1]["stretches"]) == 4
+    assert whole[1:] == resumed[1:] and len(whole[1]["stretches"]) == options.get("search", SEARCH)["budget"]
 
 
 @pytest.mark.parametrize(
@@ -150,6 +175,9 @@ def test_a_search_resumes_exactly(policy, tmp_path):
         ({"eval_strategy": "no"}, "set eval_strategy: steps"),
         ({"gold": None}, "needs a gold_reward"),
         ({"search": {**SEARCH, "restore": True}, "num_iterations": 4}, "a multiple of the 4 steps of a rollout"),
+        ({**FOLLOWED, "critic_warmup_steps": 4}, "the 4 steps of critic_warmup_steps, and has 4"),
+        ({**FOLLOWED, "sync_ref_model": True}, "what sync_ref_model has learned"),
+        ({**FOLLOWED, "lr_scheduler_type": "reduce_lr_on_plateau"}, "what lr_scheduler_type: reduce_lr_on_plateau has"),
     ],
 )
 def test_what_does_not_fit_is_refused(options, message, policy, tmp_path):
