@@ -155,6 +155,9 @@ def step_text(run: RunConfig, processes: int) -> str:
     )
     if run.method.data == "prompts":
         text += f" x {training.num_generations} samples -> {rows * training.num_generations} sequences"
+        if training.steps_per_rollout > 1:
+            prompts = rows * training.num_mini_batches
+            return f"{text} -> 1 optimiser step; a rollout of {prompts} prompts -> {training.steps_per_rollout} steps"
     elif run.method.data == "pairs":
         text += f" -> {2 * rows} sequences"
     return f"{text} -> 1 optimiser step"
@@ -170,17 +173,35 @@ def steps_text(run: RunConfig, rows: int, processes: int) -> str:
             f"({training.per_device_train_batch_size}), gradient_accumulation_steps "
             f"({training.gradient_accumulation_steps}) or the number of processes ({processes})"
         )
-    micro = training.per_device_train_batch_size * processes
-    batches = rows // micro if training.dataloader_drop_last else math.ceil(rows / micro)
-    per_epoch = math.ceil(batches / training.gradient_accumulation_steps)
+    per_epoch, left = _steps_per_epoch(run, rows, processes)
     if training.max_steps > 0:
         total, epochs = training.max_steps, training.max_steps / per_epoch
     else:
         total, epochs = math.ceil(training.num_train_epochs * per_epoch), training.num_train_epochs
     words = "1 epoch" if epochs == 1 else f"{epochs:.4g} epochs"
-    text = f"{rows} {unit} -> {per_epoch} steps per epoch -> {total} optimiser steps in {words}"
-    left = rows % batch
-    return f"{text}; the last step of an epoch has {left} {unit}" if left and per_epoch > rows // batch else text
+    return f"{rows} {unit} -> {per_epoch} steps per epoch -> {total} optimiser steps in {words}{left}"
+
+
+def _steps_per_epoch(run: RunConfig, rows: int, processes: int) -> tuple[int, str]:
+    """Optimiser steps of an epoch, and what becomes of rows that do not fill the last. ConfigError when the rows do not
+    fill one rollout."""
+    training, unit = run.training, UNITS[run.method.data]
+    batch = global_batch(run, processes)
+    if run.method.data == "prompts" and training.steps_per_rollout > 1:  # `BlockSampler`
+        block = batch * training.num_mini_batches
+        if rows < block:
+            raise ConfigError(
+                f"{rows} prompts do not fill one rollout of {block}: lower num_mini_batches "
+                f"({training.num_mini_batches}) or the {batch} prompts of a step",
+                key="num_mini_batches",
+            )
+        left = f"; {rows % block} prompts of every epoch fill no rollout" if rows % block else ""
+        return rows // block * training.steps_per_rollout, left
+    micro = training.per_device_train_batch_size * processes
+    batches = rows // micro if training.dataloader_drop_last else math.ceil(rows / micro)
+    per_epoch = math.ceil(batches / training.gradient_accumulation_steps)
+    last = rows % batch if per_epoch > rows // batch else 0
+    return per_epoch, f"; the last step of an epoch has {last} {unit}" if last else ""
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
@@ -276,19 +297,27 @@ def _reference_width(run: RunConfig) -> int | None:
 def micro_batch_tokens(run: RunConfig, rows) -> int:
     """Tokens of a micro-batch whose rows are all as long as the longest. Unless batches are `padded`, the completions
     of a prompt share it: what the model allows is not looked at here."""
+    training = run.training
+    whole, least = _row_tokens(run, rows)
+    budget = vars(training).get("tokens_per_batch")
+    if budget is None:
+        return training.per_device_train_batch_size * whole
+    # It is filled from all rows of the step, whatever per_device_train_batch_size.
+    step = training.per_device_train_batch_size * training.gradient_accumulation_steps * whole
+    return min(step, max(least, budget))
+
+
+def _row_tokens(run: RunConfig, rows) -> tuple[int, int]:
+    """(tokens of the longest row, a prompt with all of its completions; the part of it that is never cut)."""
     training, data = run.training, run.method.data
     shared = vars(training).get("batching") != "padded" and not one_pass(run)
-    if run.method.name == "srpo":
-        return training.per_device_train_batch_size * longest_revised(rows, shared)
-    if data in ("pairs", "ranked"):
-        return training.per_device_train_batch_size * longest(rows, data, shared)
-    if data in ("completions", "unpaired"):
-        return training.per_device_train_batch_size * longest(rows, data)
+    if data != "prompts":
+        revised = run.method.name == "srpo"
+        whole = longest_revised(rows, shared) if revised else longest(rows, data, shared)
+        return whole, whole
     prompt, completion, samples = longest(rows, data), training.max_completion_length, training.num_generations
     one = prompt + completion
-    group = prompt + samples * completion if shared else samples * one
-    tokens = training.per_device_train_batch_size * group
-    return tokens if training.tokens_per_batch is None else min(tokens, max(one, training.tokens_per_batch))
+    return prompt + samples * completion if shared else samples * one, one
 
 
 def longest(rows, data: str, shared: bool = False) -> int:

@@ -86,6 +86,7 @@ def resolve(method_name: str, config_file: str | None, tokens: list[str], *, els
     run = RunConfig(method=method, **built, **nested, entries=entries, given=given)
     _check_required(run, config_file)
     _check_unread(entries)
+    _check_length(run)
     return run
 
 
@@ -265,6 +266,18 @@ def _check_unread(entries: dict[str, Entry]) -> None:
                 f"{switch}: false to {off}",
                 key=given[0],
             )
+
+
+def _check_length(run: RunConfig) -> None:
+    """ConfigError for epochs that are asked for over a file with max_steps, which would decide in silence."""
+    epochs, steps = run.entries.get("num_train_epochs"), run.entries.get("max_steps")
+    if epochs is None or steps is None or run.training.max_steps <= 0 or epochs.below >= steps.below:
+        return
+    raise ConfigError(
+        f"{epochs.where}: num_train_epochs does nothing beside max_steps: {run.training.max_steps} ({steps.where}): add "
+        "max_steps: -1 to train by epochs, or leave num_train_epochs out",
+        key="num_train_epochs",
+    )
 
 
 def settings(run: RunConfig) -> dict[str, Any]:

@@ -27,7 +27,8 @@ class Entry:
     """One value: `value` as parsed, `text` as written (scalars and the command line only), `where` it was written.
 
     nested: the places of the keys inside a nested value, by dotted path (`rewards.0.path`). reached: those of the
-    dotted keys that were set in it afterwards.
+    dotted keys that were set in it afterwards. below: the files that extend the one it was written in; -1 of the command
+    line.
     """
 
     value: Any
@@ -35,6 +36,7 @@ class Entry:
     where: str
     nested: dict[str, str] = field(default_factory=dict)
     reached: list[str] = field(default_factory=list)
+    below: int = 0
 
     @property
     def places(self) -> str:
@@ -143,6 +145,8 @@ def read_file(path: str | Path) -> dict[str, Entry]:
 def _read_with_base(path: Path, above: list[Path]) -> dict[str, Entry]:
     """above: the files that extend this one, directly or not, the first one first."""
     own = _read_one(path)
+    for entry in own.values():
+        entry.below = len(above)
     entries: dict[str, Entry] = {}
     base = own.pop("extends", None)
     if base is not None:
@@ -284,10 +288,10 @@ def read_overrides(tokens: list[str]) -> list[tuple[str, Entry]]:
         head, dot, tail = key.partition(".")
         key = head.replace("-", "_") + dot + tail
         if len(values) > 1:
-            overrides.append((key, Entry([parse_value(value) for value in values], None, COMMAND_LINE)))
+            overrides.append((key, Entry([parse_value(value) for value in values], None, COMMAND_LINE, below=-1)))
         else:
             text = values[0] if values else "true"
-            overrides.append((key, Entry(parse_value(text), text, COMMAND_LINE)))
+            overrides.append((key, Entry(parse_value(text), text, COMMAND_LINE, below=-1)))
     return overrides
 
 

@@ -42,6 +42,20 @@ def test_command_line_over_file_over_default(file):
     assert run.where("max_grad_norm") == "default"
 
 
+def test_epochs_over_a_file_with_max_steps_are_refused(file, tmp_path):
+    """transformers lets max_steps decide: `extends: grpo` with num_train_epochs: 15 ended after 400 steps."""
+    (tmp_path / "base.yaml").write_text(f"{BASE}max_steps: 400\n")
+    own = tmp_path / "own.yaml"
+    own.write_text("extends: base.yaml\nnum_train_epochs: 15\n")
+    error = refusal("sft", str(own))
+    assert error.startswith(f"{own}, line 2: num_train_epochs does nothing beside max_steps: 400 ({tmp_path}/base.yaml")
+    assert error.endswith("add max_steps: -1 to train by epochs, or leave num_train_epochs out")
+    assert resolve("sft", str(own), ["--max_steps", "-1"]).training.num_train_epochs == 15
+    assert resolve("sft", str(own), ["--max_steps", "2"]).training.max_steps == 2  # said last, or beside it
+    assert resolve("sft", file("num_train_epochs: 2\nmax_steps: 3\n"), []).training.max_steps == 3
+    assert "command line: num_train_epochs" in refusal("sft", file("max_steps: 3\n"), "--num_train_epochs", "2")
+
+
 @pytest.mark.parametrize(
     ("line", "part", "value"),
     [
