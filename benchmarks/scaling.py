@@ -75,7 +75,7 @@ class Run:
 
 # Qwen2.5-7B: 28 layers, 4 key-value heads of 128; Llama-3.1-70B: 80 layers, 8 of 128. LoRA of rank 16 is 0.3 % of it.
 RUNS = (
-    Run("7B, all weights", 7.6e9, 2 * 2 * 28 * 4 * 128, 1.0, 1, 18 * 7.6e9),
+    Run("7B, all weights", 7.6e9, 2 * 2 * 28 * 4 * 128, 1.0, 1, 20 * 7.6e9),
     Run("70B, LoRA", 70.6e9, 2 * 2 * 80 * 8 * 128, 0.003, 4, 2.3 * 70.6e9),
 )
 

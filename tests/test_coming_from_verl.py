@@ -11,12 +11,22 @@ from align import RewardBatch, build_reward
 from align.config.options import options_of
 from align.config.other_names import OTHER_NAMES
 from align.config.resolve import resolve
+from align.errors import ConfigError
 from align.methods import METHODS
 
 PAGE = (Path(__file__).parents[1] / "docs" / "coming_from_verl.md").read_text(encoding="utf-8")
 ON_POLICY = ("remax", "ppo", "rloo", "grpo", "reinforce_pp")
 OF_ON_POLICY = {option for method in ON_POLICY for option in options_of(method)}
-VALUES = {"k2", "k3", "sequence_mean", "sequence_sum", "constant"}  # of the option that the row before names
+VALUES = {
+    "k2",
+    "k3",
+    "sequence_mean",
+    "sequence_sum",
+    "constant",
+    "token_truncate",
+    "sequence_truncate",
+    "token_mask",
+}  # of the option that the row before names
 
 
 def blocks(language: str) -> list[str]:
@@ -51,6 +61,8 @@ def test_the_defaults_are_those_of_the_page():
     assert default("num_iterations") == dict.fromkeys(ON_POLICY, 1) | {"ppo": 4}
     assert default("dual_clip") == dict.fromkeys(ON_POLICY)
     ppo = options_of("ppo")
+    schedule = [ppo[name]["default"] for name in ("lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta2")]
+    assert schedule == ["linear", 0, 0.0, 0.999]
     assert ppo["lam"]["default"] == 0.95 and "default" not in ppo["value_clip"]
 
 
@@ -61,11 +73,18 @@ def test_the_batch_is_that_of_verl(tmp_path):
     assert args.train_batch_size * args.gradient_accumulation_steps * 8 == 256
     assert args.prompts_per_rollout * 8 == 1024 and args.steps_per_rollout == 4
     assert args.num_generations == 5
+    assert (args.loss_aggregation, args.beta, args.kl_in) == ("token_mean", 0.001, "loss")
+    assert (args.max_steps, args.num_train_epochs, args.lr_scheduler_type) == (-1, 15, "constant")
 
 
 def test_rewards_of_the_other_libraries_score(tmp_path, monkeypatch):
     theirs = {"my_score": ModuleType("my_score"), "my_openrlhf_reward": ModuleType("my_openrlhf_reward")}
-    theirs["my_score"].compute_score = lambda source, text, truth, extra: float(text == truth) + extra["index"]
+
+    def compute_score(solution_str, ground_truth, data_source, extra_info):  # in an order of its own: verl names them
+        score = float(solution_str == ground_truth) + extra_info["index"]
+        return {"score": score, "acc": score > 0} if extra_info["index"] else score
+
+    theirs["my_score"].compute_score = compute_score
     theirs["my_openrlhf_reward"].reward_func = lambda queries, prompts, labels: {
         "rewards": [float(q[len(p) :] == label) for q, p, label in zip(queries, prompts, labels, strict=True)]
     }
@@ -84,6 +103,31 @@ def test_rewards_of_the_other_libraries_score(tmp_path, monkeypatch):
     for function, scores in (("verl_score", [1.0, 2.0]), ("openrlhf_score", [1.0, 0.0])):
         reward = build_reward({"type": "rule", "function": f"{tmp_path}/page_rewards.py:{function}"})
         assert reward.score(batch).scores.tolist() == scores
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("target_kl", "kl_target, in nats per completion: verl's is per token"),
+        ("save_freq", "save_steps, in optimiser steps: num_mini_batches x num_iterations"),
+        ("ppo_mini_batch_size", "an optimiser step has per_device_train_batch_size x gradient_accumulation_steps"),
+        ("kl_loss_type", "it is kl_estimator here"),
+        ("clip_ratio_low", "it is epsilon here"),
+        ("adv_estimator", "the method is the command"),
+    ],
+)
+def test_names_whose_meaning_differs_are_answered_with_it(name, said, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"{name}: 1\n")
+    with pytest.raises(ConfigError, match=f"unknown key {name}; (it is|no option here).*") as error:
+        resolve("ppo", str(file), [])
+    assert said in str(error.value)
+
+
+def test_a_target_of_the_kl_is_per_completion():
+    """verl and OpenRLHF hold the mean over tokens; the page says to multiply."""
+    help_text = options_of("ppo")["kl_target"]["help"]
+    assert "KL per sequence" in help_text and "here it is per answer" in PAGE
 
 
 def test_other_names_lead_to_options():

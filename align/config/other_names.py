@@ -52,16 +52,19 @@ OTHER_NAMES = {
     "val_files": "eval_dataset_name",
     "max_response_length": "max_completion_length",
     "clip_ratio": "epsilon",
+    "clip_ratio_low": "epsilon",
     "clip_ratio_high": "epsilon_high",
     "clip_ratio_c": "dual_clip",
     "kl_loss_coef": "beta",
+    "kl_loss_type": "kl_estimator",
+    "rollout_is_threshold": "rollout_correction_high",
+    "filter_overlong_prompts": "max_bad_share",
+    "val_before_train": "eval_on_start",
     "loss_agg_mode": "loss_aggregation",
     "entropy_coeff": "entropy_coef",
     "grad_clip": "max_grad_norm",
     "gpu_memory_utilization": "rollout.gpu_memory_utilization",
     "tensor_model_parallel_size": "rollout.tensor_parallel",
-    "save_freq": "save_steps",
-    "test_freq": "eval_steps",
     "total_epochs": "num_train_epochs",
     # LLaMA-Factory's and axolotl's
     "dataset": "dataset_name",
@@ -158,7 +161,25 @@ REMOVED = {
 }
 """Options that TRL once had, or has for other methods, and that have no single name here -> what to do instead."""
 
+STEP_ROWS = "an optimiser step has per_device_train_batch_size x gradient_accumulation_steps x processes rows"
+OF_STEPS = "in optimiser steps: num_mini_batches x num_iterations of them are one step of verl"
 ELSEWHERE = {
+    # verl's, and OpenRLHF's of before 0.11
+    **dict.fromkeys(("adv_estimator", "advantage_estimator"), METHOD),
+    "use_kl_loss": "kl_in: loss, and beta, its coefficient; beta: 0 is without a KL",
+    "use_kl_in_reward": "kl_in: reward, and beta, its coefficient; beta: 0 is without a KL",
+    "target_kl": "kl_target, in nats per completion: verl's is per token, so multiply it by the mean length",
+    "norm_adv_by_std_in_grpo": "scale_rewards: none (GRPO) for false",
+    "filter_groups": "dynamic_sampling_rounds, how often prompts without a signal are replaced at most",
+    "rollout_is": "rollout_correction: token_truncate or sequence_truncate",
+    "ppo_mini_batch_size": STEP_ROWS,
+    "train_batch_size": f"{STEP_ROWS}; a rollout has num_mini_batches times as many",
+    "rollout_batch_size": f"{STEP_ROWS}; a rollout has num_mini_batches times as many",
+    "ppo_micro_batch_size_per_gpu": "per_device_train_batch_size (prompts with all their answers), or tokens_per_batch",
+    "total_training_steps": f"max_steps, {OF_STEPS}",
+    "save_freq": f"save_steps, {OF_STEPS}",
+    "test_freq": f"eval_steps with eval_strategy: steps, {OF_STEPS}",
+    "critic_warmup": f"critic_warmup_steps (PPO), {OF_STEPS}",
     **dict.fromkeys(STOPS, END),
     "adapter_name_or_path": ADAPTERS,
     "lora_model_dir": ADAPTERS,

@@ -274,8 +274,8 @@ def _check_length(run: RunConfig) -> None:
     if epochs is None or steps is None or run.training.max_steps <= 0 or epochs.below >= steps.below:
         return
     raise ConfigError(
-        f"{epochs.where}: num_train_epochs does nothing beside max_steps: {run.training.max_steps} ({steps.where}): add "
-        "max_steps: -1 to train by epochs, or leave num_train_epochs out",
+        f"{epochs.where}: num_train_epochs does nothing beside max_steps: {run.training.max_steps} ({steps.where}): "
+        "add max_steps: -1 to train by epochs, or leave num_train_epochs out",
         key="num_train_epochs",
     )
 

@@ -27,8 +27,8 @@ class Entry:
     """One value: `value` as parsed, `text` as written (scalars and the command line only), `where` it was written.
 
     nested: the places of the keys inside a nested value, by dotted path (`rewards.0.path`). reached: those of the
-    dotted keys that were set in it afterwards. below: the files that extend the one it was written in; -1 of the command
-    line.
+    dotted keys that were set in it afterwards. below: the number of files that extend the one it was written in, one
+    through the other; -1 of the command line.
     """
 
     value: Any
