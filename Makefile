@@ -29,7 +29,8 @@ test-lowest test-highest: test-%: .venv-%/.installed
 test-newest: $(VENV)/.installed build/newest/.installed
 	PYTHONPATH=build/newest OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not vllm" $(ARGS) \
 		tests/modeling tests/rollout/test_generation.py tests/trainers/test_remax.py \
-		$(addprefix tests/trainers/core/test_,fsdp2.py checkpoints.py further_methods.py)
+		$(addprefix tests/trainers/core/test_,checkpoints.py further_methods.py fsdp2.py::test_it_resumes_exactly) \
+		$(foreach method,sft reward sparsepo,"tests/trainers/core/test_fsdp2.py::test_sharded_training_is_unsharded_training[$(method)]")
 
 build/newest/.installed: requirements/highest.txt
 	$(BIN)/pip install -q --upgrade --target $(@D) -c $< transformers

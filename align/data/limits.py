@@ -217,7 +217,7 @@ def known_tokens(model: "Model") -> int:
 
 def parts_of(dataset: "Dataset", name: str) -> Iterator[tuple[int, Any]]:
     """(first row, the column as one Arrow array) of each part of a dataset."""
-    plain = dataset.select_columns([name]).with_format("arrow")
+    plain = dataset.with_format("arrow", columns=[name])
     for start in range(0, len(plain), COUNTED):
         yield start, plain[start : start + COUNTED][name].combine_chunks()
 

@@ -1,4 +1,4 @@
-"""Every trainer, unsharded in one process or under FSDP2 on two. Run as a script: policy, folder."""
+"""Trainers, unsharded in one process or under FSDP2 on two. Run as a script: policy, folder, names of `makers`."""
 
 import os
 import sys
@@ -186,11 +186,11 @@ def makers(policy: str, folder: Path) -> dict:
     return {**made, **{f"{name} resumed": made[name] for name in RESUMED}}
 
 
-def train(policy: str, folder: Path) -> dict[str, dict[str, list]]:
+def train(policy: str, folder: Path, *names: str) -> dict[str, dict[str, list]]:
     """What was logged, by method; the trained models are in folder/<method>/final."""
-    found = {}
-    for name, make in makers(policy, folder).items():
-        trainer = make()
+    made, found = makers(policy, folder), {}
+    for name in names:
+        trainer = made[name]()
         method = name.removesuffix(" resumed")
         trainer.train(None if method == name else folder / method / RESUMED[method])
         logs = trainer.state.log_history
@@ -222,6 +222,6 @@ def fsdp_on_processors() -> None:
 
 if __name__ == "__main__":
     fsdp_on_processors()
-    found = train(sys.argv[1], Path(sys.argv[2]))
+    found = train(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])
     torch.save(found, Path(sys.argv[2]) / f"rank{dist.get_rank()}.pt")
     dist.destroy_process_group()

@@ -35,8 +35,14 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(policy, folder):
-    return train(policy, folder / "one"), *run_on_two("tests.trainers.core.fsdp2_ranks", folder / "two", policy)
+def runs(request, policy, folder):
+    """Of the methods that are asked for: all, or those of `-k` and of names on the command line."""
+    asked = [item for item in request.session.items if item.path == request.path]
+    methods = list(dict.fromkeys(item.callspec.params["method"] for item in asked))
+    resumed = [item.callspec.params["method"] for item in asked if item.function is test_it_resumes_exactly]
+    names = [*methods, *(f"{method} resumed" for method in resumed)]
+    one = train(policy, folder / "one", *names)
+    return one, *run_on_two("tests.trainers.core.fsdp2_ranks", folder / "two", policy, *names)
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
