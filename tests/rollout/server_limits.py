@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import psutil
@@ -57,7 +56,7 @@ def test_what_servers_must_have_in_common(both, model, monkeypatch):
 
     def fit(config=model.config, longest=256):
         known = both.servers, checkpoint_shapes(model).keys(), both.dtype, longest, config
-        both._background.run(both._with_session(partial(check_fit, *known)))
+        check_fit(*known)
 
     both.push(model, 1)
     parts = {**both.servers[0].parts}
@@ -109,6 +108,23 @@ def test_a_server_that_is_lost_during_the_proof_is_waited_for(both, model, monke
     lost.clear()
     monkeypatch.setattr(both, "waits", True)
     assert both.push(model, 2).proved_tensors == len(dict(model.named_parameters())) and lost
+
+
+def test_a_server_that_is_lost_while_a_run_connects_is_waited_for(served, model, monkeypatch):
+    lost, call = [], Server.call
+
+    async def once(self, http, method, path, *rest, **named):
+        if path == "/v1/models" and not lost:
+            lost.append(self)
+            raise ServerLost(f"{self.url} is away")
+        return await call(self, http, method, path, *rest, **named)
+
+    monkeypatch.setattr(Server, "call", once)
+    with pytest.raises(ServerLost, match="is away"), connected(served, model):
+        pass
+    lost.clear()
+    with connected(served, model, on_engine_failure="wait", timeout=2) as engine:
+        assert lost and [server.longest for server in engine.servers] == [256, 256]
 
 
 def test_a_server_that_was_started_anew_is_known_by_its_empty_label(both, model):

@@ -1,6 +1,7 @@
 """Servers that are not what they were at the last push: collected by `test_server`, whose servers these tests share."""
 
 import threading
+import time
 
 import pytest
 import requests
@@ -49,6 +50,38 @@ def test_a_server_that_comes_back_gets_the_weights_again(served):
         back.join()
     assert [[(c.token_ids, c.logprobs) for c in r.completions] for r in again] == expected
     assert {rollout.weight_version for rollout in again} == {5}
+
+
+def test_completions_that_a_server_breaks_off_are_of_a_lost_server(served, monkeypatch, caplog):
+    """So it answers what is open when it is told to end, and when it is paused, as here."""
+    model, ids, call = never_ending(llama(1)), prompts([4, 30, 100, 7]), Server.call
+    long, own, paused = SamplingParams(150, n=8), {"Authorization": f"Bearer {KEY}"}, []
+
+    def pause():
+        time.sleep(0.2)
+        for route in ("pause?mode=abort", "resume"):
+            requests.post(f"{served.urls[1]}/{route}", headers=own, timeout=30).raise_for_status()
+
+    async def noticed(self, http, method, path, *rest, **named):
+        if path == "/inference/v1/generate" and self.url == served.urls[1] and not paused:
+            paused.append(threading.Thread(target=pause))
+            paused[0].start()
+        return await call(self, http, method, path, *rest, **named)
+
+    with connected(served, model, timeout=30) as engine:
+        state = engine.state_dict()
+        expected = [[c.token_ids for c in r.completions] for r in engine.generate(ids, long)]
+        monkeypatch.setattr(Server, "call", noticed)
+        for waits in (True, False):
+            engine.load_state_dict(state)
+            engine.waits = waits
+            if waits:
+                again = [[c.token_ids for c in r.completions] for r in engine.generate(ids, long)]
+                assert again == expected and f"{served.urls[1]} broke completions off: it is being ended" in caplog.text
+            else:
+                with pytest.raises(ServerLost, match=f"{served.urls[1]} broke completions off: it is being ended; wi"):
+                    engine.generate(ids, long)
+            paused.pop().join()
 
 
 def test_an_adapter_goes_to_no_server_without_what_it_lies_on(served):

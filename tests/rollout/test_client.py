@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 from align.errors import ConfigError, RolloutError
 from align.rollout.engine import RolloutEngine
 from align.rollout.server import folder
-from align.rollout.server.client import Server, beside, session
+from align.rollout.server.client import Server, ServerLost, beside, session
 from align.rollout.server.delivery import Parcel, locked
 from align.rollout.server.engine import ServerEngine
 
@@ -62,7 +62,7 @@ def test_an_answer_of_another_form_names_the_server(answering, text):
         async with session() as http:
             return await getattr(Server(url, "key", 5.0), question)(http)
 
-    for question in ("describe", "longest", "label", "adapter_names"):
+    for question in ("describe", "label", "adapter_names"):
         if question == "adapter_names" and b"data" in text:
             assert asyncio.run(ask(question)) == []
             continue
@@ -75,12 +75,71 @@ def test_a_server_that_comes_back_as_another_one_is_named(answering, tmp_path):
     Handler, url = answering
     worker = {"reason": None, "parts": {"other": []}, "max_num_seqs": 1, "adapters": [], "dtype": "float32"}
     known = {"align_label": "", "align_describe": {**worker, "device": "cpu", "gpu": None}}
-    Handler.answers = lambda self, body: json.dumps({"results": [known[json.loads(body)["method"]]]}).encode()
+
+    def answers(self, body):
+        results = [known[json.loads(body)["method"]]] if body else []
+        return json.dumps({"results": results, "data": [{"max_model_len": 8}]}).encode()
+
+    Handler.answers = answers
     engine = object.__new__(ServerEngine)
     engine._folder, engine._run, engine._pushes, engine.wait_limit = tmp_path, "run", 1, 5.0
     engine._needs = {"names": ["weight"], "dtype": torch.float32, "longest": 8, "config": None}
     with pytest.raises(RolloutError, match=f"{url} was started for another model"):
         asyncio.run(engine._with_session(partial(engine._come_back, Server(url, "key", 5.0))))
+    known["align_label"] = "another:3"
+    with pytest.raises(RolloutError, match=f"{url} has the weights of another run .another."):
+        asyncio.run(engine._with_session(partial(engine._come_back, Server(url, "key", 5.0))))
+
+
+def ask(url: str, method: str, path: str, body: dict | None = None):
+    async def asked():
+        async with session() as http:
+            return await Server(url, "key", 5.0).call(http, method, path, body)
+
+    return asyncio.run(asked())
+
+
+def test_a_connection_that_breaks_off_is_tried_once_more_where_that_is_safe(answering):
+    """A healthy server breaks off one under load; a part of a push is not sent twice."""
+    Handler, url = answering
+    broken, answer = [], Handler.do_POST
+
+    def breaks_off(self):
+        if broken.count(self.path) < allowed:
+            broken.append(self.path)
+        else:
+            answer(self)
+
+    Handler.text, Handler.do_POST, Handler.do_GET, allowed = b"[1]", breaks_off, breaks_off, 1
+    for method, path in (("POST", "/collective_rpc"), ("POST", "/inference/v1/generate"), ("GET", "/v1/models")):
+        assert ask(url, method, path) == [1] and broken == [path]
+        broken.clear()
+    with pytest.raises(ServerLost, match=f"{url} broke off the connection before it had answered /update_weights .Ser"):
+        ask(url, "POST", "/update_weights", {})
+    allowed = 2
+    with pytest.raises(ServerLost, match=f"{url} broke off the connection before it had answered /collective_rpc "):
+        ask(url, "POST", "/collective_rpc", {})
+    assert broken == ["/update_weights"] + ["/collective_rpc"] * 2
+
+
+def test_a_server_that_is_being_ended_is_lost_though_it_says_that_it_is_healthy(answering):
+    """vLLM ends its engine first, and answers calls of it with 500. A failure of a healthy engine is another error."""
+    Handler, url = answering
+    failing = ["align_label", "check_health"]
+
+    def post(self):
+        text = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(500 if text and json.loads(text)["method"] in failing else 200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    Handler.do_POST = Handler.do_GET = post
+    with pytest.raises(ServerLost, match=f"{url} answered /collective_rpc with status 500"):
+        ask(url, "POST", "/collective_rpc", {"method": "align_label"})
+    failing.remove("check_health")
+    with pytest.raises(RolloutError, match=f"{url} answered /collective_rpc with status 500") as error:
+        ask(url, "POST", "/collective_rpc", {"method": "align_label"})
+    assert not isinstance(error.value, ServerLost)
 
 
 def test_a_server_that_was_started_anew_is_probed_at_the_next_push(answering, tmp_path, monkeypatch):

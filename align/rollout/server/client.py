@@ -15,6 +15,8 @@ from align.errors import RolloutError
 from align.rollout.identity import Fingerprints
 
 SHOWN = 500  # characters of a server's own error that are shown
+REPEATABLE = ("/collective_rpc", "/inference/v1/generate", "/v1/models", "/health")  # the same when it is done twice
+HEALTH: dict[str, dict | None] = {"/health": None, "/collective_rpc": {"method": "check_health"}}
 
 
 class ServerLost(RolloutError):
@@ -93,7 +95,7 @@ def session() -> aiohttp.ClientSession:
 @dataclass
 class Server:
     """One server. parts: of each tensor, what its workers keep, in the order of the workers; dtype, device: of its
-    arithmetic; gpus: of its workers (`align_describe`)."""
+    arithmetic; gpus: of its workers (`align_describe`). longest: tokens of a prompt and its completion together."""
 
     url: str
     key: str = field(repr=False)
@@ -101,6 +103,7 @@ class Server:
     parts: dict[str, list] = field(default_factory=dict, repr=False)
     adapters: list[str] = field(default_factory=list, repr=False)  # layers that can have one
     max_num_seqs: int = 1
+    longest: int = 0
     dtype: str = ""
     device: str = ""
     gpus: list[str | None] = field(default_factory=list, repr=False)
@@ -118,22 +121,7 @@ class Server:
         seconds: float | None = None,
     ) -> Any:
         """The answer, read as JSON. Raises `ServerLost`, or `RolloutError` for what waiting would not mend."""
-        seconds = seconds or self.timeout
-        limit = aiohttp.ClientTimeout(total=seconds)
-        headers = {"Authorization": f"Bearer {self.key}"}
-        try:
-            async with http.request(method, self.url + path, json=body, headers=headers, timeout=limit) as response:
-                status, text = response.status, await response.text()
-                kind = response.content_type
-        except TimeoutError as error:
-            raise ServerLost(
-                f"the rollout server {self.url} did not answer {path} within {seconds:g} seconds"
-            ) from error
-        except aiohttp.ClientError as error:
-            raise ServerLost(
-                f"the rollout server {self.url} cannot be reached ({path}: {error}): start it with `align serve`; with "
-                "rollout.on_engine_failure: wait a run waits for it"
-            ) from error
+        status, kind, text = await self._answer(http, method, path, body, seconds or self.timeout)
         if status == 401:
             raise RolloutError(
                 f"the rollout server {self.url} does not take the key of this run: give both the same "
@@ -145,9 +133,46 @@ class Server:
             with self.understood(path):
                 return json.loads(text) if kind == "application/json" else text
         failure = f"the rollout server {self.url} answered {path} with status {status}: {text[:SHOWN]}"
-        if status >= 500 and path != "/health" and not await self.healthy(http):
+        if status >= 500 and not await self._lives(http):
             raise ServerLost(failure)
         raise RolloutError(failure)
+
+    async def _answer(
+        self, http: aiohttp.ClientSession, method: str, path: str, body: dict | None, seconds: float
+    ) -> tuple[int, str, str]:
+        """Status, content type and text. Raises `ServerLost`. What may be done twice is asked once more where the
+        connection breaks off, which is seen of servers that live, under load."""
+        limit = aiohttp.ClientTimeout(total=None)  # that of both attempts is outside
+        headers = {"Authorization": f"Bearer {self.key}"}
+        attempts = 2 if path in REPEATABLE else 1
+        try:
+            async with asyncio.timeout(seconds):
+                while True:
+                    attempts -= 1
+                    try:
+                        async with http.request(
+                            method, self.url + path, json=body, headers=headers, timeout=limit
+                        ) as response:
+                            return response.status, response.content_type, await response.text()
+                    except aiohttp.ClientConnectorError:
+                        raise
+                    except aiohttp.ClientError:
+                        if not attempts:
+                            raise
+        except TimeoutError as error:
+            raise ServerLost(
+                f"the rollout server {self.url} did not answer {path} within {seconds:g} seconds"
+            ) from error
+        except aiohttp.ClientConnectorError as error:
+            raise ServerLost(
+                f"the rollout server {self.url} cannot be reached ({path}: {error}): start it with `align serve`; with "
+                "rollout.on_engine_failure: wait a run waits for it"
+            ) from error
+        except aiohttp.ClientError as error:
+            raise ServerLost(
+                f"the rollout server {self.url} broke off the connection before it had answered {path} ({error}): look "
+                "into its output. With rollout.on_engine_failure: wait a run waits for it"
+            ) from error
 
     @contextmanager
     def understood(self, path: str) -> Iterator[None]:
@@ -160,16 +185,20 @@ class Server:
                 "start it with `align serve` of the same versions of align and vLLM as this run's"
             ) from error
 
-    async def healthy(self, http: aiohttp.ClientSession) -> bool:
-        """Whether the server still has its engine."""
+    async def _lives(self, http: aiohttp.ClientSession) -> bool:
+        """Whether its engine answers. One that is being ended says of itself that it is healthy until that is done."""
         try:
-            await self.call(http, "GET", "/health")
-        except RolloutError:
+            answers = [
+                await self._answer(http, "GET" if body is None else "POST", path, body, self.timeout)
+                for path, body in HEALTH.items()
+            ]
+        except ServerLost:
             return False
-        return True
+        return all(status < 500 for status, *_ in answers)
 
     async def describe(self, http: aiohttp.ClientSession) -> None:
-        """Learn what the server keeps of each tensor. Raises `RolloutError` for one that cannot take weights."""
+        """Learn what the server keeps of each tensor, and how much it takes. Raises `RolloutError` for one that cannot
+        take weights."""
         answer = await self.call(http, "POST", "/collective_rpc", {"method": "align_describe"})
         with self.understood("/collective_rpc align_describe"):
             workers = answer["results"]
@@ -184,12 +213,9 @@ class Server:
             self.max_num_seqs = min(worker["max_num_seqs"] for worker in workers)
             self.adapters, self.dtype, self.device = (workers[0][key] for key in ("adapters", "dtype", "device"))
             self.gpus = [worker["gpu"] for worker in workers]
-
-    async def longest(self, http: aiohttp.ClientSession) -> int:
-        """Tokens of a prompt and its completion together."""
         models = await self.call(http, "GET", "/v1/models")
         with self.understood("/v1/models"):
-            return models["data"][0]["max_model_len"]
+            self.longest = models["data"][0]["max_model_len"]
 
     async def label(self, http: aiohttp.ClientSession, seconds: float | None = None) -> str:
         """Of the weights that the server's workers have. Its engine answers, so this also shows that it is alive."""

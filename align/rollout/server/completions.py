@@ -75,18 +75,22 @@ async def check_label(server: Server, http: aiohttp.ClientSession, label: str, s
     found = await server.label(http, seconds)
     if found == label:
         return
-    run = label.partition(":")[0]
-    if not found or found.startswith(run):
-        why = (
-            "a push did not reach it whole"
-            if found
-            else "it was started anew; with rollout.on_engine_failure: wait a run gives them to it again"
-        )
-        raise ServerLost(f"the rollout server {server.url} has not got the weights of this run: {why}")
-    raise RolloutError(
-        f"the rollout server {server.url} has the weights of another run ({found.partition(':')[0]}): "
-        "one server serves one run at a time"
+    check_not_taken(server, found, label.partition(":")[0])
+    why = (
+        "a push did not reach it whole"
+        if found
+        else "it was started anew; with rollout.on_engine_failure: wait a run gives them to it again"
     )
+    raise ServerLost(f"the rollout server {server.url} has not got the weights of this run: {why}")
+
+
+def check_not_taken(server: Server, found: str, run: str) -> None:
+    """Raises `RolloutError` for a server whose label is that of another run than `run`."""
+    if found and not found.startswith(run):
+        raise RolloutError(
+            f"the rollout server {server.url} has the weights of another run ({found.partition(':')[0]}): "
+            "one server serves one run at a time"
+        )
 
 
 def sockets() -> int:
@@ -131,6 +135,12 @@ async def completed(
             answer = await server.call(http, "POST", "/inference/v1/generate", body, call.limit)
         if (found := len(answer["choices"])) != request.params.n:
             raise RolloutError(f"the rollout server {server.url} gave {found} of {request.params.n} samples")
+        if any(choice["finish_reason"] == "abort" for choice in answer["choices"]):
+            await check_label(server, http, label)  # another run may have taken it
+            raise ServerLost(
+                f"the rollout server {server.url} broke completions off: it is being ended; with "
+                "rollout.on_engine_failure: wait a run waits until it is back"
+            )
         done(index, [completion(choice, request, server.url) for choice in answer["choices"]])
 
     async def watch() -> None:

@@ -27,7 +27,7 @@ from align.rollout.engine import RolloutEngine
 from align.rollout.identity import Fingerprints, check_identity, texts
 from align.rollout.server import client, delivery
 from align.rollout.server.client import Background, Server, ServerLost, session
-from align.rollout.server.completions import Answers, Call, balanced, check_label, completed, sockets
+from align.rollout.server.completions import Answers, Call, balanced, check_label, check_not_taken, completed, sockets
 from align.rollout.server.fitting import check_fit, takes_adapter
 from align.rollout.server.folder import new_folder, remove_folder
 from align.rollout.server.options import MEMORY
@@ -112,7 +112,7 @@ class ServerEngine(RolloutEngine):
             "longest": self.max_model_len,
             "config": language_model(model).config,
         }
-        self._background.run(self._with_session(lambda http: check_fit(self.servers, http=http, **self._needs)))
+        check_fit(self.servers, **self._needs)
         if self._leader:
             seconds = SOONER * self.servers[0].timeout
             device = next(model.parameters()).device
@@ -203,7 +203,7 @@ class ServerEngine(RolloutEngine):
             delivery.write_adapter(adapter, parcel.adapter)
         self._step(partial(delivery.finish, parcel=parcel))
         for server in self._behind:
-            self._background.run(self._with_session(partial(self._come_back, server)))
+            self._background.run(self._with_session(partial(self._come_back, server, had=False)))
         for old in self._folder.glob("adapter_*"):
             if old != parcel.adapter:
                 shutil.rmtree(old)
@@ -221,7 +221,7 @@ class ServerEngine(RolloutEngine):
 
     async def _learn(self, server: Server, http: aiohttp.ClientSession) -> None:
         await server.describe(http)
-        await check_fit([server], http=http, **self._needs)
+        check_fit([server], **self._needs)
         self._anew = True
 
     def _form(self, info: delivery.Told, beside: Callable[[], None]) -> None:
@@ -306,13 +306,16 @@ class ServerEngine(RolloutEngine):
 
     # ---- a server that was lost --------------------------------------------------------------------------------------
 
-    async def _come_back(self, server: Server, http: aiohttp.ClientSession) -> None:
-        """Wait until a lost server answers, and give it the weights of the last push, if it has not got them."""
+    async def _come_back(self, server: Server, http: aiohttp.ClientSession, had: bool = True) -> None:
+        """Wait until a lost server answers, and give it the weights of the last push, if it has not got them. had: it
+        had them, so one with another run's was taken by that."""
         end = time.monotonic() + self.wait_limit
         while True:
             try:
                 async with delivery.locked(self._folder / "lock", self.wait_limit):
-                    if await server.label(http) != self._label:
+                    if (label := await server.label(http)) != self._label:
+                        if had:
+                            check_not_taken(server, label, self._run)
                         await self._learn(server, http)
                         files = sorted(self._folder.glob("*.safetensors"))
                         await delivery.deliver(server, http, files, replace(self._parcel, whole=True))

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import torch
 from peft import PeftModel
 
@@ -25,13 +24,12 @@ MERGED = (
 )
 
 
-async def check_fit(
+def check_fit(
     servers: list[Server],
     names: Iterable[str],
     dtype: torch.dtype,
     longest: int,
     config: Any,
-    http: aiohttp.ClientSession,
 ) -> None:
     """Raises `RolloutError` for servers that were not started for this run. names: of its checkpoint's tensors; dtype:
     of its rollouts; longest: tokens of prompt and completion; config: the model's."""
@@ -52,7 +50,7 @@ async def check_fit(
                 f"the rollout server {server.url} runs on {server.device}, and {first.url} on "
                 f"{first.device}: the servers of a run have devices of one kind"
             )
-        if (most := await server.longest(http)) < longest:
+        if (most := server.longest) < longest:
             raise RolloutError(
                 f"the rollout server {server.url} takes {most} tokens of prompt and completion, this run "
                 f"needs {longest}: start it with the config of this run"
