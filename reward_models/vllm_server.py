@@ -15,6 +15,7 @@ from align.modeling.score_head import reads_end_token
 from align.reward_models.base import RewardBatch, RewardOutput
 from align.reward_models.normalizer import choose_normalizer
 from align.reward_models.remote import AskingForScores, ScoreServer
+from align.reward_models.rules import not_numbers
 from align.reward_models.sequences import SequenceEncoder
 
 if TYPE_CHECKING:
@@ -27,13 +28,21 @@ REMEDIES = {
     404: "Fix the url, or start a server of classifiers there: `vllm serve MODEL --runner pooling`",
 }
 
+KNOWN, TOKENS, PRIME = 8, 8, 7919  # sequences by which a model is known again, their tokens, and what these are apart
+SAME = 0.1  # of the length of the vector of their scores: bfloat16 moves it by hundredths, beside other neighbours
+
+
+def known_sequences(vocabulary: int) -> list[list[int]]:
+    return [[(PRIME * (TOKENS * row + place + 1)) % vocabulary for place in range(TOKENS)] for row in range(KNOWN)]
+
 
 class VllmReward(ScoreServer):
     """The scores that `ClassifierReward` gives for a model, from a server that `vllm serve MODEL --runner pooling`
     started: the same token ids are sent, and the output is read before any activation function.
 
     The server is asked for its models, once, before the first completions are scored or their room is checked: vLLM
-    wants its key there, and not where it classifies.
+    wants its key there, and not where it classifies. Then it scores a few fixed sequences, and again beside every
+    request: a server that was started anew with another model has other scores for them, whatever its name.
 
     Args:
         url: of the server, http://localhost:8000 say; its routes may stand behind it.
@@ -71,11 +80,13 @@ class VllmReward(ScoreServer):
         self.path, self.model, self.connected = str(path), model, False
         self.normalizer = choose_normalizer(self.name, str(path), normalize)
         self.tokenizer = load_tokenizer(path)
+        vocabulary = config.get_text_config().vocab_size
+        self.sequences, self.known = known_sequences(vocabulary), torch.empty(0)  # the scores that they had at first
         self.encoder = SequenceEncoder(
             self.name,
             self.tokenizer,
             policy_tokenizer=policy_tokenizer,
-            vocabulary=config.get_text_config().vocab_size,
+            vocabulary=vocabulary,
             max_length=max_length,
             whole_turn=not reads_end_token(config),
         )
@@ -114,7 +125,9 @@ class VllmReward(ScoreServer):
                 served,
                 self.path,
             )
-        self.encoder.longest, self.connected = longest, True
+        self.encoder.longest = longest
+        self.known = known_scores(self._scores(self.ask(self._asked([]), where), where), where)
+        self.connected = True
 
     def _ready(self, batch: RewardBatch) -> None:
         self.connect()
@@ -123,10 +136,23 @@ class VllmReward(ScoreServer):
         return RewardOutput((self.normalizer(scores) if self.normalizer else scores).float())
 
     def _content(self, part: RewardBatch) -> dict:
-        sequences = [prompt + completion for prompt, completion in self.encoder(part)]
-        return {"model": self.model, "input": sequences, "use_activation": False}
+        return self._asked([prompt + completion for prompt, completion in self.encoder(part)])
+
+    def _asked(self, sequences: list[list[int]]) -> dict:
+        return {"model": self.model, "input": [*sequences, *self.sequences], "use_activation": False}
 
     def read(self, answer: Any, where: str) -> list:
+        scores = self._scores(answer, where)
+        again = known_scores(scores[-KNOWN:], where)
+        if not (again - self.known).norm() <= SAME * self.known.norm():
+            raise RewardError(
+                f"{where}: the server has another model than when this run first asked it: {KNOWN} fixed sequences had "
+                f"the scores {listed(self.known)} and have {listed(again)}. Start it with the model of `path` "
+                f"({self.path}) again, then resume the run"
+            )
+        return scores[:-KNOWN]
+
+    def _scores(self, answer: Any, where: str) -> list:
         found = answer.get("data") if isinstance(answer, dict) else None
         outputs = [item.get("probs") if isinstance(item, dict) else None for item in found or ()]
         if not isinstance(found, list) or not all(isinstance(output, list) for output in outputs):
@@ -141,6 +167,16 @@ class VllmReward(ScoreServer):
 
     def remedy(self, status: int) -> str:
         return REMEDIES.get(status) or super().remedy(status)
+
+
+def known_scores(found: list, where: str) -> torch.Tensor:
+    if len(found) != KNOWN or not_numbers(found):
+        raise RewardError(f"{where}: {KNOWN} fixed sequences have the scores {found!s:.200}. Fix the server")
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def listed(scores: torch.Tensor) -> str:
+    return ", ".join(f"{score:.4g}" for score in scores.tolist())
 
 
 def served_models(answer: Any, where: str) -> dict[str, dict]:

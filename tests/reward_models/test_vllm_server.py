@@ -158,6 +158,18 @@ class TestServed:
         build_reward({**spec, "path": other}).score(TEXT)
         assert f"server's model is {spec['path']}, and `path` is {other}: unless that is a copy" in caplog.text
 
+    def test_a_server_that_comes_back_with_another_model(self, spec):
+        """As its fixed sequences show, in every answer; here it is what they had before that is another model's."""
+        reward = build_reward({**spec, "batch_size": 4})
+        scores = reward.score(TEXT).scores
+        torch.testing.assert_close(reward.score(TEXT).scores, scores, rtol=0, atol=1e-4)
+        assert reward.known.std() > 0.1
+        reward.known = reward.known.flip(0)
+        with pytest.raises(
+            RewardError, match="rows .*another model than when this run first asked it: 8 .*Start it wi"
+        ):
+            reward.score(TEXT)
+
     def test_another_model_and_another_route(self, spec):
         with pytest.raises(RewardError, match="the server has the models helpful, and `model` names 'harmless'"):
             build_reward({**spec, "model": "harmless"}).score(TEXT)
@@ -195,6 +207,21 @@ def test_answers_that_hold_no_scores(folder):
     for answer in ([], {"data": None}, {"data": [1]}, {"data": [{"probs": 1.0}]}):
         with pytest.raises(RewardError, match="^reward: the answer is not that of vLLM's /classify"):
             reward.read(answer, "reward")
+
+
+def test_what_fixed_sequences_say_of_the_model(folder):
+    reward = VllmReward("http://x", folder, model="helpful")
+    before = reward.known = torch.linspace(-1, 2, 8, dtype=torch.float64)
+
+    def answer(*scores) -> dict:
+        return {"data": [{"probs": [score]} for score in scores]}
+
+    assert reward.read(answer(5.0, *(before * 1.02 + 0.01).tolist()), "reward") == [5.0]  # bfloat16
+    for other in (before + 0.3, before * 0.8, -before):
+        with pytest.raises(RewardError, match="^reward: the server has another model .* had the scores -1, -0.5714,"):
+            reward.read(answer(5.0, *other.tolist()), "reward")
+    with pytest.raises(RewardError, match=r"^reward: 8 fixed sequences have the scores \[nan"):
+        reward.read(answer(5.0, *[float("nan")] * 8), "reward")
 
 
 def test_what_the_folder_says(tmp_path):
