@@ -26,6 +26,7 @@ VALUES = {
     "token_truncate",
     "sequence_truncate",
     "token_mask",
+    "constant_with_warmup",
 }  # of the option that the row before names
 
 
