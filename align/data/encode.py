@@ -49,6 +49,11 @@ class Conversation(NamedTuple):
 
 def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", conversational: bool, needs_eos: bool) -> None:
     """Raise DataError if the tokenizer cannot do what this data needs."""
+    if is_mistral_commons(tokenizer):
+        raise DataError(
+            "this tokenizer is mistral-common's, which has no chat template and reads no control token in a text: pass "
+            "the one of align.modeling.load.load_tokenizer(model), which has the same vocabulary"
+        )
     if conversational and tokenizer.chat_template is None:
         raise DataError(
             f"the data are messages, but the tokenizer {tokenizer.name_or_path!r} has no chat template. Use the "
@@ -59,6 +64,10 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", conversational: bool, 
             f"the tokenizer {tokenizer.name_or_path!r} has no EOS token, so a model could not learn to stop. Set "
             "tokenizer.eos_token to a token of its vocabulary."
         )
+
+
+def is_mistral_commons(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    return type(tokenizer).__name__ == "MistralCommonBackend"
 
 
 def render(messages: Messages, tokenizer: "PreTrainedTokenizerBase", options: dict, answer_next: bool = False) -> str:

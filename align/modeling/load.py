@@ -25,6 +25,7 @@ from align.modeling.adapters import (
 )
 from align.modeling.logprobs import language_model, token_logps
 from align.modeling.merged import load_merged
+from align.modeling.mistral_tokenizer import as_transformers_own
 from align.modeling.pretrained import (
     check_one_label,
     from_pretrained,
@@ -56,6 +57,7 @@ def load_tokenizer(model: str | Path | Model, **kwargs):
     if not source:
         raise ConfigError("the model was not loaded from anywhere: pass its tokenizer as processing_class")
     tokenizer = from_pretrained(AutoTokenizer, source, "tokenizer", **kwargs)
+    tokenizer = as_transformers_own(tokenizer, source, kwargs.get("revision"))
     if tokenizer.eos_token_id is None and tokenizer.sep_token_id is not None:
         tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
     if tokenizer.eos_token_id is None:
