@@ -2,16 +2,19 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
 
 from align.data.ending import generation_with_ends
-from align.distributed.disk import open_to_others
+from align.distributed.disk import open_to_others, writing
+from align.distributed.ranks import raise_shared
 from align.distributed.shards import is_zero3
 from align.errors import ConfigError, TrainingError
 from align.modeling.adapters import (
@@ -146,6 +149,45 @@ def declared_later(args: Any):
         yield given
     finally:
         args.save_total_limit, args.push_to_hub = given
+
+
+class DiskErrors:
+    """What the disk said to this process while a checkpoint is written.
+
+    It must not leave transformers' save, in which others are in a collective then, or come to one: they would wait for
+    this process until `ddp_timeout`. So it goes on, and all end together when everything else is written.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = folder
+        self.found: TrainingError | None = None
+
+    def keep(self, write: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`write(*args, **kwargs)`, or None where the disk does not take it."""
+        try:
+            with writing(self.folder):
+                try:
+                    return write(*args, **kwargs)
+                except CheckpointException as error:  # of torch's sharded files, in all processes
+                    raise next(failure for failure, _ in error.failures.values()) from error
+        except TrainingError as error:
+            self.found = self.found or error
+            return None
+
+    def raise_in_all(self) -> None:
+        """All processes must call it."""
+        raise_shared(self.found)
+
+
+@contextmanager
+def errors_kept(folder: str | Path) -> Iterator[DiskErrors]:
+    """Inside, `torch.save` raises no error of the disk, for which transformers' save has no other place."""
+    errors, save = DiskErrors(folder), torch.save
+    torch.save = partial(errors.keep, save)
+    try:
+        yield errors
+    finally:
+        torch.save = save
 
 
 def finish_folder(folder: str | Path, model: Model, tokenizer: Any = None) -> None:

@@ -3,7 +3,7 @@
 import logging
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
@@ -91,6 +91,7 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
         self.recorder = Recorder()
         self.resumed: Resumed | None = None
         self._verify = self._began = False
+        self._keep: Callable[..., Any] | None = None  # of a checkpoint that is written, `saving.DiskErrors.keep`
         super().__init__(*args, **kwargs)
         check_overlap(self.model)
         if self.optimizer is not None:  # the user's: others are made when training begins
@@ -232,6 +233,9 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
         if not self.args.should_save:  # transformers 5.23 asks every process, of which some have to help to gather
             super()._save(output_dir, state_dict)
             return
+        if self._keep is not None:
+            self._keep(self._save_checked, output_dir, state_dict)
+            return
         with writing(output_dir or self.args.output_dir):
             self._save_checked(output_dir, state_dict)
 
@@ -315,19 +319,24 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
         if args.should_save and folder.exists():  # damaged, or of an earlier run
             shutil.rmtree(folder)
         self.accelerator.wait_for_everyone()
-        with saving.declared_later(args) as (limit, push):
-            super()._save_checkpoint(model, trial)
-        write_extra_state(folder, self.extra_state(), model_only=args.save_only_model, **self._place)
-        self.save_further_files(folder)
-        if args.should_save:
-            identity.write_identity(folder, self._identity)
-        self.accelerator.wait_for_everyone()
+        with saving.declared_later(args) as (limit, push), saving.errors_kept(folder) as errors:
+            self._keep = errors.keep
+            errors.keep(super()._save_checkpoint, model, trial)
+            state = self.extra_state()
+            errors.keep(write_extra_state, folder, state, model_only=args.save_only_model, **self._place)
+            errors.keep(self.save_further_files, folder)
+            if args.should_save:
+                errors.keep(identity.write_identity, folder, self._identity)
+        self._keep = None
+        errors.raise_in_all()
         rotated = run_dir, step, limit, self.state.best_model_checkpoint
         flushed = shared(by_first(lambda: bool(surplus(*rotated))))
         share = writing(folder)(partial(checksums, folder, flushed=flushed, **self._place))
         shares = gather_object([in_all(share)])
         if args.should_save:
-            write_manifest(folder, {name: entry for share in shares for name, entry in share.items()})
+            errors.keep(write_manifest, folder, {name: entry for share in shares for name, entry in share.items()})
+        errors.raise_in_all()
+        if args.should_save:
             remove_older(*rotated)
         if push:
             self._push_from_checkpoint(str(folder))

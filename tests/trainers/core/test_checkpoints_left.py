@@ -123,10 +123,11 @@ def test_a_disk_that_fails_then_leaves_the_older_one(policy, tmp_path, monkeypat
 
 
 def test_a_disk_that_is_full_for_one_process_ends_all(policy, tmp_path):
-    """The others waited for its checksums until it was gone, and named the network."""
-    for said in run_on_two("tests.trainers.core.full_disk_ranks", tmp_path, policy):
-        assert "checkpoint-2 cannot be written: No space left" in said
-    assert newest_whole(tmp_path / "run").name == "checkpoint-1"
+    """The others waited for it in a collective until it was gone, and named the network."""
+    for found in run_on_two("tests.trainers.core.full_disk_ranks", tmp_path, policy):
+        for case, said in found.items():
+            assert "checkpoint-2" in said and "cannot be written: No space left" in said, (case, said)
+            assert newest_whole(tmp_path / case).name == "checkpoint-1"
 
 
 def test_a_disk_that_cannot_flush_is_no_error(tmp_path, monkeypatch):
