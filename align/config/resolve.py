@@ -86,7 +86,6 @@ def resolve(method_name: str, config_file: str | None, tokens: list[str], *, els
     run = RunConfig(method=method, **built, **nested, entries=entries, given=given)
     _check_required(run, config_file)
     _check_unread(entries)
-    _check_length(run)
     return run
 
 
@@ -104,6 +103,7 @@ def read_entries(method: Method, config_file: str | None, tokens: list[str]) -> 
     for key, entry in entries.items():
         if MASK in str(entry.value):
             raise ConfigError(f"{entry.where}: {key} was masked when this was written: give it again, as ${{NAME}}")
+    _check_length(entries)
     for key, check in early_checks(options_of(method.name), resumed="resume_from_checkpoint" in entries).items():
         if key in entries:
             try:
@@ -268,13 +268,15 @@ def _check_unread(entries: dict[str, Entry]) -> None:
             )
 
 
-def _check_length(run: RunConfig) -> None:
+def _check_length(entries: dict[str, Entry]) -> None:
     """ConfigError for epochs that are asked for over a file with max_steps, which would decide in silence."""
-    epochs, steps = run.entries.get("num_train_epochs"), run.entries.get("max_steps")
-    if epochs is None or steps is None or run.training.max_steps <= 0 or epochs.below >= steps.below:
+    epochs, steps = entries.get("num_train_epochs"), entries.get("max_steps")
+    if epochs is None or steps is None or epochs.below >= steps.below:
+        return
+    if not isinstance(steps.value, int | float) or steps.value <= 0:
         return
     raise ConfigError(
-        f"{epochs.where}: num_train_epochs does nothing beside max_steps: {run.training.max_steps} ({steps.where}): "
+        f"{epochs.where}: num_train_epochs does nothing beside max_steps: {steps.value} ({steps.where}): "
         "add max_steps: -1 to train by epochs, or leave num_train_epochs out",
         key="num_train_epochs",
     )

@@ -9,9 +9,10 @@ import yaml
 from align.cli.build import peft_config
 from align.cli.main import main
 from align.config import configs_dir
-from align.config.resolve import resolve, settings, write_settings
+from align.config.resolve import read_entries, resolve, settings, write_settings
 from align.config.source import read_file
 from align.errors import ConfigError
+from align.methods import get_method
 
 BASE = "model_name_or_path: some/model\ndataset_name: rows.jsonl\n"
 
@@ -50,6 +51,8 @@ def test_epochs_over_a_file_with_max_steps_are_refused(file, tmp_path):
     error = refusal("sft", str(own))
     assert error.startswith(f"{own}, line 2: num_train_epochs does nothing beside max_steps: 400 ({tmp_path}/base.yaml")
     assert error.endswith("add max_steps: -1 to train by epochs, or leave num_train_epochs out")
+    with pytest.raises(ConfigError, match="does nothing beside max_steps"):
+        read_entries(get_method("sft"), str(own), [])  # all that `align launch` reads
     assert resolve("sft", str(own), ["--max_steps", "-1"]).training.num_train_epochs == 15
     assert resolve("sft", str(own), ["--max_steps", "2"]).training.max_steps == 2  # said last, or beside it
     assert resolve("sft", file("num_train_epochs: 2\nmax_steps: 3\n"), []).training.max_steps == 3
