@@ -20,6 +20,10 @@ TAGS = re.compile(r"</?think>|<\|channel>(?:thought)?|<channel\|>")
 PROBED = "probe_7319"
 SYSTEM_APART = "; where it takes no system message, put that text at the start of the first user message"
 PROBED_CALL = {"type": "function", "function": {"name": PROBED, "arguments": {}}}
+PROBED_TOOL = {
+    "type": "function",
+    "function": {"name": PROBED, "description": "A probe.", "parameters": {"type": "object", "properties": {}}},
+}
 HOLDERS = ("prompt", "completion", "chosen", "rejected", "messages", "conversations")
 
 
@@ -91,9 +95,11 @@ def refuse_unknown_tools(messages: list[dict[str, Any]], tools: Any, tokenizer: 
         return
     template = tokenizer.get_chat_template(tools=tools)
     for name, there in given.items():
-        if there and (name not in template or (name == "tool_calls" and _shows(tokenizer, "call") is False)):
+        if there and (name not in template or _shows(tokenizer, name, template) is False):
+            other = ", or, for this one, xml_tools in chat_template_kwargs" if "xml_tools" in template else ""
             raise BadRow(
                 f"the chat template renders no {name}: use the tokenizer of a model that was trained with tools"
+                + other * (name == "tools")
             )
 
 
@@ -153,16 +159,21 @@ def _takes_parts(tokenizer: Any) -> bool:
 _SHOWN: dict[tuple[str, str], bool | None] = {}
 
 
-def _shows(tokenizer: Any, kind: str) -> bool | None:
-    """Whether the chat template renders content that is a text, that is parts, a call of a function; None where it
-    refuses the message."""
-    key = str(tokenizer.chat_template), kind
+def _shows(tokenizer: Any, kind: str, template: str | None = None) -> bool | None:
+    """Whether the chat template renders content that is a text, that is parts, tool_calls, tools; None where it
+    refuses the message. template: of several, the one that is used with tools."""
+    key = template or str(tokenizer.chat_template), kind
     if key not in _SHOWN:
-        asked = {"role": "user", "content": [{"type": "text", "text": PROBED}] if kind == "parts" else PROBED}
-        answer = {"role": "assistant", "content": "", "tool_calls": [{"id": "probe0001", **PROBED_CALL}]}
-        messages = [{**asked, "content": "Hi"}, answer] if kind == "call" else [asked]
+        content: Any = {"parts": [{"type": "text", "text": PROBED}], "text": PROBED}.get(kind, "Hi")
+        messages = [{"role": "user", "content": content}]
+        if kind == "tool_calls":
+            call = {"id": "probe0001", **PROBED_CALL}
+            messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
+        options: dict[str, Any] = {"chat_template": template}
+        if kind == "tools":
+            options["tools"] = [PROBED_TOOL]
         try:
-            _SHOWN[key] = PROBED in tokenizer.apply_chat_template(messages, tokenize=False)
+            _SHOWN[key] = PROBED in tokenizer.apply_chat_template(messages, tokenize=False, **options)
         except _refusals():
             _SHOWN[key] = None
     return _SHOWN[key]

@@ -115,6 +115,23 @@ def test_tools_that_a_template_would_leave_out(chat_tokenizer):
         tokenize_prompts(Dataset.from_list([{"prompt": TALK[:3]}]), chat_tokenizer, max_prompt_length=None)
 
 
+def test_tools_under_another_name(make_tokenizer):
+    """SmolLM3's first template offers `xml_tools`, whose name holds the word, and leaves `tools` out."""
+    tokenizer = make_tokenizer(eos="<|im_end|>", template=template("qwen2_5").replace("if tools", "if xml_tools"))
+    row = {"messages": [ASKED, ANSWER], "tools": TOOLS}
+    with pytest.raises(DataError, match="renders no tools: .*, or, for this one, xml_tools in chat_template_kwargs"):
+        tokenize_completions(Dataset.from_list([row]), tokenizer, max_length=None)
+
+
+def test_a_template_for_tools_beside_another(make_tokenizer, tool_tokenizer):
+    """As Hermes 2 has them: the one for tools renders rows with tools, whatever the other knows."""
+    both = {"default": tool_tokenizer.chat_template.replace("tool_calls", "no_calls"), "tool_use": template("qwen2_5")}
+    tokenizer = make_tokenizer(eos="<|im_end|>", template=both)
+    (row,) = tokenize_completions(Dataset.from_list([{"messages": TALK, "tools": TOOLS}]), tokenizer, max_length=None)
+    whole = tool_tokenizer.apply_chat_template(TALK, tools=TOOLS, tokenize=False).rstrip()
+    assert tokenizer.decode(row["input_ids"]) == whole
+
+
 def test_from_and_value(chat_tokenizer):
     talk = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]
     usual = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
