@@ -315,9 +315,11 @@ def _row_tokens(run: RunConfig, rows) -> tuple[int, int]:
         revised = run.method.name == "srpo"
         whole = longest_revised(rows, shared) if revised else longest(rows, data, shared)
         return whole, whole
-    prompt, completion, samples = longest(rows, data), training.max_completion_length, training.num_generations
+    pairs = getattr(training, "trained_together", None)  # of online DPO and its kin, which train few of what they draw
+    prompt, completion, samples = longest(rows, data), training.max_completion_length, pairs or training.num_generations
     one = prompt + completion
-    return prompt + samples * completion if shared else samples * one, one
+    whole = prompt + samples * completion if shared else samples * one
+    return whole, whole if pairs else one
 
 
 def longest(rows, data: str, shared: bool = False) -> int:

@@ -45,6 +45,14 @@ def test_a_rollout_of_several_steps_is_told_and_must_be_filled(resolved):
         steps_text(run, 1000, 8)
 
 
+def test_pairs_of_drawn_completions_are_what_is_computed(resolved):
+    """Online DPO draws 8 and trains the best and the worst."""
+    drawn = "--per_device_train_batch_size 2 --num_generations 8 --max_completion_length 20 --max_prompt_length 10"
+    rows = Dataset.from_dict({"prompt_ids": [[1] * 10, [1]]})
+    assert micro_batch_tokens(resolved("online_dpo", drawn), rows) == 2 * (10 + 2 * 20)
+    assert micro_batch_tokens(resolved("online_dpo", f"{drawn} --batching padded"), rows) == 2 * 2 * (10 + 20)
+
+
 def test_a_budget_is_filled_from_all_rows_of_the_step(resolved):
     rows = Dataset.from_dict(
         {"prompt_ids": [[1] * 10, [1]], "chosen_ids": [[1] * 5] * 2, "rejected_ids": [[1] * 3] * 2}
