@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from align.cli.option_types import add_seed
+from align.cli.option_types import add_seed, add_template_kwargs
 
 HELP = "talk to a run or a model in the terminal, beside another one, with scores"
 COMMANDS = """/reset            forget the conversation
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--compare", metavar="MODEL", help="a second model, asked the same; the conversation goes on with the first")
     add("--rewards", nargs="+", default=[], metavar="REWARD", help="scores beside each answer: as of align generate")
     add("--system", metavar="TEXT", help="a system message")
+    add_template_kwargs(parser)
     add("--temperature", type=float, default=0.7, metavar="T", help="0 is greedy [0.7]")
     add("--top_p", type=float, default=1.0, metavar="P", help="[1.0]")
     add("--max_tokens", type=int, default=512, metavar="N", help="of an answer [512]")
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) < low:
             raise ConfigError(f"--{name} must be at least {low:g}, not {getattr(args, name):g}")
     names = [args.model] if args.compare is None else [args.model, args.compare]
-    speakers = [Speaker(name, args.dtype) for name in names]
+    speakers = [Speaker(name, args.dtype, args.chat_template_kwargs) for name in names]
     if args.system and not all(speaker.chat for speaker in speakers):
         raise ConfigError("--system needs a chat template, and a model has none")
     rewards = build_rewards(args.rewards, None, gold_name="", tokenizer=speakers[0].tokenizer)
@@ -164,14 +165,14 @@ class Talk:
 class Speaker:
     """A model that answers in the terminal, token by token."""
 
-    def __init__(self, source: str, dtype: str | None):
+    def __init__(self, source: str, dtype: str | None, template_kwargs: dict[str, Any] | None = None):
         import torch
 
         from align.modeling.load import load_policy, load_tokenizer
         from align.modeling.logprobs import language_model
         from align.rollout.engine import end_tokens
 
-        self.name = source
+        self.name, self.template_kwargs = source, template_kwargs or {}
         self.tokenizer = load_tokenizer(source)
         self.chat = bool(self.tokenizer.chat_template)
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -186,12 +187,11 @@ class Speaker:
         from transformers import GenerationConfig, TextStreamer
 
         from align.data.bad_rows import BadRow
-        from align.data.encode import render
         from align.data.ending import written_text
         from align.data.limits import positions
 
         try:
-            text = prompt if isinstance(prompt, str) else render(prompt, self.tokenizer, {}, answer_next=True)
+            text = prompt if isinstance(prompt, str) else self._rendered(prompt)
         except BadRow as reason:
             print(f"({reason})")
             return None, False
@@ -220,3 +220,8 @@ class Speaker:
         drawn = output[0, width:].tolist()
         ended = bool(drawn) and drawn[-1] in self.ends
         return written_text(self.tokenizer, drawn, ended), ended
+
+    def _rendered(self, prompt: list[dict]) -> str:
+        from align.data.encode import render
+
+        return render(prompt, self.tokenizer, self.template_kwargs, answer_next=True)

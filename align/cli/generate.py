@@ -2,7 +2,7 @@
 
 import argparse
 
-from align.cli.option_types import add_seed, at_least
+from align.cli.option_types import add_seed, add_template_kwargs, at_least
 
 HELP = "answers to a file of prompts, by a run or a model; resumable, and scored by rewards"
 
@@ -29,6 +29,7 @@ def add_drawing(parser: argparse.ArgumentParser) -> None:
         help="plain text is a user's message [yes if the model has a chat template]",
     )
     add("--system", metavar="TEXT", help="a system message before every conversation that has none")
+    add_template_kwargs(parser)
     add("--n", type=at_least(1), default=1, metavar="N", help="answers to every prompt [1]")
     add("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy [1.0]")
     add("--top_p", type=float, default=1.0, metavar="P", help="[1.0]")
@@ -78,7 +79,8 @@ def draw(args: argparse.Namespace, model: str, output) -> None:
         rows = as_chat(rows, system=args.system, source=args.prompts)
     names = ("n", "temperature", "top_p", "top_k", "max_prompt_length", "max_completion_length", "seed", "backend")
     revising = {name: vars(args)[name] for name in ("revisions", "revision_template") if name in vars(args)}
-    drawing = Drawing(**{name: getattr(args, name) for name in names}, **revising)
+    numbers = {name: getattr(args, name) for name in names}
+    drawing = Drawing(**numbers, **revising, chat_template_kwargs=args.chat_template_kwargs)
     generate_answers(
         model, rows, output, drawing, source=args.prompts, dtype=args.dtype, max_bad_share=args.max_bad_share
     )

@@ -1,7 +1,9 @@
 """What the numbers of a command's options may be, for argparse, and which of its options were set."""
 
 import argparse
+import json
 from collections.abc import Callable
+from typing import Any
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
@@ -17,6 +19,27 @@ def at_least(minimum: int) -> Callable[[str], int]:
         return number
 
     return whole
+
+
+def mapping(text: str) -> dict[str, Any]:
+    """The type of names and values, as JSON."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f'needs names and values as JSON, {{"enable_thinking": false}}, not {text!r}')
+    return found
+
+
+def add_template_kwargs(parser: argparse.ArgumentParser) -> None:
+    """--chat_template_kwargs, as in training."""
+    parser.add_argument(
+        "--chat_template_kwargs",
+        type=mapping,
+        metavar="JSON",
+        help="variables of the chat template, such as '{\"enable_thinking\": false}', as in training",
+    )
 
 
 def add_seed(parser: argparse.ArgumentParser | argparse._ArgumentGroup, of: str = "") -> None:

@@ -25,6 +25,7 @@ OWN = ("row", "sample", "prompt", "completion", "finish_reason", "tokens")
 class Drawing:
     """How answers are drawn. n: of every prompt. seed: with the row's number it decides the row's draws, whatever else
     is drawn beside it, so that a resumed file holds what it would have held. temperature 0 is greedy, with n 1.
+    chat_template_kwargs: variables of the chat template; a row's own, in a column of that name, come first.
     revisions: how often the model is shown each of its answers and asked for a better one (`align.data.revisions`, with
     revision_template)."""
 
@@ -38,6 +39,7 @@ class Drawing:
     backend: str = "auto"
     revisions: int = 0
     revision_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 def read_prompts(path: str, split: str = "train") -> "Dataset":
@@ -126,6 +128,7 @@ def generate_answers(
         max_prompt_length=drawing.max_prompt_length,
         source=source,
         max_bad_share=max_bad_share,
+        template_options=drawing.chat_template_kwargs,
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = dtype or ("auto" if device == "cuda" else "float32")
@@ -139,8 +142,8 @@ def generate_answers(
     lengths = lengths_of(dataset, "prompt_ids")
     longest = int(lengths.max()) + drawing.max_completion_length
     if drawing.revisions:
-        prompt = dataset[int(lengths.argmax())]["prompt"]
-        longest = max(longest, revision_room(prompt, tokenizer, drawing, longest_input(policy)))
+        row = dataset[int(lengths.argmax())]
+        longest = max(longest, revision_room(row, tokenizer, drawing, longest_input(policy)))
     engine = make_engine(policy, tokenizer, backend=drawing.backend, max_model_len=longest, seed=drawing.seed)
     del policy
     try:
@@ -191,12 +194,10 @@ def _append(output: Path, dataset: "Dataset", engine, tokenizer, drawing: Drawin
 def revise(lines: list[dict[str, Any]], engine, tokenizer, drawing: Drawing, number: int) -> None:
     """A better answer in the place of each, which goes to `earlier`. number: of the revision, from 0."""
     from align.data.ending import written_text
-    from align.data.revisions import revision_prompt
     from align.rollout import SamplingParams
     from align.rollout.seeds import derive_seed
 
-    shown = [revision_prompt(line["prompt"], line["completion"], drawing.revision_template) for line in lines]
-    prompts = _tokens_of(shown, tokenizer, engine.max_model_len - drawing.max_completion_length)
+    prompts = _shown(lines, tokenizer, drawing, engine.max_model_len - drawing.max_completion_length)
     params = [
         SamplingParams(
             drawing.max_completion_length,
@@ -215,28 +216,35 @@ def revise(lines: list[dict[str, Any]], engine, tokenizer, drawing: Drawing, num
         line |= {"finish_reason": drawn.finish_reason, "tokens": len(drawn.token_ids)}
 
 
-def revision_room(prompt: Any, tokenizer, drawing: Drawing, most: int | None) -> int:
-    """Tokens of the longest sequence with revisions. prompt: the longest one; ConfigError where the template is of
+def revision_room(row: dict[str, Any], tokenizer, drawing: Drawing, most: int | None) -> int:
+    """Tokens of the longest sequence with revisions. row: of the longest prompt; ConfigError where the template is of
     another form than it. most: that the model takes, None if any number."""
-    from align.data.revisions import TEXT, check_template, revision_prompt
+    from align.data.revisions import TEXT, check_template
 
-    conversational, template = not isinstance(prompt, str), drawing.revision_template
+    conversational, template = not isinstance(row["prompt"], str), drawing.revision_template
     if template is not None:
         check_template(template, conversational=conversational)
-    (ids,) = _tokens_of([revision_prompt(prompt, "", template)], tokenizer)
+    (ids,) = _shown([{**row, "completion": ""}], tokenizer, drawing)
     answers = 2 if conversational else 1 + (template or TEXT).count("{answer}")
     room = len(ids) + answers * drawing.max_completion_length + SLACK
     return room if most is None else min(room, most)
 
 
-def _tokens_of(prompts: list[Any], tokenizer, longest: int | None = None) -> list[list[int]]:
+def _shown(lines: list[dict[str, Any]], tokenizer, drawing: Drawing, longest: int | None = None) -> list[list[int]]:
+    """Tokens of the prompts that show the model its answers, with the variables of the chat template of each row."""
     from datasets import Dataset
 
     from align.data import tokenize_prompts
+    from align.data.revisions import revision_prompt
 
-    rows = Dataset.from_list([{"prompt": prompt} for prompt in prompts])
-    source = "prompts that show an answer"
-    return tokenize_prompts(rows, tokenizer, max_prompt_length=longest, source=source)["prompt_ids"][:]
+    kept = [{name: line[name] for name in ("chat_template_kwargs",) if name in line} for line in lines]
+    prompts = [revision_prompt(line["prompt"], line["completion"], drawing.revision_template) for line in lines]
+    rows = Dataset.from_list([{"prompt": prompt, **own} for prompt, own in zip(prompts, kept, strict=True)])
+    options: dict[str, Any] = {
+        "source": "prompts that show an answer",
+        "template_options": drawing.chat_template_kwargs,
+    }
+    return tokenize_prompts(rows, tokenizer, max_prompt_length=longest, **options)["prompt_ids"][:]
 
 
 # ---- resuming -------------------------------------------------------------------------------------------------------
@@ -249,6 +257,8 @@ def _identity(model: str, prompt_ids, drawing: Drawing, dtype: str) -> dict[str,
     settings = {name: value for name, value in asdict(drawing).items() if name != "max_prompt_length"}
     if not drawing.revisions:
         del settings["revisions"], settings["revision_template"]
+    if not drawing.chat_template_kwargs:
+        del settings["chat_template_kwargs"]
     return {"model": model, "weights": weights_digest(model), "dtype": dtype, "prompts": digest.hexdigest(), **settings}
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import shutil
 
 import pytest
 import torch
@@ -141,6 +142,39 @@ def test_answers_are_revised(model, tmp_path, capsys):
     assert "would be written as it is" in capsys.readouterr().err
 
 
+@pytest.fixture
+def quiet_model(model, tmp_path):
+    """Whose chat template has a variable, as those of models that think have `enable_thinking`."""
+    folder = shutil.copytree(model, tmp_path / "quiet")
+    tokenizer = load_tokenizer(model)
+    tokenizer.chat_template += "{% if quiet %}{{ ' w7 w8 w9' }}{% endif %}"
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("where", ["option", "column"])
+def test_variables_of_the_chat_template(quiet_model, where, tmp_path, capsys):
+    """In the prompts and in those that show an answer."""
+    asked, given = [{"role": "user", "content": "w1 w2"}], {"quiet": True}
+    row = {"prompt": asked, **({"chat_template_kwargs": given} if where == "column" else {})}
+    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
+    argv = ["generate", quiet_model, "--prompts", str(tmp_path / "p.jsonl"), "--to", str(tmp_path / "a.jsonl")]
+    argv += ["--backend", "transformers", "--temperature", "0", "--max_completion_length", "5"]
+    argv += ["--revisions", "1", "--revision_template", "w9"]
+    option = ["--chat_template_kwargs", json.dumps(given)] if where == "option" else []
+    assert main([*argv, *option]) == 0
+    (found,) = lines(tmp_path / "a.jsonl")
+    (first,) = found["earlier"]
+    assert first.split() == greedy(quiet_model, asked, **given).split() != greedy(quiet_model, asked).split()
+    talk = [*asked, {"role": "assistant", "content": first}, {"role": "user", "content": "w9"}]
+    assert found["completion"].split() == greedy(quiet_model, talk, **given).split()
+    if where == "option":
+        assert main(argv) == 2 and "now None" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            main([*argv, "--chat_template_kwargs", "quiet"])
+        assert "needs names and values as JSON" in capsys.readouterr().err
+
+
 # ---- chat -----------------------------------------------------------------------------------------------------------
 
 
@@ -150,10 +184,11 @@ def talk(monkeypatch, capsys, argv, text) -> str:
     return capsys.readouterr().out
 
 
-def greedy(folder, messages) -> str:
+def greedy(folder, messages, **variables) -> str:
     """What transformers alone answers."""
     tokenizer, policy = load_tokenizer(folder), load_policy(folder)
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True, **variables}
+    ids = tokenizer.apply_chat_template(messages, **options)
     output = policy.generate(**ids, do_sample=False, max_new_tokens=5, eos_token_id=1, pad_token_id=0)
     return tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
 
@@ -170,6 +205,12 @@ def test_a_conversation(model, monkeypatch, capsys):
     places = [shown.index(line) for line in (answer, greedy(model, second), "the conversation is forgotten")]
     assert places == sorted(places) and alone in shown[places[-1] :]
     assert shown[-1] in (alone, "(cut at 5 tokens)")  # nothing after /exit
+
+
+def test_variables_of_the_chat_template_in_a_conversation(quiet_model, monkeypatch, capsys):
+    argv = [quiet_model, "--temperature", "0", "--chat_template_kwargs", '{"quiet": true}']
+    said = greedy(quiet_model, [{"role": "user", "content": "w1 w2"}], quiet=True)
+    assert said in talk(monkeypatch, capsys, argv, "w1 w2\n").splitlines()
 
 
 def test_an_adapter_beside_its_base_with_scores(model, tmp_path, monkeypatch, capsys):
