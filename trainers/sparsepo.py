@@ -16,7 +16,7 @@ from align.modeling.pairs import PairTokens
 from align.modeling.token_masks import TokenMasks, read_masks
 from align.objectives.pair_losses import PairLosses
 from align.objectives.sparse_po import implicit_rewards, masked_sums, sparse_po_loss
-from align.trainers.masks.forward import MaskedForward, MaskedTokens, masks_of_pairs
+from align.trainers.masks.forward import MaskedForward, MaskedTokens, masks_of_pairs, own_weights
 from align.trainers.masks.metrics import by_side, mask_metrics
 from align.trainers.masks.networks import PREFIX, new_masks, policy_weights, separate_groups, write_masks
 from align.trainers.masks.options import MaskOptions
@@ -79,8 +79,13 @@ class SparsePOTrainer(PreferenceTrainer):
         inner = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         return self.masked(model, inner, batch, chunk_size=self.args.chunk_size)
 
+    def _checked(self, tokens: MaskedTokens) -> MaskedTokens:
+        return tokens if type(self).forward is SparsePOTrainer.forward else own_weights(tokens, self)
+
     def losses(self, policy: PairTokens, reference: PairTokens | None, batch: dict[str, Tensor]) -> PairLosses:
-        assert isinstance(policy, MaskedTokens) and policy.kl is not None and reference is not None  # of `forward`
+        assert isinstance(policy, MaskedTokens) and reference is not None  # of `forward`
+        policy = self._checked(policy)
+        assert policy.kl is not None
         beta = self.args.beta
         sums = masked_sums(policy.logps - reference.logps, policy.kl, policy.mask, policy.m_u, policy.m_d)
         halves = zip(*(value.chunk(2) for value in vars(sums).values()), strict=True)
@@ -134,7 +139,7 @@ class SparsePOTrainer(PreferenceTrainer):
         if not rows:
             return None
         batch = self._prepare_inputs(self.planner.collate(rows))
-        tokens = masks_of_pairs(self.forward, self.model_wrapped, batch)
+        tokens = self._checked(masks_of_pairs(self.forward, self.model_wrapped, batch))
         return mask_reports.picture(rows, self.processing_class, tokens.m_u, tokens.m_d)
 
     def log_pairs(self, name: str | None) -> None:

@@ -2,18 +2,20 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from align.errors import TrainingError
 from align.modeling.activation_masks import watch_activations
 from align.modeling.load import Reference
 from align.modeling.logprobs import language_model
 from align.modeling.pairs import Completions, PairTokens, completions, pair_tokens_with_kl
 from align.modeling.token_masks import TokenMasks, watch_states
 from align.modeling.types import Model
+from align.objectives.shapes import check_same
 
 Seen = TypeVar("Seen")
 
@@ -119,6 +121,26 @@ class WatchedReference(Generic[Seen]):
                 yield model
             finally:
                 self.inside = False
+
+
+def own_weights(tokens: MaskedTokens, trainer: object) -> MaskedTokens:
+    """The tokens with weights that `forward` of the trainer's class gives, as numbers: booleans too are weights.
+    TrainingError for others than [2B, L], 0 or more."""
+    here, real, found = f"{type(trainer).__name__}.forward", tokens.mask.bool(), {}
+    for name in ("m_u", "m_d"):
+        weights = getattr(tokens, name)
+        if weights is None:
+            continue
+        if not isinstance(weights, Tensor):
+            raise TrainingError(f"{here}: {name} must be a tensor of weights, [2B, L], or None; got {weights!r:.60}")
+        check_same(2, mask=tokens.mask, **{name: weights})
+        found[name] = weights if weights.is_floating_point() else weights.to(tokens.logps.dtype)
+        if not (found[name][real] >= 0).all():
+            raise TrainingError(
+                f"{here}: {name} is below 0, or NaN, at some tokens: it is a weight, 0 or more (a KL with a weight "
+                "below 0 would be rewarded)"
+            )
+    return replace(tokens, **found)
 
 
 @torch.no_grad()
