@@ -104,6 +104,8 @@ def test_rewards_of_the_other_libraries_score(tmp_path, monkeypatch):
     for function, scores in (("verl_score", [1.0, 2.0]), ("openrlhf_score", [1.0, 0.0])):
         reward = build_reward({"type": "rule", "function": f"{tmp_path}/page_rewards.py:{function}"})
         assert reward.score(batch).scores.tolist() == scores
+    texts = RewardBatch(["2 + 2?"] * 2, ["4", "5"], columns={"label": ["4"] * 2})
+    assert reward.score(texts).scores.tolist() == [1.0, 0.0]
 
 
 @pytest.mark.parametrize(
