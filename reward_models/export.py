@@ -1,5 +1,6 @@
 """Reward models as other libraries load them."""
 
+from functools import partial
 from pathlib import Path
 
 from align.errors import ConfigError
@@ -16,8 +17,7 @@ def export_reward_model(source: str | Path, folder: str | Path, *, dtype: str = 
     """
     if not is_reward_model(source):
         raise ConfigError(f"{source} is a language model, no reward model: `align export` takes both")
-    export_model(source, folder, dtype=dtype)
-    copy_normalizer(source, folder)
+    export_model(source, folder, dtype=dtype, further=partial(copy_normalizer, source))
     return Path(folder)
 
 

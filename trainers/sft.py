@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import TrainingArguments
 
+from align.data.cache import room_in
 from align.data.checks import SCORE
 from align.data.collate import labelled, with_labels
 from align.data.formats import TEXT_COLUMNS, columns_of, format_for
@@ -94,7 +95,7 @@ class SFTConfig(SupervisedOptions, RunOptions, trl.SFTConfig):
 def around_trl(policy, args: SFTConfig) -> Iterator[None]:
     """What TRL's trainer is made in."""
     with soft_cap_by_its_usual_name(policy), without_what_is_done(args), without_missing_loss(policy, args):
-        with adding_lora(policy, said="target module"):
+        with adding_lora(policy, said="target module"), room_in(None, "packs"):
             yield
 
 
@@ -152,7 +153,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         peft_config = choose_trained(policy, args, peft_config)
         # TRL packs where asked, and makes the labels of streams
         args.completion_only_loss = True
-        with args.main_process_first(desc="labels"):
+        with args.main_process_first(desc="labels"), room_in(None, "labels of tokenised rows"):
             labelled_rows = train_rows if is_stream(train_rows) else with_labels(train_rows)
             labelled_eval = of_each(eval_rows, with_labels)
         with around_trl(policy, args):

@@ -18,14 +18,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from functools import partial
+
     from align.modeling.export import export_model, is_reward_model
     from align.reward_models.export import copy_normalizer
 
-    found = export_model(args.run_or_model, args.to, dtype=args.dtype)
-    what = "log-probs"
-    if is_reward_model(found.folder):
-        what = "scores"
-        copy_normalizer(args.run_or_model, found.folder)
+    source = args.run_or_model
+    scores = is_reward_model(source)
+    # before the folder is there: without its normaliser a reward model would have other scores
+    further = {"further": partial(copy_normalizer, source)} if scores else {}
+    found = export_model(source, args.to, dtype=args.dtype, **further)
+    what = "scores" if scores else "log-probs"
     _copy_card(args.run_or_model, found, what)
     print(f"wrote {found.folder} in {found.dtype}")
     print(

@@ -16,6 +16,8 @@ import os
 import re
 import shutil
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,31 @@ def flush_files(folder: str | Path) -> None:
     for path in Path(folder).iterdir():
         if path.is_file() and os.access(path, os.R_OK):
             flush(path)
+
+
+def flush_tree(folder: str | Path) -> None:
+    """The same for all below a folder, with their names."""
+    for path in (*Path(folder).rglob("*"), Path(folder)):
+        if (path.is_file() or path.is_dir()) and os.access(path, os.R_OK):
+            with suppress(FileNotFoundError):  # of another process, which has removed it
+                flush(path)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `folder` when all of it is on the disk; of one that fails nothing is left.
+    `folder` is not there, or empty."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
+        flush_tree(partial)
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+        flush(folder.absolute().parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def checksums(

@@ -18,10 +18,13 @@ RUST = re.compile(r"\(os error (\d+)\)")  # safetensors and tokenizers, in excep
 TORCH = ("PytorchStreamWriter failed", "inline_container")  # torch.save, which does not say why
 
 
+RESUME = "start again: with resume_from_checkpoint: auto a run goes on from its newest whole checkpoint"
+
+
 @contextmanager
-def writing(what: str | Path):
+def writing(what: str | Path, then: str = RESUME):
     """`TrainingError`, in one sentence, where something could not be written: a full disk, a quota, a folder of
-    another user, a file where a folder should be. what: a file or folder, for the sentence."""
+    another user, a file where a folder should be. what: a file or folder, for the sentence. then: what to do."""
     try:
         yield
     except Exception as error:  # the libraries that write have no class in common
@@ -29,16 +32,13 @@ def writing(what: str | Path):
         if why is None:
             raise
         path = getattr(error, "filename", None) or what
-        raise TrainingError(
-            f"{path} cannot be written: {why}. When that is mended, start again: with resume_from_checkpoint: auto "
-            "a run goes on from its newest whole checkpoint"
-        ) from error
+        raise TrainingError(f"{path} cannot be written: {why}. When that is mended, {then}") from error
 
 
-def write_whole(path: Path, lines: Iterable[str]) -> None:
+def write_whole(path: Path, lines: Iterable[str], then: str = RESUME) -> None:
     """Write a whole text file: a kill, a full disk or a power loss leaves the old one or the new one, never a part."""
     temporary = path.with_suffix(path.suffix + ".tmp")
-    with writing(path):
+    with writing(path, then):
         with temporary.open("w", encoding="utf-8") as file:
             file.writelines(lines)
             file.flush()

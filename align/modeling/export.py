@@ -1,7 +1,7 @@
 """A trained model as one plain folder, for transformers, vLLM and converters, and the proof that it is the same."""
 
 import logging
-import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from torch import Tensor
 from align.data.encode import render
 from align.data.ending import generation_with_ends
 from align.data.limits import positions
-from align.distributed.disk import open_to_others
+from align.distributed.checkpoints import whole_folder
+from align.distributed.disk import open_to_others, writing
 from align.errors import ConfigError, TrainingError
 from align.modeling.adapters import CONFIG_FILE, adapter_base, is_adapter, task_of
 from align.modeling.load import load_tokenizer
@@ -76,13 +77,20 @@ def is_reward_model(source: str | Path) -> bool:
     return any("ForSequenceClassification" in name for name in config.architectures or ())
 
 
-def export_model(source: str | Path, folder: str | Path, *, dtype: str = "auto") -> Exported:
+def export_model(
+    source: str | Path,
+    folder: str | Path,
+    *,
+    dtype: str = "auto",
+    further: Callable[[Path], None] = lambda folder: None,
+) -> Exported:
     """Write the policy or the reward model of `source` into `folder`, a new one, as one whole model with its tokenizer,
     chat template and generation config.
 
     An adapter (a stacked one too) is merged in float32, then all is cast. dtype: "float32", "bfloat16", "float16", or
     "auto": that of the base model, of a whole model its own. The merge and the files are checked on fixed rows, and
     must be exact but for float32's rounding; the cast may make eight times what rounding every layer to `dtype` does.
+    further: writes what else belongs to the model, before the folder has its name.
     Raises `TrainingError` otherwise, and leaves nothing. Everything happens on the CPU.
     """
     source, folder = str(source), Path(folder)
@@ -103,12 +111,11 @@ def export_model(source: str | Path, folder: str | Path, *, dtype: str = "auto")
                 effect = _mean_gap(_values(model, rows, reward_model), before)
         model = merge(model)
     merged = (_values(model, rows, reward_model) - before).abs().mean().item()
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with writing(folder, "export again"), whole_folder(folder) as partial:
         for parameter in model.parameters():  # not the buffers, of which rotary frequencies must stay in float32
             parameter.data = parameter.data.to(target)
         _write(model, tokenizer, source, partial, reward_model)
+        further(partial)
         written = _values(model.float(), rows, reward_model)
         del model
         read = _values(_as_others_load(partial, reward_model), rows, reward_model)
@@ -124,11 +131,6 @@ def export_model(source: str | Path, folder: str | Path, *, dtype: str = "auto")
             compared=int((before[: len(TURNS)] != 0).sum()),
         )
         _check(found, source, "scores" if reward_model else "log-probs")
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return found
 
 

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from align.distributed.checkpoints import flush_tree
+from align.distributed.disk import write_whole
 from align.errors import ConfigError
 
 
@@ -33,7 +35,8 @@ class Workspace:
         return phase in self.state["phases"]
 
     def record(self, phase: str, result: dict, seconds: float) -> None:
-        """The phase is finished; `result` holds JSON values."""
+        """The phase is finished; `result` holds JSON values. Its files get to the disk before the note that says so."""
+        flush_tree(self.folder)
         self.state["phases"][phase] = {"seconds": seconds, "result": result}
         self._save()
 
@@ -42,6 +45,4 @@ class Workspace:
         return {name: phase["seconds"] for name, phase in self.state["phases"].items()}
 
     def _save(self) -> None:
-        temporary = self.state_path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.state, indent=1, allow_nan=False))
-        temporary.rename(self.state_path)
+        write_whole(self.state_path, [json.dumps(self.state, indent=1, allow_nan=False)], "start the quickstart again")

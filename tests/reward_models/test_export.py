@@ -1,12 +1,16 @@
 """What we save, read by transformers, PEFT and TRL: the same scores."""
 
+import errno
+import os
+
 import pytest
 import torch
 from datasets import Dataset
 from peft import AutoPeftModelForSequenceClassification, LoraConfig
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from align.errors import ConfigError
+from align.cli.main import main
+from align.errors import ConfigError, TrainingError
 from align.reward_models.base import RewardBatch
 from align.reward_models.classifier import ClassifierReward
 from align.reward_models.export import export_reward_model
@@ -53,6 +57,20 @@ def saved(request, tmp_path_factory):
     if "LoRA" not in request.param:
         return source, source, request.param
     return source, str(export_reward_model(source, folder / "whole")), request.param
+
+
+@of_kinds(lambda kind: kind == "llama")
+def test_an_export_without_its_normaliser_is_none(saved, tmp_path, monkeypatch, capsys):
+    """The folder would be loaded, with other scores."""
+
+    def full(self, folder):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Normalizer, "save", full)
+    with pytest.raises(TrainingError, match="whole cannot be written: No space left .* mended, export again"):
+        export_reward_model(saved[0], tmp_path / "whole")
+    assert main(["export", saved[0], "--to", str(tmp_path / "whole")]) != 0
+    assert "No space left" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 @of_kinds(lambda kind: "llama" in kind)

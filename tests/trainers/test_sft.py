@@ -1,4 +1,6 @@
 import copy
+import errno
+import os
 
 import pytest
 import torch
@@ -254,3 +256,15 @@ def test_no_pass_over_the_rows_goes_row_by_row(given, tokenizer, tmp_path, monke
     expected = tokenize_completions(demonstrations(12), tokenizer, max_length=32).map(labelled)
     assert trainer.train_dataset["labels"] == expected["labels"] and len(trainer.eval_dataset) == 4
     assert trainer.train_dataset["input_ids"] == expected["input_ids"] and any(expected["labels"][0])
+
+
+@pytest.mark.parametrize(
+    ("place", "what"), [("trl.SFTTrainer.__init__", "packs"), ("align.trainers.sft.with_labels", "labels of tokenised")]
+)
+def test_a_disk_that_is_full_of_the_packs_is_named(place, what, policy, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(place, full)
+    with pytest.raises(DataError, match=f"{what}.* cannot be written in .*: No space left .*HF_DATASETS_CACHE"):
+        SFTTrainer(policy, sft_config(tmp_path, packing=True), demonstrations(22))

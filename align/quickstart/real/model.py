@@ -4,6 +4,7 @@ import importlib.util
 import tempfile
 from pathlib import Path
 
+from align.distributed.checkpoints import flush_tree
 from align.errors import ConfigError
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -43,6 +44,7 @@ def make(folder: Path) -> Path:
         tokenizer = _tokenizer(source)
         tokenizer.save_pretrained(written)
         _model(source, tokenizer).save_pretrained(written)
+        flush_tree(written)
         if not is_made(folder):  # another process may have been faster
             written.rename(folder)
     return folder

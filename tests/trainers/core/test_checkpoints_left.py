@@ -9,8 +9,16 @@ from pathlib import Path
 import pytest
 from transformers import TrainerCallback
 
-from align.distributed.checkpoints import checksums, damage, newest_whole, remove_older, write_manifest
+from align.distributed.checkpoints import (
+    checksums,
+    damage,
+    newest_whole,
+    remove_older,
+    whole_folder,
+    write_manifest,
+)
 from align.errors import TrainingError
+from align.quickstart.workspace import Workspace
 from align.trainers.sft import SFTTrainer
 from tests.trainers.tiny_runs import demonstrations, sft_config
 from tests.trainers.two_processes import run_on_two
@@ -141,3 +149,41 @@ def test_a_disk_that_cannot_flush_is_no_error(tmp_path, monkeypatch):
     assert checksums(tmp_path / "checkpoint-2", flushed=True)
     remove_older(tmp_path, 2, 1, None)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+
+
+@pytest.fixture
+def on_disk(monkeypatch):
+    """Files and folders that are flushed, and `named` when something gets its name, in order."""
+    events, fsync, replace, rename = [], os.fsync, os.replace, Path.rename
+
+    def flush(opened):
+        events.append(Path(os.readlink(f"/proc/self/fd/{opened}")).name)
+        fsync(opened)
+
+    def named(move):
+        return lambda *paths: (events.append("named"), move(*paths))
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "replace", named(replace))
+    monkeypatch.setattr(Path, "rename", named(rename))
+    return events
+
+
+def test_a_folder_gets_its_name_when_it_is_on_the_disk(tmp_path, on_disk):
+    with whole_folder(tmp_path / "out") as folder:
+        (folder / "sub").mkdir(parents=True)
+        (folder / "sub" / "weights").write_text("content")
+    assert sorted(on_disk[:3]) == ["out.partial", "sub", "weights"] and on_disk[3:] == ["named", tmp_path.name]
+    with pytest.raises(OSError), whole_folder(tmp_path / "other") as folder:
+        folder.mkdir()
+        raise OSError(errno.ENOSPC, "")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_phase_of_the_quickstart_is_finished_when_its_files_are_on_the_disk(tmp_path, on_disk):
+    space = Workspace(tmp_path, {})
+    space.path("sft", "weights").write_text("content")
+    on_disk.clear()
+    space.record("sft", {}, 1.0)
+    assert on_disk.index("weights") < on_disk.index("phases.json.tmp") < on_disk.index("named")
+    assert Workspace(tmp_path, {}).finished("sft")
