@@ -56,6 +56,7 @@ class Threads(Workers):
                     future.set_result(work())
                 except BaseException as error:  # raised where the result is waited for
                     future.set_exception(error)
+                    return  # it ends the rest, of which the next one may take as long to fail
             del given, future, work  # while it waits for more, it keeps nothing
 
 

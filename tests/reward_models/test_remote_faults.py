@@ -9,6 +9,7 @@ import pytest
 
 from align.errors import RewardError
 from align.reward_models.base import RewardBatch
+from align.reward_models.beside import Threads
 from align.reward_models.remote import RemoteReward
 
 BATCH = RewardBatch(["p"], ["a"], rows=[20])
@@ -100,3 +101,11 @@ def test_answers_that_are_no_scores(body, message):
     with server(HEAD % len(body) + body) as (url, _):
         with pytest.raises(RewardError, match=message):
             RemoteReward(url, retries=0).score(BATCH)
+
+
+def test_a_thread_whose_work_failed_begins_no_more():
+    """The next request would be tried as often, and waited for."""
+    threads, begun = Threads(1), []
+    failed, _ = threads.begin(lambda: 1 / 0), threads.begin(lambda: begun.append(1))
+    threads.stop(wait=True)
+    assert isinstance(failed.exception(), ZeroDivisionError) and not begun

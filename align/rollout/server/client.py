@@ -134,7 +134,10 @@ class Server:
                 return json.loads(text) if kind == "application/json" else text
         failure = f"the rollout server {self.url} answered {path} with status {status}: {text[:SHOWN]}"
         if status >= 500 and not await self._lives(http):
-            raise ServerLost(failure)
+            raise ServerLost(
+                f"{failure}. Its engine does not answer any more: it was killed, is being ended or has failed. Look "
+                "into its output"
+            )
         raise RolloutError(failure)
 
     async def _answer(
