@@ -180,14 +180,15 @@ class DiskErrors:
 
 
 @contextmanager
-def errors_kept(folder: str | Path) -> Iterator[DiskErrors]:
-    """Inside, `torch.save` raises no error of the disk, for which transformers' save has no other place."""
+def errors_kept(trainer: Any, folder: str | Path) -> Iterator[DiskErrors]:
+    """Inside, neither the trainer's `_save` nor `torch.save` raises an error of the disk, for which transformers' save
+    has no other place."""
     errors, save = DiskErrors(folder), torch.save
-    torch.save = partial(errors.keep, save)
+    trainer.disk_errors, torch.save = errors, partial(errors.keep, save)
     try:
         yield errors
     finally:
-        torch.save = save
+        trainer.disk_errors, torch.save = None, save
 
 
 def finish_folder(folder: str | Path, model: Model, tokenizer: Any = None) -> None:

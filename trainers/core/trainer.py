@@ -3,7 +3,7 @@
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
@@ -91,7 +91,7 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
         self.recorder = Recorder()
         self.resumed: Resumed | None = None
         self._verify = self._began = False
-        self._keep: Callable[..., Any] | None = None  # of a checkpoint that is written, `saving.DiskErrors.keep`
+        self.disk_errors: saving.DiskErrors | None = None  # of a checkpoint that is written
         super().__init__(*args, **kwargs)
         check_overlap(self.model)
         if self.optimizer is not None:  # the user's: others are made when training begins
@@ -233,8 +233,8 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
         if not self.args.should_save:  # transformers 5.23 asks every process, of which some have to help to gather
             super()._save(output_dir, state_dict)
             return
-        if self._keep is not None:
-            self._keep(self._save_checked, output_dir, state_dict)
+        if self.disk_errors is not None:
+            self.disk_errors.keep(self._save_checked, output_dir, state_dict)
             return
         with writing(output_dir or self.args.output_dir):
             self._save_checked(output_dir, state_dict)
@@ -319,15 +319,13 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
         if args.should_save and folder.exists():  # damaged, or of an earlier run
             shutil.rmtree(folder)
         self.accelerator.wait_for_everyone()
-        with saving.declared_later(args) as (limit, push), saving.errors_kept(folder) as errors:
-            self._keep = errors.keep
+        with saving.declared_later(args) as (limit, push), saving.errors_kept(self, folder) as errors:
             errors.keep(super()._save_checkpoint, model, trial)
             state = self.extra_state()
             errors.keep(write_extra_state, folder, state, model_only=args.save_only_model, **self._place)
             errors.keep(self.save_further_files, folder)
             if args.should_save:
                 errors.keep(identity.write_identity, folder, self._identity)
-        self._keep = None
         errors.raise_in_all()
         rotated = run_dir, step, limit, self.state.best_model_checkpoint
         flushed = shared(by_first(lambda: bool(surplus(*rotated))))
