@@ -12,11 +12,15 @@ from transformers.utils import chat_template_utils
 
 from align.data import describe_example, tokenize_completions, tokenize_pairs, tokenize_prompts
 from align.data.ending import end_ids, ending_of, written_text
-from align.errors import DataError
+from align.errors import DataError, RolloutError
 from align.reward_models.base import RewardBatch
 from align.reward_models.sequences import SequenceEncoder
+from align.rollout.types import SamplingParams
+from align.trainers.on_policy.environments import Environments
+from align.trainers.on_policy.episodes import Episodes
 from align.trainers.on_policy.turn_tokens import TurnTokens
 from tests.data.test_messages import ANSWER, ASKED, CALL, RESULT, TOOLS, template
+from tests.trainers.on_policy.talks import GuessingGame, Scripted, rows, talking_tokenizer
 
 ENDS = {
     "cohere": ("<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>"),
@@ -246,6 +250,24 @@ def test_what_follows_an_answer_in_a_rollout_is_what_the_template_renders(name):
         drawn.pop()
     after = TurnTokens(tokenizer, ["user"]).between([ASKED_AGAIN], drawn[-1], {})
     assert drawn + after == rendered(name, [ASKED, NO, ASKED_AGAIN], add_generation_prompt=True, return_dict=False)
+
+
+MOVES = (  # as Mistral's up to version 3
+    "{% for m in messages if m.role != 'system' %}<|im_start|> {{ m.role }} "
+    "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }} {% endif %}"
+    "{{ m.content }} <|im_end|> {% endfor %}{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
+)
+
+
+def test_a_system_message_that_would_move_in_a_rollout_is_refused():
+    tokenizer = talking_tokenizer(MOVES)
+    (row,), params = rows(tokenizer), [SamplingParams(max_tokens=40, seed=1)]
+    episodes = Episodes(Environments(GuessingGame, [], 5), tokenizer)
+    (found,) = episodes.complete(Scripted(tokenizer, "one", "two"), [row], params, [0])
+    assert found.completions[0].episode.turns == 2
+    row = {**row, "prompt": [{"role": "system", "content": "higher"}, *row["prompt"]]}
+    with pytest.raises(RolloutError, match="row 0 has a system message, which this chat template moves"):
+        episodes.complete(Scripted(tokenizer, "one", "two"), [row], params, [0])
 
 
 def test_arguments_that_are_no_variables_of_a_template():

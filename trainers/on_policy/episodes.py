@@ -171,6 +171,11 @@ class Episodes:
                 '[{"role": "user", "content": ...}]'
             )
         kind = self.environments.kind_of(prompt)
+        if kind.steps and self.turn_tokens.moves_system and prompt["prompt"][0]["role"] == "system":
+            raise RolloutError(
+                f"the prompt of row {prompt.get('row')} has a system message, which this chat template moves before "
+                "the last question once one follows an answer: put that text at the start of the first user message"
+            )
         try:
             session = kind.start()
         except DeadlineExceeded:

@@ -18,6 +18,9 @@ class TurnTokens:
 
     Args:
         roles: of the turns, user or tool. Raises `ConfigError` for a template that cannot be used.
+
+    `moves_system`: whether the template writes a system message elsewhere once a question follows an answer, as
+    Mistral's do up to version 3, before the last one. A conversation with one cannot go on then.
     """
 
     def __init__(self, tokenizer, roles: list[str]):
@@ -38,6 +41,16 @@ class TurnTokens:
                 raise ConfigError(
                     f"the chat template leaves messages of role {role} out: it cannot show them the policy"
                 )
+        self.moves_system = "user" in roles and self._moves_system()
+
+    def _moves_system(self) -> bool:
+        talk = [{"role": "system", "content": PROBE}, ASKED, {"role": "assistant", "content": ANSWER}]
+        try:
+            asked = render(talk[:2], self.tokenizer, {}, answer_next=True)
+            after = render([*talk, {"role": "user", "content": "More"}], self.tokenizer, {}, answer_next=True)
+        except BadRow:  # it takes no system message, which is said of the prompts that have one
+            return False
+        return asked.find(PROBE) != after.find(PROBE)
 
     def between(self, messages: list[dict], last_token: int, options: dict) -> list[int]:
         """Ids that follow an answer whose last token is `last_token`, up to where the next answer starts.
