@@ -2,11 +2,23 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import Trainer
+
+
+def groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The trained parameters as those of the policy are grouped: biases and norms do not decay."""
+    decaying = set(Trainer.get_decay_parameter_names(cast(Any, None), model))  # of transformers; it asks no trainer
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [
+        {"params": [p for name, p in trained if (name in decaying) == decays], "weight_decay": weight_decay * decays}
+        for decays in (True, False)
+    ]
 
 
 def backward(loss: Tensor, accelerator: Accelerator) -> None:

@@ -117,9 +117,8 @@ class CriticLearner:
             self.model = prepare_fsdp2(accelerator, critic)
         else:
             self.model = accelerator.prepare_model(critic.to(accelerator.device))
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=args.critic_learning_rate, weight_decay=args.weight_decay, eps=1e-5, fused=False
-        )
+        groups = beside.groups(self.model, args.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=args.critic_learning_rate, eps=1e-5, fused=False)
 
     def values(self, batch: dict[str, Tensor]) -> Tensor:
         """As `Critic.forward`."""

@@ -81,9 +81,8 @@ class Discriminator:
         self.reward = reward
         reward.model = self._trained(reward.model)
         self.parameters = {name: p for name, p in reward.model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=args.discriminator_learning_rate, weight_decay=args.weight_decay
-        )
+        groups = beside.groups(reward.model, args.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=args.discriminator_learning_rate)
 
     def _trained(self, model: Any) -> Any:
         """The classifier as it is trained: in float32, since small updates of 16-bit weights are rounded away, and

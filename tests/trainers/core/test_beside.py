@@ -12,6 +12,19 @@ from align.trainers.on_policy.critic import share_of_start
 from tests.trainers.tiny_runs import on_policy, prompts, wanted_words
 
 
+def test_biases_and_norms_beside_the_policy_do_not_decay(policy, tmp_path):
+    """As in the policy's optimiser: in the critic's all did."""
+    kind, args = on_policy("ppo", tmp_path, weight_decay=0.1)
+    trainer = kind(policy, wanted_words, args, prompts(32))
+    names = {p: name.removeprefix("backbone.") for name, p in trainer.critic.model.named_parameters()}
+    groups = trainer.critic.optimizer.param_groups
+    decayed = {names[p] for group in groups if group["weight_decay"] for p in group["params"]}
+    assert decayed == {*trainer.get_decay_parameter_names(trainer.model.model), "head.weight"} != {*names.values()}
+    trainer.close()
+    groups = beside.groups(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), 0.1)
+    assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(1, 0.1), (3, 0.0)]
+
+
 def plain_step(scaler, dtype, size):
     """The gradients of a small network whose loss is divided by `size`, its weights after a step, and the norm."""
     torch.manual_seed(0)
