@@ -128,6 +128,8 @@ class Talk:
 
     def ask(self, text: str) -> None:
         """One turn: every model answers the same; the first one's answer stays in the conversation."""
+        from align.data.messages import answered
+
         asked = [*self.messages, {"role": "user", "content": text}]
         kept = None
         for speaker in self.speakers:
@@ -146,7 +148,7 @@ class Talk:
             self.show_scores(prompt, answer, ended)
             kept = answer if kept is None else kept
         if self.speakers[0].chat:
-            self.messages = [*asked, {"role": "assistant", "content": kept or ""}]
+            self.messages = [*asked, answered(kept or "")]
 
     def show_scores(self, prompt: Any, answer: str, ended: bool) -> None:
         from align.errors import RewardError

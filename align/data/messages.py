@@ -17,6 +17,7 @@ THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """Keys of a message that hold what the assistant thought before it answered."""
 TAGS = re.compile(r"</?think>|<\|channel>(?:thought)?|<channel\|>")
 """What stands around thoughts in the text of an answer."""
+FINAL = "<|channel|>final<|message|>"
 PROBED = "probe_7319"
 SYSTEM_APART = "; where it takes no system message, put that text at the start of the first user message"
 PROBED_CALL = {"type": "function", "function": {"name": PROBED, "arguments": {}}}
@@ -49,6 +50,12 @@ def _with_roles(messages: Any) -> Any:
         else message
         for message in messages
     ]
+
+
+def answered(text: str) -> dict[str, Any]:
+    """The message of an answer that a policy wrote, for a conversation that goes on. Of GPT-OSS it is what the last
+    channel says to the user: its template refuses a text with channels, and leaves out earlier thoughts itself."""
+    return {"role": "assistant", "content": text.rpartition(FINAL)[2]}
 
 
 def trained(message: dict[str, Any]) -> bool:

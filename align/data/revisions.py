@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+from align.data.messages import answered
 from align.errors import ConfigError
 
 TEXT = "{prompt}{answer}\n\n{prompt}"
@@ -39,5 +40,5 @@ def revision_prompt(prompt: str | list[dict], answer: str | list[dict], template
     if isinstance(prompt, str):
         places = {"prompt": prompt, "answer": str(answer)}
         return _PLACES.sub(lambda found: places[found[1]], TEXT if template is None else template)
-    turns = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else list(answer)
+    turns = [answered(answer)] if isinstance(answer, str) else list(answer)
     return [*prompt, *turns, {"role": "user", "content": CHAT if template is None else template}]

@@ -12,6 +12,7 @@ from transformers.utils import chat_template_utils
 
 from align.data import describe_example, tokenize_completions, tokenize_pairs, tokenize_prompts
 from align.data.ending import end_ids, ending_of, written_text
+from align.data.revisions import revision_prompt
 from align.errors import DataError, RolloutError
 from align.reward_models.base import RewardBatch
 from align.reward_models.sequences import SequenceEncoder
@@ -268,6 +269,14 @@ def test_a_system_message_that_would_move_in_a_rollout_is_refused():
     row = {**row, "prompt": [{"role": "system", "content": "higher"}, *row["prompt"]]}
     with pytest.raises(RolloutError, match="row 0 has a system message, which this chat template moves"):
         episodes.complete(Scripted(tokenizer, "one", "two"), [row], params, [0])
+
+
+def test_a_drawn_answer_with_channels_stands_in_a_conversation_that_goes_on():
+    drawn = "<|channel|>analysis<|message|>Let me see.<|end|><|start|>assistant<|channel|>final<|message|>Yes."
+    shown = revision_prompt([ASKED], drawn, "Better?")
+    text = rendered("gptoss", shown, tokenize=False)
+    assert "<|channel|>final<|message|>Yes.<|end|>" in text and "Let me see" not in text
+    assert revision_prompt([ASKED], "Yes.")[1] == {"role": "assistant", "content": "Yes."}
 
 
 def test_arguments_that_are_no_variables_of_a_template():
