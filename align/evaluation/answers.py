@@ -278,7 +278,7 @@ def _resume(output: Path, identity: dict, rows: list[int], n: int) -> int:
     beside = output.with_suffix(".identity.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     if not output.exists():
-        beside.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+        _replace(beside, (json.dumps(identity, indent=2) + "\n").encode())
         return 0
     if not beside.exists():
         raise ConfigError(f"{output} is there, and nothing says what it was drawn from ({beside.name} is missing)")
@@ -310,7 +310,10 @@ def _resume(output: Path, identity: dict, rows: list[int], n: int) -> int:
 
 def _replace(path: Path, content: bytes) -> None:
     temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(content)
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())  # a power loss leaves the old file or the new one: hours of drawing are in it
     os.replace(temporary, path)
 
 

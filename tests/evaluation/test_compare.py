@@ -1,6 +1,8 @@
 """`align compare`: win rates against numbers counted by hand, position swap, ties, length control, the page."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -154,3 +156,15 @@ def test_a_damaged_file_is_not_resumed(tmp_path, line, said):
     output.with_suffix(".identity.json").write_text("{")
     with pytest.raises(DataError, match="a.identity.json: not valid JSON"):
         _resume(output, {"n": 1}, [0, 1], 1)
+
+
+def test_a_file_of_answers_is_replaced_by_one_that_is_on_the_disk(tmp_path, monkeypatch):
+    events, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda opened: (events.append("flushed"), fsync(opened)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (events.append(Path(new).name), replace(old, new)))
+    output = tmp_path / "answers.jsonl"
+    assert _resume(output, {"n": 1}, [0, 1], 1) == 0
+    output.write_text('{"row": 0, "sample": 0}\n{"row": 1, "sam')
+    assert _resume(output, {"n": 1}, [0, 1], 1) == 1
+    assert events == ["flushed", "answers.identity.json", "flushed", "answers.jsonl"]
+    assert output.read_text() == '{"row": 0, "sample": 0}\n'
