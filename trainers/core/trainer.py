@@ -328,7 +328,8 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
                 errors.keep(identity.write_identity, folder, self._identity)
         errors.raise_in_all()
         rotated = run_dir, step, limit, self.state.best_model_checkpoint
-        flushed = shared(by_first(lambda: bool(surplus(*rotated))))
+        # with a limit of 1 transformers deletes the last one when training ends, and the best alone is left
+        flushed = shared(by_first(lambda: limit == 1 or bool(surplus(*rotated))))
         share = writing(folder)(partial(checksums, folder, flushed=flushed, **self._place))
         shares = gather_object([in_all(share)])
         if args.should_save:

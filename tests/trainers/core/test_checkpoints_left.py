@@ -187,3 +187,20 @@ def test_a_phase_of_the_quickstart_is_finished_when_its_files_are_on_the_disk(tm
     space.record("sft", {}, 1.0)
     assert on_disk.index("weights") < on_disk.index("phases.json.tmp") < on_disk.index("named")
     assert Workspace(tmp_path, {}).finished("sft")
+
+
+def test_the_best_checkpoint_is_on_the_disk_when_the_last_is_deleted(policy, tmp_path, monkeypatch):
+    """With a limit of 1 transformers deletes the last one at the end of training, and nothing was deleted before."""
+    flushed = {}
+
+    def watched(folder, **options):
+        flushed[folder.name] = options["flushed"]
+        return checksums(folder, **options)
+
+    monkeypatch.setattr("align.trainers.core.trainer.checksums", watched)
+    args = sft_config(
+        tmp_path, save_strategy="steps", save_steps=1, max_steps=2, save_total_limit=1, eval_strategy="steps",
+        eval_steps=1, metric_for_best_model="eval_loss", greater_is_better=True, learning_rate=1e-2,
+    )  # fmt: skip
+    SFTTrainer(policy, args, demonstrations(22), demonstrations(8)).train()
+    assert newest_whole(tmp_path).name == "checkpoint-1" and flushed["checkpoint-1"]
