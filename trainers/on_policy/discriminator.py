@@ -203,6 +203,11 @@ class Discriminator:
         if not path.exists():
             raise TrainingError(f"{folder} has no {FILE}: it is not a checkpoint of a run with a discriminator")
         state = torch.load(path, weights_only=True, map_location="cpu")
+        if len(state["optimizer"]["param_groups"]) != len(self.optimizer.param_groups):
+            raise TrainingError(
+                f"{path} has the optimiser of an earlier version, in which biases and norms of the discriminator "
+                "decayed: resume the run with that version, or start it again"
+            )
         for name, parameter in self.parameters.items():
             parameter.data.copy_(state["weights"][name])
         with own_settings(self.optimizer):

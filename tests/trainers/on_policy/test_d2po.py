@@ -136,7 +136,13 @@ def test_resuming_is_exact_and_the_discriminator_is_saved(rank, policy, discrimi
     assert isinstance(saved, ClassifierReward)
     rows = [[5, 6, 7], [8, 9, 10, 11]]
     torch.testing.assert_close(saved.score_ids(rows), whole.discriminator.reward.score_ids(rows), rtol=1e-4, atol=1e-5)
-    (tmp_path / "checkpoint-3" / "discriminator.pt").unlink()
+    file = tmp_path / "checkpoint-3" / "discriminator.pt"
+    state = torch.load(file, weights_only=True)
+    state["optimizer"]["param_groups"] = state["optimizer"]["param_groups"][:1]
+    torch.save(state, file)
+    with pytest.raises(TrainingError, match="of an earlier version"):
+        resumed.discriminator.load(file.parent)
+    file.unlink()
     with pytest.raises(TrainingError):
         run(str(tmp_path / "checkpoint-3"))
 
