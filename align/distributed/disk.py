@@ -15,7 +15,7 @@ OF_THE_DISK = {
 }
 NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 RUST = re.compile(r"\(os error (\d+)\)")  # safetensors and tokenizers, in exceptions of their own
-TORCH = ("PytorchStreamWriter failed", "inline_container")  # torch.save, which does not say why
+TORCH = ("PytorchStreamWriter failed", "inline_container", "iostream error")  # torch.save, which does not say why
 
 
 RESUME = "start again: with resume_from_checkpoint: auto a run goes on from its newest whole checkpoint"

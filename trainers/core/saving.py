@@ -4,7 +4,6 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +183,12 @@ def errors_kept(trainer: Any, folder: str | Path) -> Iterator[DiskErrors]:
     """Inside, neither the trainer's `_save` nor `torch.save` raises an error of the disk, for which transformers' save
     has no other place."""
     errors, save = DiskErrors(folder), torch.save
-    trainer.disk_errors, torch.save = errors, partial(errors.keep, save)
+
+    def kept(*args: Any, **kwargs: Any) -> None:
+        if errors.found is None:  # on a full disk further files fail in further ways
+            errors.keep(save, *args, **kwargs)
+
+    trainer.disk_errors, torch.save = errors, kept
     try:
         yield errors
     finally:

@@ -5,8 +5,10 @@ import os
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import TrainerCallback
 
 from align.distributed.checkpoints import (
@@ -19,6 +21,7 @@ from align.distributed.checkpoints import (
 )
 from align.errors import TrainingError
 from align.quickstart.workspace import Workspace
+from align.trainers.core import saving
 from align.trainers.sft import SFTTrainer
 from tests.trainers.tiny_runs import demonstrations, sft_config
 from tests.trainers.two_processes import run_on_two
@@ -136,6 +139,23 @@ def test_a_disk_that_is_full_for_one_process_ends_all(policy, tmp_path):
         for case, said in found.items():
             assert "checkpoint-2" in said and "cannot be written: No space left" in said, (case, said)
             assert newest_whole(tmp_path / case).name == "checkpoint-1"
+
+
+def test_a_full_disk_is_known_by_what_torch_says_and_no_further_file_is_tried(tmp_path, monkeypatch):
+    tried, trainer = [], SimpleNamespace()
+
+    def save(what, to):
+        tried.append(to)
+        raise RuntimeError("basic_ios::clear: iostream error")
+
+    monkeypatch.setattr(torch, "save", save)
+    with saving.errors_kept(trainer, tmp_path) as errors:
+        torch.save({}, "optimizer.pt")
+        torch.save({}, "scheduler.pt")
+        assert trainer.disk_errors is errors and tried == ["optimizer.pt"]
+    assert torch.save is save and trainer.disk_errors is None
+    with pytest.raises(TrainingError, match="no room on the disk"):
+        errors.raise_in_all()
 
 
 def test_a_disk_that_cannot_flush_is_no_error(tmp_path, monkeypatch):
