@@ -19,7 +19,10 @@ PYTHON = ("python", "python3", "py")
 # back over for every character of a long line.
 FENCE = re.compile(r"\s*```+\s*([\w+#.-]*+)[^`]*+$|[^`]+```+\s*(\w[\w+#.-]*)\s*$")
 POWER_OF_TEN = re.compile(r"(?<![\w.])(\d++(?:\.\d*+)?)[eE]([+-]?\d++)(?![\w.]*\w)")
-THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d*)?")  # "3,4" is a pair
+SPACE = r"\\[,;: ]"  # LaTeX's, as in 10\,000
+SEPARATOR = rf"(?:,(?:\\!)?|\{{,\}}|{SPACE})"
+THOUSANDS = re.compile(rf"[+-]?\d{{1,3}}({SEPARATOR}\d{{3}})+(\.\d*)?")  # "3,4" is a pair
+SPACED = re.compile(rf"(?<![\w.,])\d{{1,3}}(?:{SPACE}\d{{3}})+(?!\d)")
 
 
 def exact_answer(completion, answer) -> bool:
@@ -145,14 +148,14 @@ def _expected(answer) -> str:
 
 
 def _written_out(text: str, beyond: str) -> str:
-    """Powers of ten as digits, which math-verify reads; it takes 5e9 for 5. beyond: stands for those of many digits,
-    and is to be another on each side, or two such numbers were equal whatever they are."""
+    """Powers of ten as digits, which math-verify reads; it takes 5e9 for 5, and 10\\,000 for 10 times 0. beyond: stands
+    for those of many digits, and is to be another on each side, or two such numbers were equal whatever they are."""
 
     def digits(found: re.Match) -> str:
         mantissa, power = Decimal(found[1]), int(found[2][:9])
         return f"{mantissa.scaleb(power):f}" if abs(power) < 50 and len(found[1]) <= 28 else beyond
 
-    return POWER_OF_TEN.sub(digits, text)
+    return POWER_OF_TEN.sub(digits, SPACED.sub(lambda found: re.sub(SPACE, "", found[0]), text))
 
 
 def _mark(text: str) -> int:
@@ -181,9 +184,9 @@ def _lines(text: str) -> list[str]:
 
 
 def _comparable(text: str) -> Decimal | str:
-    plain = text.strip().rstrip(".").replace("$", "").strip()  # of ".5" the point is the number's
+    plain = text.strip().rstrip(".").replace("\\$", "").replace("$", "").strip()  # of ".5" the point is the number's
     if THOUSANDS.fullmatch(plain):
-        plain = plain.replace(",", "")
+        plain = re.sub(SEPARATOR, "", plain)
     try:
         number = Decimal(plain)
     except InvalidOperation:

@@ -21,7 +21,7 @@ from align.reward_models.deadlines import DeadlineExceeded, call_within
 from align.reward_models.early import Early, EarlyPieces, at_once
 from align.reward_models.rules import not_numbers
 
-PASSING = (408, 425, 429, 500, 502, 503, 504)  # answers that may be another one soon
+PASSING = (408, 425, 429, *range(500, 600))  # may be another answer soon; proxies have 5xx of their own (520 to 530)
 LONGEST_WAIT = 30  # seconds between two attempts
 WORDS = 2000  # characters of a server's own error that are shown
 
@@ -116,6 +116,11 @@ class JsonServer:
                 f"{where}: no whole answer within {self.deadline:g} s, all attempts together. The server sends it in "
                 "drops, or is stuck: look into its log"
             ) from None
+        except (requests.exceptions.InvalidJSONError, TypeError) as error:  # of what is to be sent
+            raise RewardError(
+                f"{where}: what the server is to be sent is no JSON ({error}): dates, bytes and NaN are none. Write "
+                "them as text, or leave that column out"
+            ) from error
         except requests.RequestException as error:
             raise RewardError(f"{where}: {self._no_answer(error)}") from error
         if answer.status_code != 200:

@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -127,6 +128,21 @@ def test_passing_failures_are_tried_again():
         ):
             RemoteReward(url, name="judge", retries=2, backoff=0).score(BATCH)
         assert len(seen) == 3
+
+
+def test_every_5xx_is_passing():
+    """Those of proxies (529, 524) too."""
+    with server(statuses=[529, 501, 524]) as (url, seen):
+        assert RemoteReward(url, backoff=0).score(BATCH).scores.tolist() == LENGTHS and len(seen) == 4
+
+
+@pytest.mark.parametrize("value", [float("nan"), datetime(2026, 1, 1)])
+def test_a_column_that_is_no_json_is_named_as_such(value):
+    batch = RewardBatch(["p"], ["a"], columns={"when": [value]}, rows=[20])
+    with pytest.raises(
+        RewardError, match="'remote' .*\\(\\[20\\] of the dataset\\): .*sent is no JSON .*leave that column"
+    ):
+        RemoteReward("http://127.0.0.1:9/score", columns=["when"]).score(batch)
 
 
 def test_other_failures_are_final():

@@ -51,6 +51,16 @@ def test_math():
         build_reward(spec).score(RewardBatch(["p"], ["5"], columns={"answer": ["5"]}))
 
 
+@pytest.mark.parametrize("written", [r"10\,000", "10{,}000", r"10,\!000", r"10\ 000", r"\$10,000"])
+def test_thousands_as_latex_writes_them(written):
+    """As competitions and models do: a right answer would have had no reward."""
+    assert exact_answer(rf"so \boxed{{{written}}}", "10000") and exact_answer("10000", written)
+    math = build_reward({"type": "math"})
+    batch = RewardBatch(["p"] * 3, [rf"it is ${written}$", rf"\boxed{{{written}}}", r"\boxed{10}"])
+    batch.columns = {"answer": [r"\frac{20000}{2}"] * 3}
+    assert math.score(batch).scores.tolist() == [1.0, 1.0, 0.0]
+
+
 @pytest.mark.parametrize(
     "completion, answer, equal",
     [
