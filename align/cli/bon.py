@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
         name: bon_curve(
             [scores[rows] for rows in table.rows],
             gold,
-            ns=None if args.n is None else n_grid(args.n),
+            ns=None if args.n is None else [*n_grid(args.n), args.n],  # the grid alone may end below it
             min_answers=args.min_answers,
             name=name,
             gold_name=args.gold,

@@ -69,6 +69,12 @@ def test_bon_on_a_table(table, tmp_path, capsys):
     assert "<h1>Mine</h1>" in (tmp_path / "report.html").read_text()
 
 
+def test_n_is_the_largest_n_also_beside_a_power_of_two(table, tmp_path):
+    columns = ["--proxy", "rm0", "--gold", "truth", "--output_dir", tmp_path]
+    assert call(bon, table, *columns, "--n", 17) == 0
+    assert read_summary(tmp_path)["best_of_n"]["rm0"]["n"] == [1, 2, 4, 8, 16, 17]
+
+
 def test_overoptimization_of_runs(tmp_path, capsys):
     dollars = "costs $x^{ or $2 and is not cut in two"  # no mathematics of a figure's
     for name, beta in (("single", 0.7), ("uwo", 0.2)):
