@@ -96,6 +96,14 @@ def test_repeated_draws_stay_and_a_doubled_file_is_refused(tmp_path):
     assert sum(len(rows) for rows in read(save(named, tmp_path / "n.parquet")).rows) == 10
 
 
+def test_with_identifiers_equal_answers_are_different_draws(tmp_path):
+    twice = frame(completion=["a", "a", "a", "a", "a"])
+    with pytest.raises(DataError, match="the same answer to the same prompt has different scores"):
+        read(save(twice, tmp_path / "t.csv"))
+    table = read(save(twice.assign(completion_id=range(5)), tmp_path / "i.csv"))
+    assert [len(rows) for rows in table.rows] == [3, 2]
+
+
 def test_columns_and_files_that_are_not_there(tmp_path):
     path = save(frame(), tmp_path / "t.csv")
     with pytest.raises(DataError, match="no column 'reward' for the proxy .columns: prompt, completion, rm, gold"):

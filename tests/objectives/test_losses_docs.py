@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from align.objectives.preference import LOSSES
+from align.objectives.preference_objective import preference_objective
 
 DOCS = (Path(__file__).parents[2] / "docs" / "losses.md").read_text(encoding="utf-8")
 
@@ -58,3 +59,10 @@ def test_the_example_is_what_it_says(program):
     assert (program["logps"].grad[0] < 0).all() and program["logps"].grad[1].tolist()[2] == 0
     ten_lines = re.search(r"@register_loss.*?```", DOCS, re.DOTALL)[0].splitlines()
     assert len(ten_lines) <= 10
+
+
+def test_rewards_are_of_the_log_ratio_whatever_the_divergence():
+    objective = preference_objective("sigmoid", given={"f_divergence_type": "forward_kl"})
+    logps = torch.tensor([[-1.0], [-2.0]], requires_grad=True)
+    found = objective(objective.pairs(logps, torch.ones(2, 1), torch.tensor([[-1.5], [-1.0]])))
+    assert [found.chosen_rewards.item(), found.rejected_rewards.item()] == pytest.approx([0.05, -0.1])

@@ -154,3 +154,11 @@ def test_qlora_resolves():
     tokens = ["--use_peft", "--load_in_4bit", "--lora_r", "8"]
     run = resolve("dpo", str(configs_dir() / "dpo.yaml"), tokens)
     assert build.peft_config(run).r == 8 and run.model.load_in_4bit and not run.training.holds_reference(adapter=True)
+
+
+def test_log_probs_are_logged_as_ld_alpha_weighs_them(policy, pairs, tmp_path):
+    """As TRL does; docs/preference.md says so."""
+    settings = {"max_steps": 2, "learning_rate": 1e-2}
+    plain = trained(policy, dpo_config(tmp_path / "a", **settings), pairs)
+    desensitised = trained(policy, dpo_config(tmp_path / "b", ld_alpha=0.0, **settings), pairs)
+    assert logged(desensitised, "logps/chosen")[0] > logged(plain, "logps/chosen")[0] + 0.1

@@ -121,6 +121,13 @@ def test_neither_layout_nor_cuts_nor_a_cached_reference_change_a_number(tmp_path
     assert loss == pytest.approx(plackett_luce(rewards[None], torch.ones(1, len(rewards))).item(), rel=1e-5)
 
 
+def test_the_reference_moves_with_sync_ref_model(tmp_path):
+    trainer = make(tmp_path, toy_pairs(16), sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=1.0)
+    trainer.train()
+    first, *later = logged(trainer, "loss")
+    assert abs(first - math.log(2)) > 1e-3 and later == pytest.approx([math.log(2)] * 2, abs=1e-5)
+
+
 def test_a_resumed_run_is_the_same(tmp_path):
     def run(resume):
         trainer = make(tmp_path, rankings(24), max_steps=4, save_strategy="steps", save_steps=2)
