@@ -266,6 +266,7 @@ class OnPolicyConfig(BatchingOptions, SamplingOptions, BaseConfig):
         if self.max_prompt_length != type(self).max_prompt_length:  # the default may be lowered to fit the model
             self.check_budgets()
         check_kl(self)
+        check_correction(self)
         check_estimator(self)
         check_penalty(self)
         check_loss_options(self)
@@ -320,6 +321,18 @@ def check_kl(args: OnPolicyConfig) -> None:
     if args.kl_target is not None:
         controller = AdaptiveKL(args.beta, args.kl_target, args.kl_horizon, gain=args.kl_gain)
         controller.share(args.prompts_per_rollout * args.num_generations)
+
+
+def check_correction(args: OnPolicyConfig) -> None:
+    """Raises `ConfigError` for bounds outside which 1 lies, the weight of a token on which engine and trainer agree."""
+    low, high = args.rollout_correction_low, args.rollout_correction_high
+    for name, right in (("rollout_correction_high", high >= 1), ("rollout_correction_low", (low or 0) <= 1)):
+        if not right:
+            raise ConfigError(
+                f"{name} is {getattr(args, name):g}, and the weight of a token on which engine and trainer agree is 1, "
+                "which would be cut or dropped: rollout_correction_low is at most 1, rollout_correction_high no less",
+                key=name,
+            )
 
 
 def check_estimator(args: OnPolicyConfig) -> None:

@@ -1,5 +1,6 @@
 """The critic of PPO: a separate value network with its own optimiser and its own file in checkpoints."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,8 @@ from align.trainers.core import beside
 from align.trainers.core.hooks import TrainingSettings
 from align.trainers.core.recorder import Recorder
 from align.trainers.core.resumed import own_settings
+
+logger = logging.getLogger(__name__)
 
 CRITIC_FILE = "critic.pt"
 
@@ -185,6 +188,15 @@ class CriticStep(TrainerCallback):
 
     def __init__(self, critic: CriticLearner, began: Callable[[], int]):
         self.critic, self.began = critic, began
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if 0 < state.max_steps <= args.critic_warmup_steps:
+            logger.warning(
+                "critic_warmup_steps is %d and the run has %d steps: the critic alone is trained, and the policy stays "
+                "as it is",
+                args.critic_warmup_steps,
+                state.max_steps,
+            )
 
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         self.critic.step(share_of_start(optimizer))

@@ -116,6 +116,11 @@ def check_used(args: Any) -> None:
         "kl_estimator": (args.kl_in == "loss", "only with kl_in: loss; the KL in the reward is k1"),
         "use_bias_correction_kl": (args.beta != 0, "only with a beta above 0"),
         "sync_ref_model": (args.beta != 0, "with beta: 0 nothing is trained towards the reference"),
+        "off_policy_mask_threshold": (
+            corrects or args.steps_per_rollout > 1,
+            "with one optimiser step per rollout the policy is the one that drew; only with num_mini_batches or "
+            "num_iterations above 1, or with rollout_correction",
+        ),
         "epsilon": (clips, f"loss_type: {args.loss_type} has no clip below 1"),
         "epsilon_high": (clips or args.loss_type == "cispo", f"loss_type: {args.loss_type} has no clip"),
     }

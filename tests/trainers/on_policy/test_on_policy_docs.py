@@ -2,14 +2,24 @@
 
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from align.config import configs_dir
 from align.config.resolve import resolve
+from align.rollout.types import SamplingParams
 from align.trainers.on_policy.estimators import ESTIMATORS
-from tests.trainers.tiny_runs import logged, on_policy, prompts, wanted_words, what_programs_name
+from tests.trainers.tiny_runs import (
+    assert_same,
+    logged,
+    on_policy,
+    parameters,
+    prompts,
+    wanted_words,
+    what_programs_name,
+)
 
 ROOT = Path(__file__).parents[3]
 DOCS = (ROOT / "docs" / "on_policy.md").read_text(encoding="utf-8")
@@ -65,3 +75,41 @@ def test_the_tables_have_every_metric(policy, tmp_path):
     table = metrics(DOCS.split("## Further metrics")[1])
     assert table <= {key.replace("task_", "<stream>_") for key in ours}
     assert {key.replace("task_", "<stream>_") for key in ours} <= table | metrics(SHARED)
+
+
+def test_a_last_step_of_fewer_prompts_and_a_critic_that_warms_up_for_the_whole_run(policy, tmp_path, caplog):
+    """What the page says of prompts that do not fill a rollout, and of `critic_warmup_steps`."""
+    drawn = []
+
+    def reward(completions, **columns):
+        drawn.append(len(completions))
+        return wanted_words(completions)
+
+    options = {"max_steps": -1, "num_train_epochs": 1, "num_iterations": 1, "critic_warmup_steps": 2}
+    trainer_class, args = on_policy("ppo", tmp_path, **options)
+    trainer = trainer_class(policy, reward, args, prompts(10))
+    before = parameters(trainer.model)
+    trainer.train()
+    assert drawn == [8, 2] and trainer.state.global_step == 2
+    assert_same(before, parameters(trainer.model))
+    assert "critic_warmup_steps is 2 and the run has 2 steps" in caplog.text
+
+
+def test_the_loss_of_an_evaluation_has_the_beta_of_the_start(policy, tmp_path):
+    """docs/training.md: evaluations of a run with `kl_target` compare."""
+    options = {"kl_target": 0.01, "kl_gain": 4.0, "beta": 0.5, "eval_strategy": "steps", "eval_steps": 2}
+    trainer_class, args = on_policy("rloo", tmp_path, **options)
+    trainer = trainer_class(policy, wanted_words, args, prompts(16), prompts(4, 1))
+    trainer.train()
+    assert trainer.kl.value != 0.5 and "with `kl_target` by the `beta` that it began with" in SHARED
+    kl, proxy, loss = (logged(trainer, f"eval_{name}")[-1] for name in ("kl", "proxy", "loss"))
+    assert kl != 0 and loss == pytest.approx(0.5 * kl - proxy)
+
+
+def test_the_pages_name_what_is_refused_and_what_changes_log_probs():
+    """Of `check_ahead` and `make_episodes`; and every field of a request that moves its log-probs."""
+    ahead = DOCS.split("## Rollouts ahead")[1].split("## Partial rollouts")[0]
+    assert "Environments, tools, `dynamic_sampling_rounds` and `threshold_search` are refused" in ahead
+    rollouts = (ROOT / "docs" / "rollouts.md").read_text(encoding="utf-8").split("## Log-probs")[1].split("##")[0]
+    changing = {f.name for f in fields(SamplingParams)} - {"max_tokens", "n", "seed", "stop_token_ids"}
+    assert {name for name in changing - {"temperature"} if f"`{name}`" not in rollouts} == set()

@@ -218,6 +218,9 @@ def test_a_group_without_variance_is_counted(policy, tmp_path):
         # what would do nothing
         ("rloo", {"rollout_correction_high": 2.0}, "only with rollout_correction"),
         ("ppo", {"rollout_correction_low": 0.5}, "only with rollout_correction"),
+        ("ppo", {"rollout_correction": "token_mask", "rollout_correction_high": 0.5}, "rollout_correction_high is 0.5"),
+        ("grpo", {"rollout_correction": "token_mask", "rollout_correction_low": 2.0}, "rollout_correction_low is 2"),
+        ("grpo", {"off_policy_mask_threshold": 0.5}, "the policy is the one that drew"),
         ("ppo", {"kl_horizon": 50.0}, "only with kl_target"),
         ("grpo", {"kl_estimator": "k2", "kl_in": "reward"}, "only with kl_in: loss"),
         ("rloo", {"kl_estimator": "k3"}, "only with kl_in: loss"),
