@@ -40,7 +40,8 @@ class RewardEnsemble(Reward):
         lambda_: of uwo (its unit is 1/score) and lcb, required there and refused elsewhere. quantile: likewise.
         ddof: 0 is the paper's population variance, 1 the unbiased one of their released PPO code.
         normalize: classifiers trained on pairs have arbitrary offset and scale, so every rule but the mean refuses a
-            classifier member without a normaliser. False lifts this, for members on one scale by other means.
+            classifier without a normaliser, and the mean some with and some without; within a composite too. False
+            lifts this, for members on one scale by other means.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class RewardEnsemble(Reward):
         self.options: dict[str, Any] = {"lambda_": lambda_, "ddof": ddof, "quantile": quantile}
         try:
             check_rule(aggregation, len(self.members), **self.options)
-            raw = _without_normalizer(self.members)
+            raw, normalised = _by_normalizer(self.members)
         except (RewardError, ConfigError) as error:
             raise RewardError(f"reward {name!r}: {error}") from error
         if raw and normalize and aggregation != "mean":
@@ -68,6 +69,11 @@ class RewardEnsemble(Reward):
                 f"reward {name!r}: {rule_name(aggregation)} compares the members' scores, and {', '.join(raw)} have no "
                 "normaliser, so their offsets would decide. Fit one (RewardTrainer does), or set normalize: false if "
                 "they share a scale."
+            )
+        if raw and normalised and normalize:
+            raise RewardError(
+                f"reward {name!r}: {', '.join(normalised)} have a normaliser and {', '.join(raw)} have none, so their "
+                "mean is of two scales. Fit the others (RewardTrainer does), or set normalize: false for raw scores."
             )
 
     def parts(self) -> Sequence[Reward]:
@@ -118,12 +124,20 @@ def _rows(outputs: Iterable[RewardOutput]) -> Tensor:
     return torch.stack([output.scores.float() for output in outputs])
 
 
-def _without_normalizer(members: Sequence[Reward] | JointMembers) -> list[str]:
-    """Names of the classifiers among the members without a normaliser."""
+def _by_normalizer(members: Sequence[Reward] | JointMembers) -> tuple[list[str], list[str]]:
+    """Names of the classifiers without and with a normaliser, those in composites and ensembles among the members
+    too."""
     if isinstance(members, JointMembers):
-        return [] if members.normalizers is not None else members.names
-    classifiers = [member for member in members if isinstance(member, ClassifierReward | VllmReward)]
-    return [member.name for member in classifiers if not member.normalized]
+        return ([], members.names) if members.normalizers is not None else (members.names, [])
+    raw: list[str] = []
+    normalised: list[str] = []
+    for member in members:
+        if isinstance(member, ClassifierReward | VllmReward):
+            (normalised if member.normalized else raw).append(member.name)
+            continue
+        more = _by_normalizer(member.members if isinstance(member, RewardEnsemble) else member.parts())
+        raw, normalised = raw + more[0], normalised + more[1]
+    return raw, normalised
 
 
 def save_ensemble(

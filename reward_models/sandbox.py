@@ -15,6 +15,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MARK = "ALIGN_PROGRAM"  # by whose value what a program has started is found
+# Each thread of numpy's takes 40 MB of address space: with one per core of a large machine, every program that imports
+# it would be out of memory.
+ONE_THREAD = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 OUTPUT_BYTES = 1 << 20  # that a program may write to any one file, its output included
 
 LIMITS = """
@@ -109,11 +112,11 @@ def _empty_folder() -> Iterator[str]:
 
 
 def _started(runner: str, folder: str, seconds: int, megabytes: int, mark: str, **streams) -> subprocess.Popen:
-    """A Python that has no variables of the environment but its mark, in a session of its own."""
+    """A Python that has no variables of the environment, in a session of its own."""
     return subprocess.Popen(
         [sys.executable, "-I", "-c", runner, str(seconds), str(megabytes), str(OUTPUT_BYTES)],
         cwd=folder,
-        env={MARK: mark},
+        env={MARK: mark, **ONE_THREAD},
         stderr=subprocess.DEVNULL,
         start_new_session=True,
         **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, **streams},

@@ -117,6 +117,22 @@ def test_classifiers_on_no_common_scale_are_refused(saved):
     RewardEnsemble(members, "mean")
 
 
+def test_scales_are_compared_within_composites_and_in_a_mean(saved):
+    """Else a raw score would have decided, or counted with its own scale, in silence."""
+    first, second, _ = map(str, ensemble_members(saved))
+    composite = {"type": "composite", "rewards": [{"type": "classifier", "path": first}]}
+    spec = {"type": "ensemble", "members": [composite, {"type": "classifier", "path": second}]}
+    Normalizer(0.5, 2.0, 3, "the three").save(second)
+    with pytest.raises(ConfigError, match="wco compares .* member_0 have no normaliser"):
+        build_reward({**spec, "aggregation": "wco"})
+    with pytest.raises(ConfigError, match="member_1 have a normaliser and member_0 have none"):
+        build_reward({**spec, "aggregation": "mean"})
+    Normalizer(0.5, 2.0, 3, "the three").save(first)
+    raw = build_reward({**spec, "aggregation": "wco", "normalize": False}).score(BATCH).scores
+    fitted = build_reward({**spec, "aggregation": "wco"}).score(BATCH).scores
+    torch.testing.assert_close(fitted, (raw - 0.5) / 2)
+
+
 def test_a_member_that_fails_is_named():
     with pytest.raises(RewardError, match="'b' returned a non-finite score"):
         RewardEnsemble([Fixed(1, 2, 3, name="a"), Fixed(1, float("nan"), 3, name="b")], "mean").score(BATCH)

@@ -10,6 +10,7 @@ from align.reward_models import math_check
 from align.reward_models.base import RewardBatch
 from align.reward_models.build import build_reward, check_reward
 from align.reward_models.checkers import code_of, exact_answer, last_text
+from align.reward_models.sandbox import output_of
 
 
 def score(spec, completions, **columns):
@@ -203,6 +204,13 @@ def test_a_program_is_judged_by_what_it_printed_whatever_it_does_to_files(tmp_pa
     batch = RewardBatch(["p"] * len(codes), codes, columns={"tests": [IO[:1]] * len(codes)})
     assert build_reward(spec).score(batch).scores.tolist() == [1.0, 0.0] * len(HAVOC)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_numpy_of_a_program_has_one_thread():
+    """Of one per core each takes 40 MB of the address space that `megabytes` limits: on a machine of 64 cores no
+    program that imports numpy would pass."""
+    names = ["OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"]
+    assert output_of(f"import os\nprint([os.environ[name] for name in {names}])", "", 10, 512) == "['1', '1', '1']\n"
 
 
 def test_a_program_that_does_not_read_its_tests_is_ended():
