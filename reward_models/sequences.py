@@ -4,6 +4,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from align.data.bad_rows import BadRow
+from align.data.checks import template_kwargs
 from align.data.encode import check_tokenizer, encode, render_pair
 from align.data.ending import Ending, close, end_ids, ending_of
 from align.errors import ConfigError, DataError, RewardError
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Pair = tuple[list[int], list[int]]
+OF_TEMPLATE = ("tools", "chat_template_kwargs")  # columns that the chat template is given, as in the training on pairs
 
 
 class SequenceEncoder:
@@ -97,7 +99,9 @@ class SequenceEncoder:
         for row, (prompt, completion) in enumerate(zip(batch.prompts, batch.completions, strict=True)):
             try:
                 if conversational:
-                    start, (whole,) = render_pair(prompt, [completion], self.tokenizer, {}, drawn=True)
+                    given = {name: batch.columns[name][row] for name in OF_TEMPLATE if name in batch.columns}
+                    options = template_kwargs(given, tools=True)
+                    start, (whole,) = render_pair(prompt, [completion], self.tokenizer, options, drawn=True)
                     texts.append((start, whole))
                 else:
                     texts.append((prompt, prompt + completion))

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -31,6 +33,16 @@ def reward(request, tmp_path_factory):
         made.tokenizer.pad_token = made.tokenizer.eos_token
         made.model.config.pad_token_id = made.tokenizer.eos_token_id
     return made
+
+
+def test_the_template_gets_the_columns_that_it_has_in_training(tmp_path):
+    """Else a model that was trained on pairs with tools, or without thoughts, scores prompts that it has never seen."""
+    template = "{% if tools %}{{ tools[0].function.name }} {% endif %}{% if not thoughts %}w21 {% endif %}"
+    made = ClassifierReward(worlds.reward_folder(tmp_path, template=template + worlds.TEMPLATE))
+    tool = {"type": "function", "function": {"name": "w20", "description": "d", "parameters": {}}}
+    columns = {"tools": [[tool], None], "chat_template_kwargs": [{"thoughts": False}, {"thoughts": True}]}
+    inputs = made.inputs(replace(take(CHAT, [1, 1]), columns=columns))
+    assert [made.tokenizer.decode(ids).split()[:2] for ids in inputs] == [["w20", "w21"], ["U:", "w3"]]
 
 
 @pytest.mark.parametrize("batch", [TEXT, CHAT], ids=["text", "chat"])
