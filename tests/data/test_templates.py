@@ -34,7 +34,9 @@ ENDS = {
 }  # fmt: skip
 """BOS and EOS of a family."""
 SPECIAL = re.compile(r"<[|｜][^\s<>{}'\"]+?[|｜]?>|<(?:start_of_turn|end_of_turn|turn\||tool_call\|)>")
-MORE = ["<|start|>", "<|end|>", "<|call|>", "<|user|>", "<|assistant|>", "<|observation|>", "<|eot_id|>", "<|eom|>"]
+MORE = (
+    "<|start|> <|end|> <|call|> <|user|> <|assistant|> <|observation|> <|eot_id|> <|eom|> <|eom_id|> <|python_tag|>"
+).split()
 
 NAMES = (
     "cohere cohere2 deepseek_r1_distill deepseekv3 diffusion_gemma gemma gemma3 gemma4 gemma4_v2 gemma4_v3 gemma4_v4 "

@@ -1,33 +1,50 @@
-"""How a policy writes calls of tools, between `<tool_call>` and `</tool_call>`, and how they are read.
+"""How a policy writes calls of tools, and how they are read.
 
-Of three forms a run reads the one in which the chat template itself writes a call:
+A run reads the form in which the chat template itself writes a call. Between `<tool_call>` and `</tool_call>`:
 
     {"name": "weather", "arguments": {"city": "Rome"}}                      Qwen 2.5 and 3, Hermes
     <function=weather><parameter=city>Rome</parameter></function>           Qwen 3.5 and later, Qwen3-Coder, Nemotron 3
     weather<arg_key>city</arg_key><arg_value>Rome</arg_value>               GLM-4 MoE
+
+without these marks:
+
+    {"name": "weather", "parameters": {"city": "Rome"}}                     Llama 3.1, 3.2, 3.3: the whole answer
 """
 
 import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from align.data.bad_rows import BadRow
 from align.data.encode import render
-from align.data.ending import ASKED
+from align.data.ending import ASKED, end_ids
 from align.errors import ConfigError
 
 OPEN, CLOSE, THOUGHT = "<tool_call>", "</tool_call>", "</think>"
+PYTHON = "<|python_tag|>"
 NAME = re.compile(r"[\w.:/-]+")
 PROBED = "probe_7319"
 PROBED_CALL = {"name": PROBED, "arguments": {"first": "of two", "second": "more"}}
+BEGUN = re.compile(r'\{\s*"name"\s*:\s*"([^"]*)"')
 OTHERS = {"True": True, "False": False, "None": None}
 """Values that templates do not write as JSON does."""
 
 Call = dict[str, Any] | str
 """A call's name and arguments; a text that says why it is none."""
-Reader = Callable[[str, dict[str, dict]], Call]
-"""Reads what stands between the marks. Its second argument: the parameters of the functions by name, JSON schemas."""
+Reader = Callable[[str, dict[str, dict]], list[Call]]
+"""Reads the calls of an answer, in order. Its second argument: the functions' parameters by name, JSON schemas."""
+
+
+@dataclass(frozen=True)
+class InMarks:
+    """Reads the calls between the marks. read: what stands between two, with the schemas."""
+
+    read: Callable[[str, dict[str, dict]], Call]
+
+    def __call__(self, answer: str, schemas: dict[str, dict]) -> list[Call]:
+        return [self.read(found, schemas) for found in written_calls(answer)]
 
 
 def written_calls(answer: str) -> list[str]:
@@ -101,34 +118,59 @@ def _value(text: str) -> Any:
         return OTHERS.get(text.strip(), text)
 
 
+def read_whole(answer: str, schemas: dict[str, dict]) -> list[Call]:
+    """The call that an answer of Llama 3 is. JSON is an answer like others unless it names a tool, or stands after the
+    mark of a call, which the model writes where it sees fit. Llama's templates take one call of an answer."""
+    text = answer.strip()
+    marked, text = text.startswith(PYTHON), text.removeprefix(PYTHON).lstrip()
+    found, reason, end = None, 'a tool call is {"name": ..., "parameters": {...}}', len(text)
+    try:
+        found, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError) as error:
+        reason = f"the tool call is no JSON: {error}"
+    begun = BEGUN.match(text)
+    name = found.get("name") if isinstance(found, dict) else begun and begun[1]
+    if not marked and not (isinstance(name, str) and name in schemas):
+        return []
+    arguments = found.get("parameters", found.get("arguments", {})) if isinstance(found, dict) else None
+    if not (isinstance(arguments, dict) and isinstance(name, str)):
+        return [reason]
+    if text[end:].strip():
+        return ["a tool call is the whole answer, and more follows it: make one call, and wait for its result"]
+    return [{"name": readable(name), "arguments": arguments}]
+
+
+FORMS: tuple[Reader, ...] = (InMarks(read_json), InMarks(read_function), InMarks(read_keys), read_whole)
+
+
 def reader_for(tokenizer, schemas: list[dict]) -> Reader:
     """What reads calls as the chat template writes them. schemas: of the tools. ConfigError where nothing here does,
     or where the template leaves the tools out."""
-    template = tokenizer.get_chat_template(tools=schemas)
     others = "use a model whose template does, or an environment that reads the calls itself"
-    if OPEN not in template:
-        raise ConfigError(
-            "tool calls are read as <tool_call>...</tool_call>, and this chat template does not ask for them: "
-            f"{others} (Qwen, GLM-4, Nemotron 3 and Hermes have such templates)"
-        )
+    asked = _rendered(tokenizer, [ASKED], schemas)
+    if not all(schema["function"]["name"] in asked for schema in schemas):
+        raise ConfigError(f"the chat template leaves tools out, so that the policy would not see them: {others}")
     call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": PROBED_CALL}]}
     written = _rendered(tokenizer, [ASKED, call], schemas)
-    if not all(schema["function"]["name"] in _rendered(tokenizer, [ASKED], schemas) for schema in schemas):
-        raise ConfigError(f"the chat template leaves tools out, so that the policy would not see them: {others}")
-    if PROBED not in written:
-        return read_json  # it knows calls as what the policy wrote alone, and asks for JSON
-    for reader in (read_json, read_function, read_keys):
-        if [reader(found, {}) for found in written_calls(written)][-1:] == [PROBED_CALL]:
-            return reader
+    if PROBED not in written and OPEN in tokenizer.get_chat_template(tools=schemas):
+        return InMarks(read_json)  # it knows calls as what the policy wrote alone, and asks for JSON
+    answer = written.removeprefix(_rendered(tokenizer, [ASKED], schemas, answer_next=True)).rstrip()
+    for token in tokenizer.convert_ids_to_tokens(list(end_ids(tokenizer))):
+        answer = answer.removesuffix(token)
+    for form in FORMS:
+        # some templates start an answer in another way than they ask for one
+        if any(form(text, {PROBED: {}})[-1:] == [PROBED_CALL] for text in (answer, written)):
+            return form
     raise ConfigError(
         "tool calls are read as JSON with name and arguments, as <function=NAME><parameter=NAME> and as NAME<arg_key>, "
-        f"between <tool_call> and </tool_call>, and this chat template writes them in another way: {others}"
+        "between <tool_call> and </tool_call>, and as an answer that is JSON with name and parameters (Qwen, GLM-4, "
+        f"Nemotron 3, Hermes, Llama 3.1 to 3.3), and this chat template writes them in another way: {others}"
     )
 
 
-def _rendered(tokenizer, messages: list[dict], schemas: list[dict]) -> str:
+def _rendered(tokenizer, messages: list[dict], schemas: list[dict], answer_next: bool = False) -> str:
     try:
-        return render(messages, tokenizer, {"tools": schemas})
+        return render(messages, tokenizer, {"tools": schemas}, answer_next)
     except BadRow:
         return ""
 

@@ -10,7 +10,7 @@ from transformers.utils.chat_template_utils import DocstringParsingException, Ty
 from align.errors import ConfigError
 from align.reward_models.beside import OnLoop, run_all
 from align.reward_models.deadlines import DeadlineExceeded, call_within
-from align.trainers.on_policy.tool_calls import Call, Reader, read_json, readable, written_calls
+from align.trainers.on_policy.tool_calls import Call, InMarks, Reader, read_json, readable
 
 
 class Tools:
@@ -25,7 +25,7 @@ class Tools:
 
     def __init__(self, functions: list[Callable], timeout: float):
         self.timeout, self.schemas = timeout, [schema_of(function) for function in functions]
-        self.read: Reader = read_json
+        self.read: Reader = InMarks(read_json)
         self._take(functions)
 
     def _take(self, functions: list[Callable]) -> None:
@@ -44,7 +44,7 @@ class Tools:
     def calls(self, answer: str) -> list[Call]:
         """The calls in an answer, in order; a text is what could not be read as one."""
         schemas = {schema["function"]["name"]: schema["function"]["parameters"] for schema in self.schemas}
-        return [self.read(found, schemas) for found in written_calls(answer)] if self.functions else []
+        return self.read(answer, schemas) if self.functions else []
 
     def answer(self, call: Call) -> dict:
         """The tool message that answers a call. What went wrong is told in it, as TRL does."""

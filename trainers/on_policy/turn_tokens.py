@@ -2,10 +2,12 @@
 
 from align.data.bad_rows import BadRow
 from align.data.encode import render
-from align.data.ending import ANSWER, ASKED, ending_of
+from align.data.ending import ANSWER, ASKED, ending_of, special_ids
 from align.errors import ConfigError, RolloutError
 
 PROBE = "Reply-4127"
+MESSAGE_END = "<|eom_id|>"
+"""Ends a call of Llama 3 as <|eot_id|> does, which most templates write: the model ends it with either."""
 
 
 class TurnTokens:
@@ -32,6 +34,8 @@ class TurnTokens:
                 f"as <|im_end|>, and that of {tokenizer.name_or_path or 'this tokenizer'!r} has none"
             )
         self.end, self.call = ending.token, ending.call
+        known = special_ids(tokenizer)
+        self.message_end = next((i for i in known if tokenizer.convert_ids_to_tokens(i) == MESSAGE_END), None)
         for role in roles:
             try:
                 _, text = self._text([{"role": role, "name": "probe", "content": PROBE}], {})
@@ -61,7 +65,8 @@ class TurnTokens:
         ids = self.tokenizer(end_text + text, add_special_tokens=False, verbose=False)["input_ids"]
         if not ids or ids[0] != end:
             raise RolloutError(f"the tokenizer does not read {end_text!r} at the start of a text as one token")
-        return ids[1:] if last_token == end else ids
+        called = messages[0]["role"] == "tool" and self.message_end is not None
+        return ids[1:] if last_token in ({self.end, self.message_end} if called else {end}) else ids
 
     def _text(self, messages: list[dict], options: dict) -> tuple[int, str]:
         """The answer's end token, and what follows it."""
@@ -70,11 +75,13 @@ class TurnTokens:
         # some templates name the tool after the call; others know the calls as what the policy wrote alone
         if messages[0]["role"] == "tool" and "tool_calls" in self.tokenizer.get_chat_template():
             calls = [{"type": "function", "function": {"name": m["name"], "arguments": {}}} for m in messages]
-            answer["tool_calls"] = calls
+            answer["tool_calls"], said = calls, messages[-1]["name"]
             if self.call is not None:  # Gemma 4 writes the text of such an answer after what the tools said
-                answer["content"], token, said = "", self.call, messages[-1]["name"]
+                answer["content"], token = "", self.call
         before = render([ASKED, answer], self.tokenizer, options)
         after = render([ASKED, answer, *messages], self.tokenizer, options, answer_next=True)
+        if self.message_end is not None and MESSAGE_END in before.rpartition(said)[2]:  # Llama 3.1 with builtin_tools
+            token = self.message_end
         end_text = self.tokenizer.convert_ids_to_tokens(token)
         end = before.rfind(end_text) + len(end_text)
         if before.rfind(end_text) <= before.rfind(said) or not after.startswith(before[:end]):

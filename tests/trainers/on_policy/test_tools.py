@@ -5,13 +5,14 @@ import time
 import pytest
 
 from align.errors import ConfigError
+from align.rollout.types import Completion, Rollout, SamplingParams
 from align.trainers.on_policy.environments import Environments
 from align.trainers.on_policy.episodes import Episodes
-from align.trainers.on_policy.tool_calls import read_function, read_json, read_keys, written_calls
+from align.trainers.on_policy.tool_calls import InMarks, read_function, read_json, read_keys, read_whole, written_calls
 from align.trainers.on_policy.tools import Tools
 from tests.data.test_messages import ASKED
 from tests.data.test_templates import family
-from tests.trainers.on_policy.talks import CHATML, double, talking_tokenizer
+from tests.trainers.on_policy.talks import CHATML, Scripted, double, talking_tokenizer
 
 
 def echo(text: str) -> str:
@@ -84,7 +85,7 @@ def test_calls_are_read_as_the_template_writes_them(name, form):
     said = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}] * 2}
     text = tokenizer.apply_chat_template([ASKED, said], tools=tools.schemas, tokenize=False)
     answer = text[text.rindex("assistant") :].rpartition("</think>")[2]
-    assert tools.read is form and tools.calls(answer) == [call] * 2
+    assert tools.read == InMarks(form) and tools.calls(answer) == [call] * 2
     assert tools.calls(f"<think>{answer}</think>No.") == []
     for other in {read_json, read_function, read_keys} - {form}:
         assert all(isinstance(other(found, {}), str) for found in written_calls(answer))
@@ -112,3 +113,83 @@ def test_a_template_that_leaves_tools_out_or_writes_calls_in_another_way():
     for template, message in ((deaf, "leaves tools out"), (other, "in another way")):
         with pytest.raises(ConfigError, match=message):
             Episodes(Environments(None, [double], 5), talking_tokenizer(template))
+
+
+# ---- Llama 3 ---------------------------------------------------------------------------------------------------------
+
+NUMBER = '{"name": "double", "parameters": {"number": "one"}}'
+
+
+class Drawn(Scripted):
+    """Answers with their end tokens, as a policy draws them."""
+
+    def generate(self, prompts, params):
+        answer = self.answers[len(self.asked)]
+        self.asked.append([(self.tokenizer.decode(ids), own) for ids, own in zip(prompts, params, strict=True)])
+        ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        return [Rollout(p, [Completion(ids, [-1.0] * len(ids), "stop")], 7) for p in prompts]
+
+
+def talk(tokenizer, *answers, options=None, tools=(double,)):
+    """A conversation of scripted answers with `tools`."""
+    episodes = Episodes(Environments(None, list(tools), 5), tokenizer, template_options=options)
+    asked = [{"role": "user", "content": "Twice one?"}]
+    offered = {"tools": episodes.schemas, **(options or {})}
+    ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False, **offered)
+    row, engine = {"prompt": asked, "prompt_ids": ids, "row": 0}, Drawn(tokenizer, *answers)
+    (found,) = episodes.complete(engine, [row], [SamplingParams(max_tokens=5000, seed=1)], [0])
+    (completion,) = found.completions
+    return completion, ids + completion.token_ids, offered
+
+
+def called(name, arguments, result, **more):
+    """Messages of a call and its result."""
+    function = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    said = {"role": "assistant", "content": "", "tool_calls": [{**function, **more}]}
+    return [said, {"role": "tool", "name": name, "content": result}]
+
+
+@pytest.mark.parametrize("name", ["llama3_1", "llama3_2"])
+@pytest.mark.parametrize("end", ["<|eot_id|>", "<|eom_id|>"])
+@pytest.mark.parametrize("options", [{}, {"tools_in_user_message": False}, {"builtin_tools": ["code_interpreter"]}])
+def test_a_call_of_llama(name, end, options):
+    """Everything is as the template renders the conversation, but for the end that the policy drew."""
+    tokenizer, answers = family(name), (NUMBER + end, "It is two.<|eot_id|>")
+    completion, ids, offered = talk(tokenizer, *answers, options=options)
+    drawn = [token for token, own in zip(completion.token_ids, completion.episode.policy_mask, strict=True) if own]
+    assert tokenizer.decode(drawn) == "".join(answers)
+    said = [*called("double", {"number": "one"}, "two"), {"role": "assistant", "content": "It is two."}]
+    prompt = [{"role": "user", "content": "Twice one?"}]
+    whole = tokenizer.apply_chat_template([*prompt, *said], tokenize=False, **offered)
+    written = "<|eom_id|>" if "builtin_tools" in options and name == "llama3_1" else "<|eot_id|>"
+    assert tokenizer.decode(ids) == whole.replace(NUMBER + written, NUMBER + end)
+    assert completion.episode.calls == 1 and completion.episode.finished
+
+
+PLAIN = [
+    "It is two.", "", "{", "[1]", "{}", '{"name": "Rome", "parameters": {}}', '{"name": ["double"]}', "[" * 50_000,
+    "{" * 50_000, f"I call {NUMBER}", f"<think>{NUMBER}</think>No.", '{"name":' + " " * 100_000,
+]  # fmt: skip
+ILL = [
+    ('{"name": "double", "parameters": {', "no JSON"), ('{"name": "double", "parameters": [1]}', "a tool call is {"),
+    (f"{NUMBER}; {NUMBER}", "make one call"), (f"{NUMBER} And now?", "make one call"),
+    ("<|python_tag|>double.call(number='one')", "no JSON"), ('<|python_tag|>{"name": "none"}', "none not found"),
+    ("<|python_tag|>3", "a tool call is {"), ('{"name": "double", "parameters": {"other": 1}}', "unexpected keyword"),
+]  # fmt: skip
+
+
+def test_an_answer_that_is_no_call_of_llama():
+    tools = Tools([double], 5.0)
+    tools.read = read_whole
+    for answer in PLAIN:
+        assert tools.calls(answer) == [], answer
+    for answer, told in ILL:
+        (call,) = tools.calls(answer)
+        assert told in tools.answer(call)["content"]
+    for answer in (
+        NUMBER,
+        f" {NUMBER}\n",
+        f"<|python_tag|>{NUMBER}",
+        NUMBER.replace('{"name', '{"type": "function", "name'),
+    ):
+        assert tools.calls(answer) == [{"name": "double", "arguments": {"number": "one"}}]
