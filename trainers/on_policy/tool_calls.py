@@ -9,6 +9,7 @@ A run reads the form in which the chat template itself writes a call. Between `<
 without these marks:
 
     {"name": "weather", "parameters": {"city": "Rome"}}                     Llama 3.1, 3.2, 3.3: the whole answer
+    [TOOL_CALLS]weather[ARGS]{"city": "Rome"}                               Mistral from version 13 on
 """
 
 import json
@@ -24,9 +25,11 @@ from align.errors import ConfigError
 
 OPEN, CLOSE, THOUGHT = "<tool_call>", "</tool_call>", "</think>"
 PYTHON = "<|python_tag|>"
+MISTRAL, ARGS, THINK, THINK_END = "[TOOL_CALLS]", "[ARGS]", "[THINK]", "[/THINK]"
 NAME = re.compile(r"[\w.:/-]+")
 PROBED = "probe_7319"
 PROBED_CALL = {"name": PROBED, "arguments": {"first": "of two", "second": "more"}}
+MISTRAL_FORM = "a tool call is [TOOL_CALLS]NAME[ARGS]{...}, the arguments as JSON, and only calls follow it"
 BEGUN = re.compile(r'\{\s*"name"\s*:\s*"([^"]*)"')
 OTHERS = {"True": True, "False": False, "None": None}
 """Values that templates do not write as JSON does."""
@@ -140,7 +143,30 @@ def read_whole(answer: str, schemas: dict[str, dict]) -> list[Call]:
     return [{"name": readable(name), "arguments": arguments}]
 
 
-FORMS: tuple[Reader, ...] = (InMarks(read_json), InMarks(read_function), InMarks(read_keys), read_whole)
+def read_args(answer: str, schemas: dict[str, dict]) -> list[Call]:
+    """The calls of an answer of Mistral, which follow what it says. JSON is read to its end, as a text in it may hold
+    the mark of a call."""
+    if THINK in answer:
+        answer = answer.partition(THINK_END)[2]
+    found: list[Call] = []
+    rest = answer.partition(MISTRAL)[2] if MISTRAL in answer else None
+    while rest is not None:
+        name, mark, text = rest.partition(ARGS)
+        text = text.lstrip()
+        try:
+            arguments, end = json.JSONDecoder().raw_decode(text)
+        except (ValueError, RecursionError):
+            arguments, end = None, 0
+        after = text[end:].lstrip()
+        good = mark and isinstance(arguments, dict) and NAME.fullmatch(name.strip())
+        if not good or (after and not after.startswith(MISTRAL)):
+            return [*found, MISTRAL_FORM]
+        found.append({"name": name.strip(), "arguments": arguments})
+        rest = after.removeprefix(MISTRAL) if after else None
+    return found
+
+
+FORMS: tuple[Reader, ...] = (InMarks(read_json), InMarks(read_function), InMarks(read_keys), read_whole, read_args)
 
 
 def reader_for(tokenizer, schemas: list[dict]) -> Reader:
@@ -163,8 +189,9 @@ def reader_for(tokenizer, schemas: list[dict]) -> Reader:
             return form
     raise ConfigError(
         "tool calls are read as JSON with name and arguments, as <function=NAME><parameter=NAME> and as NAME<arg_key>, "
-        "between <tool_call> and </tool_call>, and as an answer that is JSON with name and parameters (Qwen, GLM-4, "
-        f"Nemotron 3, Hermes, Llama 3.1 to 3.3), and this chat template writes them in another way: {others}"
+        "between <tool_call> and </tool_call>, as an answer that is JSON with name and parameters and as "
+        "[TOOL_CALLS]NAME[ARGS] (Qwen, GLM-4, Nemotron 3, Hermes, Llama 3.1 to 3.3, Mistral from version 13 on), and "
+        f"this chat template writes them in another way: {others}"
     )
 
 

@@ -5,10 +5,19 @@ import time
 import pytest
 
 from align.errors import ConfigError
+from align.modeling.load import load_tokenizer
 from align.rollout.types import Completion, Rollout, SamplingParams
 from align.trainers.on_policy.environments import Environments
 from align.trainers.on_policy.episodes import Episodes
-from align.trainers.on_policy.tool_calls import InMarks, read_function, read_json, read_keys, read_whole, written_calls
+from align.trainers.on_policy.tool_calls import (
+    InMarks,
+    read_args,
+    read_function,
+    read_json,
+    read_keys,
+    read_whole,
+    written_calls,
+)
 from align.trainers.on_policy.tools import Tools
 from tests.data.test_messages import ASKED
 from tests.data.test_templates import family
@@ -193,3 +202,54 @@ def test_an_answer_that_is_no_call_of_llama():
         NUMBER.replace('{"name', '{"type": "function", "name'),
     ):
         assert tools.calls(answer) == [{"name": "double", "arguments": {"number": "one"}}]
+
+
+# ---- Mistral ---------------------------------------------------------------------------------------------------------
+
+ARGS = '[TOOL_CALLS]double[ARGS]{"number": "one"}'
+
+
+@pytest.mark.parametrize("answer", [ARGS, ARGS + ARGS])
+def test_calls_of_mistral(answer, tmp_path):
+    pytest.importorskip("mistral_common.integrations.chat_templates")
+    from tests.modeling.test_mistral_tokenizer import tekken  # which is skipped without mistral-common
+
+    tokenizer = load_tokenizer(str(tekken(tmp_path, "v13")))
+    answers = (f"{answer}</s>", "It is two.</s>")
+    completion, ids, offered = talk(tokenizer, *answers)
+    drawn = [token for token, own in zip(completion.token_ids, completion.episode.policy_mask, strict=True) if own]
+    assert tokenizer.decode(drawn) == "".join(answers)
+    said, result = called("double", {"number": "one"}, "two")
+    count = completion.episode.calls
+    said["tool_calls"] *= count
+    messages = [
+        {"role": "user", "content": "Twice one?"},
+        said,
+        *[result] * count,
+        {"role": "assistant", "content": "It is two."},
+    ]
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(messages, tokenize=False, **offered)
+    assert count == answer.count("[ARGS]") and completion.episode.finished
+
+
+def test_an_answer_that_is_no_call_of_mistral():
+    mark, good = "[TOOL_CALLS]", {"name": "double", "arguments": {"number": "one"}}
+    for answer in ("", "It is two.", NUMBER, f"[THINK]{ARGS}[/THINK]No.", f"[THINK]{ARGS}", "double[ARGS]{}"):
+        assert read_args(answer, {}) == []
+    for ill in (
+        "",
+        "double",
+        "double[ARGS]",
+        "double[ARGS][1]",
+        "a b[ARGS]{}",
+        "double[ARGS]{} And now?",
+        "x[ARGS]" + "[" * 50_000,
+    ):
+        (call,) = read_args(mark + ill, {})
+        assert "a tool call is [TOOL_CALLS]" in call
+        assert read_args(ARGS + mark + ill, {}) == [good, call]
+    held = '[TOOL_CALLS]double[ARGS]{"number": "[TOOL_CALLS]x[ARGS]"}'
+    assert read_args(f"[THINK]Let me see.[/THINK]I ask.{held} {ARGS}", {}) == [
+        {"name": "double", "arguments": {"number": "[TOOL_CALLS]x[ARGS]"}},
+        good,
+    ]
