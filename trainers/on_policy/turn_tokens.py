@@ -65,8 +65,9 @@ class TurnTokens:
         ids = self.tokenizer(end_text + text, add_special_tokens=False, verbose=False)["input_ids"]
         if not ids or ids[0] != end:
             raise RolloutError(f"the tokenizer does not read {end_text!r} at the start of a text as one token")
-        called = messages[0]["role"] == "tool" and self.message_end is not None
-        return ids[1:] if last_token in ({self.end, self.message_end} if called else {end}) else ids
+        either = {self.end, self.message_end}
+        called = messages[0]["role"] == "tool" and end in either and None not in either
+        return ids[1:] if last_token in (either if called else {end}) else ids
 
     def _text(self, messages: list[dict], options: dict) -> tuple[int, str]:
         """The answer's end token, and what follows it."""
