@@ -117,12 +117,12 @@ class Episodes:
     ):
         self.environments, self.tokenizer, self.template_options = environments, tokenizer, template_options or {}
         self.max_turns, self.max_prompt_length, self.stops = max_turns, max_prompt_length, stops
-        self.turn_tokens = TurnTokens(tokenizer, environments.roles)
         # of all prompts; with several environments each prompt is written when its conversation starts
         self.schemas = [] if environments.several else environments.kinds[None].tools.schemas
         for kind in environments.kinds.values():
             if kind.tools.schemas:
-                kind.tools.read = reader_for(tokenizer, kind.tools.schemas)
+                kind.tools.read = reader_for(tokenizer, kind.tools.schemas)  # first: it says what templates write
+        self.turn_tokens = TurnTokens(tokenizer, environments.roles)
         self.maskable = all(kind.scores for kind in environments.kinds.values())
         if not stops and not self.maskable:
             raise ConfigError("environment_on_error: mask is for environments with a reward of their own")

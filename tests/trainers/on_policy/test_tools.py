@@ -253,3 +253,13 @@ def test_an_answer_that_is_no_call_of_mistral():
         {"name": "double", "arguments": {"number": "[TOOL_CALLS]x[ARGS]"}},
         good,
     ]
+
+
+@pytest.mark.parametrize("version", ["v3", "v7", "v11"])
+def test_mistral_up_to_version_11_is_refused_for_how_it_writes_calls(version, tmp_path):
+    """Its templates want ids of calls, which said nothing of what to do."""
+    pytest.importorskip("mistral_common.integrations.chat_templates")
+    from tests.modeling.test_mistral_tokenizer import tekken
+
+    with pytest.raises(ConfigError, match="Mistral from version 13 on.*in another way"):
+        Episodes(Environments(None, [double], 5), load_tokenizer(str(tekken(tmp_path, version))))
