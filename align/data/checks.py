@@ -46,6 +46,8 @@ def completion_of(row: dict[str, Any], fmt: DataFormat) -> tuple[Text, Text]:
         return prompt, chosen
     prompt = _prompt(row, fmt.conversational)
     completion = _completion(row["completion"], "completion", prompt, fmt.conversational)
+    if not fmt.conversational and len(prompt) >= SHORT and completion.startswith(prompt):
+        raise BadRow("completion repeats the prompt")
     _check_dialogue(prompt, completion, "completion")
     return prompt, completion
 
@@ -69,8 +71,6 @@ def pair_of(row: dict[str, Any], fmt: DataFormat, scored: bool = False) -> tuple
 def answer_of(row: dict[str, Any], fmt: DataFormat) -> tuple[Text, Text]:
     """(prompt, completion) of a prompt-completion row whose completion is trained whole, as `pair_of` checks it."""
     prompt, completion = completion_of(row, fmt)
-    if not fmt.conversational and len(prompt) >= SHORT and completion.startswith(prompt):
-        raise BadRow("completion repeats the prompt")
     _check_speaker(completion, "completion", fmt)
     return prompt, completion
 

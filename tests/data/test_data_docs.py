@@ -7,6 +7,7 @@ import pytest
 from datasets import Dataset
 
 import align.data
+from align.errors import DataError
 
 DOCS = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```jsonl (\w+)\n(.*?)```", DOCS, re.DOTALL)
@@ -36,3 +37,17 @@ def test_the_printed_example_is_what_is_printed(chat_tokenizer):
     rows = Dataset.from_list([{"prompt": say("user", "Is the sky blue?"), **row}])
     (row,) = align.data.tokenize_pairs(rows, chat_tokenizer, max_length=200)
     assert f"```\n{align.data.describe_example(row, chat_tokenizer, 'pairs')}\n```" in DOCS
+
+
+def test_the_printed_error_is_what_is_printed(chat_tokenizer):
+    rows = Dataset.from_list([{"question": "q", "choosen": "a", "rejected": "b"}])
+    with pytest.raises(DataError) as error:
+        align.data.tokenize_pairs(rows, chat_tokenizer, max_length=64, source="pairs.csv")
+    assert f"```\nalign: error: {error.value}\n```" in DOCS
+
+
+@pytest.mark.parametrize("use", ["completions", "unpaired"])
+def test_a_completion_that_repeats_the_prompt_is_bad(use, chat_tokenizer):
+    row = {"prompt": "Question: Is it yes or no?", "completion": "Question: Is it yes or no? yes", "label": True}
+    with pytest.raises(DataError, match="completion repeats the prompt"):
+        getattr(align.data, f"tokenize_{use}")(Dataset.from_list([row]), chat_tokenizer, max_length=64)
