@@ -344,7 +344,7 @@ class EnsembleSpec(RewardSpec):
 
 def _raw(member: "RewardSpec | Reward") -> "RewardSpec | Reward":
     """A member whose classifiers leave their normaliser out, unless one says otherwise itself."""
-    if isinstance(member, ClassifierSpec | VllmSpec) and "normalize" not in member.model_fields_set:
+    if isinstance(member, ClassifierSpec | VllmSpec | EnsembleSpec) and "normalize" not in member.model_fields_set:
         return member.model_copy(update={"normalize": False})
     if isinstance(member, CompositeSpec):
         return member.model_copy(update={"rewards": [_raw(reward) for reward in member.rewards]})

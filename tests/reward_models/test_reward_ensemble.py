@@ -131,6 +131,9 @@ def test_scales_are_compared_within_composites_and_in_a_mean(saved):
     raw = build_reward({**spec, "aggregation": "wco", "normalize": False}).score(BATCH).scores
     fitted = build_reward({**spec, "aggregation": "wco"}).score(BATCH).scores
     torch.testing.assert_close(fitted, (raw - 0.5) / 2)
+    nested = {"type": "ensemble", "aggregation": "mean", "members": [spec | {"aggregation": "wco"}] * 2}
+    torch.testing.assert_close(build_reward(nested).score(BATCH).scores, fitted)
+    torch.testing.assert_close(build_reward({**nested, "normalize": False}).score(BATCH).scores, raw)
 
 
 def test_a_member_that_fails_is_named():
