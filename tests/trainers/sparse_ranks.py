@@ -63,7 +63,8 @@ def sharded_difference(rank: int) -> float:
         reference = Reference(tiny.causal(seed=1), adapter_off=False)
         masked = MaskedForward(reference, model.token_masks, nullcontext, layers="all")
         tokens = masked(model, model, batch, chunk_size=None)
-        trainer = SimpleNamespace(args=SimpleNamespace(beta=0.5, l1={"l1_u": 0.1}))
+        options = SimpleNamespace(beta=0.5, l1={"l1_u": 0.1})
+        trainer = SimpleNamespace(args=options, _checked=lambda tokens: tokens)  # weights of the masks themselves
         return SparsePOTrainer.losses(trainer, *tokens, batch).losses
 
     alone, sharded, batches = make(), make(), [pairs(seed=0), pairs(seed=1)]
