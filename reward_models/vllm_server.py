@@ -33,6 +33,7 @@ SAME = 0.1  # of the length of the vector of their scores: bfloat16 moves it by 
 
 
 def known_sequences(vocabulary: int) -> list[list[int]]:
+    """[KNOWN, TOKENS] ids below `vocabulary`."""
     return [[(PRIME * (TOKENS * row + place + 1)) % vocabulary for place in range(TOKENS)] for row in range(KNOWN)]
 
 
@@ -77,11 +78,12 @@ class VllmReward(ScoreServer):
             )
         check_one_label(str(path), {})
         config = from_pretrained(AutoConfig, str(path), "reward model")
-        self.path, self.model, self.connected = str(path), model, False
+        self.path, self.model = str(path), model
         self.normalizer = choose_normalizer(self.name, str(path), normalize)
         self.tokenizer = load_tokenizer(path)
         vocabulary = config.get_text_config().vocab_size
-        self.sequences, self.known = known_sequences(vocabulary), torch.empty(0)  # the scores that they had at first
+        self.sequences = known_sequences(vocabulary)
+        self.known: torch.Tensor | None = None  # the scores that they had when the server was first asked
         self.encoder = SequenceEncoder(
             self.name,
             self.tokenizer,
@@ -101,7 +103,7 @@ class VllmReward(ScoreServer):
 
     def connect(self) -> None:
         """Ask the server for its models, unless that has been done: for the name of its one, and for what it takes."""
-        if self.connected:
+        if self.known is not None:
             return
         where = f"reward {self.name!r} at {self.shown}"
         cards = served_models(self.ask(None, where, self.listing), where)
@@ -127,7 +129,6 @@ class VllmReward(ScoreServer):
             )
         self.encoder.longest = longest
         self.known = known_scores(self._scores(self.ask(self._asked([]), where), where), where)
-        self.connected = True
 
     def _ready(self, batch: RewardBatch) -> None:
         self.connect()
@@ -144,6 +145,7 @@ class VllmReward(ScoreServer):
     def read(self, answer: Any, where: str) -> list:
         scores = self._scores(answer, where)
         again = known_scores(scores[-KNOWN:], where)
+        assert self.known is not None  # `_ready` has connected
         if not (again - self.known).norm() <= SAME * self.known.norm():
             raise RewardError(
                 f"{where}: the server has another model than when this run first asked it: {KNOWN} fixed sequences had "
@@ -170,6 +172,7 @@ class VllmReward(ScoreServer):
 
 
 def known_scores(found: list, where: str) -> torch.Tensor:
+    """Scores of `known_sequences` as [KNOWN] float64. RewardError for another number of them, and for what is none."""
     if len(found) != KNOWN or not_numbers(found):
         raise RewardError(f"{where}: {KNOWN} fixed sequences have the scores {found!s:.200}. Fix the server")
     return torch.tensor(found, dtype=torch.float64)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from align.distributed.disk import write_whole
 from align.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 SEQUENCES_AT_ONCE, SCORED_AT_ONCE = 256, 256
 SLACK = 16  # an answer that is read back may have a few tokens more than it was drawn with
+AGAIN = "start the command again: whole answers are kept"
 OWN = ("row", "sample", "prompt", "completion", "finish_reason", "tokens")
 
 
@@ -278,7 +280,7 @@ def _resume(output: Path, identity: dict, rows: list[int], n: int) -> int:
     beside = output.with_suffix(".identity.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     if not output.exists():
-        _replace(beside, (json.dumps(identity, indent=2) + "\n").encode())
+        write_whole(beside, [json.dumps(identity, indent=2), "\n"], AGAIN)
         return 0
     if not beside.exists():
         raise ConfigError(f"{output} is there, and nothing says what it was drawn from ({beside.name} is missing)")
@@ -302,19 +304,10 @@ def _resume(output: Path, identity: dict, rows: list[int], n: int) -> int:
     done = kept // n
     whole = b"".join(line + b"\n" for line in lines[: done * n])
     if len(whole) < output.stat().st_size:
-        _replace(output, whole)
+        write_whole(output, [whole.decode()], AGAIN)
     if 0 < done < len(rows):
         logger.info("%s holds the answers to %d of %d prompts: the others are drawn", output, done, len(rows))
     return done
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())  # a power loss leaves the old file or the new one: hours of drawing are in it
-    os.replace(temporary, path)
 
 
 # ---- scores ---------------------------------------------------------------------------------------------------------
@@ -370,7 +363,7 @@ def score_answers(path: str | Path, rewards: dict) -> dict[str, list[float]]:
     scores = scores_of(answers, rewards)
     for index, answer in enumerate(answers):
         answer.update({name: values[index] for name, values in scores.items()})
-    _replace(Path(path), "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers).encode())
+    write_whole(Path(path), (json.dumps(a, ensure_ascii=False) + "\n" for a in answers), AGAIN)
     return scores
 
 

@@ -21,6 +21,7 @@ from align.trainers.on_policy.tool_calls import (
 from align.trainers.on_policy.tools import Tools
 from tests.data.test_messages import ASKED
 from tests.data.test_templates import family
+from tests.modeling.tekken import needs_mistral_common, tekken
 from tests.trainers.on_policy.talks import CHATML, Scripted, double, talking_tokenizer
 
 
@@ -209,11 +210,9 @@ def test_an_answer_that_is_no_call_of_llama():
 ARGS = '[TOOL_CALLS]double[ARGS]{"number": "one"}'
 
 
+@needs_mistral_common
 @pytest.mark.parametrize("answer", [ARGS, ARGS + ARGS])
 def test_calls_of_mistral(answer, tmp_path):
-    pytest.importorskip("mistral_common.integrations.chat_templates")
-    from tests.modeling.test_mistral_tokenizer import tekken  # which is skipped without mistral-common
-
     tokenizer = load_tokenizer(str(tekken(tmp_path, "v13")))
     answers = (f"{answer}</s>", "It is two.</s>")
     completion, ids, offered = talk(tokenizer, *answers)
@@ -255,11 +254,9 @@ def test_an_answer_that_is_no_call_of_mistral():
     ]
 
 
+@needs_mistral_common
 @pytest.mark.parametrize("version", ["v3", "v7", "v11"])
 def test_mistral_up_to_version_11_is_refused_for_how_it_writes_calls(version, tmp_path):
     """Its templates want ids of calls, which said nothing of what to do."""
-    pytest.importorskip("mistral_common.integrations.chat_templates")
-    from tests.modeling.test_mistral_tokenizer import tekken
-
     with pytest.raises(ConfigError, match="Mistral from version 13 on.*in another way"):
         Episodes(Environments(None, [double], 5), load_tokenizer(str(tekken(tmp_path, version))))
