@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import requests
@@ -58,6 +59,18 @@ def test_a_served_reward_gives_the_scores_of_the_reward(tmp_path, monkeypatch):
     finally:
         os.kill(process.pid, signal.SIGTERM)
         assert process.wait(20) == 0
+
+
+def test_variables_of_the_template_are_sent_where_they_are_named(tmp_path):
+    folder = worlds.reward_folder(tmp_path, template="{% if not thoughts %}w21 {% endif %}" + worlds.TEMPLATE)
+    batch = replace(CHAT, columns={"chat_template_kwargs": [{"thoughts": True}, {"thoughts": False}, None]})
+    here = build_reward(folder).score(batch).scores
+    with served(folder) as url:
+        remote = {"type": "remote", "url": url, "headers": {"Authorization": "Bearer a key"}}
+        sent = build_reward({**remote, "columns": ["chat_template_kwargs"]}).score(batch).scores
+        without = build_reward(remote).score(batch).scores
+    torch.testing.assert_close(sent, here, rtol=0, atol=1e-6)
+    assert (without - here).abs()[0] > 1e-3 and torch.equal(without[1:], sent[1:])
 
 
 def test_who_has_not_the_key_and_what_is_no_batch(monkeypatch):
