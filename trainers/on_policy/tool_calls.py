@@ -10,6 +10,8 @@ without these marks:
 
     {"name": "weather", "parameters": {"city": "Rome"}}                     Llama 3.1, 3.2, 3.3: the whole answer
     [TOOL_CALLS]weather[ARGS]{"city": "Rome"}                               Mistral from version 13 on
+
+and with marks of their own, in `tool_call_forms`: GPT-OSS, Gemma 4, LFM2.5.
 """
 
 import json
@@ -22,20 +24,24 @@ from align.data.bad_rows import BadRow
 from align.data.encode import render
 from align.data.ending import ASKED, end_ids
 from align.errors import ConfigError
+from align.trainers.on_policy.tool_call_forms import (
+    NAME,
+    Call,
+    marked,
+    plain_value,
+    read_channels,
+    read_gemma,
+    read_python,
+)
 
-OPEN, CLOSE, THOUGHT = "<tool_call>", "</tool_call>", "</think>"
+OPEN, CLOSE, THOUGHTS = "<tool_call>", "</tool_call>", ("<think>", "</think>")
 PYTHON = "<|python_tag|>"
 MISTRAL, ARGS, THINK, THINK_END = "[TOOL_CALLS]", "[ARGS]", "[THINK]", "[/THINK]"
-NAME = re.compile(r"[\w.:/-]+")
 PROBED = "probe_7319"
 PROBED_CALL = {"name": PROBED, "arguments": {"first": "of two", "second": "more"}}
 MISTRAL_FORM = "a tool call is [TOOL_CALLS]NAME[ARGS]{...}, the arguments as JSON, and only calls follow it"
 BEGUN = re.compile(r'\{\s*"name"\s*:\s*"([^"]*)"')
-OTHERS = {"True": True, "False": False, "None": None}
-"""Values that templates do not write as JSON does."""
 
-Call = dict[str, Any] | str
-"""A call's name and arguments; a text that says why it is none."""
 Reader = Callable[[str, dict[str, dict]], list[Call]]
 """Reads the calls of an answer, in order. Its second argument: the functions' parameters by name, JSON schemas."""
 
@@ -51,13 +57,7 @@ class InMarks:
 
 
 def written_calls(answer: str) -> list[str]:
-    """What stands between the marks after the thoughts, in order. Not by a regular expression, which takes hours for a
-    mark and the few thousand blanks that a policy may write after it."""
-    found, place = [], answer.find(THOUGHT) + 1
-    while (start := answer.find(OPEN, place)) >= 0 and (end := answer.find(CLOSE, start)) >= 0:
-        found.append(answer[start + len(OPEN) : end].strip())
-        place = end + len(CLOSE)
-    return found
+    return marked(answer, OPEN, CLOSE, THOUGHTS)
 
 
 def read_json(text: str, schemas: dict[str, dict]) -> Call:
@@ -110,15 +110,9 @@ def _typed(values: dict[str, str], schema: dict) -> dict[str, Any]:
     """Arguments that were written without quotes: texts where the function takes a text, else what JSON reads."""
     kinds = schema.get("properties", {})
     return {
-        name: text if kinds.get(name, {}).get("type") == "string" else _value(text) for name, text in values.items()
+        name: text if kinds.get(name, {}).get("type") == "string" else plain_value(text)
+        for name, text in values.items()
     }
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return OTHERS.get(text.strip(), text)
 
 
 def read_whole(answer: str, schemas: dict[str, dict]) -> list[Call]:
@@ -166,7 +160,16 @@ def read_args(answer: str, schemas: dict[str, dict]) -> list[Call]:
     return found
 
 
-FORMS: tuple[Reader, ...] = (InMarks(read_json), InMarks(read_function), InMarks(read_keys), read_whole, read_args)
+FORMS: tuple[Reader, ...] = (
+    InMarks(read_json),
+    InMarks(read_function),
+    InMarks(read_keys),
+    read_whole,
+    read_args,
+    read_channels,
+    read_gemma,
+    read_python,
+)
 
 
 def reader_for(tokenizer, schemas: list[dict]) -> Reader:
@@ -188,10 +191,8 @@ def reader_for(tokenizer, schemas: list[dict]) -> Reader:
         if any(form(text, {PROBED: {}})[-1:] == [PROBED_CALL] for text in (answer, written)):
             return form
     raise ConfigError(
-        "tool calls are read as JSON with name and arguments, as <function=NAME><parameter=NAME> and as NAME<arg_key>, "
-        "between <tool_call> and </tool_call>, as an answer that is JSON with name and parameters and as "
-        "[TOOL_CALLS]NAME[ARGS] (Qwen, GLM-4, Nemotron 3, Hermes, Llama 3.1 to 3.3, Mistral from version 13 on), and "
-        f"this chat template writes them in another way: {others}"
+        "this chat template writes tool calls in another way than those that are read here (Qwen, GLM-4, Nemotron 3, "
+        f"Hermes, Llama 3.1 to 3.3, Mistral from version 13 on, GPT-OSS, Gemma 4, LFM2.5): {others}"
     )
 
 
