@@ -13,6 +13,7 @@ from align.errors import ConfigError
 
 OVERRIDDEN = (
     "_clip_grad_norm",
+    "_determine_best_metric",
     "_finish_current_push",
     "_get_train_sampler",
     "_issue_warnings_after_load",

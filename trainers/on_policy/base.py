@@ -303,6 +303,11 @@ class OnPolicyBase(MicroBatchLists, Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        before = self.state.best_global_step
+        best = super()._determine_best_metric(metrics, trial)
+        return best if self.stop is None else self.stop.chosen(best, before, self.state)
+
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def further_identity(self) -> dict:

@@ -112,7 +112,7 @@ def make_stop(args: Any, *, has_gold: bool, eval_dataset: Any, ensembles: Sequen
     if problem:
         raise ConfigError(f"stop_at{problem}", key="stop_at")
     ensemble = None if options.disagreement is None else options.disagreement.reward or ensembles[0]
-    return StopRule(options, ensemble, keeps_best=args.metric_for_best_model is None, loads=args.load_best_model_at_end)
+    return StopRule(options, ensemble, metric=args.metric_for_best_model, loads=args.load_best_model_at_end)
 
 
 def _ensemble_problem(wanted: str | None, ensembles: Sequence[str]) -> str | None:
@@ -134,13 +134,15 @@ class StopRule:
 
     Args:
         ensemble: name of the one whose disagreement is looked at, None for none.
-        keeps_best: whether the last checkpoint within the limit of the disagreement is the one to keep; otherwise
-            transformers keeps that of the best metric (the highest gold score).
+        metric: by which transformers chooses the checkpoint to keep (the gold score, or one that the user has named).
+            None and the loss, its default for what needs one: the last checkpoint within the limit of the disagreement
+            is kept.
         loads: whether the run ends with the weights of that checkpoint.
     """
 
-    def __init__(self, options: StopSection, ensemble: str | None, *, keeps_best: bool, loads: bool):
-        self.options, self.ensemble, self.keeps_best, self.loads = options, ensemble, keeps_best, loads
+    def __init__(self, options: StopSection, ensemble: str | None, *, metric: str | None, loads: bool):
+        self.options, self.ensemble, self.metric, self.loads = options, ensemble, metric, loads
+        self.keeps_last_within = options.gold_peak is None and metric in (None, "loss", "eval_loss")
         self.clear()
 
     def clear(self) -> None:
@@ -163,31 +165,43 @@ class StopRule:
         self._decide()
         if self.reason is not None and step == 0:
             raise ConfigError(f"stop_at would end the run before its first step: {self.reason}", key="stop_at")
-        if self.options.gold_peak is not None and step > 0 and self._peak() == len(self.steps) - 1:
+        if self._is_best():
             control.should_save = True  # there would be no checkpoint of this peak
-        if self.keeps_best and not self._too_apart(len(self.steps)) and step > 0:
-            state.best_global_step = step
         if self.reason is not None:
             control.should_training_stop = True
             if state.is_world_process_zero:
                 logger.warning("the run ends at step %d: %s. %s", step, self.reason, self._kept(state))
 
+    def chosen(self, best: bool, before: int | None, state: TrainerState) -> bool:
+        """Whether this evaluation's checkpoint is the one to keep, now that transformers has decided by its metric
+        (best). before: `best_global_step` as it was."""
+        if not self.keeps_last_within:
+            return best
+        within = state.global_step > 0 and not self._too_apart(len(self.steps))
+        state.best_global_step = state.global_step if within else before
+        return within
+
+    def _is_best(self) -> bool:
+        """Whether the last evaluation's gold score is the highest. The start has no checkpoint, so it does not count,
+        for transformers neither."""
+        after = [means for step, means in zip(self.steps, self.columns["gold"], strict=False) if step > 0]
+        return bool(after) and int(np.array(after).mean(1).argmax()) == len(after) - 1 and self.steps[-1] > 0
+
     def _kept(self, state: TrainerState) -> str:
         best = state.best_model_checkpoint
+        if self._is_best():
+            best = f"checkpoint-{state.global_step}"  # which is written after this
+        elif self.options.gold_peak is None and not self.keeps_last_within:
+            best = f"the checkpoint of the best {self.metric}"
         if best is None:
             return "No checkpoint was written before"
         if self.loads:
             return f"It ends with the weights of {best} (load_best_model_at_end)"
-        return (
-            f"{best} is kept; what the run ends with and saves is the last policy, unless load_best_model_at_end is set"
-        )
+        return f"Kept is {best}; the run ends with and saves the last policy, unless load_best_model_at_end is set"
 
     def _decide(self) -> None:
         """By the evaluations so far. The main process decides: processors round differently."""
         self.reason = shared(self._fell() or self._disagreed())
-
-    def _peak(self) -> int:
-        return int(np.array(self.columns["gold"]).mean(1).argmax())
 
     def _fell(self) -> str | None:
         if self.options.gold_peak is None:

@@ -85,7 +85,7 @@ def test_noise_does_not_end_it(policy, tmp_path):
 
 def rule(ensemble=None, **section):
     options = parse_stop(section, "stop_at")
-    return StopRule(options, ensemble, keeps_best=options.gold_peak is None, loads=False)
+    return StopRule(options, ensemble, metric=None if options.gold_peak is None else "eval_gold", loads=False)
 
 
 def ends_at(stop, evaluations) -> int | None:
@@ -161,13 +161,40 @@ def test_disagreement_ends_a_run_at_the_last_checkpoint_within_the_limit(policy,
                name="b")]  # fmt: skip
     ensemble = RewardEnsemble(members, "mean", name="rm")
     options = {"stop_at": {"disagreement": {"limit": 0.4}}, "save_steps": 2, "gold": None}
-    trainer = make(policy, tmp_path, reward=ensemble, **options)
+    trainer = make(policy, tmp_path, reward=ensemble, load_best_model_at_end=True, **options)
+    assert trainer.args.metric_for_best_model == "loss"  # transformers' default, whose best is the highest proxy
     trainer.train()
     measured, steps = logged(trainer, "eval_disagreement/rm"), trainer.state.global_step
     assert steps < 40 and measured[-1] > 0.4 and measured[-1] == max(measured)
     best = int(trainer.state.best_model_checkpoint.rpartition("-")[2])
     assert measured[best // 2] < 0.45 and best in (steps - 2, steps - 4)
     assert f"checkpoint-{best}" in folders(tmp_path)
+    assert trainer.evaluate()["eval_disagreement/rm"] == measured[best // 2]
+
+
+def test_the_best_after_the_start_is_written_where_the_start_was_better(policy, tmp_path):
+    """The start has no checkpoint, and the next one that was due would have been worse."""
+    options = {"save_steps": 4, "load_best_model_at_end": True, "max_steps": 4, "stop_at": {"gold_peak": {}}}
+    trainer = make(policy, tmp_path, gold=lambda completions: [-float(count(t)) for t in completions], **options)
+    trainer.train()
+    golds = logged(trainer, "eval_gold")
+    assert golds[0] > golds[1] > golds[2]
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2") and trainer.evaluate()["eval_gold"] == golds[1]
+
+
+def test_the_log_names_the_checkpoint_that_is_kept(policy, tmp_path, caplog):
+    """The peak may be the evaluation that ends the run; with a metric of the user's it is not known yet."""
+    members = [RuleReward(polite, name="a"), RuleReward(lambda completions: [0.0] * len(completions), name="b")]
+    ensemble = RewardEnsemble(members, "mean", name="rm")
+    disagreement = {"limit": 0.4}
+    stop = {"gold_peak": {}, "disagreement": disagreement}
+    trainer = make(policy, tmp_path / "a", reward=ensemble, gold=polite, stop_at=stop)
+    trainer.train()
+    best = trainer.state.best_model_checkpoint.rpartition("/")[2]
+    assert best == f"checkpoint-{trainer.state.global_step}" and f"Kept is {best};" in caplog.text
+    named = {"stop_at": {"disagreement": disagreement}, "metric_for_best_model": "gold"}
+    make(policy, tmp_path / "b", reward=ensemble, gold=polite, **named).train()
+    assert "Kept is the checkpoint of the best gold;" in caplog.text
 
 
 def test_whose_disagreement_there_is():
