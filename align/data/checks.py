@@ -18,6 +18,9 @@ SHORT = 20  # characters: two answers may well begin with a prompt that is short
 # Raw dialogues of the hh-rlhf kind: the answer starts after the last of these.
 TURN_MARKER = "\n\nAssistant:"
 HUMAN_TURN = "\n\nHuman:"
+SPEAKER = re.compile(r"(?:\A|\n)[ \t]*(?:#+[ \t]*)?([A-Z][a-z]*):")
+"""The name at the start of a line."""
+HUMANS, ASKERS = ("Human", "User"), ("Q", "Question", "Instruction", "Input")
 
 SCORE = "score"
 """Column of the given reward of a demonstration."""
@@ -87,15 +90,32 @@ def _check_speaker(answer: Text, name: str, fmt: DataFormat) -> None:
             f"{name} has a message of weight 0, which would be trained as all of an answer is (leave the weight out, "
             "or put the turns before the last answer into prompt)"
         )
+    if fmt.conversational and len(answer) > 1:
+        raise BadRow(
+            f"{name} has {len(answer)} messages of the assistant, and what the template writes between them would be "
+            "trained as the policy's (join them into one)"
+        )
 
 
 def _check_dialogue(prompt: Text, answer: Text, name: str) -> None:
-    """BadRow for an answer of a dialogue written as text in which the human speaks again."""
-    if isinstance(answer, str) and HUMAN_TURN in answer and prompt.rstrip().endswith(TURN_MARKER.strip()):
-        raise BadRow(
-            f"{name} has a further turn of Human:, which would be trained as the policy's (put the turns before the "
-            "last answer into prompt)"
-        )
+    """BadRow for an answer of a dialogue written as text in which the human, who has a line in the prompt, speaks
+    again. A Q: or ### Instruction: is a turn where the prompt's last name (A:, ### Response:) answers it: tables and
+    quotations have such lines too."""
+    if not isinstance(answer, str) or not prompt.rstrip().endswith(":"):
+        return
+    named = SPEAKER.findall(prompt)
+    if not named or not prompt.rstrip().endswith(f"{named[-1]}:"):
+        return
+    own, asking = named[-1], {*named[:-1]}
+    if own == "Assistant" and HUMAN_TURN in answer:
+        asking.add("Human")
+    turns = SPEAKER.findall("." + answer)  # the answer's beginning is the last name's own line
+    for place, other in enumerate(turns):
+        if other in asking and (other in HUMANS or (other in ASKERS and own in turns[place:])):
+            raise BadRow(
+                f"{name} has a further turn of {other}:, which would be trained as the policy's (put the turns before "
+                "the last answer into prompt)"
+            )
 
 
 def _pair(row: dict[str, Any], fmt: DataFormat) -> tuple[Text, Text, Text]:

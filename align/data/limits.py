@@ -1,7 +1,7 @@
 """What a model can take: rows that are too long for it, or have tokens it does not know, are refused at the start."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -53,19 +53,36 @@ def _are_tokens(value: Any) -> bool:
     )
 
 
+class Reader(NamedTuple):
+    """What a model takes of rows. limit: tokens of one, None without limit; why: what this comes from."""
+
+    name: str
+    limit: int | None
+    known: int
+    why: str = ""
+
+
+def reader_of(model: "Model", name: str = "model") -> Reader:
+    return Reader(name, longest_input(model), known_tokens(model), _why(model))
+
+
 def check_fits(model: "Model", dataset: "Dataset", what: str, tokenizer: Any = None, name: str = "model") -> None:
     """Raise DataError for tokenised rows with more tokens than the model has positions, or with unknown token ids.
 
     what, name: the dataset's and the model's in the message. Of prompts for rollouts only the prompt is counted.
     """
-    limit, known = longest_input(model), known_tokens(model)
+    check_read(reader_of(model, name), dataset, what, tokenizer)
+
+
+def check_read(reader: Reader, dataset: "Dataset", what: str, tokenizer: Any = None) -> None:
+    """`check_fits` of a model that is not held."""
     columns = _sequences_of(dataset)
     labels = {LABELS} & {*dataset.column_names} if ("input_ids",) in columns else set()
     for column in {column for group in columns for column in group} | labels:
-        _check_tokens(dataset, column, known, what, tokenizer, name)
-    if limit is not None:
+        _check_tokens(dataset, column, reader.known, what, tokenizer, reader.name)
+    if reader.limit is not None:
         for group in columns:
-            _check_lengths(dataset, group, limit, what, f"{name} takes{_why(model)}")
+            _check_lengths(dataset, group, reader.limit, what, f"{reader.name} takes{reader.why}")
 
 
 def check_reads(model: "Model", name: str, *, tokens: int, length: int) -> None:
@@ -180,24 +197,26 @@ def longest_of(dataset: "Dataset", name: str) -> int:
     return int(lengths_of(dataset, name).max(initial=0))
 
 
-def row_check(model: "Model", tokenizer: Any = None) -> Callable[[dict[str, Any]], None]:
-    """A function that raises what `check_fits` does, for one row of a stream."""
-    limit, known = longest_input(model), known_tokens(model)
+def row_check(readers: Collection[Reader], tokenizer: Any = None) -> Callable[[dict[str, Any]], None]:
+    """A function that raises what `check_fits` does, for one row of a stream and whoever reads it by then."""
 
     def check(row: dict[str, Any]) -> None:
         groups = sequences_in(row.keys(), lambda name: _are_tokens(row[name]))
         named = f"row {row['row']}" if "row" in row else "a row"
         longest = max(row.get(PACKED) or (sum(len(row[name]) for name in group) for group in groups))
         read = {name for group in groups for name in group}
-        for name in read | ({LABELS} & row.keys() if ("input_ids",) in groups else set()):
-            values = row[name]
-            if None in values or max(values, default=0) >= known or min(values, default=0) < 0:
-                for token in (token for token in values if wrong_token(token, name, known)):
-                    raise DataError(_unknown(f"{named} of the stream", token, known, tokenizer))
-        if limit is not None and longest > limit:
-            raise DataError(
-                f"{named} of the stream has {longest} tokens and the model takes {limit}: set max_length: {limit}"
-            )
+        read |= {LABELS} & row.keys() if ("input_ids",) in groups else set()
+        for model, limit, known, why in readers:
+            for name in read:
+                values = row[name]
+                if None in values or max(values, default=0) >= known or min(values, default=0) < 0:
+                    for token in (token for token in values if wrong_token(token, name, known)):
+                        raise DataError(_unknown(f"{named} of the stream", token, known, tokenizer, model))
+            if limit is not None and longest > limit:
+                raise DataError(
+                    f"{named} of the stream has {longest} tokens and the {model} takes {limit}{why}: set max_length: "
+                    f"{limit}"
+                )
 
     return check
 

@@ -94,6 +94,23 @@ def test_further_turns_in_an_answer_given_as_text_are_refused(make_tokenizer, ch
     ):
         with pytest.raises(DataError, match="further turn .*which would be trained as the policy's"):
             tokenize(dataset, chat_tokenizer, max_length=200)
+    for asked, more in (
+        ("User: a\nAssistant:", " b\nUser: c\nAssistant: d"),
+        ("User: a\nAssistant:", " b\n\nUser: c"),
+        ("Q: a\nA:", " b\nQ: c\nA: d"),
+        ("### Instruction:\na\n\n### Response:\n", "b\n\n### Instruction:\nc\n\n### Response:\nd"),
+    ):
+        pair = {"prompt": asked, "chosen": more, "rejected": " x"}
+        with pytest.raises(DataError, match="chosen has a further turn of (User|Q|Instruction):, which would be"):
+            tokenize_pairs(Dataset.from_list([pair]), make_tokenizer(), max_length=200)
+    for asked, own in (  # names that nobody has there
+        ("Q: a\nA:", " b\nUser: c\nQ: d"),
+        ("User: a\nAssistant:", " Dear Human: b\nBot: c"),
+        ("Q: a\nA:", " b\nQ: c"),
+        ("APA: a\nMLA:", " b\nAPA: c\nMLA: d"),
+    ):
+        pair = {"prompt": asked, "chosen": own, "rejected": " x"}
+        tokenize_pairs(Dataset.from_list([pair]), make_tokenizer(), max_length=200)
     (whole,) = tokenize_completions(Dataset.from_list([{"text": turns}]), chat_tokenizer, max_length=200)
     assert all(whole["completion_mask"])  # every token of `text` is trained, by its definition
 

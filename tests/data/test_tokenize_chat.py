@@ -162,6 +162,11 @@ def test_nobody_else_is_trained_as_the_assistant(chat_tokenizer):
         tokenize_pairs(
             Dataset.from_list([{"prompt": USER, "chosen": two, "rejected": NO}]), chat_tokenizer, max_length=99
         )
+    # without masks what the template writes between two answers would be trained
+    twice = Dataset.from_list([{"prompt": USER, "chosen": YES + NO, "rejected": NO}])
+    with pytest.raises(DataError, match="chosen has 2 messages of the assistant, .* would be trained"):
+        tokenize_pairs(twice, chat_tokenizer, max_length=99)
+    tokenize_pairs(twice, chat_tokenizer, max_length=99, scored=True)
 
 
 @pytest.mark.parametrize("template", [CHATML, CHATML_MARKED], ids=["rendered", "markers"])

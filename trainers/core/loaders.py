@@ -8,7 +8,7 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 
 from align.data.endless import EndlessRows
-from align.data.limits import row_check
+from align.data.limits import Reader, check_read, row_check
 from align.errors import ConfigError
 from align.trainers.core.prepared import EvaluatesUntrained
 
@@ -18,6 +18,7 @@ class LoadsRows(EvaluatesUntrained):
 
     args: Any
     train_dataset: Any
+    readers: list[Reader]  # the models that read the rows
 
     def make_endless(self, source: IterableDataset, columns: tuple[str, ...] | None = None) -> None:
         """Train on `train_dataset`, one pass over the stream `source` tokenised, again and again; columns: of its rows,
@@ -29,7 +30,7 @@ class LoadsRows(EvaluatesUntrained):
             rank=self.args.process_index,
             world=self.args.world_size,
             columns=columns,
-            check=row_check(self.model, self.processing_class),
+            check=row_check(self.readers, self.processing_class),
         )
 
     def check_dropped(self) -> None:
@@ -60,13 +61,21 @@ class LoadsRows(EvaluatesUntrained):
             prefetch_factor=args.dataloader_prefetch_factor,
         )
 
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        with self._every_row():
-            return super().get_eval_dataloader(*args, **kwargs)
+    def check_other(self, dataset: Any) -> None:
+        """DataError for tokenised rows that were not given to the trainer, and that a model of the run cannot take."""
+        if isinstance(dataset, Dataset):
+            for reader in self.readers:
+                check_read(reader, dataset, "evaluation", self.processing_class)
 
-    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        self.check_other(eval_dataset)
         with self._every_row():
-            return super().get_test_dataloader(*args, **kwargs)
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        self.check_other(test_dataset)
+        with self._every_row():
+            return super().get_test_dataloader(test_dataset)
 
     @contextmanager
     def _every_row(self) -> Iterator[None]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, Trainer
 from align.config.arguments import init_fields, resume_from
 from align.config.early_checks import COMPARED, check_resume_changes
 from align.data.endless import EndlessRows
-from align.data.limits import fit_sets
+from align.data.limits import fit_sets, reader_of
 from align.data.streams import is_stream
 from align.distributed.checkpoints import checksums, remove_older, surplus, write_manifest
 from align.distributed.disk import writing
@@ -92,6 +92,7 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
         self.resumed: Resumed | None = None
         self._verify = self._began = False
         self.disk_errors: saving.DiskErrors | None = None  # of a checkpoint that is written
+        self.readers = []
         super().__init__(*args, **kwargs)
         check_overlap(self.model)
         if self.optimizer is not None:  # the user's: others are made when training begins
@@ -137,6 +138,7 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
     def check_rows_of(self, model: nn.Module, name: str) -> None:
         """The same for another model that reads the rows, by its name in the error."""
         fit_sets(model, self.longest_row, self.train_dataset, self.eval_dataset, self.processing_class, name)
+        self.readers.append(reader_of(model, name))
 
     def add_callback(self, callback: Any) -> None:
         check_prompts(callback)

@@ -276,6 +276,8 @@ class OnPolicyBase(MicroBatchLists, Trainer):
             found = (self.evaluate(rows, ignore_keys, f"{metric_key_prefix}_{name}") for name, rows in sets.items())
             return {key: value for metrics in found for key, value in metrics.items()}
         dataset, own = one_set(self.eval_dataset, eval_dataset, self.tokenize)
+        if not own:
+            self.check_other(dataset)
         if self.reference is None:
             raise ConfigError(
                 "with beta: 0 and no eval_dataset the trainer holds no reference, which an evaluation measures the KL "

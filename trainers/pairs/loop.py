@@ -194,7 +194,9 @@ class PairTrainer(MicroBatchLists, Trainer):
 
     def prepare_other(self, dataset):
         """A dataset that was not given to the trainer, as its own are."""
-        return self.data.prepare(dataset, "eval")
+        rows = self.data.prepare(dataset, "eval")
+        self.check_other(rows)
+        return rows
 
     def evaluation_loop(self, dataloader, *args, **kwargs):
         self._eval_mean_length = float(trained_lengths(dataloader.dataset, "chosen_ids").mean())

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from trl.trainer.utils import add_fused_lm_head
 
 from align.data.labels import IGNORED
-from align.data.limits import check_fits
+from align.data.limits import check_fits, reader_of
 from align.data.streams import is_stream
 from align.distributed.shards import outputs_as_computed
 from align.errors import ConfigError
@@ -47,7 +47,9 @@ class SupervisedReference:
         self.is_start = ref_model is None
         core = language_model(self.held.model)
         share_factors(core, trainer.model)
-        if not self.is_start and not is_stream(trainer.train_dataset):
+        if not self.is_start and is_stream(trainer.train_dataset):
+            trainer.readers.append(reader_of(core, "reference"))
+        elif not self.is_start:
             check_fits(core, trainer.train_dataset, "training", trainer.processing_class, "reference")
         if not self.held.adapter_off:
             add_fused_lm_head(core)  # before it is sharded, as TRL adds it to the policy

@@ -112,6 +112,37 @@ def test_rows_beyond_the_models_positions(method, tokenizer, tmp_path):
         make(method, args, rows, tokenizer)
 
 
+@pytest.mark.parametrize("method", ["sft", "dpo", "reward", "remax"])
+def test_rows_that_only_an_evaluation_is_given(method, tokenizer, tmp_path):
+    """They ended in an index error, and positions that a rotary model does not have gave a number."""
+    rows, args = Dataset.from_list([PAIR] * 2), {"output_dir": str(tmp_path), "max_steps": 1, **QUIET}
+    last, known = tokenizer.convert_ids_to_tokens(len(tokenizer) - 1), len(tokenizer) - 1
+    evaluated = Dataset.from_list([{**PAIR, "prompt": f"describe the {last} : "}])
+    args |= {"beta": 0.1} if method == "remax" else {}
+    trainer = make(method, args, rows, tokenizer, vocab_size=known)
+    for given in (evaluated, {"more": evaluated}):
+        with pytest.raises(DataError, match=rf"row 0 of the evaluation data has token {known} \({last}\)"):
+            trainer.evaluate(given)
+    if method == "dpo":
+        with pytest.raises(DataError, match=rf"row 0 of the evaluation data has token {known} \({last}\)"):
+            trainer.predict(evaluated)
+    if method != "remax":  # of prompts too long is another check
+        trainer = make(method, args, rows, tokenizer, max_position_embeddings=20)
+        with pytest.raises(DataError, match=r"1 rows of the evaluation data are longer than the 20 tokens"):
+            trainer.evaluate(Dataset.from_list([LONG]))
+
+
+@pytest.mark.parametrize("given", ["stream", "evaluation"])
+def test_rows_that_the_reference_cannot_take(given, tokenizer, tmp_path):
+    args = DPOConfig(output_dir=str(tmp_path), max_steps=1, **QUIET)
+    rows, few = Dataset.from_list([PAIR]), tiny_model(tokenizer, max_position_embeddings=20)
+    long, model = Dataset.from_list([{**PAIR, "chosen": "rose " * 30}]), tiny_model(tokenizer)
+    train = long.to_iterable_dataset() if given == "stream" else rows
+    trainer = DPOTrainer(model, args, train, processing_class=tokenizer, ref_model=few)
+    with pytest.raises(DataError, match="(row 0 of the stream has .* the reference takes 20|20 tokens that the ref)"):
+        trainer.train() if given == "stream" else trainer.evaluate(long)
+
+
 @pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
 @pytest.mark.parametrize("streamed", [False, True], ids=["rows", "stream"])
 def test_packed_rows_whose_documents_fit(strategy, streamed, tokenizer, tmp_path):
