@@ -58,6 +58,9 @@ class JsonServer:
     """
 
     load: tuple[str, ...] = ("concurrency",)  # what a server that is too slow wants lowered
+    elsewhere: tuple[str, ...] = (  # of `align.modeling.fingerprint.mark`
+        "url", "shown", "session", "concurrency", "timeout", "retries", "backoff", "deadline",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -75,6 +78,7 @@ class JsonServer:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(f"{what}: url must be http://... or https://..., got {masked_text(url)!r}")
         self.shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"  # without secrets
+        self.route = parts.path
         check_whole(what, concurrency=(concurrency, 1), retries=(retries, 0))
         if not timeout > 0 or backoff < 0:
             raise ConfigError(f"{what}: timeout must be > 0 and backoff >= 0, got {timeout} and {backoff}")

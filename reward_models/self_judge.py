@@ -32,6 +32,8 @@ class SelfJudge:
         name: in errors. template: a file with {prompt}, {first} and {second}. max_tokens: of its words.
     """
 
+    elsewhere = ("engine", "tokenizer", "room")  # of `align.modeling.fingerprint.mark`: they are the trainer's
+
     def __init__(self, name: str, *, template: str | None = None, max_tokens: int = 64):
         self.name, self.max_tokens = name, max_tokens
         self.template = read_template(template, f"reward {name!r}")

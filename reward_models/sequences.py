@@ -32,6 +32,8 @@ class SequenceEncoder:
     None for no limit. max_length: longer sequences lose the start of their prompt; None: they are an error.
     """
 
+    elsewhere = ("longest",)  # of `align.modeling.fingerprint.mark`: a server says it, and scores do not depend on it
+
     def __init__(
         self,
         name: str,

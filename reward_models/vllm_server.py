@@ -1,6 +1,7 @@
 """Rewards that a classifier gives on a vLLM server."""
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 from urllib.parse import urlsplit
@@ -12,7 +13,7 @@ from align.modeling.adapters import is_adapter
 from align.modeling.load import load_tokenizer
 from align.modeling.pretrained import check_one_label, from_pretrained
 from align.modeling.score_head import reads_end_token
-from align.reward_models.base import RewardBatch, RewardOutput
+from align.reward_models.base import Reward, RewardBatch, RewardOutput
 from align.reward_models.normalizer import choose_normalizer
 from align.reward_models.remote import AskingForScores, ScoreServer
 from align.reward_models.rules import not_numbers
@@ -43,7 +44,8 @@ class VllmReward(ScoreServer):
 
     The server is asked for its models, once, before the first completions are scored or their room is checked: vLLM
     wants its key there, and not where it classifies. Then it scores a few fixed sequences, and again beside every
-    request: a server that was started anew with another model has other scores for them, whatever its name.
+    request: a server that was started anew with another model has other scores for them, whatever its name. A resumed
+    run compares them with those that the run had before (`check_as_before`).
 
     Args:
         url: of the server, http://localhost:8000 say; its routes may stand behind it.
@@ -52,6 +54,8 @@ class VllmReward(ScoreServer):
         policy_tokenizer, normalize, max_length: of `ClassifierReward`.
         name: default: the folder's. headers, batch_size, concurrency, timeout, retries, backoff: of `ScoreServer`.
     """
+
+    elsewhere = (*ScoreServer.elsewhere, "route", "listing", "path", "model", "known")
 
     def __init__(
         self,
@@ -144,15 +148,30 @@ class VllmReward(ScoreServer):
 
     def read(self, answer: Any, where: str) -> list:
         scores = self._scores(answer, where)
-        again = known_scores(scores[-KNOWN:], where)
         assert self.known is not None  # `_ready` has connected
-        if not (again - self.known).norm() <= SAME * self.known.norm():
-            raise RewardError(
-                f"{where}: the server has another model than when this run first asked it: {KNOWN} fixed sequences had "
-                f"the scores {listed(self.known)} and have {listed(again)}. Start it with the model of `path` "
-                f"({self.path}) again, then resume the run"
-            )
+        again = known_scores(scores[-KNOWN:], where)
+        self._check_same(self.known, again, where, "when this run first asked it", "then resume the run")
         return scores[:-KNOWN]
+
+    def check_as_before(self, before: list[float] | None) -> None:
+        """Of a resumed run. RewardError where the server has another model now. before: `known` of the run that is
+        resumed, None if it never asked."""
+        if before is None:
+            return
+        self.connect()
+        where, known = f"reward {self.name!r} at {self.shown}", torch.tensor(before, dtype=torch.float64)
+        assert self.known is not None
+        self._check_same(
+            known, self.known, where, "the run that is resumed had", "or allow the change: resume_changes: [rewards]"
+        )
+
+    def _check_same(self, before: torch.Tensor, now: torch.Tensor, where: str, when: str, remedy: str) -> None:
+        if not (now - before).norm() <= SAME * before.norm():
+            raise RewardError(
+                f"{where}: the server has another model than {when}: {KNOWN} fixed sequences had the scores "
+                f"{listed(before)} and have {listed(now)}. Start it with the model of `path` ({self.path}) again, "
+                + remedy
+            )
 
     def _scores(self, answer: Any, where: str) -> list:
         found = answer.get("data") if isinstance(answer, dict) else None
@@ -169,6 +188,14 @@ class VllmReward(ScoreServer):
 
     def remedy(self, status: int) -> str:
         return REMEDIES.get(status) or super().remedy(status)
+
+
+def served_among(rewards: Iterable[Reward]) -> list[VllmReward]:
+    """Those of a vLLM server, members and parts too, in order."""
+    found: list[VllmReward] = []
+    for reward in rewards:
+        found += [reward] if isinstance(reward, VllmReward) else served_among(reward.parts())
+    return found
 
 
 def known_scores(found: list, where: str) -> torch.Tensor:

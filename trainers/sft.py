@@ -235,6 +235,10 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
             count = self.implicit.prepare(self.model_wrapped, batches, device)
         return batches, count
 
+    def further_identity(self) -> dict:
+        method = self.selection or self.implicit
+        return {**super().further_identity(), **({} if method is None else method.reference.identity())}
+
     def extra_state(self) -> dict:
         method = self.selection or self.implicit
         of_reference = {} if method is None else method.reference.state()

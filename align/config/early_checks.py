@@ -8,7 +8,9 @@ from align.config.names import nearest
 from align.errors import ConfigError
 from align.lazy import check_place
 
-COMPARED = ("method", "model", "adapter", "data", "rope_factors", "rewards", "gold_reward", "rows_per_step")
+COMPARED = (
+    "method", "model", "adapter", "data", "rope_factors", "reference", "rewards", "gold_reward", "rows_per_step",
+)  # fmt: skip
 """What a resumed run is compared by beside its options (`align.trainers.core.identity`)."""
 
 DEFAULT_FOLDER = "trainer_output"  # transformers'

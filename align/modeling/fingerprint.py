@@ -3,12 +3,13 @@
 import functools
 import hashlib
 import inspect
-import marshal
+import re
 import types
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -17,19 +18,53 @@ from align.modeling.elsewhere import Elsewhere
 
 # attributes that say where and in what portions something is computed, or what happened so far, not what is computed
 PLACES = ("device", "batch_size", "batch_tokens", "model_folders", "calls", "history", "offloaded", "placement")
+HOLDERS = (types.FunctionType, types.MethodType, functools.partial, dict, list, tuple)
 
 
-def fingerprint(value: Any, *, sampled: bool = False) -> str:
-    """A hexadecimal digest of `value`: a reward, or anything that one is made of. sampled: at most 64 numbers of each
-    tensor are read, so that a large model costs nothing.
+def fingerprint(value: Any) -> str:
+    """A hexadecimal digest of `value`: a reward, or anything that one is made of.
 
     Models count by their weights and configuration, tokenizers by vocabulary and template, functions by the text of
     their file and by what they have bound. Raises `RewardError` for a value whose meaning cannot be read off (an open
     connection, say).
     """
+    return _read(value, sampled=False)
+
+
+def mark(value: Any) -> str:
+    """The same of whatever there is, at little cost: at most 64 numbers of each tensor are read, and a part that has no
+    fingerprint, such as a lock or an open connection, counts by its kind. What else such a part holds counts where it
+    is a function, a list or an object of this library, or is held by one of these.
+
+    A class of this library names in `elsewhere` the attributes that say where something is asked, and how patiently.
+    """
+    return _marked(value, set(), True)
+
+
+def _read(value: Any, sampled: bool) -> str:
     digest = hashlib.blake2b(digest_size=16)
     _add(digest.update, value, set(), {}, sampled)
     return digest.hexdigest()
+
+
+def _marked(value: Any, above: set[int], inside: bool) -> str:
+    """inside: whether the parts of a value without fingerprint count. above: ids of the objects that hold it."""
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    if id(value) in above:
+        return "again"
+    try:
+        return _read(value, sampled=True)
+    except (RewardError, RecursionError):
+        if not inside:
+            return kind
+    try:
+        parts = list(_parts(value, True))
+    except RewardError:
+        return kind
+    passed_on = isinstance(value, HOLDERS) or type(value).__module__.startswith("align.")
+    above = above | {id(value)}
+    found = [f"{name}={_marked(part, above, passed_on)}" for name, part in parts]
+    return hashlib.blake2b("\n".join([kind, *found]).encode(), digest_size=16).hexdigest()
 
 
 def model_mark(model: nn.Module) -> str:
@@ -90,6 +125,10 @@ def _parts(value: Any, sampled: bool):
         yield from sorted(value.state_dict().items())
         if isinstance(getattr(value, "config", None), PretrainedConfig):
             yield "config", value.config
+    elif isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
+        yield from [("shape", str(value.shape)), ("dtype", str(value.dtype)), ("bytes", value.tobytes())]
+    elif isinstance(value, re.Pattern):
+        yield from [("pattern", value.pattern), ("flags", value.flags)]
     elif isinstance(value, PretrainedConfig):
         yield "json", value.to_json_string(use_diff=False)
     elif isinstance(value, PreTrainedTokenizerBase):
@@ -111,16 +150,34 @@ def _parts(value: Any, sampled: bool):
     elif isinstance(value, (set, frozenset)):
         yield from enumerate(sorted(map(fingerprint, value)))
     elif hasattr(value, "__dict__"):
+        left_out = PLACES + (getattr(type(value), "elsewhere", ()) if sampled else ())
         yield "code", _code(type(value))
-        yield from sorted((name, part) for name, part in vars(value).items() if name not in PLACES)
+        yield from sorted((name, part) for name, part in vars(value).items() if name not in left_out)
     else:
         raise RewardError(f"a {type(value).__name__} has no fingerprint: nothing tells when it changes")
 
 
 def _code(thing: Any) -> str | bytes:
     """The text of the file that `thing` was written in (what it calls is mostly there too), or its byte code."""
-    try:
-        return Path(inspect.getsourcefile(thing) or "").read_text(encoding="utf-8")
-    except (TypeError, OSError):
-        code = getattr(thing, "__code__", None)
-        return "" if code is None else marshal.dumps(code, 2)  # later formats depend on reference counts
+    functions = [part for part in vars(thing).values() if inspect.isfunction(part)] if isinstance(thing, type) else []
+    texts = []
+    for place in (*functions, thing):  # Python finds a class by the name of its module alone, which may be another's
+        try:
+            texts.append(Path(inspect.getsourcefile(place) or "").read_text(encoding="utf-8"))
+        except (TypeError, OSError):
+            pass
+    codes = [part.__code__ for part in (*functions, thing) if hasattr(part, "__code__")]
+    return "".join(dict.fromkeys(texts)) or b"".join(map(_byte_code, codes))
+
+
+def _byte_code(code: types.CodeType) -> bytes:
+    """Without the name of its cell of a notebook and the like, and in an order of its own where sets have none."""
+    constants = [
+        _byte_code(one)
+        if isinstance(one, types.CodeType)
+        else sorted(map(repr, one))
+        if isinstance(one, frozenset)
+        else one
+        for one in code.co_consts
+    ]
+    return repr((code.co_code, code.co_names, constants)).encode()

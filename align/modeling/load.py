@@ -40,6 +40,7 @@ from align.modeling.score_head import head_name
 from align.modeling.shared_prefix import compute_soft_caps
 from align.modeling.text_part import adapter_of_text, freeze_unreached, never_trained
 from align.modeling.types import Model
+from align.modeling.weights_digest import weights_digest
 
 logger = logging.getLogger(__name__)
 
@@ -247,11 +248,15 @@ def hold_modules_in_float32(model: Model, *, autocast: bool) -> None:
 
 
 class Reference:
-    """The frozen policy that KL is measured to: a copy, a model given, or the policy with its adapter switched off."""
+    """The frozen policy that KL is measured to: a copy, a model given, or the policy with its adapter switched off.
+
+    digest: of the weights of a model of its own, from `prepare` on.
+    """
 
     def __init__(self, model: Model, *, adapter_off: bool):
         self.model = model
         self.adapter_off = adapter_off
+        self.digest: str | None = None
 
     def prepare(self, accelerator) -> None:
         """Place a model of its own like the policy (device, precision, shards). Nothing to do for an adapter."""
@@ -259,6 +264,7 @@ class Reference:
 
         if self.adapter_off:
             return
+        self.digest = weights_digest(self.model, adapters=True)
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
             from trl.models import prepare_deepspeed
 

@@ -10,7 +10,7 @@ from accelerate import PartialState
 from torch import nn
 
 from align.errors import AlignError, RewardError
-from align.modeling.fingerprint import fingerprint
+from align.modeling.fingerprint import mark
 from align.reward_models.base import RewardBatch, score_together
 from align.reward_models.build import build_reward
 from align.reward_models.by_model import ModelReward
@@ -89,7 +89,7 @@ def compare(folder: Path, rank: int) -> dict:
     found: dict = {}
     for name, (everywhere, placed) in specs(folder).items():
         reward = build_reward(everywhere, tokenizer=worlds.tokenizer())
-        mark = fingerprint(reward, sampled=True)
+        first = mark(reward)
         outputs = {share: reward.score(batch_of(rank, share), partial=True) for share in SHARES if share != "empty"}
         if rank == 1:
             outputs["empty"] = reward.score(batch_of(rank, "empty"), partial=True)
@@ -98,7 +98,7 @@ def compare(folder: Path, rank: int) -> dict:
         before = parameters()
         reward = build_reward(placed, tokenizer=worlds.tokenizer())
         held = parameters() - before
-        checks = {"placed": reward.placed, "mark": fingerprint(reward, sampled=True) == mark}
+        checks = {"placed": reward.placed, "mark": mark(reward) == first}
         for share in SHARES:
             made = reward.score(batch_of(rank, share), partial=True)
             if share in outputs:

@@ -3,29 +3,22 @@
 It is written to each checkpoint as `align_run.json` and compared before a run resumes from it.
 """
 
-import hashlib
 import json
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
 from align.config.arguments import instead_of
 from align.data.endless import EndlessRows
 from align.data.fingerprint import rows_digest
 from align.data.streams import LOOKED_AT
-from align.distributed.shards import is_zero3, whole
-from align.errors import RewardError, TrainingError
-from align.modeling.adapters import PREFIX
-from align.modeling.fingerprint import fingerprint
+from align.errors import TrainingError
 
 FILE_NAME = "align_run.json"
-SAMPLES = 64
 
 # Settings that a resumed run may change: they say how long it trains, where something is kept or shown, when it is
 # evaluated, and in what portions or with what memory the same result is computed.
@@ -76,27 +69,6 @@ def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, set) else str(value)
 
 
-def weights_digest(model: nn.Module) -> str:
-    """Of names, shapes and samples of the weights that a run starts from, new adapters left out; before FSDP shards
-    them. All processes must call it together."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name or "modules_to_save" in name:
-            continue
-        name = name.removeprefix(PREFIX).replace(".base_layer", "")
-        value = whole(parameter) if is_zero3([parameter]) else parameter
-        digest.update(f"{name} {tuple(value.shape)};".encode())
-        digest.update(_samples(value))
-    return digest.hexdigest()
-
-
-def _samples(value: Tensor) -> bytes:
-    if isinstance(value, DTensor) or value.is_meta or not value.numel():
-        return b""
-    flat = value.detach().flatten()
-    return flat[:: max(len(flat) // SAMPLES, 1)][:SAMPLES].to("cpu", torch.float64).numpy().tobytes()
-
-
 def adapter_settings(model: nn.Module) -> dict | None:
     """What a PEFT model's config says of the adapter that is trained."""
     config = getattr(model, "peft_config", {}).get("default")
@@ -104,14 +76,6 @@ def adapter_settings(model: nn.Module) -> dict | None:
         return None
     found = {key: value for key, value in config.to_dict().items() if key not in NOT_OF_ADAPTER}
     return json.loads(json.dumps(found, default=_plain))
-
-
-def mark_of(reward) -> str:
-    """A digest of a reward: settings, code, samples of the weights. Of one that has none (a connection): its kind."""
-    try:
-        return fingerprint(reward, sampled=True)
-    except RewardError:
-        return type(reward).__name__
 
 
 def data_digest(dataset) -> str | None:

@@ -67,6 +67,12 @@ def check_same_start(
     )
 
 
+def named_reference_identity(reference: Reference | None, named: bool) -> dict[str, str]:
+    """Of a run whose reference is `named`: its weights. One that is not is the model that the run starts from."""
+    digest = None if reference is None else reference.digest
+    return {"reference": digest} if named and digest is not None else {}
+
+
 def reference_probe(reference: Reference, device: torch.device) -> Tensor:
     """Log-probs of fixed tokens under the reference, [15]: they tell one reference from another."""
     vocabulary = language_model(reference.model).config.get_text_config().vocab_size

@@ -30,6 +30,7 @@ from align.errors import ConfigError, DataError, TrainingError
 from align.modeling.adapters import adapter_start, check_overlap, notes, split
 from align.modeling.load import hold_modules_in_float32
 from align.modeling.rotary import LONG, factors_of
+from align.modeling.weights_digest import weights_digest
 from align.trainers.core import card, guards, identity, saving, trackers
 from align.trainers.core.checkpoints import Resumed, choose_checkpoint, layout_of, read_checkpoint, write_extra_state
 from align.trainers.core.console import LogFile, replace_printing, show_while_there_are_bars
@@ -120,7 +121,7 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
         by_first(lambda: saving.check_base(self.model, self.args.output_dir))
         if isinstance(self.model, PreTrainedModel | PeftModel):
             self.model.add_model_tags(self._tag_names)  # for the hub
-        self._start_digest = identity.weights_digest(self.model)
+        self._start_digest = weights_digest(self.model)
         if self.args.data_seed is None:
             # Otherwise accelerate shuffles by torch's current seed, which other code may set, and a resumed run might
             # see other batches.

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from align.data.limits import check_reads, known_tokens, longest_of
+from align.distributed.ranks import in_all
 from align.errors import ConfigError
+from align.modeling.fingerprint import mark
 from align.modeling.load import Reference
 from align.modeling.rotary import choose_factors
 from align.objectives.policy_loss import PolicyLoss
 from align.reward_models.base import Reward
-from align.trainers.core.identity import mark_of
+from align.reward_models.vllm_server import VllmReward, served_among
 from align.trainers.core.micro_batches import MicroBatchLists
 from align.trainers.core.moving_reference import MovingReference
 from align.trainers.core.ranks import Ranks
@@ -25,6 +27,7 @@ from align.trainers.core.reference_checks import (
     check_same_start,
     computes_exactly,
     logp_tolerance,
+    named_reference_identity,
     reference_probe,
 )
 from align.trainers.on_policy.ahead import RolloutsAhead
@@ -314,7 +317,8 @@ class OnPolicyBase(MicroBatchLists, Trainer):
 
     def further_identity(self) -> dict:
         columns = {"rewards": self.rewards} | ({} if self.gold is None else {"gold_reward": self.gold})
-        return {key: {reward.name: mark_of(reward) for reward in value.rewards} for key, value in columns.items()}
+        rewards = {key: {reward.name: mark(reward) for reward in value.rewards} for key, value in columns.items()}
+        return rewards | named_reference_identity(self.reference, not self.check_start)
 
     def further_facts(self) -> dict[str, str]:
         weights = self.rewards.weights.items()
@@ -325,6 +329,7 @@ class OnPolicyBase(MicroBatchLists, Trainer):
         inside = self.state.global_step % self.args.steps_per_rollout != 0
         return {
             "reference": None if self.reference is None else reference_probe(self.reference, self.args.device),
+            "served": [None if one.known is None else one.known.tolist() for one in self._served()],
             "weighting": self.weighting.state_dict(),
             "kl_controller": self.kl.state_dict(),
             "search": None if self.search is None else self.search.state_dict(),
@@ -347,7 +352,10 @@ class OnPolicyBase(MicroBatchLists, Trainer):
         """Restore what a checkpoint holds beyond model and optimiser: `extra_state`, and the files in its folder."""
         if self.moving is not None:
             self.moving.load(folder)
-        if self.reference is not None and state["reference"] is not None:
+        changes = {name.partition(".")[0] for name in self.args.resume_changes or []}
+        if not changes & {"rewards", "gold_reward"}:
+            in_all(lambda: self._check_served(state.get("served") or []))
+        if self.reference is not None and state["reference"] is not None and "reference" not in changes:
             probe = reference_probe(self.reference, self.args.device)
             check_reference(probe, state["reference"], logp_tolerance(self.accelerator, self.model))
         self.weighting.load_state_dict(state["weighting"])
@@ -363,6 +371,13 @@ class OnPolicyBase(MicroBatchLists, Trainer):
         check_position(self.buffer, self.state.global_step, self.args.steps_per_rollout)
         if self.critic is not None:
             self.critic.load(folder)
+
+    def _served(self) -> list[VllmReward]:
+        return served_among([*self.rewards.rewards, *(() if self.gold is None else self.gold.rewards)])
+
+    def _check_served(self, before: list[list[float] | None]) -> None:
+        for reward, known in zip(self._served(), before, strict=False):  # none of an older version
+            reward.check_as_before(known)
 
     def save_further_files(self, folder: Path) -> None:
         if self.critic is not None:

@@ -38,6 +38,7 @@ from align.trainers.core.reference_checks import (
     check_reference,
     check_same_start,
     logp_tolerance,
+    named_reference_identity,
     reference_probe,
 )
 from align.trainers.pairs.config import PreferenceConfig
@@ -364,7 +365,7 @@ class PreferenceTrainer(PairTrainer):
     def further_identity(self) -> dict:
         """With `across_pairs` the pairs of a micro-batch decide the loss, and not the step's alone."""
         pairs = {"per_device_train_batch_size": self.args.per_device_train_batch_size} if self.across_pairs else {}
-        return super().further_identity() | pairs
+        return super().further_identity() | pairs | named_reference_identity(self.reference, not self.check_start)
 
     def extra_state(self) -> dict:
         """What tells the reference of this run from another: its log-probs of fixed tokens, or of the cached ones the
@@ -381,6 +382,8 @@ class PreferenceTrainer(PairTrainer):
         if self.moving is not None and self.resume_folder is not None:
             self.moving.load(self.resume_folder)
         before, now = state["reference"], self.extra_state()["reference"]
+        if "reference" in (self.args.resume_changes or []):
+            return
         if isinstance(before, Tensor) and isinstance(now, Tensor):
             check_reference(now, before, self.logp_tolerance)
         elif isinstance(before, Tensor) or isinstance(now, Tensor) or before != now:

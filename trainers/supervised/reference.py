@@ -15,7 +15,12 @@ from align.modeling.load import Reference
 from align.modeling.logprobs import language_model
 from align.modeling.rotary import share_factors
 from align.modeling.types import Model
-from align.trainers.core.reference_checks import check_reference, logp_tolerance, reference_probe
+from align.trainers.core.reference_checks import (
+    check_reference,
+    logp_tolerance,
+    named_reference_identity,
+    reference_probe,
+)
 from align.trainers.pairs.reference import load_reference, make_reference
 
 
@@ -72,13 +77,17 @@ class SupervisedReference:
             model.train(training)
         return outputs.log_probs.float()
 
+    def identity(self) -> dict[str, str]:
+        return named_reference_identity(self.held, not self.is_start)
+
     def state(self) -> dict[str, Tensor]:
         """What tells this reference from another in a checkpoint."""
         return {"reference": reference_probe(self.held, self.trainer.args.device)}
 
     def check_resumed(self) -> None:
         """Of a resumed run, once: it has the reference of the run that is resumed."""
-        if not self._checked and self.trainer.resume_state is not None:
+        changed = "reference" in (self.trainer.args.resume_changes or [])
+        if not self._checked and self.trainer.resume_state is not None and not changed:
             check_reference(self.state()["reference"], self.trainer.resume_state["reference"], self.tolerance)
         self._checked = True
 
