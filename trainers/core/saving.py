@@ -2,20 +2,23 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from accelerate.utils.constants import FSDP_MODEL_NAME, OPTIMIZER_NAME
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 
 from align.data.ending import generation_with_ends
 from align.distributed.disk import open_to_others, writing
-from align.distributed.ranks import raise_shared
+from align.distributed.ranks import in_all, raise_shared
 from align.distributed.shards import is_zero3
-from align.errors import ConfigError, TrainingError
+from align.errors import AlignError, ConfigError, TrainingError, one_line
 from align.modeling.adapters import (
     CONFIG_FILE,
     NOTES_FILE,
@@ -151,7 +154,7 @@ def declared_later(args: Any):
 
 
 class DiskErrors:
-    """What the disk said to this process while a checkpoint is written.
+    """What the disk said to this process while a checkpoint is written, or what else went wrong in its own part.
 
     It must not leave transformers' save, in which others are in a collective then, or come to one: they would wait for
     this process until `ddp_timeout`. So it goes on, and all end together when everything else is written.
@@ -159,7 +162,7 @@ class DiskErrors:
 
     def __init__(self, folder: str | Path):
         self.folder = folder
-        self.found: TrainingError | None = None
+        self.found: AlignError | None = None
 
     def keep(self, write: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`write(*args, **kwargs)`, or None where the disk does not take it."""
@@ -173,6 +176,23 @@ class DiskErrors:
             self.found = self.found or error
             return None
 
+    def keep_any(self, write: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The same of whatever goes wrong in what this process does alone."""
+        try:
+            return self.keep(write, *args, **kwargs)
+        except AlignError as error:
+            self.found = self.found or error
+        except Exception as error:
+            if not dist.is_initialized():
+                raise
+            failure = TrainingError(
+                f"process {dist.get_rank()} could not write its part of {self.folder}: {type(error).__name__}: "
+                f"{one_line(error)}"
+            )
+            failure.__cause__ = error
+            self.found = self.found or failure
+        return None
+
     def raise_in_all(self) -> None:
         """All processes must call it."""
         raise_shared(self.found)
@@ -180,19 +200,41 @@ class DiskErrors:
 
 @contextmanager
 def errors_kept(trainer: Any, folder: str | Path) -> Iterator[DiskErrors]:
-    """Inside, neither the trainer's `_save` nor `torch.save` raises an error of the disk, for which transformers' save
-    has no other place."""
+    """Inside, neither the trainer's `_save` nor `torch.save` raises an error, for which transformers' save has no other
+    place."""
     errors, save = DiskErrors(folder), torch.save
 
     def kept(*args: Any, **kwargs: Any) -> None:
         if errors.found is None:  # on a full disk further files fail in further ways
-            errors.keep(save, *args, **kwargs)
+            errors.keep_any(save, *args, **kwargs)
 
     trainer.disk_errors, torch.save = errors, kept
     try:
         yield errors
     finally:
         trainer.disk_errors, torch.save = None, save
+
+
+def begin_folder(trainer: Any, folder: Path) -> None:
+    """An empty folder for a checkpoint, there for every process: transformers' save makes it between its collectives.
+    Where one process cannot, its error in all."""
+    parts, args = [folder], trainer.args
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    if plugin is not None and plugin.state_dict_type.name == "SHARDED_STATE_DICT" and not args.save_only_model:
+        parts += [folder / f"{name}_0" for name in (FSDP_MODEL_NAME, OPTIMIZER_NAME)]
+
+    def clear() -> None:
+        with writing(folder):
+            if args.should_save and folder.exists():  # damaged, or of an earlier run
+                shutil.rmtree(folder)
+
+    def make() -> None:
+        with writing(folder):
+            for part in parts:
+                part.mkdir(parents=True, exist_ok=True)
+
+    in_all(clear)
+    in_all(make)
 
 
 def finish_folder(folder: str | Path, model: Model, tokenizer: Any = None) -> None:

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
@@ -237,7 +236,7 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
             super()._save(output_dir, state_dict)
             return
         if self.disk_errors is not None:
-            self.disk_errors.keep(self._save_checked, output_dir, state_dict)
+            self.disk_errors.keep_any(self._save_checked, output_dir, state_dict)
             return
         with writing(output_dir or self.args.output_dir):
             self._save_checked(output_dir, state_dict)
@@ -319,16 +318,14 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
         in_all(lambda: guards.check_weights(self.model.parameters(), step))  # of which each may have a shard
         run_dir = self._get_output_dir(trial=trial)
         folder = Path(run_dir) / f"checkpoint-{step}"
-        if args.should_save and folder.exists():  # damaged, or of an earlier run
-            shutil.rmtree(folder)
-        self.accelerator.wait_for_everyone()
+        saving.begin_folder(self, folder)
         with saving.declared_later(args) as (limit, push), saving.errors_kept(self, folder) as errors:
             errors.keep(super()._save_checkpoint, model, trial)
             state = self.extra_state()
-            errors.keep(write_extra_state, folder, state, model_only=args.save_only_model, **self._place)
-            errors.keep(self.save_further_files, folder)
+            errors.keep_any(write_extra_state, folder, state, model_only=args.save_only_model, **self._place)
+            errors.keep_any(self.save_further_files, folder)
             if args.should_save:
-                errors.keep(identity.write_identity, folder, self._identity)
+                errors.keep_any(identity.write_identity, folder, self._identity)
         errors.raise_in_all()
         rotated = run_dir, step, limit, self.state.best_model_checkpoint
         # with a limit of 1 transformers deletes the last one when training ends, and the best alone is left
@@ -336,7 +333,7 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
         share = writing(folder)(partial(checksums, folder, flushed=flushed, **self._place))
         shares = gather_object([in_all(share)])
         if args.should_save:
-            errors.keep(write_manifest, folder, {name: entry for share in shares for name, entry in share.items()})
+            errors.keep_any(write_manifest, folder, {name: entry for share in shares for name, entry in share.items()})
         errors.raise_in_all()
         if args.should_save:
             remove_older(*rotated)

@@ -1,10 +1,12 @@
-"""Runs of which one process finds the disk full while a checkpoint is written: in transformers' save, where the others
-go on to its next collective, in a file of ours, or when it is flushed. Run as a script on two processes: policy, folder
-and, for some of them alone, names of `CASES`."""
+"""Runs of which one process finds the disk full, or fails otherwise, while a checkpoint is written: before its folder
+is there, in transformers' save, where the others go on to its next collective, in a file of ours, or when it is
+flushed. Run as a script on two processes: policy, folder and, for some of them alone, names of `CASES`."""
 
 import errno
 import os
+import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -26,6 +28,9 @@ CASES = {  # setup, the rank whose disk is full, the file that it cannot write
     "flush": ("ddp", 1, "flush"),
     "weights, fsdp2": ("fsdp2", 0, "pytorch_model_fsdp.bin"),
     "shards, fsdp2": ("fsdp2", 1, ".distcp"),
+    "folder, fsdp2": ("fsdp2", 0, "folder"),
+    "older folder, fsdp2": ("fsdp2", 0, "older"),
+    "no memory, fsdp2": ("fsdp2", 0, "memory"),
 }
 
 
@@ -33,10 +38,23 @@ def full(*args, **kwargs) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@contextmanager
+def without_folders():
+    """Whoever makes one."""
+    with mock.patch.object(os, "makedirs", full), mock.patch.object(Path, "mkdir", full):
+        yield
+
+
 def without(file: str):
     """A disk on which there is no room for the file."""
     if file == "model":
         return mock.patch.object(PreTrainedModel, "save_pretrained", full)
+    if file == "memory":
+        return mock.patch.object(PreTrainedModel, "save_pretrained", mock.Mock(side_effect=MemoryError("no memory")))
+    if file == "folder":
+        return without_folders()
+    if file == "older":
+        return mock.patch.object(shutil, "rmtree", full)
     if file == "flush":
         return mock.patch.object(os, "fsync", full)
     if file.startswith("align_manifest"):
@@ -58,6 +76,8 @@ def run(policy: str, folder: Path, setup: str, rank: int, file: str) -> str:
         train = trainer._save_checkpoint
 
         def second(*given):
+            if file == "older" and trainer.state.global_step == 2 and dist.get_rank() == rank:
+                (folder / "checkpoint-2").mkdir(exist_ok=True)
             with without(file) if trainer.state.global_step == 2 and dist.get_rank() == rank else mock.MagicMock():
                 train(*given)
 

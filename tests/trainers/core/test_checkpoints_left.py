@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -133,11 +134,15 @@ def test_a_disk_that_fails_then_leaves_the_older_one(policy, tmp_path, monkeypat
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
 
 
+FULL = "cannot be written: No space left"
+
+
 def test_a_disk_that_is_full_for_one_process_ends_all(policy, tmp_path):
     """The others waited for it in a collective until it was gone, and named the network."""
     for found in run_on_two("tests.trainers.core.full_disk_ranks", tmp_path, policy):
         for case, said in found.items():
-            assert "checkpoint-2" in said and "cannot be written: No space left" in said, (case, said)
+            why = "process 0 could not write its part of .*: MemoryError: no memory" if "memory" in case else FULL
+            assert "checkpoint-2" in said and re.search(why, said), (case, said)
             assert newest_whole(tmp_path / case).name == "checkpoint-1"
 
 
