@@ -74,7 +74,7 @@ def test_a_server_that_comes_back_as_another_one_is_named(answering, tmp_path):
     """Before it is given weights, of which it would say in words of its own that they do not fit."""
     Handler, url = answering
     worker = {"reason": None, "parts": {"other": []}, "max_num_seqs": 1, "adapters": [], "dtype": "float32"}
-    known = {"align_label": "", "align_describe": {**worker, "device": "cpu", "gpu": None}}
+    known = {"align_label": "", "align_describe": {**worker, "device": "cpu", "gpu": None, "config": {}}}
 
     def answers(self, body):
         results = [known[json.loads(body)["method"]]] if body else []
@@ -143,10 +143,11 @@ def test_a_server_that_is_being_ended_is_lost_though_it_says_that_it_is_healthy(
 
 
 def test_a_server_that_was_started_anew_is_probed_at_the_next_push(answering, tmp_path, monkeypatch):
-    """Weights and shapes are right where the configuration is another one."""
+    """Weights and shapes are right where the configuration is another one; another one of the model's is refused at
+    once, before anything is drawn from it."""
     Handler, url = answering
     worker = {"reason": None, "parts": {"weight": []}, "max_num_seqs": 1, "adapters": [], "dtype": "float32"}
-    worker |= {"device": "cpu", "gpu": None}
+    worker |= {"device": "cpu", "gpu": None, "config": {"rope_theta": 1e4, "transformers_version": "5.16"}}
 
     def answers(self, body):
         asked = json.loads(body) if body else {}
@@ -161,9 +162,15 @@ def test_a_server_that_was_started_anew_is_probed_at_the_next_push(answering, tm
     monkeypatch.setattr(RolloutEngine, "push", lambda *args: "report")
     engine.probe = probed.append
     assert engine.push("model", 2) == "report" and not probed
-    asyncio.run(engine._with_session(partial(engine._come_back, Server(url, "key", 5.0))))
+    server = Server(url, "key", 5.0)
+    asyncio.run(engine._with_session(partial(engine._come_back, server)))
     engine.push("model", 3)
     assert engine.push("model", 4) == "report" and probed == ["model"]
+    worker["config"] = {"rope_theta": 1e4, "transformers_version": "5.17"}
+    asyncio.run(engine._with_session(partial(engine._come_back, server)))
+    worker["config"] = {"rope_theta": 1e6}
+    with pytest.raises(RolloutError, match=f"{url} came back with another conf.* .rope_theta: 10000.0 before, 1000000"):
+        asyncio.run(engine._with_session(partial(engine._come_back, server)))
 
 
 def test_what_this_process_does_itself_has_a_limit_too():

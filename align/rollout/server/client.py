@@ -95,7 +95,8 @@ def session() -> aiohttp.ClientSession:
 @dataclass
 class Server:
     """One server. parts: of each tensor, what its workers keep, in the order of the workers; dtype, device: of its
-    arithmetic; gpus: of its workers (`align_describe`). longest: tokens of a prompt and its completion together."""
+    arithmetic; gpus: of its workers (`align_describe`). longest: tokens of a prompt and its completion together.
+    config: the model's there; empty before it is described."""
 
     url: str
     key: str = field(repr=False)
@@ -104,6 +105,7 @@ class Server:
     adapters: list[str] = field(default_factory=list, repr=False)  # layers that can have one
     max_num_seqs: int = 1
     longest: int = 0
+    config: dict[str, Any] = field(default_factory=dict)
     dtype: str = ""
     device: str = ""
     gpus: list[str | None] = field(default_factory=list, repr=False)
@@ -216,6 +218,7 @@ class Server:
             self.max_num_seqs = min(worker["max_num_seqs"] for worker in workers)
             self.adapters, self.dtype, self.device = (workers[0][key] for key in ("adapters", "dtype", "device"))
             self.gpus = [worker["gpu"] for worker in workers]
+            self.config = workers[0]["config"]
         models = await self.call(http, "GET", "/v1/models")
         with self.understood("/v1/models"):
             self.longest = models["data"][0]["max_model_len"]

@@ -28,7 +28,7 @@ from align.rollout.identity import Fingerprints, check_identity, texts
 from align.rollout.server import client, delivery
 from align.rollout.server.client import Background, Server, ServerLost, session
 from align.rollout.server.completions import Answers, Call, balanced, check_label, check_not_taken, completed, sockets
-from align.rollout.server.fitting import check_fit, takes_adapter
+from align.rollout.server.fitting import check_as_before, check_fit, takes_adapter
 from align.rollout.server.folder import new_folder, remove_folder
 from align.rollout.server.options import MEMORY
 from align.rollout.server.transfer import Transfer, make_transfer
@@ -220,8 +220,10 @@ class ServerEngine(RolloutEngine):
                 self._transfer.close()  # of a group that has lost it
 
     async def _learn(self, server: Server, http: aiohttp.ClientSession) -> None:
+        before = server.config
         await server.describe(http)
         check_fit([server], **self._needs)
+        check_as_before(server, before)
         self._anew = True
 
     def _form(self, info: delivery.Told, beside: Callable[[], None]) -> None:

@@ -24,6 +24,10 @@ MERGED = (
 )
 
 
+OF_NO_RESULT = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"}
+"""Parts of a model's configuration that it does not compute with, or that are checked by themselves."""
+
+
 def check_fit(
     servers: list[Server],
     names: Iterable[str],
@@ -60,6 +64,22 @@ def check_fit(
                 f"the rollout server {server.url} takes {most} tokens and LongRoPE's factors for {theirs} sequences, "
                 f"this run {longest} and those for {ours} ones: start it with the config of this run"
             )
+
+
+def check_as_before(server: Server, before: dict) -> None:
+    """Raises `RolloutError` for a server that came back with another configuration of the model: what is drawn before
+    the next push, at which it is probed, would be another model's with the run's weights. before: what it had, empty
+    where it was not asked."""
+    now = server.config
+    changed = [
+        name for name in sorted((before.keys() | now.keys()) - OF_NO_RESULT) if before.get(name) != now.get(name)
+    ]
+    if before and changed:
+        shown = "; ".join(f"{name}: {before.get(name)!r:.80} before, {now.get(name)!r:.80} now" for name in changed)
+        raise RolloutError(
+            f"the rollout server {server.url} came back with another configuration of the model ({shown}): start it "
+            "with the config of this run, as before"
+        )
 
 
 def takes_adapter(model, servers: list[Server], folder: Path, dtype: torch.dtype) -> bool:

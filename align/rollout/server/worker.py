@@ -1,5 +1,6 @@
 """What runs inside a server's workers: weights received, and fingerprints of what the kernels read."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -132,7 +133,8 @@ class WorkerExtension:
     def align_describe(self) -> dict:
         """What a trainer has to know of this worker. parts: of each tensor, [size, stride, offset, dtype] of what is
         kept here; reason: why weights cannot be pushed, or None; adapters: the layers that can have one; dtype: of the
-        arithmetic, in which a few weights may be kept wider; device: "cpu" or "cuda"."""
+        arithmetic, in which a few weights may be kept wider; device: "cpu" or "cuda"; config: the model's, as vLLM has
+        it."""
         placement = self.weight_transfer_engine.placement
         if self.model_runner.device.type == "cpu":
             draw_by_row(self)
@@ -150,6 +152,7 @@ class WorkerExtension:
             "dtype": str(self.model_runner.model_config.dtype).removeprefix("torch."),
             "device": self.model_runner.device.type,
             "gpu": gpu_of(self.model_runner.device),
+            "config": json.loads(self.model_runner.model_config.hf_text_config.to_json_string(use_diff=False)),
         }
 
     def align_label(self, new: str | None = None) -> str:
