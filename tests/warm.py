@@ -28,13 +28,14 @@ SECONDS = 600
 _server: subprocess.Popen | None = None
 
 
-def run_ranks(module: str, *arguments: str, logs: Path, count: int = 2) -> list[str]:
+def run_ranks(module: str, *arguments: str, logs: Path, count: int = 2, killed: int | None = None) -> list[str]:
     """What the ranks of `python -m module arguments` print, which torchrun would start. Fails if one of them does.
 
-    module: or the path of a script. logs: a folder for what they print. count: one has no rank.
+    module: or the path of a script. logs: a folder for what they print. count: one has no rank. killed: the rank that
+    kills itself, after which the others are left to end by themselves.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    request = {"module": module, "arguments": arguments, "count": count, "logs": str(logs)}
+    request = {"module": module, "arguments": arguments, "count": count, "logs": str(logs), "killed": killed}
     server = _started()
     assert server.stdin and server.stdout
     server.stdin.write(json.dumps(request | {"environment": dict(os.environ)}) + "\n")
@@ -43,7 +44,8 @@ def run_ranks(module: str, *arguments: str, logs: Path, count: int = 2) -> list[
     printed = [(logs / f"rank{rank}.txt").read_text(errors="replace") for rank in range(count)]
     printed = [re.sub(r"\nExtension modules: .*", "", text) for text in printed]  # after the stacks of a crash: pages
     ended = json.loads(answer) if answer else "the process that starts them has ended"
-    assert ended == [0] * count, f"{module} ended with {ended}\n" + "\n".join(text[-6000:] for text in printed)
+    expected = [-signal.SIGKILL if rank == killed else 0 for rank in range(count)]
+    assert ended == expected, f"{module} ended with {ended}\n" + "\n".join(text[-6000:] for text in printed)
     return printed
 
 
@@ -85,6 +87,7 @@ def _run(request: dict) -> list[int]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     children = [_fork(request, rank, port) for rank in range(request["count"])]
+    killed = None if request["killed"] is None else children[request["killed"]]
     codes: dict[int, int] = {}
     end = time.monotonic() + SECONDS
     while len(codes) < len(children):
@@ -92,7 +95,8 @@ def _run(request: dict) -> list[int]:
             done, status = os.waitpid(child, os.WNOHANG)
             if done:
                 codes[child] = os.waitstatus_to_exitcode(status)
-        if any(codes.values()) or time.monotonic() > end:
+        failed = [code for child, code in codes.items() if code and (child, code) != (killed, -signal.SIGKILL)]
+        if failed or time.monotonic() > end:
             for child in set(children) - codes.keys():
                 os.kill(child, signal.SIGKILL)
                 codes[child] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
