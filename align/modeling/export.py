@@ -16,6 +16,7 @@ from align.distributed.checkpoints import whole_folder
 from align.distributed.disk import open_to_others, writing
 from align.errors import ConfigError, TrainingError
 from align.modeling.adapters import CONFIG_FILE, adapter_base, is_adapter, task_of
+from align.modeling.dequantize import dequantizing, stored_form
 from align.modeling.load import load_tokenizer
 from align.modeling.logprobs import language_model, token_logps
 from align.modeling.merged import load_unmerged, merge
@@ -150,7 +151,7 @@ def saved_dtype(source: str | Path) -> str:
     while is_adapter(source):
         source = adapter_base(source)
     config = from_pretrained(AutoConfig, str(source), "model")
-    if getattr(config, "quantization_config", None) is not None:
+    if stored_form(config) and dequantizing(config) is None:
         raise ConfigError(f"the weights of {source} are quantised: an export needs the model as it was before that")
     name = str(config.get_text_config().dtype or config.dtype or "float32").removeprefix("torch.")
     return name if name in DTYPES else "float32"

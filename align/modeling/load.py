@@ -23,6 +23,7 @@ from align.modeling.adapters import (
     split,
     task_of,
 )
+from align.modeling.dequantize import keep_ordinary
 from align.modeling.logprobs import language_model, token_logps
 from align.modeling.merged import load_merged
 from align.modeling.mistral_tokenizer import as_transformers_own
@@ -201,6 +202,7 @@ def train_in_float32(model: Model, *, adapter: bool) -> None:
     the gap between two bfloat16 numbers, and most weights would never move. Mixed precision (`bf16`) computes in
     bfloat16 nevertheless. adapter: one will be added, and the weights that are there stay frozen, as they are."""
     _check_doubles(model)
+    keep_ordinary(language_model(model))
     if adapter or vars(model).get("is_quantized") or is_zero3(model.parameters()):  # DeepSpeed holds float32 copies
         return
     half = {p.dtype for p in model.parameters() if p.requires_grad and p.dtype in HALF}

@@ -11,6 +11,7 @@ from align.data.hub import not_found, offline_if_unreachable
 from align.distributed.shells import ShellsForZeros, are_sent_weights, fill, shells_for_weights
 from align.errors import ConfigError, one_line
 from align.modeling.adapters import adapter_base, check_answers, fit_base, is_adapter
+from align.modeling.dequantize import dequantizing, keep_ordinary, stored_form
 from align.modeling.score_head import draw_head, head_name
 from align.modeling.types import Model
 
@@ -44,8 +45,14 @@ def from_pretrained(auto_class, source: str, what: str, *, sharded: bool = False
             offline_if_unreachable(source) as problem,
             ShellsForZeros() if sharded else weights_on_every_process(),
         ):
-            loaded = _loaded(auto_class, source, kwargs)
+            options = kwargs
+            if hasattr(auto_class, "_model_mapping"):  # a model, and no config or tokenizer
+                options = _in_ordinary_numbers(source, kwargs)
+            loaded = _loaded(auto_class, source, options)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        keep_ordinary(model)
+        if options is not kwargs and kwargs.get("dtype") not in (None, "auto"):
+            model.to(getattr(torch, str(kwargs["dtype"]).removeprefix("torch.")))  # MXFP4 is read as bfloat16
         if sharded and are_sent_weights() and getattr(model, "hf_quantizer", None) is None:
             shells_for_weights(model)
         return loaded
@@ -53,6 +60,25 @@ def from_pretrained(auto_class, source: str, what: str, *, sharded: bool = False
         if problem and not Path(source).exists():
             raise ConfigError(f"cannot load the {what} {source!r}: {not_found(source, problem)}") from error
         raise ConfigError(f"cannot load the {what} {source!r}: {one_line(error)}") from error
+
+
+def _in_ordinary_numbers(source: str, kwargs: dict) -> dict:
+    """With the option that reads weights of few bits as ordinary numbers, where none says how to read them."""
+    from transformers import AutoConfig
+
+    if kwargs.get("quantization_config") is not None or "gguf_file" in kwargs:
+        return kwargs
+    places = ("revision", "trust_remote_code", "code_revision", "subfolder", "token", "cache_dir", "local_files_only")
+    config = kwargs.get("config") or AutoConfig.from_pretrained(source, **{k: kwargs[k] for k in places if k in kwargs})
+    found = dequantizing(config)
+    if found is None:
+        return kwargs
+    logger.info(
+        "the weights of %s are stored in %s: they are read, trained and saved as ordinary numbers",
+        source,
+        (stored_form(config) or {})["quant_method"],
+    )
+    return {**kwargs, "quantization_config": found}
 
 
 def _loaded(auto_class, source: str, kwargs: dict):

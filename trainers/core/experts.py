@@ -21,11 +21,9 @@ def router_coefficient(model: nn.Module, asked: float | None) -> float:
     core = language_model(model)
     config = vars(core.config.get_text_config())
     own = config.get("router_aux_loss_coef")
-    if own and config.get("output_router_logits"):
-        raise ConfigError(
-            "the model's config has output_router_logits: true, with which transformers adds its loss by itself where "
-            "it can: set it to false; router_aux_loss_coef of the run adds it here"
-        )
+    if config.get("output_router_logits"):
+        # TRL's SFT leaves it on. Then transformers would add its loss too, where it can: here it is added once, below
+        core.config.get_text_config().output_router_logits = False
     if balancing_function(core) is not None:
         return (own or 0.0) if asked is None else asked
     if asked:
