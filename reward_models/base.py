@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -233,6 +233,13 @@ class Reward(ABC):
                     f"{batch.row_names(bad)}; first such completion: {str(batch.completions[bad[0]])[:200]!r}"
                 )
         return output
+
+
+def within(rewards: Iterable[Reward]) -> Iterator[Reward]:
+    """The rewards, and those that they are made of, at any depth."""
+    for reward in rewards:
+        yield reward
+        yield from within(reward.parts())
 
 
 def score_together(rewards: Sequence[Reward], batch: RewardBatch, *, partial: bool = False) -> list[RewardOutput]:

@@ -25,15 +25,16 @@ THOUSANDS = re.compile(rf"[+-]?\d{{1,3}}({SEPARATOR}\d{{3}})+(\.\d*)?")  # "3,4"
 SPACED = re.compile(rf"(?<![\w.,])\d{{1,3}}(?:{SPACE}\d{{3}})+(?!\d)")
 
 
-def exact_answer(completion, answer) -> bool:
+def exact_answer(completion, answer) -> bool | None:
     r"""Whether the completion's final answer is that of the column `answer`.
 
     The final answer is what follows the last "####" on its line, or what the last \boxed{} holds, whichever comes
     later ("####" is also a heading), else the whole text; of both sides, so that a column with a worked solution serves
     too. Numbers are compared as numbers (1,000.0 is 1000), anything else as text without case, outer punctuation and
-    repeated white space.
+    repeated white space. None: the column has no answer.
     """
-    return _comparable(_final(last_text(completion))) == _comparable(_expected(answer))
+    expected = _expected(answer)
+    return None if not expected else _comparable(_final(last_text(completion))) == _comparable(expected)
 
 
 def regex(completion, pattern: str) -> bool:
@@ -44,10 +45,10 @@ def regex(completion, pattern: str) -> bool:
 def math_answer(completion, answer, seconds: float = 5.0) -> bool | None:
     """Whether the completion's answer equals the column `answer` as mathematics (package math-verify): 1/2 is 0.5,
     (x+1)^2 is x^2+2x+1. What is equal by `exact_answer` is not computed. What cannot be computed
-    in `seconds` of processor time is not the answer. None: the column's answer cannot be read."""
+    in `seconds` of processor time is not the answer. None: the column has no answer, or one that cannot be read."""
     text, expected = last_text(completion), _expected(answer)
-    if exact_answer(text, answer):
-        return True
+    if (same := exact_answer(text, answer)) or same is None:
+        return same
     marked = _mark(text) >= 0  # its line alone: of what comes after it math-verify would take the last number
     final = _written_out(_final(text) if marked else text, beyond="?")
     return checkers(os.getpid()).equal(final, _written_out(expected, beyond="??"), seconds, alone=marked)
@@ -141,10 +142,7 @@ def last_text(completion: str | list[dict]) -> str:
 
 
 def _expected(answer) -> str:
-    expected = "" if answer is None else _final(str(answer))
-    if not expected:
-        raise ValueError("the column answer is empty")
-    return expected
+    return "" if answer is None else _final(str(answer))
 
 
 def _written_out(text: str, beyond: str) -> str:

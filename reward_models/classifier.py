@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from align.data.collate import right_pad
 from align.errors import ConfigError
 from align.modeling.load import load_sequence_classifier, load_tokenizer
+from align.modeling.padding import take_batches
 from align.modeling.scores import sequence_scores
 from align.modeling.types import Model
 from align.reward_models.base import RewardBatch, RewardOutput
@@ -77,11 +78,7 @@ class ClassifierReward(ModelReward):
                 loaded = load_sequence_classifier(source, dtype=dtype, pad_token_id=padding, fresh_head=False)
             elif not isinstance(model, nn.Module):
                 loaded = cast("Callable[[], Model]", model)()
-            loaded = loaded.to(HOST if offload else self.device).eval()
-            config = loaded.config.get_text_config()
-            if config.pad_token_id is None:  # transformers refuses batches then; where scores are read, the lengths say
-                config.pad_token_id = self.tokenizer.pad_token_id
-            return [loaded]
+            return [take_batches(loaded.to(HOST if offload else self.device).eval(), self.tokenizer)]
 
         (self.model,), known = self._load(load, ranks, given=isinstance(model, nn.Module))
         self.normalizer = choose_normalizer(self.name, source, normalize, normalizer)

@@ -1,5 +1,6 @@
 """Ensembles: one reward made of several (Coste et al. 2023)."""
 
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -30,7 +31,8 @@ KINDS = ("separate", "lora", "shared_trunk")
 class RewardEnsemble(Reward):
     """One score from those of several members (`align.objectives.ensemble.aggregate`).
 
-    The extras of each score are `member/<i>`, `members_mean` and, with two members or more, `variance`.
+    The extras of each score are `member/<i>`, `members_mean` and, with two members or more, `variance`; those of a
+    member itself are `member/<i>/<extra>`.
 
     Args:
         members: rewards of any kind, or `JointMembers`. Classifiers among them may have any vocabulary and chat
@@ -43,6 +45,8 @@ class RewardEnsemble(Reward):
             classifier without a normaliser, and the mean some with and some without; within a composite too. False
             lifts this, for members on one scale by other means.
     """
+
+    partial_extras = True  # those of a composite among the members
 
     def __init__(
         self,
@@ -82,26 +86,42 @@ class RewardEnsemble(Reward):
     def _score(self, batch: RewardBatch) -> RewardOutput:
         if isinstance(self.members, JointMembers):
             return self._combined(self.members.scores(batch))
-        return self._of_members([member.score(batch) for member in self.members])
+        return self._of_members([member.score(batch, partial=True) for member in self.members], batch)
 
     def begin(self, batch: RewardBatch, *, user_code: bool) -> Early | None:
         if isinstance(self.members, JointMembers):
             return None
-        return begin_parts(self, batch, self._of_members, user_code=user_code, partial=False)
+        of_members = functools.partial(self._of_members, batch=batch)
+        return begin_parts(self, batch, of_members, user_code=user_code, partial=True)
 
     def _steps(self, batch: RewardBatch) -> Steps[RewardOutput]:
         if isinstance(self.members, JointMembers):
             scores = yield from self.members.steps(batch)
             return self._combined(scores) if len(batch) else RewardOutput(torch.empty(0))
-        outputs = yield from together(self.members, batch)
-        return self._of_members(outputs) if len(batch) else RewardOutput(torch.empty(0))
+        outputs = yield from together(self.members, batch, partial=True)
+        return self._of_members(outputs, batch) if len(batch) else RewardOutput(torch.empty(0))
 
-    def _of_members(self, outputs: Sequence[RewardOutput]) -> RewardOutput:
-        """What members log beside their scores stays: under `member/<i>`, as two of them may have one name."""
-        combined = self._combined(_rows(outputs))
+    def _of_members(self, outputs: Sequence[RewardOutput], batch: RewardBatch) -> RewardOutput:
+        """A completion that a member failed for (`on_error: mask`) has no score. What members log beside their scores
+        stays: under `member/<i>`, as two of them may have one name."""
+        for member, output in zip(self.members, outputs, strict=True):
+            if output.absent is not None:
+                rows = batch.row_names(torch.nonzero(output.absent).flatten().tolist())
+                raise RewardError(
+                    f"reward {self.name!r}: its member {member.name!r} does not apply to {rows} (None), and an "
+                    "ensemble needs the score of every member"
+                )
+        scores = _rows(outputs)
+        failed = scores.isnan().any(0)
+        combined = self._combined(scores.nan_to_num(0.0))
+        if failed.any():
+            columns = {name: values.masked_fill(failed, float("nan")) for name, values in combined.extras.items()}
+            missing = combined.scores.masked_fill(failed, float("nan"))
+            combined = RewardOutput(missing, columns, failed=failed)
         combined.metrics = {f"member/{i}/{key}": v for i, one in enumerate(outputs) for key, v in one.metrics.items()}
         combined.given = joined(one.given for one in outputs)
         combined.columns = {f"member/{i}/{key}": v for i, one in enumerate(outputs) for key, v in one.columns.items()}
+        combined.extras |= {f"member/{i}/{key}": v for i, one in enumerate(outputs) for key, v in one.extras.items()}
         return combined
 
     def _combined(self, scores: Tensor) -> RewardOutput:

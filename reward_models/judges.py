@@ -18,6 +18,7 @@ from align.reward_models.early import Early, EarlyPieces, at_once
 from align.reward_models.failures import Failed, Failures
 from align.reward_models.judge_server import ServerJudge
 
+ROUNDING = 1e-9  # 0.55 is farther from 0.5 than 0.05, and 0.45 is not
 WORDS = {"first": 1.0, "second": 0.0, "tie": 0.5}
 # (prompts, first, second), lists of one length -> a verdict per pair: "first", "second", "tie", the probability that
 # the first is better, or None for want of one. Prompts are texts or messages as in the data, the other two texts.
@@ -166,7 +167,7 @@ class JudgeReward(Reward):
                 found = ask(judge, [batch.prompts[i] for i, _ in pairs.asked], a, b, self.name, swap=self.swap)
                 verdicts = [Failed("no verdict") if np.isnan(value) else value for value in found.preference]
                 self.failures.count(verdicts, [i for i, _ in pairs.asked], batch)
-                near = np.abs(found.preference - 0.5) <= self.tie_margin
+                near = np.abs(found.preference - 0.5) <= self.tie_margin + ROUNDING
                 preference[pairs.differ] = np.where(near, 0.5, found.preference)
                 judged.append(found)
             preferences.append(preference)

@@ -42,7 +42,7 @@ def check_served(parts: Sequence["RewardSpec | Reward"], key: str) -> None:
     """ConfigError, with `key` as the place, where rewards of several models ask one vLLM server for one model: all but
     one would have the scores of another's model, which a server that knows it by a name of its own cannot tell."""
     seen: dict[tuple, Any] = {}
-    for spec in _leaves(parts):
+    for spec in leaves(parts):
         if isinstance(spec, RewardSpec) and spec.kind == "vllm":
             url, model, path = (getattr(spec, name) for name in ("url", "model", "path"))
             other = seen.setdefault((url.rstrip("/"), model), spec)
@@ -55,13 +55,13 @@ def check_served(parts: Sequence["RewardSpec | Reward"], key: str) -> None:
                 )
 
 
-def _leaves(parts: Sequence["RewardSpec | Reward"]) -> list:
+def leaves(parts: Sequence["RewardSpec | Reward"]) -> list:
     """The rewards that they are made of, at any depth."""
-    leaves = []
+    found = []
     for part in parts:
         inner = part.parts() if isinstance(part, RewardSpec) else []
-        leaves += _leaves(inner) or [part]
-    return leaves
+        found += leaves(inner) or [part]
+    return found
 
 
 def _same(member: "RewardSpec | Reward | Path") -> str:

@@ -269,11 +269,12 @@ def load_scored(args: RewardConfig, model: Any, tokenizer: Any, peft_config: Any
 
 
 def agreement(margins: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`rewards/accuracies`: how often the label prefers the answer with the higher score, [B]; and soft labels."""
+    """`rewards/accuracies`: how often the label prefers the answer with the higher score, [B], never at a tie; and soft
+    labels."""
     right, labels = margins > 0, batch.get("chosen_prob")
     if labels is None:
         return {"rewards/accuracies": right}
-    return {"rewards/accuracies": torch.where(right, labels, 1 - labels), "chosen_prob": labels}
+    return {"rewards/accuracies": torch.where(right, labels, (1 - labels) * (margins < 0)), "chosen_prob": labels}
 
 
 def pair_data(tokenizer, args: RewardConfig) -> PairData:

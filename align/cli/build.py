@@ -162,13 +162,14 @@ def longest_sequence(run: RunConfig, model) -> int:
     """Tokens of the longest sequence that the engine of an on-policy run makes, its questions to a policy that judges
     itself among them. `max_prompt_length` becomes what the trainer makes of it. model: `empty_model`."""
     from align.reward_models.judge_specs import SelfJudgeSpec
+    from align.reward_models.repeats import leaves
     from align.reward_models.specs import parse_rewards
     from align.trainers.on_policy.samples import fit_prompts
     from align.trainers.on_policy.self_judges import room_of_judges
 
     args = run.training
     fit_prompts(args, model)
-    judges = [spec.build() for spec in parse_rewards(run.rewards or []) if isinstance(spec, SelfJudgeSpec)]
+    judges = [spec.build() for spec in leaves(parse_rewards(run.rewards or [])) if isinstance(spec, SelfJudgeSpec)]
     room = room_of_judges(judges, tokenizer(run), args) if judges else 0
     return max(room, args.max_prompt_length + args.max_completion_length)
 

@@ -11,6 +11,7 @@ from align.evaluation.pairs import Pairs
 from align.evaluation.rewrite_sample import Rewritten
 from align.reward_models.base import Reward
 from align.reward_models.classifier import ClassifierReward
+from align.reward_models.vllm_server import VllmReward
 
 
 @dataclass
@@ -84,7 +85,7 @@ def _add(report: BadRows, pairs: Pairs, found: PairScores, name: str) -> None:
 
 
 def _unit(reward: Reward) -> tuple[float, str]:
-    normalizer = reward.normalizer if isinstance(reward, ClassifierReward) else None
+    normalizer = reward.normalizer if isinstance(reward, ClassifierReward | VllmReward) else None
     if normalizer is None:
         return 1.0, "the score"
     return normalizer.std, f"the score before normalisation (times {normalizer.std:.4g})"

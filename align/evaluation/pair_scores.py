@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 PAIRS_AT_ONCE = 256
 ON_END = 16  # refusals at the start of a batch after which no other pair of it is tried
+MEMBER = re.compile(r"member/\d+")  # not member/0/failed, which a member says beside its score
 OF_THE_BATCH = re.compile(r",? ?(row \d+|rows \[[^]]*\]( \.\.\.)?) of the batch")
 
 
@@ -58,7 +59,7 @@ def score_pairs(reward: Reward, pairs: Pairs, progress=None) -> PairScores:
         for part, output in _outputs(reward, pairs, indices, result):
             scores[:, part] = _two_rows(output.scores)
             for name, values in output.extras.items():
-                if name.startswith("member/"):
+                if MEMBER.fullmatch(name):
                     members.setdefault(name, np.full((2, len(pairs)), np.nan))[:, part] = _two_rows(values)
         if progress is not None:
             progress.update(2 * len(indices))

@@ -20,7 +20,7 @@ from align.modeling.dequantize import dequantizing, stored_form
 from align.modeling.load import load_tokenizer
 from align.modeling.logprobs import language_model, token_logps
 from align.modeling.merged import load_unmerged, merge
-from align.modeling.padding import padding_as_saved, with_own_padding
+from align.modeling.padding import padding_as_saved, take_batches, with_own_padding
 from align.modeling.pretrained import from_pretrained, load_whole
 from align.modeling.scores import sequence_scores
 from align.modeling.types import Model
@@ -100,7 +100,7 @@ def export_model(
     target = DTYPES[saved_dtype(source) if dtype == "auto" else dtype]
     tokenizer = load_tokenizer(source)
     tokenizer = with_own_padding(tokenizer) if reward_model else tokenizer
-    model = _source_model(source, reward_model)
+    model = _source_model(source, reward_model, tokenizer)
     rows = probe_rows(tokenizer, language_model(model))
     before = _values(model, rows, reward_model)
     with rounded_layers(language_model(model), target):
@@ -119,7 +119,7 @@ def export_model(
         further(partial)
         written = _values(model.float(), rows, reward_model)
         del model
-        read = _values(_as_others_load(partial, reward_model), rows, reward_model)
+        read = _values(_as_others_load(partial, reward_model, tokenizer), rows, reward_model)
         found = Exported(
             folder,
             str(target).removeprefix("torch."),
@@ -157,23 +157,28 @@ def saved_dtype(source: str | Path) -> str:
     return name if name in DTYPES else "float32"
 
 
-def _source_model(source: str, reward_model: bool) -> Model:
+def _source_model(source: str, reward_model: bool, tokenizer) -> Model:
     """In float32, an adapter beside its base."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     auto_class = AutoModelForSequenceClassification if reward_model else AutoModelForCausalLM
     options: dict[str, Any] = {"dtype": "float32", **({"num_labels": 1} if reward_model else {})}
     head: dict[str, Any] = {"head_seed": None} if reward_model else {}
-    if is_adapter(source):
-        return load_unmerged(auto_class, source, options, **head)[0].eval()
-    return load_whole(auto_class, source, options, **head).eval()
+    adapter = is_adapter(source)
+    model = (
+        load_unmerged(auto_class, source, options, **head)[0]
+        if adapter
+        else load_whole(auto_class, source, options, **head)
+    )
+    return take_batches(model.eval(), tokenizer) if reward_model else model.eval()
 
 
-def _as_others_load(folder: Path, reward_model: bool) -> Model:
+def _as_others_load(folder: Path, reward_model: bool, tokenizer) -> Model:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     auto_class = AutoModelForSequenceClassification if reward_model else AutoModelForCausalLM
-    return from_pretrained(auto_class, str(folder), "exported model", dtype="float32").eval()
+    model = from_pretrained(auto_class, str(folder), "exported model", dtype="float32").eval()
+    return take_batches(model, tokenizer) if reward_model else model
 
 
 def _write(model: Model, tokenizer, source: str, folder: Path, reward_model: bool) -> None:

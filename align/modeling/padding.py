@@ -5,6 +5,8 @@ import logging
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from align.modeling.types import Model
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -37,6 +39,15 @@ def with_own_padding(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokeniz
     tokenizer.pad_token = candidates[0]
     logger.info("the tokenizer pads with its end token: %s is the reward model's padding token", candidates[0])
     return tokenizer
+
+
+def take_batches(model: Model, tokenizer: "PreTrainedTokenizerBase") -> Model:
+    """The classifier, of which transformers refuses batches where its config names no padding token. Where scores are
+    read the attention mask says (`modeling.scores`), so the end token does no harm here."""
+    config = model.config.get_text_config()
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    return model
 
 
 @contextmanager

@@ -120,21 +120,31 @@ def test_an_export_keeps_the_normaliser(saved, tmp_path):
         export_reward_model(source, source)
 
 
-def test_without_any_padding_token_nothing_is_read_wrong(tmp_path):
+@pytest.mark.parametrize("lora", [False, True])
+def test_without_any_padding_token_nothing_is_read_wrong(tmp_path, lora):
     """GPT-2's tokenizer has one special token. transformers then scores single sequences, and refuses batches."""
     tiny.causal("gpt2", dtype=torch.float32).save_pretrained(tmp_path / "lm")
     worlds.tokenizer(pad=None).save_pretrained(tmp_path / "lm")
-    trainer = RewardTrainer(str(tmp_path / "lm"), config(tmp_path / "rm", max_steps=1), pairs(32))
+    adapter = LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True) if lora else None
+    args = config(tmp_path / "rm", max_steps=1)
+    trainer = RewardTrainer(str(tmp_path / "lm"), args, pairs(32), peft_config=adapter)
     trainer.train()
     trainer.save_model()
     reward = ClassifierReward(str(tmp_path / "rm"), normalize=False, device="cpu")
     sequences = reward.inputs(RewardBatch(PROMPTS, COMPLETIONS))
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").eval()
-    with torch.no_grad():
-        theirs = torch.cat([model(input_ids=torch.tensor([ids])).logits[:, 0] for ids in sequences])
-    torch.testing.assert_close(theirs, reward.score_ids(sequences), rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match="no padding token"):
-        model(input_ids=torch.tensor([sequences[0][:2]] * 2))
+    whole = export_reward_model(tmp_path / "rm", tmp_path / "whole")
+    models = [AutoModelForSequenceClassification.from_pretrained(whole)]
+    if lora:
+        alone = {"num_labels": 1, "pad_token_id": None}
+        models.append(AutoPeftModelForSequenceClassification.from_pretrained(str(tmp_path / "rm"), **alone))
+    else:
+        models.append(AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm"))
+    for model in models:
+        with torch.no_grad():
+            theirs = torch.cat([model.eval()(input_ids=torch.tensor([ids])).logits[:, 0] for ids in sequences])
+        torch.testing.assert_close(theirs, reward.score_ids(sequences), rtol=0, atol=1e-5)
+        with pytest.raises(ValueError, match="no padding token"):
+            model(input_ids=torch.tensor([sequences[0][:2]] * 2))
 
 
 # ---- TRL

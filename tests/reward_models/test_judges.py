@@ -57,6 +57,15 @@ def test_scores_ties_and_those_that_stand_alone():
     )
     assert sure.score(batch_of(["a", "b"])).scores.tolist() == [0.5, 0.5]
 
+    for worse, better in ((0.45, 0.55), (0.35, 0.65), (0.3, 0.7)):  # as far from 0.5 as the margin, either answer first
+        for answers in (["a", "b"], ["b", "a"]):
+
+            def unsure(prompts, first, second, worse=worse, better=better):
+                return [better if x < y else worse for x, y in zip(first, second, strict=True)]
+
+            near = JudgeReward(unsure, name="j", tie_margin=round(better - 0.5, 2), swap=False)
+            assert near.score(batch_of(answers)).scores.tolist() == [0.5, 0.5]
+
     def three_to_one(prompts, first, second):
         return [0.75 if x < y else 0.25 for x, y in zip(first, second, strict=True)]
 

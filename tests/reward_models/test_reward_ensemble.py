@@ -50,6 +50,7 @@ def test_what_members_log_is_not_lost():
         def _score(self, batch):
             return RewardOutput(
                 self.scores,
+                {"failed": torch.zeros(3)},
                 metrics={"tries": [self.scores[0].item()]},
                 given={"asked": [1.0]},
                 columns={"said": ["x"] * 3},
@@ -61,7 +62,31 @@ def test_what_members_log_is_not_lost():
         "asked": [1.0, 1.0]
     }
     assert output.columns == {"member/1/said": ["x"] * 3, "member/2/said": ["x"] * 3}
+    assert [name for name in output.extras if "failed" in name] == ["member/1/failed", "member/2/failed"]
     assert in_step(ensemble.steps(BATCH)).metrics == output.metrics
+
+
+def odd(completion):
+    return None if completion == "w8 w9" else True
+
+
+def not_the_third(completions):
+    return [None if text == "w2 w2" else 1.0 for text in completions]
+
+
+def test_a_completion_that_a_member_failed_for_is_left_out_and_one_that_it_does_not_apply_to_is_an_error():
+    masks = {"type": "verifier", "function": odd, "on_error": "mask"}
+    spec = {"type": "ensemble", "aggregation": "lcb", "lambda": 1.0, "members": [masks, two]}
+    ensemble = build_reward(spec)
+    for output in (ensemble.score(BATCH, partial=True), in_step(ensemble.steps(BATCH, partial=True))):
+        assert output.failed.tolist() == output.scores.isnan().tolist() == [False, True, False]
+        assert output.scores[[0, 2]].tolist() == [1.0, 1.0] and output.extras["variance"].isnan().sum() == 1
+        assert output.extras["member/0/failed"].tolist() == [0.0, 1.0, 0.0]
+    with pytest.raises(RewardError, match=r"'ensemble' has no score for rows \[1\] .*: it failed there"):
+        ensemble.score(BATCH)
+    some = build_reward({"type": "ensemble", "aggregation": "mean", "members": [two, not_the_third]})
+    with pytest.raises(RewardError, match=r"member 'not_the_third' does not apply to rows \[2\] of the batch"):
+        some.score(BATCH, partial=True)
 
 
 def test_rules_and_extras():

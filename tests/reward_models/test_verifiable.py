@@ -115,11 +115,14 @@ def test_math_of_a_row_whose_answer_cannot_be_read():
     assert output.scores.tolist() == [0.5, 1.0] and output.extras["failed"].tolist() == [1.0, 0.0]
 
 
+@pytest.mark.parametrize("answer", [None, "", " ", "so it is ####", r"\boxed{}"])
 @pytest.mark.parametrize("kind", ["math", "verifier"])
-def test_a_row_without_an_answer_is_no_answer_none(kind):
+def test_a_row_without_an_answer_is_undecided(kind, answer):
     spec = {"type": kind} if kind == "math" else {"type": kind, "function": "align.reward_models.checkers:exact_answer"}
-    with pytest.raises(RewardError, match="row 0 .*the column answer is empty"):
-        build_reward(spec).score(RewardBatch(["p"], ["None"], columns={"answer": [None]}))
+    batch = RewardBatch(["p"] * 2, ["None", ""], columns={"answer": [answer, answer]})
+    with pytest.raises(RewardError, match=r"could not decide \(None\) for rows \[0, 1\] .*: set on_none"):
+        build_reward(spec).score(batch)
+    assert build_reward({**spec, "on_none": -1.0}).score(batch).scores.tolist() == [-1.0, -1.0]
 
 
 def test_math_in_several_processes():

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset, concatenate_datasets
 
 from align.errors import ConfigError, DataError
@@ -11,7 +12,7 @@ from align.modeling.padding import with_own_padding
 from align.reward_models.base import RewardBatch
 from align.reward_models.classifier import ClassifierReward
 from align.trainers.pairs.evaluation import CHOSEN, REJECTED
-from align.trainers.reward import RewardTrainer, pair_data, reliability_figure
+from align.trainers.reward import RewardTrainer, agreement, pair_data, reliability_figure
 from tests.reward_models import worlds
 from tests.trainers.test_reward import config, encoder, logged, pairs, trunk  # noqa: F401
 
@@ -40,6 +41,13 @@ def test_a_label_of_zero_is_the_pair_turned_round(trunk, tmp_path):  # noqa: F81
         trainer.train()
         losses.append(logged(trainer, "loss")[0])
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_a_tie_is_no_agreement_whatever_the_label():
+    margins = torch.tensor([0.5, 0.0, -0.5])
+    assert agreement(margins, {})["rewards/accuracies"].tolist() == [1, 0, 0]
+    soft = agreement(margins, {"chosen_prob": torch.tensor([0.25, 0.25, 0.25])})
+    assert soft["rewards/accuracies"].tolist() == [0.25, 0, 0.75]
 
 
 def test_the_normaliser_is_fitted_on_evaluation_sets_with_other_columns(trunk, tmp_path):  # noqa: F811

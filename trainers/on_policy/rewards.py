@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from align.errors import ConfigError, RewardError
-from align.reward_models.base import Reward, RewardBatch, joined, score_together
+from align.reward_models.base import Reward, RewardBatch, joined, score_together, within
 from align.reward_models.judges import JudgeReward
 from align.trainers.on_policy.environments import CLASS_COLUMN, FAILURE_COLUMN, REWARD_COLUMN, EnvironmentReward
 from align.trainers.on_policy.samples import Sample
@@ -142,7 +142,7 @@ def gold_columns(spec: Any, tokenizer) -> RewardColumns | None:
     columns = RewardColumns(spec, None, tokenizer=tokenizer)
     for reward in columns.rewards:
         reward.offload()
-    judges = [reward.name for reward in columns.rewards if isinstance(reward, JudgeReward)]
+    judges = [reward.name for reward in within(columns.rewards) if isinstance(reward, JudgeReward)]
     if judges:
         raise ConfigError(
             f"gold_reward: {judges[0]} is a judge, whose score is a completion's win rate among its prompt's own, one "

@@ -3,14 +3,14 @@
 from collections.abc import Iterable
 
 from align.errors import ConfigError
-from align.reward_models.base import Reward
+from align.reward_models.base import Reward, within
 from align.reward_models.judges import JudgeReward
 from align.reward_models.self_judge import Generates, SelfJudge
 from align.trainers.on_policy.config import OnPolicyConfig
 
 
 def self_judges(rewards: Iterable[Reward]) -> list[SelfJudge]:
-    found = [reward.judge for reward in rewards if isinstance(reward, JudgeReward)]
+    found = [reward.judge for reward in within(rewards) if isinstance(reward, JudgeReward)]
     return [judge for judge in found if isinstance(judge, SelfJudge)]
 
 

@@ -31,6 +31,22 @@ def test_a_judge_ranks_as_the_count_that_it_judges_by(policy, tmp_path):
     assert set(logged(trainer, "eval_proxy")) == {0.5} and 0 < logged(trainer, "rewards/roses/ties")[0] < 1
     with pytest.raises(ConfigError, match="gold_reward: roses is a judge"):
         make(policy, tmp_path / "gold", gold_reward={"type": "judge", "function": roses})
+    within = {"type": "composite", "rewards": [{"type": "judge", "function": roses}]}
+    with pytest.raises(ConfigError, match="gold_reward: roses is a judge"):
+        make(policy, tmp_path / "gold", gold_reward=within)
+
+
+def test_a_policy_that_judges_itself_within_a_composite_is_asked(policy, tmp_path, monkeypatch):
+    monkeypatch.setattr(self_judge, "read_verdict", lambda text: len(text) % 3 / 2)
+    found = []
+    spec = {"type": "self_judge", "max_tokens": 2}
+    for number, reward in enumerate((spec, {"type": "composite", "rewards": [spec]})):
+        (tmp_path / "question.txt").write_text("{prompt} {first} , {second}")
+        spec["template"] = str(tmp_path / "question.txt")
+        trainer = make(policy, tmp_path / str(number), reward=reward, max_steps=1)
+        trainer.train()
+        found.append(parameters(trainer.model))
+    assert_same(*found)
 
 
 def test_a_policy_that_judges_itself_resumes_exactly(policy, tmp_path, monkeypatch):
