@@ -72,24 +72,24 @@ def read_pairs(
     rows: the numbers of the rows to read; default: all. A column `subset` names a part of the data that is reported by
     itself. chat: make plain texts into messages, the prompt the user's and the answer the assistant's; default: for
     RewardBench's subsets, whose prompts are meant so. A column `chosen_prob` holds soft labels.
-    Messages stay messages. A prompt in plain text beside answers that are single assistant messages is a user message.
+    Messages stay messages; columns `tools` and `chat_template_kwargs` go to a reward's chat template. A prompt in plain
+    text beside answers that are single assistant messages is a user message.
     """
     source = source_of(dataset, source)
     dataset, fmt = _with_prompt_messages(dataset, format_for(dataset, "pairs", source))
     others = [name for name in dataset.column_names if name not in TEXT_COLUMNS]
     rows = range(len(dataset)) if rows is None else rows
-    report = BadRows(source, total=len(rows))
+    report, conversational = BadRows(source, total=len(rows)), fmt.conversational or bool(chat)
     numbers: list[int] = []
     found: dict[str, list] = {name: [] for name in (*TEXT_COLUMNS, *others)}
     for number, row in zip(rows, dataset.select(rows), strict=True):
         try:
             texts = pair_of(row, fmt)
             if fmt.conversational:
-                calls = dict(zip(TEXT_COLUMNS, texts, strict=True))
-                refuse_calls("a reward has its own chat template, which gets no tools", **calls)
+                refuse_calls("answers are compared as texts here", chosen=texts[1], rejected=texts[2])
             check_pair_numbers(row)
-            if template_kwargs(row):
-                raise BadRow("chat_template_kwargs would be ignored: a reward has its own chat template")
+            if template_kwargs(row, tools=conversational) and not conversational:
+                raise BadRow("chat_template_kwargs would be ignored: plain text goes through no chat template")
             if SUBSET in others and not isinstance(row[SUBSET], str):
                 raise BadRow("subset is missing or is not text")
         except BadRow as reason:

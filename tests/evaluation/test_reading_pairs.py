@@ -15,6 +15,7 @@ def said(role, content):
     return [{"role": role, "content": content}]
 
 
+ROLES = (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant"))
 PLAIN = {"prompt": ["p0", "p1", "p1"], "chosen": ["a", "bb", "c"], "rejected": ["d", "e", "ff"]}
 
 
@@ -69,6 +70,21 @@ def test_bad_rows_are_named():
     kwargs = [{"enable_thinking": False}, {"enable_thinking": None}, None]
     _, ignored = read_pairs(Dataset.from_dict({**PLAIN, "chat_template_kwargs": kwargs}))
     assert list(ignored.reasons.values()) == [[0]] and "would be ignored" in next(iter(ignored.reasons))
+
+
+def test_what_a_chat_template_is_given_reaches_the_reward():
+    tool = {"type": "function", "function": {"name": "get", "description": "d", "parameters": {}}}
+    given = {"chat_template_kwargs": [{"style": "plain"}, None], "tools": [[tool], None]}
+    rows = {name: [[{"role": role, "content": f"{name}{i}"}] for i in range(2)] for name, role in ROLES}
+    pairs, report = read_pairs(Dataset.from_dict({**rows, **given}))
+    assert not report.bad and pairs.columns["chat_template_kwargs"] == given["chat_template_kwargs"]
+    assert pairs.columns["tools"][0][0]["function"]["name"] == "get" and pairs.columns["tools"][1] is None
+    plain = {name: ["a", "b"] if name == "chosen" else ["c", "d"] for name, _ in ROLES}
+    assert not read_pairs(Dataset.from_dict({**plain, **given}), chat=True)[1].bad
+    call = {"type": "function", "function": {"name": "get", "arguments": {}}}
+    asks = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    _, calls = read_pairs(Dataset.from_dict({**rows, "chosen": [asks, rows["chosen"][1]], **given}))
+    assert calls.reasons == {"chosen has tool calls, and answers are compared as texts here": [0]}
 
 
 def test_columns_that_are_no_pairs():
