@@ -104,7 +104,7 @@ class RewardEnsemble(Reward):
     def _of_members(self, outputs: Sequence[RewardOutput], batch: RewardBatch) -> RewardOutput:
         """A completion that a member failed for (`on_error: mask`) has no score. What members log beside their scores
         stays: under `member/<i>`, as two of them may have one name."""
-        for member, output in zip(self.members, outputs, strict=True):
+        for member, output in zip(self.parts(), outputs, strict=True):
             if output.absent is not None:
                 rows = batch.row_names(torch.nonzero(output.absent).flatten().tolist())
                 raise RewardError(
