@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 PAIRS_AT_ONCE = 256
 ON_END = 16  # refusals at the start of a batch after which no other pair of it is tried
 MEMBER = re.compile(r"member/\d+")  # not member/0/failed, which a member says beside its score
-OF_THE_BATCH = re.compile(r",? ?(row \d+|rows \[[^]]*\]( \.\.\.)?) of the batch")
+OF_THE_BATCH = re.compile(r",?( for)? ?(row \d+|rows \[[^]]*\]( \.\.\.)?) of the batch")
 
 
 @dataclass

@@ -142,6 +142,8 @@ def choose_rewrites(names: list[str]) -> list[Rewrite]:
         return list(REWRITES.values())
     if names == ["none"]:
         return []
+    if alone := {"all", "none"} & set(names):
+        raise ConfigError(f"rewrites are names, or {alone.pop()!r} alone, got {', '.join(names)}")
     unknown = [name for name in names if name not in REWRITES]
     if unknown:
         raise ConfigError(f"there is no rewrite {unknown[0]!r}; there are all, none, {', '.join(REWRITES)}")

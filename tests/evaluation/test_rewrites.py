@@ -150,3 +150,5 @@ def test_names():
     assert [rewrite.name for rewrite in choose_rewrites(["typos", "ask", "typos"])] == ["typos", "ask"]
     with pytest.raises(ConfigError, match="no rewrite 'shout'; there are all, none, double_spaces"):
         choose_rewrites(["shout"])
+    with pytest.raises(ConfigError, match="names, or 'all' alone, got all, ask"):
+        choose_rewrites(["all", "ask"])
