@@ -199,6 +199,7 @@ class RewardTrainer(PairTrainer):
     # ---- normaliser -------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        self.normalizer = None  # of an earlier call's weights: checkpoints have none
         output = super().train(resume_from_checkpoint, **kwargs)
         self.fit_normalizer()
         return output

@@ -200,6 +200,14 @@ def test_without_an_evaluation_set_the_normaliser_says_so(trunk, tmp_path, caplo
     assert "no evaluation set" in caplog.text
 
 
+def test_checkpoints_have_no_normaliser_of_an_earlier_training(trunk, tmp_path):
+    options = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = RewardTrainer(trunk, config(tmp_path, **options), pairs(32), pairs(10, seed=1))
+    for _ in range(2):
+        trainer.train()
+        assert trainer.normalizer is not None and Normalizer.load(tmp_path / "checkpoint-1") is None
+
+
 def test_resume_is_exact(trunk, tmp_path):
     options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 8, "per_device_train_batch_size": 8}
     data = pairs(30)
