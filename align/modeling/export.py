@@ -103,6 +103,9 @@ def export_model(
     model = _source_model(source, reward_model, tokenizer)
     rows = probe_rows(tokenizer, language_model(model))
     before = _values(model, rows, reward_model)
+    floor = (
+        FLOOR * max(1.0, before[: len(TURNS)].abs().mean().item()) if reward_model else FLOOR
+    )  # scores have any scale
     with rounded_layers(language_model(model), target):
         rounding = _mean_gap(_values(model, rows, reward_model), before)
     effect = None
@@ -127,11 +130,11 @@ def export_model(
             files=(read - written).abs().mean().item(),
             gap=_mean_gap(read, before),
             largest=(read - before).abs()[: len(TURNS)].max().item(),
-            bound=max(FAIL * rounding, FLOOR),
+            bound=max(FAIL * rounding, floor),
             effect=effect,
             compared=int((before[: len(TURNS)] != 0).sum()),
         )
-        _check(found, source, "scores" if reward_model else "log-probs")
+        _check(found, source, "scores" if reward_model else "log-probs", floor)
     return found
 
 
@@ -238,10 +241,10 @@ def _mean_gap(values: Tensor, others: Tensor) -> float:
     return gaps[real].mean().item()
 
 
-def _check(found: Exported, source: str, what: str) -> None:
+def _check(found: Exported, source: str, what: str, floor: float) -> None:
     for part, gap, bound in (
-        ("merging the adapter changed", found.merge, FLOOR),
-        ("the files read back do not give", found.files, FLOOR),
+        ("merging the adapter changed", found.merge, floor),
+        ("the files read back do not give", found.files, floor),
         (f"the weights in {found.dtype} do not give", found.gap, found.bound),
     ):
         if not gap <= bound:  # a NaN must fail too

@@ -2,11 +2,13 @@
 
 import errno
 import os
+import shutil
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import AutoPeftModelForSequenceClassification, LoraConfig
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from align.cli.main import main
@@ -118,6 +120,18 @@ def test_an_export_keeps_the_normaliser(saved, tmp_path):
     torch.testing.assert_close(again, ours, rtol=0, atol=1e-5)
     with pytest.raises(ConfigError, match="would be overwritten by its own export"):
         export_reward_model(source, source)
+
+
+@of_kinds(lambda kind: kind == "llama LoRA")
+def test_large_scores_are_rounded_more(saved, tmp_path):
+    large = shutil.copytree(saved[0], tmp_path / "large")
+    weights = load_file(large / "adapter_model.safetensors")
+    (head,) = (name for name in weights if name.endswith("score.weight"))
+    save_file({**weights, head: weights[head] * 2000}, large / "adapter_model.safetensors", {"format": "pt"})
+    whole = export_reward_model(large, tmp_path / "whole")
+    batch = RewardBatch(PROMPTS, COMPLETIONS)
+    ours, again = (ClassifierReward(str(f), normalize=False, device="cpu").score(batch).scores for f in (large, whole))
+    torch.testing.assert_close(again, ours, rtol=1e-5, atol=1e-4 * ours.abs().mean().item())
 
 
 @pytest.mark.parametrize("lora", [False, True])
