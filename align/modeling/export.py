@@ -103,9 +103,8 @@ def export_model(
     model = _source_model(source, reward_model, tokenizer)
     rows = probe_rows(tokenizer, language_model(model))
     before = _values(model, rows, reward_model)
-    floor = (
-        FLOOR * max(1.0, before[: len(TURNS)].abs().mean().item()) if reward_model else FLOOR
-    )  # scores have any scale
+    size = before[: len(TURNS)].abs().mean().item() if reward_model else 1.0  # scores have any scale
+    floor = FLOOR * max(1.0, size)
     with rounded_layers(language_model(model), target):
         rounding = _mean_gap(_values(model, rows, reward_model), before)
     effect = None
