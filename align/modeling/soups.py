@@ -3,6 +3,7 @@
 theta(w) = base + sum_k w_k (theta_k - base)      (rewarded soups, Rame et al. 2023, arXiv 2306.04488)
 """
 
+import json
 import logging
 import math
 from collections.abc import Sequence
@@ -12,10 +13,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from align.data.ending import generation_with_ends
 from align.distributed.disk import open_to_others
 from align.errors import ConfigError
-from align.modeling.adapters import WEIGHTS_FILE, is_adapter
+from align.modeling.adapters import (
+    CONFIG_FILE,
+    NOTES_FILE,
+    WEIGHTS_FILE,
+    adapter_base,
+    folder_digest,
+    is_adapter,
+    named_base,
+    notes,
+)
 from align.modeling.load import load_policy, load_tokenizer
+from align.modeling.rotary import RECORD
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +38,7 @@ def make_soup(folders: Sequence[str | Path], weights: Sequence[float], output_di
     LoRA adapters of one base become one adapter whose delta is exactly `sum_k w_k B_k A_k`: their factors are set side
     by side, so its rank is the sum of theirs. (Averaging the factors A and B would add cross terms.) Whole models are
     averaged weight by weight; their weights must sum to 1. Raises ConfigError for policies that have no exact soup.
+    A model that `output_dir` holds is deleted: the folder stands for what was written last.
     """
     policies, output_dir = [Path(folder) for folder in folders], Path(output_dir)
     if not policies or len(policies) != len(weights):
@@ -35,6 +48,8 @@ def make_soup(folders: Sequence[str | Path], weights: Sequence[float], output_di
     weights = [weight.item() if isinstance(weight, Tensor) else weight for weight in weights]
     if not all(isinstance(weight, Real) and math.isfinite(weight) for weight in weights):
         raise ConfigError(f"the weights of a soup are finite numbers, got {list(weights)}")
+    if output_dir.resolve() in {folder.resolve() for folder in policies}:
+        raise ConfigError(f"output_dir {output_dir} is the folder of one of the policies: a soup needs one of its own")
     are_adapters = {is_adapter(folder) for folder in policies}
     if len(are_adapters) > 1:
         raise ConfigError(f"a soup is of adapters or of whole models, not of both: {', '.join(map(str, policies))}")
@@ -42,8 +57,28 @@ def make_soup(folders: Sequence[str | Path], weights: Sequence[float], output_di
         _adapter_soup(policies, weights, output_dir)
     else:
         _model_soup(policies, weights, output_dir)
-    load_tokenizer(policies[0]).save_pretrained(output_dir)
+    tokenizer = load_tokenizer(policies[0])
+    tokenizer.save_pretrained(output_dir)
+    generation_with_ends(_generation(policies[0]), tokenizer).save_pretrained(output_dir)
+    open_to_others(output_dir)
     return output_dir
+
+
+def _generation(folder: Path):
+    """The generation config of a policy, or of an adapter's base."""
+    from transformers import GenerationConfig
+
+    while is_adapter(folder) and not (folder / "generation_config.json").exists():
+        folder = Path(adapter_base(folder))
+    known = (folder / "generation_config.json").exists()
+    return GenerationConfig.from_pretrained(folder) if known else GenerationConfig()
+
+
+def _clear(folder: Path) -> None:
+    """Delete the weights of a model or an adapter that would be loaded beside what is written now."""
+    for pattern in ("*.safetensors", "*.bin", "*.index.json", CONFIG_FILE, NOTES_FILE, "config.json"):
+        for path in folder.glob(pattern):
+            path.unlink()
 
 
 def concatenate(factors: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -64,6 +99,11 @@ def _adapter_soup(folders: list[Path], weights: Sequence[float], output_dir: Pat
     configs = [PeftConfig.from_pretrained(str(folder)) for folder in folders]
     for folder, config in zip(folders, configs, strict=True):
         _check_adapter(folder, config, configs[0])
+    base = named_base(adapter_base(folders[0]))
+    if output_dir.resolve() == Path(base).resolve():
+        raise ConfigError(f"output_dir {output_dir} is the folder of the base model: a soup needs one of its own")
+    if len(factors := {notes(folder).get(RECORD) for folder in folders}) > 1:
+        raise ConfigError(f"some of the adapters were trained with long rotary factors: {', '.join(map(str, folders))}")
     states = [load_peft_weights(str(folder), device="cpu") for folder in folders]
     if any(state.keys() != states[0].keys() for state in states):
         raise ConfigError(f"the adapters change different layers: {', '.join(map(str, folders))}")
@@ -79,10 +119,14 @@ def _adapter_soup(folders: list[Path], weights: Sequence[float], output_dir: Pat
     joined: LoraConfig = configs[0]
     joined.r = joined.lora_alpha = sum(other.r for other in configs)  # scale 1: the scales are in B
     joined.use_rslora, joined.lora_dropout, joined.inference_mode = False, 0.0, True
+    joined.base_model_name_or_path = base
     output_dir.mkdir(parents=True, exist_ok=True)
+    _clear(output_dir)
     save_file({name: values.contiguous() for name, values in soup.items()}, output_dir / WEIGHTS_FILE)
     joined.save_pretrained(str(output_dir))
-    open_to_others(output_dir)
+    found = {"base_digest": folder_digest(base), RECORD: factors.pop()}
+    found = {key: value for key, value in found.items() if value is not None}
+    (output_dir / NOTES_FILE).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_adapter(folder: Path, config, first) -> None:
@@ -90,6 +134,7 @@ def _check_adapter(folder: Path, config, first) -> None:
 
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"{folder} is an adapter of type {config.peft_type}: only LoRA has exact soups")
+    adapter_base(folder)  # another model that lies there now is an error
     if config.base_model_name_or_path != first.base_model_name_or_path:
         raise ConfigError(
             f"{folder} is an adapter of {config.base_model_name_or_path}, the first one of "
@@ -131,5 +176,6 @@ def _model_soup(folders: list[Path], weights: Sequence[float], output_dir: Path)
     with torch.no_grad():
         for name, values in model.state_dict().items():
             values.copy_(total.pop(name))
+    output_dir.mkdir(parents=True, exist_ok=True)
+    _clear(output_dir)
     model.save_pretrained(output_dir)
-    open_to_others(output_dir)

@@ -1,14 +1,16 @@
 """Soups add up what their members have learnt, exactly."""
 
 import math
+import shutil
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import GenerationConfig
 
 from align.data import toy
 from align.errors import ConfigError
-from align.modeling.load import load_policy
+from align.modeling.load import load_policy, load_tokenizer
 from align.modeling.soups import make_soup
 from tests.modeling.tiny import causal
 
@@ -119,3 +121,38 @@ def test_adapters_that_change_their_base_are_refused(world, tmp_path, start):
     with pytest.raises(ConfigError, match=f"init_lora_weights='{start}'.*path_initial_model_for_weight_conversion"):
         make_soup([tmp_path / "adapter"] * 2, [0.5, 0.5], tmp_path / "soup")
     assert not (tmp_path / "soup").exists()
+
+
+@pytest.mark.parametrize("kind", ["adapter", "model"])
+def test_a_soups_folder_stands_for_it_and_says_where_answers_end(kind, world, tmp_path):
+    """A soup of models in a folder with an adapter was loaded as that adapter; one of adapters had no end tokens."""
+    folders, other = [world / f"{kind}_{number}" for number in (0, 1)], {"adapter": "model", "model": "adapter"}[kind]
+    for path in (world / f"{other}_2").iterdir():
+        shutil.copy(path, tmp_path)
+    found = weights_of(make_soup(folders, (0.5, 0.5), tmp_path))
+    fresh = weights_of(make_soup(folders, (0.5, 0.5), tmp_path / "new"))
+    assert all(torch.equal(found[name], fresh[name]) for name in fresh)
+    tokenizer = load_tokenizer(tmp_path)
+    ends = GenerationConfig.from_pretrained(tmp_path).eos_token_id
+    assert tokenizer.eos_token_id in (ends if isinstance(ends, list) else [ends])
+    with pytest.raises(ConfigError, match="is the folder of one of the policies"):
+        make_soup(folders, (0.5, 0.5), folders[1])
+    if kind == "adapter":
+        with pytest.raises(ConfigError, match="is the folder of the base model"):
+            make_soup(folders, (0.5, 0.5), world / "base")
+
+
+def test_a_soup_knows_the_base_of_its_adapters(world, tmp_path):
+    """Whatever model lay under the base's path later was taken for it."""
+    base = shutil.copytree(world / "base", tmp_path / "base")
+    for number in (0, 1):
+        lora = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+        get_peft_model(load_policy(base), lora).save_pretrained(tmp_path / str(number))
+        shutil.copy(base / "tokenizer.json", tmp_path / str(number))
+        shutil.copy(base / "tokenizer_config.json", tmp_path / str(number))
+    soup = make_soup([tmp_path / "0", tmp_path / "1"], (0.5, 0.5), tmp_path / "soup")
+    load_policy(soup)
+    shutil.rmtree(base)
+    shutil.copytree(world / "model_1", base)
+    with pytest.raises(ConfigError, match="was trained on another model than"):
+        load_policy(soup)
