@@ -25,8 +25,8 @@ def fingerprint(value: Any) -> str:
     """A hexadecimal digest of `value`: a reward, or anything that one is made of.
 
     Models count by their weights and configuration, tokenizers by vocabulary and template, functions by the text of
-    their file and by what they have bound. Raises `RewardError` for a value whose meaning cannot be read off (an open
-    connection, say).
+    their file, their place in it, and what they have bound. Raises `RewardError` for a value whose meaning cannot be
+    read off (an open connection, say).
     """
     return _read(value, sampled=False)
 
@@ -139,7 +139,9 @@ def _parts(value: Any, sampled: bool):
     elif isinstance(value, types.MethodType):
         yield from [("self", value.__self__), ("func", value.__func__)]
     elif isinstance(value, types.FunctionType):
-        yield from [("name", value.__qualname__), ("code", _code(value)), ("defaults", value.__defaults__)]
+        code = _code(value)
+        yield from [("name", value.__qualname__), ("code", code), ("defaults", value.__defaults__)]
+        yield "place", _place(value.__code__) if isinstance(code, str) else None
         yield from [("keywords", value.__kwdefaults__), ("bound", [c.cell_contents for c in value.__closure__ or ()])]
     elif isinstance(value, (types.BuiltinFunctionType, type)):
         yield "name", f"{value.__module__}.{value.__qualname__}"
@@ -155,6 +157,11 @@ def _parts(value: Any, sampled: bool):
         yield from sorted((name, part) for name, part in vars(value).items() if name not in left_out)
     else:
         raise RewardError(f"a {type(value).__name__} has no fingerprint: nothing tells when it changes")
+
+
+def _place(code: types.CodeType) -> list:
+    """Line, and column of what is computed first: a file may have several functions of one name, such as lambdas."""
+    return [code.co_firstlineno, next((place for place in code.co_positions() if place[2]), None)]
 
 
 def _code(thing: Any) -> str | bytes:

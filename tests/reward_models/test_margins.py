@@ -196,6 +196,15 @@ def test_fingerprints_of_functions_follow_their_file(tmp_path):
     assert changed[0] != first[0] and changed[1:] == first[1:]
 
 
+def test_fingerprints_tell_functions_of_one_name_in_one_file(tmp_path):
+    """A run whose lambda was another one of the same script was resumed in silence."""
+    text, found = "a, b = (lambda completions: [1.0]), (lambda completions: [2.0])\nc = lambda completions: [1.0]", {}
+    (tmp_path / "two.py").write_text(text)
+    exec(compile(text, tmp_path / "two.py", "exec"), found)
+    marks = [fingerprint(found[name]) for name in "abc"]
+    assert len(set(marks)) == 3 and marks[0] == fingerprint(found["a"])
+
+
 def test_a_reward_that_cannot_be_recognised_is_scored_every_time(tmp_path, caplog):
     reward = Counting()
     reward.connection = (number for number in range(3))  # a generator: nothing tells what it will give
