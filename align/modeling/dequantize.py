@@ -2,12 +2,17 @@
 V3, Qwen3-FP8). Weights of few bits cannot be trained; they are read as ordinary numbers, and saved and sent to engines
 as such."""
 
+from contextlib import contextmanager
 from typing import Any
 
 from align.errors import ConfigError
 
 READ_AS_ORDINARY = ("mxfp4", "fp8")
 """transformers has the option for more; what it makes of compressed-tensors keeps its scales and has no gradient."""
+NOT_TRAINED = (
+    "the weights are quantised%s, which cannot be trained: train an adapter on them (use_peft, peft_config), or start "
+    "from the model as it was before that"
+)
 
 
 def stored_form(config: Any) -> dict[str, Any] | None:
@@ -35,10 +40,18 @@ def check_trained_form(model: Any) -> None:
     """ConfigError for a model that is to be trained in full and whose weights are of few bits."""
     config = getattr(model, "config", None)
     if stored := config and stored_form(config):
-        raise ConfigError(
-            f"the weights are quantised ({stored.get('quant_method')}), which cannot be trained: train an adapter on "
-            "them (use_peft, peft_config), or start from the model as it was before that"
-        )
+        raise ConfigError(NOT_TRAINED % f" ({stored.get('quant_method')})")
+
+
+@contextmanager
+def told_of_quantised_weights():
+    """transformers' ValueError, of the forms of which it knows that they are not trained, as `check_trained_form`'s."""
+    try:
+        yield
+    except ValueError as error:
+        if "fine-tuning on purely quantized models" in str(error):
+            raise ConfigError(NOT_TRAINED % "") from error
+        raise
 
 
 def keep_ordinary(model: Any) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints of FP8 and MXFP4 weights: read as the numbers that they stand for, and saved and sent as such."""
 
 import json
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -75,4 +76,7 @@ def test_weights_that_cannot_be_trained_are_refused(tmp_path):
     model = made("dense", len(tokenizer), tokenizer.eos_token_id)
     model.config.quantization_config = {"quant_method": "compressed-tensors", "format": "float-quantized"}
     with pytest.raises(ConfigError, match=r"quantised \(compressed-tensors\), which cannot be trained"):
+        DPOTrainer(model, dpo_config(tmp_path), toy_pairs(8), processing_class=tokenizer)
+    model.hf_quantizer, model.is_quantized = Mock(is_trainable=True, is_qat_trainable=False), True  # as of bitsandbytes
+    with pytest.raises(ConfigError, match="the weights are quantised, which cannot be trained"):
         DPOTrainer(model, dpo_config(tmp_path), toy_pairs(8), processing_class=tokenizer)

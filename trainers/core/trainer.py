@@ -27,7 +27,7 @@ from align.distributed.shards import reshard
 from align.distributed.shells import check_sharded
 from align.errors import ConfigError, DataError, TrainingError
 from align.modeling.adapters import adapter_start, check_overlap, notes, split
-from align.modeling.dequantize import check_trained_form
+from align.modeling.dequantize import check_trained_form, told_of_quantised_weights
 from align.modeling.load import hold_modules_in_float32
 from align.modeling.rotary import LONG, factors_of
 from align.modeling.weights_digest import weights_digest
@@ -94,7 +94,8 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
         self._verify = self._began = False
         self.disk_errors: saving.DiskErrors | None = None  # of a checkpoint that is written
         self.readers = []
-        super().__init__(*args, **kwargs)
+        with told_of_quantised_weights():
+            super().__init__(*args, **kwargs)
         check_overlap(self.model)
         if not saving.is_peft(self.model):
             check_trained_form(self.model)
