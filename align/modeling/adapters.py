@@ -32,6 +32,7 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 NOTES_FILE, START_FILE = "align_adapter.json", "align_start_modules.safetensors"
 PREFIX = "base_model.model."
 A, B = (".lora_A.", ".lora_embedding_A"), (".lora_B.", ".lora_embedding_B")
+OTHER_KINDS = ("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "use_bdlora")
 FROZEN = ".base_layer."
 """In the name of a weight under an adapter, which PEFT saves beside it where it is that of the embeddings."""
 
@@ -147,7 +148,7 @@ def not_plain(config, tensors: dict[str, Tensor] | None = None) -> str | None:
         return f"it is of type {config.peft_type}"
     if changes_base(config):
         return f"init_lora_weights: {config.init_lora_weights} changes the base too"
-    flags = ("use_dora", "lora_bias", "trainable_token_indices", "target_parameters", "alora_invocation_tokens")
+    flags = ("use_dora", "lora_bias", "trainable_token_indices", "target_parameters", *OTHER_KINDS)
     given = [flag for flag in flags if vars(config).get(flag)] + (["bias"] if config.bias != "none" else [])
     if given:
         return f"it uses {', '.join(given)}"

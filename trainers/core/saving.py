@@ -19,6 +19,7 @@ from align.distributed.disk import open_to_others, writing
 from align.distributed.ranks import in_all, raise_shared
 from align.distributed.shards import is_zero3
 from align.errors import AlignError, ConfigError, TrainingError, one_line
+from align.modeling.adapter_names import check_names
 from align.modeling.adapters import (
     CONFIG_FILE,
     NOTES_FILE,
@@ -51,6 +52,12 @@ NOT_TRAINED_SO = {  # kinds of adapters by PEFT's names, and what the trainers d
     "ADAPTION_PROMPT": "it is a part of the attention's own code, around which log-probs are computed",
     **dict.fromkeys(("POLY", "MULTITASK_PROMPT_TUNING"), "every row needs the number of its task"),
 }
+REFUSED_OPTIONS = {  # of LoRA
+    "alora_invocation_tokens": "an activated adapter looks for these tokens in whole rows that are padded, and with the "
+    "passes of the trainers here it would get no gradient",
+    "kasa_config": "it cuts the frozen weights, and needs a loss of its own beside the method's",
+    "monteclora_config": "it needs a loss of its own beside the method's",
+}
 
 
 def is_peft(model: nn.Module) -> bool:
@@ -71,14 +78,24 @@ def check_base(model: Model, output_dir: str | None) -> None:
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind in NOT_TRAINED_SO:
         raise ConfigError(f"an adapter of type {kind} cannot be trained here: {NOT_TRAINED_SO[kind]}. Use LoRA")
-    if vars(config).get("alora_invocation_tokens"):
+    for name, reason in REFUSED_OPTIONS.items():
+        if vars(config).get(name):
+            raise ConfigError(f"{name}: {reason}: leave it out")
+    if vars(config).get("use_qalora") and not vars(core).get("is_quantized"):
+        raise ConfigError("use_qalora: it is for GPTQ weights alone, and changes nothing of these: leave it out")
+    if config.task_type not in (None, "CAUSAL_LM") and getattr(core, "generation_config", None) is not None:
         raise ConfigError(
-            "alora_invocation_tokens: an activated adapter looks for these tokens in whole rows that are padded, and "
-            "with the passes of the trainers here it would get no gradient: leave it out"
+            f"task_type: {config.task_type} is not for a language model, and what was saved would not be loaded as one: "
+            "leave it out"
         )
-    scales = [s for m in core.modules() if isinstance(m, LoraLayer) for s in m.scaling.values()]
-    if scales and not any(scales):
-        raise ConfigError("lora_alpha: 0 multiplies the adapter by 0, so that nothing would be trained: set it above 0")
+    check_names(core, config)
+    still = [n for n, m in core.named_modules() if isinstance(m, LoraLayer) if not all(m.scaling.values())]
+    if still:
+        name = "alpha_pattern" if config.lora_alpha else "lora_alpha"
+        raise ConfigError(
+            f"{name}: 0 multiplies the adapter of {still[0]} by 0, so that it would not be trained: set it above 0, or "
+            "leave the layer out of target_modules"
+        )
     if changes_base(config):
         raise ConfigError(
             f"init_lora_weights: {config.init_lora_weights} changes the frozen weights too, so that the model with its "

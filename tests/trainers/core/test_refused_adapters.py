@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from peft import AdaLoraConfig, TrainableTokensConfig, get_peft_model
+from peft.tuners.lora.config import KasaConfig, MontecloraConfig
 from transformers import AutoModelForCausalLM
 
 from align.data import toy
@@ -58,8 +59,29 @@ def test_an_adapter_of_replicated_layers_that_was_made_elsewhere_is_refused(poli
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "remax"])
 def test_an_adapter_that_is_multiplied_by_nothing_is_refused(method, policy, tmp_path):
-    with pytest.raises(ConfigError, match="lora_alpha: 0 multiplies the adapter by 0"):
+    with pytest.raises(ConfigError, match="lora_alpha: 0 multiplies the adapter of .*q_proj by 0"):
         make(method, policy, tmp_path, lora(target_modules=["q_proj"], lora_alpha=0))
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"target_modules": ["q_proj", "v_porj"]}, "target_modules of LoRA: LlamaForCausalLM has no v_porj,.* v_proj"),
+        ({"modules_to_save": ["lm_haed"]}, "modules_to_save of LoRA: .* has no lm_haed,.* it has .*lm_head"),
+        ({"layers_to_transform": [0, 7]}, "layers_to_transform of LoRA: .* has no 7,.* it has layers 0 to 1"),
+        ({"layers_to_transform": 7, "target_modules": {"q_proj"}}, "layers_to_transform"),
+        ({"alpha_pattern": {"q_proj": 0}, "target_modules": ["q_proj", "v_proj"]}, "alpha_pattern: 0 multiplies .*q_p"),
+        ({"use_qalora": True}, "use_qalora: it is for GPTQ weights alone"),
+        ({"kasa_config": KasaConfig()}, "kasa_config: it cuts the frozen weights"),
+        ({"monteclora_config": MontecloraConfig()}, "monteclora_config: it needs a loss of its own"),
+        ({"task_type": "SEQ_CLS"}, "task_type: SEQ_CLS is not for a language model"),
+    ],
+)  # fmt: skip
+def test_a_part_of_an_adapter_that_would_not_be_trained_is_refused(method, options, said, policy, tmp_path):
+    """PEFT adapted what it found, and the rest was left out in silence."""
+    with pytest.raises(ConfigError, match=said):
+        make(method, policy, tmp_path, lora(**{"target_modules": ["q_proj"], **options}))
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "lm_head"], r".*\.q_proj|lm_head"])
