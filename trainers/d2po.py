@@ -8,6 +8,7 @@ keep it right about the policy as that moves. All else is online DPO.
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from align.distributed.checkpoints import flush_files
 from align.errors import ConfigError
 from align.trainers.on_policy.discriminator import Discriminator
 from align.trainers.on_policy.pair_selection import make_pairs
@@ -82,4 +83,6 @@ class D2POTrainer(OnlineDPOTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         if self.args.should_save and not _internal_call:
-            self.discriminator.save_model(Path(output_dir or self.args.output_dir) / FOLDER)
+            folder = Path(output_dir or self.args.output_dir) / FOLDER
+            self.discriminator.save_model(folder)
+            flush_files(folder)

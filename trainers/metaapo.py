@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor
 
+from align.distributed.checkpoints import flush_files
 from align.errors import ConfigError
 from align.modeling.completions import completion_logps
 from align.modeling.load import load_policy
@@ -176,7 +177,9 @@ class MetaAPOTrainer(OnlineDPOTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         if self.args.should_save and not _internal_call:
-            self.meta.save(Path(output_dir or self.args.output_dir))
+            folder = Path(output_dir or self.args.output_dir)
+            self.meta.save(folder)
+            flush_files(folder)
 
 
 def of_drawn(values: list, drawn: list[bool]) -> list:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from align.data.endless import EndlessRows
 from align.data.streams import is_stream
-from align.distributed.checkpoints import flush_files
 from align.errors import ConfigError
 from align.evaluation.calibration import Reliability, reliability
 from align.modeling.dropout import disable_dropout
@@ -242,9 +241,8 @@ class RewardTrainer(PairTrainer):
         with padding_as_saved(self.model, self.processing_class):
             super().save_model(output_dir, _internal_call)
         if self.args.should_save and self.normalizer is not None:
-            folder = output_dir or self.args.output_dir
-            flush_files(folder)  # members of an ensemble that have a normaliser are taken for whole
-            self.normalizer.save(folder)
+            # last, when the others are on the disk: members of an ensemble that have one are taken for whole
+            self.normalizer.save(output_dir or self.args.output_dir)
 
 
 def load_scored(args: RewardConfig, model: Any, tokenizer: Any, peft_config: Any, options: dict[str, Any]) -> Model:

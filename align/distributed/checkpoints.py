@@ -46,9 +46,9 @@ def flush(path: Path) -> None:
 
 
 def flush_files(folder: str | Path) -> None:
-    """Return when the files of a folder are on the disk: before one is written that says that they are whole."""
-    for path in Path(folder).iterdir():
-        if path.is_file() and os.access(path, os.R_OK):
+    """Return when the files of a folder, not those in folders below it, are on the disk, with their names."""
+    for path in (*Path(folder).iterdir(), Path(folder)):
+        if (path.is_file() or path == Path(folder)) and os.access(path, os.R_OK):
             flush(path)
 
 

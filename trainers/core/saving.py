@@ -53,8 +53,8 @@ NOT_TRAINED_SO = {  # kinds of adapters by PEFT's names, and what the trainers d
     **dict.fromkeys(("POLY", "MULTITASK_PROMPT_TUNING"), "every row needs the number of its task"),
 }
 REFUSED_OPTIONS = {  # of LoRA
-    "alora_invocation_tokens": "an activated adapter looks for these tokens in whole rows that are padded, and with the "
-    "passes of the trainers here it would get no gradient",
+    "alora_invocation_tokens": "an activated adapter looks for these tokens in whole rows that are padded, and with "
+    "the passes of the trainers here it would get no gradient",
     "kasa_config": "it cuts the frozen weights, and needs a loss of its own beside the method's",
     "monteclora_config": "it needs a loss of its own beside the method's",
 }
@@ -85,8 +85,8 @@ def check_base(model: Model, output_dir: str | None) -> None:
         raise ConfigError("use_qalora: it is for GPTQ weights alone, and changes nothing of these: leave it out")
     if config.task_type not in (None, "CAUSAL_LM") and getattr(core, "generation_config", None) is not None:
         raise ConfigError(
-            f"task_type: {config.task_type} is not for a language model, and what was saved would not be loaded as one: "
-            "leave it out"
+            f"task_type: {config.task_type} is not for a language model, and what was saved would not be loaded as "
+            "one: leave it out"
         )
     check_names(core, config)
     still = [n for n, m in core.named_modules() if isinstance(m, LoraLayer) if not all(m.scaling.values())]

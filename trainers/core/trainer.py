@@ -19,7 +19,7 @@ from align.config.early_checks import COMPARED, check_resume_changes
 from align.data.endless import EndlessRows
 from align.data.limits import fit_sets, reader_of
 from align.data.streams import is_stream
-from align.distributed.checkpoints import checksums, remove_older, surplus, write_manifest
+from align.distributed.checkpoints import checksums, flush_files, remove_older, surplus, write_manifest
 from align.distributed.disk import writing
 from align.distributed.fsdp2 import patch_prepare
 from align.distributed.ranks import by_first, in_all, shared
@@ -230,10 +230,15 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
         return None if self.resumed is None else self.resumed.folder
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As transformers' `save_model`; then what was written is read back and compared (`verify_saved`)."""
+        """As transformers' `save_model`; then what was written is read back and compared (`verify_saved`), and is on
+        the disk when this returns."""
         self._verify = self.args.verify_saved and not _internal_call
         with nullcontext() if _internal_call else saving.whole_model(self.accelerator):
             super().save_model(output_dir, _internal_call)
+        if self.args.should_save and not _internal_call:  # checkpoints have a rule of their own
+            folder = output_dir or self.args.output_dir
+            with writing(folder):
+                flush_files(folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:  # transformers 5.23 asks every process, of which some have to help to gather

@@ -202,6 +202,16 @@ def test_resuming_a_stacked_run_is_exact(start, tmp_path):
     torch.testing.assert_close(logits(best), logits(straight.model), atol=2e-5, rtol=2e-5)
 
 
+def test_the_last_save_is_on_the_disk(policy, tmp_path, monkeypatch):
+    """A power loss minutes after the end could leave empty files."""
+    flushed, fsync = set(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda opened: (fsync(opened), flushed.add(os.fstat(opened).st_ino)))
+    trainer = make("sft", policy, tmp_path)
+    trainer.save_model(str(tmp_path / "saved"))
+    written = [tmp_path / "saved", *(tmp_path / "saved").iterdir()]
+    assert len(written) > 5 and {path.stat().st_ino for path in written} <= flushed
+
+
 def test_a_folder_is_what_was_written_last(policy, tmp_path):
     trained("sft", policy, tmp_path, lora(), learning_rate=1e-2)
     assert_saved("sft", trained("sft", policy, tmp_path, learning_rate=1e-2), tmp_path)
