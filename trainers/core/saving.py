@@ -91,9 +91,9 @@ def check_base(model: Model, output_dir: str | None) -> None:
     check_names(core, config)
     still = [n for n, m in core.named_modules() if isinstance(m, LoraLayer) if not all(m.scaling.values())]
     if still:
-        name = "alpha_pattern" if config.lora_alpha else "lora_alpha"
+        of = "alpha_pattern" if config.lora_alpha else "lora_alpha"
         raise ConfigError(
-            f"{name}: 0 multiplies the adapter of {still[0]} by 0, so that it would not be trained: set it above 0, or "
+            f"{of}: 0 multiplies the adapter of {still[0]} by 0, so that it would not be trained: set it above 0, or "
             "leave the layer out of target_modules"
         )
     if changes_base(config):
