@@ -78,9 +78,9 @@ def check_base(model: Model, output_dir: str | None) -> None:
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind in NOT_TRAINED_SO:
         raise ConfigError(f"an adapter of type {kind} cannot be trained here: {NOT_TRAINED_SO[kind]}. Use LoRA")
-    for name, reason in REFUSED_OPTIONS.items():
-        if vars(config).get(name):
-            raise ConfigError(f"{name}: {reason}: leave it out")
+    for option, reason in REFUSED_OPTIONS.items():
+        if vars(config).get(option):
+            raise ConfigError(f"{option}: {reason}: leave it out")
     if vars(config).get("use_qalora") and not vars(core).get("is_quantized"):
         raise ConfigError("use_qalora: it is for GPTQ weights alone, and changes nothing of these: leave it out")
     if config.task_type not in (None, "CAUSAL_LM") and getattr(core, "generation_config", None) is not None:
