@@ -353,8 +353,8 @@ class OnPolicyTrainer(OnPolicyBase):
         if self.weighting.update_per == "rollout":
             self.updates.learn(samples, step + 1)
         if self.kl.adapts:
-            self.record("beta", self.kl.value)
             self.kl.follow(samples, self.ranks)
+            self.record("beta", self.kl.value if args.kl_in == "loss" else beta)  # what this rollout is trained with
         if args.steps_per_rollout == 1:
             for sample in samples:
                 sample.old_logps = None  # they were for the KL: with one step the ratio is exactly 1

@@ -46,8 +46,16 @@ def check_constraints(args: Any) -> ConstraintOptions | None:
     form = section.form or ("tanh" if all(c.direction == "equal" for c in held) else "sigmoid")
     common = {name: getattr(section, name) for name in Updates.model_fields if isinstance(section, Updates)}
     options = ConstraintOptions(held, form, args.task_rewards, **common)
-    if options.kl_in_constraints and args.kl_in != "reward":
-        raise ConfigError("multipliers.kl_in_constraints needs kl_in: reward", key="multipliers.kl_in_constraints")
+    if options.kl_in_constraints and (args.kl_in != "reward" or not args.beta):
+        raise ConfigError(
+            "multipliers.kl_in_constraints needs kl_in: reward and a beta above 0", key="multipliers.kl_in_constraints"
+        )
+    if args.dynamic_sampling_rounds:
+        raise ConfigError(
+            "constraints look at the mean of a reward over the rollout, which would be that of the prompts that "
+            "dynamic_sampling_rounds leaves: what is always or never right is not among them. Leave one of them out",
+            key="dynamic_sampling_rounds",
+        )
     if options.standardize and args.whitens:
         raise ConfigError(
             "multipliers.standardize changes nothing here: the method whitens every stream itself",

@@ -51,6 +51,11 @@ def _does_not_fit(args: Any, options: SearchSection) -> str | None:
         return f"threshold_search: budget must be at least {len(names) + 1}, got {options.budget}"
     if str(args.eval_strategy) not in ("steps", "IntervalStrategy.STEPS"):
         return "threshold_search looks at evaluations: set eval_strategy: steps and eval_steps"
+    if args.eval_steps < 1:
+        return (
+            f"threshold_search counts steps, and eval_steps {args.eval_steps:g} is a share of the run: set a number of "
+            "steps"
+        )
     if options.steps < args.eval_steps:
         return (
             f"threshold_search.steps is {options.steps} and eval_steps {args.eval_steps:g}: a stretch of training ends "
@@ -181,6 +186,20 @@ class ThresholdSearch(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.training = False
+        if self.folder is None:
+            return
+        if self.point is not None:
+            logger.warning(
+                "threshold search: the run ended at step %d after %d stretches of the %d that it may have, before the "
+                "search had. Resume it with a larger max_steps (a stretch has up to %d steps), or lower the budget",
+                state.global_step, len(self.stretches), self.options.budget, self.options.steps,
+            )  # fmt: skip
+        if self.stretches and not self._met(self.search.best[0]):
+            logger.warning(
+                "threshold search: the rewards had not reached the best thresholds when gold was taken, so that "
+                "its score is not theirs; give stretches more steps, or a wider tolerance (%s has the values)",
+                self.folder / FILE_NAME,
+            )
 
     @property
     def start_step(self) -> int:
@@ -201,12 +220,6 @@ class ThresholdSearch(TrainerCallback):
         self.weighting.set_thresholds(self.search.best[0] if self.point is None else self.point)
         if self.point is None:
             control.should_training_stop = True
-            if self.folder is not None and not self._met(self.search.best[0]):
-                logger.warning(
-                    "threshold search: the rewards had not reached the best thresholds when gold was taken, so that "
-                    "its score is not theirs; give stretches more steps, or a wider tolerance (%s has the values)",
-                    self.folder / FILE_NAME,
-                )
         elif self.start is not None and state.global_step:  # after steps of another stretch, or before the first
             self.start.restore(model, optimizer, lr_scheduler)
             self.weighting.restart()

@@ -4,10 +4,11 @@ What one section says by itself is checked here; what sections and other options
 and `search` beside this file. Nothing here imports torch.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from align.config.sections import Kinds, Section, parse, parse_list
 from align.lazy import imported
@@ -104,6 +105,15 @@ class GradientSection(Section):
     learning_rate: float = Field(1e-6, gt=0, description="Only its ratio to mu counts.")
     mu: float = Field(1e-5, gt=0)
     parameters: str = Field("", description="A regular expression: gradients are taken of parameters with such a name.")
+
+    @field_validator("parameters")
+    @classmethod
+    def _compiles(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"{value!r} is no regular expression: {error}") from error
+        return value
 
 
 class SearchSection(Section):

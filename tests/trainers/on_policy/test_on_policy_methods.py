@@ -152,6 +152,23 @@ def test_adaptive_kl_moves_beta_towards_the_target(policy, tmp_path):
     assert beta[1] < beta[0] == 0.01 and beta[-1] > min(beta)  # below the target at first, then above it
 
 
+@pytest.mark.parametrize("where", ["reward", "loss"])
+def test_the_beta_of_the_log_is_what_the_rollout_is_trained_with(where, policy, tmp_path, monkeypatch):
+    options = {"max_steps": 3, "beta": 0.1, "kl_target": 0.5, "kl_gain": 0.5, "kl_in": where}
+    trainer = make("rloo", policy, tmp_path, **options)
+    used = []
+    if where == "loss":
+        plain = trainer.token_losses
+        monkeypatch.setattr(trainer, "token_losses", lambda *args: (used.append(trainer.kl.value), plain(*args))[1])
+    else:
+        from align.trainers.on_policy import loop
+
+        plain = loop.fill_advantages
+        monkeypatch.setattr(loop, "fill_advantages", lambda *args: (used.append(args[-1]), plain(*args))[1])
+    trainer.train()
+    assert logged(trainer, "beta") == used and len(set(used)) == 3
+
+
 @pytest.mark.parametrize(("method", "options"), [("grpo", {"kl_in": "loss"}), ("ppo", SEVERAL), ("remax", {})])
 def test_without_a_kl_there_is_no_reference(method, options, policy, tmp_path):
     """beta 0: the gradients of a reference that is there and counts nothing, no model and no pass through it."""

@@ -224,6 +224,8 @@ def test_constraints_without_a_task_are_reported(policy, tmp_path):
         ({"task_rewards": ["polite"]}, "task_rewards is set, and there are no constraints"),
         ({"constraints": EQUAL, "task_rewards": ["words"]}, "task_rewards name words, and the rewards are polite"),
         ({"constraints": EQUAL, "multipliers": {"kl_in_constraints": True}, "kl_in": "loss"}, "needs kl_in: reward"),
+        ({"constraints": EQUAL, "multipliers": {"kl_in_constraints": True}, "beta": 0.0}, "reward and a beta above 0"),
+        ({"constraints": EQUAL, "dynamic_sampling_rounds": 2}, "always or never right is not among them"),
     ],
 )
 def test_what_does_not_fit_is_refused(options, message, policy, tmp_path):

@@ -160,6 +160,7 @@ def test_gradient_weights_resume_exactly(policy, tmp_path):
         ("hypervolume", {"reward_weights": [1.0, 0.0]}, "at least two rewards with a weight, got 1"),
         ("gradient", {"reward_weights": [1.0, -1.0]}, "reward_weights above 0 of at least two rewards"),
         ("gradient", {"dynamic_weights": {"mu": 0}}, "dynamic_weights.mu: input should be greater than 0"),
+        ("gradient", {"dynamic_weights": {"parameters": "h.(1"}}, "'h..1' is no regular expression: missing"),
         (
             "gradient",
             {"constraints": [{"reward": "polite", "direction": "equal", "threshold": 0.5}]},

@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+import yaml
 from transformers import TrainerControl, TrainerState
 
+from align.config import configs_dir
 from align.data import toy
 from align.errors import ConfigError
 from align.trainers.weighting.base import FixedWeights
@@ -161,11 +163,27 @@ def test_a_search_resumes_exactly(options, step, policy, tmp_path):
     assert whole[1:] == resumed[1:] and len(whole[1]["stretches"]) == options.get("search", SEARCH)["budget"]
 
 
+@pytest.mark.parametrize(("steps", "stretches"), [(3, 1), (1, 0)])
+def test_a_search_that_the_run_cuts_off_says_so(steps, stretches, policy, tmp_path, caplog):
+    trainer = make(policy, tmp_path, search={**SEARCH, "steps": 2}, max_steps=steps)
+    trainer.train()
+    assert f"ended at step {steps} after {stretches} stretches of the 4" in caplog.text
+    assert ("had not reached the best thresholds" in caplog.text) == bool(stretches)
+
+
+def test_the_preset_has_all_keys():
+    preset = yaml.safe_load((configs_dir() / "nm_ppo.yaml").read_text(encoding="utf-8"))["threshold_search"]
+    assert preset.keys() == SearchSection.model_fields.keys()
+    defaults = {name: field.default for name, field in SearchSection.model_fields.items() if not field.is_required()}
+    assert {name: preset[name] for name in defaults} == defaults
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"search": {"budget": 4}}, "threshold_search needs 'start' and 'reached' and 'steps'"),
         ({"search": {**SEARCH, "steps": 1}}, "steps is 1 and eval_steps 2"),
+        ({"eval_steps": 0.1}, "eval_steps 0.1 is a share of the run"),
         ({"search": {**SEARCH, "budget": 1}}, "budget must be at least 2"),
         ({"search": {**SEARCH, "start": {"rude": 0}}}, "start and reached must name polite"),
         ({"search": {**SEARCH, "reached": {"polite": 0.15}}}, "two different values per dimension, look at polite"),
