@@ -27,13 +27,26 @@ class DPOConfig(TrlDPOOptions, PairLossOptions, PreferenceConfig):  # type: igno
 
     def __post_init__(self):
         super().__post_init__()
-        needs_reference = self.objective().needs_reference
+        objective = self.objective()
+        self.check_together(objective)
+        needs_reference = objective.needs_reference
         if self.sync_ref_model and (not needs_reference or self.precompute_ref_log_probs):
             raise ConfigError(
                 "sync_ref_model: this run holds no reference that could move: leave it out, or "
                 "precompute_ref_log_probs where that is set",
                 key="sync_ref_model",
             )
+
+    def check_together(self, objective: PreferenceObjective) -> None:
+        """ConfigError for a loss that compares pairs, and has one at a time: it would be another loss, in silence."""
+        for term in objective.terms:
+            processes = 1 if term.loss.state is None else self.world_size  # `PreferenceObjective.draw` gathers
+            if term.loss.across_pairs and self.train_batch_size * processes < 2:
+                raise ConfigError(
+                    f"loss_type: {term.name} compares the pairs of a micro-batch, and per_device_train_batch_size is "
+                    "1: set it to 2 or more, and gradient_accumulation_steps lower",
+                    key="per_device_train_batch_size",
+                )
 
     def holds_reference(self, adapter: bool) -> bool:
         return self.objective().needs_reference and super().holds_reference(adapter)

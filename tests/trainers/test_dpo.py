@@ -102,6 +102,8 @@ def test_a_loss_of_ones_own(policy, pairs, tmp_path):
     ({"loss_type": "bco_pair", "f_divergence_type": "forward_kl"}, "cannot be used with bco_pair"),
     ({"loss_type": ["sigmoid", "simpo"]}, "set beta: the losses have one beta together"),
     ({"beta": 0.0}, "beta must be > 0"),
+    ({"loss_type": "aot", "per_device_train_batch_size": 1}, "aot compares the pairs of a micro-batch"),
+    ({"loss_type": ["sigmoid", "beta_dpo"], "per_device_train_batch_size": 1}, "beta_dpo compares the pairs"),
     ({"loss_type": "simpo", "simpo_gamma": -1.0}, "simpo_gamma must be >= 0"),
 ])  # fmt: skip
 def test_options_that_do_not_fit_the_loss_are_errors(options, message, tmp_path):
