@@ -90,6 +90,9 @@ def test_which_coefficient(caplog):
         router_coefficient(tiny.causal(), 0.1)
     classifier = tf.Qwen3MoeForSequenceClassification(mixture().config)
     assert router_coefficient(classifier, None) == 0 and "without a load-balancing loss" in caplog.text
+    assert router_coefficient(mixture(router_aux_loss_coef=0.9), 0.001) == 0.001 and "0.9" not in caplog.text
+    assert router_coefficient(mixture(router_aux_loss_coef=0.9), None) == 0.9  # as GPT-OSS is published
+    assert "router_aux_loss_coef: 0.9 is the model's own" in caplog.text
     left_on = mixture(output_router_logits=True)  # by TRL's SFT: transformers would add the loss as well
     assert router_coefficient(left_on, None) == 0.001 and not left_on.config.output_router_logits
 
