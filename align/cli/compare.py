@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     preferences: dict = {}
     scores = [scores_of([pair[side] for pair in pairs], rewards) for side in (0, 1)]
     for name in rewards:
-        preferences[name] = compare.by_scores(scores[0][name], scores[1][name]), None
+        preferences[name] = compare.by_scores(pairs, scores[0][name], scores[1][name]), None
     for name, judge in judges.items():
         preferences[name] = compare.by_judge(pairs, judge, name)
     result = {"a": args.a, "b": args.b, "pairs": len(pairs), "prompts": len({one["row"] for one, _ in pairs}), "by": {}}

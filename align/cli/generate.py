@@ -65,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
 def draw(args: argparse.Namespace, model: str, output) -> None:
     """The answers of one model, as the options of `add_drawing` say."""
     from align.errors import ConfigError
-    from align.evaluation.answers import Drawing, as_chat, generate_answers, read_prompts
+    from align.evaluation.answers import Drawing, generate_answers
+    from align.evaluation.prompt_file import as_chat, read_prompts
     from align.modeling.load import load_tokenizer
 
     rows = read_prompts(args.prompts, args.split)

@@ -44,57 +44,6 @@ class Drawing:
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-def read_prompts(path: str, split: str = "train") -> "Dataset":
-    """Rows with prompts: a .txt file, one prompt a line (empty lines left out), or what `load_rows` reads."""
-    from datasets import Dataset
-
-    from align.data import load_rows
-
-    if not path.endswith(".txt"):
-        return load_rows(path, split)
-    if not Path(path).is_file():
-        raise DataError(f"{path} does not exist")
-    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    if not any(lines):
-        raise DataError(f"{path} holds no prompt: one stands on each line")
-    return Dataset.from_list([{"prompt": line} for line in lines if line])
-
-
-def as_chat(rows: "Dataset", *, system: str | None, source: str) -> "Dataset":
-    """Prompts in plain text as a user's message each; `system` before every conversation that has none.
-
-    A preference set whose prompt is the beginning of its pairs must hold messages already.
-    """
-    from align.data.dialogue import SHARE, dialogue_share
-    from align.data.formats import format_for
-
-    fmt = format_for(rows, "prompts", source)
-    first = [{"role": "system", "content": system}] if system else []
-    if not fmt.conversational:
-        if dialogue_share(rows) >= SHARE:
-            raise DataError(
-                f"{source} holds dialogues as text (Human: ... Assistant: ...): convert them with `align data convert "
-                f"{source} --to FILE.jsonl`, or give them to the model as they are with --no-chat"
-            )
-        if fmt.implicit_prompt:
-            raise DataError(f"{source} has no column prompt, and holds plain text: give it as it is with --no-chat")
-        pairs = [name for name in ("chosen", "rejected") if name in rows.column_names]
-        rows = rows.remove_columns(pairs)
-        return rows.map(
-            lambda row: {"prompt": [*first, {"role": "user", "content": row["prompt"]}]}, load_from_cache_file=False
-        )
-    if not first:
-        return rows
-    name = "chosen" if fmt.implicit_prompt else "prompt"
-    if fmt.implicit_prompt:
-        raise DataError(f"{source} has no column prompt for --system to stand in")
-
-    def with_system(row: dict) -> dict:
-        return {name: row[name] if row[name][0]["role"] == "system" else first + row[name]}
-
-    return rows.map(with_system, load_from_cache_file=False)
-
-
 def generate_answers(
     model: str,
     prompts: "Dataset",
@@ -137,6 +86,7 @@ def generate_answers(
     SamplingParams(drawing.max_completion_length, drawing.n, drawing.temperature, drawing.top_p, drawing.top_k)
     prompt_ids = (row["prompt_ids"] for row in rows_of(dataset, ["prompt_ids"]))
     done = _resume(output, _identity(model, prompt_ids, drawing, dtype), dataset["row"][:], drawing.n)
+    _renew(output, dataset.select(range(done)), drawing.n)
     if done == len(dataset):
         logger.info("%s holds all %d answers: nothing is left to draw", output, done * drawing.n)
         return output
@@ -162,7 +112,7 @@ def _append(output: Path, dataset: "Dataset", engine, tokenizer, drawing: Drawin
     from align.rollout import SamplingParams
     from align.rollout.seeds import derive_seed
 
-    others = [name for name in dataset.column_names if name not in (*OWN, "prompt_ids", "chosen", "rejected")]
+    others = _others(dataset)
     at_once = max(1, SEQUENCES_AT_ONCE // drawing.n)
     with open(output, "a", encoding="utf-8") as file, tqdm(total=len(dataset), unit="prompt", desc="answers") as bar:
         for start in range(0, len(dataset), at_once):
@@ -249,14 +199,21 @@ def _shown(lines: list[dict[str, Any]], tokenizer, drawing: Drawing, longest: in
     return tokenize_prompts(rows, tokenizer, max_prompt_length=longest, **options)["prompt_ids"][:]
 
 
+def _others(dataset: "Dataset") -> list[str]:
+    return [name for name in dataset.column_names if name not in (*OWN, "prompt_ids", "chosen", "rejected")]
+
+
 # ---- resuming -------------------------------------------------------------------------------------------------------
 
 
 def _identity(model: str, prompt_ids, drawing: Drawing, dtype: str) -> dict[str, Any]:
+    from align.rollout.make import resolved_backend
+
     digest = hashlib.blake2b(digest_size=16)
     for ids in prompt_ids:
         digest.update(f"{ids}\n".encode())
     settings = {name: value for name, value in asdict(drawing).items() if name != "max_prompt_length"}
+    settings["backend"] = resolved_backend(drawing.backend)
     if not drawing.revisions:
         del settings["revisions"], settings["revision_template"]
     if not drawing.chat_template_kwargs:
@@ -308,6 +265,17 @@ def _resume(output: Path, identity: dict, rows: list[int], n: int) -> int:
     if 0 < done < len(rows):
         logger.info("%s holds the answers to %d of %d prompts: the others are drawn", output, done, len(rows))
     return done
+
+
+def _renew(output: Path, data: "Dataset", n: int) -> None:
+    """The other columns of answers that are there, as the data has them now: rewards read them, and no answer does."""
+    names = _others(data)
+    now = [json.loads(json.dumps({k: row[k] for k in names}, default=str)) for row in data for _ in range(n)]
+    lines = [json.loads(line) for line in output.read_bytes().splitlines()] if now and names else []
+    if any(name not in line or line[name] != new[name] for line, new in zip(lines, now, strict=False) for name in new):
+        logger.info("%s: the other columns of the data have changed, and are written anew", output)
+        renewed = (json.dumps(line | new, ensure_ascii=False) + "\n" for line, new in zip(lines, now, strict=True))
+        write_whole(output, renewed, AGAIN)
 
 
 # ---- scores ---------------------------------------------------------------------------------------------------------

@@ -45,9 +45,11 @@ def paired(a: list[dict], b: list[dict]) -> list[tuple[dict, dict]]:
     return pairs
 
 
-def by_scores(a: Sequence[float], b: Sequence[float]) -> np.ndarray:
-    """1 where A's score is higher, 0 where B's is, 0.5 at a tie [N]."""
-    return 0.5 + 0.5 * np.sign(np.asarray(a) - np.asarray(b))
+def by_scores(pairs: list[tuple[dict, dict]], a: Sequence[float], b: Sequence[float]) -> np.ndarray:
+    """1 where A's score is higher, 0 where B's is, 0.5 at a tie [N]. The same answer twice is a tie: in another batch a
+    model gives it a score with other last digits."""
+    same = [all(one.get(key) == other.get(key) for key in ("completion", "finish_reason")) for one, other in pairs]
+    return np.where(same, 0.5, 0.5 + 0.5 * np.sign(np.asarray(a) - np.asarray(b)))
 
 
 def by_judge(pairs: list[tuple[dict, dict]], judge: Judge, name: str) -> tuple[np.ndarray, float | None]:

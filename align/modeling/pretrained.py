@@ -59,7 +59,17 @@ def from_pretrained(auto_class, source: str, what: str, *, sharded: bool = False
     except Exception as error:  # missing and damaged files make transformers, tokenizers and safetensors raise anything
         if problem and not Path(source).exists():
             raise ConfigError(f"cannot load the {what} {source!r}: {not_found(source, problem)}") from error
-        raise ConfigError(f"cannot load the {what} {source!r}: {one_line(error)}") from error
+        raise ConfigError(f"cannot load the {what} {source!r}: {_without_model(source) or one_line(error)}") from error
+
+
+def _without_model(source: str) -> str | None:
+    """What to say of a folder in which a run has saved nothing but checkpoints, or nothing at all; None of others."""
+    folder = Path(source)
+    if not folder.is_dir() or any(any(folder.glob(name)) for name in ("*config.json", "tokenizer*", "*.model")):
+        return None
+    found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    newest = max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return f"the folder holds no model{'' if newest is None else f'; its newest checkpoint is {newest}'}"
 
 
 def _in_ordinary_numbers(source: str, kwargs: dict) -> dict:

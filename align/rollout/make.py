@@ -124,6 +124,13 @@ def check_backend(backend: str) -> None:
         choose_backend(backend)  # raises, with what installs it
 
 
+def resolved_backend(backend: str) -> str:
+    """What "auto" stands for here; any other name as it is."""
+    if backend != "auto":
+        return backend
+    return "vllm" if BACKENDS["vllm"].installed else "transformers"
+
+
 def choose_backend(backend: str = "auto") -> str:
     """A back-end's name; "auto" is vLLM where installed, else transformers. Raises `ConfigError` for an absent one."""
     if backend not in backend_names():
@@ -137,7 +144,7 @@ def choose_backend(backend: str = "auto") -> str:
             )
         logger.info("rollouts use %s, as set", backend)
         return backend
-    if BACKENDS["vllm"].installed:
+    if resolved_backend(backend) == "vllm":
         logger.info("rollouts use vLLM, which is installed (rollout.backend: transformers does without)")
         return "vllm"
     logger.warning(

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ import transformers
 from align.cli.main import main
 from align.data.limits import longest_input
 from align.evaluation import answers as answers_module
-from align.evaluation.answers import Drawing, generate_answers, read_prompts
+from align.evaluation.answers import Drawing, generate_answers
+from align.evaluation.prompt_file import read_prompts
 from align.modeling.load import load_policy, load_tokenizer
 from tests.modeling import tiny
 from tests.modeling.test_export import adapter
@@ -84,6 +86,44 @@ def test_an_interrupted_file_is_finished_as_it_would_have_been(model, tmp_path, 
     generate_answers(model, rows, part, drawing)
     assert part.stat().st_mtime_ns == before
     assert caplog.messages == [f"{part} holds all 10 answers: nothing is left to draw"]
+
+
+def test_corrected_columns_reach_the_rewards_of_answers_that_are_there(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.py").write_text("def named(completions, answer):\n    return [float(len(a)) for a in answer]\n")
+    argv = ["generate", model, "--prompts", "p.jsonl", "--to", "a.jsonl", "--backend", "transformers", "--no-chat"]
+    argv += ["--max_completion_length", "3", "--n", "2", "--rewards", "r.py:named"]
+    found = []
+    for answer in ("é", "long"):
+        rows = [{"prompt": f"w{i}", "answer": answer * i} for i in (1, 2)]
+        (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert main(argv) == 0
+        found.append(lines(tmp_path / "a.jsonl"))
+    assert [row["named"] for of in found for row in of] == [1, 1, 2, 2, 4, 4, 8, 8]
+    assert [row["completion"] for row in found[0]] == [row["completion"] for row in found[1]]
+
+
+def test_a_prompt_is_a_line(tmp_path):
+    (tmp_path / "p.txt").write_bytes("\ufefffirst\r\nof\u2028one\fline\n\n third \n".encode())
+    assert read_prompts(str(tmp_path / "p.txt"))["prompt"][:] == ["first", "of\u2028one\fline", "third"]
+
+
+def test_a_run_that_has_saved_no_model_is_named(tmp_path, capsys):
+    (tmp_path / "run/checkpoint-9").mkdir(parents=True)
+    (tmp_path / "run/checkpoint-10").mkdir()
+    assert main(["chat", str(tmp_path / "run")]) == 2
+    assert (
+        f"the folder holds no model; its newest checkpoint is {tmp_path / 'run/checkpoint-10'}"
+        in capsys.readouterr().err
+    )
+
+
+def test_the_identity_says_what_auto_was(model, tmp_path, monkeypatch):
+    from align.rollout.make import BACKENDS
+
+    for installed, name in ((True, "vllm"), (False, "transformers")):
+        monkeypatch.setitem(BACKENDS, "vllm", replace(BACKENDS["vllm"], package="json" if installed else "nothing"))
+        assert answers_module._identity(model, [], Drawing(), "float32")["backend"] == name
 
 
 def test_a_file_of_another_drawing_is_refused(model, tmp_path, capsys):

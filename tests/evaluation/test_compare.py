@@ -10,7 +10,7 @@ import pytest
 from align.cli.main import main
 from align.errors import ConfigError, DataError, RewardError
 from align.evaluation.answers import _resume
-from align.evaluation.compare import by_judge, paired, summarise
+from align.evaluation.compare import by_judge, by_scores, paired, summarise
 from align.reward_models.build import build_reward
 
 
@@ -56,6 +56,12 @@ def test_a_file_against_a_file(tmp_path, monkeypatch, capsys):
         "http://www.w3.org/2000/svg", ""
     )  # the name of SVG's elements, which nobody fetches
     assert "good: A wins 62.5% (50.0% to 75.0%)" in capsys.readouterr().out
+
+
+def test_the_same_answer_twice_is_a_tie():
+    pairs = pairs_of(["same", "same", "a"], ["same", "same", "b"])
+    pairs[0][1]["finish_reason"] = "length"  # which a reward may look at
+    assert by_scores(pairs, [1 + 1e-7, 1 + 1e-7, 1 + 1e-7], [1.0] * 3).tolist() == [1, 0.5, 1]
 
 
 def test_length_control_takes_out_what_length_explains():
