@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from align.errors import RewardError, TrainingError
+from align.objectives.policy_loss import PolicyLoss
 from align.trainers.core.ranks import Ranks
 from align.trainers.on_policy.pipeline import ScoredRollout
 from align.trainers.on_policy.samples import Sample, completion_masks, completion_matrix, sampling_logps, scatter
@@ -192,4 +193,6 @@ def checked_losses(returned: Any, trainer: Any) -> Any:
         raise TrainingError(f"{here} must return the losses of the tokens and a PolicyLoss, for the log")
     if torch.is_grad_enabled() and not returned[0].requires_grad:
         raise TrainingError(f"{here}: the losses have no gradient: logps were detached")
+    if not isinstance(returned[1], PolicyLoss):
+        raise TrainingError(f"{here} must return a PolicyLoss beside the losses, got {type(returned[1]).__name__}")
     return returned

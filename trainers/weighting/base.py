@@ -166,8 +166,15 @@ def register_weighting(name: str, weighting: Any = None) -> Any:
 
 def make_weighting(reward_weights: dict[str, float], args: Any) -> Weighting:
     """The weighting that a configuration (`OnPolicyConfig`) asks for. ConfigError for two streams of one name, of which
-    one would have the scores of the other."""
+    one would have the scores of the other, and for a KL that no stream has."""
     weighting = _made(reward_weights, args)
+    in_loss = args.kl_in == "loss" and type(weighting).kl_weight is not Weighting.kl_weight
+    if args.beta and not in_loss and not any(stream.kl for stream in weighting.streams):
+        raise ConfigError(
+            f"beta is {args.beta:g}, and no stream of {type(weighting).__name__} has the KL, which would be ignored: "
+            "set beta: 0, or give a StreamSpec kl=1",
+            key="beta",
+        )
     names = [stream.name for stream in weighting.streams]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

@@ -12,7 +12,7 @@ from align.trainers.on_policy import estimators
 from align.trainers.on_policy.estimators import Estimate, make_estimator, register_estimator
 from align.trainers.on_policy.streams import Stream, checked_losses, estimate_advantages, mix, stream_scores
 from align.trainers.rloo import RLOOTrainer
-from align.trainers.weighting.base import TASK, FixedWeights, Weighting, register_weighting
+from align.trainers.weighting.base import TASK, FixedWeights, StreamSpec, Weighting, make_weighting, register_weighting
 from align.trainers.weighting.sections import DYNAMIC_WEIGHTS
 from align.trainers.weighting.updates import WeightingUpdates
 from tests.trainers.tiny_runs import logged, on_policy, prompts, wanted_words
@@ -61,6 +61,7 @@ def test_a_weighting_that_returns_no_metrics_is_refused():
         (torch.ones(2, 2), "must return the losses of the tokens and a PolicyLoss"),
         ((1.0, None), "must return the losses of the tokens and a PolicyLoss"),
         ((torch.ones(2, 2), None), "the losses have no gradient"),
+        ((torch.ones(2, 2, requires_grad=True), None), "must return a PolicyLoss beside the losses, got NoneType"),
     ],
 )
 def test_token_losses_that_are_none_are_refused(returned, message):
@@ -77,6 +78,20 @@ def test_a_weighting_without_a_score_for_its_stream_is_refused(scores):
     sample = type("Sample", (), {"left_out": False, "rewards": {"a": 1.0}, "bootstrap": None, "penalty": 0.0})()
     with pytest.raises(TrainingError, match="weighting Mine: scores gives no finite number for task"):
         stream_scores(sample, Mine(["a"], [1.0]))
+
+
+def test_a_kl_that_no_stream_has_is_refused(tmp_path, monkeypatch):
+    class Mine(FixedWeights):
+        streams = [StreamSpec(TASK, penalty=1.0)]
+
+    monkeypatch.setitem(DYNAMIC_WEIGHTS.kinds, "no_kl", None)  # taken out afterwards
+    del DYNAMIC_WEIGHTS.kinds["no_kl"]
+    register_weighting("no_kl", Mine)
+    for kl_in in ("reward", "loss"):
+        options = {"kl_in": kl_in, "dynamic_weights": {"type": "no_kl"}}
+        with pytest.raises(ConfigError, match="beta is 0.1, and no stream of Mine has the KL, which would be ignored"):
+            make_weighting({"a": 1.0}, on_policy("rloo", tmp_path, beta=0.1, **options)[1])
+        make_weighting({"a": 1.0}, on_policy("rloo", tmp_path, beta=0.0, **options)[1])
 
 
 ESTIMATOR = """
