@@ -65,7 +65,7 @@ class RewardEnsemble(Reward):
         self.options: dict[str, Any] = {"lambda_": lambda_, "ddof": ddof, "quantile": quantile}
         try:
             check_rule(aggregation, len(self.members), **self.options)
-            raw, normalised = _by_normalizer(self.members)
+            raw, normalised = by_normalizer(self.members)
         except (RewardError, ConfigError) as error:
             raise RewardError(f"reward {name!r}: {error}") from error
         if raw and normalize and aggregation != "mean":
@@ -144,7 +144,7 @@ def _rows(outputs: Iterable[RewardOutput]) -> Tensor:
     return torch.stack([output.scores.float() for output in outputs])
 
 
-def _by_normalizer(members: Sequence[Reward] | JointMembers) -> tuple[list[str], list[str]]:
+def by_normalizer(members: Sequence[Reward] | JointMembers) -> tuple[list[str], list[str]]:
     """Names of the classifiers without and with a normaliser, those in composites and ensembles among the members
     too."""
     if isinstance(members, JointMembers):
@@ -155,7 +155,7 @@ def _by_normalizer(members: Sequence[Reward] | JointMembers) -> tuple[list[str],
         if isinstance(member, ClassifierReward | VllmReward):
             (normalised if member.normalized else raw).append(member.name)
             continue
-        more = _by_normalizer(member.members if isinstance(member, RewardEnsemble) else member.parts())
+        more = by_normalizer(member.members if isinstance(member, RewardEnsemble) else member.parts())
         raw, normalised = raw + more[0], normalised + more[1]
     return raw, normalised
 

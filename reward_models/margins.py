@@ -24,6 +24,7 @@ from align.errors import ConfigError, RewardError
 from align.modeling.fingerprint import fingerprint
 from align.reward_models.base import Reward, RewardBatch
 from align.reward_models.build import build_reward
+from align.reward_models.ensemble import by_normalizer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -61,11 +62,13 @@ class MarginRewards:
                     f"margin reward {reward.name!r} scores the pairs once, before the training, and is freed then: "
                     "leave ranks out, so that every process scores its share of them"
                 )
-            if getattr(reward, "normalized", False):
+            normalised = [reward.name] if getattr(reward, "normalized", False) else by_normalizer([reward])[1]
+            if normalised:
                 logger.warning(
-                    "margin reward %s is normalised: it counts in standard deviations, not in units of the "
+                    "margin reward %s is normalised%s: it counts in standard deviations, not in units of the "
                     "Bradley-Terry model that the pairs follow. Use normalize: false unless that is meant",
                     reward.name,
+                    "" if normalised == [reward.name] else f" ({', '.join(normalised)})",
                 )
         self.tokenizer = tokenizer
         self.folder = None if folder is None else Path(folder)

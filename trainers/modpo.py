@@ -1,5 +1,6 @@
 """MODPO: preference optimisation of a weighted sum of objectives (Zhou et al. 2023), as one stable supervised loss."""
 
+import logging
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,8 @@ from align.trainers.core.hooks import TrainingSettings
 from align.trainers.core.loading import tokenizer_of
 from align.trainers.pairs.config import PreferenceConfig
 from align.trainers.pairs.preference import PreferenceTrainer
+
+logger = logging.getLogger(__name__)
 
 SWEEP = "sweep"
 
@@ -60,6 +63,11 @@ class WeightOptions(TrainingSettings):
             bad = {name: weight for name, weight in self.weights.items() if not math.isfinite(weight)}
             if bad:
                 raise ConfigError(f"weights must be finite numbers, got {bad}")
+            if self.objective not in self.weights:
+                raise ConfigError(
+                    f"weights are given for {list(self.weights)}, and the pairs' own objective is {self.objective!r}: "
+                    "set `objective` to its name, or give it a weight"
+                )
         if self.sweep_points is not None and self.sweep_points < 2:
             raise ConfigError(f"a sweep has at least 2 points, got sweep_points {self.sweep_points}")
         if self.sweep_min_weight is not None and not 0 <= self.sweep_min_weight < 1:
@@ -101,6 +109,8 @@ class MODPOConfig(WeightOptions, PreferenceConfig):
     def __post_init__(self):
         super().__post_init__()
         self.check_weights()
+        if isinstance(self.weights, dict):
+            check_weight(self.weights[self.objective], f"the trained objective {self.objective!r}")
 
     @property
     def margin_folder(self) -> Path:
@@ -138,7 +148,13 @@ class MODPOTrainer(PreferenceTrainer):
         if not isinstance(reward, MarginRewards):
             self.margins = MarginRewards(reward, processing_class, args.margin_folder)
         self.weight, self.margin_weights = args.weights_of(self.margins.names)
-        check_weight(self.weight, f"the trained objective {args.objective!r}")
+        against = [name for name, weight in zip(self.margins.names, self.margin_weights, strict=True) if weight < 0]
+        if against:
+            logger.warning(
+                "weights below 0 ask for less of %s: the policy goes towards completions with lower scores. Give it a "
+                "weight above 0 if its larger scores are the better ones",
+                ", ".join(against),
+            )
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, **kwargs)
         self.margins.free()
 
@@ -165,10 +181,11 @@ class MODPOTrainer(PreferenceTrainer):
         return PairLosses(modpo_loss(chosen, rejected, self.args.loss_type), chosen, rejected, agreement)
 
     def agreement(self, log_ratios: Tensor, margins: Tensor) -> dict[str, Tensor]:
-        """For every objective, whether the policy prefers the completion that this objective prefers, per pair (0.5
-        where the objective finds both as good). log_ratios: [2B]; margins: [2B, M]."""
+        """For every objective, whether the policy prefers the completion that this objective prefers, or the other one
+        where its weight is below 0, per pair (0.5 where the objective finds both as good). log_ratios: [2B]; margins:
+        [2B, M]."""
         policy = torch.sub(*log_ratios.chunk(2)).sign()
         found = {self.args.objective: policy}
-        for name, column in zip(self.margins.names, margins.unbind(-1), strict=True):
-            found[name] = policy * torch.sub(*column.chunk(2)).sign()
+        for name, weight, column in zip(self.margins.names, self.margin_weights, margins.unbind(-1), strict=True):
+            found[name] = policy * torch.sub(*column.chunk(2)).sign() * (-1 if weight < 0 else 1)
         return {f"agreement/{name}": (1 + signs) / 2 for name, signs in found.items()}

@@ -11,6 +11,8 @@ from align.errors import ConfigError, TrainingError
 from align.evaluation import masks as mask_reports
 from align.evaluation.strict_json import write_json
 from align.modeling.activation_masks import architecture, groups_of
+from align.modeling.adapters import named_base
+from align.modeling.load import source_of
 from align.modeling.logprobs import language_model
 from align.modeling.pairs import PairTokens
 from align.modeling.token_masks import TokenMasks, read_masks
@@ -107,7 +109,7 @@ class SparsePOTrainer(PreferenceTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)
         norms = [value for name, value in logs.items() if name.startswith(("mask_u_l1/", "mask_d_l1/"))]
-        if norms and not any(norms):
+        if norms and not any(norms) and self.args.mask_on_reward:  # else the log-ratios have weight 1
             raise TrainingError(
                 f"every mask is 0 at every token of the last {self.args.logging_steps:g} steps, up to step "
                 f"{self.state.global_step}: nothing is trained any more. Lower mask_learning_rate, mask_l1_reward or "
@@ -166,8 +168,8 @@ class SparsePOTrainer(PreferenceTrainer):
         state = self.accelerator.unwrap_model(self.model).state_dict() if state_dict is None else state_dict
         super()._save(str(folder), policy_weights(state))
         if self.args.should_save:
-            base = language_model(self.held_reference.model).config.name_or_path
-            write_masks(folder, self.args, self.masks, state, base)
+            reference = named_base(source_of(language_model(self.held_reference.model)))
+            write_masks(folder, self.args, self.masks, state, reference)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -285,6 +285,7 @@ def train_sweep(run: RunConfig, resume: bool) -> Path:
         peft_config=peft_config(run),
         resume=resume,
         model_name=run.model.model_name_or_path,
+        model_options={"dtype": dtype(run), "revision": run.model.model_revision, "quantization": quantization(run)},
     )
 
 

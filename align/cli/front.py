@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import time
 from pathlib import Path
 
@@ -29,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--names", nargs="+", metavar="NAME", help="names of the runs, in order [their folders']")
     add("--reference", metavar="MODEL", help="the policy that training started from [what the sweeps say]")
     add("--n", type=at_least(1), default=4, metavar="N", help="completions per prompt [4]")
-    add("--max_prompt_length", type=int, default=512, metavar="N", help="longer prompts are an error [512]")
-    add("--max_completion_length", type=int, default=256, metavar="N", help="[256]")
+    add("--max_prompt_length", type=at_least(1), default=512, metavar="N", help="longer prompts are an error [512]")
+    add("--max_completion_length", type=at_least(1), default=256, metavar="N", help="[256]")
     add("--temperature", type=float, default=1.0, metavar="T", help="[1.0]")
     add("--backend", default="auto", metavar="NAME", help="vllm, transformers or file.py:Class [auto]")
     add(
@@ -62,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"a front has at least two objectives, and --rewards names only {', '.join(rewards)}")
     if args.reference_point is not None and len(args.reference_point) != len(rewards):
         raise ConfigError(f"--reference_point gives {len(args.reference_point)} numbers for {len(rewards)} rewards")
+    if not all(map(math.isfinite, args.reference_point or ())):
+        raise ConfigError(f"--reference_point: finite numbers, got {args.reference_point}")
     prompts = load_rows(args.prompts, args.split)
     prompts = tokenize_prompts(
         prompts.select(range(min(args.num_prompts, len(prompts)))),
@@ -91,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
 def read_fronts(args: argparse.Namespace) -> dict:
     """The runs' fronts by name, all with the same reference."""
     from align.evaluation.front_scores import REFERENCE, as_front
+    from align.modeling.adapters import named_base
 
     names = args.names or [Path(run).resolve().name for run in args.runs]
     if len(names) != len(args.runs):
@@ -98,13 +102,24 @@ def read_fronts(args: argparse.Namespace) -> dict:
     if len(set(names)) != len(names) or REFERENCE in names:
         raise ConfigError(f"the runs are named {names}: tell them apart with --names ({REFERENCE!r} is taken)")
     fronts = {name: as_front(run) for name, run in zip(names, args.runs, strict=True)}
-    known = {str(args.reference)} if args.reference else {f.reference for f in fronts.values() if f.reference}
+    references = [args.reference] if args.reference else [f.reference for f in fronts.values() if f.reference]
+    known = {named_base(str(reference)) for reference in references}
     if len(known) != 1:
         found = f"they started from {', '.join(sorted(known))}" if known else "none says which policy it started from"
         raise ConfigError(f"fronts are compared from one reference policy: {found}. Name it with --reference")
     for front in fronts.values():
         front.reference = next(iter(known))
+    in_one_order(list(fronts.values()))
     return fronts
+
+
+def in_one_order(fronts: list) -> None:
+    """Bring the weights of all points into the order of the first front that has some, where all are of the same
+    objectives: the pictures and the table tell points by their first weight."""
+    points = [point for front in fronts for point in front.points if point.weights]
+    if len({frozenset(point.weights) for point in points}) == 1:
+        for point in points[1:]:
+            point.weights = {name: point.weights[name] for name in points[0].weights}
 
 
 def write(folder: Path, summary: dict, found: dict) -> None:
@@ -134,7 +149,7 @@ def print_fronts(summary: dict) -> None:
     table = Table(title=f"{summary['prompts']} prompts; * not dominated within its run; 95 % intervals over prompts")
     points = [point for run in summary["runs"].values() for point in run["points"]]
     names = {" ".join(point["weights"]) for point in points if point["weights"]}
-    of = f"weights\n{names.pop()}" if len(names) == 1 else "weights"
+    of = f"weights\n{' '.join(names)}" if len(names) == 1 else "weights"
     columns = ["run", of, *summary["objectives"], "KL"]
     for name in columns:
         table.add_column(name, justify="left" if name in ("run", of) else "right")
@@ -142,13 +157,16 @@ def print_fronts(summary: dict) -> None:
     def value(entry: dict) -> str:
         return f"{entry['mean']:.3f} ±{(entry['high'] - entry['low']) / 2:.3f}"
 
+    def shown(name: str, weight: float) -> str:
+        return f"{weight:.3g}" if len(names) == 1 else f"{name} {weight:.3g}"
+
     def row(name: str, weights: str, entry: dict) -> None:
         table.add_row(name, weights, *(value(v) for v in entry["scores"].values()), value(entry["kl"]))
 
     row("reference", "", summary["reference"])
     for name, run in summary["runs"].items():
         for point in run["points"]:
-            weights = " ".join(f"{weight:.3g}" for weight in point["weights"].values()) or point["name"]
+            weights = " ".join(shown(*one) for one in point["weights"].items()) or point["name"]
             row(name + (" (soup)" if point["kind"] == "soup" else ""), weights + " *" * point["non_dominated"], point)
     console = Console()
     console.print(table)

@@ -81,6 +81,8 @@ def _train(config: "RunConfig", values: dict) -> None:
         count, member = config.ensemble.ensemble, config.ensemble.ensemble_member
         what = f"the {count} members of the ensemble" if member is None else f"member {member} of {count}"
     elif build.is_sweep(config):
+        if resume is not None and resume.lower() not in ("true", "auto", "false"):
+            raise ConfigError(f"a sweep resumes with resume_from_checkpoint: auto, not from the folder {resume}")
         if main_process:
             save_settings(values, output_dir)
         build.train_sweep(config, keep_finished)

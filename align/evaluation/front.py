@@ -25,7 +25,8 @@ class Point:
 
 @dataclass
 class Front:
-    """Policies that one method made for several weight vectors. reference: the policy that training started from.
+    """Policies that one method made for several weight vectors. reference: that of their KL, which is the policy that
+    training started from unless another was named.
     seconds: what else the front took, by phase (the margin rewards, say)."""
 
     method: str

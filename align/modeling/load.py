@@ -108,6 +108,13 @@ def load_policy(
     return _with_adapter(model, peft_config, adapter_seed)
 
 
+def source_of(model: Model) -> str:
+    """The folder or hub name that a transformers model was loaded from: that of the adapter which was merged into it,
+    where one was, and not its base's."""
+    start = vars(model).get("adapter_start")
+    return model.config.name_or_path if start is None else start.folder
+
+
 def load_adapted(folder: str | Path, *, dtype: str | torch.dtype | None = None) -> Model:
     """The policy of an adapter's folder with its adapter not merged, frozen. With the adapter off it is the policy that
     the training of the adapter started from."""

@@ -29,6 +29,11 @@ def test_learned_masks_and_the_page_of_them(tiny_model, real_pairs, tmp_path, ca
     look = ["masks", str(tmp_path / "run"), "--data", str(real_pairs), "--pairs", "2", "--output", str(page)]
     assert main(look) == 0 and "independent masks" in page.read_text()
 
+    # what is trained on starts from the adapter, and the masks read its states, not those of its base
+    run = str(tmp_path / "run")
+    assert train("mapo.yaml", run, real_pairs, tmp_path / "on", "--max_steps", "1") == 0
+    assert read_masks(run)[0]["reference"] == str(tiny_model) and read_masks(tmp_path / "on")[0]["reference"] == run
+
     # the resolved settings are a file that describes the same run
     settings = yaml.safe_load((tmp_path / "run" / "align_config.yaml").read_text())
     assert settings["variant"] == "independent" and settings["mask_l1_kl"] == 0.01

@@ -136,3 +136,11 @@ def test_ensembles_of_other_kinds_and_wrong_labels(tiny_model, pairs, tmp_path, 
     ):
         assert main(["reward", *map(str, [*base, *wrong]), *other]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_sweep_does_not_begin_anew_where_a_folder_is_to_be_resumed(tiny_model, pairs, tmp_path, capsys):
+    """Its finished points would be trained over."""
+    argv = ["modpo", "--model_name_or_path", str(tiny_model), "--dataset_name", pairs, "--output_dir", str(tmp_path)]
+    argv += ["--rewards", "{type: rule, function: align.data.toy:gold_helpfulness}", "--weights", "sweep", "--use_cpu"]
+    assert main([*argv, "--resume_from_checkpoint", str(tmp_path / "w_1_0")]) == 2
+    assert "a sweep resumes with resume_from_checkpoint: auto, not from the folder" in capsys.readouterr().err

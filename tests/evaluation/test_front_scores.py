@@ -1,5 +1,6 @@
 """`align front`: scores, KL and comparisons of the policies of fronts."""
 
+import argparse
 import json
 import re
 
@@ -9,6 +10,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
+from align.cli.front import read_fronts
 from align.cli.main import main
 from align.data import toy
 from align.evaluation.front import Front, Point, read_front, write_front
@@ -81,6 +83,27 @@ def test_scores_and_figure(world, tmp_path, capsys):
     assert json.loads((again / "scores.json").read_text())["runs"]["run"]["points"] == points
 
 
+def test_runs_whose_weights_stand_in_another_order(world, tmp_path, monkeypatch):
+    """A point's first weight is of one objective in all runs; one policy is one reference, however it is named."""
+    monkeypatch.chdir(world)
+    for name, order, reference in (("a", ("x", "y"), "base"), ("b", ("y", "x"), str(world / "base"))):
+        points = [Point("p", "p", dict(zip(order, (0.7, 0.3), strict=True)))]
+        write_front_in(tmp_path / name, Front("modpo", reference, list(order), points))
+    write_front_in(tmp_path / "c", Front("modpo", "base", ["z"], [Point("p", "p", {"z": 1.0})]))
+
+    def weights(*runs) -> list[list]:
+        args = argparse.Namespace(runs=[str(tmp_path / run) for run in runs], names=None, reference=None)
+        return [list(front.points[0].weights.items()) for front in read_fronts(args).values()]
+
+    assert weights("a", "b") == [[("x", 0.7), ("y", 0.3)], [("x", 0.3), ("y", 0.7)]]
+    assert weights("b", "c") == [[("y", 0.7), ("x", 0.3)], [("z", 1.0)]]
+
+
+def write_front_in(folder, front: Front) -> None:
+    folder.mkdir()
+    write_front(front, folder)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_the_kl_is_that_of_the_policies(world, tmp_path, temperature):
     """Of completions of one token, the KL is known from the two distributions."""
@@ -133,6 +156,7 @@ def test_comparison_of_two_runs():
         (["--reference_point", "1"], ("words", "early"), "--reference_point gives 1 numbers for 2 rewards"),
         (["NOWHERE"], ("words", "early"), "holds no front.json.*or that of a saved policy"),
         (["--temperature", "0"], ("words", "early"), "must be above 0"),
+        (["--reference_point", "nan", "1"], ("words", "early"), "--reference_point: finite numbers, got"),
         (["--names", "reference"], ("words", "early"), "'reference' is taken"),
         (["--reference", "OTHER", "--num_prompts", "2", "--max_completion_length", "2"], ("words", "early"), None),
     ],

@@ -16,9 +16,12 @@ from align.errors import ConfigError, RewardError
 from align.modeling.fingerprint import fingerprint
 from align.modeling.load import load_policy
 from align.reward_models.base import Reward, RewardOutput
+from align.reward_models.classifier import ClassifierReward
+from align.reward_models.ensemble import RewardEnsemble
 from align.reward_models.implicit import ImplicitReward
 from align.reward_models.margins import COLUMNS, MarginRewards
-from tests.modeling.tiny import causal
+from align.reward_models.normalizer import Normalizer
+from tests.modeling.tiny import causal, classifier
 
 TOKENIZER = toy.tokenizer()
 
@@ -237,4 +240,11 @@ def test_a_normalised_classifier_is_pointed_out(tmp_path, caplog):
     reward = Counting()
     reward.normalized = True
     MarginRewards(reward, TOKENIZER, tmp_path)
-    assert "normalize: false" in caplog.text
+    assert "margin reward words is normalised: " in caplog.text and "normalize: false" in caplog.text
+
+
+def test_normalised_classifiers_in_an_ensemble_are_pointed_out(tmp_path, caplog):
+    options = {"tokenizer": TOKENIZER, "normalizer": Normalizer(0.0, 2.0, 8, "answers")}
+    members = [ClassifierReward(classifier(), name=name, **options) for name in ("a", "b")]
+    MarginRewards(RewardEnsemble(members, "mean", name="both"), TOKENIZER, tmp_path)
+    assert "margin reward both is normalised (a, b): " in caplog.text

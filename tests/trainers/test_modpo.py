@@ -146,6 +146,19 @@ def test_metrics(policy, tokenizer, tmp_path):
     assert logged(trainer, "agreement/strength") == logged(trainer, "agreement/letters") == [0.5]
 
 
+def test_a_weight_below_0_is_pointed_out_and_asks_for_less(policy, tokenizer, tmp_path, caplog):
+    """`agreement` is then with the completion of the lower score."""
+    pairs = exact_pairs().filter(lambda row: "thanks" in (row["chosen"], row["rejected"]))  # no two of one score
+    found = {}
+    for sign in (1, -1):
+        args = config(tmp_path, weights={"strength": 1e-3, "letters": sign}, learning_rate=1e-2)
+        trainer = MODPOTrainer(policy, letters, args, pairs)
+        found[sign] = "weights below 0 ask for less of letters" in caplog.text
+        trainer.train()
+        assert logged(trainer, "agreement/letters")[1] > 0.9
+    assert found == {1: False, -1: True}
+
+
 def test_a_saved_policy_is_the_trained_one(policy, tokenizer, tmp_path):
     lora = LoraConfig(r=4, target_modules="all-linear")
     args = config(tmp_path, max_steps=5, learning_rate=1e-2)
@@ -174,6 +187,7 @@ def test_a_saved_policy_is_the_trained_one(policy, tokenizer, tmp_path):
         ({"objective": "letters"}, "name of the pairs' own objective and of another"),
         ({"loss_type": "ipo"}, "loss_type cannot be 'ipo'; valid: sigmoid, hinge"),
         ({"weights": {"strength": math.nan, "letters": 1.0}}, "must be finite"),
+        ({"weights": {"strong": 0.5, "letters": 0.5}}, "the pairs' own objective is 'strength'"),
         ({"weights": "sweep", "sweep_min_weight": 1.0}, "sweep_min_weight must be from 0 to below 1"),
     ],
 )

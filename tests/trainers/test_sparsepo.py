@@ -331,10 +331,14 @@ def test_the_reference_holds_no_masks_and_is_not_trained(policy, tmp_path):
     assert not any("token_masks" in name for name in before)
 
 
-def test_masks_that_are_all_zero_stop_the_run(policy, tmp_path):
-    run = trainer(policy, tmp_path, max_steps=4)
+@pytest.mark.parametrize("on_reward", [True, False])
+def test_masks_that_are_all_zero_stop_a_run_whose_log_ratios_they_weigh(on_reward, policy, tmp_path):
+    run = trainer(policy, tmp_path, max_steps=2, mask_on_reward=on_reward)
     with torch.no_grad():
         run.masks.networks["common"].mixer.weight.neg_()
+    if not on_reward:
+        assert run.train().global_step == 2 and all(norm > 0 for norm in logged(run, "grad_norm"))
+        return
     with pytest.raises(TrainingError, match="every mask is 0 at every token of the last 1 step.*mask_learning_rate"):
         run.train()
 

@@ -21,23 +21,26 @@ from torch import nn
 from align.data.sets import of_each
 from align.errors import ConfigError
 from align.evaluation.front import Front, Point, write_front
-from align.modeling.adapters import is_adapter
-from align.modeling.load import load_policy, load_tokenizer
+from align.modeling.adapters import is_adapter, named_base
+from align.modeling.load import load_policy, load_tokenizer, source_of
 from align.modeling.logprobs import language_model
 from align.modeling.soups import make_soup
 from align.reward_models.base import Reward
 from align.reward_models.implicit import ImplicitReward
 from align.reward_models.margins import MarginRewards, rows_fingerprint
-from align.trainers.core.identity import differences
+from align.trainers.core.identity import differences, settings_of
 from align.trainers.modpo import SWEEP, MODPOConfig, MODPOTrainer, WeightOptions
-from align.trainers.on_policy.evaluation import run_options
 from align.trainers.pairs.data import numbered_pairs
 
 logger = logging.getLogger(__name__)
 
 POINT_FILE = "point.json"
-# options that say where something is kept or shown, or in what portions it is computed
-NOT_IN_RESULT = ("margin_cache_dir", "ref_log_probs_dir", "precompute_ref_batch_size", "chunk_size", "num_logged_pairs")
+# what a run that is resumed may change, and a point that is finished not
+HOW_FAR = ("max_steps", "num_train_epochs")
+OF_THE_BEST = (
+    "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "eval_strategy", "eval_steps",
+    "save_strategy", "save_steps",
+)  # fmt: skip
 SWEEP_OPTIONS = ("sweep_points", "sweep_min_weight", "interpolate")
 Model = str | Path | Callable[[], nn.Module]
 
@@ -61,6 +64,7 @@ def train_front(
     callbacks=None,
     resume: bool = False,
     model_name: str | None = None,
+    model_options: dict[str, Any] | None = None,
 ) -> Path:
     """Train MODPO for every weight vector of a sweep; returns `args.output_dir`, which holds front.json.
 
@@ -68,7 +72,8 @@ def train_front(
         model: a folder or hub name, or a function that loads the policy: every point starts from it anew.
         reward, peft_config, callbacks: as `MODPOTrainer` takes them.
         resume: keep the finished points, and resume the one that was stopped.
-        model_name: of the policy that a function loads: points that started from another one are not kept.
+        model_name, model_options: of the policy that a function loads, and what it loads it with: points that started
+            from another one are not kept.
     """
     processing_class = check_model(model, processing_class)
     check_sweep(args)
@@ -76,12 +81,13 @@ def train_front(
     objectives = [args.objective, *margins.names]
     start = model_name if callable(model) else str(model)
     assert margins.rewards is not None  # not freed yet
-    last = margin_policy(margins.rewards, start, args, peft_config)
+    reference = args.ref_model_name_or_path or start
+    last = margin_policy(margins.rewards, reference, args, peft_config)
     vectors = sweep_weights(objectives, args, 0.1 if last is None else 0.0)
     if vectors[-1][args.objective] > 0:
         last = None
     elif last is None:
-        raise ConfigError(NO_LAST_POLICY.format(start=start, beta=args.beta))
+        raise ConfigError(NO_LAST_POLICY.format(start=reference, beta=args.beta))
     tokenized = partial(numbered_pairs, tokenizer=processing_class, num_proc=args.dataset_num_proc)
     tokenized = partial(tokenized, max_length=args.max_length, max_bad_share=args.max_bad_share)
     train_dataset = tokenized(train_dataset)
@@ -103,7 +109,12 @@ def train_front(
             callbacks=callbacks,
         )
 
-    identity = {"model": start, "data": rows_fingerprint(train_dataset), "margins": margins.fingerprints}
+    identity = {
+        "model": start,
+        "model_options": model_options,
+        "data": rows_fingerprint(train_dataset),
+        "margins": margins.fingerprints,
+    }
     return train_points(
         "modpo", trainer, args, objectives, vectors, identity, peft_config, seconds=seconds, resume=resume, last=last
     )
@@ -139,8 +150,7 @@ def train_points(
             front.points.append(Point(name, str(last), weights, kind="margin"))
             continue
         point_args = point_config(args, weights, root / name)
-        options = {key: value for key, value in run_options(point_args).items() if key not in NOT_IN_RESULT}
-        settings = json.loads(json.dumps({**options, **identity}, default=str))
+        settings = json.loads(json.dumps({**result_settings(point_args), **identity}, default=str))
         done = finished(root / name, settings) if resume else None
         if done is None:
             logger.info("point %d of %d: %s", number + 1, len(vectors), weights)
@@ -158,6 +168,12 @@ def train_points(
     return root
 
 
+def result_settings(args: Any) -> dict[str, Any]:
+    """The options that decide what a finished point is."""
+    names = HOW_FAR + (OF_THE_BEST if args.load_best_model_at_end else ())
+    return {**settings_of(args), **{name: getattr(args, name) for name in names}}
+
+
 def train_point(make_trainer: Callable[[Any], Any], args: Any, settings: dict, resume: bool) -> dict:
     """Train and save one policy; then write point.json, which says that it is complete and how it was trained."""
     from align.distributed.checkpoints import flush_files, newest_whole
@@ -168,7 +184,7 @@ def train_point(make_trainer: Callable[[Any], Any], args: Any, settings: dict, r
     trainer = make_trainer(args)
     trainer.train(resume_from_checkpoint=resume and folder.exists() and newest_whole(folder) is not None)
     trainer.save_model(str(folder))
-    reference = language_model(trainer.model).config.name_or_path
+    reference = named_base(args.ref_model_name_or_path or source_of(language_model(trainer.model)))
     done = {"settings": settings, "reference": reference, "seconds": time.perf_counter() - started}
     if args.process_index == 0:
         flush_files(folder)
@@ -265,19 +281,19 @@ def check_model(model: Model, processing_class):
     return processing_class or load_tokenizer(model)
 
 
-def margin_policy(rewards: list[Reward], start: str | None, args: MODPOConfig, peft_config: Any) -> Path | None:
+def margin_policy(rewards: list[Reward], reference: str | None, args: MODPOConfig, peft_config: Any) -> Path | None:
     """The folder of the optimum for weight 0 of `objective`, which need not be trained: the policy that the one margin
     reward is made of. None if there are more rewards or another kind of, if its policy was trained from another one
-    than `start` or with another beta, or if it is saved in another form than the sweep's policies."""
+    than `reference`, the sweep's, or with another beta, or if it is saved in another form than the sweep's policies."""
     (reward, *others) = rewards
     if others or not isinstance(reward, ImplicitReward) or reward.beta != args.beta:
         return None
-    policy, reference = reward.model_folders
-    if policy is None or reference is None or start is None or not Path(policy).is_dir():
+    policy, start = reward.model_folders
+    if policy is None or start is None or reference is None or not Path(policy).is_dir():
         return None
     adapter = is_adapter(policy)
-    same_start = reference == start or Path(reference).resolve() == Path(start).resolve()
-    return Path(policy).absolute() if same_start and adapter == (peft_config is not None) else None
+    same = start == reference or Path(start).resolve() == Path(reference).resolve()
+    return Path(policy).absolute() if same and adapter == (peft_config is not None) else None
 
 
 def check_sweep(args: WeightOptions) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from align.errors import ConfigError
 from align.evaluation.front import Front, Point, write_front
+from align.modeling.adapters import named_base
 from align.modeling.pairs import PairTokens
 from align.modeling.soups import make_soup
 from align.objectives.modpo import modpo_loss
@@ -161,5 +162,5 @@ def soup_front(
         done = Path(folder) / POINT_FILE
         if done.exists():
             seconds[objective] = json.loads(done.read_text())["seconds"]
-    write_front(Front("dpo_soups", str(reference), list(policies), points, seconds), root)
+    write_front(Front("dpo_soups", named_base(str(reference)), list(policies), points, seconds), root)
     return root

@@ -126,7 +126,13 @@ def test_a_stopped_sweep_goes_on_where_it_was(policy, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"learning_rate": 2e-2}, "learning_rate 0.01 before and 0.02 now"), ({"seed": 3}, "seed 42 before and 3 now")],
+    [
+        ({"learning_rate": 2e-2}, "learning_rate 0.01 before and 0.02 now"),
+        ({"seed": 3}, "seed 42 before and 3 now"),
+        ({"weight_decay": 0.3}, "weight_decay 0.0 before and 0.3 now"),
+        ({"optim": "sgd"}, "optim 'adamw_torch(_fused)?' before and 'sgd' now"),
+        ({"max_steps": 4}, "max_steps 3 before and 4 now"),
+    ],
 )
 def test_points_of_other_settings_are_not_taken(whole, policy, options, message):
     folder, reward = whole
@@ -142,6 +148,24 @@ def test_points_of_another_policy_are_not_taken(whole, policy, tokenizer):
         train_front(
             lambda: load_policy(policy), reward, args, exact_pairs(), processing_class=tokenizer, peft_config=lora,
             resume=True, model_name="another",
+        )  # fmt: skip
+
+
+def test_points_stay_with_options_that_change_nothing(whole, policy):
+    folder, reward = whole
+    other = {"logging_steps": 7, "save_strategy": "steps", "per_device_train_batch_size": 10}
+    sweep(policy, folder, resume=True, reward=reward, interpolate=1, gradient_accumulation_steps=2, **other)
+    assert reward.count.read_text().split() == ["120"]
+
+
+def test_points_of_a_policy_that_is_loaded_otherwise_are_not_taken(whole, policy, tokenizer):
+    folder, reward = whole
+    args = sweep_config(folder, precompute_ref_log_probs=True)
+    lora = LoraConfig(r=4, target_modules="all-linear")
+    with pytest.raises(ConfigError, match="model_options.* before and .*bfloat16.* now"):
+        train_front(
+            lambda: load_policy(policy), reward, args, exact_pairs(), processing_class=tokenizer, peft_config=lora,
+            resume=True, model_name=policy, model_options={"dtype": "bfloat16"},
         )  # fmt: skip
 
 
@@ -194,6 +218,18 @@ def test_a_margin_policy_that_is_no_optimum_of_the_sweep_is_no_point(policy, mar
     lora = LoraConfig(r=4, target_modules="all-linear")
     args = sweep_config(tmp_path, sweep_min_weight=None)
     assert margin_policy([build_reward(spec)], policy, args, lora) is None
+
+
+def test_the_reference_is_what_training_started_from_or_the_named_one(policy, margin, tmp_path):
+    """An adapter is merged into its base before it is trained on; the base is no reference then."""
+    adapter, whole = str(margin["adapter"]), str(margin["whole"])
+    short = {"max_steps": 1, "sweep_points": 2}
+    assert read_front(sweep(adapter, tmp_path / "a", **short)).reference == adapter
+    spec = {"type": "implicit", "path": adapter, "beta": 0.5, "name": "other"}
+    named = {"ref_model_name_or_path": whole, **short}
+    assert read_front(sweep(policy, tmp_path / "b", reward=spec, **named)).reference == whole
+    with pytest.raises(ConfigError, match=f"trained from {whole} with beta"):  # the optimum of another reference
+        sweep(policy, tmp_path / "c", reward=spec, **{**named, "sweep_min_weight": 0.0})
 
 
 def test_weights_are_on_the_disk_before_a_point_counts_as_complete(policy, tmp_path, unflushed):
