@@ -47,8 +47,11 @@ def _kl(axis, summary: dict) -> None:
     for number, (name, run) in enumerate(summary["runs"].items()):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         label = name
-        for index, point in enumerate(run["points"]):
-            weight = next(iter(point["weights"].values()), index)
+        for point in run["points"]:
+            weight = next(iter(point["weights"].values()), None)
+            if weight is None:  # of a single policy, which stands at no weight
+                axis.axhline(point["kl"]["mean"], color=colour, linestyle=":", label=label)
+                continue
             where = {"mean": weight, "low": weight, "high": weight}
             _mark(axis, where, point["kl"], colour, marker, point["kind"] != "soup", label)
             label = None

@@ -206,7 +206,11 @@ def fronts(summary: dict) -> list[dict]:
     curves = []
     for group, (name, run) in enumerate(summary["runs"].items()):
         for kind, points in _kinds(run["points"]).items():
-            weights = [next(iter(point["weights"].values()), i) for i, point in enumerate(points)]
+            if not points[0]["weights"]:  # a single policy, which stands at no weight
+                (kl,) = _plain(point["kl"]["mean"] for point in points)
+                curves.append({"name": name, "x": [0, 1], "y": [kl, kl], "plain": True, "group": group})
+                continue
+            weights = [next(iter(point["weights"].values())) for point in points]
             curve = {"name": f"{name}{kind}", "x": weights, "line": False, "group": group, "hollow": bool(kind)}
             for key, of in (("y", "mean"), ("low", "low"), ("high", "high")):
                 curve[key] = _plain(point["kl"][of] for point in points)

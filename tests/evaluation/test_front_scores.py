@@ -13,7 +13,9 @@ from peft import LoraConfig, get_peft_model
 from align.cli.front import read_fronts
 from align.cli.main import main
 from align.data import toy
+from align.evaluation import interactive
 from align.evaluation.front import Front, Point, read_front, write_front
+from align.evaluation.front_plots import plot_fronts
 from align.evaluation.front_scores import REFERENCE, PolicyScores, summarise
 from align.modeling.load import load_policy
 from tests.modeling.tiny import causal
@@ -97,6 +99,19 @@ def test_runs_whose_weights_stand_in_another_order(world, tmp_path, monkeypatch)
 
     assert weights("a", "b") == [[("x", 0.7), ("y", 0.3)], [("x", 0.3), ("y", 0.7)]]
     assert weights("b", "c") == [[("y", 0.7), ("x", 0.3)], [("z", 1.0)]]
+
+
+def test_a_single_policy_stands_at_no_weight():
+    point = Point("w", "w", {"a": 0.7, "b": 0.3})
+    fronts = {"run": Front("modpo", "", ["a", "b"], [point]), "one": Front("policy", "", [], [Point("p", "p", {})])}
+    found = {REFERENCE: scores((0, 0)), "run": scores((3, 0)), "one": scores((1, 1))}
+    found["one"][0].kl += 2.0
+    summary = summarise(fronts, found, ["a", "b"])
+    of_run, of_one = interactive.fronts(summary)[-1]["curves"]
+    assert of_run["x"] == [0.7] and (of_one["x"], of_one["y"]) == ([0, 1], [2.0, 2.0])
+    *_, axis = (axis for axis in plot_fronts(summary).axes if axis.get_xlabel().startswith("weight"))
+    (line,) = (line for line in axis.lines if line.get_linestyle() == ":")
+    assert list(line.get_ydata()) == [2.0, 2.0] and line.get_label() == "one"
 
 
 def write_front_in(folder, front: Front) -> None:
