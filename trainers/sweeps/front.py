@@ -81,13 +81,7 @@ def train_front(
     objectives = [args.objective, *margins.names]
     start = model_name if callable(model) else str(model)
     assert margins.rewards is not None  # not freed yet
-    reference = args.ref_model_name_or_path or start
-    last = margin_policy(margins.rewards, reference, args, peft_config)
-    vectors = sweep_weights(objectives, args, 0.1 if last is None else 0.0)
-    if vectors[-1][args.objective] > 0:
-        last = None
-    elif last is None:
-        raise ConfigError(NO_LAST_POLICY.format(start=reference, beta=args.beta))
+    vectors, last = points_to_train(objectives, margins.rewards, start, args, peft_config)
     tokenized = partial(numbered_pairs, tokenizer=processing_class, num_proc=args.dataset_num_proc)
     tokenized = partial(tokenized, max_length=args.max_length, max_bad_share=args.max_bad_share)
     train_dataset = tokenized(train_dataset)
@@ -118,6 +112,20 @@ def train_front(
     return train_points(
         "modpo", trainer, args, objectives, vectors, identity, peft_config, seconds=seconds, resume=resume, last=last
     )
+
+
+def points_to_train(
+    objectives: list[str], rewards: list[Reward], start: str | None, args: MODPOConfig, peft_config: Any
+) -> tuple[list[dict[str, float]], Path | None]:
+    """The weight vectors of a sweep, and the policy of the last one, where it need not be trained."""
+    reference = args.ref_model_name_or_path or start
+    last = margin_policy(rewards, reference, args, peft_config)
+    vectors = sweep_weights(objectives, args, 0.1 if last is None else 0.0)
+    if vectors[-1][args.objective] > 0:
+        return vectors, None
+    if last is None:
+        raise ConfigError(NO_LAST_POLICY.format(start=reference, beta=args.beta))
+    return vectors, last
 
 
 def train_points(
