@@ -8,6 +8,7 @@ from typing import Any
 from align.data.formats import columns_of
 from align.data.sets import of_each
 from align.distributed.checkpoints import newest_whole
+from align.distributed.ranks import by_first, shared
 from align.errors import ConfigError
 from align.modeling.adapters import is_adapter
 from align.modeling.load import hold_modules_in_float32, load_sequence_classifier
@@ -70,7 +71,7 @@ def train_reward_ensemble(
         given |= {"peft_config": peft_config, "quantization_config": quantization_config}
         for i in range(members) if member is None else [member]:
             _train_one(str(model), args, folder / names[i], i, given, resume)
-        if not all(map(_whole, (folder / name for name in names))):
+        if not shared(all(map(_whole, (folder / name for name in names)))):
             return folder
     elif resume and (folder / FILE_NAME).exists():
         logger.info("%s holds a trained ensemble, which is kept", folder)
@@ -81,8 +82,7 @@ def train_reward_ensemble(
         trainer = JointRewardTrainer(joint, _of_loaded(args), **given)
         trainer.train(resume_from_checkpoint=resume and newest_whole(folder) is not None)
         _save_joint(trainer, kind, folder, names, peft_config)
-    if args.process_index == 0:
-        save_ensemble(folder, names, kind=kind, upper_layers=upper_layers)
+    by_first(lambda: save_ensemble(folder, names, kind=kind, upper_layers=upper_layers))  # which the others may load
     return folder
 
 

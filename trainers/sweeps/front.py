@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from align.data.sets import of_each
+from align.distributed.ranks import by_first
 from align.errors import ConfigError
 from align.evaluation.front import Front, Point, write_front
 from align.modeling.adapters import is_adapter, named_base
@@ -169,10 +170,13 @@ def train_points(
         front.points.append(Point(name, name, weights, seconds=done["seconds"]))
         if args.process_index == 0:
             write_front(front, root)
-    if args.process_index == 0:
+
+    def finish() -> None:
         if args.interpolate is not None:
             front.points = with_soups(front.points, args.interpolate, root)
         write_front(front, root)
+
+    by_first(finish)  # the others wait: they may read it
     return root
 
 

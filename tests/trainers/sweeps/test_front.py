@@ -16,6 +16,7 @@ from align.trainers.modpo import MODPOTrainer, WeightOptions
 from align.trainers.sweeps.front import POINT_FILE, margin_policy, sweep_weights, train_front
 from tests.trainers.test_modpo import config, exact_pairs, letters
 from tests.trainers.tiny_runs import assert_same
+from tests.trainers.two_processes import run_on_two
 
 SWEEP = {"weights": "sweep", "sweep_points": 3, "sweep_min_weight": 0.2, "objective": "strength"}
 NAMES = ["w_1_0", "w_0.6_0.4", "w_0.2_0.8"]
@@ -230,6 +231,11 @@ def test_the_reference_is_what_training_started_from_or_the_named_one(policy, ma
     assert read_front(sweep(policy, tmp_path / "b", reward=spec, **named)).reference == whole
     with pytest.raises(ConfigError, match=f"trained from {whole} with beta"):  # the optimum of another reference
         sweep(policy, tmp_path / "c", reward=spec, **{**named, "sweep_min_weight": 0.0})
+
+
+def test_a_sweep_ends_in_all_processes_when_its_front_is_there(policy, tmp_path):
+    kinds = ["trained", "soup", "trained"]
+    assert run_on_two("tests.trainers.sweeps.front_ranks", tmp_path, policy) == [kinds, kinds]
 
 
 def test_weights_are_on_the_disk_before_a_point_counts_as_complete(policy, tmp_path, unflushed):
