@@ -1,7 +1,14 @@
 """`align data show`: what is in a dataset. `align data convert`: "Human: ... Assistant: ..." text to chat messages."""
 
 import argparse
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from datasets import Dataset
+
+AGAIN = "convert again"
 HELP = "look at data before training (`show`), or make Human:/Assistant: text into chat messages (`convert`)"
 
 
@@ -33,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("data", metavar="DATA", help="a .parquet, .jsonl, .json or .csv file, a folder, or a hub name")
     add("--to", required=True, metavar="FILE", help="a new .jsonl or .parquet file")
     add("--split", default="train", help="of the data [train]")
+    add("--config", metavar="NAME", help="the configuration of a hub dataset")
     add("--plain", action="store_true", help="a prompt is a user's message, an answer the assistant's, as they are")
     add("--rename", nargs="+", metavar="OLD=NEW", default=[], help="columns with other names: question=prompt")
     add("--system", metavar="TEXT", help="a system message put before every conversation")
@@ -76,6 +84,7 @@ def convert(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from align.data.dialogue import convert_dialogues
+    from align.data.formats import SCORED, TEXT_COLUMNS
     from align.data.rows import load_rows
     from align.errors import ConfigError
 
@@ -84,26 +93,42 @@ def convert(args: argparse.Namespace) -> int:
         raise ConfigError(f"{target} is there already: name a new file, or delete it")
     if target.suffix not in (".jsonl", ".parquet"):
         raise ConfigError(f"--to {target}: the file's name must end in .jsonl or .parquet")
-    rows = load_rows(args.data, args.split)
-    rows = rows.rename_columns(_new_names(args.rename, rows.column_names))
+    if not 0 <= args.max_bad_share <= 1:
+        raise ConfigError(f"--max_bad_share must be between 0 and 1, not {args.max_bad_share:g}")
+    names = {old: new for old, _, new in (word.partition("=") for word in args.rename)}
+    texts = [old for old, new in names.items() if new in (*TEXT_COLUMNS, *SCORED)]
+    rows = load_rows(args.data, args.split, args.config, texts=texts)
+    _check_names(names, rows.column_names)
     options = {"plain": args.plain, "system": args.system, "max_bad_share": args.max_bad_share}
-    converted, _ = convert_dialogues(rows, **options, source=args.data)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.suffix == ".jsonl":
-        converted.to_json(target, force_ascii=False)
-    else:
-        converted.to_parquet(target)
+    converted, _ = convert_dialogues(rows.rename_columns(names), **options, source=args.data)
+    _write(converted, target)
     print(f"wrote {len(converted)} of {len(rows)} rows to {target}")
     return 0
 
 
-def _new_names(words: list[str], columns: list[str]) -> dict[str, str]:
+def _write(rows: "Dataset", target: "Path") -> None:
+    """A whole file or none: what is there of one that broke off would be read as a smaller set."""
+    from align.distributed.disk import writing
+
+    with writing(target.parent, AGAIN):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    try:
+        with writing(target, AGAIN):
+            if target.suffix == ".jsonl":
+                rows.to_json(unfinished, force_ascii=False)
+            else:
+                rows.to_parquet(unfinished)
+            unfinished.replace(target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _check_names(names: dict[str, str], columns: list[str]) -> None:
     from align.errors import ConfigError
 
-    names = {old: new for old, _, new in (word.partition("=") for word in words)}
     for old, new in names.items():
         if old not in columns or not new:
             raise ConfigError(f"--rename {old}={new}: write OLD=NEW; the columns are {', '.join(columns)}")
         if new in columns and new not in names or list(names.values()).count(new) > 1:
             raise ConfigError(f"--rename {old}={new}: there would be two columns {new}")
-    return names

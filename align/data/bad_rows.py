@@ -65,16 +65,17 @@ class BadRows:
         if self.reasons or self.notes:
             logger.warning("%s", self.summary())
 
-    def refusal(self, max_bad_share: float) -> str:
-        """The sentence that refuses these rows."""
+    def refusal(self, max_bad_share: float, of: int | None = None) -> str:
+        """The sentence that refuses these rows. of: so many rows `max_bad_share` is a share of; default: all."""
+        of = of or self.total
         found = "; ".join(_with_rows(reason, self.reasons[reason]) for reason in self.counts)
         message = f"{self.source}: {self.bad} of {self.total} rows cannot be used (rows count from 0): {found}. "
         if self.bad == self.total:
             return message + "No row is left: see docs/data.md for the columns and limits that a method expects."
         raise_limit = ", raise the length limit" if any("max_" in reason for reason in self.reasons) else ""
-        enough = math.ceil(1e4 * self.share) / 1e4
+        enough = math.ceil(1e4 * self.bad / of) / 1e4
         return message + (
-            f"max_bad_share={max_bad_share:g} allows {math.floor(max_bad_share * self.total)}. Fix or remove these "
+            f"max_bad_share={max_bad_share:g} allows {math.floor(max_bad_share * of)}. Fix or remove these "
             f"rows{raise_limit}, or drop them with max_bad_share={enough:g} or more."
         )
 

@@ -34,6 +34,7 @@ PATIENCE = 600.0
 """Seconds that one process waits for another that makes a set and writes nothing."""
 
 CACHE_ELSEWHERE = "Set HF_DATASETS_CACHE to a folder with room"
+TMP_ELSEWHERE = "Set TMPDIR to a folder with room"
 WITHOUT_CACHE = "call datasets.disable_caching() to keep them for this run only"
 
 Make = Callable[[Path, BadRows], "Dataset"]

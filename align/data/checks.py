@@ -8,7 +8,7 @@ from typing import Any
 
 from align.data.bad_rows import BadRow
 from align.data.formats import DataFormat
-from align.data.messages import OTHER_CALLS, check_calls, tools_of
+from align.data.messages import OTHER_CALLS, check_calls, tools_of, with_role
 
 Text = Any  # a string, or a list of messages where `DataFormat.conversational`: the format decides, not the type
 
@@ -268,6 +268,7 @@ def _value(value: Any, name: str, conversational: bool) -> Text:
 def _message(message: Any, name: str) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise BadRow(f"{name} has a malformed message ({type(message).__name__} instead of role and content)")
+    message = with_role(message)
     calls = message.get("tool_calls")
     if calls:
         check_calls(message, name)

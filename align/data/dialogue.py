@@ -7,10 +7,13 @@ that it is asked in, and nothing fails: so the loaders warn (`warn_of_dialogues`
 import logging
 import re
 import uuid
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from align.data.bad_rows import BadRow, BadRows
-from align.data.formats import DataFormat, format_for
+from align.data.cache import TMP_ELSEWHERE, room_in
+from align.data.formats import SCORED, DataFormat, format_for
 from align.data.passes import temporary_folder
 from align.errors import DataError
 
@@ -23,6 +26,7 @@ Messages = list[dict[str, str]]
 ROLES = {"human": "user", "user": "user", "assistant": "assistant", "ai": "assistant", "bot": "assistant"}
 MARKER = re.compile(r"(?:\A|\n)[ \t]*(Human|User|Assistant|AI|Bot):[ \t]*")
 LOOKED_AT, SHARE = 100, 0.5
+ANSWERS = ("chosen", "rejected")
 
 
 def messages_of(text: str) -> Messages | None:
@@ -90,10 +94,10 @@ def convert_dialogues(
 ) -> "tuple[Dataset, BadRows]":
     """The rows with messages in place of text, and the rows that were left out. Other columns stay.
 
-    Takes prompts, prompts with completions, `text`, and preference pairs, whose prompt is a column or the beginning
-    that both share. plain: the texts are no dialogues: a prompt is what a user says, whole, and an answer what the
-    assistant says, each in a column of its own. system: a message put before every conversation. `text` becomes
-    `messages`. Raises DataError if more than `max_bad_share` of the rows cannot be read so.
+    Takes prompts, prompts with completions (also several with scores), `text`, and preference pairs, whose prompt is a
+    column or the beginning that both share. plain: the texts are no dialogues: a prompt is what a user says, whole, and
+    an answer what the assistant says, each in a column of its own. system: a message put before every conversation.
+    `text` becomes `messages`. Raises DataError if more than `max_bad_share` of the rows cannot be read so.
     """
     fmt = format_for(dataset, _use(dataset), source)
     if fmt.conversational:
@@ -102,12 +106,13 @@ def convert_dialogues(
         raise DataError(f"{source or 'the data'} has no column 'prompt', and only that says what is asked")
     report = BadRows(source=source or "dataset", total=len(dataset))
     first: Messages = [{"role": "system", "content": system}] if system else []
+    folder = temporary_folder()
     options: dict[str, Any] = {
         "with_indices": True,
         "batched": True,
         "remove_columns": dataset.column_names,
         "features": _features(dataset.features, fmt),
-        "cache_file_name": str(temporary_folder() / "messages.arrow"),
+        "cache_file_name": str(folder / "messages.arrow"),
         "new_fingerprint": uuid.uuid4().hex,
         "desc": f"Converting {report.source}",
     }
@@ -122,7 +127,8 @@ def convert_dialogues(
                 report.add(number, str(reason))
         return {name: [row[name] for row in rows] for name in options["features"]}
 
-    rows = dataset.with_format(None).map(convert, **options)
+    with room_in(folder, "converted rows", TMP_ELSEWHERE):
+        rows = dataset.with_format(None).map(convert, **options)
     report.check(max_bad_share)
     return rows, report
 
@@ -134,26 +140,38 @@ def _features(given: "Features", fmt: DataFormat) -> "Features":
     messages = List({"role": Value("string"), "content": Value("string")})
     if fmt.kind == "language_modeling":
         return Features({"messages": messages, **{name: kind for name, kind in given.items() if name != "text"}})
-    texts = {"chosen", "rejected", *(() if fmt.implicit_prompt else ("prompt", "completion"))}
-    return Features({name: messages if name in texts else kind for name, kind in given.items()})
+    texts = {*ANSWERS, *(() if fmt.implicit_prompt else ("prompt", "completion"))}
+    new: dict[str, Any] = dict.fromkeys(texts, messages) | ({"completions": List(messages)} if fmt.scored else {})
+    return Features({name: new.get(name, kind) for name, kind in given.items()})
 
 
 def _use(dataset: "Dataset") -> str:
     columns = set(dataset.column_names)
-    if {"chosen", "rejected"} <= columns:
+    if {*ANSWERS} <= columns or ({*SCORED} <= columns and "completion" not in columns):
         return "pairs"
     return "prompts" if "prompt" in columns and "completion" not in columns else "completions"
 
 
 def _said(row: dict[str, Any], first: Messages) -> dict[str, Any]:
     """Prompt and answers of a row as one message each."""
-    roles = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
-    said: dict[str, Messages] = {}
-    for name in row.keys() & roles.keys():
-        if not isinstance(row[name], str) or not row[name].strip():
-            raise BadRow(f"{name} is empty")
-        said[name] = [{"role": roles[name], "content": row[name].strip()}]
-    return {**row, **said, "prompt": first + said["prompt"]}
+    answers = {name: _message(row[name], name, "assistant") for name in row.keys() & {"completion", *ANSWERS}}
+    answers |= _several(row, partial(_message, role="assistant"))
+    return {**row, **answers, "prompt": first + _message(row["prompt"], "prompt", "user")}
+
+
+def _message(text: Any, name: str, role: str) -> Messages:
+    if not isinstance(text, str) or not text.strip():
+        raise BadRow(f"{name} is empty")
+    return [{"role": role, "content": text}]
+
+
+def _several(row: dict[str, Any], one: Callable[[Any, str], Messages]) -> dict[str, Any]:
+    """The scored answers of a row that has them."""
+    if not {*SCORED} <= row.keys():
+        return {}
+    if not isinstance(row["completions"], list):
+        raise BadRow("completions is no list")
+    return {"completions": [one(text, "one of completions") for text in row["completions"]]}
 
 
 def _converted(row: dict[str, Any], kind: str, implicit: bool, first: Messages) -> dict[str, Any]:
@@ -163,16 +181,14 @@ def _converted(row: dict[str, Any], kind: str, implicit: bool, first: Messages) 
             raise BadRow("text does not end with an answer")
         return {"messages": first + talk, **{name: value for name, value in row.items() if name != "text"}}
     if implicit:
-        return {**row, **{name: first + _whole(row[name], name) for name in ("chosen", "rejected")}}
+        return {**row, **{name: first + _whole(row[name], name) for name in ANSWERS}}
     prompt = _talk(row["prompt"], "prompt")
     if prompt[-1] == {"role": "assistant", "content": ""}:
         prompt = prompt[:-1]
     if prompt[-1]["role"] != "user":
         raise BadRow("prompt does not end with the human's turn")
-    answers: dict[str, Any] = {
-        name: _answer(row[name], name) for name in ("completion", "chosen", "rejected") if name in row
-    }
-    return {**row, "prompt": first + prompt, **answers}
+    answers: dict[str, Any] = {name: _answer(row[name], name) for name in ("completion", *ANSWERS) if name in row}
+    return {**row, "prompt": first + prompt, **answers, **_several(row, _answer)}
 
 
 def _talk(text: Any, name: str) -> Messages:

@@ -207,6 +207,4 @@ def _missing_columns(columns: set[str], use: str, source: str) -> str:
         message += f" Rename what is meant: {', '.join(near)}."
     if len(set(SCORED) & columns) == 1:
         message += f" '{SCORED[0]}', several answers to each prompt, need '{SCORED[1]}', a number for each of them."
-    if "conversations" in columns:
-        message += " Messages with 'from' and 'value' become ours with trl.maybe_convert_to_chatml."
     return message

@@ -38,18 +38,26 @@ def with_roles(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_roles(messages: Any) -> Any:
-    if not isinstance(messages, list):
-        return messages
-    return [
-        {
-            **{key: item for key, item in message.items() if key not in ("from", "value")},
-            "role": SPEAKERS.get(message["from"], message["from"]),
-            "content": message.get("value"),
-        }
-        if isinstance(message, dict) and message.get("from") is not None and message.get("role") is None
-        else message
-        for message in messages
-    ]
+    return [with_role(message) for message in messages] if isinstance(messages, list) else messages
+
+
+def with_role(message: Any) -> Any:
+    """A message with `role` and `content` that had `from` and `value`; any other value as it is."""
+    if not isinstance(message, dict) or message.get("from") is None or message.get("role") is not None:
+        return message
+    kept = {key: item for key, item in message.items() if key not in ("from", "value")}
+    return {**kept, "role": SPEAKERS.get(message["from"], message["from"]), "content": message.get("value")}
+
+
+def by_role(feature: Any) -> Any:
+    """The feature of a column of `datasets` once its messages are those of `with_role`."""
+    from datasets import LargeList, List
+
+    keys = feature.feature if isinstance(feature, List | LargeList) else None
+    if not isinstance(keys, dict) or not {"from", "value"} <= keys.keys():
+        return feature
+    kept = {key: kind for key, kind in keys.items() if key not in ("from", "value")}
+    return List({"role": keys["from"], "content": keys["value"], **kept})
 
 
 def answered(text: str) -> dict[str, Any]:

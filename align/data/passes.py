@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from align.data.bad_rows import BadRow, BadRows
-from align.data.cache import cached, room_in
+from align.data.cache import TMP_ELSEWHERE, cached, room_in
 from align.data.fingerprint import code_digest, rows_digest, text_digest, tokenizer_digest
 from align.data.formats import columns_of
 from align.data.rows import source_of
@@ -121,7 +121,7 @@ def tokenized(
         rows = cached(key, partial(_make, dataset, recipe, num_proc), report)
     else:
         folder = temporary_folder()
-        with room_in(folder.parent, "tokenised rows", "Set TMPDIR to a folder with room"):
+        with room_in(folder.parent, "tokenised rows", TMP_ELSEWHERE):
             rows = _make(dataset, recipe, num_proc, folder, report)
     report.check(max_bad_share)
     return rows

@@ -22,6 +22,7 @@ from align.data.encode import Encoded, check_tokenizer, encode, render_pair
 from align.data.ending import ending_of
 from align.data.formats import SCORED, DataFormat, columns_of, format_for
 from align.data.limits import lengths_of
+from align.data.messages import by_role
 from align.data.passes import Columns, Note, Recipe, started, tokenized
 from align.data.tokenize import check_inside, check_prompt, closed, controls_of, note_typed, tokenize_pairs
 from align.data.tokenized import check_room
@@ -84,7 +85,7 @@ def tokenize_ranked(
             raise BadRow("two answers are the same tokens, cut at max_length where that is set")
         return as_row(encoded.prompt_ids, answers)
 
-    columns = {"prompt": sample.features["prompt"], **dict.fromkeys(("prompt_ids", *LISTS), "int32")}
+    columns = {"prompt": by_role(sample.features["prompt"]), **dict.fromkeys(("prompt_ids", *LISTS), "int32")}
     recipe = Recipe(prepare, partial(encode, tokenizer, add_bos=not fmt.conversational), finish, columns)
     limits = {"use": "ranked", "max_length": max_length}
     return tokenized(dataset, tokenizer, recipe, limits, report, max_bad_share=max_bad_share, num_proc=num_proc)

@@ -3,12 +3,13 @@
 import difflib
 import logging
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.data.cache import room_in
+from align.data.csv_cells import csv_options
 from align.data.fingerprint import file_digest, text_digest
-from align.data.formats import TEXT_COLUMNS
 from align.data.hub import not_found, offline_if_unreachable
 from align.data.json_lines import are_lines, broken_array, check_lines, faulty_line
 from align.errors import DataError
@@ -28,29 +29,27 @@ SPLIT_WORDS = {
 }
 
 
-def text_or_missing(cell: str) -> str | None:
-    """What a cell holds; pandas 2 leaves an empty one an empty text where pandas 3 takes it for missing."""
-    return cell or None
-
-
-# pandas would read the answer "42" as a number and the answer "None" as missing.
-CSV_OPTIONS = {"converters": dict.fromkeys(TEXT_COLUMNS, text_or_missing), "keep_default_na": False, "na_values": [""]}
-
-
 def load_rows(
-    dataset_name: str | Path, split: str = "train", config: str | None = None, streaming: bool = False
+    dataset_name: str | Path,
+    split: str = "train",
+    config: str | None = None,
+    streaming: bool = False,
+    texts: Collection[str] = (),
 ) -> "Dataset":
     """The rows of one split.
 
     dataset_name: a .parquet, .jsonl, .json or .csv file; a folder of such files; a folder written by
     `datasets.save_to_disk`; or the name of a dataset on the hub. split: also `datasets`' slices, "train[:1000]".
     config: the configuration of a hub dataset (its "subset"). streaming: a `datasets.IterableDataset`, whose rows are
-    read when they are asked for; it takes no slices.
+    read when they are asked for; it takes no slices. texts: further columns of CSV files that stay text whatever they
+    look like, such as `42`, beside those that all trainers read as text.
 
     A single file, and a folder whose file names tell no split, is the split "train". Raises DataError when there is no
     such file, split or configuration, or when a file cannot be read (with the line, for .jsonl).
     """
     name = str(dataset_name)
+    if not name.strip():
+        raise DataError("the name of the dataset is empty: name a file, a folder or a dataset of the hub")
     path = Path(name).expanduser()
     if not path.exists():
         if _looks_local(name):
@@ -67,7 +66,7 @@ def load_rows(
             dataset = dataset.to_iterable_dataset()
     else:
         with room_in(None, f"the rows of {name}"):
-            dataset = _load_files(path, split, streaming)
+            dataset = _load_files(path, split, streaming, texts)
     dataset.info.dataset_name = _named(name, split)
     return dataset
 
@@ -80,7 +79,7 @@ def source_of(dataset: "Dataset", source: str = "") -> str:
 # ---- local files ----------------------------------------------------------------------------------------------------
 
 
-def _load_files(path: Path, split: str, streaming: bool) -> "Dataset":
+def _load_files(path: Path, split: str, streaming: bool, texts: Collection[str]) -> "Dataset":
     from datasets import load_dataset, load_dataset_builder
     from datasets.exceptions import DatasetsError
 
@@ -102,10 +101,11 @@ def _load_files(path: Path, split: str, streaming: bool) -> "Dataset":
         # The cache of `datasets` knows a file by its path and its time, which survive a rewrite now and then.
         "name": "stream" if streaming else text_digest([file_digest(file) for file in every]),
         "data_files": {name: [str(file.resolve()) for file in group] for name, group in files.items()},
-        **(CSV_OPTIONS if kind == "csv" else {}),
     }
     lines = [file for file in every if are_lines(file)] if kind == "json" and not streaming else []
     try:
+        if kind == "csv":
+            options |= csv_options(every, texts, streaming)
         if lines and not Path(load_dataset_builder(**options).cache_dir).exists():  # else it has been read before
             check_lines(lines)
         dataset = load_dataset(**options, split=split, streaming=streaming)
@@ -115,6 +115,8 @@ def _load_files(path: Path, split: str, streaming: bool) -> "Dataset":
             dataset = load_dataset(**options, split=split, streaming=True)
         if not streaming:
             dataset.data.validate(full=True)  # else text that is not UTF-8 fails in the middle of training
+    except DataError:
+        raise
     except (DatasetsError, ValueError) as error:
         raise DataError(_unreadable(every, error)) from error
     return dataset

@@ -39,14 +39,15 @@ def sample_of(dataset: Any, source: str = "") -> "Dataset":
 
     if not is_stream(dataset):
         return dataset
-    rows = list(islice(dataset, LOOKED_AT))
+    source = source or dataset.info.dataset_name or "the stream"
+    rows = list(islice(_read(dataset, source), LOOKED_AT))
     if not rows:
-        raise DataError(f"{source or 'the stream'} has no rows: nothing to train on.")
+        raise DataError(f"{source} has no rows: nothing to train on.")
     names = dict.fromkeys(name for row in rows for name in row)
     try:
         return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
     except (ValueError, TypeError) as error:  # pyarrow's
-        raise DataError(f"the first rows of {source or 'the stream'} differ in their types: {error}") from error
+        raise DataError(f"the first rows of {source} differ in their types: {error}") from error
 
 
 def mapped(dataset: "IterableDataset", function: Callable[[Row, int], Row]) -> "IterableDataset":
@@ -74,7 +75,7 @@ def read_whole(dataset: "IterableDataset") -> "Dataset":
     """All rows of a stream: an evaluation set is gone through again and again, and its rows are counted."""
     from datasets import Dataset
 
-    rows = list(dataset)
+    rows = list(_read(dataset, "the stream to evaluate on"))
     if not rows:
         raise DataError("the stream has no rows: nothing to evaluate on.")
     names = dict.fromkeys(name for row in rows for name in row)
@@ -106,14 +107,16 @@ class _Parts:
 def _tokenized(parts: _Parts) -> Iterator[Row]:
     report = BadRows(source=parts.source)
     rows = enumerate(_read(parts.dataset, parts.source))
+    names: Row = {}  # of the first rows: a row of a generator may lack one
     while block := list(islice(rows, LOOKED_AT)):
-        numbered = [{**row, "row": row["row"] if isinstance(row.get("row"), int) else i} for i, row in block]
+        names = names or dict.fromkeys(name for _, row in block for name in row)
+        numbered = [{**names, **row, "row": row["row"] if isinstance(row.get("row"), int) else i} for i, row in block]
         kept, found = parts.recipe.batch(numbered)
         report.total += len(block)
         for number, kind, text in found:
             _tell(report, number, kind, text)
         if report.bad > parts.max_bad_share * max(report.total, SHARE_OF):
-            raise DataError(report.refusal(parts.max_bad_share))
+            raise DataError(report.refusal(parts.max_bad_share, of=max(report.total, SHARE_OF)))
         yield from kept
 
 
@@ -141,6 +144,7 @@ def _read(dataset: "IterableDataset", source: str) -> Iterator[Row]:
         except DataError:  # of a stream that this one is made of
             raise
         except (DatasetsError, ValueError) as error:  # pyarrow's are ValueErrors
-            raise DataError(f"{source}, after row {number}: cannot be read: {error}") from error
+            where = f"after row {number}" if number >= 0 else "at its beginning"
+            raise DataError(f"{source}, {where}: cannot be read: {error}") from error
         number += 1
         yield row

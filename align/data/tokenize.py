@@ -28,7 +28,7 @@ from align.data.encode import (
 )
 from align.data.ending import Ending, close, end_ids, ending_of, special_ids
 from align.data.formats import DataFormat, format_for
-from align.data.messages import refuse_calls, trained, with_roles
+from align.data.messages import by_role, refuse_calls, trained
 from align.data.passes import Columns, Note, Recipe, started, tokenized
 from align.data.tokenized import check_room, cut_pair
 from align.errors import DataError
@@ -92,7 +92,8 @@ def tokenize_prompts(
             note_typed("prompt", tokens_inside(encoded.prompt_ids[1:], controls), note)
         return {"prompt_ids": encoded.prompt_ids}
 
-    columns = {"prompt": sample.features["chosen" if fmt.implicit_prompt else "prompt"], "prompt_ids": "int32"}
+    prompts = by_role(sample.features["chosen" if fmt.implicit_prompt else "prompt"])
+    columns = {"prompt": prompts, "prompt_ids": "int32"}
     recipe = Recipe(prepare, partial(_encode, tokenizer, fmt), finish, columns)
     limits: dict[str, Any] = {"use": "prompts", "max_prompt_length": max_prompt_length}
     limits |= {"template_options": template_options} if template_options else {}
@@ -129,7 +130,7 @@ def tokenize_completions(
     name = "messages" if whole and fmt.conversational else "text" if whole else "completion"
 
     def prepare_conversation(row: Columns, note: Note) -> tuple[Any, Columns]:
-        prompt, completion = _talk_of(with_roles(row), fmt)
+        prompt, completion = _talk_of(row, fmt)
         first, messages = len(prompt), prompt + completion
         note_typed(name, checks.typed_tokens(messages[first:], list(controls.values())), note)
         options = checks.template_kwargs(row, tools=True)
@@ -242,10 +243,12 @@ def tokenize_pairs(
 def pair_columns(sample: "Dataset", fmt: DataFormat) -> dict[str, Any]:
     from datasets import Value
 
-    ids = dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), "int32")
-    columns = {"prompt": sample.features["chosen" if fmt.implicit_prompt else "prompt"], **ids}
+    features = sample.features
+    one = getattr(features["completions"], "feature", Value("string")) if fmt.scored else None
+    texts = {name: by_role(one or features[name]) for name in ("chosen", "rejected")}
+    prompt = texts["chosen"] if fmt.implicit_prompt else by_role(features["prompt"])
+    columns = {"prompt": prompt, **texts, **dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), "int32")}
     if fmt.scored:
-        columns |= dict.fromkeys(("chosen", "rejected"), sample.features["completions"].feature)
         columns |= dict.fromkeys(("chosen_score", "rejected_score"), Value("float64"))
     return columns
 

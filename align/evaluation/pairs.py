@@ -10,7 +10,7 @@ import numpy as np
 from align.data.bad_rows import BadRow, BadRows
 from align.data.checks import Text, check_pair_numbers, pair_of, template_kwargs
 from align.data.formats import DataFormat, format_for
-from align.data.messages import refuse_calls
+from align.data.messages import refuse_calls, with_role
 from align.data.rows import source_of
 from align.errors import ConfigError
 from align.evaluation.rewardbench import is_rewardbench
@@ -118,7 +118,7 @@ def _with_prompt_messages(dataset: "Dataset", fmt: DataFormat) -> tuple["Dataset
     if not (fmt.conversational and fmt.implicit_prompt and "prompt" in dataset.column_names):
         return dataset, fmt
     first: Any = next((value for value in dataset["chosen"] if value), None)
-    if first is None or not isinstance(first[0], dict) or first[0].get("role") != "assistant":
+    if first is None or not isinstance(first[0], dict) or with_role(first[0]).get("role") != "assistant":
         return dataset, fmt
     prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in dataset["prompt"][:]]
     return dataset.remove_columns("prompt").add_column("prompt", prompts), DataFormat("preference", True)

@@ -1,5 +1,6 @@
 """Human:/Assistant: text: what is converted, what is left out, and the warning where a chat model is trained on it."""
 
+import errno
 import json
 import logging
 import re
@@ -165,3 +166,48 @@ def test_published_pairs(real_pairs):
     for row, before in zip(kept.select(range(first_bad)), rows, strict=False):
         assert row["prompt"][-1]["role"] == "user" and row["chosen"][0]["content"] == before["chosen"].strip()
         assert before["prompt"].count("\n\nHuman:") == sum(m["role"] == "user" for m in row["prompt"])
+
+
+def test_several_answers_with_scores(tmp_path):
+    """Their prompts became messages and they stayed text, which no format is."""
+    for plain in (False, True):
+        prompt = "w1" if plain else "Human: w1\n\nAssistant:"
+        rows = Dataset.from_list([{"prompt": prompt, "completions": ["w6", "w7"], "scores": [0.5, 1.0]}])
+        (row,) = convert_dialogues(rows, plain=plain)[0]
+        assert row["prompt"] == [{"role": "user", "content": "w1"}]
+        assert (row["completions"], row["scores"]) == ([said("w6"), said("w7")], [0.5, 1.0])
+
+
+def test_plain_texts_stay_as_they_are():
+    """White space around them was taken off: the indentation of code."""
+    rows = Dataset.from_list([{"prompt": "def f():\n", "completion": "    return 1\n"}])
+    (row,) = convert_dialogues(rows, plain=True)[0]
+    assert (row["prompt"][0]["content"], row["completion"][0]["content"]) == ("def f():\n", "    return 1\n")
+
+
+def test_renamed_cells_that_look_like_numbers_are_texts(tmp_path):
+    source, target = tmp_path / "export.csv", tmp_path / "pairs.jsonl"
+    source.write_text("question,answer,strength\nw1,42,1\nw2,1.50,2\n")
+    command = ["data", "convert", str(source), "--to", str(target), "--plain", "--rename"]
+    assert main([*command, "question=prompt", "answer=completion", "strength=margin"]) == 0
+    rows = load_rows(target)
+    assert [row["completion"] for row in rows] == [said("42"), said("1.50")] and rows["margin"] == [1, 2]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_a_conversion_that_breaks_off_leaves_no_part(tmp_path, monkeypatch, capsys, suffix):
+    """It left a file with the first rows, which trained as a smaller set."""
+
+    def full(self, path, **options):
+        Path(path).write_text("a part")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    source, target = tmp_path / "rows.jsonl", tmp_path / f"made{suffix}"
+    source.write_text(json.dumps({"prompt": "w1", "completion": "w2"}) + "\n")
+    monkeypatch.setattr(Dataset, "to_json", full)
+    monkeypatch.setattr(Dataset, "to_parquet", full)
+    assert main(["data", "convert", str(source), "--to", str(target), "--plain"]) == 2
+    assert f"{target} cannot be written: No space left on device" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [source]
+    assert main(["data", "convert", str(source), "--to", str(source / "x.jsonl"), "--plain"]) == 2
+    assert "cannot be written: File exists" in capsys.readouterr().err

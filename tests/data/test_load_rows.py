@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
-from align.data import load_rows
+from align.data import csv_cells, load_rows
 from align.data.rows import source_of
 from align.errors import DataError
 
@@ -41,6 +41,19 @@ def test_a_changed_file_is_read_again(tmp_path):
     for text in ("one", "two"):
         write_jsonl(path, [{"prompt": text}])
         assert load_rows(path).to_list() == [{"prompt": text}]
+
+
+def test_cells_of_csv_stay_what_they_are_after_the_first_rows(tmp_path, monkeypatch):
+    """The types were those of the first 10,000 rows: later texts were rewritten to fit, and numbers refused."""
+    monkeypatch.setattr(csv_cells, "AT_ONCE", 10)
+    path = tmp_path / "rows.csv"
+    first = ["yes,1,1,True,01"] * 10_000
+    path.write_text(
+        "\n".join(["answer,whole,number,truth,code", *first, "007,2,1.5,False,02", "1e3,,,,", "True,3,2,,"])
+    )
+    rows = load_rows(path)[-3:]
+    assert rows["answer"] == ["007", "1e3", "True"] and rows["code"] == ["02", None, None]
+    assert (rows["whole"], rows["number"], rows["truth"]) == ([2, None, 3], [1.5, None, 2.0], [False, None, None])
 
 
 def test_csv_numbers_and_line_breaks(tmp_path):
@@ -131,6 +144,12 @@ def test_other_unreadable_files(tmp_path):
         load_rows(tmp_path / "export.csv")
     with pytest.raises(DataError, match="broken.parquet cannot be read as .parquet"):
         load_rows(tmp_path / "broken.parquet")
+    (tmp_path / "wider.csv").write_text("prompt,chosen,rejected\nHello, you,b,c\n")  # chosen would be rejected
+    for streaming in (False, True):
+        with pytest.raises(
+            DataError, match="wider.csv cannot be read as .csv: the rows have more cells than the header"
+        ):
+            load_rows(tmp_path / "wider.csv", streaming=streaming)
     (tmp_path / "broken.csv").write_text("a,b\n1,2\n1,2,3\n")
     with pytest.raises(DataError, match="Expected 2 fields in line 3"):
         load_rows(tmp_path / "broken.csv")

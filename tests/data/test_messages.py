@@ -8,7 +8,9 @@ import pytest
 import trl
 from datasets import Dataset
 
+import align.data
 from align.data import tokenize_completions, tokenize_pairs, tokenize_prompts
+from align.data.turns import tokenize_turns
 from align.errors import DataError
 from align.trainers.core.loading import training_tokenizer
 from align.trainers.pairs.data import IDS, numbered_pairs
@@ -142,6 +144,37 @@ def test_from_and_value(chat_tokenizer):
     assert one["input_ids"] == other["input_ids"] and one["completion_mask"] == other["completion_mask"]
     with pytest.raises(DataError, match="conversations is text that should be messages"):
         tokenize_completions(Dataset.from_list([{"conversations": json.dumps(talk)}]), chat_tokenizer, max_length=None)
+
+
+@pytest.mark.parametrize(
+    "use", ["pairs", "completions", "prompts", "unpaired", "ranked", "scored", "implicit", "turns"]
+)
+def test_from_and_value_in_every_format(use, chat_tokenizer):
+    """Pairs of such messages were "malformed". What is handed on (to rewards, say) has the usual keys."""
+
+    def tokenized(person, answer, role, content):
+        said_by = ((person, "hi"), (answer, "yes"), (answer, "no"))
+        asked, said, other = ({role: by, content: text} for by, text in said_by)
+        pair = {"prompt": [asked], "chosen": [said], "rejected": [other]}
+        labelled = {"prompt": [asked], "completion": [said], "label": True}
+        several = {"prompt": [asked], "completions": [[other], [said]], "scores": [0.0, 1.0]}
+        row, function = {
+            "unpaired": (labelled, align.data.tokenize_unpaired),
+            "ranked": (several, align.data.tokenize_ranked),
+            "scored": (several, tokenize_pairs),
+            "implicit": ({"chosen": [asked, said], "rejected": [asked, other]}, tokenize_pairs),
+            "turns": (pair, tokenize_turns),
+        }.get(use) or (pair, getattr(align.data, f"tokenize_{use}"))
+        limits = {"max_prompt_length": None} if use == "prompts" else {"max_length": None}
+        (made,) = function(Dataset.from_list([row]), chat_tokenizer, **limits)
+        return made
+
+    one = tokenized("human", "gpt", "from", "value")
+    other = tokenized("user", "assistant", "role", "content")
+    assert [name for name in other if name.endswith(("ids", "mask", "lengths")) and one[name] != other[name]] == []
+    handed_on = {"prompts": ("prompt",), "ranked": ("prompt",), "unpaired": (), "completions": ()}
+    names = handed_on.get(use, ("prompt", "chosen", "rejected"))
+    assert [one[name] for name in names] == [other[name] for name in names]
 
 
 def test_turns_that_a_template_renders_otherwise_once_others_follow(make_tokenizer):

@@ -1,10 +1,14 @@
 """Streamed rows train as the same rows from disk do: same batches, same weights, resumed too, bad rows never."""
 
+import json
+
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
 
+from align.data import load_rows, tokenize_pairs
 from align.data.endless import EndlessRows
+from align.data.streams import read_whole
 from align.errors import AlignError, ConfigError, DataError
 from tests.trainers.core.test_eval_sets import make_trainer, rows_of
 from tests.trainers.tiny_runs import logged
@@ -58,6 +62,22 @@ def test_bad_rows_of_a_stream_are_named_when_they_are_reached(method, tmp_path, 
     trainer = make_trainer(method, tmp_path / "allowed", stream(train), max_steps=1, max_bad_share=0.01, **options)
     seen = [row["row"] for row, _ in zip(trainer.train_dataset.passes, range(200), strict=False)]
     assert seen == [i for i in range(151) if i != 120] and "row 120, dropped" in caplog.text
+
+
+def test_rows_that_cannot_be_read_or_lack_a_column(tmp_path, tokenizer):
+    """They ended in errors of pyarrow and Python where they were among the first, or no file had them."""
+    pair = rows_of("dpo", 30)[0]
+    answers = {name: pair[name] for name in ("chosen", "rejected")}
+    path = tmp_path / "broken.jsonl"
+    path.write_text(json.dumps(pair) + '\n{"prompt": \n')
+    with pytest.raises(DataError, match=r"broken.jsonl, at its beginning: cannot be read: JSON parse error"):
+        tokenize_pairs(load_rows(path, streaming=True), tokenizer, max_length=None)
+    with pytest.raises(DataError, match=r"the stream to evaluate on, at its beginning: cannot be read"):
+        read_whole(load_rows(path, streaming=True))
+    rows = IterableDataset.from_generator(lambda: iter([pair] * 150 + [answers] * 2))
+    expected = r"prompt is missing: 2 \(rows 150, 151\). max_bad_share=0.001 allows 1. .* max_bad_share=0.002 or more"
+    with pytest.raises(DataError, match=expected):
+        list(tokenize_pairs(rows, tokenizer, max_length=None, max_bad_share=0.001))
 
 
 def test_processes_share_the_rows_without_repeats():
