@@ -94,10 +94,7 @@ def mix(loaded: list[tuple["Dataset", MixturePart]], seed: int) -> "Dataset":
         taken.append(drawn + first)
         first += len(rows)
     _check_same_format(datasets, names)
-    try:
-        whole = concatenate_datasets(datasets)
-    except (ValueError, TypeError) as error:  # of pyarrow and datasets: columns of one name and other types
-        raise DataError(f"the datasets of the mixture have columns of different types: {error}") from error
+    whole = concatenate_datasets(_of_one_type(datasets, names))
     order = np.concatenate(taken)
     mixed = whole.select(order[np.random.default_rng([seed, len(loaded)]).permutation(len(order))])
     mixed.info.dataset_name = "mixture of " + ", ".join(f"{part.path} x {part.weight:g}" for _, part in loaded)
@@ -113,6 +110,50 @@ def _with_roles(rows: "Dataset") -> "Dataset":
         return rows
     renamed = ["conversations"] if "conversations" in talks and "messages" not in talks else []
     return rows.map(with_roles).remove_columns(renamed)
+
+
+def _of_one_type(datasets: list["Dataset"], names: list[str]) -> list["Dataset"]:
+    """With the columns of one name as one type: a .csv file has another kind of text than a .jsonl file, a margin may
+    be whole numbers in one of them, and messages may have a `name` or `tool_calls`."""
+    from datasets import Features
+
+    types: dict[str, Any] = {}
+    for rows, own in zip(datasets, names, strict=True):
+        for column, kind in rows.features.items():
+            common = _common(types.get(column, kind), kind)
+            if common is None:
+                raise DataError(
+                    f"the datasets of the mixture have columns of different types: {column!r} of {own} is {kind}, and "
+                    f"{types[column]} before: make them alike, or keep other columns (columns: [...])"
+                )
+            types[column] = common
+    wanted = [Features({name: types[name] for name in rows.column_names}) for rows in datasets]
+    return [rows if rows.features == own else rows.cast(own) for rows, own in zip(datasets, wanted, strict=True)]
+
+
+def _common(one: Any, other: Any) -> Any:
+    """The feature that holds the values of both; None where there is none."""
+    from datasets import LargeList, List, Value
+
+    if one == other:
+        return one
+    if isinstance(one, dict) and isinstance(other, dict):
+        fields = {name: _common(one.get(name, other.get(name)), other.get(name, one.get(name))) for name in one | other}
+        return None if None in fields.values() else fields
+    lists = List | LargeList
+    if isinstance(one, lists) and isinstance(other, lists):
+        inner = _common(one.feature, other.feature)
+        return None if inner is None else List(inner)
+    if not (isinstance(one, Value) and isinstance(other, Value)):
+        return None
+    kinds = {one.dtype, other.dtype}
+    if "null" in kinds:
+        return one if other.dtype == "null" else other
+    if kinds <= {"string", "large_string"}:
+        return Value("large_string")
+    numbers = all(kind.startswith(("int", "float")) for kind in kinds)
+    whole = all(kind.startswith("int") for kind in kinds)
+    return Value("int64" if whole else "float64") if numbers else None
 
 
 def _drawn(count: int, weight: float, generator: np.random.Generator) -> np.ndarray:

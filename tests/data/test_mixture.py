@@ -3,7 +3,7 @@
 from collections import Counter
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Value
 
 from align.cli import build
 from align.config.resolve import resolve
@@ -49,6 +49,23 @@ def test_further_columns_may_differ_and_formats_may_not():
         mixed((rows("a", 2, topic="x"), 1), (rows("b", 2, topic=[1]), 1))
     with pytest.raises(DataError, match=r"datasets.0 \(0.jsonl\): weight 0.1 of 4 rows takes no row"):
         mixed((rows("a", 4), 0.1))
+
+
+def test_columns_of_one_name_become_one_type():
+    """A .csv file beside a .jsonl file was refused (two kinds of text), and so were margins of 1 and 0.5, and messages
+    of which some have a name."""
+    one = rows("a", 2, margin=1, empty=None)
+    other = rows("b", 2, margin=0.5, empty="x")
+    other = other.cast_column("prompt", Value("large_string"))
+    both = mixed((one, 1), (other, 1))
+    assert {row["prompt"]: (row["margin"], row["empty"]) for row in both} == {
+        **dict.fromkeys(("a0", "a1"), (1.0, None)),
+        **dict.fromkeys(("b0", "b1"), (0.5, "x")),
+    }
+    said = {"role": "user", "content": "hi"}
+    named = {**said, "name": "Ann"}
+    both = mixed((Dataset.from_list([{"prompt": [said]}]), 1), (Dataset.from_list([{"prompt": [named]}]), 1))
+    assert {row["row"]: row["prompt"] for row in both} == {0: [{**said, "name": None}], 1: [named]}
 
 
 @pytest.mark.parametrize("column", ["conversations", "messages"])
