@@ -97,14 +97,15 @@ def _read(folder: Path, report: BadRows) -> "Dataset | None":
         return None
     try:
         made = json.loads((folder / MADE).read_text(encoding="utf-8"))
-        whole = all(file_digest(folder / name) == digest for name, digest in made["files"].items())
-    except (FileNotFoundError, ValueError, KeyError):
+        files, reasons, notes = made["files"], made["reasons"], made["notes"]
+        whole = bool(files) and all(file_digest(folder / name) == digest for name, digest in files.items())
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
         return None
-    report.reasons, report.notes = made["reasons"], made["notes"]
+    report.reasons, report.notes = reasons, notes
     logger.info("tokenised rows are read from %s", folder)
-    return concatenate_datasets([Dataset.from_file(str(folder / name)) for name in made["files"]])
+    return concatenate_datasets([Dataset.from_file(str(folder / name)) for name in files])
 
 
 def _make(folder: Path, make: Make, report: BadRows) -> None:

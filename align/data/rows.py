@@ -133,13 +133,23 @@ def _files_by_split(path: Path) -> dict[str, list[Path]]:
         raise DataError(f"the folder {path} holds no {', '.join(BUILDERS)} file.")
     named: dict[str, list[Path]] = {}
     for file in found:
-        split = next(filter(None, map(_split_in, [file.stem, *reversed(file.relative_to(path).parts[:-1])])), None)
+        words = [file.stem, *reversed(file.relative_to(path).parts[:-1])]
+        split = _shard_of(file.stem) or next(filter(None, map(_split_in, words)), None)
         if split:
             named.setdefault(split, []).append(file)
     ignored = [file.name for file in found if not any(file in group for group in named.values())]
     if named and ignored:
         logger.warning("%s: %s not read, their names tell no split", path, ", ".join(ignored))
     return named or {"train": found}
+
+
+def _shard_of(name: str) -> str | None:
+    """The split of a file that the hub has written: in `train_sft-00000-of-00002` it is `train_sft`, beside which there
+    may be `train_prefs` with other copies of the same rows."""
+    found = re.fullmatch(r"(\w+)-\d{5}-of-\d{5}(-[0-9a-f]+)?", name)
+    if found is None or _split_in(found[1]) is None:
+        return None
+    return next((split for split, known in SPLIT_WORDS.items() if found[1] in known), found[1])
 
 
 def _visible(file: Path, folder: Path) -> bool:

@@ -120,12 +120,14 @@ def test_damaged_sets_are_made_again(tokenizer, on_disk, caplog):
         lambda: rows.write_bytes(rows.read_bytes()[:1000]),
         rows.unlink,
         lambda: (folder / "made.json").write_text("{"),
+        lambda: (folder / "made.json").write_text("null"),
+        lambda: (folder / "made.json").write_text('{"files": {}, "reasons": {}, "notes": {}}'),
         (folder / "made.json").unlink,
     ):
         damage()
         assert pairs(tokenizer)[0].to_list() == expected
         assert sets() == [name]
-    assert caplog.text.count("were damaged: they are made again") == 5
+    assert caplog.text.count("were damaged: they are made again") == 7
 
 
 def test_without_caching_nothing_is_kept(tokenizer, on_disk):

@@ -77,6 +77,17 @@ def test_a_folder_with_splits_in_the_file_names(tmp_path):
         load_rows(tmp_path, "validation")
 
 
+def test_a_copy_of_a_hub_dataset_has_the_splits_that_the_hub_has(tmp_path):
+    """UltraFeedback's: train_sft, train_prefs and train_gen were one split, with every row three times."""
+    names = ("train_sft-00000-of-00001", "train_prefs-00000-of-00002", "train_prefs-00001-of-00002-0a1b")
+    for name in (*names, "valid-00000-of-00001"):
+        write_jsonl(tmp_path / f"{name}.jsonl", ROWS)
+    assert (len(load_rows(tmp_path, "train_sft")), len(load_rows(tmp_path, "train_prefs"))) == (2, 4)
+    assert len(load_rows(tmp_path, "validation")) == 2
+    with pytest.raises(DataError, match="no split 'train'; it has: train_prefs, train_sft, validation"):
+        load_rows(tmp_path)
+
+
 def test_a_folder_without_splits_is_train(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", ROWS)
     write_jsonl(tmp_path / "b.jsonl", ROWS)
