@@ -92,8 +92,7 @@ def tokenize_prompts(
             note_typed("prompt", tokens_inside(encoded.prompt_ids[1:], controls), note)
         return {"prompt_ids": encoded.prompt_ids}
 
-    prompts = by_role(sample.features["chosen" if fmt.implicit_prompt else "prompt"])
-    columns = {"prompt": prompts, "prompt_ids": "int32"}
+    columns = {"prompt": by_role(sample.features["chosen" if fmt.implicit_prompt else "prompt"]), "prompt_ids": "int32"}
     recipe = Recipe(prepare, partial(_encode, tokenizer, fmt), finish, columns)
     limits: dict[str, Any] = {"use": "prompts", "max_prompt_length": max_prompt_length}
     limits |= {"template_options": template_options} if template_options else {}
