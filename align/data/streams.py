@@ -39,15 +39,15 @@ def sample_of(dataset: Any, source: str = "") -> "Dataset":
 
     if not is_stream(dataset):
         return dataset
-    source = source or dataset.info.dataset_name or "the stream"
-    rows = list(islice(_read(dataset, source), LOOKED_AT))
+    name = source or dataset.info.dataset_name or "the stream"
+    rows = list(islice(_read(dataset, name), LOOKED_AT))
     if not rows:
-        raise DataError(f"{source} has no rows: nothing to train on.")
+        raise DataError(f"{source or 'the stream'} has no rows: nothing to train on.")
     names = dict.fromkeys(name for row in rows for name in row)
     try:
         return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
     except (ValueError, TypeError) as error:  # pyarrow's
-        raise DataError(f"the first rows of {source} differ in their types: {error}") from error
+        raise DataError(f"the first rows of {name} differ in their types: {error}") from error
 
 
 def mapped(dataset: "IterableDataset", function: Callable[[Row, int], Row]) -> "IterableDataset":
