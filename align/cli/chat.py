@@ -169,6 +169,7 @@ class Speaker:
 
     def __init__(self, source: str, dtype: str | None, template_kwargs: dict[str, Any] | None = None):
         import torch
+        from transformers import GenerationConfig
 
         from align.modeling.load import load_policy, load_tokenizer
         from align.modeling.logprobs import language_model
@@ -181,6 +182,8 @@ class Speaker:
         self.model: Any = load_policy(source, dtype=dtype or ("auto" if device == "cuda" else "float32"))
         self.model.to(device).eval()
         self.ends = end_tokens(language_model(self.model), self.tokenizer)
+        # what it says beside (a repetition penalty, a shortest answer) would be added to what is asked for
+        self.model.generation_config = GenerationConfig()
 
     def answer(self, prompt: Any, options: dict) -> tuple[str | None, bool]:
         """(the answer, whether it ended by itself), printed as it comes; (None, False) if the prompt cannot be asked,

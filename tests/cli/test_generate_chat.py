@@ -10,11 +10,12 @@ import pytest
 import torch
 import transformers
 
+from align.cli.chat import Speaker
 from align.cli.main import main
 from align.data.limits import longest_input
 from align.evaluation import answers as answers_module
 from align.evaluation.answers import Drawing, generate_answers
-from align.evaluation.prompt_file import read_prompts
+from align.evaluation.prompt_file import as_chat, read_prompts
 from align.modeling.load import load_policy, load_tokenizer
 from tests.modeling import tiny
 from tests.modeling.test_export import adapter
@@ -245,6 +246,21 @@ def test_a_conversation(model, monkeypatch, capsys):
     places = [shown.index(line) for line in (answer, greedy(model, second), "the conversation is forgotten")]
     assert places == sorted(places) and alone in shown[places[-1] :]
     assert shown[-1] in (alone, "(cut at 5 tokens)")  # nothing after /exit
+
+
+def test_a_conversation_draws_as_a_file_of_answers_does(model, tmp_path):
+    """The generation config of a chat model holds more than end tokens, which transformers takes in silence."""
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    own = json.loads((folder / "generation_config.json").read_text())
+    own |= {"repetition_penalty": 1.9, "min_new_tokens": 9, "do_sample": True, "top_k": 2}
+    (folder / "generation_config.json").write_text(json.dumps(own))
+    (tmp_path / "p.txt").write_text("w1 w2\n")
+    rows = as_chat(read_prompts(str(tmp_path / "p.txt")), system=None, source="p.txt")
+    drawing = Drawing(temperature=0, max_completion_length=12, backend="transformers")
+    (row,) = lines(generate_answers(str(folder), rows, tmp_path / "a.jsonl", drawing))
+    answer, _ = Speaker(str(folder), None).answer(row["prompt"], {"temperature": 0, "top_p": 1.0, "max_tokens": 12})
+    assert answer == row["completion"] and row["tokens"] < 9
 
 
 def test_variables_of_the_chat_template_in_a_conversation(quiet_model, monkeypatch, capsys):
