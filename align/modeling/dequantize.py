@@ -2,6 +2,7 @@
 V3, Qwen3-FP8). Weights of few bits cannot be trained; they are read as ordinary numbers, and saved and sent to engines
 as such."""
 
+import copy
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,6 +35,14 @@ def dequantizing(config: Any) -> Any:
     found = AutoQuantizationConfig.from_dict(stored)
     found.dequantize = True
     return found
+
+
+def of_ordinary_weights(config: Any) -> Any:
+    """A copy of a model's config that says nothing of quantised weights."""
+    config = copy.deepcopy(config)
+    for part in (config, config.get_text_config()):
+        vars(part).pop("quantization_config", None)
+    return config
 
 
 def check_trained_form(model: Any) -> None:

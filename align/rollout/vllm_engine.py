@@ -1,6 +1,5 @@
 """Rollouts with vLLM, in the trainer's process, on CPUs and CUDA GPUs."""
 
-import copy
 import difflib
 import logging
 import tempfile
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from align.distributed.ranks import anywhere, in_all
 from align.errors import AlignError, ConfigError, RolloutError
+from align.modeling.dequantize import of_ordinary_weights
 from align.modeling.logprobs import language_model
 from align.modeling.text_part import text_model
 from align.rollout.adapters import A, B, lora_layers, lora_rank, why_merged, with_adapter
@@ -375,7 +375,7 @@ def check_further(further: dict, options: dict) -> None:
 
 def write_config(core, dtype: torch.dtype, folder: str) -> None:
     """The model's configuration, as vLLM reads it from a checkpoint folder."""
-    config = copy.deepcopy(core.config)
+    config = of_ordinary_weights(core.config)
     config.architectures = [architecture(core)]
     config.dtype = dtype
     config.save_pretrained(folder)

@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 
 from align.data import toy
 from align.errors import ConfigError
+from align.modeling.dequantize import of_ordinary_weights
 from align.modeling.export import export_model
 from align.modeling.load import load_policy, train_in_float32
+from align.modeling.pretrained import empty_model
 from align.rollout.weights import checkpoint_weights
 from align.trainers.dpo import DPOTrainer
 from tests.modeling.stored import made, stored
@@ -48,6 +50,14 @@ def test_a_model_that_the_user_has_loaded(kind, tmp_path):
     train_in_float32(model, adapter=False)
     model.save_pretrained(tmp_path / "saved")
     check_ordinary(load_file(tmp_path / "saved" / "model.safetensors"), expected)
+
+
+def test_the_config_for_an_engine_that_is_made_without_weights(tmp_path):
+    """As `align serve` makes one: vLLM would expect the published form, and is sent ordinary numbers."""
+    stored(tmp_path, "dense")
+    config = empty_model(str(tmp_path)).config
+    assert config.quantization_config and not hasattr(of_ordinary_weights(config), "quantization_config")
+    assert of_ordinary_weights(config).hidden_size == config.hidden_size
 
 
 @pytest.mark.parametrize("kind", ["dense", "gpt_oss"])
