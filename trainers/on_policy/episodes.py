@@ -9,6 +9,7 @@ It ends when the environment is done, at an answer without a tool call where the
 turn and one token more would.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -117,6 +118,7 @@ class Episodes:
     ):
         self.environments, self.tokenizer, self.template_options = environments, tokenizer, template_options or {}
         self.max_turns, self.max_prompt_length, self.stops = max_turns, max_prompt_length, stops
+        self.open: list[Session] = []  # that are to be closed
         # of all prompts; with several environments each prompt is written when its conversation starts
         self.schemas = [] if environments.several else environments.kinds[None].tools.schemas
         for kind in environments.kinds.values():
@@ -142,6 +144,21 @@ class Episodes:
     ) -> list[Rollout]:
         """As `RolloutEngine.generate`, of rows with `prompt` and `prompt_ids`. seeds: of the environments, one for all
         samples of a request. expect: told of each conversation when it has ended, while others go on."""
+        try:
+            return self._complete(engine, prompts, params, seeds, expect)
+        finally:
+            while self.open:  # where something was raised: what environments hold outside is let go of
+                with suppress(EnvironmentFailure):
+                    self.open.pop().close()
+
+    def _complete(
+        self,
+        engine: "CompletionSource",
+        prompts: list[dict],
+        params: list[SamplingParams],
+        seeds: list[int],
+        expect: "Expect | None",
+    ) -> list[Rollout]:
         longer: dict[tuple[int, str], dict] = {}  # samples whose environments say the same share one prompt
         groups = [
             [self._start(prompt, own, seed, (number, i), longer) for i in range(own.n)]
@@ -186,6 +203,7 @@ class Episodes:
             raise RolloutError(
                 f"a new environment {kind.name} could not be made: {type(error).__name__}: {error}"
             ) from error
+        self.open.append(session)
         talk = Talk(prompt, params, place, session)
         kept_back = {"prompt_ids", PICKS} if self.environments.several else {"prompt_ids"}
         row = {key: value for key, value in prompt.items() if key not in kept_back}
@@ -254,6 +272,7 @@ class Episodes:
         try:
             if talk.failure is None:
                 talk.reward = talk.session.finish()
+            self.open.remove(talk.session)
             talk.session.close()
         except EnvironmentFailure as failure:
             self._failed(talk, failure)

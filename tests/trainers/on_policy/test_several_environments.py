@@ -1,6 +1,8 @@
 """Several environments by name, and environments that bring their own prompts and rewards, as TRL has them."""
 
+from contextlib import nullcontext
 from functools import partial
+from typing import ClassVar
 
 import pytest
 from datasets import Dataset
@@ -114,3 +116,26 @@ def test_several_environments_in_a_configuration(tmp_path):
     places = {"sums": f"{__file__}:Sums", "plain": f"{__file__}:Plain"}
     episodes = make_episodes(on_policy("rloo", tmp_path, environment=places)[1], None, None, talking_tokenizer())
     assert [kind.name for kind in episodes.environments.kinds.values()] == ["Sums", "Plain"]
+
+
+class Holds:
+    ended: ClassVar[list["Holds"]] = []
+
+    def reset(self, row):
+        pass
+
+    def step(self, answer):
+        return 1 / 0
+
+    def close(self):
+        self.ended.append(self)
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_every_environment_is_closed_also_where_one_ends_the_run(stops):
+    tokenizer, Holds.ended = talking_tokenizer(), []
+    params = SamplingParams(max_tokens=20, n=3, seed=3)
+    episodes = Episodes(Environments(Holds, [], 5), tokenizer, stops=stops)
+    with pytest.raises(RolloutError, match="ZeroDivisionError") if stops else nullcontext():
+        episodes.complete(Scripted(tokenizer, "two"), rows(tokenizer, 1), [params], [1])
+    assert len(set(Holds.ended)) == len(Holds.ended) == 3 and not episodes.open
