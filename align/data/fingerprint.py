@@ -4,17 +4,18 @@ import hashlib
 import importlib.metadata
 import json
 import sys
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from align.data.today import day, writes_date
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 CODE = (
-    "bad_rows", "checks", "encode", "ending", "formats", "messages", "passes", "ranked", "tokenize", "tokenized",
-    "turns", "unpaired",
+    "bad_rows", "checks", "encode", "ending", "formats", "messages", "passes", "ranked", "today", "tokenize",
+    "tokenized", "turns", "unpaired",
 )  # fmt: skip
 """Modules of this folder that decide which ids a row becomes."""
 PACKAGES = ("datasets", "tokenizers", "transformers", "jinja2")
@@ -42,8 +43,8 @@ def file_digest(path: Path) -> str:
 
 
 def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Of everything that ids depend on: vocabulary, rules, special tokens, chat template, class. A template that reads
-    the date (Llama 3's) counts with today's."""
+    """Of everything that ids depend on: vocabulary, rules, special tokens, chat template, class. A template that writes
+    the date counts with it."""
     from datasets.fingerprint import Hasher
 
     if tokenizer.is_fast:
@@ -63,7 +64,7 @@ def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
             "special": tokenizer.special_tokens_map,
             "split_special_tokens": tokenizer.split_special_tokens,
             "template": template,
-            "date": str(date.today()) if "strftime_now" in str(template) else None,
+            "date": str(day()) if writes_date(tokenizer) else None,
         }
     )
 

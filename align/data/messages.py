@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 from align.data.bad_rows import BadRow
+from align.data.today import strftime_now, writes_date
 
 OTHER_CALLS = "function_call"
 """The role of an assistant's call of a tool in ShareGPT's format, as JSON in the text: no chat template knows it."""
@@ -157,6 +158,8 @@ def applied(tokenizer: Any, messages: list[dict[str, Any]], *, tokenize: bool = 
     messages = for_template(messages)
     if _takes_parts(tokenizer):
         messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+    if writes_date(tokenizer):
+        options = {"strftime_now": strftime_now, **options}
     try:
         return tokenizer.apply_chat_template(messages, tokenize=tokenize, **options)
     except _refusals() as error:

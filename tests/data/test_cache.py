@@ -104,7 +104,7 @@ def test_the_tokenizer_counts_by_content(chat_tokenizer, make_tokenizer, monkeyp
         def today():
             return "tomorrow"
 
-    monkeypatch.setattr("align.data.fingerprint.date", Tomorrow)
+    monkeypatch.setattr("align.data.today.date", Tomorrow)
     assert tokenizer_digest(chat_tokenizer) != digest
 
 

@@ -4,7 +4,9 @@ It is written to each checkpoint as `align_run.json` and compared before a run r
 """
 
 import json
+from contextlib import suppress
 from dataclasses import fields
+from datetime import date
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 from datasets import Dataset
 from torch import nn
 
-from align.config.arguments import instead_of
+from align.config.arguments import instead_of, resume_from
 from align.data.endless import EndlessRows
 from align.data.fingerprint import rows_digest
 from align.data.streams import LOOKED_AT
@@ -95,6 +97,19 @@ def read_identity(folder: str | Path) -> dict | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
+def first_day(args: Any) -> date | None:
+    """On which the run began that `args` may go on with, where its chat template writes the date: what the checkpoint
+    to resume from says, or the newest of `output_dir`."""
+    wanted = resume_from(args.resume_from_checkpoint)
+    named = isinstance(wanted, str) and wanted != "auto"
+    folders = [Path(str(wanted))] if named else Path(args.output_dir).glob("checkpoint-*")
+    for folder in sorted(folders, key=lambda path: path.stat().st_mtime if path.exists() else 0, reverse=True):
+        with suppress(OSError, ValueError):  # damage is told of where the checkpoint is read
+            said = (read_identity(folder) or {}).get(TEMPLATE_DATE)
+            return None if said is None else date.fromisoformat(said)
+    return None
+
+
 def names_in(folder: str | Path | None) -> set[str]:
     """What the run of a checkpoint was compared by, settings among it that were options in an older version alone."""
     before = {} if folder is None else read_identity(folder) or {}
@@ -118,6 +133,11 @@ def differences(before: dict, now: dict, above: str = "") -> dict[str, tuple[Any
     return found
 
 
+TEMPLATE_DATE = "template_date"
+OF_DATE = (
+    ". The chat template writes the date, %s then and %s now, as the trainer was made without its checkpoint: set "
+    "resume_from_checkpoint in its arguments, or keep its output_dir"
+)
 REWARDS = ("rewards.", "gold_reward")
 OF_CODE = (
     ". A reward counts by its settings, its weights and the whole text of the file of its code: in a file of its own a "
@@ -129,6 +149,7 @@ def check_same_run(before: dict, now: dict, allowed: list[str], what: str) -> di
     """Raise `TrainingError` unless two identities are one, but for what is allowed by name; returns the allowed
     differences. Names of settings are given without `settings.`, and those of the batch all mean its size."""
     found = differences(before, now)
+    began, today = found.pop(TEMPLATE_DATE, (None, None))
     allowed_now = {}
     for name in list(found):
         short = name.removeprefix("settings.")
@@ -141,8 +162,9 @@ def check_same_run(before: dict, now: dict, allowed: list[str], what: str) -> di
         )
         names = ", ".join(name.removeprefix("settings.") for name in found)
         of_code = any(name.startswith(REWARDS) and None not in values for name, values in found.items())
+        of_date = OF_DATE % (began, today) if began != today and "data" in found else ""
         raise TrainingError(
             f"{what} is of another run ({shown}). Start as that run did, use another output_dir, or allow the change: "
-            f"resume_changes: [{names}]" + OF_CODE * of_code
+            f"resume_changes: [{names}]" + OF_CODE * of_code + of_date
         )
     return allowed_now

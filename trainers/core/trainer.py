@@ -19,6 +19,7 @@ from align.config.early_checks import COMPARED, check_resume_changes
 from align.data.endless import EndlessRows
 from align.data.limits import fit_sets, reader_of
 from align.data.streams import is_stream
+from align.data.today import day, set_day, writes_date
 from align.distributed.checkpoints import checksums, flush_files, remove_older, surplus, write_manifest
 from align.distributed.disk import writing
 from align.distributed.fsdp2 import patch_prepare
@@ -74,6 +75,7 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
         it. ConfigError without rows."""
         if train_dataset is None:
             raise ConfigError(f"{cls.__name__}: `train_dataset` is required: the rows to train on")
+        set_day(None if args is None else shared(by_first(lambda: identity.first_day(args))))
         if args is not None:
             check_machine(args)
             check_dispatch(args, is_stream(train_dataset))
@@ -305,6 +307,7 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
             "adapter": identity.adapter_settings(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)),
             "data": identity.data_digest(self.train_dataset),
             "settings": identity.settings_of(self.args),
+            identity.TEMPLATE_DATE: str(day()) if writes_date(self.processing_class) else None,
             **({} if factors_of(self.model) != LONG else {"rope_factors": LONG}),
             **self.further_identity(),
         }
