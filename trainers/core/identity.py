@@ -133,7 +133,8 @@ def differences(before: dict, now: dict, above: str = "") -> dict[str, tuple[Any
     return found
 
 
-TEMPLATE_DATE = "template_date"
+TEMPLATE_DATE, WANDB_RUN = "template_date", "wandb_run"
+"""Notes for a resumed run, in which it may differ."""
 OF_DATE = (
     ". The chat template writes the date, %s then and %s now, as the trainer was made without its checkpoint: set "
     "resume_from_checkpoint in its arguments, or keep its output_dir"
@@ -150,6 +151,7 @@ def check_same_run(before: dict, now: dict, allowed: list[str], what: str) -> di
     differences. Names of settings are given without `settings.`, and those of the batch all mean its size."""
     found = differences(before, now)
     began, today = found.pop(TEMPLATE_DATE, (None, None))
+    found.pop(WANDB_RUN, None)
     allowed_now = {}
     for name in list(found):
         short = name.removeprefix("settings.")

@@ -337,7 +337,7 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
             errors.keep_any(write_extra_state, folder, state, model_only=args.save_only_model, **self._place)
             errors.keep_any(self.save_further_files, folder)
             if args.should_save:
-                errors.keep_any(identity.write_identity, folder, self._identity)
+                errors.keep_any(identity.write_identity, folder, self._identity | trackers.run_in_wandb(args))
         errors.raise_in_all()
         rotated = run_dir, step, limit, self.state.best_model_checkpoint
         # with a limit of 1 transformers deletes the last one when training ends, and the best alone is left
@@ -378,7 +378,7 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
         args.eval_on_start = eval_on_start and checkpoint is None
         try:
             with ExitStack() as held:
-                held.enter_context(trackers.own_run(args, first=not self._began))
+                held.enter_context(trackers.own_run(args, first=not self._began, checkpoint=checkpoint))
                 self._began = True
                 by_first(lambda: held.enter_context(holding(args.output_dir, anew=checkpoint is None)))
                 output = super().train(resume_from_checkpoint=checkpoint, **kwargs)

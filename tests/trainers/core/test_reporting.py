@@ -142,6 +142,28 @@ def test_trainers_of_one_process_have_a_run_each(policy, wandb_offline):
     assert [rows[-1].get("afterwards") for rows in runs] == [1, None, 2]
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_a_resumed_run_goes_on_in_its_run_in_wandb(policy, wandb_offline, monkeypatch, named):
+    """Unless the environment names one, or the checkpoint is of another run's folder."""
+    import wandb
+
+    def trained(name: str, steps: int, resume=None) -> str:
+        args = sft_config(wandb_offline / name, max_steps=steps, report_to="wandb", save_strategy="steps", save_steps=2)
+        SFTTrainer(policy, args, demonstrations(16)).train(resume_from_checkpoint=resume)
+        found = wandb.run.id
+        wandb.finish()
+        return found
+
+    first = trained("one", 2)
+    if named:
+        monkeypatch.setenv("WANDB_RUN_ID", "mine")
+        wandb.teardown()  # which has read the environment
+    assert trained("one", 4, True) == ("mine" if named else first)
+    if not named:
+        assert trained("two", 4, str(wandb_offline / "one" / "checkpoint-2")) != first
+        assert trained("one", 2) != first  # anew
+
+
 def test_every_metric_is_finite_and_averaged_between_logs(policy, tmp_path):
     """Logged every second step: each value is the mean of what is logged every step."""
     found = []
