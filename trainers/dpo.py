@@ -37,8 +37,20 @@ class DPOConfig(TrlDPOOptions, PairLossOptions, PreferenceConfig):  # type: igno
                 key="sync_ref_model",
             )
 
+    def check_evaluated_together(self, objective: PreferenceObjective) -> None:
+        """As `check_together`, of evaluations, in which beta-DPO compares none."""
+        for term in objective.terms:
+            if term.loss.across_pairs and term.loss.state is None and self.eval_batch_size < 2:
+                raise ConfigError(
+                    f"loss_type: {term.name} compares the pairs of a batch, and per_device_eval_batch_size is 1: "
+                    "set it to 2 or more",
+                    key="per_device_eval_batch_size",
+                )
+
     def check_together(self, objective: PreferenceObjective) -> None:
         """ConfigError for a loss that compares pairs, and has one at a time: it would be another loss, in silence."""
+        if self.eval_strategy != "no" or self.eval_on_start:
+            self.check_evaluated_together(objective)
         for term in objective.terms:
             processes = 1 if term.loss.state is None else self.world_size  # `PreferenceObjective.draw` gathers
             if term.loss.across_pairs and self.train_batch_size * processes < 2:
@@ -84,6 +96,10 @@ class DPOTrainer(PreferenceTrainer):
     @property
     def across_pairs(self) -> bool:
         return self.objective.across_pairs
+
+    def evaluation_loop(self, *args, **kwargs):  # of `evaluate` and `predict`, whenever called
+        self.args.check_evaluated_together(self.objective)
+        return super().evaluation_loop(*args, **kwargs)
 
     def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[PairTokens, PairTokens | None]:
         chunk_size, squares = self.args.chunk_size, self.objective.use_weighting

@@ -207,6 +207,7 @@ def _others(dataset: "Dataset") -> list[str]:
 
 
 def _identity(model: str, prompt_ids, drawing: Drawing, dtype: str) -> dict[str, Any]:
+    from align.modeling.weights_digest import named_digest
     from align.rollout.make import resolved_backend
 
     digest = hashlib.blake2b(digest_size=16)
@@ -218,18 +219,7 @@ def _identity(model: str, prompt_ids, drawing: Drawing, dtype: str) -> dict[str,
         del settings["revisions"], settings["revision_template"]
     if not drawing.chat_template_kwargs:
         del settings["chat_template_kwargs"]
-    return {"model": model, "weights": weights_digest(model), "dtype": dtype, "prompts": digest.hexdigest(), **settings}
-
-
-def weights_digest(model: str) -> str | None:
-    """Of a folder's weight files, and an adapter's base; None for a hub name."""
-    from align.modeling.adapters import WEIGHTS_FILE, adapter_base, folder_digest, is_adapter
-
-    if not is_adapter(model):
-        return folder_digest(model)
-    path = Path(model) / WEIGHTS_FILE
-    own = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() if path.exists() else None
-    return f"{own} on {weights_digest(adapter_base(model))}"
+    return {"model": model, "weights": named_digest(model), "dtype": dtype, "prompts": digest.hexdigest(), **settings}
 
 
 def _resume(output: Path, identity: dict, rows: list[int], n: int) -> int:

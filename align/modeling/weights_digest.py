@@ -1,13 +1,14 @@
 """A name for the weights that a run starts from, or measures itself by."""
 
 import hashlib
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from align.distributed.shards import is_zero3, whole
-from align.modeling.adapters import PREFIX
+from align.modeling.adapters import PREFIX, WEIGHTS_FILE, adapter_base, folder_digest, is_adapter
 
 SAMPLES = 64
 
@@ -24,6 +25,15 @@ def weights_digest(model: nn.Module, *, adapters: bool = False) -> str:
         digest.update(f"{name} {tuple(value.shape)};".encode())
         digest.update(_samples(value))
     return digest.hexdigest()
+
+
+def named_digest(model: str) -> str | None:
+    """Without loading them: of a folder's weight files, and an adapter's base; None for a hub name."""
+    if not is_adapter(model):
+        return folder_digest(model)
+    path = Path(model) / WEIGHTS_FILE
+    own = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() if path.exists() else None
+    return f"{own} on {named_digest(adapter_base(model))}"
 
 
 def _samples(value: Tensor) -> bytes:

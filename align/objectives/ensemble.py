@@ -1,6 +1,7 @@
 """Aggregation of the scores of several reward models (Coste et al. 2023, "Reward Model Ensembles Help Mitigate
 Overoptimization", arXiv 2310.02743, section 3.2)."""
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ def check_rule(rule: Rule, members: int, lambda_: float | None, ddof: int, quant
     """Raise `RewardError` for a rule that does not exist, that cannot be computed with this many members, that lacks
     its parameter, or that has none of the parameters given."""
     if callable(rule):
+        _check_arguments(rule)
         rule = rule_name(rule)
     elif rule not in RULES:
         raise RewardError(
@@ -57,6 +59,19 @@ def check_rule(rule: Rule, members: int, lambda_: float | None, ddof: int, quant
         raise RewardError(f"quantile belongs to aggregation quantile; {rule} has none, so {quantile} would be ignored")
     if ddof >= members:
         raise RewardError(f"the variance with ddof={ddof} needs more than {members} member(s)")
+
+
+def _check_arguments(rule: Callable[[Tensor], Tensor]) -> None:
+    try:
+        signature = inspect.signature(rule)
+    except (TypeError, ValueError):  # of some that are built in
+        return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        raise RewardError(
+            f"aggregation {rule_name(rule)} must take one argument, the members' scores [members, completions]: {error}"
+        ) from error
 
 
 def rule_name(rule: Rule) -> str:
@@ -86,7 +101,7 @@ def aggregate(
     mean = scores.mean(0)
     variance = torch.var(scores, dim=0, correction=ddof) if scores.shape[0] > 1 else None
     if callable(rule):
-        combined = rule(scores)
+        combined = rule(scores.clone())  # which it may change in place: the members' are logged
         if not isinstance(combined, Tensor) or combined.shape != scores.shape[1:]:
             got = list(combined.shape) if isinstance(combined, Tensor) else type(combined).__name__
             raise RewardError(

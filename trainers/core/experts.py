@@ -66,10 +66,15 @@ def without_missing_loss(model: nn.Module, args: Any) -> Iterator[None]:
             text.router_aux_loss_coef = own
 
 
+def reentrant(args: TrainingArguments) -> bool:
+    """Whether gradient checkpointing is the kind whose first pass has no gradient."""
+    return bool(args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"))
+
+
 def check_checkpointing(args: TrainingArguments) -> None:
     """Of a run with the loss: ConfigError for gradient checkpointing whose first pass has no gradient, and so gives
     router logits without one."""
-    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+    if reentrant(args):
         raise ConfigError(
             "gradient_checkpointing_kwargs: with use_reentrant: true the load-balancing loss of a mixture of experts "
             "(router_aux_loss_coef) would have no gradient: leave it out, or set router_aux_loss_coef: 0"

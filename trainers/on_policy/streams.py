@@ -12,7 +12,7 @@ from align.objectives.policy_loss import PolicyLoss
 from align.trainers.core.ranks import Ranks
 from align.trainers.on_policy.pipeline import ScoredRollout
 from align.trainers.on_policy.samples import Sample, completion_masks, completion_matrix, sampling_logps, scatter
-from align.trainers.weighting.base import Weighting
+from align.trainers.weighting.base import Weighting, rewards_named
 
 EPSILON = 1e-4  # TRL's, added to a deviation
 
@@ -98,7 +98,8 @@ def stream_scores(sample: Sample, weighting: Weighting) -> dict[str, float]:
             "every completion: "
             "return a number, or use fixed reward_weights"
         )
-    scores = weighting.scores(sample.rewards)
+    with rewards_named(weighting):
+        scores = weighting.scores(sample.rewards)
     missing = [stream.name for stream in weighting.streams if not isfinite(scores.get(stream.name, nan))]
     if missing:
         raise TrainingError(

@@ -18,11 +18,17 @@ from align.modeling.pretrained import default_dtype
 from align.reward_models.ensemble import FILE_NAME, KINDS, save_ensemble
 from align.reward_models.joint import save_adapters, save_trunk
 from align.reward_models.normalizer import FILE_NAME as NORMALIZER_FILE
+from align.trainers.core.identity import data_digest
 from align.trainers.core.loading import loading_options, tokenizer_of
 from align.trainers.reward import RewardConfig, RewardTrainer, pair_data
 from align.trainers.sweeps.joint_ensemble import JointRewardTrainer
+from align.trainers.sweeps.kept import described, finished, result_settings, start_identity, write_record
 
 logger = logging.getLogger(__name__)
+
+RECORD = "trained.json"
+# loading options that change no result
+OF_PLACE = {"attn_implementation", "device_map", "low_cpu_mem_usage", "trust_remote_code"}
 
 
 def train_reward_ensemble(
@@ -55,9 +61,10 @@ def train_reward_ensemble(
     adapter). A head that the model has already is replaced then: equal heads would stay equal.
 
     Saves the members and ensemble.json in `args.output_dir` and returns that folder, for `load_ensemble` or a reward of
-    type ensemble. With `resume` a separate member that is already saved whole is kept, whatever settings it was trained
-    with, and one pass resumes from its newest checkpoint. `member` is the number of the one separate member to train in
-    this call, so that each can be a job of its own; the call that finds all members there writes ensemble.json.
+    type ensemble. With `resume` a separate member that is already saved whole is kept, as is an ensemble of one pass;
+    ConfigError if it was trained from other weights, on other data or with other settings. One pass that was stopped
+    resumes from its newest checkpoint. `member` is the number of the one separate member to train in this call, so that
+    each can be a job of its own; the call that finds all members there writes ensemble.json.
     """
     _check(model, members, kind, upper_layers, train_trunk, peft_config)
     _check_separate(member, members, kind, quantization_config)
@@ -67,21 +74,21 @@ def train_reward_ensemble(
     given = {"train_dataset": data.prepare(train_dataset, "train"), "processing_class": processing_class}
     given |= {"eval_dataset": of_each(eval_dataset, lambda rows: data.prepare(rows, "eval")), "callbacks": callbacks}
     folder, names = Path(args.output_dir), [f"member_{i}" for i in range(members)]
+    identity = _identity(str(model), args, given, peft_config, quantization_config)
     if kind == "separate":
         given |= {"peft_config": peft_config, "quantization_config": quantization_config}
         for i in range(members) if member is None else [member]:
-            _train_one(str(model), args, folder / names[i], i, given, resume)
+            _train_one(str(model), args, folder / names[i], i, given, identity, resume)
         if not shared(all(map(_whole, (folder / name for name in names)))):
             return folder
-    elif resume and (folder / FILE_NAME).exists():
-        logger.info("%s holds a trained ensemble, which is kept", folder)
-        return folder
     else:
-        _unmark(args, folder / FILE_NAME)
-        joint = _joint_model(str(model), args, processing_class, members, kind, upper_layers, train_trunk, peft_config)
-        trainer = JointRewardTrainer(joint, _of_loaded(args), **given)
-        trainer.train(resume_from_checkpoint=resume and newest_whole(folder) is not None)
-        _save_joint(trainer, kind, folder, names, peft_config)
+        form = {"members": members, "kind": kind, "upper_layers": upper_layers, "train_trunk": train_trunk}
+        settings = result_settings(args, **identity, **form)
+        if resume and (folder / FILE_NAME).exists():
+            finished(folder / RECORD, settings)
+            logger.info("%s holds a trained ensemble, which is kept", folder)
+            return folder
+        _train_joint(str(model), args, names, form, given, settings, peft_config, resume)
     by_first(lambda: save_ensemble(folder, names, kind=kind, upper_layers=upper_layers))  # which the others may load
     return folder
 
@@ -130,19 +137,58 @@ def _whole(folder: Path) -> bool:
     return (folder / NORMALIZER_FILE).exists()  # the last file of a reward model to be written
 
 
-def _train_one(model: str, args: RewardConfig, folder: Path, index: int, options: dict[str, Any], resume) -> None:
-    if resume and _whole(folder):
-        logger.info("%s is complete and kept", folder)
-        return
-    _unmark(args, folder / NORMALIZER_FILE)
+def _identity(model: str, args: RewardConfig, given: dict[str, Any], peft_config, quantization_config) -> dict:
+    """What decides a member beside its options. The evaluation set does: its normaliser is fitted on that."""
+    loading = loading_options(args, model)
+    return {
+        **start_identity(model),
+        "model_options": {k: str(v) for k, v in loading.items() if k not in OF_PLACE and v is not None},
+        "data": data_digest(given["train_dataset"]),
+        "eval_data": of_each(given["eval_dataset"], data_digest),
+        "lora": described(peft_config),
+        "quantization": described(quantization_config),
+    }
+
+
+def _record(args: RewardConfig, folder: Path, settings: dict[str, Any]) -> None:
+    """Before what marks the folder as whole, which never is without its settings."""
+    if args.process_index == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_record(folder / RECORD, {"settings": settings})
+
+
+def _train_one(
+    model: str, args: RewardConfig, folder: Path, index: int, options: dict[str, Any], identity: dict, resume: bool
+) -> None:
     member_args = copy.deepcopy(args)
     member_args.output_dir = str(folder)
     member_args.seed = member_args.data_seed = args.seed + index
+    settings = result_settings(member_args, **identity)
+    if resume and _whole(folder):
+        finished(folder / RECORD, settings)
+        logger.info("%s is complete and kept", folder)
+        return
+    _unmark(args, folder / NORMALIZER_FILE)
     member_args.run_name = f"{args.run_name or folder.parent.name}-{folder.name}"
     logger.info("%s: seed %d", folder, member_args.seed)
     trainer = RewardTrainer(model, member_args, **options)
     trainer.train(resume_from_checkpoint=False)  # a member that is not whole begins anew
+    _record(args, folder, settings)
     trainer.save_model()
+
+
+def _train_joint(
+    model: str, args, names: list[str], form: dict, given: dict, settings: dict, peft_config, resume: bool
+) -> None:
+    """form: how the members are held. given: data, tokenizer and callbacks."""
+    folder = Path(args.output_dir)
+    _unmark(args, folder / FILE_NAME)
+    joint = _joint_model(model, args, given["processing_class"], **form, peft_config=peft_config)
+    trainer = JointRewardTrainer(joint, _of_loaded(args), **given)
+    trainer.form = {**form, "lora": described(peft_config)}
+    trainer.train(resume_from_checkpoint=resume and newest_whole(folder) is not None)
+    _record(args, folder, settings)
+    _save_joint(trainer, form["kind"], folder, names, peft_config)
 
 
 def _joint_model(model: str, args, tokenizer, members: int, kind: str, upper_layers, train_trunk: bool, peft_config):

@@ -6,7 +6,6 @@ stopped resumes where it was: finished points are kept.
 
 import copy
 import gc
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -26,22 +25,17 @@ from align.modeling.adapters import is_adapter, named_base
 from align.modeling.load import load_policy, load_tokenizer, source_of
 from align.modeling.logprobs import language_model
 from align.modeling.soups import make_soup
+from align.modeling.weights_digest import named_digest
 from align.reward_models.base import Reward
 from align.reward_models.implicit import ImplicitReward
 from align.reward_models.margins import MarginRewards, rows_fingerprint
-from align.trainers.core.identity import differences, settings_of
 from align.trainers.modpo import SWEEP, MODPOConfig, MODPOTrainer, WeightOptions
 from align.trainers.pairs.data import numbered_pairs
+from align.trainers.sweeps.kept import described, finished, result_settings, start_identity, write_record
 
 logger = logging.getLogger(__name__)
 
 POINT_FILE = "point.json"
-# what a run that is resumed may change, and a point that is finished not
-HOW_FAR = ("max_steps", "num_train_epochs")
-OF_THE_BEST = (
-    "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "eval_strategy", "eval_steps",
-    "save_strategy", "save_steps",
-)  # fmt: skip
 SWEEP_OPTIONS = ("sweep_points", "sweep_min_weight", "interpolate")
 Model = str | Path | Callable[[], nn.Module]
 
@@ -105,7 +99,7 @@ def train_front(
         )
 
     identity = {
-        "model": start,
+        **start_identity(start),
         "model_options": model_options,
         "data": rows_fingerprint(train_dataset),
         "margins": margins.fingerprints,
@@ -151,6 +145,9 @@ def train_points(
     root = Path(args.output_dir)
     front = Front(method, "", objectives, [], seconds)
     identity = {**identity, "lora": described(peft_config), "seed": args.seed}
+    reference = vars(args).get("ref_model_name_or_path")
+    if reference is not None:
+        identity["reference_weights"] = named_digest(reference)
     if args.interpolate is not None and len(objectives) != 2:
         raise ConfigError(f"interpolate is for two objectives, whose points have neighbours; there are {objectives}")
     for number, weights in enumerate(vectors):
@@ -159,8 +156,8 @@ def train_points(
             front.points.append(Point(name, str(last), weights, kind="margin"))
             continue
         point_args = point_config(args, weights, root / name)
-        settings = json.loads(json.dumps({**result_settings(point_args), **identity}, default=str))
-        done = finished(root / name, settings) if resume else None
+        settings, record = result_settings(point_args, **identity), root / name / POINT_FILE
+        done = finished(record, settings) if resume and record.exists() else None
         if done is None:
             logger.info("point %d of %d: %s", number + 1, len(vectors), weights)
             done = train_point(make_trainer, point_args, settings, resume)
@@ -180,16 +177,9 @@ def train_points(
     return root
 
 
-def result_settings(args: Any) -> dict[str, Any]:
-    """The options that decide what a finished point is."""
-    names = HOW_FAR + (OF_THE_BEST if args.load_best_model_at_end else ())
-    return {**settings_of(args), **{name: getattr(args, name) for name in names}}
-
-
 def train_point(make_trainer: Callable[[Any], Any], args: Any, settings: dict, resume: bool) -> dict:
     """Train and save one policy; then write point.json, which says that it is complete and how it was trained."""
     from align.distributed.checkpoints import flush_files, newest_whole
-    from align.distributed.disk import write_whole
 
     started, folder = time.perf_counter(), Path(args.output_dir)
     (folder / POINT_FILE).unlink(missing_ok=True)
@@ -200,29 +190,12 @@ def train_point(make_trainer: Callable[[Any], Any], args: Any, settings: dict, r
     done = {"settings": settings, "reference": reference, "seconds": time.perf_counter() - started}
     if args.process_index == 0:
         flush_files(folder)
-        write_whole(folder / POINT_FILE, [json.dumps(done, indent=2) + "\n"])
+        write_record(folder / POINT_FILE, done)
     trainer.accelerator.wait_for_everyone()
     del trainer  # before the next one is loaded
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return done
-
-
-def finished(folder: Path, settings: dict) -> dict | None:
-    """The point.json of a complete point, None without one; ConfigError if it was trained with other settings."""
-    if not (folder / POINT_FILE).exists():
-        return None
-    try:
-        done = json.loads((folder / POINT_FILE).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{folder / POINT_FILE} is damaged ({error}): delete it to train this point again") from error
-    if not isinstance(done, dict) or not isinstance(done.get("settings"), dict):
-        raise ConfigError(f"{folder / POINT_FILE} says nothing of its settings: delete it to train this point again")
-    differ = differences(done["settings"], settings)
-    if differ:
-        shown = ", ".join(f"{key} {before!r:.40} before and {now!r:.40} now" for key, (before, now) in differ.items())
-        raise ConfigError(f"{folder} was trained with other settings ({shown}): delete it, or use another output_dir")
     return done
 
 
@@ -320,10 +293,3 @@ def loaded(model: Model) -> nn.Module:
 def lora(peft_config):
     """A copy of the config for one point: PEFT writes into it."""
     return copy.deepcopy(peft_config)
-
-
-def described(peft_config) -> dict | None:
-    """A LoRA config as a dict whose sets are sorted, for comparison."""
-    if peft_config is None:
-        return None
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in peft_config.to_dict().items()}

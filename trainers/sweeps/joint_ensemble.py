@@ -1,8 +1,10 @@
 """Reward models that share one model, trained from one pass over the data."""
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +41,11 @@ class JointRewardTrainer(RewardTrainer):
             )
         self.count = next(len(module.members) for module in model.modules() if isinstance(module, Members))
         self.normalizers: list[Normalizer] = []
+        self.form: dict[str, Any] = {}  # how the members are held, which names and shapes of weights do not all tell
+
+    def further_identity(self) -> dict:
+        form = json.loads(json.dumps(self.form, default=str))
+        return {**super().further_identity(), **({"ensemble": form} if form else {})}
 
     def _share_prompts(self) -> bool:
         if self.args.batching == "shared_prefix":

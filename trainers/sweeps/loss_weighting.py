@@ -37,6 +37,7 @@ from align.trainers.sweeps.front import (
     sweep_weights,
     train_points,
 )
+from align.trainers.sweeps.kept import start_identity
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ def train_loss_weighting_front(
         )
 
     data = {name: rows_fingerprint(dataset) for name, dataset in sets.items()}
-    identity = {"model": model_name if callable(model) else str(model), "data": data}
+    identity = {**start_identity(model_name if callable(model) else str(model)), "data": data}
     return train_points("dpo_lw", trainer, args, objectives, vectors, identity, peft_config, seconds={}, resume=resume)
 
 

@@ -6,6 +6,7 @@ file). The mixture is weights @ advantages, at every optimiser step with the wei
 """
 
 from abc import ABC, abstractmethod
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from align.config.sections import Section
 from align.errors import ConfigError
 from align.lazy import defined_again
+from align.trainers.core.experts import reentrant
 from align.trainers.weighting.sections import DYNAMIC_WEIGHTS, GradientSection, HypervolumeSection
 
 TASK = "task"
@@ -29,6 +31,21 @@ class StreamSpec:
     name: str
     kl: float = 0.0
     penalty: float = 0.0
+
+
+@contextmanager
+def rewards_named(weighting: "Weighting"):
+    """ConfigError where a weighting of the user's asks for a reward that is not there."""
+    try:
+        yield
+    except KeyError as error:
+        known = list(weighting.reward_weights)
+        if not error.args or error.args[0] in known:
+            raise
+        raise ConfigError(
+            f"{type(weighting).__name__} asks for {error.args[0]!r}, and no reward is called that: the rewards are "
+            f"{', '.join(known)}"
+        ) from error
 
 
 def weighted_sum(rewards: dict[str, float], weights: dict[str, float]) -> float:
@@ -166,7 +183,8 @@ def register_weighting(name: str, weighting: Any = None) -> Any:
 
 def make_weighting(reward_weights: dict[str, float], args: Any) -> Weighting:
     """The weighting that a configuration (`OnPolicyConfig`) asks for. ConfigError for two streams of one name, of which
-    one would have the scores of the other, and for a KL that no stream has."""
+    one would have the scores of the other, for a KL that no stream has, and for gradient checkpointing under which
+    single rewards have no gradients."""
     weighting = _made(reward_weights, args)
     in_loss = args.kl_in == "loss" and type(weighting).kl_weight is not Weighting.kl_weight
     if args.beta and not in_loss and not any(stream.kl for stream in weighting.streams):
@@ -174,6 +192,12 @@ def make_weighting(reward_weights: dict[str, float], args: Any) -> Weighting:
             f"beta is {args.beta:g}, and no stream of {type(weighting).__name__} has the KL, which would be ignored: "
             "set beta: 0, or give a StreamSpec kl=1",
             key="beta",
+        )
+    if weighting.needs_gradients and reentrant(args):
+        raise ConfigError(
+            f"gradient_checkpointing_kwargs: with use_reentrant: true the gradients of single rewards, by which "
+            f"{type(weighting).__name__} sets its weights, cannot be computed: leave it out",
+            key="gradient_checkpointing_kwargs",
         )
     names = [stream.name for stream in weighting.streams]
     twice = sorted({name for name in names if names.count(name) > 1})

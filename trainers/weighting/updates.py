@@ -8,7 +8,7 @@ from align.errors import TrainingError
 from align.trainers.core.ranks import Ranks
 from align.trainers.core.recorder import Recorder
 from align.trainers.on_policy.samples import Sample
-from align.trainers.weighting.base import Weighting
+from align.trainers.weighting.base import Weighting, rewards_named
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,8 @@ class WeightingUpdates:
         if not len(rows):
             return
         columns = dict(zip(names, rows[:, :-1].unbind(1), strict=True))
-        metrics = self.weighting.update(columns, rows[:, -1])
+        with rewards_named(self.weighting):
+            metrics = self.weighting.update(columns, rows[:, -1])
         if not isinstance(metrics, dict):
             who = type(self.weighting).__name__
             raise TrainingError(f"weighting {who}: update must return metrics by name, got {type(metrics).__name__}")
