@@ -6,6 +6,7 @@ loop.
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from accelerate.utils import gather_object
 from torch import Tensor, nn
@@ -124,6 +125,9 @@ class DPOTrainer(PreferenceTrainer):
 
     def _gather(self, values: Tensor) -> tuple[list[Tensor], int]:
         return gather_object([values.cpu()]), self.args.process_index
+
+    def own_parts(self) -> dict[str, Any]:
+        return {**super().own_parts(), "loss_type": self.objective.functions}
 
     def extra_state(self) -> dict:
         states = {name: state.state_dict() for name, state in self.objective.states.items()}

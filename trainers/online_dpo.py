@@ -171,6 +171,9 @@ class OnlineDPOTrainer(OnPolicyTrainer):
     def objective(self) -> PreferenceObjective:
         return self.args.objective()
 
+    def own_parts(self) -> dict[str, Any]:
+        return {**super().own_parts(), "loss_type": self.objective.functions}
+
     def make_rollout(self, prompts: list[dict], indices: list[int]) -> RolloutBuffer:
         """From prompts to pairs that know their log-probs under the reference."""
         args = self.args

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
             if args.prompts is None:
                 raise ConfigError(f"{source} is no file of answers: name --prompts for it")
             path = folder / f"answers_{side}.jsonl"
-            draw(args, source, path)
+            draw(args, source, path, rewards)
         sides.append(read_answers(path))
     pairs = compare.paired(*sides)
     preferences: dict = {}

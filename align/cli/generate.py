@@ -1,6 +1,7 @@
 """`align generate`: a file of prompts to a file of answers, scored if rewards are named."""
 
 import argparse
+from collections.abc import Collection
 
 from align.cli.option_types import add_seed, add_template_kwargs, at_least
 
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--revisions counts from 0, and --revision_template needs one or more")
     tokenizer = load_tokenizer(args.model)
     rewards = build_rewards(args.rewards, None, gold_name="", tokenizer=tokenizer)  # mistakes in them come first
-    draw(args, args.model, args.to)
+    draw(args, args.model, args.to, rewards)
     print(f"wrote {args.to}")
     if rewards:
         for name, scores in score_answers(args.to, rewards).items():
@@ -62,14 +63,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def draw(args: argparse.Namespace, model: str, output) -> None:
-    """The answers of one model, as the options of `add_drawing` say."""
+def draw(args: argparse.Namespace, model: str, output, rewards: Collection[str]) -> None:
+    """The answers of one model, as the options of `add_drawing` say. rewards: names of those that will score them."""
     from align.errors import ConfigError
-    from align.evaluation.answers import Drawing, generate_answers
+    from align.evaluation.answers import Drawing, check_reward_names, generate_answers
     from align.evaluation.prompt_file import as_chat, read_prompts
     from align.modeling.load import load_tokenizer
 
     rows = read_prompts(args.prompts, args.split)
+    check_reward_names(rewards, set(rows.column_names) - {"chosen", "rejected"})  # of which no answer has any
     if args.num_prompts is not None:
         rows = rows.select(range(min(args.num_prompts, len(rows))))
     has_template = bool(load_tokenizer(model).chat_template)

@@ -10,6 +10,7 @@ from align.lazy import check_place
 
 COMPARED = (
     "method", "model", "adapter", "data", "rope_factors", "reference", "rewards", "gold_reward", "rows_per_step",
+    "code",
 )  # fmt: skip
 """What a resumed run is compared by beside its options (`align.trainers.core.identity`)."""
 

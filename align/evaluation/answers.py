@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,7 +85,8 @@ def generate_answers(
     dtype = dtype or ("auto" if device == "cuda" else "float32")
     SamplingParams(drawing.max_completion_length, drawing.n, drawing.temperature, drawing.top_p, drawing.top_k)
     prompt_ids = (row["prompt_ids"] for row in rows_of(dataset, ["prompt_ids"]))
-    done = _resume(output, _identity(model, prompt_ids, drawing, dtype), dataset["row"][:], drawing.n)
+    identity = {**_identity(model, prompt_ids, drawing, dtype), **_model_settings(model, tokenizer)}
+    done = _resume(output, identity, dataset["row"][:], drawing.n)
     _renew(output, dataset.select(range(done)), drawing.n)
     if done == len(dataset):
         logger.info("%s holds all %d answers: nothing is left to draw", output, done * drawing.n)
@@ -222,6 +223,28 @@ def _identity(model: str, prompt_ids, drawing: Drawing, dtype: str) -> dict[str,
     return {"model": model, "weights": named_digest(model), "dtype": dtype, "prompts": digest.hexdigest(), **settings}
 
 
+def _model_settings(model: str, tokenizer, above: str = "adapter") -> dict[str, Any]:
+    """What a folder says of a model beside its weights, from which its answers follow: its configuration, that of the
+    adapter, and the tokens that end an answer. Of a hub name the tokens of the tokenizer alone."""
+    from align.data.ending import end_ids
+    from align.data.fingerprint import text_digest
+    from align.modeling.adapter_names import NOT_OF_ADAPTER
+    from align.modeling.adapters import CONFIG_FILE, adapter_base, is_adapter
+
+    def read(name: str, leave_out: Collection[str]) -> dict[str, Any]:
+        path = Path(model) / name
+        content = _parsed(path.read_bytes(), str(path)) if path.is_file() else {}
+        return {key: value for key, value in content.items() if key not in leave_out}
+
+    if is_adapter(model):
+        own = {f"{above}.{key}": value for key, value in read(CONFIG_FILE, NOT_OF_ADAPTER).items()}
+        return {**own, **_model_settings(adapter_base(model), tokenizer, f"base.{above}")}
+    ends = read("generation_config.json", ()).get("eos_token_id")
+    ids = [*end_ids(tokenizer), *(ends if isinstance(ends, list) else [] if ends is None else [ends])]
+    config = read("config.json", ("_name_or_path", "transformers_version", "use_cache"))
+    return {"config": text_digest(config), "end_tokens": sorted(set(ids))}
+
+
 def _resume(output: Path, identity: dict, rows: list[int], n: int) -> int:
     """How many of `rows` the file holds whole; what an interruption left of further ones is cut off."""
     beside = output.with_suffix(".identity.json")
@@ -312,12 +335,24 @@ def scores_of(answers: list[dict[str, Any]], rewards: dict) -> dict[str, list[fl
     return scores
 
 
+def check_reward_names(rewards: Collection[str], columns: Collection[str]) -> None:
+    """ConfigError for a reward whose scores would take the place of a column. columns: of the data."""
+    taken = next((name for name in rewards if name in (*OWN, *columns)), None)
+    if taken is not None:
+        whose = "answers" if taken in OWN else "data"
+        raise ConfigError(
+            f"the scores of {taken!r} have the name of the column {taken!r} of the {whose}, which they would replace: "
+            "give it another name ({type: rule, function: ..., name: ...}), or rename the column"
+        )
+
+
 def score_answers(path: str | Path, rewards: dict) -> dict[str, list[float]]:
     """Score every answer of a file by `rewards` (by name), and write the scores into its lines, under these names."""
     answers = read_answers(path)
-    taken = [name for name in rewards if name in OWN]
-    if taken:
-        raise ConfigError(f"a reward cannot be named {taken[0]!r}, which is a column of the answers: give it a name")
+    no_scores = {
+        name for answer in answers for name, value in answer.items() if not isinstance(value, int | float | None)
+    }
+    check_reward_names(rewards, no_scores)  # those of a call before are written anew
     scores = scores_of(answers, rewards)
     for index, answer in enumerate(answers):
         answer.update({name: values[index] for name, values in scores.items()})

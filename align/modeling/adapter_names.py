@@ -9,6 +9,9 @@ HEADS = ("classifier", "score")
 """Of classifiers, of which PEFT adds both to `modules_to_save`."""
 LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")  # PEFT's, for the index in a layer's name
 
+NOT_OF_ADAPTER = {  # where an adapter's base lies, and what PEFT writes down for itself
+    "base_model_name_or_path", "inference_mode", "revision", "auto_mapping", "peft_version", "runtime_config",
+}  # fmt: skip
 WITHIN = re.compile(r"\.(lora_|base_layer|modules_to_save|original_module)")
 """In the names of what PEFT has put in."""
 

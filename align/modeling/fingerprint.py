@@ -4,6 +4,7 @@ import functools
 import hashlib
 import inspect
 import re
+import sysconfig
 import types
 from enum import Enum
 from pathlib import Path
@@ -14,10 +15,12 @@ import torch
 from torch import nn
 
 from align.errors import RewardError
+from align.lazy import INSTALLED
 from align.modeling.elsewhere import Elsewhere
 
 # attributes that say where and in what portions something is computed, or what happened so far, not what is computed
 PLACES = ("device", "batch_size", "batch_tokens", "model_folders", "calls", "history", "offloaded", "placement")
+STANDARD = Path(sysconfig.get_path("stdlib")).resolve()
 HOLDERS = (types.FunctionType, types.MethodType, functools.partial, dict, list, tuple)
 
 
@@ -34,7 +37,8 @@ def fingerprint(value: Any) -> str:
 def mark(value: Any) -> str:
     """The same of whatever there is, at little cost: at most 64 numbers of each tensor are read, and a part that has no
     fingerprint, such as a lock or an open connection, counts by its kind. What else such a part holds counts where it
-    is a function, a list or an object of this library, or is held by one of these.
+    is a function, a list or an object of this library, or is held by one of these. The code of this library counts by
+    name, so that a run goes on with a newer version of it.
 
     A class of this library names in `elsewhere` the attributes that say where something is asked, and how patiently.
     """
@@ -139,12 +143,15 @@ def _parts(value: Any, sampled: bool):
     elif isinstance(value, types.MethodType):
         yield from [("self", value.__self__), ("func", value.__func__)]
     elif isinstance(value, types.FunctionType):
-        code = _code(value)
+        named = sampled and is_ours(value)
+        code = value.__globals__["__name__"] if named else _code(value)
         yield from [("name", value.__qualname__), ("code", code), ("defaults", value.__defaults__)]
-        yield "place", _place(value.__code__) if isinstance(code, str) else None
+        yield "place", _place(value.__code__) if isinstance(code, str) and not named else None
         yield from [("keywords", value.__kwdefaults__), ("bound", [c.cell_contents for c in value.__closure__ or ()])]
     elif isinstance(value, (types.BuiltinFunctionType, type)):
         yield "name", f"{value.__module__}.{value.__qualname__}"
+        if isinstance(value, type) and value.__module__ != "builtins":
+            yield "code", None if sampled and is_ours(value) else _code(value)
     elif isinstance(value, dict):
         yield from sorted(((str(key), part) for key, part in value.items()), key=lambda item: item[0])
     elif isinstance(value, (list, tuple)):
@@ -153,7 +160,7 @@ def _parts(value: Any, sampled: bool):
         yield from enumerate(sorted(map(fingerprint, value)))
     elif hasattr(value, "__dict__"):
         left_out = PLACES + (getattr(type(value), "elsewhere", ()) if sampled else ())
-        yield "code", _code(type(value))
+        yield "code", None if sampled and is_ours(type(value)) else _code(type(value))
         yield from sorted((name, part) for name, part in vars(value).items() if name not in left_out)
     else:
         raise RewardError(f"a {type(value).__name__} has no fingerprint: nothing tells when it changes")
@@ -164,9 +171,16 @@ def _place(code: types.CodeType) -> list:
     return [code.co_firstlineno, next((place for place in code.co_positions() if place[2]), None)]
 
 
+def is_ours(thing: Any) -> bool:
+    """Whether a function or a class is of this library; one that wraps a user's has the user's `__module__`."""
+    names = thing.__globals__.get("__name__") if isinstance(thing, types.FunctionType) else thing.__module__
+    return str(names).startswith("align.")
+
+
 def _code(thing: Any) -> str | bytes:
-    """The text of the file that `thing` was written in (what it calls is mostly there too), or its byte code."""
-    functions = [part for part in vars(thing).values() if inspect.isfunction(part)] if isinstance(thing, type) else []
+    """The text of the file that `thing` was written in (what it calls is mostly there too), or its byte code; of a
+    class, with those of the user's classes that it is built on."""
+    functions = _written_in(thing) if isinstance(thing, type) else []
     texts = []
     for place in (*functions, thing):  # Python finds a class by the name of its module alone, which may be another's
         try:
@@ -174,7 +188,28 @@ def _code(thing: Any) -> str | bytes:
         except (TypeError, OSError):
             pass
     codes = [part.__code__ for part in (*functions, thing) if hasattr(part, "__code__")]
-    return "".join(dict.fromkeys(texts)) or b"".join(map(_byte_code, codes))
+    plain = _plain_attributes(thing) if isinstance(thing, type) else b""
+    return "".join(dict.fromkeys(texts)) or b"".join(map(_byte_code, codes)) + plain
+
+
+def _written_in(kind: type) -> list[types.FunctionType]:
+    """The functions of a class, and of those under it that are neither of a library nor of this one."""
+    found = [part for part in vars(kind).values() if inspect.isfunction(part)]
+    for under in kind.__mro__[1:]:
+        own = [part for part in vars(under).values() if inspect.isfunction(part)]
+        found += [part for part in own if not (is_ours(part) or _is_installed(Path(part.__code__.co_filename)))]
+    return found
+
+
+def _plain_attributes(kind: type) -> bytes:
+    """Of a class without functions of its own, whose file Python does not find unless it was imported by name."""
+    plain = (bool, int, float, str, tuple, type(None))
+    found = {name: value for name, value in vars(kind).items() if isinstance(value, plain)}
+    return repr(sorted((name, repr(value)) for name, value in found.items() if not name.startswith("__"))).encode()
+
+
+def _is_installed(file: Path) -> bool:
+    return any(file.resolve().is_relative_to(place) for place in (STANDARD, *INSTALLED))
 
 
 def _byte_code(code: types.CodeType) -> bytes:

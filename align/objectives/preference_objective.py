@@ -74,6 +74,11 @@ class PreferenceObjective:
         return any(getattr(term.loss, need) for term in self.terms)
 
     @property
+    def functions(self) -> list[Callable]:
+        """Of the losses."""
+        return [term.loss.function for term in self.terms]
+
+    @property
     def needs_reference(self) -> bool:
         return self._any("needs_reference")
 

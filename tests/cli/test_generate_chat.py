@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import transformers
 from align.cli.chat import Speaker
 from align.cli.main import main
 from align.data.limits import longest_input
+from align.errors import ConfigError
 from align.evaluation import answers as answers_module
 from align.evaluation.answers import Drawing, generate_answers
 from align.evaluation.prompt_file import as_chat, read_prompts
@@ -147,6 +149,54 @@ def test_a_file_of_another_drawing_is_refused(model, tmp_path, capsys):
     (tmp_path / "hh.jsonl").write_text(json.dumps({"prompt": "\n\nHuman: w1\n\nAssistant:"}) + "\n")
     assert main([*argv[:3], str(tmp_path / "hh.jsonl"), "--to", str(tmp_path / "b.jsonl")]) == 2
     assert "convert them with `align data convert" in capsys.readouterr().err
+
+
+def test_answers_of_another_adapter_or_another_end_are_not_added_to_a_file(model, tmp_path, capsys):
+    """Half of a file was drawn with one `lora_alpha`, or one end token, and half with another, in silence."""
+    base = tmp_path / "base"
+    shutil.copytree(model, base)
+    run = Path(adapter(str(base), tmp_path / "run", target_modules=["q_proj"]))
+    (tmp_path / "p.txt").write_text("w1\nw2\n")
+    argv = ["generate", str(run), "--prompts", str(tmp_path / "p.txt"), "--to", str(tmp_path / "a.jsonl")]
+    argv += ["--max_completion_length", "3", "--backend", "transformers"]
+    assert main(argv) == main(argv) == 0
+    changes = (
+        (run / "adapter_config.json", {"lora_alpha": 99}, r"(adapter.lora_alpha "),
+        (base / "generation_config.json", {"eos_token_id": [1, 9]}, "(end_tokens [1], now [1, 9])"),
+        (base / "config.json", {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, "(config '"),
+    )
+    for path, change, named in changes:
+        before = path.read_text()
+        path.write_text(json.dumps(json.loads(before) | change))
+        capsys.readouterr()
+        assert main(argv) == 2
+        assert f"holds answers of another drawing {named}" in capsys.readouterr().err
+        path.write_text(before)
+    own = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps(own | {"temperature": 0.3, "transformers_version": "9"}))
+    assert main(argv) == 0
+
+
+def test_a_reward_does_not_replace_a_column(model, tmp_path, monkeypatch, capsys):
+    """The data's `answer` was replaced by scores, in silence."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.py").write_text("def answer(completions, **columns):\n    return [1.0 for _ in completions]\n")
+    row = {"prompt": "w1", "answer": 7}
+    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
+    argv = ["generate", model, "--prompts", "p.jsonl", "--to", "a.jsonl", "--backend", "transformers", "--no-chat"]
+    argv += ["--max_completion_length", "3", "--rewards"]
+    for reward, whose in (("r.py:answer", "data"), ("{type: rule, function: r.py:answer, name: tokens}", "answers")):
+        name = "answer" if whose == "data" else "tokens"
+        assert main([*argv, reward]) == 2
+        assert f"the scores of '{name}' have the name of the column '{name}' of the {whose}" in capsys.readouterr().err
+        assert not (tmp_path / "a.jsonl").exists()
+    assert main([*argv, "{type: rule, function: r.py:answer, name: mine}"]) == 0
+    assert main([*argv, "{type: rule, function: r.py:answer, name: mine}"]) == 0  # its scores of before
+    (found,) = lines(tmp_path / "a.jsonl")
+    assert (found["answer"], found["mine"]) == (7, 1.0)
+    (tmp_path / "b.jsonl").write_text(json.dumps(found | {"answer": "seven"}) + "\n")
+    with pytest.raises(ConfigError, match="the column 'answer' of the data"):
+        answers_module.score_answers(tmp_path / "b.jsonl", {"answer": None})
 
 
 def test_answers_are_revised(model, tmp_path, capsys):

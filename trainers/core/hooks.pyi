@@ -89,6 +89,7 @@ class TrainerHooks:
     processing_class: PreTrainedTokenizerBase
     train_dataset: Any
     data_collator: Any
+    optimizer_cls_and_kwargs: Any
     eval_dataset: Dataset | dict[str, Dataset] | None
     state: TrainerState
     control: TrainerControl

@@ -3,12 +3,14 @@
 It is written to each checkpoint as `align_run.json` and compared before a run resumes from it.
 """
 
+import inspect
 import json
 from contextlib import suppress
 from dataclasses import fields
 from datetime import date
 from enum import Enum
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 from datasets import Dataset
@@ -19,6 +21,8 @@ from align.data.endless import EndlessRows
 from align.data.fingerprint import rows_digest
 from align.data.streams import LOOKED_AT
 from align.errors import TrainingError
+from align.modeling.adapter_names import NOT_OF_ADAPTER
+from align.modeling.fingerprint import mark
 
 FILE_NAME = "align_run.json"
 
@@ -45,9 +49,7 @@ CHANGEABLE = {
     "per_device_train_batch_size", "gradient_accumulation_steps",  # compared as their product
 }  # fmt: skip
 CACHED_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # of the reference, which is checked by itself
-NOT_OF_ADAPTER = {  # where an adapter's base lies, and what PEFT writes down for itself
-    "base_model_name_or_path", "inference_mode", "revision", "auto_mapping", "peft_version", "runtime_config",
-}  # fmt: skip
+LIBRARIES = ("align", "transformers", "trl", "torch", "builtins")
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps", "rows_per_step")
 
 
@@ -121,6 +123,21 @@ def learning_rate_of(folder: str | Path) -> float | None:
     return ((read_identity(folder) or {}).get("settings") or {}).get("learning_rate")
 
 
+def code_marks(parts: dict[str, Any]) -> dict[str, str]:
+    """By name what a user's functions, objects and classes among these parts of a run count for. Those of this library
+    and of the ones under it are named by the settings."""
+    return {name: mark(part) for name, part in parts.items() if _is_users(part)}
+
+
+def _is_users(part: Any) -> bool:
+    if isinstance(part, dict | list | tuple):
+        return any(map(_is_users, part.values() if isinstance(part, dict) else part))
+    part = inspect.unwrap(part) if isinstance(part, FunctionType) else part  # async tools are wrapped
+    kind = part if isinstance(part, type | FunctionType) else type(part)
+    module = kind.__globals__["__name__"] if isinstance(kind, FunctionType) else kind.__module__
+    return part is not None and module.partition(".")[0] not in LIBRARIES
+
+
 def differences(before: dict, now: dict, above: str = "") -> dict[str, tuple[Any, Any]]:
     """{name: (before, now)} of all that differs; nested settings by dotted names."""
     found: dict[str, Any] = {}
@@ -139,16 +156,22 @@ OF_DATE = (
     ". The chat template writes the date, %s then and %s now, as the trainer was made without its checkpoint: set "
     "resume_from_checkpoint in its arguments, or keep its output_dir"
 )
-REWARDS = ("rewards.", "gold_reward")
+REWARDS, CODE = ("rewards.", "gold_reward"), "code."
 OF_CODE = (
     ". A reward counts by its settings, its weights and the whole text of the file of its code: in a file of its own a "
     "function does not change with the script that trains"
+)
+OF_PARTS = (
+    ". An environment, a tool or another part of yours counts by the whole text of the file of its code, which best is "
+    "a file of its own"
 )
 
 
 def check_same_run(before: dict, now: dict, allowed: list[str], what: str) -> dict[str, tuple[Any, Any]]:
     """Raise `TrainingError` unless two identities are one, but for what is allowed by name; returns the allowed
     differences. Names of settings are given without `settings.`, and those of the batch all mean its size."""
+    if "code" not in before:  # of a version that did not compare it
+        now = {name: value for name, value in now.items() if name != "code"}
     found = differences(before, now)
     began, today = found.pop(TEMPLATE_DATE, (None, None))
     found.pop(WANDB_RUN, None)
@@ -163,10 +186,12 @@ def check_same_run(before: dict, now: dict, allowed: list[str], what: str) -> di
             f"{name.removeprefix('settings.')}: {a!r:.80} before, {b!r:.80} now" for name, (a, b) in found.items()
         )
         names = ", ".join(name.removeprefix("settings.") for name in found)
-        of_code = any(name.startswith(REWARDS) and None not in values for name, values in found.items())
+        changed = [name for name, values in found.items() if None not in values]
+        of_code = OF_CODE * any(name.startswith(REWARDS) for name in changed)
+        of_code += OF_PARTS * any(name.startswith(CODE) for name in changed)
         of_date = OF_DATE % (began, today) if began != today and "data" in found else ""
         raise TrainingError(
             f"{what} is of another run ({shown}). Start as that run did, use another output_dir, or allow the change: "
-            f"resume_changes: [{names}]" + OF_CODE * of_code + of_date
+            f"resume_changes: [{names}]" + of_code + of_date
         )
     return allowed_now

@@ -20,6 +20,10 @@ class LoadsRows(EvaluatesUntrained):
     train_dataset: Any
     readers: list[Reader]  # the models that read the rows
 
+    def own_parts(self) -> dict[str, Any]:
+        """What may be code of the user's, by its option: a resumed run must have the same."""
+        return {"data_collator": self.data_collator, "optimizer_cls_and_kwargs": self.optimizer_cls_and_kwargs}
+
     def make_endless(self, source: IterableDataset, columns: tuple[str, ...] | None = None) -> None:
         """Train on `train_dataset`, one pass over the stream `source` tokenised, again and again; columns: of its rows,
         None: all."""

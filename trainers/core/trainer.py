@@ -308,6 +308,7 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
             "data": identity.data_digest(self.train_dataset),
             "settings": identity.settings_of(self.args),
             identity.TEMPLATE_DATE: str(day()) if writes_date(self.processing_class) else None,
+            "code": identity.code_marks(self.own_parts()),
             **({} if factors_of(self.model) != LONG else {"rope_factors": LONG}),
             **self.further_identity(),
         }

@@ -37,6 +37,7 @@ from align.trainers.on_policy.critic import CriticLearner
 from align.trainers.on_policy.engine import SyncedEngine
 from align.trainers.on_policy.entropy import EntropyBonus
 from align.trainers.on_policy.episodes import Episodes
+from align.trainers.on_policy.estimators import Estimator
 from align.trainers.on_policy.evaluation import EvaluationFile, PolicyEvaluator, one_set, sets_of
 from align.trainers.on_policy.forward import ForwardPasses
 from align.trainers.on_policy.kl_coefficient import KLCoefficient
@@ -70,6 +71,7 @@ class OnPolicyBase(MicroBatchLists, Trainer):
     entropy: EntropyBonus
     episodes: Episodes | None
     forward: ForwardPasses
+    estimator: Estimator
     evaluator: PolicyEvaluator
     evaluations: EvaluationFile
     ahead: RolloutsAhead
@@ -314,6 +316,10 @@ class OnPolicyBase(MicroBatchLists, Trainer):
         return best if self.stop is None else self.stop.chosen(best, before, self.state)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def own_parts(self) -> dict[str, Any]:
+        talks = {} if self.episodes is None else self.episodes.environments.own_parts
+        return super().own_parts() | talks | {"estimator": type(self.estimator), "weighting": type(self.weighting)}
 
     def further_identity(self) -> dict:
         columns = {"rewards": self.rewards} | ({} if self.gold is None else {"gold_reward": self.gold})

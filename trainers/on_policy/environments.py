@@ -163,6 +163,13 @@ class Environments:
         return list({id(of): of for kind in self.kinds.values() for of in kind.tools.functions.values()}.values())
 
     @property
+    def own_parts(self) -> dict[str, Any]:
+        """What of them may be the user's code, by option."""
+        kinds = list(self.kinds.values())
+        factories = {str(name): kind.factory for name, kind in self.kinds.items() if kind.factory is not None}
+        return {"environment": factories, "tools": kinds[0].functions}
+
+    @property
     def scores(self) -> list[str]:
         """The classes that have a reward of their own, each once."""
         return list(dict.fromkeys(str(kind.name) for kind in self.kinds.values() if kind.scores))

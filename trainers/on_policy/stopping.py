@@ -81,11 +81,14 @@ def _too_few(count: int) -> str:
     return f".gold_peak needs evaluations on at least {MIN_PROMPTS} prompts, not {count}: chance decides with fewer"
 
 
+GOLD = ("gold", "eval_gold")
+
+
 def name_best_metric(args: Any, eval_dataset: Any) -> None:
     """Of several evaluation sets the first decides; TRL's `eval_reward` is `eval_proxy` here."""
     if args.metric_for_best_model in ("reward", "eval_reward"):
         args.metric_for_best_model = "eval_proxy"
-    if isinstance(eval_dataset, dict) and args.stop_at is not None and args.metric_for_best_model == "eval_gold":
+    if isinstance(eval_dataset, dict) and args.stop_at is not None and args.metric_for_best_model in GOLD:
         args.metric_for_best_model = f"eval_{next(iter(eval_dataset))}_gold"
 
 
@@ -103,6 +106,8 @@ def make_stop(args: Any, *, has_gold: bool, eval_dataset: Any, ensembles: Sequen
         problem = " looks at evaluations: give prompts to evaluate on (eval_dataset)"
     elif options.gold_peak is not None and not has_gold:
         problem = ".gold_peak needs a gold_reward, whose peak it looks for"
+    elif options.gold_peak is not None and (other := _of_another_set(args, eval_dataset)):
+        problem = other
     elif options.gold_peak is not None and len(first) < MIN_PROMPTS:
         problem = _too_few(len(first))
     elif options.disagreement is not None and len(first) < 2:
@@ -113,6 +118,18 @@ def make_stop(args: Any, *, has_gold: bool, eval_dataset: Any, ensembles: Sequen
         raise ConfigError(f"stop_at{problem}", key="stop_at")
     ensemble = None if options.disagreement is None else options.disagreement.reward or ensembles[0]
     return StopRule(options, ensemble, metric=args.metric_for_best_model, loads=args.load_best_model_at_end)
+
+
+def _of_another_set(args: Any, eval_dataset: Any) -> str | None:
+    """Where the peak would be that of one evaluation set, and the checkpoint that is kept the best on another."""
+    names = list(eval_dataset) if isinstance(eval_dataset, dict) else []
+    metric = args.metric_for_best_model.removeprefix("eval_")
+    if not names or metric == f"{names[0]}_gold":
+        return None
+    return (
+        f".gold_peak decides by the first evaluation set, {names[0]}, and metric_for_best_model is "
+        f"{args.metric_for_best_model}: leave that out, or put its set first"
+    )
 
 
 def _ensemble_problem(wanted: str | None, ensembles: Sequence[str]) -> str | None:

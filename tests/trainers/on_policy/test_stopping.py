@@ -34,7 +34,7 @@ def chance(completions, **columns) -> list[float]:
     return [float(sum(map(ord, text)) % 7) for text in completions]
 
 
-def make(policy, folder, reward=polite, gold=moderate, **options):
+def make(policy, folder, reward=polite, gold=moderate, evaluated=None, **options):
     settings = {
         "beta": 0.0, "per_device_train_batch_size": 16, "num_generations": 4, "max_completion_length": 5,
         "learning_rate": 4e-3, "max_steps": 40, "eval_strategy": "steps", "eval_steps": 2, "num_eval_prompts": None,
@@ -42,7 +42,7 @@ def make(policy, folder, reward=polite, gold=moderate, **options):
         "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, **options,
     }  # fmt: skip
     kind, args = on_policy("rloo", folder, **settings)
-    return kind(policy, reward, args, prompts(64), prompts(48, seed=1), gold_reward=gold)
+    return kind(policy, reward, args, prompts(64), evaluated or prompts(48, seed=1), gold_reward=gold)
 
 
 def folders(path):
@@ -195,6 +195,19 @@ def test_the_log_names_the_checkpoint_that_is_kept(policy, tmp_path, caplog):
     named = {"stop_at": {"disagreement": disagreement}, "metric_for_best_model": "gold"}
     make(policy, tmp_path / "b", reward=ensemble, gold=polite, **named).train()
     assert "Kept is the checkpoint of the best gold;" in caplog.text
+
+
+def test_of_several_sets_the_first_has_the_peak_and_its_checkpoint(policy, tmp_path):
+    """The checkpoint that was kept was the best of another set, and the run ended by the first."""
+    sets = {"near": prompts(48, seed=1), "far": prompts(48, seed=2)}
+    for metric in ("far_gold", "eval_far_gold"):
+        with pytest.raises(
+            ConfigError, match=f"the first evaluation set, near, and metric_for_best_model is {metric}:"
+        ):
+            make(policy, tmp_path, evaluated=sets, metric_for_best_model=metric)
+    for metric in (None, "gold", "eval_near_gold"):
+        trainer = make(policy, tmp_path, evaluated=sets, metric_for_best_model=metric)
+        assert trainer.args.metric_for_best_model == "eval_near_gold"
 
 
 def test_whose_disagreement_there_is():
