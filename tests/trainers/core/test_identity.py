@@ -146,7 +146,7 @@ def test_a_change_of_what_no_run_has_is_refused(name, hint, policy, folder_of):
 def test_all_that_runs_are_compared_by_can_be_named(method, policy, folder_of):
     gold = {"gold": word_count} if method == "remax" else {}
     trainer = make(method, policy, folder_of(method), **gold)
-    assert set(trainer.identity()) <= {*COMPARED, "settings"}
+    assert set(trainer.identity()) <= {*COMPARED, "settings", identity.TEMPLATE_DATE}
     assert {*settings_of(trainer.args)} <= {*COMPARED, *options_of(method)}
 
 
