@@ -63,7 +63,7 @@ def test_a_conversation_goes_on(tmp_path):
     with pytest.raises(ConfigError, match="would be written as it is"):
         make(model, tmp_path, data=data, tokenizer=tokenizer, revision_template="{answer} w9")
     two = Dataset.from_list([{**row, "chosen": 2 * row["chosen"]}] * 8)
-    with pytest.raises(DataError, match="answers of one"):
+    with pytest.raises(DataError, match="chosen has 2 messages of the assistant"):
         make(model, tmp_path, data=two, tokenizer=tokenizer)
 
 
