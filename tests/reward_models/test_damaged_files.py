@@ -17,7 +17,7 @@ POINT = {"settings": {"beta": 0.1}, "seconds": 3.0}
 KINDS = [
     (NORMALIZER, "reward_normalizer.json", Normalizer.load),
     (ENSEMBLE, "ensemble.json", read_ensemble),
-    (POINT, "point.json", lambda folder: finished(folder, POINT["settings"])),
+    (POINT, "point.json", lambda folder: finished(folder / "point.json", POINT["settings"])),
 ]
 
 
