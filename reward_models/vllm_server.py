@@ -1,7 +1,6 @@
 """Rewards that a classifier gives on a vLLM server."""
 
 import logging
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 from urllib.parse import urlsplit
@@ -13,7 +12,7 @@ from align.modeling.adapters import is_adapter
 from align.modeling.load import load_tokenizer
 from align.modeling.pretrained import check_one_label, from_pretrained
 from align.modeling.score_head import reads_end_token
-from align.reward_models.base import Reward, RewardBatch, RewardOutput
+from align.reward_models.base import RewardBatch, RewardOutput
 from align.reward_models.normalizer import choose_normalizer
 from align.reward_models.remote import AskingForScores, ScoreServer
 from align.reward_models.rules import not_numbers
@@ -188,14 +187,6 @@ class VllmReward(ScoreServer):
 
     def remedy(self, status: int) -> str:
         return REMEDIES.get(status) or super().remedy(status)
-
-
-def served_among(rewards: Iterable[Reward]) -> list[VllmReward]:
-    """Those of a vLLM server, members and parts too, in order."""
-    found: list[VllmReward] = []
-    for reward in rewards:
-        found += [reward] if isinstance(reward, VllmReward) else served_among(reward.parts())
-    return found
 
 
 def known_scores(found: list, where: str) -> torch.Tensor:

@@ -166,13 +166,11 @@ def _source_model(source: str, reward_model: bool, tokenizer) -> Model:
     auto_class = AutoModelForSequenceClassification if reward_model else AutoModelForCausalLM
     options: dict[str, Any] = {"dtype": "float32", **({"num_labels": 1} if reward_model else {})}
     head: dict[str, Any] = {"head_seed": None} if reward_model else {}
-    adapter = is_adapter(source)
-    model = (
-        load_unmerged(auto_class, source, options, **head)[0]
-        if adapter
-        else load_whole(auto_class, source, options, **head)
-    )
-    return take_batches(model.eval(), tokenizer) if reward_model else model.eval()
+    if is_adapter(source):
+        model = load_unmerged(auto_class, source, options, **head)[0].eval()
+    else:
+        model = load_whole(auto_class, source, options, **head).eval()
+    return take_batches(model, tokenizer) if reward_model else model
 
 
 def _as_others_load(folder: Path, reward_model: bool, tokenizer) -> Model:

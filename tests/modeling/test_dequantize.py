@@ -13,7 +13,7 @@ from align.data import toy
 from align.errors import ConfigError
 from align.modeling.dequantize import of_ordinary_weights
 from align.modeling.export import export_model
-from align.modeling.load import load_policy, train_in_float32
+from align.modeling.load import load_policy, load_sequence_classifier, train_in_float32
 from align.modeling.pretrained import empty_model
 from align.rollout.weights import checkpoint_weights
 from align.trainers.dpo import DPOTrainer
@@ -40,6 +40,14 @@ def test_weights_are_read_sent_and_saved_as_the_numbers_they_stand_for(kind, tmp
     assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
     again = load_policy(str(tmp_path / "saved"), dtype="float32")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_a_reward_model_starts_from_the_numbers_they_stand_for(tmp_path):
+    expected = stored(tmp_path, "dense")
+    load_sequence_classifier(str(tmp_path)).save_pretrained(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert saved.pop("score.weight").shape == (1, 32)
+    check_ordinary(saved, {name: tensor for name, tensor in expected.items() if name != "lm_head.weight"})
 
 
 @pytest.mark.parametrize("kind", KINDS)

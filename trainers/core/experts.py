@@ -20,7 +20,8 @@ published GPT-OSS have 0.9, so 3.6 beside a DPO loss of 0.69, where other models
 
 
 def router_coefficient(model: nn.Module, asked: float | None) -> float:
-    """The weight of the load-balancing loss. asked: the run's `router_aux_loss_coef`; None: the model's own."""
+    """The weight of the load-balancing loss. asked: the run's `router_aux_loss_coef`; None: the model's own. Turns
+    `output_router_logits` of the model's config off. ConfigError for a weight and no such loss."""
     core = language_model(model)
     config = vars(core.config.get_text_config())
     own = config.get("router_aux_loss_coef")

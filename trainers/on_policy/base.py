@@ -17,8 +17,8 @@ from align.modeling.fingerprint import mark
 from align.modeling.load import Reference
 from align.modeling.rotary import choose_factors
 from align.objectives.policy_loss import PolicyLoss
-from align.reward_models.base import Reward
-from align.reward_models.vllm_server import VllmReward, served_among
+from align.reward_models.base import Reward, within
+from align.reward_models.vllm_server import VllmReward
 from align.trainers.core.micro_batches import MicroBatchLists
 from align.trainers.core.moving_reference import MovingReference
 from align.trainers.core.ranks import Ranks
@@ -379,7 +379,8 @@ class OnPolicyBase(MicroBatchLists, Trainer):
             self.critic.load(folder)
 
     def _served(self) -> list[VllmReward]:
-        return served_among([*self.rewards.rewards, *(() if self.gold is None else self.gold.rewards)])
+        rewards = [*self.rewards.rewards, *(() if self.gold is None else self.gold.rewards)]
+        return [reward for reward in within(rewards) if isinstance(reward, VllmReward)]
 
     def _check_served(self, before: list[list[float] | None]) -> None:
         for reward, known in zip(self._served(), before, strict=False):  # none of an older version

@@ -33,9 +33,9 @@ def marked(answer: str, begin: str, end: str, thoughts: tuple[str, str]) -> list
 
     Not by a regular expression, which takes hours for a mark and the few thousand blanks that a policy may write."""
     opened, closed = thoughts
-    before, mark, after = answer.partition(closed)
-    parts = [part.partition(closed) for part in (after if mark else before).split(opened)]
-    text = "".join(after if mark else before for before, mark, after in parts)
+    begun = answer.partition(closed)[2] if closed in answer else answer
+    parts = [part.partition(closed) for part in begun.split(opened)]
+    text = "".join(rest if mark else part for part, mark, rest in parts)
     found, place = [], 0
     while (start := text.find(begin, place)) >= 0 and (stop := text.find(end, start)) >= 0:
         found.append(text[start + len(begin) : stop].strip())
@@ -125,8 +125,8 @@ def read_python(answer: str, schemas: dict[str, dict]) -> list[Call]:
 
 def _python_calls(text: str) -> list[Call]:
     try:
-        with_brackets = ast.parse(text, mode="eval").body
-        nodes = with_brackets.elts if isinstance(with_brackets, ast.List) else [with_brackets]
+        tree = ast.parse(text, mode="eval").body
+        nodes = tree.elts if isinstance(tree, ast.List) else [tree]
         return [_python_call(node) for node in nodes] or [LFM_FORM]
     except (ValueError, SyntaxError, RecursionError, MemoryError):  # the last for a thousand brackets
         return [LFM_FORM]

@@ -141,14 +141,22 @@ def test_points_of_other_settings_are_not_taken(whole, policy, options, message)
         sweep(policy, folder, resume=True, reward=reward, precompute_ref_log_probs=True, **options)
 
 
-def test_points_of_another_policy_are_not_taken(whole, policy, tokenizer):
+@pytest.mark.parametrize(
+    ("model_name", "options", "message"),
+    [
+        ("another", None, "model .* before and 'another' now"),
+        (None, {"dtype": "bfloat16"}, "model_options.* before and .*bfloat16.* now"),
+    ],
+    ids=["another", "loaded otherwise"],
+)
+def test_points_of_another_policy_are_not_taken(whole, policy, tokenizer, model_name, options, message):
     folder, reward = whole
     args = sweep_config(folder, precompute_ref_log_probs=True)
     lora = LoraConfig(r=4, target_modules="all-linear")
-    with pytest.raises(ConfigError, match="model .* before and 'another' now"):
+    with pytest.raises(ConfigError, match=message):
         train_front(
             lambda: load_policy(policy), reward, args, exact_pairs(), processing_class=tokenizer, peft_config=lora,
-            resume=True, model_name="another",
+            resume=True, model_name=model_name or policy, model_options=options,
         )  # fmt: skip
 
 
@@ -157,17 +165,6 @@ def test_points_stay_with_options_that_change_nothing(whole, policy):
     other = {"logging_steps": 7, "save_strategy": "steps", "per_device_train_batch_size": 10}
     sweep(policy, folder, resume=True, reward=reward, interpolate=1, gradient_accumulation_steps=2, **other)
     assert reward.count.read_text().split() == ["120"]
-
-
-def test_points_of_a_policy_that_is_loaded_otherwise_are_not_taken(whole, policy, tokenizer):
-    folder, reward = whole
-    args = sweep_config(folder, precompute_ref_log_probs=True)
-    lora = LoraConfig(r=4, target_modules="all-linear")
-    with pytest.raises(ConfigError, match="model_options.* before and .*bfloat16.* now"):
-        train_front(
-            lambda: load_policy(policy), reward, args, exact_pairs(), processing_class=tokenizer, peft_config=lora,
-            resume=True, model_name=policy, model_options={"dtype": "bfloat16"},
-        )  # fmt: skip
 
 
 def test_points_of_another_reward_are_not_taken(whole, policy):
