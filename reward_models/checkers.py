@@ -9,11 +9,14 @@ import json
 import os
 import re
 import textwrap
+from contextlib import suppress
 from decimal import Decimal, InvalidOperation
+from typing import Any
 
 from align.reward_models.math_check import checkers
 from align.reward_models.sandbox import output_of, passes_asserts
 
+DECLARES = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom | ast.Assign
 PYTHON = ("python", "python3", "py")
 # At the beginning of a line, or after other words if it names a language. What is possessive (`*+`) would else be gone
 # back over for every character of a long line.
@@ -64,25 +67,16 @@ def format_match(completion, pattern: str, anywhere: bool = False) -> bool:
 async def python_tests(completion, tests: str | list, seconds: int = 10, megabytes: int = 1024) -> bool:
     """Whether the completion's Python code (`code_of`) passes the column `tests`.
 
-    tests: statements (asserts) or a list of them, or a list of {"input", "output"}: what the program prints for each
-    input must be the output, white space at the ends of lines and of the text aside. Outputs never reach the
+    tests: statements (asserts) or a list of them, or a list of {"input", "output"} (or their lists, {"input": [...],
+    "output": [...]}, as code_contests has them): what the program prints for each input must be the output, white space at the ends of lines and of the text aside. Outputs never reach the
     program's process; asserts run in it, after the program. Every program runs in an empty folder, without the
     environment's variables, limited in time, memory and output; running out of any of them is a failure. This guards
     against accidents, not against malice: code of untrusted origin needs a container around the whole run.
     """
     code = code_of(last_text(completion))
-    if isinstance(tests, str) and tests.lstrip().startswith("["):
-        tests = json.loads(tests)
-    if isinstance(tests, list) and tests and all(isinstance(test, str) for test in tests):
-        tests = "\n".join(tests)
+    tests = _tests(tests)
     if isinstance(tests, str):
-        tree = ast.parse(tests)
-        compile(tree, "<tests>", "exec")  # tests that are no Python (a `return`, too) would fail every completion
-        if not tree.body:
-            raise ValueError("the column tests is empty, and every program would pass")
         return await asyncio.to_thread(passes_asserts, code, tests, seconds, megabytes)
-    if not tests or not all(isinstance(test, dict) and {"input", "output"} <= test.keys() for test in tests):
-        raise ValueError('the column tests is neither asserts nor a list of {"input": ..., "output": ...}')
     for value in (test[side] for test in tests for side in ("input", "output")):
         if not isinstance(value, str | int | float):  # of a list no program reads or prints what Python writes for it
             raise ValueError(f"input and output of the column tests are texts, and one is {value!r:.60}")
@@ -91,6 +85,46 @@ async def python_tests(completion, tests: str | list, seconds: int = 10, megabyt
         if printed is None or _lines(printed) != _lines(str(test["output"])):
             return False
     return True
+
+
+def _tests(tests: Any) -> str | list[dict]:
+    """The column tests as statements or a list of {"input", "output"}; ValueError for what would pass, or fail, every
+    program."""
+    if isinstance(tests, str) and tests.lstrip()[:1] in ("[", "{"):
+        with suppress(ValueError):  # then it is Python, and no JSON
+            tests = json.loads(tests)
+    if isinstance(tests, dict):  # lists side by side, as Arrow and APPS have them
+        inputs, outputs = (tests.get(name, tests.get(name + "s")) for name in ("input", "output"))
+        if isinstance(inputs, list) and isinstance(outputs, list) and len(inputs) == len(outputs):
+            rest = {"fn_name": tests.get("fn_name")}
+            tests = [{"input": a, "output": b, **rest} for a, b in zip(inputs, outputs, strict=True)]
+    if isinstance(tests, list) and tests and all(isinstance(test, str) for test in tests):
+        tests = "\n".join(tests)
+    if isinstance(tests, str):
+        tree = ast.parse(tests)
+        compile(tree, "<tests>", "exec")  # tests that are no Python (a `return`, too) would fail every completion
+        if not tree.body:
+            raise ValueError("the column tests is empty, and every program would pass")
+        if all(isinstance(node, DECLARES) or _is_constant(node) for node in tree.body):
+            raise ValueError(
+                "the column tests defines functions or names and runs none of them, so that every program would pass: "
+                "add the calls, such as check(name_of_the_function) for HumanEval's, or test_one() for pytest's"
+            )
+        return tests
+    if not tests or not all(isinstance(test, dict) and {"input", "output"} <= test.keys() for test in tests):
+        raise ValueError('the column tests is neither asserts nor a list of {"input": ..., "output": ...}')
+    for test in tests:
+        kind = test.get("testtype") or test.get("type")
+        if test.get("fn_name") or kind in ("functional", "function_call"):
+            raise ValueError(
+                "the column tests has calls of a function for tests, and here a program reads its input and prints its "
+                "output: write them as asserts, such as assert name(1, 2) == 3"
+            )
+    return tests
+
+
+def _is_constant(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and not any(isinstance(part, ast.Call | ast.Await) for part in ast.walk(node))
 
 
 def code_of(text: str) -> str:
@@ -142,7 +176,19 @@ def last_text(completion: str | list[dict]) -> str:
 
 
 def _expected(answer) -> str:
-    return "" if answer is None else _final(str(answer))
+    """The final answer of the column; "" for none."""
+    if isinstance(answer, str) and answer.startswith(('["', '{"')):  # JSON, which no mathematics begins like
+        with suppress(ValueError):
+            answer = json.loads(answer)
+    if isinstance(answer, list) and len(answer) == 1:
+        (answer,) = answer
+    if isinstance(answer, dict | list):
+        held = f"the names {', '.join(answer)}" if isinstance(answer, dict) else f"{len(answer)} values"
+        raise ValueError(
+            f"the column with the right answer holds {held}, and no completion would be equal to that: name the entry "
+            "that is the answer (column: reward_model.ground_truth), or make a column of it"
+        )
+    return "" if answer is None or answer != answer else _final(str(answer))
 
 
 def _written_out(text: str, beyond: str) -> str:

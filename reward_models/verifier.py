@@ -79,13 +79,7 @@ class VerifierReward(CalledReward):
         call = Call([row], {})
         available = {name: values[row] for name, values in batch.columns.items()}
         available |= {"prompt": batch.prompts[row], "completion": batch.completions[row]}
-        absent = [column for column in self.columns.values() if column not in batch.columns]
-        if absent:
-            raise RewardError(
-                f"reward {self.name!r}: the dataset has no column {', '.join(absent)} (it has "
-                f"{', '.join(sorted(batch.columns)) or 'none'})"
-            )
-        available |= {name: batch.columns[column][row] for name, column in self.columns.items()}
+        available |= {name: self._value(column, row, batch) for name, column in self.columns.items()}
         if batch.prompt_ids is not None:
             available["prompt_ids"] = batch.prompt_ids[row]
         if batch.completion_ids is not None:
@@ -94,6 +88,24 @@ class VerifierReward(CalledReward):
         run |= {} if batch.trainer_state is None else {"trainer_state": batch.trainer_state}
         call.arguments = self.function.select(available, self.name, run)
         return call
+
+    def _value(self, column: str, row: int, batch: RewardBatch) -> Any:
+        """Of a column, or of an entry of one that holds mappings: `reward_model.ground_truth`."""
+        first, *names = [column] if column in batch.columns else column.split(".")
+        if first not in batch.columns:
+            raise RewardError(
+                f"reward {self.name!r}: the dataset has no column {first} (it has "
+                f"{', '.join(sorted(batch.columns)) or 'none'})"
+            )
+        value = batch.columns[first][row]
+        for name in names:
+            if not isinstance(value, dict) or name not in value:
+                held = f"the names {', '.join(value)}" if isinstance(value, dict) else type(value).__name__
+                raise RewardError(
+                    f"reward {self.name!r}: {column} is not there in {batch.row_name(row)}: there is no {name} in {held}"
+                )
+            value = value[name]
+        return value
 
     def _blame(self, error: Exception, call: Call, batch: RewardBatch) -> Exception:
         if isinstance(error, RewardError):
