@@ -29,7 +29,9 @@ class DataArguments:
         },
     )
     mixture_seed: int = field(default=0, metadata={"help": "Draws the rows of datasets with a weight, and the order."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of a hub dataset, or of its copy."}
+    )
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str = field(
         default="test", metadata={"help": "Split to evaluate on, read only when eval_strategy is not 'no'."}

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from align.data.files import opened, suffix_of
 from align.errors import DataError
 
 TYPED = 10 << 20
@@ -37,7 +38,7 @@ def faulty_line(files: list[Path]) -> str | None:
     beginning, schema, known = b"", None, None
     for file in files:
         number = 1
-        with file.open("rb") as lines:
+        with opened(file) as lines:
             while part := lines.read(TYPED):
                 part += lines.readline()
                 found, whole = _read(part, schema)
@@ -93,12 +94,12 @@ def _fault_in(part: bytes, file: Path, first: int, known: Shape) -> str | None:
 
 def are_lines(file: Path) -> bool:
     """Whether the first line is a whole object: a .json file may also be one array, or one object of several lines."""
-    with file.open("rb") as lines:
+    with opened(file) as lines:
         first = next((line for line in lines if line.strip()), b"")
     try:
         return isinstance(json.loads(first), dict)
     except (ValueError, RecursionError):
-        return file.suffix.lower() == ".jsonl" and not first.lstrip().startswith(b"[")
+        return suffix_of(file) == ".jsonl" and not first.lstrip().startswith(b"[")
 
 
 def row_of(line: bytes, where: str) -> dict[str, Any]:
@@ -156,7 +157,8 @@ def _of_objects(place: str, known: Shape) -> bool:
 def broken_array(file: Path) -> str | None:
     """The fault of a .json file that is one array."""
     try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
+        with opened(file) as text:
+            rows = json.loads(text.read().decode("utf-8"))
     except UnicodeDecodeError as error:
         return f"{file}: not UTF-8 text (byte {error.start}: {error.reason})."
     except json.JSONDecodeError as error:

@@ -1,14 +1,13 @@
 """Loading rows from a local file or folder, a saved dataset, or the hub. What is local never needs the network."""
 
 import difflib
-import logging
-import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.data.cache import room_in
 from align.data.csv_cells import csv_options
+from align.data.files import BUILDERS, SPLIT_WORDS, files_by_split, opened, suffix_of
 from align.data.fingerprint import file_digest, text_digest
 from align.data.hub import not_found, offline_if_unreachable
 from align.data.json_lines import are_lines, broken_array, check_lines, faulty_line
@@ -16,17 +15,6 @@ from align.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-logger = logging.getLogger(__name__)
-
-BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
-
-# The words in a file or folder name that tell its split; the same as those of `datasets`.
-SPLIT_WORDS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
 
 
 def load_rows(
@@ -38,11 +26,11 @@ def load_rows(
 ) -> "Dataset":
     """The rows of one split.
 
-    dataset_name: a .parquet, .jsonl, .json or .csv file; a folder of such files; a folder written by
+    dataset_name: a .parquet, .jsonl, .json, .jsonl.gz or .csv file; a folder of such files; a folder written by
     `datasets.save_to_disk`; or the name of a dataset on the hub. split: also `datasets`' slices, "train[:1000]".
-    config: the configuration of a hub dataset (its "subset"). streaming: a `datasets.IterableDataset`, whose rows are
-    read when they are asked for; it takes no slices. texts: further columns of CSV files that stay text whatever they
-    look like, such as `42`, beside those that all trainers read as text.
+    config: the configuration of a hub dataset (its "subset"), or of a copy with its README.md. streaming: a
+    `datasets.IterableDataset`, whose rows are read when they are asked for; it takes no slices. texts: further columns
+    of CSV files that stay text whatever they look like, such as `42`, beside those that all trainers read as text.
 
     A single file, and a folder whose file names tell no split, is the split "train". Raises DataError when there is no
     such file, split or configuration, or when a file cannot be read (with the line, for .jsonl).
@@ -56,17 +44,17 @@ def load_rows(
             raise DataError(f"there is no file or folder {name!r}.{_nearest(path)}")
         with room_in(None, f"the rows of {name}"):
             return _load_hub(name, split, config, streaming)
-    if config is not None:
-        raise DataError(f"{name} is local, so config {config!r} has no meaning; name the file or folder itself.")
     if streaming and "[" in split:
         raise DataError(f"{name}: split {split!r} is a slice, which a stream has none of: name the split alone")
     if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
+        if config is not None:
+            raise DataError(f"{name} is a saved dataset, so config {config!r} has no meaning.")
         dataset = _load_saved(path, split)
         if streaming:
             dataset = dataset.to_iterable_dataset()
     else:
         with room_in(None, f"the rows of {name}"):
-            dataset = _load_files(path, split, streaming, texts)
+            dataset = _load_files(path, split, config, streaming, texts)
     dataset.info.dataset_name = _named(name, split)
     return dataset
 
@@ -79,17 +67,17 @@ def source_of(dataset: "Dataset", source: str = "") -> str:
 # ---- local files ----------------------------------------------------------------------------------------------------
 
 
-def _load_files(path: Path, split: str, streaming: bool, texts: Collection[str]) -> "Dataset":
+def _load_files(path: Path, split: str, config: str | None, streaming: bool, texts: Collection[str]) -> "Dataset":
     from datasets import load_dataset, load_dataset_builder
     from datasets.exceptions import DatasetsError
 
-    files = _files_by_split(path)
+    files = files_by_split(path, config)
     for wanted in _split_names(split):
         if wanted not in files:
             raise DataError(f"{path} has no split {wanted!r}; it has: {', '.join(sorted(files))}.{_split_hint(path)}")
     files = {name: files[name] for name in _split_names(split)}
     every = [file for group in files.values() for file in group]
-    kinds = {BUILDERS[file.suffix.lower()] for file in every}
+    kinds = {BUILDERS[suffix_of(file)] for file in every}
     if len(kinds) > 1:
         raise DataError(f"{path} mixes file types in split {split!r}: {', '.join(file.name for file in every)}.")
     for file in every:
@@ -122,45 +110,6 @@ def _load_files(path: Path, split: str, streaming: bool, texts: Collection[str])
     return dataset
 
 
-def _files_by_split(path: Path) -> dict[str, list[Path]]:
-    if path.is_file():
-        if path.suffix.lower() not in BUILDERS:
-            raise DataError(f"{path} has the suffix {path.suffix!r}; readable are {', '.join(BUILDERS)}.")
-        # "train" is the default split, so it means the file itself whatever the file is called.
-        return {"train": [path]} | {_split_in(path.stem) or "train": [path]}
-    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in BUILDERS and _visible(file, path))
-    if not found:
-        raise DataError(f"the folder {path} holds no {', '.join(BUILDERS)} file.")
-    named: dict[str, list[Path]] = {}
-    for file in found:
-        words = [file.stem, *reversed(file.relative_to(path).parts[:-1])]
-        split = _shard_of(file.stem) or next(filter(None, map(_split_in, words)), None)
-        if split:
-            named.setdefault(split, []).append(file)
-    ignored = [file.name for file in found if not any(file in group for group in named.values())]
-    if named and ignored:
-        logger.warning("%s: %s not read, their names tell no split", path, ", ".join(ignored))
-    return named or {"train": found}
-
-
-def _shard_of(name: str) -> str | None:
-    """The split of a file that the hub has written: in `train_sft-00000-of-00002` it is `train_sft`, beside which there
-    may be `train_prefs` with other copies of the same rows."""
-    found = re.fullmatch(r"(\w+)-\d{5}-of-\d{5}(-[0-9a-f]+)?", name)
-    if found is None or _split_in(found[1]) is None:
-        return None
-    return next((split for split, known in SPLIT_WORDS.items() if found[1] in known), found[1])
-
-
-def _visible(file: Path, folder: Path) -> bool:
-    return not any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
-
-
-def _split_in(name: str) -> str | None:
-    words = re.split(r"[^a-z]+", name.lower())
-    return next((split for split, known in SPLIT_WORDS.items() if any(word in known for word in words)), None)
-
-
 def _split_names(split: str) -> list[str]:
     """The split names in an instruction of `datasets`, such as "train[:10%]+test"."""
     return [part.partition("[")[0].strip() for part in split.split("+")]
@@ -184,9 +133,9 @@ def _split_hint(path: Path) -> str:
 def _unreadable(files: list[Path], error: BaseException) -> str:
     """What is wrong in which file: for JSON the line that is broken."""
     for file in files:
-        if BUILDERS[file.suffix.lower()] == "json":
-            with file.open("rb") as opened:
-                is_array = opened.read(1024).lstrip().startswith(b"[")
+        if BUILDERS[suffix_of(file)] == "json":
+            with opened(file) as lines:
+                is_array = lines.read(1024).lstrip().startswith(b"[")
             fault = broken_array(file) if is_array else faulty_line([file])
             if fault:
                 return fault
@@ -253,7 +202,7 @@ def _named(name: str, split: str) -> str:
 def _looks_local(name: str) -> bool:
     """Whether a name that does not exist can only mean a file: hub names are `name` or `owner/name`."""
     return (
-        Path(name).suffix.lower() in BUILDERS
+        suffix_of(Path(name)) in BUILDERS
         or name.startswith(("/", "./", "../", "~", "."))
         or name.count("/") > 1
         or name.endswith("/")
