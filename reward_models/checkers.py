@@ -68,10 +68,11 @@ async def python_tests(completion, tests: str | list, seconds: int = 10, megabyt
     """Whether the completion's Python code (`code_of`) passes the column `tests`.
 
     tests: statements (asserts) or a list of them, or a list of {"input", "output"} (or their lists, {"input": [...],
-    "output": [...]}, as code_contests has them): what the program prints for each input must be the output, white space at the ends of lines and of the text aside. Outputs never reach the
-    program's process; asserts run in it, after the program. Every program runs in an empty folder, without the
-    environment's variables, limited in time, memory and output; running out of any of them is a failure. This guards
-    against accidents, not against malice: code of untrusted origin needs a container around the whole run.
+    "output": [...]}, as code_contests has them): what the program prints for each input must be the output, white space
+    at the ends of lines and of the text aside. Outputs never reach the program's process; asserts run in it, after the
+    program. Every program runs in an empty folder, without the environment's variables, limited in time, memory and
+    output; running out of any of them is a failure. This guards against accidents, not against malice: code of
+    untrusted origin needs a container around the whole run.
     """
     code = code_of(last_text(completion))
     tests = _tests(tests)

@@ -102,7 +102,7 @@ class VerifierReward(CalledReward):
             if not isinstance(value, dict) or name not in value:
                 held = f"the names {', '.join(value)}" if isinstance(value, dict) else type(value).__name__
                 raise RewardError(
-                    f"reward {self.name!r}: {column} is not there in {batch.row_name(row)}: there is no {name} in {held}"
+                    f"reward {self.name!r}: {batch.row_name(row)} has no {column}: there is no {name} in {held}"
                 )
             value = value[name]
         return value
