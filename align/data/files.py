@@ -5,7 +5,7 @@ import logging
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO, cast
 
 from align.errors import DataError
 
@@ -35,9 +35,9 @@ def _stem(path: Path) -> str:
     return Path(path.stem).stem if path.suffix.lower() == ".gz" else path.stem
 
 
-def opened(file: Path) -> IO[bytes]:
+def opened(file: Path) -> BinaryIO:
     """The bytes of a file, of a `.gz` one those that it holds."""
-    return gzip.open(file, "rb") if file.suffix.lower() == ".gz" else file.open("rb")
+    return cast(BinaryIO, gzip.open(file, "rb") if file.suffix.lower() == ".gz" else file.open("rb"))
 
 
 def files_by_split(path: Path, config: str | None = None) -> dict[str, list[Path]]:
