@@ -72,7 +72,7 @@ class RewardBatch:
     def copied(self) -> "RewardBatch":
         """A copy with its own lists and messages, which a reward may change. Environments, which may hold connections,
         are no copies."""
-        return replace(replace(self, environments=None)._each(_copied), environments=self.environments)
+        return replace(replace(self, environments=None)._each(own_copy), environments=self.environments)
 
     def select(self, indices: Sequence[int]) -> "RewardBatch":
         """The completions at `indices`, in that order."""
@@ -90,7 +90,7 @@ class RewardBatch:
         lists = [(getattr(self, name), getattr(part, name)) for name in ("completions", "completion_ids", "ended")]
         for own, given in [*lists, *((column, part.columns[name]) for name, column in self.columns.items())]:
             for index, value in zip(indices, given, strict=True) if own is not None else ():
-                own[index] = _copied(value)
+                own[index] = own_copy(value)
 
     def _each(self, function: Callable[[Any], Any]) -> "RewardBatch":
         """The batch with `function` of all that there is per completion; `columns` is a mapping of such lists."""
@@ -107,13 +107,13 @@ def joined(parts: Iterable[dict[str, list[float]]]) -> dict[str, list[float]]:
     return found
 
 
-def _copied(value):
+def own_copy(value):
     """A copy down to numbers and text; lists of token ids, which are long, at once."""
     if isinstance(value, list):
         flat = IMMUTABLE.issuperset(map(type, value))
-        return list(value) if flat else [_copied(item) for item in value]
+        return list(value) if flat else [own_copy(item) for item in value]
     if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
+        return {key: own_copy(item) for key, item in value.items()}
     return value if type(value) in IMMUTABLE else copy.deepcopy(value)
 
 

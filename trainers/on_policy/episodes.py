@@ -17,6 +17,7 @@ from align.data.checks import template_kwargs
 from align.data.encode import encode, render
 from align.data.ending import written_text
 from align.errors import ConfigError, RolloutError
+from align.reward_models.base import own_copy
 from align.reward_models.deadlines import DeadlineExceeded
 from align.rollout.seeds import derive_seed
 from align.rollout.types import Completion, Episode, Rollout, SamplingParams
@@ -206,7 +207,8 @@ class Episodes:
         self.open.append(session)
         talk = Talk(prompt, params, place, session)
         kept_back = {"prompt_ids", PICKS} if self.environments.several else {"prompt_ids"}
-        row = {key: value for key, value in prompt.items() if key not in kept_back}
+        # all samples of a prompt have one row, which an environment may take things from while it plays
+        row = {key: own_copy(value) for key, value in prompt.items() if key not in kept_back}
         try:
             added = session.reset({**row, "environment_seed": seed})
         except EnvironmentFailure as failure:
