@@ -5,9 +5,11 @@ import os
 import signal
 import threading
 import time
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +26,7 @@ class StopOnSignal(TrainerCallback):
     def __init__(self, accelerator):
         self.accelerator, self.stopped, self._before = accelerator, False, {}
         self._first: float | None = None
+        self._options: dict[str, Any] = {}  # what the run goes on with, while another value holds for its end
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.stopped, self._first = False, None
@@ -46,9 +49,27 @@ class StopOnSignal(TrainerCallback):
             self.stopped = bool(self.accelerator.gather(flag).max())
         if self.stopped:
             control.should_save = control.should_training_stop = True
+            if state.global_step < state.max_steps:
+                # a whole checkpoint, also where this step's evaluation is not the best one; the next process trains on
+                self._end_with(args, save_only_model=False, save_strategy=SaveStrategy.STEPS)
+                self._end_with(args, load_best_model_at_end=False)
 
-    def release(self) -> None:
-        """Put back the handlers of before. Called when training ends, however it does."""
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self._options and control.should_evaluate:
+            control.should_save = True  # once more, with the evaluation
+
+    def on_save(self, args, state, control, **kwargs):
+        if self._options:
+            self._end_with(args, save_total_limit=None)  # with 1 transformers leaves the best one alone at the end
+
+    def _end_with(self, args, **options) -> None:
+        self._options = {name: vars(args)[name] for name in options} | self._options
+        vars(args).update(options)
+
+    def release(self, args) -> None:
+        """Put back the handlers and options of before. Called when training ends, however it does."""
+        vars(args).update(self._options)
+        self._options = {}
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}

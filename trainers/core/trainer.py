@@ -385,7 +385,7 @@ class TrainerMixin(PushesToHub, UnderDeepSpeed, LoadsRows):
                 output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         finally:
             args.eval_on_start = eval_on_start
-            self._signals.release()
+            self._signals.release(args)
         if self._signals.stopped and not self.finished:
             raise SystemExit(REQUEUE)
         if self.state.global_step == (self.resume_step or 0):

@@ -44,6 +44,42 @@ def test_a_signal_saves_and_asks_to_be_queued_again(number, policy, tmp_path):
     assert_same(parameters(resumed.model), parameters(straight.model))
 
 
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "eval_loss", "learning_rate": 1e-12}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"save_strategy": "steps", "save_steps": 1, "save_only_model": True},
+        {**EVALUATED, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "load_best_model_at_end": True},
+        {**EVALUATED, "save_strategy": "best"},
+        {**EVALUATED, "save_strategy": "best", "eval_strategy": "epoch", "per_device_train_batch_size": 8},
+    ],
+    ids=["only the model", "the best alone is kept", "no better one", "at the end of an epoch"],
+)
+def test_whatever_a_run_keeps_one_can_go_on_from_where_a_signal_ended_it(options, policy, tmp_path):
+    """The first evaluation stays the best: no loss changes at such a rate."""
+
+    def train(policy):
+        trainer = SFTTrainer(
+            policy, sft_config(tmp_path, max_steps=4, **options), demonstrations(16), demonstrations(8, seed=1)
+        )
+        trainer.add_callback(Send(signal.SIGTERM))
+        given = {name: vars(trainer.args)[name] for name in options}
+        try:
+            trainer.train(resume_from_checkpoint="auto")
+        except SystemExit:
+            assert given == {name: vars(trainer.args)[name] for name in options}
+            return None
+        return trainer
+
+    assert train(policy) is None and (tmp_path / "checkpoint-2").exists()
+    resumed = train(policy)
+    assert resumed.resume_step == 2 and resumed.finished
+    evaluated = [entry["step"] for entry in resumed.state.log_history if "eval_loss" in entry]
+    assert evaluated == sorted(set(evaluated)) and (2 in evaluated) == ("eval_strategy" in options)
+
+
 def test_a_second_signal_ends_at_once(monkeypatch):
     sent, restored = [], []
     monkeypatch.setattr(os, "kill", lambda process, number: sent.append(number))

@@ -203,29 +203,6 @@ def test_a_conversation():
     assert [asked[0][1].max_tokens for asked in engine.asked] == [20, 12, 4]
 
 
-class Steps:
-    """Takes from its row what is left to do."""
-
-    def reset(self, row):
-        self.left = row["left"]
-        row["prompt"][-1]["content"] += " higher"
-
-    def step(self, answer):
-        self.left.remove(answer)
-        return "guess", 1.0, not self.left
-
-
-def test_an_environment_may_change_its_row():
-    """Those of the other samples, and the rewards, get what the data hold."""
-    tokenizer = talking_tokenizer()
-    prompts = rows(tokenizer, left=["one", "two"])
-    params = SamplingParams(max_tokens=30, n=2, seed=3)
-    episodes = Episodes(Environments(Steps, [], 5), tokenizer)
-    (found,) = episodes.complete(Scripted(tokenizer, "one", "two"), prompts, [params], [0])
-    assert [one.episode.reward for one in found.completions] == [2.0, 2.0]
-    assert prompts == rows(tokenizer, left=["one", "two"]) and found.completions[0].episode.prompt == prompts[0]
-
-
 def test_where_a_conversation_ends():
     tokenizer = talking_tokenizer()
 

@@ -1,4 +1,4 @@
-"""Several environments by name, and environments that bring their own prompts and rewards, as TRL has them."""
+"""The row of an environment: several environments by name, prompts of their own, and what they may change in it."""
 
 from contextlib import nullcontext
 from functools import partial
@@ -64,6 +64,29 @@ class Asking(GuessingGame):
     def reset(self, row):
         super().reset(row)
         return "guess"
+
+
+class Steps:
+    """Takes from its row what is left to do."""
+
+    def reset(self, row):
+        self.left = row["left"]
+        row["prompt"][-1]["content"] += " higher"
+
+    def step(self, answer):
+        self.left.remove(answer)
+        return "guess", 1.0, not self.left
+
+
+def test_an_environment_may_change_its_row():
+    """Those of the other samples, and the rewards, get what the data hold."""
+    tokenizer = talking_tokenizer()
+    prompts = rows(tokenizer, left=["one", "two"])
+    params = SamplingParams(max_tokens=30, n=2, seed=3)
+    episodes = Episodes(Environments(Steps, [], 5), tokenizer)
+    (found,) = episodes.complete(Scripted(tokenizer, "one", "two"), prompts, [params], [0])
+    assert [one.episode.reward for one in found.completions] == [2.0, 2.0]
+    assert prompts == rows(tokenizer, left=["one", "two"]) and found.completions[0].episode.prompt == prompts[0]
 
 
 def test_an_environment_that_brings_prompts_and_rewards(tmp_path):
