@@ -42,7 +42,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--split", default="train", help="of the data [train]")
     add("--config", metavar="NAME", help="the configuration of a hub dataset")
     add("--plain", action="store_true", help="a prompt is a user's message, an answer the assistant's, as they are")
-    add("--rename", nargs="+", metavar="OLD=NEW", default=[], help="columns with other names: question=prompt")
+    add(
+        "--rename",
+        nargs="+",
+        metavar="OLD=NEW",
+        default=[],
+        help="columns with other names: question=prompt, a+b=prompt",
+    )
+    text = "two columns of answers, which become chosen and rejected as --better or --scores says"
+    add("--answers", nargs=2, metavar=("FIRST", "SECOND"), help=text)
+    text = "the column that says which answer is better, and its values for the first and the second (<0, >0: signs)"
+    add("--better", nargs=3, metavar=("COLUMN", "FIRST", "SECOND"), help=text)
+    add("--scores", nargs=2, metavar=("FIRST", "SECOND"), help="columns of a score for each: the higher is better")
+    add("--system_column", metavar="NAME", help="a column with the system message of each row")
     add("--system", metavar="TEXT", help="a system message put before every conversation")
     add("--max_bad_share", type=float, default=0.0, metavar="X", help="share of rows that may be left out [0]")
 
@@ -83,6 +95,7 @@ def show(args: argparse.Namespace) -> int:
 def convert(args: argparse.Namespace) -> int:
     from pathlib import Path
 
+    from align.data.arrange import chosen, joined
     from align.data.dialogue import convert_dialogues
     from align.data.formats import SCORED, TEXT_COLUMNS
     from align.data.rows import load_rows
@@ -95,14 +108,27 @@ def convert(args: argparse.Namespace) -> int:
         raise ConfigError(f"--to {target}: the file's name must end in .jsonl or .parquet")
     if not 0 <= args.max_bad_share <= 1:
         raise ConfigError(f"--max_bad_share must be between 0 and 1, not {args.max_bad_share:g}")
+    if bool(args.answers) != (bool(args.better) + bool(args.scores) == 1):
+        raise ConfigError("--answers takes --better or --scores, which say which of the two is chosen")
+    if args.system and args.system_column:
+        raise ConfigError("--system and --system_column: one of them")
     names = {old: new for old, _, new in (word.partition("=") for word in args.rename)}
     texts = [old for old, new in names.items() if new in (*TEXT_COLUMNS, *SCORED)]
     rows = load_rows(args.data, args.split, args.config, texts=texts)
+    rows = joined(rows, names)
     _check_names(names, rows.column_names)
-    options = {"plain": args.plain, "system": args.system, "max_bad_share": args.max_bad_share}
+    found = len(rows)
+    if args.answers:
+        rows = chosen(rows, args.answers, args.better or args.scores)
+        if len(rows) < found:
+            print(f"{found - len(rows)} of {found} rows have no better answer and are left out")
+    if args.system_column and args.system_column not in rows.column_names:
+        raise ConfigError(f"--system_column {args.system_column}: the columns are {', '.join(rows.column_names)}")
+    options = {"plain": args.plain, "system": args.system, "system_column": args.system_column}
+    options |= {"max_bad_share": args.max_bad_share, "changed": bool(names or args.answers)}
     converted, _ = convert_dialogues(rows.rename_columns(names), **options, source=args.data)
     _write(converted, target)
-    print(f"wrote {len(converted)} of {len(rows)} rows to {target}")
+    print(f"wrote {len(converted)} of {found} rows to {target}")
     return 0
 
 

@@ -262,6 +262,8 @@ def _value(value: Any, name: str, conversational: bool) -> Text:
         raise BadRow(f"{name} has the wrong type ({type(value).__name__} instead of a list of messages)")
     if not value:
         raise BadRow(f"{name} is empty")
+    if name != "messages" and all(isinstance(part, str) for part in value):
+        raise BadRow(f"{name} is a list of texts: each row has one (docs/data.md, published sets)")
     return [_message(message, name) for message in value]
 
 
@@ -284,9 +286,9 @@ def _message(message: Any, name: str) -> dict[str, Any]:
             raise BadRow(f"{name} has a malformed message (no {key})")
         if not isinstance(message[key], str):
             raise BadRow(f"{name} has a malformed message ({key} is {type(message[key]).__name__} instead of text)")
-    if message["role"] == OTHER_CALLS:
+    if message["role"] in OTHER_CALLS:
         raise BadRow(
-            f"{name} has a message of the role {OTHER_CALLS}, which would not be trained: write the call into "
+            f"{name} has a message of the role {message['role']}, which would not be trained: write the call into "
             "tool_calls of an assistant message"
         )
     # Arrow fills keys that only other rows have with None; templates would take these for given.

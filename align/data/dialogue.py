@@ -11,9 +11,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from align.data.arrange import answers_alone, has_messages, has_texts, in_messages
 from align.data.bad_rows import BadRow, BadRows
 from align.data.cache import TMP_ELSEWHERE, room_in
 from align.data.formats import SCORED, DataFormat, format_for
+from align.data.messages import HOLDERS, by_role
 from align.data.passes import temporary_folder
 from align.errors import DataError
 
@@ -89,6 +91,8 @@ def convert_dialogues(
     *,
     plain: bool = False,
     system: str | None = None,
+    system_column: str | None = None,
+    changed: bool = False,
     max_bad_share: float = 0.0,
     source: str = "",
 ) -> "tuple[Dataset, BadRows]":
@@ -96,22 +100,25 @@ def convert_dialogues(
 
     Takes prompts, prompts with completions (also several with scores), `text`, and preference pairs, whose prompt is a
     column or the beginning that both share. plain: the texts are no dialogues: a prompt is what a user says, whole, and
-    an answer what the assistant says, each in a column of its own. system: a message put before every conversation.
-    `text` becomes `messages`. Raises DataError if more than `max_bad_share` of the rows cannot be read so.
+    an answer what the assistant says, each in a column of its own. system: a message put before every conversation;
+    system_column: the column that holds one for each row, or nothing. `text` becomes `messages`. Messages stay as they
+    are; an answer in text beside a prompt of messages becomes one. changed: columns have other names than they had, so
+    that rows of messages are to be written too. Raises DataError if more than `max_bad_share` of the rows cannot be
+    read so.
     """
-    fmt = format_for(dataset, _use(dataset), source)
-    if fmt.conversational:
+    talks, alone = has_messages(dataset), answers_alone(dataset)
+    fmt = DataFormat("", True) if talks else format_for(dataset, _use(dataset), source)
+    if fmt.conversational and not (system or system_column or changed or alone or has_texts(dataset)):
         raise DataError(f"{source or 'the data'} holds messages already: nothing is to be converted")
     if plain and (fmt.implicit_prompt or fmt.kind == "language_modeling"):
         raise DataError(f"{source or 'the data'} has no column 'prompt', and only that says what is asked")
     report = BadRows(source=source or "dataset", total=len(dataset))
-    first: Messages = [{"role": "system", "content": system}] if system else []
     folder = temporary_folder()
     options: dict[str, Any] = {
         "with_indices": True,
         "batched": True,
         "remove_columns": dataset.column_names,
-        "features": _features(dataset.features, fmt),
+        "features": _features(dataset.features, fmt, bool(system or system_column), system_column, alone),
         "cache_file_name": str(folder / "messages.arrow"),
         "new_fingerprint": uuid.uuid4().hex,
         "desc": f"Converting {report.source}",
@@ -122,7 +129,11 @@ def convert_dialogues(
         for number, *values in zip(numbers, *batch.values(), strict=True):
             row = dict(zip(batch, values, strict=True))
             try:
-                rows.append(_said(row, first) if plain else _converted(row, fmt.kind, fmt.implicit_prompt, first))
+                first = _system(row.pop(system_column) if system_column else system)
+                if talks:
+                    rows.append(in_messages(row, first, alone))
+                else:
+                    rows.append(_said(row, first) if plain else _converted(row, fmt.kind, fmt.implicit_prompt, first))
             except BadRow as reason:
                 report.add(number, str(reason))
         return {name: [row[name] for row in rows] for name in options["features"]}
@@ -133,11 +144,17 @@ def convert_dialogues(
     return rows, report
 
 
-def _features(given: "Features", fmt: DataFormat) -> "Features":
-    """Of the converted rows: the texts are messages, `text` is `messages`."""
+def _features(given: "Features", fmt: DataFormat, system: bool, system_column: str | None, alone: bool) -> "Features":
+    """Of the converted rows: the texts are messages, `text` is `messages`. system: a message was put before them."""
     from datasets import Features, List, Value
 
+    given = Features({name: kind for name, kind in given.items() if name != system_column})
     messages = List({"role": Value("string"), "content": Value("string")})
+    if fmt.conversational:
+        talks = {name: by_role(kind) if system else kind for name, kind in given.items() if name in HOLDERS}
+        texts = (*ANSWERS, "completion", *(["prompt"] if alone else []))
+        talks |= {name: messages for name in texts if isinstance(given.get(name), Value)}
+        return Features({name: talks.get(name, kind) for name, kind in given.items()})
     if fmt.kind == "language_modeling":
         return Features({"messages": messages, **{name: kind for name, kind in given.items() if name != "text"}})
     texts = {*ANSWERS, *(() if fmt.implicit_prompt else ("prompt", "completion"))}
@@ -150,6 +167,12 @@ def _use(dataset: "Dataset") -> str:
     if {*ANSWERS} <= columns or ({*SCORED} <= columns and "completion" not in columns):
         return "pairs"
     return "prompts" if "prompt" in columns and "completion" not in columns else "completions"
+
+
+def _system(text: Any) -> Messages:
+    if text is not None and not isinstance(text, str):
+        raise BadRow("the system message is no text")
+    return [{"role": "system", "content": text}] if text and text.strip() else []
 
 
 def _said(row: dict[str, Any], first: Messages) -> dict[str, Any]:

@@ -21,9 +21,12 @@ SCORED = ("completions", "scores")
 """Columns of several answers to one prompt, and of a number for each."""
 TEXT_COLUMNS = ("prompt", "completion", "text", "messages", "chosen", "rejected")
 
+TREE = ("message_id", "parent_id", "role")
+"""Columns of sets that hold a message per row (OpenAssistant's)."""
+
 # What other collections call these columns: only for the hint in an error, never renamed silently.
 OTHER_NAMES = {
-    "prompt": ("instruction", "question", "query", "input", "context"),
+    "prompt": ("instruction", "question", "query", "input", "context", "problem", "history", "context_messages"),
     "completion": ("response", "answer", "output", "reply", "target"),
     "messages": ("conversations", "conversation", "dialog", "dialogue"),
     "chosen": ("preferred", "accepted", "winner", "positive"),
@@ -39,6 +42,18 @@ EXPECTED = {
     "unpaired": "'prompt', 'completion' and 'label', or 'chosen' and 'rejected' (two rows each)",
     "any": "'prompt' | 'prompt', 'completion' | 'text' | 'messages' | 'chosen', 'rejected' (with or without 'prompt')",
 }
+
+
+PAIR = ("chosen", "rejected")
+NEEDED = {
+    "prompts": ("prompt",),
+    "pairs": ("prompt", *PAIR),
+    "completions": ("prompt", "completion", "text", "messages"),
+    "unpaired": ("prompt", "completion"),
+}
+"""Names that a hint proposes for each use."""
+TWO = ("response", "answer", "completion", "conversation", "human_ref", "output", "summary", "generation")
+ENDS = (("_0", "_1"), ("_1", "_2"), ("1", "2"), ("_a", "_b"), ("_A", "_B"))
 
 
 @dataclass(frozen=True)
@@ -98,17 +113,39 @@ def _format(dataset: "Dataset", kinds: Sequence[str], use: str, source: str) -> 
             break
     else:
         raise DataError(_missing_columns(columns, use, source))
+    if kind == "language_modeling" and {"text", *TREE} <= columns:
+        raise DataError(
+            f"{source or 'dataset'}: each row is one message of a conversation (columns {', '.join(TREE)}), and would "
+            "be trained as a text by itself: put the messages of each conversation into a column 'messages', by "
+            "'parent_id' (docs/data.md, published sets)"
+        )
     shapes = {name: _is_conversational(dataset, name, source) for name in sorted(needed[kind])}
     implicit = False
     if kind == "preference":
         # A prompt in plain text beside whole conversations is a copy of their first message.
         implicit = "prompt" not in columns or (shapes["chosen"] and not _is_conversational(dataset, "prompt", source))
+        if "prompt" not in columns and not shapes["chosen"]:
+            _refuse_other_prompt(dataset, columns, source)
         if not implicit:
             shapes["prompt"] = _is_conversational(dataset, "prompt", source)
     if len(set(shapes.values())) > 1:
         held = ", ".join(f"'{name}' holds {'messages' if talk else 'text'}" for name, talk in shapes.items())
         raise DataError(f"{source or 'dataset'}: {held}. All must be plain text, or all lists of messages.")
     return DataFormat(kind, any(shapes.values()), implicit)
+
+
+def _refuse_other_prompt(dataset: "Dataset", columns: set[str], source: str) -> None:
+    """DataError for two answers as text beside the question under another name: what they begin with in common would
+    be taken for the prompt."""
+    rows = dataset.select_columns(["chosen", *sorted({*OTHER_NAMES["prompt"]} & columns)])[:1]
+    for name, values in rows.items():
+        text = values[0].strip() if name != "chosen" and values and isinstance(values[0], str) else ""
+        if text and text not in str(rows["chosen"][0]):
+            raise DataError(
+                f"{source or 'dataset'} has the answers 'chosen' and 'rejected' without 'prompt', and a column "
+                f"{name!r} that is not in them: rename it, with `align data convert {source or 'DATA'} --plain "
+                f"--rename {name}=prompt --to FILE.jsonl` if the model has a chat template"
+            )
 
 
 def columns_of(dataset: "Dataset", source: str = "", streams: bool = False) -> set[str]:
@@ -191,6 +228,16 @@ def _holds_messages(dataset: "Dataset", source: str) -> bool:
     return kinds["prompt"]
 
 
+def _two_answers(columns: set[str]) -> str | None:
+    """Two columns whose names differ in their end alone, as those of two answers do."""
+    for ends in ENDS:
+        for name in sorted(columns):
+            stem = name.removesuffix(ends[0])
+            if stem != name and stem.startswith(TWO) and stem + ends[1] in columns:
+                return f"{name} {stem}{ends[1]}"
+    return None
+
+
 def _missing_columns(columns: set[str], use: str, source: str) -> str:
     purpose = {"any": "no known format", "prompts": "no prompts", "completions": "no completions to train on"}
     purpose["unpaired"] = "no labelled answers"
@@ -198,13 +245,22 @@ def _missing_columns(columns: set[str], use: str, source: str) -> str:
         f"{source or 'dataset'} has {purpose.get(use, 'no preference pairs')}: expected the columns {EXPECTED[use]}; "
         f"found {', '.join(repr(name) for name in sorted(columns)) or 'none'}."
     )
+    two = _two_answers(columns) if use == "pairs" else None
     near = []
-    for name in sorted(columns - {*TEXT_COLUMNS, *SCORED}):
-        match = difflib.get_close_matches(name.lower(), TEXT_COLUMNS, n=1, cutoff=0.75)
+    for name in sorted(columns - {*TEXT_COLUMNS, *SCORED} | ({"messages"} & columns if use == "prompts" else set())):
+        match = difflib.get_close_matches(name.lower(), NEEDED.get(use, TEXT_COLUMNS), n=1, cutoff=0.75)
         match += [ours for ours, theirs in OTHER_NAMES.items() if name.lower() in theirs]
+        match += ["prompt"] if name == "messages" else []
+        match = [ours for ours in match if ours in NEEDED.get(use, TEXT_COLUMNS) and not (two and ours in PAIR)]
         near += [f"{name!r} -> '{match[0]}'"] if match else []
     if near:
         message += f" Rename what is meant: {', '.join(near)}."
+    if two:
+        message += (
+            f" Two answers with a verdict are made a pair by `align data convert {source or 'DATA'} --answers {two} "
+            "--better COLUMN FIRST SECOND`, with the column that says which is better and its values for either "
+            "(docs/data.md)."
+        )
     if len(set(SCORED) & columns) == 1:
         message += f" '{SCORED[0]}', several answers to each prompt, need '{SCORED[1]}', a number for each of them."
     return message

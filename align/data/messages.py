@@ -7,11 +7,12 @@ from typing import Any
 from align.data.bad_rows import BadRow
 from align.data.today import strftime_now, writes_date
 
-OTHER_CALLS = "function_call"
-"""The role of an assistant's call of a tool in ShareGPT's format, as JSON in the text: no chat template knows it."""
+OTHER_CALLS = ("function_call", "tool_call")
+"""Roles of an assistant's call of a tool in ShareGPT's format and ms-swift's, as JSON in the text: no chat template
+knows them."""
 SPEAKERS = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
-    "observation": "tool", "function_response": "tool",
+    "observation": "tool", "function_response": "tool", "tool_response": "tool",
 }  # fmt: skip
 """What ShareGPT and its kin call the roles."""
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")

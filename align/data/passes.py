@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from align.data.bad_rows import BadRow, BadRows
+from align.data.beside import look_beside
 from align.data.cache import TMP_ELSEWHERE, cached, room_in
 from align.data.fingerprint import code_digest, rows_digest, text_digest, tokenizer_digest
 from align.data.formats import columns_of
@@ -84,6 +85,7 @@ def started(
     report = BadRows() if report is None else report
     report.source = source_of(dataset, source)
     rows = sample_of(dataset, report.source)
+    look_beside(rows, report.source)
     report.total = 0 if is_stream(dataset) else len(rows)
     return report, rows
 

@@ -129,6 +129,7 @@ def tokenize_completions(
     name = "messages" if whole and fmt.conversational else "text" if whole else "completion"
 
     def prepare_conversation(row: Columns, note: Note) -> tuple[Any, Columns]:
+        _note_label(row, note)
         prompt, completion = _talk_of(row, fmt)
         first, messages = len(prompt), prompt + completion
         note_typed(name, checks.typed_tokens(messages[first:], list(controls.values())), note)
@@ -173,8 +174,14 @@ def _talk_of(row: Columns, fmt: DataFormat) -> tuple[Any, Any]:
     return ([], checks.text_of(row, fmt)) if fmt.kind == "language_modeling" else checks.completion_of(row, fmt)
 
 
+def _note_label(row: Columns, note: Note) -> None:
+    if row.get("label") is False:
+        note("an answer with label false (undesirable, as KTO reads it) is trained as a demonstration")
+
+
 def _prepare_text(fmt: DataFormat, row: Columns, note: Note) -> tuple[tuple, Columns]:
     """The prompt ("" of a whole `text`) and the whole of a row that is no conversation."""
+    _note_label(row, note)
     if fmt.kind == "language_modeling":
         return ("", [checks.text_of(row, fmt)]), {}
     prompt, completion = checks.completion_of(row, fmt)

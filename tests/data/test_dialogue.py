@@ -141,7 +141,7 @@ def test_columns_of_other_names_and_plain_answers(tmp_path, capsys):
         (["qestion=prompt"], "--rename qestion=prompt: write OLD=NEW; the columns are question, good, bad, rating"),
         (["question"], "--rename question=: write OLD=NEW"),
         (["question=rating"], "--rename question=rating: there would be two columns rating"),
-        (["good=chosen", "bad=rejected"], "has no column 'prompt', and only that says what is asked"),
+        (["good=chosen", "bad=rejected"], "without 'prompt', and a column 'question' that is not in them: rename it"),
     ):
         assert main([*command, *words]) == 2
         assert message in capsys.readouterr().err
