@@ -152,8 +152,8 @@ def _features(given: "Features", fmt: DataFormat, system: bool, system_column: s
     messages = List({"role": Value("string"), "content": Value("string")})
     if fmt.conversational:
         talks = {name: by_role(kind) if system else kind for name, kind in given.items() if name in HOLDERS}
-        texts = (*ANSWERS, "completion", *(["prompt"] if alone else []))
-        talks |= {name: messages for name in texts if isinstance(given.get(name), Value)}
+        texts_too = (*ANSWERS, "completion", *(["prompt"] if alone else []))
+        talks |= {name: messages for name in texts_too if isinstance(given.get(name), Value)}
         return Features({name: talks.get(name, kind) for name, kind in given.items()})
     if fmt.kind == "language_modeling":
         return Features({"messages": messages, **{name: kind for name, kind in given.items() if name != "text"}})
