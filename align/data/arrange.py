@@ -4,7 +4,7 @@ answers in columns of their own with a verdict, answers in text beside messages.
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from align.data.messages import HOLDERS, with_role
+from align.data.messages import with_role
 from align.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 SIGNS: dict[str, Callable[[float], bool]] = {"<0": lambda value: value < 0, ">0": lambda value: value > 0}
 CHOICE = ("chosen", "rejected")
 ANSWERS = ("completion", *CHOICE)
+TALKS = ("messages", "conversations")
 LOOKED_AT = 100
 
 
@@ -98,10 +99,14 @@ def _check(rows: "Dataset", answers: list[str], verdict: list[str]) -> None:
 
 
 def has_messages(rows: "Dataset") -> bool:
-    """Whether one of the texts is messages."""
+    """Whether the texts that the rows are read for are messages: a prompt in text may stand beside a whole conversation
+    that is another column."""
     from datasets import LargeList, List
 
-    return any(isinstance(rows.features[name], List | LargeList) for name in {*HOLDERS} & {*rows.column_names})
+    columns = {*rows.column_names}
+    reads = {*CHOICE} if {*CHOICE} <= columns else {"completion"} & columns
+    reads |= {"prompt"} & columns or (set() if reads else {*TALKS} & columns)
+    return any(isinstance(rows.features[name], List | LargeList) for name in reads)
 
 
 def has_texts(rows: "Dataset") -> bool:
@@ -129,10 +134,15 @@ def in_messages(row: dict[str, Any], first: list[dict[str, str]], alone: bool) -
             row[name] = [{"role": "assistant", "content": row[name]}]
     if alone and isinstance(row["prompt"], str):
         row["prompt"] = [{"role": "user", "content": row["prompt"]}]
-    starts = ("prompt",) if isinstance(row.get("prompt"), list) else (*CHOICE, "messages", "conversations")
-    for name in starts if first else ():
+    starts = ("prompt",) if isinstance(row.get("prompt"), list) else CHOICE
+    return led(row, first, (*starts, *TALKS))
+
+
+def led(row: dict[str, Any], first: list[dict[str, str]], names: Iterable[str]) -> dict[str, Any]:
+    """The row with these messages before each conversation of these columns that begins without a system message."""
+    for name in names if first else ():
         if isinstance(row.get(name), list) and (not row[name] or _role(row[name][0]) != "system"):
-            row[name] = [*first, *map(with_role, row[name])]
+            row = {**row, name: [*first, *map(with_role, row[name])]}
     return row
 
 

@@ -37,9 +37,23 @@ ROLES = ("system", "developer", "user", "human", "assistant", "gpt", "bot", "too
 def prompt_of(row: dict[str, Any], fmt: DataFormat, completed: bool = False) -> Text:
     """The prompt of a row in any format that has one. completed: an environment adds to the last message, which may be
     empty."""
+    if fmt.implicit_prompt and fmt.conversational:
+        return _asked(row)
     if fmt.implicit_prompt:
         return pair_of(row, fmt)[0]
     return _prompt(row, fmt.conversational, completed)
+
+
+def _asked(row: dict[str, Any]) -> Text:
+    """The messages that both conversations begin with, up to the last that is answered: the answers may be the same, or
+    empty, as in sets of prompts alone."""
+    chosen, rejected = (_value(row[name], name, True) for name in ("chosen", "rejected"))
+    prompt = chosen[: _shared_messages(chosen, rejected)]
+    while prompt and prompt[-1]["role"] == "assistant":
+        prompt = prompt[:-1]
+    if not prompt:
+        raise BadRow("chosen and rejected share no prompt")
+    return _prompt({"prompt": prompt}, True)
 
 
 def completion_of(row: dict[str, Any], fmt: DataFormat) -> tuple[Text, Text]:

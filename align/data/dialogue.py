@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from align.data.arrange import answers_alone, has_messages, has_texts, in_messages
+from align.data.arrange import TALKS, answers_alone, has_messages, has_texts, in_messages, led
 from align.data.bad_rows import BadRow, BadRows
 from align.data.cache import TMP_ELSEWHERE, room_in
 from align.data.formats import SCORED, DataFormat, format_for
@@ -75,6 +75,17 @@ def warn_of_dialogues(dataset: "Dataset", tokenizer, source: str) -> None:
         )
 
 
+def warn_of_messages(dataset: "Dataset", tokenizer, source: str) -> None:
+    """A warning for prompts in text beside the conversations that they are copies from, which have the system messages
+    and go through the chat template (ultrachat, no_robots)."""
+    if tokenizer.chat_template and "messages" in dataset.column_names:
+        logger.warning(
+            "%s: the prompts are the column 'prompt', which is text and goes through no chat template, and not those "
+            "of the column 'messages': rows.map(lambda row: {'prompt': row['messages'][:-1]}) makes prompts of these",
+            source,
+        )
+
+
 def unused_template(dataset: "Dataset", tokenizer) -> str | None:
     """What a look at plain text says where the model has a chat template; None where all is as it should be."""
     texts = [name for name in ("prompt", "text", "chosen") if name in dataset.column_names]
@@ -133,6 +144,7 @@ def convert_dialogues(
                 if talks:
                     rows.append(in_messages(row, first, alone))
                 else:
+                    row = led(row, first, TALKS)
                     rows.append(_said(row, first) if plain else _converted(row, fmt.kind, fmt.implicit_prompt, first))
             except BadRow as reason:
                 report.add(number, str(reason))
@@ -150,6 +162,8 @@ def _features(given: "Features", fmt: DataFormat, system: bool, system_column: s
 
     given = Features({name: kind for name, kind in given.items() if name != system_column})
     messages = List({"role": Value("string"), "content": Value("string")})
+    if system and not fmt.conversational:
+        given = Features({name: by_role(kind) if name in TALKS else kind for name, kind in given.items()})
     if fmt.conversational:
         talks = {name: by_role(kind) if system else kind for name, kind in given.items() if name in HOLDERS}
         texts_too = (*ANSWERS, "completion", *(["prompt"] if alone else []))

@@ -128,7 +128,9 @@ def _chosen(configs: dict[str, Splits], config: str | None, path: Path) -> Split
     if config is not None and config not in configs:
         raise DataError(f"{path} has no configuration {config!r}; its README.md names {names}.")
     if config is None and len(configs) > 1 and "default" not in configs:
-        raise DataError(f"{path} has several configurations, choose one with dataset_config: {names}.")
+        raise DataError(
+            f"{path} has several configurations, choose one with dataset_config, or name its folder: {names}."
+        )
     splits = configs[config or ("default" if "default" in configs else next(iter(configs)))]
     return {split: files for split, files in splits.items() if files}
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from align.data import checks
 from align.data.bad_rows import BadRow, BadRows
-from align.data.dialogue import warn_of_dialogues
+from align.data.dialogue import warn_of_dialogues, warn_of_messages
 from align.data.encode import (
     Conversation,
     Encoded,
@@ -72,6 +72,7 @@ def tokenize_prompts(
                 "chat template is applied to: leave them out"
             )
         warn_of_dialogues(sample, tokenizer, report.source)
+        warn_of_messages(sample, tokenizer, report.source)
     check_tokenizer(tokenizer, fmt.conversational, needs_eos=False)
     controls = controls_of(tokenizer)
 
@@ -129,7 +130,6 @@ def tokenize_completions(
     name = "messages" if whole and fmt.conversational else "text" if whole else "completion"
 
     def prepare_conversation(row: Columns, note: Note) -> tuple[Any, Columns]:
-        _note_label(row, note)
         prompt, completion = _talk_of(row, fmt)
         first, messages = len(prompt), prompt + completion
         note_typed(name, checks.typed_tokens(messages[first:], list(controls.values())), note)
@@ -166,6 +166,8 @@ def tokenize_completions(
 def _prepare(scored: bool, prepare: Callable, row: Columns, note: Note) -> tuple[Any, Columns]:
     if scored:
         checks.check_score(row)
+    if row.get("label") is False:
+        note("an answer with label false (undesirable, as KTO reads it) is trained as a demonstration")
     return prepare(row, note)
 
 
@@ -174,14 +176,8 @@ def _talk_of(row: Columns, fmt: DataFormat) -> tuple[Any, Any]:
     return ([], checks.text_of(row, fmt)) if fmt.kind == "language_modeling" else checks.completion_of(row, fmt)
 
 
-def _note_label(row: Columns, note: Note) -> None:
-    if row.get("label") is False:
-        note("an answer with label false (undesirable, as KTO reads it) is trained as a demonstration")
-
-
 def _prepare_text(fmt: DataFormat, row: Columns, note: Note) -> tuple[tuple, Columns]:
     """The prompt ("" of a whole `text`) and the whole of a row that is no conversation."""
-    _note_label(row, note)
     if fmt.kind == "language_modeling":
         return ("", [checks.text_of(row, fmt)]), {}
     prompt, completion = checks.completion_of(row, fmt)

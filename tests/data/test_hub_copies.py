@@ -44,7 +44,9 @@ def test_configurations_of_a_copy_are_not_mixed(tmp_path):
         load_rows(tmp_path)
     assert texts(tmp_path / "main") == ["main train"]
     card(tmp_path, CONFIG.format("main"), CONFIG.format("socratic"), CONFIG.format("not_downloaded"))
-    with pytest.raises(DataError, match="several configurations, choose one with dataset_config: main, socratic"):
+    with pytest.raises(
+        DataError, match="several configurations, choose one with dataset_config, or name its folder: main"
+    ):
         load_rows(tmp_path)
     with pytest.raises(DataError, match=r"no configuration 'x'; its README\.md names main, socratic"):
         load_rows(tmp_path, config="x")

@@ -112,6 +112,15 @@ def test_messages_under_another_name_and_answers_in_text(convert):
     assert row["prompt"] == "q" and row["rejected"] == [SYSTEM, user("q"), assistant("b")]
 
 
+def test_a_prompt_in_text_beside_a_conversation_of_another_column(convert):
+    """OpenR1-Math-220k and no_robots: the conversation is not what the prompts are read from."""
+    talk = [user("q"), assistant("a")]
+    (row,) = convert([{"problem": "q", "messages": talk}], "--plain", "--rename", "problem=prompt")
+    assert row == {"prompt": [user("q")], "messages": talk}
+    (row,) = convert([{"prompt": "q", "messages": talk}], "--plain", "--system", "Be brief.")
+    assert row == {"prompt": [SYSTEM, user("q")], "messages": [SYSTEM, *talk]}
+
+
 def test_an_input_beside_an_instruction(convert):
     """Alpaca."""
     rows = [{"instruction": "Sum up.", "input": text, "output": "a"} for text in ("A text.", "")]
@@ -154,6 +163,23 @@ def test_prompts_that_are_turns_as_json(tokenizer):
         tokenize_prompts(rows, tokenizer, max_prompt_length=None)
     one = Dataset.from_list([{"prompt": '["a", "b"] is a list of'}])
     assert len(tokenize_prompts(one, tokenizer, max_prompt_length=None)) == 1
+
+
+def test_prompts_of_pairs_without_answers(chat_tokenizer):
+    """The split train_gen of ultrafeedback_binarized: its answers are empty, and were looked at."""
+    asked, other = [user("q")], [user("q"), assistant("x"), user("r")]
+    rows = [
+        {"prompt": "q", "chosen": [*talk, assistant(a)], "rejected": [*talk, assistant(b)]}
+        for talk, a, b in ((asked, "", ""), (other, "yes", "yes"), (asked, "yes", "no"))
+    ]
+    found = tokenize_prompts(Dataset.from_list(rows), chat_tokenizer, max_prompt_length=None)
+    assert found["prompt"][:] == [asked, other, asked]
+
+
+def test_prompts_in_text_beside_messages_are_said(chat_tokenizer, caplog):
+    rows = [{"prompt": "q", "messages": [SYSTEM, user("q"), assistant("a")]}]
+    tokenize_prompts(Dataset.from_list(rows), chat_tokenizer, max_prompt_length=None)
+    assert "the prompts are the column 'prompt', which is text and goes through no chat template" in caplog.text
 
 
 def test_undesirable_answers_are_counted_in_demonstrations(tokenizer, caplog):
