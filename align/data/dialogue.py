@@ -75,9 +75,10 @@ def warn_of_dialogues(dataset: "Dataset", tokenizer, source: str) -> None:
         )
 
 
-def warn_of_messages(dataset: "Dataset", tokenizer, source: str) -> None:
-    """A warning for prompts in text beside the conversations that they are copies from, which have the system messages
-    and go through the chat template (ultrachat, no_robots)."""
+def warn_of_text_prompts(dataset: "Dataset", tokenizer, source: str) -> None:
+    """As `warn_of_dialogues`, and for prompts in text beside the conversations that they are copies from, which have the
+    system messages and go through the chat template (ultrachat, no_robots)."""
+    warn_of_dialogues(dataset, tokenizer, source)
     if tokenizer.chat_template and "messages" in dataset.column_names:
         logger.warning(
             "%s: the prompts are the column 'prompt', which is text and goes through no chat template, and not those "

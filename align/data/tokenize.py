@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from align.data import checks
 from align.data.bad_rows import BadRow, BadRows
-from align.data.dialogue import warn_of_dialogues, warn_of_messages
+from align.data.dialogue import warn_of_dialogues, warn_of_text_prompts
 from align.data.encode import (
     Conversation,
     Encoded,
@@ -71,8 +71,7 @@ def tokenize_prompts(
                 f"{report.source}: chat_template_kwargs are for prompts of messages, and these are texts, which no "
                 "chat template is applied to: leave them out"
             )
-        warn_of_dialogues(sample, tokenizer, report.source)
-        warn_of_messages(sample, tokenizer, report.source)
+        warn_of_text_prompts(sample, tokenizer, report.source)
     check_tokenizer(tokenizer, fmt.conversational, needs_eos=False)
     controls = controls_of(tokenizer)
 
