@@ -76,7 +76,7 @@ def warn_of_dialogues(dataset: "Dataset", tokenizer, source: str) -> None:
 
 
 def warn_of_text_prompts(dataset: "Dataset", tokenizer, source: str) -> None:
-    """As `warn_of_dialogues`, and for prompts in text beside the conversations that they are copies from, which have the
+    """As `warn_of_dialogues`, and for prompts in text beside the conversations that they are copies of, which have the
     system messages and go through the chat template (ultrachat, no_robots)."""
     warn_of_dialogues(dataset, tokenizer, source)
     if tokenizer.chat_template and "messages" in dataset.column_names:
