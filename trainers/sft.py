@@ -140,6 +140,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
             args = with_own_defaults(args)
         args, peft_config = self.options(args, model, train_dataset), by_names(peft_config)
         self.args, self.formatting_func, self.user_metrics = args, formatting_func, compute_metrics
+        self._longest_row = args.max_length
         processing_class = tokenizer_of(args, model, processing_class)
         adapter, empty = peft_config is not None, without_weights(args, model)
         named = partial(load_to_train, args, model, quantization_config, processing_class, adapter=adapter)
@@ -177,6 +178,10 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
             self.make_endless(train_dataset)
         if not self.is_deepspeed_enabled:
             self._train_in_float32()
+
+    @property
+    def longest_row(self) -> int | None:
+        return self._longest_row  # TRL is shown none
 
     def _train_in_float32(self) -> None:
         """TRL's adapters on 4-bit weights are in bfloat16, where small updates are rounded away."""

@@ -107,12 +107,15 @@ def _marked(text: str, key: tuple[str, str], value: tuple[str, str]) -> dict[str
 
 
 def _typed(values: dict[str, str], schema: dict) -> dict[str, Any]:
-    """Arguments that were written without quotes: texts where the function takes a text, else what JSON reads."""
+    """Arguments that were written without quotes: texts where the function takes a text (and no None that templates
+    write as null or None), else what JSON reads."""
     kinds = schema.get("properties", {})
-    return {
-        name: text if kinds.get(name, {}).get("type") == "string" else plain_value(text)
-        for name, text in values.items()
-    }
+
+    def value(text: str, kind: dict) -> Any:
+        none = kind.get("nullable") and text in ("null", "None")
+        return text if kind.get("type") == "string" and not none else plain_value(text)
+
+    return {name: value(text, kinds.get(name, {})) for name, text in values.items()}
 
 
 def read_whole(answer: str, schemas: dict[str, dict]) -> list[Call]:

@@ -169,6 +169,17 @@ def test_sft(options, tokenizer, tmp_path):
         assert factors_of(trainer.model) == SHORT
 
 
+@pytest.mark.parametrize("streamed", [False, True], ids=["rows", "stream"])
+def test_sft_of_short_rows(streamed, tokenizer, tmp_path):
+    """`max_length` decides, as in every method: a stream's rows are not known."""
+    data = Dataset.from_list([PAIR] * 4)
+    for limit, kind in ((ORIGINAL, SHORT), (ORIGINAL + 1, LONG)):
+        args = SFTConfig(output_dir=str(tmp_path), max_steps=1, max_length=limit, **QUIET)
+        data_of = data.to_iterable_dataset() if streamed else data
+        trainer = SFTTrainer(phi(tokenizer), args, data_of, processing_class=tokenizer)
+        assert factors_of(trainer.model) == kind and trainer.args.max_length == limit
+
+
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
 def test_a_reward_model_is_read_as_it_was_trained(lora, tokenizer, tmp_path):
     phi(tokenizer, Phi3ForSequenceClassification, num_labels=1).save_pretrained(tmp_path / "start")

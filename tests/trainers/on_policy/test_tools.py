@@ -67,7 +67,7 @@ def test_calls_are_found_in_time():
 # ---- as templates write calls ----------------------------------------------------------------------------------------
 
 
-def book(city: str, nights: int, options: dict, code: str, now: bool = True) -> str:
+def book(city: str, nights: int, options: dict, code: str, now: bool = True, note: str | None = "?") -> str:
     """Books a room.
 
     Args:
@@ -76,11 +76,13 @@ def book(city: str, nights: int, options: dict, code: str, now: bool = True) -> 
         options: more.
         code: a text of digits.
         now: at once.
+        note: what else.
     """
     return "booked"
 
 
 ARGUMENTS = {"city": "Rome\n  at the station\n", "nights": 2, "options": {"beds": [1, "x"]}, "code": "07", "now": True}
+ARGUMENTS |= {"note": None}
 FORMS = {"qwen3_training": read_json, "glm4moe_training": read_keys}
 FORMS |= dict.fromkeys(("qwen3_5_think_training", "nemotron_3_nano_training"), read_function)
 
