@@ -9,7 +9,7 @@ import pytest
 
 from align import RewardBatch, build_reward
 from align.config.options import options_of
-from align.config.other_names import OTHER_NAMES
+from align.config.other_names import ELSEWHERE, OTHER_NAMES
 from align.config.resolve import resolve
 from align.errors import ConfigError
 from align.methods import METHODS
@@ -117,6 +117,10 @@ def test_rewards_of_the_other_libraries_score(tmp_path, monkeypatch):
         ("kl_loss_type", "it is kl_estimator here"),
         ("clip_ratio_low", "it is epsilon here"),
         ("adv_estimator", "the method is the command"),
+        ("freezing_actor_steps", "critic_warmup_steps (PPO), in optimiser steps: num_mini_batches x num_iterations"),
+        ("gamma_beta_ratio", "simpo_gamma, which is the margin itself: gamma_beta_ratio x beta"),
+        ("dataset_mixer", "datasets: [{path: ..., weight: ...}, ...]"),
+        ("lambda_init", "constraints, with multipliers: {form: softplus"),
     ],
 )
 def test_names_whose_meaning_differs_are_answered_with_it(name, said, tmp_path):
@@ -125,6 +129,12 @@ def test_names_whose_meaning_differs_are_answered_with_it(name, said, tmp_path):
     with pytest.raises(ConfigError, match=f"unknown key {name}; (it is|no option here).*") as error:
         resolve("ppo", str(file), [])
     assert said in str(error.value)
+
+
+def test_what_counts_rollouts_elsewhere_is_said():
+    """OpenRLHF's `global_steps > critic.freezing_steps` and verl's `critic_warmup <= global_steps` are of rollouts."""
+    counted = PAGE.split("prints this arithmetic. ")[1].split(" count rollouts;")[0]
+    assert all(f"`{name}`" in counted for name in ("critic_warmup", "critic.freezing_steps", "lr_warmup_steps"))
 
 
 def test_a_target_of_the_kl_is_per_completion():
@@ -136,5 +146,6 @@ def test_a_target_of_the_kl_is_per_completion():
 def test_other_names_lead_to_options():
     every = {option for method in METHODS for option in options_of(method)}
     assert not OTHER_NAMES.keys() & every
+    assert not ELSEWHERE.keys() & every
     arguments = {"processing_class"}  # of trainers
     assert {name.partition(".")[0] for name in OTHER_NAMES.values()} <= every | arguments

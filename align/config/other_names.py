@@ -66,6 +66,7 @@ OTHER_NAMES = {
     "gpu_memory_utilization": "rollout.gpu_memory_utilization",
     "tensor_model_parallel_size": "rollout.tensor_parallel",
     "total_epochs": "num_train_epochs",
+    "num_episodes": "num_train_epochs",
     # LLaMA-Factory's and axolotl's
     "dataset": "dataset_name",
     "base_model": "model_name_or_path",
@@ -151,7 +152,8 @@ REMOVED = {
     "stop_token": END,
     "stop_token_id": END,
     "whiten_rewards": "whiten_advantages (PPO), or the method reinforce_pp, which whitens advantages",
-    "normalize_reward": "normalize_advantages (RLOO), or the method reinforce_pp",
+    "normalize_reward": "normalize_advantages (RLOO), or the method reinforce_pp; what a reward model's scores are on "
+    "its training data is saved with it, and normalize of its spec takes it off (docs/rewards.md)",
     "token_level_kl": "kl_in: reward has the KL on every token of the reward, kl_in: loss in the loss",
     "vf_coef": "leave it out: the critic is a model of its own, with critic_learning_rate",
     "adap_kl_ctrl": "kl_target turns it on",
@@ -209,3 +211,27 @@ ELSEWHERE = {
     "num_gpus": "align launch CONFIG --num-processes N",
 }
 """The same of LLaMA-Factory's and axolotl's options, and of those that transformers once had."""
+
+OF_ROLLOUTS = "in optimiser steps: num_mini_batches x num_iterations of them are one rollout"
+DATASETS = "datasets: [{path: ..., weight: ...}, ...] (docs/data.md)"
+CUT_SCORE = (
+    "missing_eos_penalty, which is subtracted from the score of a completion without an end, not put in its place"
+)
+ELSEWHERE |= {
+    # of published recipes: alignment-handbook's, SimPO's, Tulu 3's (open-instruct), Safe-RLHF's, OpenRLHF's
+    **dict.fromkeys(("dataset_mixer", "dataset_mixture", "dataset_mixer_list"), DATASETS),
+    "dataset_splits": "dataset_train_split and dataset_test_split, or split of each of datasets",
+    "gamma_beta_ratio": "simpo_gamma, which is the margin itself: gamma_beta_ratio x beta",
+    "reduce_loss": "leave it out: the loss is the mean over all tokens of an optimiser step, however it is cut",
+    **dict.fromkeys(("penalty_reward_value", "non_stop_penalty"), CUT_SCORE),
+    **dict.fromkeys(("freezing_actor_steps", "freezing_steps"), f"critic_warmup_steps (PPO), {OF_ROLLOUTS}"),
+    "micro_train_batch_size": "per_device_train_batch_size (on-policy: prompts with all their answers), or "
+    "tokens_per_batch",
+    "adam_betas": "adam_beta1 and adam_beta2",
+    "lr_warmup_ratio": "warmup_steps, below 1 a share of all steps",
+    "lr_warmup_steps": f"warmup_steps, {OF_STEPS}",
+    **dict.fromkeys(
+        ("lambda_init", "lambda_lr", "lambda_max", "lambda_update_delay_steps", "episode_cost_window_size"),
+        "constraints, with multipliers: {form: softplus, ...} (docs/constrained.md, Coming from Safe-RLHF)",
+    ),
+}

@@ -234,7 +234,7 @@ class OnPolicyTrainer(OnPolicyBase):
             self.ranks,
             self.recorder,
         )
-        self.updates = WeightingUpdates(self.weighting, self.ranks, self.recorder)
+        self.updates = WeightingUpdates(self.weighting, self.ranks, self.recorder, kl=args.beta > 0)
         self.evaluator = PolicyEvaluator(
             args, self.engine, tokenizer, self.rewards, self.gold, self.forward, self.ranks, self.episodes
         )

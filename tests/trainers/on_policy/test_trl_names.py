@@ -11,6 +11,7 @@ from transformers import LlamaForSequenceClassification, TrainerCallback
 
 from align.data import toy
 from align.errors import ConfigError, DataError, RewardError
+from align.objectives.policy_loss import aggregate_tokens
 from align.reward_models.composite import CompositeReward
 from align.reward_models.ensemble import RewardEnsemble
 from align.reward_models.rules import RuleReward
@@ -19,6 +20,7 @@ from align.trainers.core.trl_options import instead_of
 from align.trainers.grpo import GRPOConfig
 from align.trainers.on_policy.buffer import block_sampler
 from align.trainers.on_policy.estimators import make_estimator
+from align.trainers.on_policy.objective import policy_objective
 from align.trainers.on_policy.pipeline import ScoredRollout
 from align.trainers.on_policy.reward_funcs import rewards_given
 from align.trainers.on_policy.rewards import RewardColumns
@@ -60,6 +62,21 @@ def test_the_names_are_those_of_trl():
         shared = (a.keys() & b.keys()) - own - {"logging_nan_inf_filter"}  # listed for all methods
         differ |= {name for name in shared if MISSING not in (a[name], b[name]) and a[name] != b[name]}
     assert named(defaults) - {"GRPOConfig"} == differ | {"per_device_train_batch_size"}
+
+
+@pytest.mark.parametrize("trls", [True, False])
+def test_the_ratio_of_rloo_is_that_of_the_page(trls, tmp_path):
+    """TRL's RLOO clips the probability ratio of whole sequences; here that of tokens is the default."""
+    given = {"importance_sampling_level": "sequence_sum", "loss_aggregation": "sequence_mean"} if trls else {}
+    args = on_policy_config(RLOOConfig, tmp_path, num_iterations=2, **given)
+    generator = torch.Generator().manual_seed(0)
+    logps, change = (torch.randn(2, 4, generator=generator) for _ in range(2))
+    old, advantages, mask = logps + 0.3 * change, torch.tensor([[1.0], [-2.0]]).expand(2, 4), torch.ones(2, 4)
+    batch = {"completion_mask": mask, "old_logps": old}
+    losses, _ = policy_objective(logps, advantages, batch, args, kl_coefficient=0.0)
+    ratio = (logps - old).sum(-1).exp()
+    of_trl = -torch.minimum(ratio * advantages[:, 0], ratio.clamp(0.8, 1.2) * advantages[:, 0]).mean()
+    assert torch.isclose(aggregate_tokens(losses, mask, args.loss_aggregation), of_trl) == trls
 
 
 def test_the_engine(tmp_path):

@@ -132,6 +132,25 @@ def test_a_constraint_weighs_completions_by_the_policys_tokens():
     assert seen == [[4, 6]]
 
 
+@pytest.mark.parametrize(("direction", "sign"), [("at_most", 1.0), ("at_least", -1.0)])
+def test_a_kl_that_is_rewarded_is_said(direction, sign, caplog):
+    """A cost that is held down with the KL in its stream: (1 - s) / (1 + s) of beta, which Safe-RLHF has as (1 + s) /
+    (1 + s): there, and with the cost's negative held at least, the KL stays a price."""
+    held = [Constraint("cost", direction, sign * 0.3)]
+    options = ConstraintOptions(held, "softplus", ["a"], kl_in_constraints=True, lagrangian={"initial": 2.0})
+    weighting = ConstrainedWeights(["a", "cost"], [1.0, 1.0], options)
+    samples = [Sample({}, [5], "", [], False, 0, rewards={"a": 1.0, "cost": sign})]
+    for kl in (True, True, False):
+        updates = WeightingUpdates(weighting, Ranks(), Recorder(), kl=kl)
+        for step in (1, 2):
+            updates.learn(samples, step)
+    s = torch.nn.functional.softplus(weighting.multipliers.raw[0]).item()
+    expected = (1 - s) / (1 + s) if direction == "at_most" else 1.0
+    assert weighting.kl_weight == pytest.approx(expected)
+    said = [message for message in caplog.messages if "rewarded for going away" in message]
+    assert [message[:6] for message in said] == (["step 1"] * 2 if direction == "at_most" else [])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
