@@ -56,8 +56,8 @@ class WeightingUpdates:
             return []
         self.kl = False
         return [
-            f"the KL to the reference counts {weight:.3g} times beta: below 0 the policy is rewarded for going away from "
-            "it. at_most constraints subtract their streams, with the KL that is in them by "
+            f"the KL to the reference counts {weight:.3g} times beta: below 0 the policy is rewarded for going away. "
+            "at_most constraints subtract their streams, with the KL that is in them by "
             "multipliers.kl_in_constraints or task_apart: leave these out, or hold the negative of the reward at_least"
         ]
 

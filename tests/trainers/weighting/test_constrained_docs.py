@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from align.cli.main import build_parser
@@ -17,6 +18,7 @@ from align.config import configs_dir
 from align.config.resolve import resolve
 from align.data import toy
 from align.evaluation.records import EvalWriter
+from align.trainers.weighting.base import make_weighting
 from align.trainers.weighting.sections import LagrangianSection
 from tests.trainers.tiny_runs import on_policy, prompts, tiny_model, wanted_words
 
@@ -38,6 +40,23 @@ def test_training_commands_resolve(command):
 def test_every_preset_is_named():
     presets = {path.name for path in configs_dir().glob("*_ppo*.yaml")} | {"ppo_sat.yaml", "ppo_sat_released.yaml"}
     assert presets == {Path(shlex.split(c)[3]).name for c in TRAINING if c.startswith("align ppo")}
+
+
+def test_ppo_lag_is_that_of_safe_rlhf(tmp_path):
+    """Start, mixture, price of the KL and the first step of lambda, by the formulas of its trainer."""
+    options = yaml.safe_load(DOCS.split("## Coming from Safe-RLHF")[1].split("```yaml\n")[1].split("```")[0])
+    names = [reward["name"] for reward in options.pop("rewards")]
+    args = on_policy("ppo", tmp_path, **options)[1]
+    weighting = make_weighting(dict.fromkeys(names, 1.0), args)
+    assert weighting.weights() == pytest.approx([1 / 2, 1 / 2], rel=1e-3)  # lambda is 1
+    assert weighting.kl_weight == pytest.approx(1.0) and weighting.update_per == "mini_batch" and not args.whitens
+    cost, rate = 0.4, 0.1
+    columns = {"helpful": torch.zeros(2), "safe": torch.full((2,), -cost)}
+    weighting.update(columns, torch.ones(2))
+    multiplier = np.exp(rate * cost)
+    expected = [1 / (1 + multiplier), multiplier / (1 + multiplier)]
+    assert weighting.weights() == pytest.approx(expected, rel=1e-3)
+    assert abs(expected[0] - 1 / 2) > 0.009 and weighting.kl_weight == pytest.approx(1.0)
 
 
 def single_reward_run(folder, which):
