@@ -4,9 +4,11 @@ import re
 from dataclasses import MISSING, fields
 from pathlib import Path
 
+import pytest
 import trl
 
 from align.config.arguments import instead_of
+from align.config.options import options_of
 from align.config.other_names import REMOVED
 from align.trainers.dpo import DPOConfig
 from align.trainers.reward import RewardConfig
@@ -45,3 +47,23 @@ def test_the_page_lists_what_is_gone():
     _, _, _, gone, *_ = PAGE.split("\n## ")
     elsewhere = {"truncation_mode", "dataset_kwargs"}  # options of some methods, in the table before
     assert REMOVED.keys() - elsewhere <= named(gone)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "option", "theirs", "method", "ours"),
+    [
+        ("cpo", "cpo_alpha", "1.0", "dpo", None),
+        ("cpo", "simpo_gamma", "0.5", "dpo", None),
+        ("online_dpo", "temperature", "0.9", "online_dpo", 1.0),
+        ("online_dpo", "max_new_tokens", "64", "online_dpo", None),
+        ("online_dpo", "learning_rate", "5e-7", "online_dpo", 1e-6),
+        ("kto", "train_sampling_strategy", '"sequential"', "kto", "random"),
+    ],
+)
+def test_defaults_of_further_trainers(trainer, option, theirs, method, ours):
+    """Their source is read: to import one of them imports its trainer, and vLLM."""
+    place = "trainer" if trainer == "kto" else f"experimental/{trainer}"
+    file = Path(trl.__file__).parent / place / f"{trainer}_config.py"
+    found = re.search(rf"^    {option}: .*\n? *default=(.*?),$", file.read_text(), flags=re.MULTILINE)
+    assert found and found[1] == theirs
+    assert options_of(method).get(option, {}).get("default") == ours

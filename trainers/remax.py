@@ -70,7 +70,9 @@ class ReMaxConfig(OnPolicyConfig):
     estimator: str = field(default="remax", metadata=ESTIMATOR_HELP)
     kl_mode: str = field(
         default="to_go",
-        metadata={"help": "KL in a token's weight: to_go (summed over the tokens that follow), one_step or none."},
+        metadata={
+            "help": "KL in a token's weight: to_go (summed over those that follow), one_step, or none with beta: 0."
+        },
     )
     gamma: float = field(default=1.0, metadata={"help": "Discount of the reward towards earlier tokens."})
     reward_clip: float | None = field(
@@ -81,6 +83,11 @@ class ReMaxConfig(OnPolicyConfig):
         super().__post_init__()
         if self.kl_mode == "one_step" and (self.kl_in == "loss" or not self.beta):
             raise ConfigError("kl_mode: one_step is of the KL in the reward: set kl_in: reward, and a beta above 0")
+        if self.kl_mode == "none" and self.kl_in == "reward" and self.beta:
+            raise ConfigError(
+                f"kl_mode: none trains on no KL, and beta is {self.beta:g}, which would do nothing: set beta: 0 too",
+                key="beta",
+            )
 
 
 class ReMaxTrainer(OnPolicyTrainer):

@@ -193,6 +193,7 @@ ELSEWHERE = {
     "rl": METHOD,
     "val_size": ROWS,
     "val_set_size": ROWS,
+    "test_split_size": ROWS,
     "max_samples": ROWS,
     "train_on_prompt": LOSS_MASK,
     "train_on_inputs": LOSS_MASK,

@@ -81,12 +81,12 @@ def test_one_engine_call_per_step(tokenizer, policy, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"kl_mode": "one_step", "gamma": 0.9, "reward_clip": 0.1}, {"kl_mode": "none"}]
+    "options", [{}, {"kl_mode": "one_step", "gamma": 0.9, "reward_clip": 0.1}, {"kl_mode": "none", "beta": 0.0}]
 )
 @pytest.mark.parametrize("aggregation", ["sequence_sum", "token_mean"])
 def test_the_loss_is_the_formula(options, aggregation, tokenizer, policy, tmp_path):
     """Sequence by sequence, token by token, in plain Python."""
-    args = remax_config(tmp_path, num_generations=2, beta=0.3, loss_aggregation=aggregation, **options)
+    args = remax_config(tmp_path, num_generations=2, loss_aggregation=aggregation, **{"beta": 0.3, **options})
     other = tiny_model(tokenizer, seed=1)
     trainer = ReMaxTrainer(policy, wanted_words, args, prompts(8), ref_model=other)
     samples, extra = rolled_out(trainer)

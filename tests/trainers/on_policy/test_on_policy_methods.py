@@ -248,6 +248,7 @@ def test_a_group_without_variance_is_counted(policy, tmp_path):
         ("grpo", {"loss_type": "cispo", "epsilon": 0.1}, "cispo has no clip below 1"),
         ("remax", {"kl_mode": "one_step", "kl_in": "loss"}, "is of the KL in the reward"),
         ("remax", {"kl_mode": "one_step", "beta": 0.0}, "is of the KL in the reward"),
+        ("remax", {"kl_mode": "none", "beta": 0.2}, "beta is 0.2, which would do nothing"),
     ],
 )
 def test_options_are_checked(method, options, message, tmp_path):

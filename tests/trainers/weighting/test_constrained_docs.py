@@ -107,8 +107,10 @@ def test_yaml_of_the_page_is_taken(tmp_path):
     base = "model_name_or_path: some/model\ndataset_name: rows.jsonl\n"
     (tmp_path / "a.yaml").write_text(base + blocks[0])
     assert len(resolve("rloo", str(tmp_path / "a.yaml"), []).training.constraints) == 2
+    (tmp_path / "b.yaml").write_text(base + blocks[1])
+    assert resolve("ppo", str(tmp_path / "b.yaml"), []).training.constraints
     rewards = "rewards: [{type: rule, function: 'x.py:a'}, {type: rule, function: 'x.py:b'}]\neval_strategy: steps\n"
-    for i, line in enumerate(blocks[1].strip().splitlines()):
+    for i, line in enumerate(blocks[2].strip().splitlines()):
         (tmp_path / f"{i}.yaml").write_text(base + rewards + line)
         assert resolve("rloo", str(tmp_path / f"{i}.yaml"), []).training.dynamic_weights["type"]
 
