@@ -54,6 +54,17 @@ def percentile_interval(samples: np.ndarray, level: float = LEVEL) -> tuple[np.n
     return np.where(unknown, np.nan, low), np.where(unknown, np.nan, high)
 
 
+def all_alike(shares: np.ndarray, prompts: int, low: float, high: float, level: float = LEVEL) -> tuple[float, float]:
+    """The interval (low, high) of the mean of shares, with Clopper's and Pearson's bound where they are all 1 or all 0.
+
+    A share of 83 % makes all of 20 prompts right in 2.5 % of draws, and no resample of them shows it.
+    """
+    reach = ((1 - level) / 2) ** (1 / prompts)
+    if (shares == 1).all():
+        return reach, 1.0
+    return (0.0, 1 - reach) if (shares == 0).all() else (low, high)
+
+
 def mean_interval(values: np.ndarray, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Interval of the mean over prompts of values [P, K]: (low [K], high [K])."""
     return mean_intervals([values], seed=seed)[0]

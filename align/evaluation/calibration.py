@@ -19,6 +19,8 @@ class Reliability:
     edges: float [B + 1]. count: int [B], pairs per bin. confidence, accuracy: float [B], means over the pairs of the
     bin; NaN where it is empty. ece: the expected calibration error, sum_b count_b / N |accuracy_b - confidence_b|
     (Naeini et al. 2015; Guo et al. 2017, eq. 3), from 0 (calibrated) to 1.
+    by_chance: the ece that a calibrated reward would show on average on so many pairs of this confidence, whose bins
+    miss their accuracy by luck: sum_b sqrt(2 / pi sum_{i in b} c_i (1 - c_i)) / N, the normal distribution's.
     """
 
     edges: np.ndarray
@@ -26,6 +28,7 @@ class Reliability:
     confidence: np.ndarray
     accuracy: np.ndarray
     ece: float
+    by_chance: float
 
 
 def reliability(margins, bins: int = BINS, labels=None) -> Reliability:
@@ -46,7 +49,9 @@ def reliability(margins, bins: int = BINS, labels=None) -> Reliability:
         mean_accuracy = np.bincount(bin_index, correct, bins) / count
     gaps = np.abs(mean_accuracy - mean_confidence)
     ece = float(np.nansum(count * gaps) / margins.size)
-    return Reliability(edges, count, mean_confidence, mean_accuracy, ece)
+    spread = np.bincount(bin_index, confidence * (1 - confidence), bins)  # of the number that is right, its variance
+    by_chance = float(np.sqrt(2 / np.pi * spread).sum() / margins.size)
+    return Reliability(edges, count, mean_confidence, mean_accuracy, ece, by_chance)
 
 
 def pair_confidence(margins: np.ndarray, labels: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:

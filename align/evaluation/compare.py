@@ -11,7 +11,7 @@ import numpy as np
 from align.config.sections import parse
 from align.config.source import parse_value
 from align.errors import ConfigError, DataError
-from align.evaluation.bootstrap import percentile_interval, weight_tiles
+from align.evaluation.bootstrap import all_alike, percentile_interval, weight_tiles
 from align.evaluation.report import render_page
 from align.evaluation.strict_json import write_json
 from align.reward_models.judge_specs import JudgeSpec, judge_function
@@ -113,8 +113,10 @@ def summarise(pairs: list[tuple[dict, dict]], preference: np.ndarray, *, seed: i
         weights /= weights.sum(1, keepdims=True)
         rates.append([weights @ preference, _at_equal_length(preference, length, weights)])
     wins, equal = np.concatenate(rates, axis=1)
+    won = _estimate(wins)
+    won["low"], won["high"] = all_alike(preference, len(rows), won["low"], won["high"])
     return {
-        "win_rate": _estimate(wins),
+        "win_rate": won,
         "at_equal_length": _estimate(equal),
         "wins": float(np.mean(preference > 0.5)),
         "ties": float(np.mean(preference == 0.5)),

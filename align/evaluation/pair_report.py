@@ -8,6 +8,7 @@ import numpy as np
 
 from align.evaluation import preference_metrics as metrics
 from align.evaluation import rewardbench
+from align.evaluation.bootstrap import all_alike
 from align.evaluation.calibration import best_scale, reliability
 from align.evaluation.pair_sample import PairSample
 from align.evaluation.pair_scores import PairScores
@@ -18,6 +19,7 @@ from align.evaluation.strict_json import finite
 
 HISTOGRAM_BINS = 40
 LONGER = "the longer answer"
+SHARES = ("accuracy_before", "accuracy_after", "flips")
 SHOWN = 3  # subsets named in a note
 
 
@@ -109,7 +111,7 @@ def accuracy_entry(
     samples = metrics.bootstrap_means(columns, groups, seed=seed)
 
     def entry(name: str) -> dict:
-        return metrics.estimate(columns[name], samples[name])
+        return metrics.estimate(columns[name], samples[name], groups)
 
     return {
         "accuracy": entry("accuracy"),
@@ -143,14 +145,19 @@ def _rewardbench_entry(names: list[str], columns: dict, samples: dict) -> dict:
     score = rewardbench.overall_score(sections)
     entry: dict[str, Any] = {"sections": {}, "score": None}
     for section, value in sections.items():
-        low, high = metrics.interval(drawn[section])
         count = sum(int((~np.isnan(columns[f"won/{n}"])).sum()) for n in names if n in rewardbench.WEIGHTS[section])
-        entry["sections"][section] = {"value": value, "low": low, "high": high, "pairs": count}
+        entry["sections"][section] = _share(value, drawn[section], count)
     if score is not None:
-        low, high = metrics.interval(rewardbench.overall_score(drawn))
         total = sum(section["pairs"] for section in entry["sections"].values())
-        entry["score"] = {"value": score, "low": low, "high": high, "pairs": total}
+        entry["score"] = _share(score, rewardbench.overall_score(drawn), total)
     return entry
+
+
+def _share(value: float, samples: np.ndarray, pairs: int) -> dict:
+    low, high = metrics.interval(samples)
+    if low is not None and high is not None:
+        low, high = all_alike(np.array([value]), pairs, low, high)
+    return {"value": value, "low": low, "high": high, "pairs": pairs}
 
 
 def score_entry(scores: PairScores) -> dict:
@@ -179,6 +186,7 @@ def calibration_entry(margins: np.ndarray, unit: str, labels: np.ndarray | None)
     return {
         "unit": unit,
         "ece": curve.ece,
+        "ece_by_chance": curve.by_chance,
         "best_scale": scale,
         "ece_at_best_scale": None if rescaled is None else rescaled.ece,
         "curve": _curve(curve),
@@ -216,8 +224,12 @@ def rewrite_entry(before: PairScores, after: PairScores, spread: float, pairs: P
     if spread > 0:
         columns["score_change"] = differences.mean(0) / spread
         columns["score_shift"] = np.abs(differences).mean(0) / spread
-    samples = metrics.bootstrap_means(columns, prompt_keys(pairs), seed=seed)
-    entry = {name: metrics.estimate(values, samples[name]) for name, values in columns.items()}
+    groups = prompt_keys(pairs)
+    samples = metrics.bootstrap_means(columns, groups, seed=seed)
+    entry = {
+        name: metrics.estimate(values, samples[name], groups if name in SHARES else None)
+        for name, values in columns.items()
+    }
     return {"score_change": None, "score_shift": None, **entry}
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from align.evaluation.bootstrap import LEVEL, RESAMPLES, resample_weights
+from align.evaluation.bootstrap import LEVEL, RESAMPLES, all_alike, resample_weights
 
 BLOCK = 5_000_000  # numbers of resampling weights held at once
 
@@ -72,12 +72,18 @@ def interval(samples: np.ndarray, level: float = LEVEL) -> tuple[float | None, f
     return float(low), float(high)
 
 
-def estimate(values: np.ndarray, samples: np.ndarray) -> dict:
-    """{"value", "low", "high", "pairs"} of the mean of values [N]; None where no pair is in it."""
+def estimate(values: np.ndarray, samples: np.ndarray, groups: Sequence | None = None) -> dict:
+    """{"value", "low", "high", "pairs"} of the mean of values [N]; None where no pair is in it.
+
+    groups: of a share, as in `bootstrap_means`: where it is 0 or 1, resamples are all alike, and tell nothing.
+    """
     known = values[~np.isnan(values)]
     if known.size == 0:
         return {"value": None, "low": None, "high": None, "pairs": 0}
     low, high = interval(samples)
+    if groups is not None and low is not None and high is not None:
+        prompts = len({group for group, value in zip(groups, values, strict=True) if not np.isnan(value)})
+        low, high = all_alike(known, prompts, low, high)
     return {"value": float(known.mean()), "low": low, "high": high, "pairs": int(known.size)}
 
 

@@ -78,3 +78,14 @@ def test_soft_labels_by_hand_and_their_best_scale():
     scores = np.random.default_rng(0).normal(0, 2, 500)
     assert best_scale(3 * scores, 1 / (1 + np.exp(-scores))) == pytest.approx(1 / 3)  # labels that the scores made
     assert best_scale([1.0, -1.0], [1.0, 0.0]) is None and best_scale([1.0], [0.9]) == pytest.approx(logit(0.9))
+
+
+def test_what_a_calibrated_reward_shows_by_chance():
+    """Its mean error over draws of the labels, by drawing them."""
+    rng = np.random.default_rng(0)
+    size = np.abs(rng.normal(size=200)) * 1.5
+    drawn = [
+        reliability(np.where(rng.random(200) < 1 / (1 + np.exp(-size)), size, -size)).ece for _ in range(300)
+    ]  # fmt: skip
+    assert reliability(size).by_chance == pytest.approx(np.mean(drawn), rel=0.05)
+    assert reliability(size).by_chance == pytest.approx(0.07, abs=0.01)

@@ -64,6 +64,14 @@ def test_the_same_answer_twice_is_a_tie():
     assert by_scores(pairs, [1 + 1e-7, 1 + 1e-7, 1 + 1e-7], [1.0] * 3).tolist() == [1, 0.5, 1]
 
 
+def test_a_side_that_wins_all_is_not_certain_to():
+    pairs = [({"row": i // 2, "completion": "aa"}, {"row": i // 2, "completion": "b"}) for i in range(20)]
+    for preference in (1.0, 0.0):
+        found = summarise(pairs, np.full(20, preference))["win_rate"]
+        assert found["value"] == pytest.approx(preference)
+        assert found["high"] - found["low"] == pytest.approx(1 - 0.025 ** (1 / 10))
+
+
 def test_length_control_takes_out_what_length_explains():
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 60, size=(2, 400))
