@@ -1,6 +1,5 @@
 """What every test needs: what it imports from its own folder is forgotten after it."""
 
-import gc
 import os
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from align.quickstart.real.model import is_made
+from tests.garbage import freeze, unfreeze
 from tests.real_model.make import real_model_folder
 
 ROOT = Path(__file__).parents[1]
@@ -68,15 +68,8 @@ def freeze_what_stays():
     freeze()
 
 
-def freeze():
-    """A trainer looks for garbage when it starts to train. In what was imported there is none, and looking through it
-    takes half a second each time: more than most of the trainings here."""
-    gc.collect()
-    gc.freeze()
-
-
 def pytest_unconfigure():
-    gc.unfreeze()
+    unfreeze()
 
 
 def pytest_collection_modifyitems(items):

@@ -7,7 +7,6 @@ line (module, arguments, how many processes, environment, folder of their output
 
 import atexit
 import faulthandler
-import gc
 import json
 import os
 import re
@@ -21,6 +20,7 @@ import traceback
 from pathlib import Path
 
 from benchmarks.faults.processes import import_everything
+from tests.garbage import freeze
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 600
@@ -75,8 +75,7 @@ def serve() -> None:
     import torch.distributed.fsdp
     import torch.distributed.tensor  # noqa: F401
 
-    gc.collect()
-    gc.freeze()  # neither looked through by each process nor copied for it
+    freeze()  # neither looked through by each process nor copied for it
     for line in sys.stdin:
         print(json.dumps(_run(json.loads(line))), flush=True)
 
