@@ -22,6 +22,7 @@ from align.modeling.logprobs import language_model, token_logps
 from align.modeling.merged import load_unmerged, merge
 from align.modeling.padding import padding_as_saved, take_batches, with_own_padding
 from align.modeling.pretrained import from_pretrained, load_whole
+from align.modeling.processor_files import keep_processor
 from align.modeling.scores import sequence_scores
 from align.modeling.types import Model
 from align.rollout.probe import FAIL, FLOOR, rounded_layers
@@ -189,6 +190,7 @@ def _write(model: Model, tokenizer, source: str, folder: Path, reward_model: boo
         _set_generation(model, tokenizer, source)
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    keep_processor(model, folder)
     open_to_others(folder)
 
 

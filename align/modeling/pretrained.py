@@ -12,6 +12,7 @@ from align.distributed.shells import ShellsForZeros, are_sent_weights, fill, she
 from align.errors import ConfigError, one_line
 from align.modeling.adapters import adapter_base, check_answers, fit_base, is_adapter
 from align.modeling.dequantize import dequantizing, keep_ordinary, stored_form
+from align.modeling.missing_weights import check_classifier, check_complete, what_else
 from align.modeling.score_head import draw_head, head_name
 from align.modeling.types import Model
 
@@ -131,21 +132,24 @@ def causal_class(config):
 def load_whole(auto_class, source: str, options: dict, **head) -> Model:
     if not head:
         model, report = from_pretrained(auto_class, source, "model", output_loading_info=True, **options)
-        _check_output_layer(model, source, set(report["missing_keys"]))
+        check_is_causal(model.config, source)
+        if not are_sent_weights():
+            check_complete(model, source, report)
         return model
     with only_errors_from_transformers():  # a missing head is expected; what else is missing is said below
         model, report = from_pretrained(auto_class, source, "model", output_loading_info=True, **options)
-    name, missing = head_name(model), set(report["missing_keys"])
-    if f"{name}.weight" in missing:
-        if head["head_seed"] is None:
-            raise ConfigError(f"{source} is no reward model: it holds no weights for its score ({name})")
+    name = head_name(model)
+    drawn = f"{name}.weight" in report["missing_keys"]
+    if drawn and head["head_seed"] is None:
+        more = what_else(report, model, name)
+        raise ConfigError(f"{source} is no reward model: it holds no weights for its score ({name}){more}")
+    if not are_sent_weights():
+        check_classifier(model, source, report, name, drawn=drawn)
+    if drawn:
         if not head.get("of_adapter"):  # which brings a head of its own
             logger.info("%s has no score head: %s is drawn with seed %d", source, name, head["head_seed"])
         fill(model.get_submodule(name))
         draw_head(model.get_submodule(name), head["head_seed"])
-    others = sorted(key for key in missing if not key.startswith(f"{name}."))
-    if others:
-        logger.warning("%s holds no weights for %s: they are new, drawn at random", source, ", ".join(others))
     return model
 
 
@@ -157,17 +161,6 @@ def check_is_causal(config, source: str) -> None:
         raise ConfigError(
             f"{source} holds a reward model or another classifier ({', '.join(made)}), and a language model is needed "
             "here: name the model that it was trained from, or another that answers"
-        )
-
-
-def _check_output_layer(model: Model, source: str, missing: set[str]) -> None:
-    check_is_causal(model.config, source)
-    layer = model.get_output_embeddings()
-    names = [name for name, module in model.named_modules() if module is layer and f"{name}.weight" in missing]
-    if names and not are_sent_weights():
-        raise ConfigError(
-            f"{source} holds no weights for its output layer ({names[0]}.weight), which would be drawn at random: it "
-            "is the trunk of a model or a classifier, and a language model is needed here"
         )
 
 

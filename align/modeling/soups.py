@@ -27,6 +27,7 @@ from align.modeling.adapters import (
     notes,
 )
 from align.modeling.load import load_policy, load_tokenizer
+from align.modeling.processor_files import keep_processor
 from align.modeling.rotary import RECORD
 
 logger = logging.getLogger(__name__)
@@ -179,3 +180,4 @@ def _model_soup(folders: list[Path], weights: Sequence[float], output_dir: Path)
     output_dir.mkdir(parents=True, exist_ok=True)
     _clear(output_dir)
     model.save_pretrained(output_dir)
+    keep_processor(model, output_dir)

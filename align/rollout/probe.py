@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from align.errors import RolloutError
 from align.modeling.dropout import without_dropout
 from align.modeling.logprobs import language_model, token_logps
+from align.modeling.text_part import unreached
 from align.modeling.types import Model
 from align.rollout.types import Completion, Request, SamplingParams
 
@@ -120,7 +121,6 @@ def rounded_layers(core: Model, dtype: torch.dtype) -> Iterator[None]:
     That is the engine's `dtype`, that of autocast, or that of the layer's output. What it changes is what two correct
     implementations of the model may differ by, to within a small factor.
     """
-    layers = next((module for module in core.modules() if isinstance(module, nn.ModuleList)), ())
     generator = torch.Generator(device=core.device).manual_seed(0)
 
     def rounded(values: Tensor) -> Tensor:
@@ -135,9 +135,21 @@ def rounded_layers(core: Model, dtype: torch.dtype) -> Iterator[None]:
     def hook(module, args, output):
         return rounded(output) if isinstance(output, Tensor) else (rounded(output[0]), *output[1:])
 
-    handles = [layer.register_forward_hook(hook) for layer in layers]
+    handles = [layer.register_forward_hook(hook) for layer in _layers_of_text(core)]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _layers_of_text(core: Model) -> nn.ModuleList | tuple[()]:
+    """A tower of images comes first in a model that has one, and no text goes through its layers."""
+    unseen = tuple(f"{name}." for name in unreached(core))
+    found = [
+        module
+        for name, module in core.named_modules()
+        if isinstance(module, nn.ModuleList) and not f"{name}.".startswith(unseen)
+    ]
+    count = getattr(core.config.get_text_config(), "num_hidden_layers", None)
+    return next((module for module in found if len(module) == count), found[0] if found else ())

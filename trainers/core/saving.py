@@ -32,6 +32,7 @@ from align.modeling.adapters import (
     folder_digest,
     notes,
 )
+from align.modeling.processor_files import keep_processor
 from align.modeling.token_masks import FILE_NAME as MASKS_FILE
 from align.modeling.types import Model
 from align.reward_models.ensemble import FILE_NAME as ENSEMBLE_FILE
@@ -267,6 +268,7 @@ def finish_folder(folder: str | Path, model: Model, tokenizer: Any = None) -> No
         stale = [path for pattern in MODEL_FILES for path in folder.glob(pattern)]
         stale = [path for path in stale if path.name not in ADAPTER_FILES]
     else:
+        keep_processor(core, folder)
         stale = [*(folder / name for name in ADAPTER_FILES), *_older_weights(folder)]
     stale += [folder / name for name in FILES_BESIDE]
     if tokenizer is not None and tokenizer.chat_template is None:
