@@ -16,7 +16,7 @@ from align.errors import ConfigError
 from align.evaluation.calibration import Reliability, reliability
 from align.modeling.dropout import disable_dropout
 from align.modeling.load import load_sequence_classifier, train_in_float32
-from align.modeling.padding import padding_as_saved, with_own_padding
+from align.modeling.padding import embeddings_of, padding_as_saved, with_own_padding
 from align.modeling.prefix_support import SCORES, enable_shared_scores
 from align.modeling.score_head import read_at_end_token
 from align.modeling.scores import pair_scores
@@ -120,8 +120,10 @@ class RewardTrainer(PairTrainer):
         args = self.options(args, model, train_dataset)
         if args.score_margin is not None and is_stream(train_dataset):
             raise ConfigError("score_margin is computed for all pairs before training, and the rows are a stream")
-        processing_class = with_own_padding(tokenizer_of(args, model, processing_class))
         options = loading_options(args, model, quantization_config)
+        places = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
+        known = embeddings_of(model, **places)
+        processing_class = with_own_padding(tokenizer_of(args, model, processing_class), known)
         named = partial(load_scored, args, model, processing_class, peft_config, options)
         adapter, empty = peft_config is not None, without_weights(args, model, classifier=True)
         load = with_template(args.chat_template_path, named, processing_class, adapter=adapter)

@@ -20,7 +20,7 @@ from align.modeling.dequantize import dequantizing, stored_form
 from align.modeling.load import load_tokenizer
 from align.modeling.logprobs import language_model, token_logps
 from align.modeling.merged import load_unmerged, merge
-from align.modeling.padding import padding_as_saved, take_batches, with_own_padding
+from align.modeling.padding import embeddings_of, padding_as_saved, take_batches, with_own_padding
 from align.modeling.pretrained import from_pretrained, load_whole
 from align.modeling.processor_files import keep_processor
 from align.modeling.scores import sequence_scores
@@ -100,7 +100,7 @@ def export_model(
     reward_model = is_reward_model(source)
     target = DTYPES[saved_dtype(source) if dtype == "auto" else dtype]
     tokenizer = load_tokenizer(source)
-    tokenizer = with_own_padding(tokenizer) if reward_model else tokenizer
+    tokenizer = with_own_padding(tokenizer, embeddings_of(source)) if reward_model else tokenizer
     model = _source_model(source, reward_model, tokenizer)
     rows = probe_rows(tokenizer, language_model(model))
     before = _values(model, rows, reward_model)

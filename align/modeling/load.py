@@ -27,6 +27,7 @@ from align.modeling.dequantize import keep_ordinary
 from align.modeling.logprobs import language_model, token_logps
 from align.modeling.merged import load_merged
 from align.modeling.mistral_tokenizer import as_transformers_own
+from align.modeling.padding import fit_padding
 from align.modeling.pretrained import (
     check_one_label,
     from_pretrained,
@@ -66,6 +67,7 @@ def load_tokenizer(model: str | Path | Model, **kwargs):
         raise ConfigError(f"the tokenizer of {source} has no end-of-sequence token: completions could never end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    fit_padding(tokenizer, model, **kwargs)
     return tokenizer
 
 

@@ -65,8 +65,8 @@ def what_else(report: dict[str, Any], model: Model, head: str) -> str:
     if not left:
         return ""
     return (
-        f". It holds {_some(left)}: if that is one linear layer under another name (OpenRLHF's value_head), rename it to "
-        f"{head}.weight in the checkpoint; if its own code computes the score in another way, serve it (type: remote)"
+        f". It holds {_some(left)}: if that is one linear layer under another name (OpenRLHF's value_head), rename it "
+        f"to {head}.weight in the checkpoint; if code of its own computes the score otherwise, serve it (type: remote)"
     )
 
 

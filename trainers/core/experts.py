@@ -38,7 +38,7 @@ def router_coefficient(model: nn.Module, asked: float | None) -> float:
         return (own or 0.0) if asked is None else asked
     if asked:
         raise ConfigError(f"router_aux_loss_coef: transformers has no load-balancing loss for {type(core).__name__}")
-    if own and asked is None:
+    if own and asked is None and config.get("num_local_experts") != 0:  # Granite 4's dense hybrids say 0
         logger.warning(
             "%s is a mixture of experts and is trained without a load-balancing loss, which transformers does not have "
             "for it: watch whether its experts stay in use, or adapt attention alone (LoRA)",

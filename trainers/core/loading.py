@@ -13,6 +13,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from align.errors import ConfigError, one_line
 from align.modeling.dropout import disable_dropout
 from align.modeling.load import load_policy, load_tokenizer, train_in_float32
+from align.modeling.padding import fit_padding
 from align.modeling.pretrained import default_dtype, empty_model, pretrained_config
 from align.modeling.rotary import original_positions
 from align.modeling.types import Model
@@ -94,10 +95,13 @@ def without_weights(args: Any, model: Any, *, classifier: bool = False) -> Model
 def tokenizer_of(args: Any, model: Any, given: Any = None):
     """The tokenizer that was given, or the model's own, of the same revision; with the `eos_token` of a configuration
     that has one, in place, as in TRL."""
+    options: dict[str, Any] = {"trust_remote_code": True} if args.trust_remote_code else {}
+    revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str | Path) else None
+    options |= {"revision": revision} if revision else {}
     if given is None:
-        options: dict[str, Any] = {"trust_remote_code": True} if args.trust_remote_code else {}
-        revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str | Path) else None
-        given = load_tokenizer(model, **options, **({"revision": revision} if revision else {}))
+        given = load_tokenizer(model, **options)
+    else:
+        fit_padding(given, model, **options)
     if getattr(args, "eos_token", None) is not None:
         set_end_token(args.eos_token, given)
     return given

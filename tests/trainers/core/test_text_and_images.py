@@ -2,7 +2,6 @@
 
 import json
 import logging
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from align.modeling.export import export_model
 from align.modeling.load import load_policy, load_sequence_classifier
-from align.modeling.processor_files import FILES
 from align.modeling.text_part import adapter_of_text, text_model, unreached
-from align.trainers.core.saving import finish_folder
 from align.trainers.remax import ReMaxTrainer
 from tests.rollout.rollout_models import needs_vllm
 from tests.trainers.core.test_saved import assert_saved, logits, lora, make, trained
@@ -123,33 +119,6 @@ def test_an_adapter_on_an_adapter(model, tmp_path):
     trained("sft", model, tmp_path / "sft", lora())
     assert_saved("dpo", trained("dpo", tmp_path / "sft", tmp_path / "dpo", lora(r=2)), tmp_path / "dpo")
     assert "vision" not in " ".join(json.loads((tmp_path / "dpo/adapter_config.json").read_text())["target_modules"])
-
-
-def test_an_adapter_is_exported_with_the_files_of_images(model, tmp_path):
-    """The layers that were rounded, to see what a cast may change, were the vision tower's: every cast was too much."""
-    (tmp_path / "base").mkdir()
-    for path in Path(model).iterdir():
-        (tmp_path / "base" / path.name).symlink_to(path)
-    (tmp_path / "base/preprocessor_config.json").write_text("{}")
-    trained("dpo", tmp_path / "base", tmp_path / "run", lora())
-    found = export_model(tmp_path / "run", tmp_path / "out", dtype="bfloat16")
-    assert 1e-4 < found.gap < found.bound
-    assert (tmp_path / "out/preprocessor_config.json").read_text() == "{}"
-    assert not (tmp_path / "run/preprocessor_config.json").exists()
-
-
-def test_a_whole_model_is_saved_with_the_files_of_images(model, tmp_path, caplog):
-    folder, run = tmp_path / "base", tmp_path / "run"
-    loaded = load_policy(model)
-    loaded.config.name_or_path = str(folder)
-    loaded.save_pretrained(run)
-    finish_folder(run, loaded)
-    assert not (run / "preprocessor_config.json").exists() and "are not copied from" in caplog.text
-    folder.mkdir()
-    for name in FILES:
-        (folder / name).write_text(name)
-    finish_folder(run, loaded)
-    assert [(run / name).read_text() for name in FILES] == list(FILES)
 
 
 @pytest.mark.parametrize("family", ["gemma3", *OF_ONE_CLASS])
