@@ -18,6 +18,12 @@ from align.modeling.types import Model
 
 logger = logging.getLogger(__name__)
 
+OWN_CODE = (
+    "it needs code of its own (auto_map in its config.json), which is not run unasked. Where you know that code, "
+    "trust_remote_code: true trains it; what takes a name alone (export, generation, rewards) does not run it: load "
+    "the model from Python, with trust_remote_code=True"
+)
+
 
 @contextmanager
 def weights_on_every_process():
@@ -41,6 +47,7 @@ def weights_on_every_process():
 
 def from_pretrained(auto_class, source: str, what: str, *, sharded: bool = False, **kwargs):
     """`auto_class.from_pretrained`; ConfigError of one line where it fails, at once where the hub cannot be reached."""
+    kwargs = {"trust_remote_code": False, **kwargs}  # left out, transformers asks at the terminal, in every process
     try:
         with (
             offline_if_unreachable(source) as problem,
@@ -60,7 +67,8 @@ def from_pretrained(auto_class, source: str, what: str, *, sharded: bool = False
     except Exception as error:  # missing and damaged files make transformers, tokenizers and safetensors raise anything
         if problem and not Path(source).exists():
             raise ConfigError(f"cannot load the {what} {source!r}: {not_found(source, problem)}") from error
-        raise ConfigError(f"cannot load the {what} {source!r}: {_without_model(source) or one_line(error)}") from error
+        reason = OWN_CODE if "contains custom code" in str(error) else _without_model(source) or one_line(error)
+        raise ConfigError(f"cannot load the {what} {source!r}: {reason}") from error
 
 
 def _without_model(source: str) -> str | None:

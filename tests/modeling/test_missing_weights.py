@@ -1,5 +1,6 @@
 """Checkpoints whose weights are not those of the model's class: what would be drawn at random or left out is said."""
 
+import json
 import logging
 
 import pytest
@@ -78,3 +79,14 @@ def test_what_stands_beside_a_head_is_said(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "align"):
         load_sequence_classifier(folder, fresh_head=False)
     assert "holds gating.0.weight, for which" in caplog.text and "lm_head" not in caplog.text
+
+
+def test_code_of_the_models_own_is_not_asked_for(tmp_path, monkeypatch):
+    """transformers waited at the terminal, and the error's first line left out what to do."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    tiny.causal().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    with pytest.raises(ConfigError, match=r"needs code of its own .*trust_remote_code: true trains it"):
+        load_policy(tmp_path)
