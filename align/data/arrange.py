@@ -110,10 +110,10 @@ def has_messages(rows: "Dataset") -> bool:
 
 
 def has_texts(rows: "Dataset") -> bool:
-    """Whether an answer is text."""
+    """Whether an answer is text, or one message that is in no list."""
     from datasets import Value
 
-    return any(isinstance(rows.features[name], Value) for name in {*ANSWERS} & {*rows.column_names})
+    return any(isinstance(rows.features[name], Value | dict) for name in {*ANSWERS} & {*rows.column_names})
 
 
 def answers_alone(rows: "Dataset") -> bool:
@@ -126,12 +126,15 @@ def answers_alone(rows: "Dataset") -> bool:
 
 
 def in_messages(row: dict[str, Any], first: list[dict[str, str]], alone: bool) -> dict[str, Any]:
-    """A row that has messages, with those of `first` before each conversation that begins without a system message,
-    with an answer in text as the assistant's message, and, where the answers stand alone, the prompt as the user's."""
+    """A row that has messages, with those of `first` before each conversation that begins without a system message. An
+    answer in text is the assistant's message, one message in no list a list, and where the answers stand alone a prompt
+    in text is the user's message."""
     row = {**row}
     for name in {*ANSWERS} & row.keys():
         if isinstance(row[name], str):
             row[name] = [{"role": "assistant", "content": row[name]}]
+        elif isinstance(row[name], dict):  # LLaMA-Factory's
+            row[name] = [with_role(row[name])]
     if alone and isinstance(row["prompt"], str):
         row["prompt"] = [{"role": "user", "content": row["prompt"]}]
     starts = ("prompt",) if isinstance(row.get("prompt"), list) else CHOICE

@@ -169,6 +169,7 @@ def _features(given: "Features", fmt: DataFormat, system: bool, system_column: s
         talks = {name: by_role(kind) if system else kind for name, kind in given.items() if name in HOLDERS}
         texts_too = (*ANSWERS, "completion", *(["prompt"] if alone else []))
         talks |= {name: messages for name in texts_too if isinstance(given.get(name), Value)}
+        talks |= {name: by_role(List(given[name])) for name in texts_too if isinstance(given.get(name), dict)}
         return Features({name: talks.get(name, kind) for name, kind in given.items()})
     if fmt.kind == "language_modeling":
         return Features({"messages": messages, **{name: kind for name, kind in given.items() if name != "text"}})

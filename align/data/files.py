@@ -173,5 +173,8 @@ def _splits_of(entry: dict[str, Any], folder: Path) -> Splits:
 
 def _matching(patterns: Any, place: Path, folder: Path) -> list[Path]:
     each: Collection[Any] = patterns if isinstance(patterns, list) else [patterns]
-    found = {file for pattern in each for file in place.glob(str(pattern).removeprefix("./").lstrip("/"))}
+    found: set[Path] = set()
+    for pattern in (str(one or "").removeprefix("./").lstrip("/") for one in each):
+        if pattern and "://" not in pattern:  # files elsewhere are not here
+            found |= {*place.glob(f"{pattern}/*" if pattern.endswith("**") else pattern)}
     return sorted(file for file in found if suffix_of(file) in BUILDERS and _visible(file, folder))

@@ -64,6 +64,8 @@ def test_configurations_of_a_copy_are_not_mixed(tmp_path):
         "- config_name: default\n  data_files:\n  - split: train\n    path:\n    - a/one.jsonl\n    - ./a/two.jsonl\n",
         "- config_name: default\n  data_files: {train: 'a/*.jsonl'}\n",
         "- config_name: default\n  data_dir: a\n",
+        "- config_name: default\n  data_files: a/**\n",
+        "- config_name: other\n  data_files: ['https://x.org/a', '']\n- config_name: default\n  data_files: a/*\n",
     ],
 )
 def test_what_a_card_may_say(tmp_path, entry):

@@ -107,6 +107,15 @@ def test_messages_under_another_name_and_answers_in_text(convert):
     assert row == {"prompt": [user("q")], "completion": [assistant("a")]}
     (row,) = convert([{"prompt": "q", "chosen": [assistant("a")], "rejected": [assistant("b")]}])
     assert row["prompt"] == [user("q")]
+    single = {"chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"}}  # LLaMA-Factory's
+    (row,) = convert(
+        [{"conversations": [{"from": "human", "value": "q"}], **single}], "--rename", "conversations=prompt"
+    )
+    assert row == {
+        "prompt": [{"from": "human", "value": "q"}],
+        "chosen": [assistant("a")],
+        "rejected": [assistant("b")],
+    }
     whole = {"prompt": "q", "chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]}
     (row,) = convert([whole], "--system", "Be brief.")
     assert row["prompt"] == "q" and row["rejected"] == [SYSTEM, user("q"), assistant("b")]
