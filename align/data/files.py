@@ -3,6 +3,7 @@
 import gzip
 import logging
 import re
+import zlib
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -13,6 +14,8 @@ logger = logging.getLogger(__name__)
 
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 READABLE = f"{', '.join(BUILDERS)}, .jsonl.gz"
+DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error)
+"""What a compressed file raises of which a part is missing."""
 NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "croissant.json")
 
 # The words in a file or folder name that tell its split; the same as those of `datasets`.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from align.data.cache import room_in
 from align.data.csv_cells import csv_options
-from align.data.files import BUILDERS, SPLIT_WORDS, files_by_split, opened, suffix_of
+from align.data.files import BUILDERS, DAMAGED, SPLIT_WORDS, files_by_split, opened, suffix_of
 from align.data.fingerprint import file_digest, text_digest
 from align.data.hub import not_found, offline_if_unreachable
 from align.data.json_lines import are_lines, broken_array, check_lines, faulty_line
@@ -105,6 +105,9 @@ def _load_files(path: Path, split: str, config: str | None, streaming: bool, tex
             dataset.data.validate(full=True)  # else text that is not UTF-8 fails in the middle of training
     except DataError:
         raise
+    except DAMAGED as error:
+        names = ", ".join(str(file) for file in every)
+        raise DataError(f"{names}: cut off or damaged ({_first_line(error)}); download it again") from error
     except (DatasetsError, ValueError) as error:
         raise DataError(_unreadable(every, error)) from error
     return dataset

@@ -117,6 +117,9 @@ def test_compressed_lines(tmp_path):
         file.write('{"prompt": "a"}\n{"prompt": "b"\n')
     with pytest.raises(DataError, match=r"broken\.jsonl\.gz, line 2: not valid JSON"):
         check_lines([tmp_path / "broken.jsonl.gz"])
+    (tmp_path / "cut.jsonl.gz").write_bytes((tmp_path / "broken.jsonl.gz").read_bytes()[:20])
+    with pytest.raises(DataError, match=r"cut\.jsonl\.gz: cut off or damaged"):
+        load_rows(tmp_path / "cut.jsonl.gz")
     with pytest.raises(DataError, match="there is no file or folder"):
         load_rows("missing.jsonl.gz")
 
