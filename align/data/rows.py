@@ -90,8 +90,8 @@ def _load_files(path: Path, split: str, config: str | None, streaming: bool, tex
         "name": "stream" if streaming else text_digest([file_digest(file) for file in every]),
         "data_files": {name: [str(file.resolve()) for file in group] for name, group in files.items()},
     }
-    lines = [file for file in every if are_lines(file)] if kind == "json" and not streaming else []
     try:
+        lines = [file for file in every if are_lines(file)] if kind == "json" and not streaming else []
         if kind == "csv":
             options |= csv_options(every, texts, streaming)
         if lines and not Path(load_dataset_builder(**options).cache_dir).exists():  # else it has been read before
