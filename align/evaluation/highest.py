@@ -44,13 +44,14 @@ class Highest:
         return self._unscaled(max(low, 0.0)), self._unscaled(max(high, 0.0))
 
     def above_without_one(self, at: int) -> float:
-        """The lower end of `above`, of the evaluation that decides it, without the prompt that raises that most."""
+        """The lower end of the own interval of the evaluation that decides `above`, without the prompt that raises it
+        most. That it was chosen among others, `above` has allowed for already."""
         number = self._at.index(at)
         chosen = int((self._means[number] - self._critical[number] * self._errors[number]).argmax())
         raised = settled(self._scores[chosen] - self._scores[at], self._slack)
         rest = np.delete(raised, raised.argmax())
         error = _standard_error(rest[None], self._slack)[0] if len(rest) > 1 else 0.0
-        return self._unscaled(rest.mean() - self._critical[number] * error)
+        return self._unscaled(rest.mean() - student(NORMAL, max(len(rest) - 1, 1)) * error)
 
     def share_lost(self) -> Interval:
         """The 95 % interval of (highest - end) / (highest - start), by Fieller's theorem for every possible highest.
