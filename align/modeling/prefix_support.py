@@ -211,7 +211,8 @@ def _without_table(core: Model) -> str | None:
 
 
 def _pairs(vocabulary: int) -> list[dict]:
-    """Two pairs; the completions of the first begin with the same token, those of the second do not."""
+    """Two pairs; the completions of the first begin with the same token alone, those of the second do not, also where
+    `_other` has replaced the tokens of one: in another layout a value may round otherwise, as if something leaked."""
     generator = torch.Generator().manual_seed(0)
     shapes = {"prompt_ids": (6, 3), "chosen_ids": (4, 5), "rejected_ids": (5, 2)}
     columns = {
@@ -219,7 +220,7 @@ def _pairs(vocabulary: int) -> list[dict]:
         for name, lengths in shapes.items()
     }
     first, second = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
-    first["rejected_ids"][0] = first["chosen_ids"][0]
+    first["rejected_ids"][:2] = first["chosen_ids"][0], (first["chosen_ids"][1] + 1) % vocabulary
     second["rejected_ids"][0] = (second["chosen_ids"][0] + 1) % vocabulary
     return [{**row, "vocabulary": vocabulary} for row in (first, second)]
 
