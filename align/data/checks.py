@@ -4,6 +4,7 @@ import ast
 import json
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 from align.data.bad_rows import BadRow
@@ -181,8 +182,9 @@ def best_and_worst(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_pair_numbers(row: dict[str, Any]) -> None:
-    """Raise BadRow for a `margin` or `chosen_prob` (the probability that chosen is preferred) that cannot be one."""
+def check_pair_numbers(row: dict[str, Any], note: Callable[[str], None] = lambda text: None) -> None:
+    """Raise BadRow for a `margin` or `chosen_prob` (the probability that chosen is preferred) that cannot be one. Note
+    a margin below 0: the sign of a verdict, say, which was kept when the better answer became `chosen`."""
     for name in ("margin", "chosen_prob"):
         if name not in row:
             continue
@@ -192,6 +194,8 @@ def check_pair_numbers(row: dict[str, Any]) -> None:
             raise BadRow(f"{name} is not a finite number")
     if not 0 <= row.get("chosen_prob", 1) <= 1:
         raise BadRow("chosen_prob is not a probability in [0, 1]")
+    if row.get("margin", 0) < 0:
+        note("margin is below 0, which says that the rejected answer is the better one")
 
 
 def check_score(row: dict[str, Any]) -> None:

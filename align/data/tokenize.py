@@ -217,7 +217,7 @@ def tokenize_pairs(
     def prepare(row: Columns, note: Note) -> tuple[tuple, Columns]:
         made = checks.best_and_worst(row) if fmt.scored else {}
         prompt, chosen, rejected = checks.pair_of(row, fmt, scored)
-        checks.check_pair_numbers(row)
+        checks.check_pair_numbers(row, note)
         if fmt.conversational:
             for name, answer in (("chosen", chosen), ("rejected", rejected)):
                 note_typed(name, checks.typed_tokens(answer, list(controls.values())), note)

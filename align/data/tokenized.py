@@ -46,7 +46,7 @@ def limited_pairs(
         )
 
     def prepare(row: Columns, note: Note) -> tuple[Columns, Columns]:
-        checks.check_pair_numbers(row)
+        checks.check_pair_numbers(row, note)
         ids = {name: row.get(old) for name, old in zip(IDS, (IDS[0], *names), strict=True)}
         for name in IDS[1:] if whole else IDS:
             if not ids[name]:

@@ -57,7 +57,7 @@ def tokenize_turns(
 
     def prepare(row: Columns, note: Note) -> tuple[Any, Columns]:
         prompt, *answers = checks.pair_of(row, fmt, scored=True)
-        checks.check_pair_numbers(row)
+        checks.check_pair_numbers(row, note)
         options = checks.template_kwargs(row, tools=True)
         for name, answer in zip(("chosen", "rejected"), answers, strict=True):
             note_typed(name, checks.typed_tokens(answer, list(controls.values())), note)

@@ -185,6 +185,14 @@ def test_soft_labels_and_margins_must_be_numbers(tokenizer, column, value, reaso
     assert report.reasons == {reason: [1]}
 
 
+def test_a_margin_below_zero_is_noted(tokenizer):
+    """A verdict from -3 to 3, say, whose sign has already chosen the better answer."""
+    assert notes_of(tokenize_pairs, {**PAIR, "margin": -2.0}, tokenizer, max_length=99) == [
+        "margin is below 0, which says that the rejected answer is the better one"
+    ]
+    assert not notes_of(tokenize_pairs, {**PAIR, "margin": 0.0}, tokenizer, max_length=99)
+
+
 # ---- length limits --------------------------------------------------------------------------------------------------
 
 
