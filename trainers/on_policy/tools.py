@@ -1,6 +1,7 @@
 """Functions that a policy may call."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -79,7 +80,12 @@ def awaited(function: Callable, timeout: float) -> Callable:
 
 
 def schema_of(function: Callable) -> dict:
+    if not inspect.isroutine(function) and not inspect.isclass(function):
+        raise ConfigError(
+            "tools are functions with type hints and a docstring, from which their schema is made, and "
+            f"{function!r:.80} is none: write a def that calls it, with what is to be given to it as its parameters"
+        )
     try:
         return get_json_schema(function)
-    except (DocstringParsingException, TypeHintParsingException) as error:
+    except (DocstringParsingException, TypeHintParsingException, NameError) as error:  # NameError: of a hint in quotes
         raise ConfigError(f"tool {function.__qualname__}: {error}") from error

@@ -1,5 +1,6 @@
 """Tool calls as a policy may write them, which is anyhow."""
 
+import functools
 import time
 
 import pytest
@@ -117,6 +118,35 @@ def test_a_call_that_is_no_function(written):
 )
 def test_a_call_without_its_keys(written):
     assert "a tool call is NAME" in read_keys(written, {})
+
+
+class CalledTool:
+    def __call__(self, text: str) -> str:
+        return text
+
+
+def of_no_type(count: "Unknown") -> int:  # noqa: F821
+    """Count.
+
+    Args:
+        count: how many
+    """
+    return count
+
+
+@pytest.mark.parametrize(
+    ("tool", "message"),
+    [
+        (functools.partial(double, 2), "functools.partial.* is none: write a def"),
+        (CalledTool(), "CalledTool object .* is none: write a def"),
+        ("double", "'double' is none: write a def"),
+        (of_no_type, "tool of_no_type: name 'Unknown' is not defined"),
+    ],
+    ids=["partial", "object", "name", "unknown hint"],
+)
+def test_a_tool_of_which_no_schema_can_be_made(tool, message):
+    with pytest.raises(ConfigError, match=message):
+        Tools([tool], 5)
 
 
 def test_a_template_that_leaves_tools_out_or_writes_calls_in_another_way():
