@@ -15,7 +15,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a reward model's folder or hub name, file.py:function, '{type: ensemble, ...}', or run.yaml: its rewards",
     )
     add = parser.add_argument_group("preference pairs").add_argument
-    add("--data", metavar="DATA", help="pairs, in any of TRL's formats or RewardBench's: a file, folder or hub name")
+    add(
+        "--data",
+        metavar="DATA",
+        help="pairs, in any of TRL's formats or RewardBench's (1, 2): a file, folder or hub name",
+    )
     add("--split", default="train", help="its split [train]")
     add("--data_config", metavar="NAME", help="the configuration of a hub dataset")
     add(

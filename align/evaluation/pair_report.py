@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from align.evaluation import preference_metrics as metrics
-from align.evaluation import rewardbench
+from align.evaluation import rewardbench, rewardbench2
 from align.evaluation.bootstrap import all_alike
 from align.evaluation.calibration import best_scale, reliability
 from align.evaluation.pair_sample import PairSample
@@ -33,7 +33,7 @@ def describe_pairs(result: dict, sample: PairSample, seed: int) -> None:
     for name, found in scores.items():
         scored = sample.scored[name]
         result["rewards"][name] = {
-            **accuracy_entry(found.margins, pairs, groups, lengths, seed),
+            **accuracy_entry(found, pairs, groups, lengths, seed),
             "scores": score_entry(found),
             "length": metrics.length_bias(found.chosen, found.rejected, lengths[0], lengths[1], pairs.labels),
             "calibration": calibration_entry(found.margins * scored.unit, scored.meaning, pairs.labels),
@@ -49,7 +49,7 @@ def describe_pairs(result: dict, sample: PairSample, seed: int) -> None:
         every = np.stack([[found.chosen, found.rejected] for found in scores.values()])
         result["agreement"]["rewards"] = agreement_entry(list(scores), every, pairs)
     longer = PairScores(lengths[0], lengths[1])
-    result["baselines"][LONGER] = accuracy_entry(longer.margins, pairs, groups, lengths, seed)
+    result["baselines"][LONGER] = accuracy_entry(longer, pairs, groups, lengths, seed)
     result["comparisons"] = comparisons({n: s.margins for n, s in {**scores, LONGER: longer}.items()}, pairs, seed)
     if sample.rewritten:
         _describe_rewrites(result, sample, set(kept), seed)
@@ -62,10 +62,18 @@ def describe_pairs(result: dict, sample: PairSample, seed: int) -> None:
         "rewardbench": pairs.rewardbench,
     }
     if pairs.rewardbench:
-        lacking = rewardbench.incomplete(Counter(pairs.subsets))
-        if lacking:
-            more = f" and {len(lacking) - SHOWN} more" if len(lacking) > SHOWN else ""
-            result["notes"].append(f"not RewardBench as published: {', '.join(lacking[:SHOWN])}{more}")
+        _note_incomplete(result, "RewardBench", rewardbench.incomplete(Counter(pairs.subsets)))
+    if pairs.places is not None:
+        result["setup"]["rewardbench 2"] = True
+        subsets = dict(zip(pairs.rows, pairs.subsets or (), strict=True))
+        lacking = rewardbench.incomplete(Counter(subsets.values()), rewardbench2.PROMPTS, "prompts")
+        _note_incomplete(result, "RewardBench 2", lacking)
+
+
+def _note_incomplete(result: dict, name: str, lacking: list[str]) -> None:
+    if lacking:
+        more = f" and {len(lacking) - SHOWN} more" if len(lacking) > SHOWN else ""
+        result["notes"].append(f"not {name} as published: {', '.join(lacking[:SHOWN])}{more}")
 
 
 def _describe_rewrites(result: dict, sample: PairSample, kept: set[int], seed: int) -> None:
@@ -92,12 +100,13 @@ def _describe_rewrites(result: dict, sample: PairSample, kept: set[int], seed: i
 
 
 def accuracy_entry(
-    margins: np.ndarray, pairs: Pairs, groups: Sequence[str], lengths: Sequence[np.ndarray], seed: int
+    scores: PairScores, pairs: Pairs, groups: Sequence[str], lengths: Sequence[np.ndarray], seed: int
 ) -> dict:
-    """Accuracy of margins [N], in all, by subset and by length, with intervals over prompts (`groups`).
+    """Accuracy of N pairs' scores, in all, by subset and by length, with intervals over prompts (`groups`).
 
     accuracy counts ties half, strict_accuracy as lost. lengths: of the chosen and of the rejected answers, [N] each.
     """
+    margins = scores.margins
     correct, won = metrics.correct(margins, pairs.labels), metrics.won(margins, pairs.labels)
     subsets = np.array(pairs.subsets, dtype=object) if pairs.subsets is not None else None
     names = list(dict.fromkeys(pairs.subsets or ()))
@@ -110,6 +119,12 @@ def accuracy_entry(
     columns |= {"longer": np.where(longer, correct, np.nan), "shorter": np.where(shorter, correct, np.nan)}
     samples = metrics.bootstrap_means(columns, groups, seed=seed)
 
+    benchmark = _rewardbench_entry(names, columns, samples) if pairs.rewardbench else None
+    if pairs.places is not None:
+        both = (scores.chosen, scores.rejected)
+        prompts = rewardbench2.prompts_of(pairs.rows, pairs.places, groups, pairs.columns, both)
+        benchmark = rewardbench2.scores_entry(prompts, seed)
+
     def entry(name: str) -> dict:
         return metrics.estimate(columns[name], samples[name], groups)
 
@@ -118,7 +133,7 @@ def accuracy_entry(
         "strict_accuracy": entry("strict"),
         "ties": float((margins == 0).mean()),
         "subsets": {n: {"accuracy": entry(f"subset/{n}"), "strict_accuracy": entry(f"won/{n}")} for n in names},
-        "rewardbench": _rewardbench_entry(names, columns, samples) if pairs.rewardbench else None,
+        "rewardbench": benchmark,
         "by_length": {
             "bins": [{"name": name, **entry(f"bin/{i}")} for i, name in enumerate(metrics.LENGTH_BINS)],
             "chosen_longer": entry("longer"),
@@ -143,7 +158,7 @@ def _rewardbench_entry(names: list[str], columns: dict, samples: dict) -> dict:
     sections = rewardbench.section_scores(shares)
     drawn = rewardbench.section_scores({name: samples[f"won/{name}"] for name in names})
     score = rewardbench.overall_score(sections)
-    entry: dict[str, Any] = {"sections": {}, "score": None}
+    entry: dict[str, Any] = {"version": 1, "sections": {}, "score": None}
     for section, value in sections.items():
         count = sum(int((~np.isnan(columns[f"won/{n}"])).sum()) for n in names if n in rewardbench.WEIGHTS[section])
         entry["sections"][section] = _share(value, drawn[section], count)

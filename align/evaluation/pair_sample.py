@@ -54,13 +54,13 @@ class PairSample:
         with tqdm(total=2 * total, unit="answer", desc=reward.name) as progress:
             started = time.perf_counter()
             found = score_pairs(reward, self.pairs, progress)
-            rate = 2 * len(self.pairs) / (time.perf_counter() - started)
+            rate = len(set(self.pairs.answers())) / (time.perf_counter() - started)
             self._refuse(reward.name, found)
             rewrites = {}
             for rewritten in self.rewritten:
                 name = rewritten.rewrite.name
                 rewrites[name] = score_pairs(reward, rewritten.pairs, progress)
-                report = BadRows(f"{self.pairs.source}, rewritten by {name}", total=len(rewritten.pairs))
+                report = BadRows(f"{self.pairs.source}, rewritten by {name}", total=len(set(rewritten.pairs.rows)))
                 _add(report, rewritten.pairs, rewrites[name], reward.name)
                 if report.bad:
                     report.check(self.max_bad_share)
@@ -73,15 +73,16 @@ class PairSample:
 
     def _refuse(self, name: str, found: PairScores) -> None:
         found.failed = [index for index in found.failed if index not in self.refused]
-        self.refused.update(found.failed)
+        rows = {self.pairs.rows[index] for index in found.failed}
+        self.refused.update(index for index, row in enumerate(self.pairs.rows) if row in rows)
         _add(self.report, self.pairs, found, name)
         if self.report.share > self.max_bad_share:
             self.report.check(self.max_bad_share)
 
 
 def _add(report: BadRows, pairs: Pairs, found: PairScores, name: str) -> None:
-    for index in found.failed:
-        report.add(pairs.rows[index], f"reward {name!r} refuses it (first: {found.reason})")
+    for row in dict.fromkeys(pairs.rows[index] for index in found.failed):
+        report.add(row, f"reward {name!r} refuses it (first: {found.reason})")
 
 
 def _unit(reward: Reward) -> tuple[float, str]:

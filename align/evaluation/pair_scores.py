@@ -14,7 +14,7 @@ from align.reward_models.base import Reward, RewardBatch, RewardOutput
 logger = logging.getLogger(__name__)
 
 PAIRS_AT_ONCE = 256
-ON_END = 16  # refusals at the start of a batch after which no other pair of it is tried
+ON_END = 16  # rows refused at the start of a batch after which no other pair of it is tried
 MEMBER = re.compile(r"member/\d+")  # not member/0/failed, which a member says beside its score
 OF_THE_BATCH = re.compile(r",?( for)? ?(row \d+|rows \[[^]]*\]( \.\.\.)?) of the batch")
 
@@ -56,11 +56,11 @@ def score_pairs(reward: Reward, pairs: Pairs, progress=None) -> PairScores:
     result = PairScores(scores[0], scores[1], members)
     for start in range(0, len(pairs), PAIRS_AT_ONCE):
         indices = range(start, min(start + PAIRS_AT_ONCE, len(pairs)))
-        for part, output in _outputs(reward, pairs, indices, result):
-            scores[:, part] = _two_rows(output.scores)
+        for part, answers, output in _outputs(reward, pairs, indices, result):
+            scores[:, part] = _two_rows(output.scores, answers)
             for name, values in output.extras.items():
                 if MEMBER.fullmatch(name):
-                    members.setdefault(name, np.full((2, len(pairs)), np.nan))[:, part] = _two_rows(values)
+                    members.setdefault(name, np.full((2, len(pairs)), np.nan))[:, part] = _two_rows(values, answers)
         if progress is not None:
             progress.update(2 * len(indices))
     return result
@@ -68,37 +68,49 @@ def score_pairs(reward: Reward, pairs: Pairs, progress=None) -> PairScores:
 
 def _outputs(
     reward: Reward, pairs: Pairs, indices: range, result: PairScores
-) -> Iterator[tuple[list[int], RewardOutput]]:
+) -> Iterator[tuple[list[int], list[int], RewardOutput]]:
     try:
-        yield list(indices), reward.score(_batch(pairs, indices))
+        batch, answers = _batch(pairs, indices)
+        yield list(indices), answers, reward.score(batch)
         return
     except RewardError as error:
         whole = error
-    refused = 0
-    for index in indices:
+    refused: list[int] = []
+    on_end = min(ON_END, len(set(pairs.rows)))
+    for number, index in enumerate(indices, start=1):
         try:
-            output = reward.score(_batch(pairs, [index]))
+            batch, answers = _batch(pairs, [index])
+            output = reward.score(batch)
         except RewardError as error:
-            refused += 1
+            refused.append(pairs.rows[index])
             result.failed.append(index)
             result.reason = result.reason or OF_THE_BATCH.sub("", str(error))
-            if refused == min(ON_END, len(pairs)) == index - indices[0] + 1:
+            if len(refused) == number and len(set(refused)) == on_end:
                 raise whole from error
         else:
-            yield [index], output
-    if refused == 0:
+            yield [index], answers, output
+    if not refused:
         raise whole  # refuses the batch and none of its pairs: not a matter of rows
 
 
-def _batch(pairs: Pairs, indices):
-
+def _batch(pairs: Pairs, indices) -> tuple[RewardBatch, list[int]]:
+    """The answers of these pairs, each once, and where those of the pairs are among them, chosen first."""
     part = pairs.select(indices)
-    return RewardBatch(
-        prompts=part.prompts * 2,
-        completions=part.chosen + part.rejected,
-        columns={name: values * 2 for name, values in part.columns.items()},
+    names = part.answers()
+    first = {name: index for index, name in reversed(list(enumerate(names)))}
+    kept = sorted(first.values())
+    where = {name: number for number, name in enumerate(names[index] for index in kept)}
+
+    def once(values: list) -> list:
+        return [values[index] for index in kept]
+
+    batch = RewardBatch(
+        prompts=once(part.prompts * 2),
+        completions=once(part.chosen + part.rejected),
+        columns={name: once(values * 2) for name, values in part.columns.items()},
     )
+    return batch, [where[name] for name in names]
 
 
-def _two_rows(values) -> np.ndarray:
-    return values.double().cpu().numpy().reshape(2, -1)
+def _two_rows(values, answers: list[int]) -> np.ndarray:
+    return values.double().cpu().numpy()[answers].reshape(2, -1)

@@ -9,11 +9,12 @@ import numpy as np
 
 from align.data.bad_rows import BadRow, BadRows
 from align.data.checks import Text, check_pair_numbers, pair_of, template_kwargs
-from align.data.formats import DataFormat, format_for
+from align.data.formats import DataFormat, columns_of, format_for
 from align.data.messages import refuse_calls, with_role
 from align.data.rows import source_of
 from align.errors import ConfigError
 from align.evaluation.rewardbench import is_rewardbench
+from align.evaluation.rewardbench2 import Place, is_rewardbench_2, split_row
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,7 +27,8 @@ TEXT_COLUMNS = ("prompt", "chosen", "rejected")
 class Pairs:
     """N pairs. rows: their numbers in the source, from 0. columns: its other columns. subsets: one name per pair, or
     None. labels: the probability that the chosen answer is preferred, float [N], or None where it is 1. chat: whether
-    plain texts were made into messages."""
+    plain texts were made into messages. places: of RewardBench 2, whose rows are several pairs each: the number of the
+    right and of the wrong answer in its row."""
 
     source: str
     prompts: list[Text]
@@ -37,6 +39,7 @@ class Pairs:
     subsets: list[str] | None = None
     labels: np.ndarray | None = None
     chat: bool = False
+    places: list[Place] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -61,7 +64,16 @@ class Pairs:
             subsets=None if self.subsets is None else at(self.subsets),
             labels=None if self.labels is None else self.labels[list(indices)],
             chat=self.chat,
+            places=None if self.places is None else at(self.places),
         )
+
+    def answers(self) -> list:
+        """What tells the 2N answers apart, chosen first; equal for pairs that share an answer."""
+        if self.places is None:
+            return list(range(2 * len(self)))
+        sides = zip(self.rows, self.places, strict=True)
+        found = [((row, "chosen", i), (row, "rejected", j)) for row, (i, j) in sides]
+        return [chosen for chosen, _ in found] + [rejected for _, rejected in found]
 
 
 def read_pairs(
@@ -71,33 +83,39 @@ def read_pairs(
 
     rows: the numbers of the rows to read; default: all. A column `subset` names a part of the data that is reported by
     itself. chat: make plain texts into messages, the prompt the user's and the answer the assistant's; default: for
-    RewardBench's subsets, whose prompts are meant so. A column `chosen_prob` holds soft labels.
+    RewardBench's subsets, whose prompts are meant so. A column `chosen_prob` holds soft labels. A row of RewardBench 2
+    is a pair of each right answer beside each wrong one.
     Messages stay messages; columns `tools` and `chat_template_kwargs` go to a reward's chat template. A prompt in plain
     text beside answers that are single assistant messages is a user message.
     """
     source = source_of(dataset, source)
-    dataset, fmt = _with_prompt_messages(dataset, format_for(dataset, "pairs", source))
+    columns_of(dataset, source)
+    lists = is_rewardbench_2(dataset)
+    if lists:
+        fmt = DataFormat("preference", conversational=False)
+    else:
+        dataset, fmt = _with_prompt_messages(dataset, format_for(dataset, "pairs", source))
     others = [name for name in dataset.column_names if name not in TEXT_COLUMNS]
     rows = range(len(dataset)) if rows is None else rows
     report, conversational = BadRows(source, total=len(rows)), fmt.conversational or bool(chat)
     numbers: list[int] = []
+    places: list[Place] = []
+    seen: set[str] = set()
     found: dict[str, list] = {name: [] for name in (*TEXT_COLUMNS, *others)}
     for number, row in zip(rows, dataset.select(rows), strict=True):
         try:
-            texts = pair_of(row, fmt)
-            if fmt.conversational:
-                refuse_calls("answers are compared as texts here", chosen=texts[1], rejected=texts[2])
-            check_pair_numbers(row)
-            if template_kwargs(row, tools=conversational) and not conversational:
-                raise BadRow("chat_template_kwargs would be ignored: plain text goes through no chat template")
             if SUBSET in others and not isinstance(row[SUBSET], str):
                 raise BadRow("subset is missing or is not text")
+            parts = split_row(row, seen) if lists else [((0, 0), row)]
+            pairs_of_row = [(place, _checked_pair(part, fmt, conversational)) for place, part in parts]
         except BadRow as reason:
             report.add(number, str(reason))
             continue
-        numbers.append(number)
-        for name, value in (*zip(TEXT_COLUMNS, texts, strict=True), *((name, row[name]) for name in others)):
-            found[name].append(value)
+        for place, texts in pairs_of_row:
+            numbers.append(number)
+            places.append(place)
+            for name, value in (*zip(TEXT_COLUMNS, texts, strict=True), *((name, row[name]) for name in others)):
+                found[name].append(value)
     pairs = Pairs(
         source=source,
         prompts=found["prompt"],
@@ -107,10 +125,21 @@ def read_pairs(
         columns={name: found[name] for name in others},
         subsets=found[SUBSET] if SUBSET in others else None,
         labels=np.array(found[LABEL], dtype=np.float64) if LABEL in others else None,
+        places=places if lists else None,
     )
-    if not fmt.conversational and (pairs.rewardbench if chat is None else chat):
+    if not fmt.conversational and (pairs.rewardbench or lists if chat is None else chat):
         pairs = _as_messages(pairs)
     return pairs, report
+
+
+def _checked_pair(row: dict[str, Any], fmt: DataFormat, conversational: bool) -> tuple[Text, Text, Text]:
+    texts = pair_of(row, fmt)
+    if fmt.conversational:
+        refuse_calls("answers are compared as texts here", chosen=texts[1], rejected=texts[2])
+    check_pair_numbers(row)
+    if template_kwargs(row, tools=conversational) and not conversational:
+        raise BadRow("chat_template_kwargs would be ignored: plain text goes through no chat template")
+    return texts
 
 
 def _with_prompt_messages(dataset: "Dataset", fmt: DataFormat) -> tuple["Dataset", DataFormat]:

@@ -67,7 +67,7 @@ def evaluate_reward(
         data: preference pairs: a file, folder or hub name (`load_rows`, with `split` and `config`), or a Dataset.
         chat: make plain texts into a user's and an assistant's message, of completions too; default: for RewardBench's
             subsets only.
-        max_pairs: evaluate a random sample of so many pairs, the same for every reward.
+        max_pairs: evaluate a random sample of so many pairs (rows of RewardBench 2), the same for every reward.
         max_bad_share: share of the rows that may be left out, because they are no pairs or a reward refuses them.
         rewrites: names in `align.evaluation.rewrites.REWRITES`, or "all" or "none"; rewrite_pairs: on a random sample
             of so many pairs.

@@ -8,6 +8,7 @@ from align.evaluation.strict_json import write_json
 
 JSON_NAME, PAGE_NAME, TEMPLATE = "reward_eval.json", "reward_eval.html", "reward_eval.html.j2"
 
+RULES_OF_TIES = {1: "RewardBench (ties are lost)", 2: "RewardBench 2 (k answers that share the best score: 1/k)"}
 GLOSSARY = (
     ("Accuracy", "share of pairs in which the chosen answer has the higher score; a tie counts half. RewardBench "
      "counts a tie as lost, and so do its sections here."),
@@ -176,7 +177,8 @@ def _pairs_table(result: dict, rewards: dict):
 
 def _rewardbench_table(rewards: dict):
     sections = next(iter(rewards.values()))["rewardbench"]["sections"]
-    table = _table("RewardBench (ties are lost)", ["score", *sections])
+    version = next(iter(rewards.values()))["rewardbench"]["version"]
+    table = _table(RULES_OF_TIES[version], ["score", *sections])
     for name, entry in rewards.items():
         found = entry["rewardbench"]
         score = tenths(found["score"]["value"]) if found["score"] else "–"

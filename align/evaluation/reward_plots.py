@@ -126,12 +126,13 @@ def rewrite_rows(result: dict) -> list[tuple[str, dict[str, dict]]]:
 
 
 def accuracy_rows(series: dict[str, dict]) -> list[tuple[str, dict[str, dict]]]:
-    """Accuracies of each reward: in all, by section of RewardBench or by subset."""
+    """Accuracies of each reward: in all, by section of RewardBench, by its second version's subsets, or by subset."""
     rows = [("all pairs", {name: entry["accuracy"] for name, entry in series.items()})]
     first = next(iter(series.values()))
     if first["rewardbench"] is not None:
         if first["rewardbench"]["score"] is not None:
-            rows = [("RewardBench", {name: entry["rewardbench"]["score"] for name, entry in series.items()})]
+            title = "RewardBench" if first["rewardbench"]["version"] == 1 else "RewardBench 2"
+            rows = [(title, {name: entry["rewardbench"]["score"] for name, entry in series.items()})]
         for section in first["rewardbench"]["sections"]:
             rows.append((section, {name: e["rewardbench"]["sections"][section] for name, e in series.items()}))
         return rows

@@ -72,6 +72,7 @@ def overall_score(sections: Mapping):
     return sum(sections.values()) / len(WEIGHTS) if sections.keys() == WEIGHTS.keys() else None
 
 
-def incomplete(counts: Mapping[str, int]) -> list[str]:
+def incomplete(counts: Mapping[str, int], published: Mapping[str, int] = PAIRS, what: str = "pairs") -> list[str]:
     """What differs from the published data, in words: subsets without all their pairs. counts: pairs by subset."""
-    return [f"{name} has {counts.get(name, 0)} of {n} pairs" for name, n in PAIRS.items() if counts.get(name, 0) != n]
+    found = {name: (counts.get(name, 0), count) for name, count in published.items()}
+    return [f"{name} has {has} of {count} {what}" for name, (has, count) in found.items() if has != count]

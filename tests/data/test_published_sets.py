@@ -269,7 +269,6 @@ def test_the_recipes_that_put_rows_together(chat_tokenizer):
     bench = {"prompt": "q", "chosen": ["good"], "rejected": ["bad", "worse"], "subset": "Math"}
     with pytest.raises(DataError, match="chosen is a list of texts: each row has one"):
         tokenize_pairs(Dataset.from_list([bench]), chat_tokenizer, max_length=None)
-    assert [row["rejected"] for row in RECIPES["reward_bench_2"]([bench])] == ["bad", "worse"]
 
 
 def test_converted_rows_are_read(convert, chat_tokenizer, tmp_path):

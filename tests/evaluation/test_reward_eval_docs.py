@@ -47,16 +47,16 @@ def test_python_blocks_run_as_written(tmp_path, monkeypatch, capsys):
         exec(compile(block, "docs/reward_evaluation.md", "exec"), {})
     assert "right_sum 1.0 1.0" in capsys.readouterr().out
     result = json.loads((tmp_path / "outputs" / "reward_eval_python" / "reward_eval.json").read_text())
-    shape = blocks("text")[1]
+    shape = blocks("text")[2]
     of_a_reward = re.findall(r'"(\w+)"', shape.split('"baselines"')[0])
     assert set(of_a_reward) - {"rewards"} == set(result["rewards"]["length"])
     assert set(re.findall(r'"(\w+)": [{[]', shape)) | {"format", "title"} == set(result)
 
 
 def test_options_of_the_command_that_needs_the_network_exist():
-    command = blocks("text")[0].strip()
-    args, extra = build_parser().parse_known_args(shlex.split(command)[1:])
-    assert extra == [] and args.data == "allenai/reward-bench" and args.rewrites == ["none"]
+    for command, data in zip(blocks("text"), ("allenai/reward-bench", "allenai/reward-bench-2"), strict=False):
+        args, extra = build_parser().parse_known_args(shlex.split(command)[1:])
+        assert extra == [] and args.data == data and args.rewrites == ["none"]
 
 
 def test_the_tables_are_those_of_the_code():
