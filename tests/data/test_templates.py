@@ -160,6 +160,8 @@ def thinking(key):
         ("gemma4_v5", thinking("reasoning"), True),
         ("gemma4_v4", thinking("reasoning"), False),
         ("gemma4_v5", CHANNEL, False),
+        ("diffusion_gemma", thinking("reasoning_content"), True),
+        ("lfm2_2_5_vl", thinking("reasoning"), True),
         ("lfm2_2_5", THOUGHT, True),
     ],
 )
