@@ -140,9 +140,12 @@ class Multipliers:
         direct = gains.kp * error + gains.kd * change
         grown = (self.integral + error).clamp(-bound, bound)
         raw = direct + gains.ki * grown
-        # What is summed up where the squashing is flat would have to be taken back before the multiplier moves again.
-        flat = squash_slope(raw, self.form) < SATURATED * STEEPEST[self.form]
-        self.integral = torch.where(flat & (raw * error > 0), self.integral, grown)
+        # What is summed up at a bound, or where the squashing is flat, would have to be taken back before the
+        # multiplier moves again.
+        flat = (squash_slope(raw, self.form) < SATURATED * STEEPEST[self.form]) & (raw * error > 0)
+        low, high = self.bounds
+        beyond = ((raw > high) & (error > 0)) | ((raw < low) & (error < 0))
+        self.integral = torch.where(flat | beyond, self.integral, grown)
         self.last_error = error
         return direct + gains.ki * self.integral
 

@@ -54,13 +54,21 @@ def test_pid_meets_the_threshold_too():
     assert bandit(multipliers, 4000, REWARDS, TASK).item() == pytest.approx(0.6, abs=0.02)
 
 
-@pytest.mark.parametrize(("direction", "form"), [("equal", "tanh"), ("at_least", "sigmoid")])
-def test_a_controller_does_not_wind_up(direction, form):
+@pytest.mark.parametrize(
+    ("direction", "form", "bounds"),
+    [
+        ("equal", "tanh", None),
+        ("at_least", "sigmoid", None),
+        ("at_least", "sigmoid", (-1.0, 1.0)),  # where the squashing is steep
+        ("at_least", "softplus", (-1.0, 2.0)),
+    ],
+)
+def test_a_controller_does_not_wind_up(direction, form, bounds):
     """A threshold that was out of reach for long is left as soon as it is passed."""
-    multipliers = Multipliers([Constraint("r", direction, 1.0)], form, pid=PID(kp=2.0, ki=0.5))
+    multipliers = Multipliers([Constraint("r", direction, 1.0)], form, pid=PID(kp=2.0, ki=0.5), bounds=bounds)
     for _ in range(200):
         held = multipliers.update({"r": 0.5})
-    assert held[f"constraints/r_{direction}/multiplier"] > 0.9
+    assert held[f"constraints/r_{direction}/multiplier"] > (0.9 if form != "sigmoid" or bounds is None else 0.7)
     raw = [multipliers.update({"r": 1.5})[f"constraints/r_{direction}/raw"] for _ in range(8)]
     assert raw[-1] < 0  # by the sum of 200 errors it would take more than 20 updates
 
