@@ -141,7 +141,7 @@ def test_a_model_with_code_of_its_own_needs_leave(policy, tokenizer, tmp_path):
         "\n\nclass OwnForCausalLM(LlamaForCausalLM):\n    config_class = Own\n"
     )
     for cls, config, method in ((DPOTrainer, DPOConfig, "dpo"), (SFTTrainer, SFTConfig, "sft")):
-        with pytest.raises(ValueError, match="custom code"):
+        with pytest.raises(ValueError, match="code of its own.*trust_remote_code: true"):
             cls(str(folder), config(str(tmp_path / "run"), **QUIET), rows_of(method, 4))
         trainer = cls(str(folder), config(str(tmp_path / "run"), trust_remote_code=True, **QUIET), rows_of(method, 4))
         assert type(trainer.model).__name__ == "OwnForCausalLM"
