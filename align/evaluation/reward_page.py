@@ -70,7 +70,8 @@ def drawn_on_page(result: dict, rewards: dict[str, dict]) -> dict[str, list[dict
     if rewards:
         series = {**rewards, **result["baselines"]}
         rows = reward_plots.accuracy_rows(series)
-        drawn["accuracy"] = [interactive.estimates(rows, list(series), x="accuracy", reference=0.5)]
+        chance = reward_plots.by_chance(series)
+        drawn["accuracy"] = [interactive.estimates(rows, list(series), x="accuracy", reference=chance)]
         drawn["scores"] = interactive.margins(rewards)
         drawn["length"] = [interactive.by_length(rewards, result["baselines"])]
         drawn["calibration"] = interactive.calibration(rewards)

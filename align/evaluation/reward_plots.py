@@ -11,7 +11,8 @@ def plot_accuracy(result: dict):
     """Accuracy of each reward and of the length baseline, in all, by section or by subset, with 95 % intervals."""
     series = {**_rewards(result), **result["baselines"]}
     rows = accuracy_rows(series)
-    return _dots(rows, list(series), xlabel="accuracy", reference=0.5, least=0.1, baselines=result["baselines"])
+    chance = by_chance(series)
+    return _dots(rows, list(series), xlabel="accuracy", reference=chance, least=0.1, baselines=result["baselines"])
 
 
 def plot_rewrites(result: dict):
@@ -123,6 +124,12 @@ def rewrite_rows(result: dict) -> list[tuple[str, dict[str, dict]]]:
         for name, rewrite in result["rewrites"].items()
         if rewrite["changed"]
     ]
+
+
+def by_chance(series: dict[str, dict]) -> float:
+    """The accuracy of a coin: of RewardBench 2 that of a die, as a right answer has three wrong ones beside it."""
+    benchmark = next(iter(series.values()))["rewardbench"]
+    return 0.25 if benchmark is not None and benchmark["version"] == 2 else 0.5
 
 
 def accuracy_rows(series: dict[str, dict]) -> list[tuple[str, dict[str, dict]]]:

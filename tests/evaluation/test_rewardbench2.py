@@ -12,6 +12,7 @@ from datasets import Dataset
 from align.errors import DataError
 from align.evaluation.reward_eval import evaluate_reward
 from align.evaluation.reward_page import print_reward_eval
+from align.evaluation.reward_plots import by_chance
 from align.evaluation.rewardbench2 import PROMPTS, TIES
 from align.reward_models.base import Reward, RewardOutput
 
@@ -127,7 +128,9 @@ def test_by_hand(tmp_path, capsys):
     assert entry["score"] is None  # four subsets are not there
     assert "not RewardBench 2 as published: Factuality has 0 of 475 prompts" in found["notes"][0]
     assert found["setup"]["pairs"] == 9 + 2 + 4 + 2 + 4 and found["setup"]["rows"] == 7
-    assert "<h3>RewardBench 2</h3>" in (tmp_path / "reward_eval.html").read_text()
+    page = (tmp_path / "reward_eval.html").read_text()
+    assert "<h3>RewardBench 2</h3>" in page and "the line is chance: one of four answers" in page
+    assert by_chance(found["rewards"]) == 0.25
     print_reward_eval(found)
     assert "RewardBench 2 (k answers that share" in capsys.readouterr().out
 
