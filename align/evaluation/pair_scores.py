@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -54,8 +54,7 @@ def score_pairs(reward: Reward, pairs: Pairs, progress=None) -> PairScores:
     scores = np.full((2, len(pairs)), np.nan)
     members: dict[str, np.ndarray] = {}
     result = PairScores(scores[0], scores[1], members)
-    for start in range(0, len(pairs), PAIRS_AT_ONCE):
-        indices = range(start, min(start + PAIRS_AT_ONCE, len(pairs)))
+    for indices in _batches(pairs.rows):
         for part, answers, output in _outputs(reward, pairs, indices, result):
             scores[:, part] = _two_rows(output.scores, answers)
             for name, values in output.extras.items():
@@ -64,6 +63,17 @@ def score_pairs(reward: Reward, pairs: Pairs, progress=None) -> PairScores:
         if progress is not None:
             progress.update(2 * len(indices))
     return result
+
+
+def _batches(rows: Sequence[int]) -> Iterator[range]:
+    """`PAIRS_AT_ONCE` pairs, or more where a row would be cut, whose pairs share answers."""
+    start = 0
+    while start < len(rows):
+        end = min(start + PAIRS_AT_ONCE, len(rows))
+        while end < len(rows) and rows[end] == rows[end - 1]:
+            end += 1
+        yield range(start, end)
+        start = end
 
 
 def _outputs(

@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 
 from align.errors import DataError
+from align.evaluation import pair_scores
 from align.evaluation.reward_eval import evaluate_reward
 from align.evaluation.reward_page import print_reward_eval
 from align.evaluation.reward_plots import by_chance
@@ -135,7 +136,9 @@ def test_by_hand(tmp_path, capsys):
     assert "RewardBench 2 (k answers that share" in capsys.readouterr().out
 
 
-def test_each_answer_is_scored_once_and_as_a_message():
+@pytest.mark.parametrize("at_once", [256, 7])
+def test_each_answer_is_scored_once_and_as_a_message(at_once, monkeypatch):
+    monkeypatch.setattr(pair_scores, "PAIRS_AT_ONCE", at_once)
     rows = rows_of(random.Random(0))
     reward = Reads()
     evaluate(rows, reward)
