@@ -4,7 +4,8 @@ import gzip
 import logging
 import re
 import zlib
-from collections.abc import Collection
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -52,12 +53,12 @@ def files_by_split(path: Path, config: str | None = None) -> dict[str, list[Path
             raise DataError(f"{path} has the suffix {path.suffix!r}; readable are {READABLE}.")
         # "train" is the default split, so it means the file itself whatever the file is called.
         return {"train": [path]} | {split_in(_stem(path)) or "train": [path]}
-    found = sorted(file for file in path.rglob("*") if suffix_of(file) in BUILDERS and _visible(file, path))
+    found = _data_files(path.rglob("*"), path)
     if not found:
         raise DataError(f"the folder {path} holds no {READABLE} file.")
-    configs = {name: splits for name, splits in _configs(path).items() if any(splits.values())}
-    if configs:
-        return _chosen(configs, config, path)
+    splits = _of_the_card(_configs(path), config, path)
+    if splits is not None:
+        return splits
     if config is not None:
         raise DataError(
             f"{path} has no README.md that says what the configurations of its files are, so config {config!r} has no "
@@ -126,58 +127,62 @@ def split_in(name: str) -> str | None:
 Splits = dict[str, list[Path]]
 
 
-def _chosen(configs: dict[str, Splits], config: str | None, path: Path) -> Splits:
-    names = ", ".join(configs)
-    if config is not None and config not in configs:
+def _configs(folder: Path) -> dict[str, dict[str, Any]]:
+    """The configurations that the card of a hub dataset names in its YAML; {} without."""
+    import yaml
+    from huggingface_hub import metadata_load
+
+    card = folder / "README.md"
+    try:
+        entries = (metadata_load(card) or {}).get("configs") if card.is_file() else None
+    except (yaml.YAMLError, ValueError):
+        logger.warning("%s cannot be read as a dataset card: splits follow from file names", card)
+        return {}
+    entries = entries if isinstance(entries, list) else []
+    return {str(entry.get("config_name", "default")): entry for entry in entries if isinstance(entry, dict)}
+
+
+def _of_the_card(configs: dict[str, dict[str, Any]], config: str | None, path: Path) -> Splits | None:
+    """The files of one configuration by split; None where the card names none that is here."""
+    from datasets.utils.metadata import MetadataConfigs
+
+    here = {name: splits for name, entry in configs.items() if (splits := _splits_of(entry, path, name))}
+    if not here:
+        return None
+    names = ", ".join(here)
+    if config is not None and config not in here:
         raise DataError(f"{path} has no configuration {config!r}; its README.md names {names}.")
-    if config is None and len(configs) > 1 and "default" not in configs:
+    try:
+        chosen = config or MetadataConfigs({name: configs[name] for name in here}).get_default_config_name()
+    except ValueError as error:
+        raise DataError(f"{path}/README.md: {error} Choose one with dataset_config.") from error
+    if chosen is None:
         raise DataError(
             f"{path} has several configurations, choose one with dataset_config, or name its folder: {names}."
         )
-    splits = configs[config or ("default" if "default" in configs else next(iter(configs)))]
-    return {split: files for split, files in splits.items() if files}
+    return here[chosen]
 
 
-def _configs(folder: Path) -> dict[str, Splits]:
-    """The files of each split of each configuration that the card of a hub dataset names in its YAML; {} without. The
-    one that the card marks as the default has the name `default` too."""
-    import yaml
+def _splits_of(entry: dict[str, Any], folder: Path, name: str) -> Splits:
+    """As the hub reads an entry, apart from files that lie elsewhere or are not there."""
+    from datasets.data_files import resolve_pattern, sanitize_patterns
 
-    card = folder / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    header = re.match(r"\ufeff?---\s*\n(.*?)\n---\s*(\n|\Z)", text, re.DOTALL)
-    try:
-        entries = (yaml.safe_load(header[1]) or {}).get("configs") if header else None
-    except (yaml.YAMLError, AttributeError):
-        logger.warning("%s cannot be read as a dataset card: splits follow from file names", card)
-        return {}
-    configs: dict[str, Splits] = {}
-    for entry in entries if isinstance(entries, list) else []:
-        if isinstance(entry, dict) and (splits := _splits_of(entry, folder)):
-            configs[str(entry.get("config_name", "default"))] = splits
-            if entry.get("default"):
-                configs["default"] = splits
-    return configs
-
-
-def _splits_of(entry: dict[str, Any], folder: Path) -> Splits:
     place = folder / str(entry.get("data_dir") or ".")
-    given = entry.get("data_files")
-    if given is None:
-        found = sorted(file for file in place.rglob("*") if suffix_of(file) in BUILDERS and _visible(file, folder))
-        return _by_names(found, place) if found and "data_dir" in entry else {}
-    if isinstance(given, dict):
-        given = [{"split": split, "path": paths} for split, paths in given.items()]
-    parts = given if isinstance(given, list) else [given]
-    if not all(isinstance(part, dict) for part in parts):
-        return _by_names(files, place) if (files := _matching(parts, place, folder)) else {}
-    return {str(part.get("split", "train")): _matching(part.get("path"), place, folder) for part in parts}
+    if entry.get("data_files") is None:
+        found = _data_files(place.rglob("*"), folder) if "data_dir" in entry else []
+        return _by_names(found, place) if found else {}
+    try:
+        patterns = sanitize_patterns(entry["data_files"])
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{folder}/README.md, configuration {name!r}: {error}") from error
+    splits: Splits = {}
+    for split, paths in patterns.items():
+        for pattern in (str(one or "") for one in paths):
+            if pattern and "://" not in pattern:
+                with suppress(FileNotFoundError):
+                    splits.setdefault(split, []).extend(map(Path, resolve_pattern(pattern, str(place))))
+    return {split: files for split, paths in splits.items() if (files := _data_files(paths, folder))}
 
 
-def _matching(patterns: Any, place: Path, folder: Path) -> list[Path]:
-    each: Collection[Any] = patterns if isinstance(patterns, list) else [patterns]
-    found: set[Path] = set()
-    for pattern in (str(one or "").removeprefix("./").lstrip("/") for one in each):
-        if pattern and "://" not in pattern:  # files elsewhere are not here
-            found |= {*place.glob(f"{pattern}/*" if pattern.endswith("**") else pattern)}
-    return sorted(file for file in found if suffix_of(file) in BUILDERS and _visible(file, folder))
+def _data_files(paths: Iterable[Path], folder: Path) -> list[Path]:
+    return sorted({file for file in paths if suffix_of(file) in BUILDERS and _visible(file, folder)})
