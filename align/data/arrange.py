@@ -138,10 +138,10 @@ def in_messages(row: dict[str, Any], first: list[dict[str, str]], alone: bool) -
     if alone and isinstance(row["prompt"], str):
         row["prompt"] = [{"role": "user", "content": row["prompt"]}]
     starts = ("prompt",) if isinstance(row.get("prompt"), list) else CHOICE
-    return led(row, first, (*starts, *TALKS))
+    return with_system(row, first, (*starts, *TALKS))
 
 
-def led(row: dict[str, Any], first: list[dict[str, str]], names: Iterable[str]) -> dict[str, Any]:
+def with_system(row: dict[str, Any], first: list[dict[str, str]], names: Iterable[str]) -> dict[str, Any]:
     """The row with these messages before each conversation of these columns that begins without a system message."""
     for name in names if first else ():
         if isinstance(row.get(name), list) and (not row[name] or _role(row[name][0]) != "system"):

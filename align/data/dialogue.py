@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from align.data.arrange import TALKS, answers_alone, has_messages, has_texts, in_messages, led
+from align.data.arrange import TALKS, answers_alone, has_messages, has_texts, in_messages, with_system
 from align.data.bad_rows import BadRow, BadRows
 from align.data.cache import TMP_ELSEWHERE, room_in
 from align.data.formats import SCORED, DataFormat, format_for
@@ -145,7 +145,7 @@ def convert_dialogues(
                 if talks:
                     rows.append(in_messages(row, first, alone))
                 else:
-                    row = led(row, first, TALKS)
+                    row = with_system(row, first, TALKS)
                     rows.append(_said(row, first) if plain else _converted(row, fmt.kind, fmt.implicit_prompt, first))
             except BadRow as reason:
                 report.add(number, str(reason))

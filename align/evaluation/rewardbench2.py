@@ -119,7 +119,7 @@ def prompts_of(
     for first, right, wrong in found.values():
         subset = columns["subset"][first]
         name = columns["id"][first] if subset == TIES else ""
-        unit = f"question {name.partition(":")[2]}" if name else f"prompt {texts[first]}"
+        unit = f"question {name.partition(':')[2]}" if name else f"prompt {texts[first]}"
         prompts.append(Prompt(subset, unit, name, np.array(list(right.values())), np.array(list(wrong.values()))))
     return prompts
 
