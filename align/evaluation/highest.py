@@ -100,7 +100,8 @@ class Highest:
 
 
 def student(normal: float, freedom: int) -> float:
-    """The quantile of Student's t that belongs to a normal one (Abramowitz and Stegun 26.7.5)."""
+    """The quantile of Student's t that belongs to a normal one (Abramowitz and Stegun 26.7.5), at 97.5 % too small by
+    0.1 % for 5 degrees of freedom, 1 % for 3, 3 % for 2 and 24 % for 1."""
     x, n = normal, freedom
     first, second = (x**3 + x) / 4, (5 * x**5 + 16 * x**3 + 3 * x) / 96
     third = (3 * x**7 + 19 * x**5 + 17 * x**3 - 15 * x) / 384

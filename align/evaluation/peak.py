@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from align.evaluation.bootstrap import percentile_interval, resampled_means
+from align.evaluation.bootstrap import mean_interval
 from align.evaluation.highest import NORMAL, Highest, student
 from align.evaluation.rounding import first_highest, settled, slack
 
@@ -109,5 +109,5 @@ def _fell(changes: np.ndarray) -> bool:
 
 
 def _mean_interval(values: np.ndarray, seed: int) -> tuple[float, float]:
-    low, high = percentile_interval(resampled_means([values], seed=seed)[0])
+    (low,), (high,) = mean_interval(values[:, None], seed=seed)
     return float(low), float(high)
